@@ -1,0 +1,266 @@
+"""The command line: flags in, one call to a phase out. Imports nothing heavy: torch and pandas wait for the command.
+
+Errors become exit codes here and nowhere else.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cpmix_cli import __version__, console, signals
+from cpmix_cli.errors import CpmixError
+
+
+class Commands(TyperGroup):
+    """Turns user errors into three lines on stderr and the exit code of their kind."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except CpmixError as fault:
+            console.error(str(fault), fault.exit_code)
+            raise typer.Exit(fault.exit_code) from fault
+        except BrokenPipeError:
+            # The reader went away (cpmix ... | head). Python flushes stdout once more at exit: give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="cpmix",
+    help="Long-tailed image recognition with Confusion-Pairing Mixup, from the data set to the confusion report.",
+    epilog="First run: cpmix build-lt digits, then follow the 'next:' line of each command. "
+    "Environment: CPMIX_DATA_DIR is the default of build-lt's --data-root.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cpmix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _set_json(wanted: bool) -> bool:
+    console.as_json = wanted
+    return wanted
+
+
+Json = Annotated[
+    bool, typer.Option("--json", callback=_set_json, help="One JSON object on stdout and nothing else.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Output folder; another run folder than --from.")]
+From = Annotated[Path, typer.Option("--from", help="Run folder, or a phase's folder in it.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Data set folder, where it is not where the run recorded it.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the output folder holds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Recipe file or name, such as cifar100-lt/cpmix. Default: the data set's."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a recipe key: table.key=value. Repeatable.", metavar="KEY=VALUE"),
+]
+Epochs = Annotated[
+    int | None, typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1)
+]
+Seed = Annotated[int | None, typer.Option(help="Replace the recipe's seed.", min=0)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+EvalEvery = Annotated[
+    int,
+    typer.Option(help="Test accuracy every N epochs, into metrics.parquet; selects nothing.", min=0),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option("--data-root", envvar="CPMIX_DATA_DIR", help="Folder of the source's own files."),
+]
+
+
+def _checked_device(device: str) -> str:
+    from cpmix_cli.errors import UsageError, suggest
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f'--device "{device}".{suggest(device, ("auto", "cpu", "cuda"))}')
+    return device
+
+
+def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command with an example line."""
+    return app.command(name, epilog=f"Example: {example}")
+
+
+@command("build-lt", "cpmix build-lt cifar100 --rho 200 --data-root /data/cifar100")
+def build_lt(
+    source: Annotated[str, typer.Argument(help="digits, toy or cifar100.", metavar="SOURCE")],
+    rho: Annotated[
+        float | None, typer.Option(help="Imbalance factor, largest over smallest class. Default: the source's own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Data set folder. Default: data/NAME.")] = None,
+    data_root: DataRoot = None,
+    subset_seed: Annotated[int, typer.Option(help="Which images; 0 is the published subset.", min=0)] = 0,
+    val_per_class: Annotated[
+        int, typer.Option(help="Training images of each class held out as val.", min=0)
+    ] = 0,
+    test_per_class: Annotated[
+        int | None, typer.Option(help="Test images a class, for sources without a test split.", min=1)
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Build a long-tailed data set folder from a source."""
+    from cpmix_cli.phases import build_lt as phase
+
+    phase.run(
+        phase.Options(
+            source, rho, out, data_root, subset_seed, val_per_class, test_per_class, overwrite
+        )
+    )
+
+
+@command("train-stage1", "cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits")
+def train_stage1(
+    data: Annotated[Path | None, typer.Option("--data", help="Data set folder.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("ckpt"),
+    recipe: RecipeName = None,
+    settings: Set = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    eval_every: EvalEvery = 0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train on the natural batches and collect confusion pairs."""
+    device = _checked_device(device)
+    from cpmix_cli.phases import train_stage1 as phase
+    from cpmix_cli.phases.training import Options
+
+    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    phase.run(options, out)
+
+
+@command("train-stage2", "cpmix train-stage2 --from ckpt/digits")
+def train_stage2(
+    from_folder: From,
+    out: Out = None,
+    recipe: RecipeName = None,
+    settings: Set = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    data: Data = None,
+    eval_every: EvalEvery = 0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Go on from stage 1 with mixed confusion pairs."""
+    device = _checked_device(device)
+    from cpmix_cli.phases import train_stage2 as phase
+    from cpmix_cli.phases.training import Options
+
+    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    phase.run(options, from_folder, out)
+
+
+@command("finetune", "cpmix finetune --from ckpt/digits")
+def finetune(
+    from_folder: From,
+    out: Out = None,
+    phase: Annotated[str | None, typer.Option(help="stage1 or stage2; default: the last one done.")] = None,
+    recipe: RecipeName = None,
+    settings: Set = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    data: Data = None,
+    eval_every: EvalEvery = 0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train the head on class-balanced draws, the rest frozen."""
+    device = _checked_device(device)
+    from cpmix_cli.phases import finetune as finetuning
+    from cpmix_cli.phases.training import Options
+
+    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    finetuning.run(options, from_folder, out, phase)
+
+
+@command("evaluate", "cpmix evaluate --from ckpt/digits")
+def evaluate(
+    from_folder: From,
+    out: Out = None,
+    phase: Annotated[
+        str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change an [evaluation] key. Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Write to evaluation/PHASE-LABEL/.")] = None,
+    few_inclusive: Annotated[
+        bool, typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few.")
+    ] = False,
+    device: Device = "auto",
+    data: Data = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Accuracy by class and group, calibration, predictions."""
+    device = _checked_device(device)
+    from cpmix_cli.phases import evaluate as evaluating
+
+    evaluating.run(
+        evaluating.Options(
+            from_folder, out, phase, settings or [], label, few_inclusive, device, data, overwrite
+        )
+    )
+
+
+@command("confusion-report", "cpmix confusion-report --from ckpt/digits")
+def confusion_report(
+    from_folder: From,
+    out: Out = None,
+    phase: Annotated[
+        str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")
+    ] = None,
+    data: Data = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Confusion matrix, most confused pairs, pictures, one page."""
+    from cpmix_cli.phases import confusion_report as reporting
+
+    reporting.run(reporting.Options(from_folder, out, phase, data, overwrite))
+
+
+def main() -> None:
+    """Entry point of the `cpmix` command."""
+    signals.install()
+    app(prog_name="cpmix")

@@ -1,0 +1,167 @@
+"""Everything cpmix shows; the only file that prints.
+
+stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one plain
+line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+as_json = False  # set once by the command line, before a phase runs
+
+
+def note(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    note(f"warning: {text}")
+
+
+def result(
+    fields: dict[str, Any],
+    *,
+    rows: Sequence[Sequence[str]] = (),
+    header: Sequence[str] = (),
+    title: str = "",
+    lines: Sequence[str] = (),
+) -> None:
+    """The result of a command on stdout: `fields` as one JSON object, or a table and lines for a reader.
+
+    Args:
+        fields: what --json prints.
+        rows: table cells, row by row; nothing is drawn without rows.
+        header: column names; a name that starts with ">" is right-aligned.
+        title: a line above the table.
+        lines: plain lines below the table.
+    """
+    if as_json:
+        print(json.dumps(fields, allow_nan=False), flush=True)
+        return
+    if rows:
+        table(header, rows, title=title)
+    for line in lines:
+        print(line, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table on stdout, columns padded with spaces; plain text, so that logs and pipes stay readable.
+
+    The terminal's width is not consulted: a folded number is worse than a long line.
+    """
+    right = [name.startswith(">") for name in header]
+    cells = [[name.removeprefix(">") for name in header], *[list(map(str, row)) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    if title:
+        print(title)
+    for number, row in enumerate(cells):
+        padded = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+    sys.stdout.flush()
+
+
+def error(text: str, exit_code: int) -> None:
+    """A user error on stderr, and as the one JSON object of a --json command."""
+    note(text)
+    if as_json:
+        print(json.dumps({"error": text, "exit_code": exit_code}), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8 s, 3 min 20 s, 5 h 06 min."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
+
+
+def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -> list[str]:
+    """Class counts as lines with bars; above 20 classes, every k-th class."""
+    stride = -(-len(counts) // 20)
+    chosen = range(0, len(counts), stride)
+    label_width = max(len(names[c]) for c in chosen)
+    top = max(1, *counts)
+    lines = [
+        f"{names[c]:<{label_width}} {counts[c]:>7} {'#' * max(1, round(width * counts[c] / top))}"
+        for c in chosen
+    ]
+    if stride > 1:
+        lines.append(f"(every {stride}th of {len(counts)} classes)")
+    return lines
+
+
+class EpochProgress:
+    """Progress of a training phase: a bar on a terminal, one line an epoch everywhere.
+
+    The projected time is printed once, when enough steps have been timed.
+    """
+
+    TIMED_STEPS = 5
+
+    def __init__(self, phase: str, num_steps: int, first_step: int) -> None:
+        self._phase = phase
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._started = time.perf_counter()
+        self._projected = False
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(phase, total=num_steps, completed=first_step)
+            self._bar.start()
+
+    def step(self, done: int) -> None:
+        """`done` steps of the phase are finished (counted from its first epoch)."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done)
+        timed = done - self._first_step
+        # The first step also pays for allocation and kernel selection, so it is left out.
+        if timed == 1:
+            self._started = time.perf_counter()
+        elif timed == 1 + self.TIMED_STEPS and not self._projected:
+            self._projected = True
+            per_step = (time.perf_counter() - self._started) / self.TIMED_STEPS
+            left = per_step * (self._num_steps - done)
+            self.line(
+                f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
+                f" ({per_step * 1000:.0f} ms a step)"
+            )
+
+    def line(self, text: str) -> None:
+        """One plain line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            note(text)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

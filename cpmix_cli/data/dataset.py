@@ -1,0 +1,98 @@
+"""Reading a data set folder that build-lt wrote."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpmix_cli import artifacts
+from cpmix_cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set folder, its record checked; pixels are read when asked for."""
+
+    folder: Path
+    record: dict[str, Any]
+    class_names: list[str]
+    class_counts: NDArray[np.int64]
+    """Training images a class [C]."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of lists, labels and packed pixels."""
+        return str(self.record["fingerprint"])
+
+    @property
+    def name(self) -> str:
+        """Source, rho and whatever else the folder name says."""
+        return str(self.record["name"])
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of one image (H, W, channels) or point (2,)."""
+        return list(self.record["shape"])
+
+    def read(self, split: str) -> tuple[Tensor, Tensor]:
+        """Images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64, of train, val or test.
+
+        Raises:
+            InputError: a file is missing or damaged, or a label lies outside the classes.
+        """
+        path = self.folder / f"{split}.safetensors"
+        tensors, _ = artifacts.read_tensors(path, self.record["files"].get(path.name))
+        labels = tensors["labels"]
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise InputError(
+                f"{path} has labels {int(labels.min())} to {int(labels.max())}; "
+                f"expected 0 to {self.num_classes - 1}"
+            )
+        return tensors["images"] if "images" in tensors else tensors["points"], labels
+
+    def sample_ids(self, split: str) -> NDArray[np.int64]:
+        """Sample ids [N] of a split, in its order."""
+        path = self.folder / f"{split}.parquet"
+        table = artifacts.read_table(path, artifacts.SPLIT_SCHEMA, self.record["files"][path.name])
+        return np.asarray(table["sample_id"], dtype=np.int64)
+
+
+def open_dataset(folder: Path, *, needed_by: str) -> Dataset:
+    """The data set in a folder.
+
+    Raises:
+        InputError: no data set there, or its record or class counts are damaged.
+    """
+    if not (folder / artifacts.DATASET).is_file():
+        raise InputError(
+            f"no data set in {folder} ({artifacts.DATASET} is missing)",
+            needed_by=needed_by,
+            fix="cpmix build-lt SOURCE, then --data FOLDER",
+        )
+    record = artifacts.read_record(folder / artifacts.DATASET)
+    counts = artifacts.read_table(
+        folder / artifacts.CLASS_COUNTS,
+        artifacts.CLASS_COUNTS_SCHEMA,
+        record["files"][artifacts.CLASS_COUNTS],
+    )
+    return Dataset(
+        folder=folder,
+        record=record,
+        class_names=list(record["classes"]),
+        class_counts=np.asarray(counts["num_train"], dtype=np.int64),
+    )
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation a channel of uint8 images [N, H, W, channels], on the scale 0..1."""
+    flat = images.reshape(-1, images.shape[-1]).to(torch.float64) / 255
+    return flat.mean(0).tolist(), flat.std(0, correction=0).tolist()

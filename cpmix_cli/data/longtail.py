@@ -1,0 +1,83 @@
+"""Long-tailed subsets of a balanced source: class counts, which images, class groups.
+
+The construction is the field's standard one (LDAM-DRW's CIFAR-LT), so that subsets equal those of published results image
+by image. No global random state is read or touched.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+MANY_ABOVE = 100  # many: n > 100 training images; medium: 20 to 100; few: n < 20
+FEW_BELOW = 20
+GROUPS = ("many", "medium", "few")
+
+
+def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
+    """n_i = int(num_max * rho^(-i/(C-1))), truncated as every published CIFAR-LT is.
+
+    Truncation makes the smallest class of CIFAR-100 at rho 200 hold 2 images and not 2.5, so the real ratio is 250.
+
+    Args:
+        num_max: images of the largest class, class 0.
+        num_classes: C.
+        rho: imbalance factor, >= 1.
+
+    Returns:
+        Images a class [C].
+
+    Paper: Sec. B.2.1.
+    """
+    if num_classes == 1:
+        return np.array([num_max], dtype=np.int64)
+    exponents = np.arange(num_classes, dtype=np.float64) / (num_classes - 1)
+    return (num_max * (1.0 / rho) ** exponents).astype(np.int64)
+
+
+def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
+    """The first half of the classes whole, the others int(num_max / rho).
+
+    Returns:
+        Images a class [C].
+
+    Paper: Sec. B.1 (two majorities of 1,000 points, two minorities of 50, at rho 20).
+    """
+    counts = np.full(num_classes, num_max, dtype=np.int64)
+    counts[(num_classes + 1) // 2 :] = int(num_max / rho)
+    return counts
+
+
+PROFILES = {"exponential": exponential_counts, "step": step_counts}
+
+
+def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+    """Positions of each class in one shuffled order; a subset is a prefix of it.
+
+    One RandomState is consumed class by class in ascending order, once a class, so the order does not depend on how many
+    images are kept and subsets are nested over rho.
+
+    Args:
+        labels: class of each source image [N], in the source's file order.
+        seed: the subset seed; 0 is the published one.
+
+    Returns:
+        C arrays of positions into `labels`.
+
+    Source: LDAM-DRW imbalance_cifar.py, reference/methods_mixing.md section 1.
+    """
+    # The legacy generator, private: its stream is frozen by NumPy's policy, and it is what made the published subsets.
+    state = np.random.RandomState(seed)  # noqa: NPY002
+    order = []
+    for c in range(int(labels.max()) + 1):
+        positions = np.flatnonzero(labels == c)
+        state.shuffle(positions)
+        order.append(positions)
+    return order
+
+
+def group_of(num_train: int, *, few_inclusive: bool = False) -> str:
+    """many (n > 100), medium (20..100) or few (n < 20; n <= 20 with few_inclusive). Paper: Sec. 5.1."""
+    if num_train > MANY_ABOVE:
+        return "many"
+    if num_train < FEW_BELOW or (few_inclusive and num_train == FEW_BELOW):
+        return "few"
+    return "medium"

@@ -1,0 +1,97 @@
+"""Measuring predictions: accuracy by class and group, calibration. Nothing here selects anything.
+
+Shapes: N test images, C classes. Own code and not torchmetrics, which counts a class absent from the test set as recall 0 and
+loses confidence 1.0 from the calibration error (reference/ecosystem_reliability.md, finding 8).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmix_cli.data.batches import Batches, make_batches
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.engine import predict
+from cpmix_cli.models import Classifier
+from cpmix_cli.recipe import Recipe
+
+NUM_ECE_BINS = 15
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Test images of true class i (row) predicted as j (column): [C, C] int64, diagonal included. Paper: Eq. (5)."""
+    pairs = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return pairs.view(num_classes, num_classes)
+
+
+def class_accuracy(matrix: Tensor) -> Tensor:
+    """Fraction of each class's test images that are right [C] float64; NaN where it has none."""
+    return matrix.diagonal().double() / matrix.sum(1).double()
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Mean |accuracy - confidence| over 15 equal bins (0, 1/15], ..., weighted by their images; a fraction.
+
+    Args:
+        logits: [N, C]; the confidence is the largest softmax probability.
+        labels: [N].
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
+    zeros = torch.zeros(NUM_ECE_BINS, dtype=torch.float64)
+    gap = zeros.index_add(0, bins, right - confidence)
+    return float(gap.abs().sum() / len(labels))
+
+
+def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]:
+    """The numbers of metrics.json: percent, null for a group without classes.
+
+    Args:
+        logits: raw, [N, C].
+        labels: [N].
+        groups: many, medium or few for each class [C].
+
+    Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
+    """
+    accuracy = class_accuracy(confusion_matrix(labels, logits.argmax(1), len(groups)))
+    tested = ~accuracy.isnan()
+
+    def mean(chosen: Tensor) -> float | None:
+        return round(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
+
+    numbers: dict[str, Any] = {
+        "top1": round(100 * float((logits.argmax(1) == labels).double().mean()), 2)
+    }
+    for group in GROUPS:
+        numbers[group] = mean(torch.tensor([g == group for g in groups]))
+    return numbers | {
+        "balanced_accuracy": mean(tested),
+        "num_test": len(labels),
+        "num_classes_without_test": int((~tested).sum()),
+        "ece": round(100 * expected_calibration_error(logits, labels), 2),
+    }
+
+
+def make_split(
+    dataset: Dataset, split: str, recipe: Recipe, device: torch.device
+) -> tuple[Batches, Tensor]:
+    """A split as inputs on the device, normalised as in training, and its labels [N] on the CPU."""
+    inputs, labels = dataset.read(split)
+    record = dataset.record
+    return make_batches(inputs.to(device), recipe.data, record["mean"], record["std"]), labels
+
+
+def accuracy_on_test(
+    dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device
+) -> Callable[[], float]:
+    """A function that measures the model's fraction of test images right, for --eval-every."""
+    batches, labels = make_split(dataset, "test", recipe, device)
+
+    def measure() -> float:
+        logits = predict(model, batches, len(labels), recipe.evaluation.batch_size)
+        return float((logits.argmax(1) == labels).double().mean())
+
+    return measure

@@ -1,0 +1,263 @@
+"""confusion-report: what is confused with what, as tables, pictures and one page. Paper: Figs. 1 to 4.
+
+Reads an evaluation's predictions; trains and predicts nothing (but the decision regions of points in the plane).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cpmix_cli import artifacts, console, runs
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.errors import InputError
+from cpmix_cli.evaluation import class_accuracy, confusion_matrix
+from cpmix_cli.phases.evaluate import ACCURACY_HEADER, accuracy_rows, read_model
+from cpmix_cli.report import figures
+from cpmix_cli.report.page import render_page
+from cpmix_cli.report.pairs import confused_pairs
+from cpmix_cli.runs import PHASES, PhaseFolder
+
+GRID = 400  # points along each axis of a decision-region picture
+NUM_SHOWN = 10
+NUM_ON_PAGE = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    from_folder: Path
+    out: Path | None
+    phase: str | None
+    data: Path | None
+    overwrite: bool
+
+
+def run(options: Options) -> None:
+    """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
+
+    Raises:
+        InputError: the phase was not evaluated, or files are damaged.
+        EnvironmentFault: the output cannot be written.
+    """
+    root, named = runs.locate(options.from_folder)
+    source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="confusion-report")
+    evaluation = root / "evaluation" / source.phase
+    predictions, sha = read_predictions(evaluation, source)
+    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
+
+    out = options.out or root
+    folder = out / "confusion" / source.phase
+    made_from = {"recipe": {}, "predictions": sha, "dataset": dataset.fingerprint}
+    found = runs.open_output(folder, made_from, overwrite=options.overwrite, refresh=True)
+    # The page and the table of accuracies also show other evaluations of the run, so they are made each time.
+    matrix = confusion_matrix(
+        torch.tensor(predictions["label"].to_numpy(), dtype=torch.int64),
+        torch.tensor(predictions["predicted"].to_numpy(), dtype=torch.int64),
+        dataset.num_classes,
+    )
+    pairs = confused_pairs(matrix.numpy(), dataset.class_counts)
+    pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
+    if found != "done":
+        recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from)
+        path = folder / artifacts.CONFUSION_MATRIX
+        columns = artifacts.confusion_columns(matrix)
+        recorder.output(
+            path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
+        )
+        path = folder / artifacts.CONFUSED_PAIRS
+        recorder.output(
+            path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, pairs)
+        )
+        for name, _, png in pictures:
+            recorder.output(name, artifacts.publish(folder / name, png))
+        recorder.finish()
+    named_pairs = with_names(pairs, dataset)
+    accuracies = accuracy_rows(root / "evaluation")
+    page = render_page(
+        title=f"Confusion of {dataset.name}, {source.phase}",
+        facts=facts(source, dataset, matrix),
+        accuracy=pd.DataFrame(accuracies, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
+        pairs=named_pairs.head(NUM_ON_PAGE),
+        figures=[(caption, png) for _, caption, png in pictures],
+    )
+    index = out / "confusion" / "index.html"
+    artifacts.publish(index, page.encode())
+    status = "up to date" if found == "done" else "done"
+    report(folder, index, source, matrix, named_pairs, accuracies, pictures[0][0], status)
+
+
+def read_predictions(evaluation: Path, source: PhaseFolder) -> tuple[pd.DataFrame, str]:
+    """An evaluation's predictions and their hash.
+
+    Raises:
+        InputError: there is none, or it is of an older checkpoint.
+    """
+    again = f"cpmix evaluate --from {source.run} --phase {source.phase}"
+    if not (evaluation / artifacts.RUN).is_file():
+        raise InputError(
+            f"{source.phase} of {source.run} is not evaluated", needed_by="confusion-report", fix=again
+        )
+    record = artifacts.read_record(evaluation / artifacts.RUN)
+    if record["source"]["sha256"] != source.output(artifacts.MODEL)[1]:
+        raise InputError(
+            f"{evaluation} is of an older checkpoint of {source.phase}",
+            needed_by="confusion-report",
+            fix=again,
+        )
+    sha = record["outputs"][artifacts.PREDICTIONS]
+    path = evaluation / artifacts.PREDICTIONS
+    return artifacts.read_table(path, artifacts.PREDICTIONS_SCHEMA, sha), sha
+
+
+def draw(
+    source: PhaseFolder, dataset: Dataset, matrix: np.ndarray[Any, Any], accuracy: np.ndarray[Any, Any]
+) -> list[tuple[str, str, bytes]]:
+    """File name, caption and PNG of each picture."""
+    title = f"{dataset.name}, {source.phase}"
+    names, counts = dataset.class_names, dataset.class_counts
+    pictures = [
+        (
+            "confusion_matrix.png",
+            "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
+            "classes by training images, most first.",
+            figures.confusion_heat_map(matrix, names, counts, title=title),
+        ),
+        (
+            "confusion_matrix_grouped.png",
+            "The same in groups of neighbouring classes (test images a cell), as in Fig. 3 of the paper.",
+            figures.grouped_heat_map(matrix, counts, title=title),
+        ),
+        (
+            "class_accuracy.png",
+            "Accuracy of each class over its number of training images.",
+            figures.class_accuracy(accuracy, counts, title=title, other=None),
+        ),
+        (
+            "confusion_histogram.png",
+            "How often confusion values occur between two classes.",
+            figures.confusion_histogram(matrix, title=title),
+        ),
+    ]
+    if dataset.shape == [2]:
+        pictures.insert(
+            0,
+            (
+                "decision_regions.png",
+                "Decision regions over the training points, as in Fig. 2 of the paper.",
+                decision_regions(source, dataset, title),
+            ),
+        )
+    return pictures
+
+
+def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> bytes:
+    """The picture of a classifier of points in the plane."""
+    points, labels = dataset.read("train")
+    edge = float(points.abs().max()) + 0.2
+    axis = torch.linspace(-edge, edge, GRID)
+    grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
+    model = read_model(source, source.recipe(), dataset).eval()
+    with torch.no_grad():
+        classes = model(torch.stack([grid_x.flatten(), grid_y.flatten()], 1)).argmax(1)
+    return figures.decision_regions(
+        axis.numpy(),
+        axis.numpy(),
+        classes.view(GRID, GRID).numpy(),
+        points.numpy(),
+        labels.numpy(),
+        dataset.class_names,
+        title=title,
+    )
+
+
+def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+    """The pairs with class names and training counts, for readers."""
+    names, counts = np.array(dataset.class_names), dataset.class_counts
+    rarer, commoner = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
+    return pd.DataFrame(
+        {
+            "rarer class": names[rarer],
+            "training images": counts[rarer],
+            "commoner class": names[commoner],
+            "training images ": counts[commoner],
+            "confusions": pairs["count"],
+            "rarer taken for commoner": pairs["rarer_as_commoner"],
+            "commoner taken for rarer": pairs["commoner_as_rarer"],
+            "minority taken for majority": (100 * pairs["minority_share"]).round().map("{:.0f} %".format),
+        }
+    )
+
+
+def facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[tuple[str, str]]:
+    """What the page says above its pictures."""
+    record = source.record()
+    counts = dataset.class_counts
+    return [
+        ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
+        ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
+        ("Checkpoint", f"{source.phase}, sha256 {source.output(artifacts.MODEL)[1][:16]}"),
+        ("Network", f"{source.recipe().model.name}, {record['num_parameters']:,} parameters"),
+        ("Test images", f"{int(matrix.sum()):,}, {minority_share(matrix, counts)}"),
+    ]
+
+
+def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
+    """How many test images are wrong, and how much of that is a rarer class taken for a commoner one."""
+    n = torch.from_numpy(counts)
+    wrong = int(matrix.sum() - matrix.diagonal().sum())
+    rarer = int(matrix[n[:, None] < n[None, :]].sum())
+    share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""
+    return f"{wrong:,} of them wrong{share}"
+
+
+def report(
+    folder: Path,
+    index: Path,
+    source: PhaseFolder,
+    matrix: torch.Tensor,
+    pairs: pd.DataFrame,
+    accuracies: list[list[str]],
+    picture: str,
+    status: str,
+) -> None:
+    """The most confused pairs, the accuracies, and where the pictures are."""
+    wrong = int(matrix.sum() - matrix.diagonal().sum())
+    top = pairs.head(NUM_SHOWN)
+    fields = {
+        "command": "confusion-report",
+        "status": status,
+        "phase": source.phase,
+        "folder": str(folder),
+        "page": str(index),
+        "picture": str(folder / picture),
+        "num_test": int(matrix.sum()),
+        "num_wrong": wrong,
+        "most_confused": [
+            {
+                "rarer": row.iloc[0],
+                "commoner": row.iloc[2],
+                "confusions": int(row.iloc[4]),
+                "rarer_as_commoner": int(row.iloc[5]),
+            }
+            for _, row in top.iterrows()
+        ],
+    }
+    if console.as_json:
+        console.result(fields)
+        return
+    header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
+    rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in top.iterrows()]
+    title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {int(matrix.sum()):,} test images wrong)"
+    console.table(header, rows, title=title)
+    console.result(
+        fields,
+        title="\naccuracy, per cent of the test split",
+        header=ACCURACY_HEADER,
+        rows=accuracies,
+        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {folder / picture}"],
+    )

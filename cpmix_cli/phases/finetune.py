@@ -1,0 +1,104 @@
+"""finetune: class-balanced training of the head on the frozen network. Paper: Sec. 5.1, B.3 (Table 6, last rows).
+
+Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the head kept,
+batch norm frozen (reference/methods_mixing.md section 3.10). Each is a recipe key.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from cpmix_cli import artifacts, runs
+from cpmix_cli.engine import Plan, TrainingState, load_state, make_optimizer
+from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.models import initialise
+from cpmix_cli.phases.train_stage1 import fresh_state
+from cpmix_cli.phases.train_stage2 import requested_recipe
+from cpmix_cli.phases.training import Options, Setting, skip, train
+from cpmix_cli.randomness import torch_generator
+from cpmix_cli.recipe import Optimizer, Schedule
+from cpmix_cli.runs import PhaseFolder
+from cpmix_cli.schedule import learning_rate
+from cpmix_cli.terms import check_recipe, compile_stage
+
+
+def run(options: Options, from_folder: Path, out: Path | None, phase: str | None) -> None:
+    """Train the head from the last training stage.
+
+    Raises:
+        InputError: that stage is not done, or was trained differently from what the recipe asks.
+        CpmixError: see phases.training.train().
+    """
+    root, named = runs.locate(from_folder)
+    phase = phase or (named if named != "finetune" else None)
+    source = runs.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
+    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune")
+    recipe = requested_recipe(options, source, dataset.record["rho"])
+    check_recipe(recipe, dataset.num_classes)
+    runs.require_same_upstream(
+        source, recipe, needed_by="finetune", origin=options.recipe or "what is asked"
+    )
+    if recipe.finetune is None:
+        skip("finetune", "the recipe has no finetune", out or root)
+        return
+    if source.phase == "stage1" and recipe.stage2 is not None and phase is None:
+        raise InputError(
+            f"{root} has a stage 2 in its recipe, but only stage 1 is done",
+            needed_by="finetune",
+            fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
+        )
+    missing = unmatched_prefixes(recipe.finetune.train, source)
+    if missing:
+        raise UsageError(f"finetune.train: no parameter starts with {', '.join(missing)}")
+    train(
+        PhaseFolder(out or root, "finetune"),
+        source,
+        recipe,
+        dataset,
+        options,
+        partial(prepare, source),
+    )
+
+
+def unmatched_prefixes(prefixes: list[str], source: PhaseFolder) -> list[str]:
+    """Prefixes that no weight of the source's network starts with."""
+    names, _ = artifacts.read_tensors(*source.output(artifacts.MODEL))
+    return [p for p in prefixes if not any(name.startswith(p) for name in names)]
+
+
+def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
+    """The source's network with all but the trained parameters frozen, and a fresh optimizer."""
+    recipe = setting.recipe
+    table = recipe.finetune
+    assert table is not None
+    path, sha = source.output(artifacts.TRAINING_STATE)
+    tensors, _ = artifacts.read_tensors(path, sha)
+    state = fresh_state(setting)
+    load_state(state, tensors, path, optimizer=False)
+    if table.head == "reinit":
+        initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
+    for name, parameter in state.model.named_parameters():
+        parameter.requires_grad = any(name.startswith(prefix) for prefix in table.train)
+    optimizer = Optimizer(
+        lr=table.lr,
+        momentum=table.momentum,
+        nesterov=table.nesterov,
+        weight_decay=table.weight_decay,
+        batch_size=table.batch_size,
+    )
+    state.optimizer = make_optimizer(state.model, optimizer)
+    schedule = Schedule(
+        epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind
+    )
+    plan = Plan(
+        phase="finetune",
+        seed=recipe.seed,
+        terms=compile_stage(table, "finetune"),
+        joint_forward=table.forward == "joint",
+        last_epoch=table.epochs,
+        batch_size=table.batch_size,
+        learning_rate=partial(learning_rate, table.lr, schedule),
+        train_mode=table.batchnorm == "shift",
+        collect_confusion=False,
+        precision=setting.precision,
+    )
+    return plan, state

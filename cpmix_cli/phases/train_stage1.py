@@ -1,0 +1,77 @@
+"""train-stage1: epochs 1 to E_cp on the natural batches, collecting confusion pairs. Paper: Algorithm 1, first part."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cpmix_cli import recipe as recipes
+from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.engine import Plan, TrainingState, make_optimizer
+from cpmix_cli.errors import UsageError
+from cpmix_cli.models import build_model
+from cpmix_cli.phases.training import Options, Setting, train
+from cpmix_cli.randomness import torch_generator
+from cpmix_cli.runs import PhaseFolder
+from cpmix_cli.schedule import learning_rate
+from cpmix_cli.terms import check_recipe, compile_stage
+
+
+def run(options: Options, out: Path) -> None:
+    """Train from fresh weights to the end of stage 1.
+
+    Raises:
+        CpmixError: see phases.training.train().
+    """
+    if options.data is None:
+        raise UsageError(
+            "--data is missing: the data set folder",
+            needed_by="train-stage1",
+            fix="cpmix build-lt SOURCE makes one",
+        )
+    dataset = open_dataset(options.data, needed_by="train-stage1")
+    recipe = recipes.load(
+        options.recipe or dataset.record["recipe"],
+        settings=options.settings,
+        epochs=options.epochs,
+        seed=options.seed,
+        rho=dataset.record["rho"],
+    )
+    check_recipe(recipe, dataset.num_classes)
+    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, prepare)
+
+
+def prepare(setting: Setting) -> tuple[Plan, TrainingState]:
+    """Fresh weights, empty confusion counts, and the stage-1 plan."""
+    state = fresh_state(setting)
+    return stage_plan(setting, "stage1"), state
+
+
+def fresh_state(setting: Setting) -> TrainingState:
+    """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
+    recipe, dataset, device = setting.recipe, setting.dataset, setting.device
+    generator = torch_generator(recipe.seed, "weights")
+    model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
+    return TrainingState(model, make_optimizer(model, recipe.optimizer), confusion.to(device), epoch=1)
+
+
+def stage_plan(setting: Setting, phase: str) -> Plan:
+    """The plan of stage 1 or 2: one schedule and one optimizer over both."""
+    recipe = setting.recipe
+    stage = recipe.stage1 if phase == "stage1" else recipe.stage2
+    assert stage is not None
+    schedule = recipe.schedule
+    return Plan(
+        phase=phase,
+        seed=recipe.seed,
+        terms=compile_stage(stage, phase),
+        joint_forward=stage.forward == "joint",
+        last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
+        batch_size=recipe.optimizer.batch_size,
+        learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),
+        confusion_start=recipe.confusion.start_epoch,
+        confusion_decay=recipe.confusion.decay,
+        precision=setting.precision,
+    )

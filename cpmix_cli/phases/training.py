@@ -1,0 +1,275 @@
+"""What the three training phases share: opening the output, resuming, running the loop, publishing.
+
+Each phase file says what is its own: the recipe it accepts, the state it starts from and the plan it runs.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpmix_cli import artifacts, console, engine, runs
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.engine import Plan, TrainingState
+from cpmix_cli.errors import InputError
+from cpmix_cli.evaluation import accuracy_on_test
+from cpmix_cli.recipe import Recipe
+from cpmix_cli.runs import PhaseFolder
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags that all training phases take."""
+
+    recipe: str | None
+    settings: list[str]
+    epochs: int | None
+    seed: int | None
+    device: str
+    data: Path | None
+    overwrite: bool
+    dry_run: bool
+    eval_every: int
+
+    @property
+    def changes_recipe(self) -> bool:
+        """A flag asks for another recipe than the checkpoint's."""
+        return bool(self.recipe or self.settings) or not (self.epochs is None and self.seed is None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a phase's prepare() builds on."""
+
+    recipe: Recipe
+    dataset: Dataset
+    device: torch.device
+    precision: str
+
+
+Prepare = Callable[[Setting], tuple[Plan, TrainingState]]
+
+
+def train(
+    folder: PhaseFolder,
+    source: PhaseFolder | None,
+    recipe: Recipe,
+    dataset: Dataset,
+    options: Options,
+    prepare: Prepare,
+) -> None:
+    """Run a training phase from where its folder stands to the end, and say what came out.
+
+    Args:
+        folder: where it writes.
+        source: the phase whose training state it starts from.
+        recipe: resolved and checked.
+        dataset: the data set.
+        options: the command's flags.
+        prepare: builds the plan and the state at the phase's beginning.
+
+    Raises:
+        EnvironmentFault: the folder belongs to another recipe, the device is not there, the disk is full.
+        InputError: an input is damaged.
+        Diverged, Interrupted: see engine.fit().
+    """
+    made_from = {
+        "recipe": recipe.tables_of(folder.phase),
+        "dataset": dataset.fingerprint,
+        "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
+    }
+    found = runs.open_output(
+        folder.path, made_from, overwrite=options.overwrite, write=not options.dry_run
+    )
+    if found == "done":
+        report(folder, recipe, "up to date")
+        return
+    device = engine.resolve_device(options.device)
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+
+    saved: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    if found == "resume":
+        tensors, saved = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
+        if saved["threads"] != threads:
+            console.warn(
+                f"begun with {saved['threads']} threads, going on with {threads}: not bit for bit"
+            )
+    if found == "resume":
+        precision = saved["precision"]
+    elif source is not None:
+        precision = source.record()["precision"]
+    else:
+        precision = engine.resolve_precision(recipe.model.precision, device)
+    plan, state = prepare(Setting(recipe, dataset, device, precision))
+    if found == "resume":
+        restore(state, tensors, saved, folder)
+        console.note(f"{folder.phase}: goes on after epoch {saved['epoch']}, step {saved['step']}")
+
+    num_train, last = int(dataset.class_counts.sum()), plan.last_epoch
+    steps = -(-num_train // plan.batch_size)
+    terms = ", ".join(term.name for term in plan.terms)
+    console.note(
+        f"{folder.phase}: {dataset.name}, {num_train:,} images, epochs {state.epoch} to {last} of "
+        f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
+        f"terms: {terms}; {device.type}, {precision}, {threads} threads"
+    )
+    if options.dry_run:
+        fields = {"command": runs.COMMANDS[folder.phase], "status": "dry run"}
+        counts = {"epochs": last - state.epoch + 1, "steps_per_epoch": steps, "num_train": num_train}
+        text = f"dry run: {folder.path} would be written; all checks passed"
+        console.result(fields | counts | {"folder": str(folder.path)}, lines=[text])
+        return
+
+    recorder = runs.Recorder(folder.path, folder.phase, made_from)
+    # Written first: it says what the folder is for, whatever happens to the run.
+    recipe_sha = artifacts.publish(folder.path / artifacts.RECIPE, recipe.to_toml().encode())
+    recorder.output(artifacts.RECIPE, recipe_sha)
+    data = training_data(dataset, recipe, device)
+    state_path = folder.path / artifacts.TRAINING_STATE
+    published = {"sha": ""}
+
+    def publish() -> None:
+        metadata = {
+            "format": artifacts.FORMAT,
+            "phase": folder.phase,
+            "made_from": made_from,
+            "precision": precision,
+            "threads": threads,
+            "epoch": state.epoch,
+            "step": state.step,
+            "columns": list(state.history[0]) if state.history else [],
+        }
+        tensors = engine.state_tensors(state)
+        published["sha"] = artifacts.publish_tensors(state_path, tensors, metadata)
+
+    test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
+    engine.fit(plan, data, state, publish=publish, test_accuracy=test, eval_every=options.eval_every)
+    if not published["sha"]:  # resumed after the last epoch: only the derived files were missing
+        publish()
+    recorder.output(artifacts.TRAINING_STATE, published["sha"])
+    publish_results(folder, plan, state, dataset, recorder)
+    seconds = sum(row["seconds"] or 0.0 for row in state.history)
+    if source is not None:
+        place = os.path.relpath(source.run.resolve(), folder.run.resolve())
+        recorder.set(source={"run": place, "phase": source.phase, "sha256": made_from["source"]})
+    recorder.set(
+        dataset=runs.dataset_entry(dataset, folder.run),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        precision=precision,
+        threads=threads,
+        num_parameters=parameters(state.model),
+        epochs=len(state.history),
+        training_seconds=round(seconds, 3),
+        gpu_hours=round(seconds / 3600, 4) if device.type == "cuda" else 0.0,
+    )
+    recorder.finish()
+    report(folder, recipe, "done")
+
+
+def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> engine.TrainingData:
+    """The training split on the device.
+
+    Raises:
+        InputError: a file is damaged, or its labels do not give the recorded class counts.
+    """
+    inputs, labels = dataset.read("train")
+    counts = torch.bincount(labels, minlength=dataset.num_classes)
+    if counts.tolist() != dataset.class_counts.tolist():
+        raise InputError(
+            f"{dataset.folder}: class_counts.parquet does not count the training labels",
+            fix="cpmix build-lt ... --overwrite",
+        )
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    batches = make_batches(inputs.to(device), recipe.data, mean, std)
+    return engine.TrainingData(batches, labels.to(device), counts.to(device))
+
+
+def restore(
+    state: TrainingState, tensors: dict[str, torch.Tensor], saved: dict[str, Any], folder: PhaseFolder
+) -> None:
+    """Bring a state to where its training_state.safetensors left it."""
+    engine.load_state(state, tensors, folder.path / artifacts.TRAINING_STATE)
+    state.epoch, state.step = saved["epoch"], saved["step"]
+    state.sums = tensors["sums"].to(state.confusion.device)
+    state.history = [
+        {k: None if v != v else v for k, v in zip(saved["columns"], row, strict=True)}
+        for row in tensors["history"].tolist()
+    ]
+
+
+def publish_results(
+    folder: PhaseFolder, plan: Plan, state: TrainingState, dataset: Dataset, recorder: runs.Recorder
+) -> None:
+    """The files derived from the final state: weights, pairs, counts, metrics."""
+    path = folder.path
+    weights = state.model.state_dict()
+    recorder.output(artifacts.MODEL, artifacts.publish_tensors(path / artifacts.MODEL, weights))
+    pairs = artifacts.publish_table(
+        path / artifacts.CONFUSION_PAIRS,
+        artifacts.CONFUSION_SCHEMA,
+        artifacts.confusion_columns(state.confusion),
+    )
+    recorder.output(artifacts.CONFUSION_PAIRS, pairs)
+    counts = artifacts.read_bytes(dataset.folder / artifacts.CLASS_COUNTS)
+    recorder.output(
+        artifacts.CLASS_COUNTS, artifacts.publish(path / artifacts.CLASS_COUNTS, counts)
+    )
+    columns = {name: [row[name] for row in state.history] for name in state.history[0]}
+    schema = artifacts.metrics_schema([term.name for term in plan.terms])
+    recorder.output(
+        artifacts.METRICS, artifacts.publish_table(path / artifacts.METRICS, schema, columns)
+    )
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, trained or not."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def skip(command: str, recipe_lacks: str, run: Path) -> None:
+    """A phase that the recipe does not have: nothing to do, exit 0, so that loops over recipes do not break."""
+    fields = {"command": command, "status": "skipped", "skipped": True, "reason": recipe_lacks}
+    console.result(fields, lines=[f"nothing to do: {recipe_lacks}"])
+    console.note(f"next: cpmix evaluate --from {run}")
+
+
+def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
+    """The phase's last epoch as a table, and the next command."""
+    record = folder.record()
+    path, sha = folder.output(artifacts.METRICS)
+    last = artifacts.read_table(path, sha=sha).iloc[-1].to_dict()
+    numbers = {k: None if v != v else v for k, v in last.items()}
+    num_pairs = len(artifacts.read_table(*_with_schema(folder)))
+    fields = {
+        "command": runs.COMMANDS[folder.phase],
+        "status": status,
+        "folder": str(folder.path),
+        "phase": folder.phase,
+        "epochs": record["epochs"],
+        "seconds": record["training_seconds"],
+        "num_confusion_pairs": num_pairs,
+        **{k: numbers[k] for k in ("loss", "train_accuracy", "num_confusions", "num_fallbacks")},
+    }
+    accuracy = numbers["train_accuracy"]
+    row = [
+        folder.phase,
+        str(record["epochs"]),
+        f"{numbers['loss']:.4f}",
+        "-" if accuracy is None else f"{100 * accuracy:.2f}",
+        f"{num_pairs:,}",
+        console.duration(record["training_seconds"]),
+    ]
+    header = ("phase", ">epochs", ">loss", ">train acc %", ">class pairs confused", ">training time")
+    console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
+    console.note(f"next: {runs.next_command(folder.run, folder.phase, recipe)}")
+
+
+def _with_schema(folder: PhaseFolder) -> tuple[Path, Any, str]:
+    path, sha = folder.output(artifacts.CONFUSION_PAIRS)
+    return path, artifacts.CONFUSION_SCHEMA, sha

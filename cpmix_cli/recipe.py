@@ -1,0 +1,422 @@
+"""The recipe: everything that changes the numbers, as a strict TOML file.
+
+Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and what
+comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place (folders, device)
+is a flag and never stands in a recipe. Imports nothing heavy; the functions that terms name are looked up in terms.py.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cpmix_cli.errors import UsageError, suggest
+
+# What each phase depends on. An output is refused to another recipe when one of its tables differs.
+TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
+PHASE_TABLES: dict[str, tuple[str, ...]] = {
+    "stage1": (*TRAINING_TABLES, "stage1"),
+    "stage2": (*TRAINING_TABLES, "stage1", "stage2"),
+    "finetune": (*TRAINING_TABLES, "stage1", "stage2", "finetune"),
+}
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys are faults, and no type is coerced but int to float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Table):
+    """How images become inputs."""
+
+    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
+    """Training augmentation: random crop from `padding` pixels of black, horizontal flip."""
+    padding: int = Field(default=4, ge=0)
+    """Black pixels on each side before the crop."""
+    normalisation: Literal["cifar10", "dataset", "none"] = "dataset"
+    """Mean and deviation a channel: CIFAR-10's published constants, the training set's own, or none (points)."""
+
+
+class Model(Table):
+    """The network."""
+
+    name: str = "resnet32"
+    """A key of models.MODELS."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Forward and backward; auto is bf16 autocast where the processor has it, resolved when stage 1 starts."""
+
+
+class ParameterGroup(Table):
+    """Parameters whose name starts with `prefix` get their own settings; the first matching group counts."""
+
+    prefix: str
+    lr_factor: float = Field(default=1.0, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+class Optimizer(Table):
+    """One optimizer for both stages."""
+
+    kind: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
+    weight_decay: float = Field(default=2e-4, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    groups: list[ParameterGroup] = []
+
+
+class Schedule(Table):
+    """One schedule over all epochs; stage 2 continues where stage 1 ends."""
+
+    epochs: int = Field(default=300, ge=1)
+    """E, both stages together."""
+    stage1_epochs: int = Field(default=200, ge=1)
+    """E_cp of Algorithm 1; equal to `epochs` in a single-stage recipe."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epoch e (from 1) runs at lr * min(1, e / warmup_epochs)."""
+    kind: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: list[float] = []
+    """Multistep: each epoch later than a milestone has one more factor `decay`; may lie beyond the end."""
+    decay: float = Field(default=0.01, gt=0, le=1)
+    rescaled_from: int = Field(default=0, ge=0)
+    """Epochs before --epochs changed them; 0 where it did not."""
+
+
+class Confusion(Table):
+    """Collecting confusion pairs."""
+
+    start_epoch: int = Field(default=1, ge=1)
+    """First epoch (from 1) whose errors count."""
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on all counts at the start of each epoch; 1 accumulates for ever, as the paper does."""
+    source: Literal["train"] = "train"
+    """Whose errors: the unmixed natural training batch of every step."""
+
+
+class Term(BaseModel):
+    """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
+
+    Keys beyond these are keyword arguments of the functions named (alpha of `beta`, t of `imbalance-aware`).
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    draw: Literal["natural", "class-uniform"] = "natural"
+    """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
+    partner: str | None = None
+    """A key of mixing.PARTNERS; none leaves the batch unmixed."""
+    ratio: str | None = None
+    mix: str | None = None
+    label: str | None = None
+    per_sample: bool = False
+    """A mixing ratio for each image and not one for the batch."""
+    loss: str = "cross-entropy"
+    """A key of losses.LOSSES."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of the term in the objective; 0 leaves the term out."""
+
+    @model_validator(mode="after")
+    def _mixed_or_not(self) -> "Term":
+        steps = {"ratio": self.ratio, "mix": self.mix, "label": self.label}
+        if self.partner is None and any(steps.values()):
+            raise ValueError(f"{', '.join(k for k, v in steps.items() if v)} need a partner")
+        if self.partner is not None and not all(steps.values()):
+            raise ValueError(f"a partner needs {', '.join(k for k, v in steps.items() if not v)}")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The keys that belong to the functions named."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Stage(Table):
+    """What a training stage minimises: the sum of its terms."""
+
+    terms: dict[str, Term]
+    forward: Literal["joint", "separate"] = "joint"
+    """All terms in one forward (batch norm sees them together), or each in its own."""
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> "Stage":
+        if not any(term.weight > 0 for term in self.terms.values()):
+            raise ValueError("needs at least one term with weight > 0")
+        return self
+
+
+class Finetune(Stage):
+    """Training of the head on a trained network."""
+
+    epochs: int = Field(default=30, ge=1)
+    lr: float = Field(default=0.5, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    kind: Literal["cosine", "constant"] = "cosine"
+    """Schedule of the rate; cosine falls to 0 over the steps."""
+    head: Literal["keep", "reinit"] = "keep"
+    """Start from the trained head, or from a fresh one (cRT)."""
+    train: list[str] = ["head"]
+    """Parameter-name prefixes that are trained."""
+    batchnorm: Literal["frozen", "shift"] = "frozen"
+    """frozen: the network is in eval mode; shift: running statistics move."""
+
+
+class Evaluation(Table):
+    """Measuring a checkpoint; always fp32."""
+
+    batch_size: int = Field(default=500, ge=1)
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    seed: int = Field(default=0, ge=0)
+    data: Data = Data()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    confusion: Confusion = Confusion()
+    stage1: Stage
+    stage2: Stage | None = None
+    finetune: Finetune | None = None
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Recipe":
+        s = self.schedule
+        if s.stage1_epochs > s.epochs:
+            raise ValueError(
+                f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}"
+            )
+        if (self.stage2 is None) != (s.stage1_epochs == s.epochs):
+            raise ValueError(
+                f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
+                f"but [stage2] is {'missing' if self.stage2 is None else 'given'}"
+            )
+        return self
+
+    def tables(self) -> dict[str, Any]:
+        """Plain nested dictionaries, as TOML and JSON hold them."""
+        return self.model_dump(exclude_none=True)
+
+    def tables_of(self, phase: str) -> dict[str, Any]:
+        """The tables that a phase's numbers depend on."""
+        tables = self.tables()
+        names = PHASE_TABLES.get(phase, ("evaluation",))
+        return {name: tables[name] for name in names if name in tables}
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text."""
+        import tomli_w
+
+        return tomli_w.dumps(self.tables())
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are found by name: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in recipe_folders()
+        for path in folder.rglob("*.toml")
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name.
+
+    Raises:
+        UsageError: neither a file nor a known name.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    for folder in recipe_folders():
+        if (found := folder / f"{name}.toml").is_file():
+            return found
+    raise UsageError(f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe")
+
+
+def load(
+    name: str,
+    *,
+    settings: Sequence[str] = (),
+    epochs: int | None = None,
+    seed: int | None = None,
+    rho: float | None = None,
+) -> Recipe:
+    """Read and resolve a recipe.
+
+    Args:
+        name: path of a TOML file, or the name of a recipe that comes with cpmix.
+        settings: "table.key=value" overrides, values as in TOML (a bare word is a string).
+        epochs: rescale every epoch count so that both stages together last this many.
+        seed: replaces the recipe's seed.
+        rho: imbalance factor of the data set; chooses the [by_rho.R] overrides.
+
+    Raises:
+        UsageError: file, syntax, keys, types, ranges or settings are wrong; all faults are listed.
+    """
+    path = find_recipe(name)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as fault:
+        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
+    return resolve(tables, origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+
+
+def resolve(
+    tables: dict[str, Any],
+    *,
+    origin: str,
+    settings: Sequence[str] = (),
+    epochs: int | None = None,
+    seed: int | None = None,
+    rho: float | None = None,
+) -> Recipe:
+    """A checked recipe from plain tables; see load()."""
+    tables = dict(tables)
+    by_rho = tables.pop("by_rho", {})
+    if rho is not None and f"{rho:g}" in by_rho:
+        tables = _merged(tables, by_rho[f"{rho:g}"])
+    for setting in settings:
+        tables = _merged(tables, _parse_setting(setting))
+    if seed is not None:
+        tables["seed"] = seed
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as fault:
+        lines = [_explain(dict(error)) for error in fault.errors()]
+        raise UsageError(
+            f"recipe {origin} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n    "
+            + "\n    ".join(lines)
+        ) from fault
+    return rescaled(recipe, epochs) if epochs is not None else recipe
+
+
+def rescaled(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with every epoch count multiplied by epochs / schedule.epochs.
+
+    Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so that two
+    milestones of a long schedule do not fall together in a short one.
+
+    Raises:
+        UsageError: too few epochs for the recipe's stages.
+    """
+    s = recipe.schedule
+    if epochs == s.epochs:
+        return recipe
+    stages = 1 if recipe.stage2 is None else 2
+    if epochs < stages:
+        raise UsageError(f"--epochs {epochs}: this recipe has {stages} stages, one epoch each at least")
+    scale = epochs / s.epochs
+
+    def whole(count: int) -> int:
+        return max(1, int(count * scale + 0.5))
+
+    stage1 = epochs if recipe.stage2 is None else min(whole(s.stage1_epochs), epochs - 1)
+    schedule = s.model_copy(
+        update={
+            "epochs": epochs,
+            "stage1_epochs": stage1,
+            "warmup_epochs": round(s.warmup_epochs * scale, 4),
+            "milestones": [round(m * scale, 4) for m in s.milestones],
+            "rescaled_from": s.rescaled_from or s.epochs,
+        }
+    )
+    start = recipe.confusion.start_epoch
+    confusion = recipe.confusion.model_copy(
+        update={"start_epoch": 1 if start == 1 else whole(start)}
+    )
+    finetune = recipe.finetune and recipe.finetune.model_copy(
+        update={"epochs": whole(recipe.finetune.epochs)}
+    )
+    return recipe.model_copy(
+        update={"schedule": schedule, "confusion": confusion, "finetune": finetune}
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """'table.key: old -> new' for each key in which two nested dictionaries differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {_shown(a)} -> {_shown(b)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "(none)"
+    return "(table)" if isinstance(value, dict) else repr(value)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `over` in it."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(
+            f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05"
+        )
+    value: Any
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic fault as 'table.key: what is wrong'."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{name}: missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not location or isinstance(error["input"], dict):
+        return f"{name}: {message}" if name else message
+    return f"{name} = {error['input']!r}: {message}"
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    """Field names of the table at `location`."""
+    model: Any = Recipe
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Table)), None)
+    return list(model.model_fields) if model is not None else []

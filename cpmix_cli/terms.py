@@ -1,0 +1,273 @@
+"""Terms: from the recipe's words to what a training step computes.
+
+A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (recipe.Term). Here the
+names are looked up in losses.py and mixing.py, their keyword arguments are bound and checked, and each term's draws of an
+epoch are made ahead. Shapes: S steps an epoch, B batch, C classes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from cpmix_cli.data.batches import NUM_UNIFORMS, Batches, ClassPool
+from cpmix_cli.errors import UsageError, suggest
+from cpmix_cli.losses import LOSSES
+from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS, LABELS, MIXES, RATIOS, MixingState
+from cpmix_cli.randomness import stream
+from cpmix_cli.recipe import Recipe, Stage
+from cpmix_cli.recipe import Term as TermRecipe
+
+
+@dataclass
+class TermBatch:
+    """The images of one term in one step."""
+
+    x: Tensor
+    """Inputs [B, ...]."""
+    y1: Tensor
+    """Labels [B] int64."""
+    y2: Tensor | None = None
+    """Labels of the partners [B]; None where the batch is unmixed."""
+    lam: Tensor | None = None
+    """lambda_y [B], the weight of y1."""
+
+
+@dataclass(frozen=True)
+class EpochDraws:
+    """Everything random of an epoch, on the device, by purpose; the first axis is the step."""
+
+    order: Tensor
+    """The natural order: a permutation of all images [N]."""
+    by_purpose: Mapping[str, Tensor]
+
+    def __getitem__(self, purpose: str) -> Tensor:
+        return self.by_purpose[purpose]
+
+
+class Term:
+    """One compiled term.
+
+    Args:
+        name: its key in [stageN.terms].
+        recipe: its table.
+
+    Raises:
+        ValueError: with all faults of the table, one a line.
+    """
+
+    def __init__(self, name: str, recipe: TermRecipe) -> None:
+        self.name = name
+        self.weight = recipe.weight
+        self.natural = recipe.draw == "natural"
+        self.mixed = recipe.partner is not None
+        self.in_batch = recipe.partner in BATCH_PARTNERS
+        self._per_sample = recipe.per_sample
+        used: set[str] = set()
+        faults: list[str] = []
+
+        def find(kind: str, chosen: str | None, table: Mapping[str, Any]) -> Callable[..., Any]:
+            if chosen is None:
+                return lambda *args: None
+            if chosen not in table:
+                faults.append(f'{kind} = "{chosen}": unknown.{suggest(chosen, table)}')
+                return lambda *args: None
+            return _bind(table[chosen], recipe.parameters, used, faults)
+
+        self._partner = find("partner", recipe.partner, {**BATCH_PARTNERS, **CLASS_PARTNERS})
+        self._ratio = find("ratio", recipe.ratio, RATIOS)
+        self._mix = find("mix", recipe.mix, MIXES)
+        self._label = find("label", recipe.label, LABELS)
+        self._loss = find("loss", recipe.loss, LOSSES)
+        for key in sorted(recipe.parameters.keys() - used):
+            faults.append(f"{key}: unknown key.{suggest(key, {*TermRecipe.model_fields, *used})}")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+    def draws(self, steps: int, batch_size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Purpose -> (shape of uniforms, or of ratios where a function draws them, that function or None)."""
+        size = (steps, batch_size)
+        wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if self.natural:
+            wanted["augment"] = ((*size, NUM_UNIFORMS), None)  # shared by all natural terms
+        else:
+            wanted[f"{self.name}/class"] = (size, None)
+            wanted[f"{self.name}/image"] = (size, None)
+            wanted[f"{self.name}/augment"] = ((*size, NUM_UNIFORMS), None)
+        if self.mixed:
+            wanted[f"{self.name}/partner"] = (size, None)
+            wanted[f"{self.name}/ratio"] = (size if self._per_sample else (steps, 1), self._ratio)
+            if not self.in_batch:
+                wanted[f"{self.name}/partner-image"] = (size, None)
+                wanted[f"{self.name}/partner-augment"] = ((*size, NUM_UNIFORMS), None)
+        return wanted
+
+    def batch(
+        self,
+        step: int,
+        draws: EpochDraws,
+        natural: tuple[Tensor, Tensor],
+        batches: Batches,
+        labels: Tensor,
+        pool: ClassPool,
+        state: MixingState,
+    ) -> TermBatch:
+        """This term's images of one step.
+
+        Args:
+            step: 0-based, in the epoch.
+            draws: the epoch's random numbers.
+            natural: inputs and labels of the step's natural batch, already augmented.
+            batches: the training images.
+            labels: their classes [N] int64.
+            pool: the same by class.
+            state: what partners look at.
+        """
+        size = len(natural[1])
+
+        def drawn(purpose: str) -> Tensor:
+            values = draws[f"{self.name}/{purpose}"][step]
+            return values if purpose == "ratio" and not self._per_sample else values[:size]
+
+        if self.natural:
+            x1, y1 = natural
+        else:
+            y1 = (drawn("class") * len(state.class_counts)).long()
+            x1 = batches.batch(pool.draw(y1, drawn("image")), drawn("augment"))
+        if not self.mixed:
+            return TermBatch(x1, y1)
+        chosen = self._partner(drawn("partner"), y1, state)
+        if self.in_batch:
+            x2, y2 = x1[chosen], y1[chosen]
+        else:
+            y2 = chosen
+            x2 = batches.batch(pool.draw(y2, drawn("partner-image")), drawn("partner-augment"))
+        x, lam = self._mix(x1, x2, drawn("ratio"))
+        return TermBatch(x, y1, y2, self._label(lam, state.class_counts[y1], state.class_counts[y2]))
+
+    def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
+        """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch; unweighted scalar.
+
+        Args:
+            logits: [B, C] float32.
+            batch: what they were computed on.
+            class_counts: [C].
+        """
+        if batch.y2 is None or batch.lam is None:
+            ones = torch.ones_like(batch.y1, dtype=logits.dtype)
+            return self._loss(logits, batch.y1, ones, class_counts)  # type: ignore[no-any-return]
+        lam = batch.lam.to(logits.dtype)
+        first = self._loss(logits, batch.y1, lam, class_counts)
+        return first + self._loss(logits, batch.y2, 1 - lam, class_counts)  # type: ignore[no-any-return]
+
+
+def draw_epoch(
+    terms: list[Term],
+    num_samples: int,
+    batch_size: int,
+    key: tuple[int | str, ...],
+    device: torch.device,
+) -> EpochDraws:
+    """All random numbers of an epoch.
+
+    Each purpose has its own stream, so two recipes that share a term share its draws.
+
+    Args:
+        terms: the phase's terms.
+        num_samples: N.
+        batch_size: B; the last batch of an epoch uses the first part of its draws.
+        key: (seed, phase, epoch).
+        device: where the numbers are sent, once.
+    """
+    steps = -(-num_samples // batch_size)
+    order = torch.from_numpy(stream(*key, "order").permutation(num_samples)).to(device)
+    wanted = {purpose: how for term in terms for purpose, how in term.draws(steps, batch_size).items()}
+    drawn = {}
+    for purpose, (shape, function) in wanted.items():
+        generator = stream(*key, purpose)
+        values = generator.random(shape) if function is None else function(generator, shape)
+        drawn[purpose] = torch.from_numpy(values).to(device)
+    return EpochDraws(order, drawn)
+
+
+def compile_stage(stage: Stage, table: str) -> list[Term]:
+    """The terms of a stage whose weight is not zero, in the recipe's order.
+
+    Raises:
+        UsageError: unknown functions or parameters, all listed with the table they stand in.
+    """
+    terms, faults = _compile(stage, table)
+    if faults:
+        raise _faults_error(faults)
+    return terms
+
+
+def check_recipe(recipe: Recipe, num_classes: int) -> None:
+    """Compile every stage, so that a fault in a later phase shows before the first one has trained for hours.
+
+    Raises:
+        UsageError: all faults of all stages.
+    """
+    from cpmix_cli.models import MODELS
+
+    faults = []
+    if recipe.model.name not in MODELS:
+        faults.append(f'model.name = "{recipe.model.name}": unknown.{suggest(recipe.model.name, MODELS)}')
+    for table in ("stage1", "stage2", "finetune"):
+        stage = getattr(recipe, table)
+        if stage is not None:
+            faults += _compile(stage, table)[1]
+            faults += _pair_faults(stage, table, num_classes)
+    if faults:
+        raise _faults_error(faults)
+
+
+def _compile(stage: Stage, table: str) -> tuple[list[Term], list[str]]:
+    terms, faults = [], []
+    for name, recipe in stage.terms.items():
+        try:
+            terms.append(Term(name, recipe))
+        except ValueError as fault:
+            faults += [f"{table}.terms.{name}.{line}" for line in str(fault).splitlines()]
+    return [term for term in terms if term.weight > 0], faults
+
+
+def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:
+    """Faults of `fixed` pairs, the one parameter whose range is the data set's."""
+    return [
+        f"{table}.terms.{name}.pairs: {pair} is not two of the {num_classes} class ids"
+        for name, term in stage.terms.items()
+        if term.partner == "fixed"
+        for pair in term.parameters.get("pairs", [])
+        if len(pair) != 2 or not all(0 <= c < num_classes for c in pair)
+    ]
+
+
+def _faults_error(faults: list[str]) -> UsageError:
+    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    return UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
+
+
+def _bind(
+    function: Callable[..., Any], given: Mapping[str, Any], used: set[str], faults: list[str]
+) -> Callable[..., Any]:
+    """`function` with its keyword-only parameters taken from `given`, each checked against its annotation."""
+    bound = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        used.add(name)
+        if name in given:
+            try:
+                checker: TypeAdapter[Any] = TypeAdapter(parameter.annotation)
+                bound[name] = checker.validate_python(given[name], strict=True)
+            except ValidationError as fault:
+                faults.append(f"{name} = {given[name]!r}: {fault.errors()[0]['msg']}")
+        elif parameter.default is inspect.Parameter.empty:
+            faults.append(f"{name}: missing (a parameter of {function.__name__})")
+    return partial(function, **bound)
