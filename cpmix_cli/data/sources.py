@@ -4,6 +4,7 @@ A source is a function of a folder that returns a Source; its name in SOURCES is
 network.
 """
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,16 +172,14 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
 
 def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
     """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, H, W, 3]."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
+    from PIL import Image
 
     images = []
     for position in positions:
-        data = encoded[int(position)].as_py()
         try:
-            tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            images.append(decode_image(tensor, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy())
-        except (RuntimeError, TypeError, ValueError) as fault:
+            with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, TypeError, ValueError) as fault:
             raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
     shapes = {image.shape for image in images}
     if len(shapes) != 1:

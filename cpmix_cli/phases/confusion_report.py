@@ -208,7 +208,7 @@ def facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[t
 
 def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
     """How many test images are wrong, and how much of that is a rarer class taken for a commoner one."""
-    n = torch.from_numpy(counts)
+    n = torch.tensor(counts)
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     rarer = int(matrix[n[:, None] < n[None, :]].sum())
     share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""

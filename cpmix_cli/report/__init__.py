@@ -1,0 +1,1 @@
+"""Pictures, tables and the page of confusion-report; pure functions of arrays."""

@@ -1,0 +1,193 @@
+"""build-lt for real: exact files, contents, output and refusals."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import cpmix, files, must
+from PIL import Image
+
+from cpmix_cli import artifacts
+from cpmix_cli.data.dataset import open_dataset
+
+FILES = [
+    "class_counts.parquet",
+    "dataset.json",
+    "test.parquet",
+    "test.safetensors",
+    "train.parquet",
+    "train.safetensors",
+]
+REAL = Path(
+    os.environ.get("CPMIX_CIFAR100", Path(__file__).parents[2] / "shared" / "data" / "cifar100")
+)
+
+
+def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = must("build-lt", "digits")
+    folder = tmp_path / "data" / "digits-lt-rho20"
+    assert files(folder) == FILES
+    assert "0     124 ########################################\n" in result.stdout
+    assert "9       6 ##\n" in result.stdout
+    assert "417 training and 500 test images, 10 classes, largest 124, smallest 6" in result.stdout
+    assert "many (>100) 1, medium (20..100) 5, few (<20) 4 classes" in result.stdout
+    assert result.stderr == (
+        "next: cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits-lt-rho20\n"
+    )
+    dataset = open_dataset(folder, needed_by="test")
+    images, labels = dataset.read("train")
+    assert images.shape == (417, 8, 8, 1)
+    assert images.max() == 255
+    assert torch.bincount(labels).tolist() == dataset.class_counts.tolist()
+    assert torch.bincount(dataset.read("test")[1]).tolist() == [50] * 10
+    counts = pd.read_parquet(folder / "class_counts.parquet")
+    assert list(counts.columns) == ["class_id", "class_name", "num_train", "num_test", "group"]
+    assert counts["num_train"].tolist() == [int(124 * 20 ** (-i / 9)) for i in range(10)]
+
+
+def test_json_and_up_to_date(tmp_path: Path) -> None:
+    first = must("build-lt", "toy", "--rho", 50, "--out", tmp_path / "toy", "--json")
+    before = {name: (tmp_path / "toy" / name).read_bytes() for name in files(tmp_path / "toy")}
+    second = must("build-lt", "toy", "--rho", 50, "--out", tmp_path / "toy", "--json")
+    assert (first.json["status"], second.json["status"]) == ("built", "up to date")
+    assert {**first.json, "status": ""} == {**second.json, "status": ""}
+    assert first.json["num_train"] == 2 * 1000 + 2 * 20
+    assert {name: (tmp_path / "toy" / name).read_bytes() for name in before} == before
+
+
+def test_building_again_gives_the_same_bytes(toy: Path, tmp_path: Path) -> None:
+    must("build-lt", "toy", "--out", tmp_path / "again")
+    for name in FILES:
+        assert (toy / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_another_data_set_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    must("build-lt", "toy", "--out", tmp_path)
+    before = (tmp_path / "dataset.json").read_bytes()
+    result = cpmix("build-lt", "toy", "--rho", 100, "--out", tmp_path)
+    assert result.code == 4
+    assert "rho: 20 -> 100.0" in result.stderr
+    assert (tmp_path / "dataset.json").read_bytes() == before
+    must("build-lt", "toy", "--rho", 100, "--out", tmp_path, "--overwrite")
+    assert json.loads((tmp_path / "dataset.json").read_text())["rho"] == 100
+
+
+def test_toy_is_the_paper_s(toy: Path) -> None:
+    dataset = open_dataset(toy, needed_by="test")
+    assert dataset.class_counts.tolist() == [1000, 1000, 50, 50]
+    points, labels = dataset.read("test")
+    assert torch.bincount(labels).tolist() == [1000] * 4
+    means = torch.stack([points[labels == c].mean(0) for c in range(4)])
+    centres = torch.tensor([[0, 1], [1, 0], [-1, 0], [0, -1]], dtype=torch.float32)
+    torch.testing.assert_close(means, centres, atol=0.05, rtol=0)
+    deviation = torch.cat([points[labels == c] - means[c] for c in range(4)]).std(0)
+    torch.testing.assert_close(deviation, torch.full((2,), 0.4), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["digit"], 2, 'Did you mean "digits"?'),
+        (["digits", "--rho", "0.5"], 2, "the imbalance factor is 1 or more"),
+        (["digits", "--rho", "1000"], 3, "leaves no image in 3 classes"),
+        (["digits", "--test-per-class", "174"], 3, 'class "8" has 174 images'),
+        (["toy", "--test-per-class", "5"], 2, "toy has its own test split"),
+        (["cifar100"], 3, "--data-root FOLDER"),
+        (["cifar100", "--data-root", "."], 3, "no train-*.parquet"),
+    ],
+)
+def test_refusals(
+    flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    result = cpmix("build-lt", *flags)
+    assert result.code == code
+    assert message in result.stderr
+    assert files(tmp_path) == []
+
+
+def png(image: torch.Tensor) -> bytes:
+    """[H, W, 3] uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_cifar(folder: Path, num_train: int = 12, classes: int = 3) -> None:
+    """A small data set in the Hugging Face layout: PNG bytes, fine_label."""
+    generator = torch.Generator().manual_seed(1)
+    for split, size in (("train", num_train * classes), ("test", 2 * classes)):
+        images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        encoded = [{"bytes": png(i), "path": None} for i in images]
+        labels = [i % classes for i in range(size)]
+        table = pa.table({"img": encoded, "fine_label": labels})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_hugging_face_layout(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    result = must("build-lt", "cifar100", "--rho", 4, "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert "12 " in result.stdout
+    dataset = open_dataset(tmp_path / "o", needed_by="test")
+    assert dataset.class_counts.tolist() == [12, 6, 3]
+    chosen = pd.read_parquet(tmp_path / "o" / "train.parquet")
+    table = pq.read_table(tmp_path / "train-00000-of-00001.parquet").to_pydict()
+    images, _ = dataset.read("train")
+    for image, position, label in zip(images, chosen["source_index"], chosen["label"], strict=True):
+        assert table["fine_label"][position] == label
+        expected = table["img"][position]["bytes"]
+        assert png(image) == expected
+
+
+def test_a_test_image_in_the_training_set_is_warned_of(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    train = pq.read_table(tmp_path / "train-00000-of-00001.parquet")
+    pq.write_table(train.slice(0, 3), tmp_path / "test-00000-of-00001.parquet")
+    result = must("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert "warning: 3 of 3 test images are identical to a training image" in result.stderr
+
+
+def test_damaged_sources(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert result.code == 3
+    assert f"{path} is not a readable Parquet file" in result.stderr
+    bad = pa.table({"img": [{"bytes": b"GIF", "path": None}] * 3, "fine_label": [0, 1, 2]})
+    pq.write_table(bad, path)
+    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert result.code == 3
+    assert f"image 0 of {path} cannot be decoded" in result.stderr
+    pq.write_table(bad.rename_columns(["image", "label"]), path)
+    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert result.code == 3
+    assert "expected img and fine_label" in result.stderr
+    assert not (tmp_path / "o" / "dataset.json").exists()
+
+
+@pytest.mark.cifar
+@pytest.mark.skipif(not REAL.is_dir(), reason="no CIFAR-100 parquet files at hand")
+def test_real_cifar100_lt(tmp_path: Path) -> None:
+    result = must("build-lt", "cifar100", "--rho", 200, "--data-root", REAL, "--out", tmp_path, "--json")
+    numbers = result.json
+    assert (numbers["num_train"], numbers["num_test"]) == (9502, 10000)
+    assert (numbers["largest"], numbers["smallest"]) == (500, 2)
+    assert numbers["groups"] == {"many": 30, "medium": 31, "few": 39}
+    record = artifacts.read_record(tmp_path / "dataset.json")
+    assert record["classes"][:3] == ["apple", "aquarium_fish", "baby"]
+    chosen = pd.read_parquet(tmp_path / "train.parquet")
+    source = pq.read_table(next(REAL.glob("train-*.parquet")), columns=["fine_label"])
+    labels = source["fine_label"].to_numpy()
+    apples = np.flatnonzero(labels == 0)
+    assert chosen["source_index"][:6].tolist() == apples[[90, 254, 283, 445, 461, 15]].tolist()

@@ -1,0 +1,351 @@
+"""The training loop: one step of each stage against a plain loop over samples, and what a phase may and may not change."""
+
+import copy
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpmix_cli import engine, signals
+from cpmix_cli.confusion import draw_confused
+from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
+from cpmix_cli.engine import Plan, TrainingData, TrainingState, fit, make_optimizer
+from cpmix_cli.errors import Diverged, Interrupted
+from cpmix_cli.models import Classifier, build_model
+from cpmix_cli.recipe import Data, Optimizer, ParameterGroup, Stage
+from cpmix_cli.terms import Term, compile_stage, draw_epoch
+
+LR, MOMENTUM, DECAY = 0.1, 0.9, 2e-4
+CPU = torch.device("cpu")
+COUNTS = [14, 6, 3, 1]
+IMAGES = torch.randint(
+    0, 256, (24, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(7)
+)
+LABELS = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
+
+ERM = {"draw": "natural", "loss": "balanced-softmax"}
+MIXED = {
+    "ratio": "beta",
+    "alpha": 1.5,
+    "mix": "linear",
+    "label": "imbalance-aware",
+    "t": 0.5,
+    "loss": "cross-entropy",
+    "weight": 2.5,
+}
+CP = {"draw": "class-uniform", "partner": "confusion", **MIXED}
+MIX = {"draw": "natural", "partner": "permutation", **MIXED}
+
+
+def terms_of(**tables: dict[str, object]) -> list[Term]:
+    return compile_stage(Stage.model_validate({"terms": tables}), "stage2")
+
+
+def data() -> TrainingData:
+    recipe = Data(augment="crop", padding=1, normalisation="none")
+    batches = ImageBatches(IMAGES, recipe, [0.5], [0.25])
+    return TrainingData(batches, LABELS, torch.tensor(COUNTS))
+
+
+def fresh(epoch: int = 1) -> TrainingState:
+    model = build_model("resnet8", 4, (8, 8, 1), torch.Generator().manual_seed(0))
+    recipe = Optimizer(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, batch_size=64)
+    confusion = torch.zeros(4, 4, dtype=torch.float64)
+    return TrainingState(model, make_optimizer(model, recipe), confusion, epoch=epoch)
+
+
+def plan_of(terms: list[Term], epochs: int, *, batch: int = 64, joint: bool = True) -> Plan:
+    return Plan("stage2", 11, terms, joint, epochs, batch, lambda *_: LR)
+
+
+def never() -> None:
+    """A publish that writes nowhere: these tests look at the state itself."""
+
+
+def crop(image: Tensor, uniforms: list[float]) -> Tensor:
+    """One augmented image [1, 8, 8], pixel by pixel: black border of 1, crop, normalise."""
+    row, column = int(uniforms[0] * 3), int(uniforms[1] * 3)
+    out = torch.zeros(1, 8, 8)
+    for i in range(8):
+        for j in range(8):
+            y, x = i + row - 1, j + column - 1
+            value = float(image[y, x, 0]) if 0 <= y < 8 and 0 <= x < 8 else 0.0
+            out[0, i, j] = (value / 255 - 0.5) / 0.25
+    return out
+
+
+def one_hot_loss(logits: Tensor, target: list[float], shift: list[float]) -> Tensor:
+    """- sum_c q_c log softmax(z + shift)_c of one sample, term by term."""
+    z = logits + torch.tensor(shift)
+    log_sum = torch.log(sum(torch.exp(z[c]) for c in range(len(target))))  # type: ignore[arg-type]
+    return sum((-q * (z[c] - log_sum) for c, q in enumerate(target)), torch.zeros(()))
+
+
+def check_against_loop(
+    state: TrainingState, terms: list[Term], loop: Callable[[Classifier], Tensor]
+) -> TrainingState:
+    """Run one step by fit() and one by hand (momentum from the state, if any); compare weights and loss."""
+    by_hand = copy.deepcopy(state)
+    fit(plan_of(terms, state.epoch), data(), state, publish=never)
+
+    model = by_hand.model.train()
+    loss = loop(model)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
+        buffer = by_hand.optimizer.state.get(p, {}).get("momentum_buffer")
+        step = g + DECAY * p.detach()
+        velocity = step if buffer is None else MOMENTUM * buffer + step
+        expected = p.detach() - LR * velocity
+        found = state.model.get_parameter(name).detach()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert state.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    return state
+
+
+def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
+    terms = terms_of(erm=ERM)
+    draws = draw_epoch(terms, 24, 64, (11, "stage2", 1), CPU)
+    prior = [float(torch.tensor(n).log()) for n in COUNTS]
+
+    def loop(model: Classifier) -> Tensor:
+        order = draws.order.tolist()
+        x = torch.stack([crop(IMAGES[i], draws["augment"][0, b].tolist()) for b, i in enumerate(order)])
+        logits = model(x)
+        losses = []
+        for b, i in enumerate(order):
+            target = [float(c == LABELS[i]) for c in range(4)]
+            losses.append(one_hot_loss(logits[b], target, prior))
+        return torch.stack(losses).sum() / len(losses)
+
+    check_against_loop(fresh(), terms, loop)
+
+
+def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
+    """Equation (13) on the same draws: three batches in one forward, Eq. (9) labels, stage 1's momentum carried on."""
+    state = fresh()
+    fit(plan_of(terms_of(erm=ERM), 2), data(), state, publish=never)
+    state.confusion[3, 0] += 4.0
+    before = state.confusion.clone()
+    state.epoch, state.step = 3, 0
+    terms = terms_of(erm=ERM, cp=CP, mix=MIX)
+    draws = draw_epoch(terms, 24, 64, (11, "stage2", 3), CPU)
+    prior = [float(torch.tensor(n).log()) for n in COUNTS]
+    by_class = [torch.nonzero(LABELS == c).flatten().tolist() for c in range(4)]
+
+    def eq9(lam: float, a: int, b: int) -> list[float]:
+        lam_y = 0.5 * lam + 0.5 * COUNTS[b] / (COUNTS[a] + COUNTS[b])
+        target = [0.0] * 4
+        target[a] += lam_y
+        target[b] += 1 - lam_y
+        return target
+
+    def loop(model: Classifier) -> Tensor:
+        order = draws.order.tolist()
+        natural = [crop(IMAGES[i], draws["augment"][0, b].tolist()) for b, i in enumerate(order)]
+        labels = [int(LABELS[i]) for i in order]
+        targets = [[float(c == y) for c in range(4)] for y in labels]
+
+        lam = float(draws["cp/ratio"][0, 0])
+        paired = []
+        for b in range(24):
+            c_t = int(float(draws["cp/class"][0, b]) * 4)
+            uniform = draws["cp/partner"][0, b : b + 1]
+            c_m = int(draw_confused(before, torch.tensor([c_t]), uniform)[0])
+            pictures = []
+            for c, image, augment in (
+                (c_t, "cp/image", "cp/augment"),
+                (c_m, "cp/partner-image", "cp/partner-augment"),
+            ):
+                i = by_class[c][int(float(draws[image][0, b]) * COUNTS[c])]
+                pictures.append(crop(IMAGES[i], draws[augment][0, b].tolist()))
+            paired.append(lam * pictures[0] + (1 - lam) * pictures[1])
+            targets.append(eq9(lam, c_t, c_m))
+
+        lam = float(draws["mix/ratio"][0, 0])
+        partner = sorted(range(24), key=lambda b: float(draws["mix/partner"][0, b]))
+        mixed = [lam * natural[b] + (1 - lam) * natural[partner[b]] for b in range(24)]
+        targets += [eq9(lam, labels[b], labels[partner[b]]) for b in range(24)]
+
+        logits = model(torch.stack(natural + paired + mixed))
+        shifts = [prior] * 24 + [[0.0] * 4] * 48
+        losses = [
+            one_hot_loss(z, q, s) for z, q, s in zip(logits, targets, shifts, strict=True)
+        ]
+        erm, cp, mix = (torch.stack(losses[24 * i : 24 * i + 24]).sum() / 24 for i in range(3))
+        return erm + 2.5 * cp + 2.5 * mix
+
+    check_against_loop(state, terms, loop)
+
+
+def test_confusions_are_the_errors_of_the_epoch() -> None:
+    state = fresh()
+    # One step an epoch: its predictions are those of the network as it stood, in train mode, on the augmented batch.
+    before = copy.deepcopy(state.model).train()
+    terms = terms_of(erm=ERM, cp=CP)
+    fit(plan_of(terms, 1), data(), state, publish=never)
+    draws = draw_epoch(terms, 24, 64, (11, "stage2", 1), CPU)
+    separate = fresh()
+    fit(plan_of(terms, 1, joint=False), data(), separate, publish=never)
+    predictions = before(data().batches.batch(draws.order, draws["augment"][0, :24])).argmax(1)
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for y, p in zip(LABELS[draws.order].tolist(), predictions.tolist(), strict=True):
+        expected[y, p] += y != p
+    assert separate.confusion.equal(expected)
+    assert expected.sum() > 0
+
+
+def test_confusions_add_up_over_epochs_and_partial_batches() -> None:
+    state = fresh()
+    fit(plan_of(terms_of(erm=ERM, cp=CP), 4, batch=7), data(), state, publish=never)
+    assert sum(row["num_confusions"] or 0 for row in state.history) == state.confusion.sum()
+    assert state.confusion.diagonal().sum() == 0
+    for row in state.history:
+        assert row["num_confusions"] == round(24 * (1 - (row["train_accuracy"] or 0)))
+
+
+def test_confusion_start_and_decay() -> None:
+    late, decayed = fresh(), fresh()
+    plan = plan_of(terms_of(erm=ERM), 3, batch=7)
+    fit(Plan(**{**vars(plan), "confusion_start": 3}), data(), late, publish=never)
+    assert [row["num_confusions"] for row in late.history[:2]] == [0, 0]
+    assert late.confusion.sum() == late.history[2]["num_confusions"]
+    fit(Plan(**{**vars(plan), "confusion_decay": 0.5}), data(), decayed, publish=never)
+    a, b, c = (row["num_confusions"] for row in decayed.history)
+    assert a and b is not None and c is not None
+    assert decayed.confusion.sum() == a / 4 + b / 2 + c
+
+
+def test_separate_forwards_give_each_term_its_own_batch_statistics() -> None:
+    terms = terms_of(erm=ERM, cp=CP)
+    states = [fresh(), fresh()]
+    for state, joint in zip(states, (True, False), strict=True):
+        fit(plan_of(terms, 1, joint=joint), data(), state, publish=never)
+    assert states[0].model.bn1.num_batches_tracked == 1
+    assert states[1].model.bn1.num_batches_tracked == 2
+    assert states[0].history[0]["loss"] != states[1].history[0]["loss"]
+
+
+def test_a_term_of_weight_0_is_left_out() -> None:
+    with_zero, without = fresh(), fresh()
+    fit(plan_of(terms_of(erm=ERM, cp={**CP, "weight": 0.0}), 2), data(), with_zero, publish=never)
+    fit(plan_of(terms_of(erm=ERM), 2), data(), without, publish=never)
+    assert with_zero.history[-1].keys() == without.history[-1].keys()
+    for name, tensor in without.model.state_dict().items():
+        assert tensor.equal(with_zero.model.state_dict()[name])
+
+
+def test_t_1_and_equal_counts_make_the_mix_term_plain_mixup() -> None:
+    """L(y1, lambda) + L(y2, 1 - lambda) with the labels of vanilla mixup, on the same draws."""
+    vanilla = {k: v for k, v in MIX.items() if k != "t"} | {"label": "lambda"}
+    states = [fresh(), fresh()]
+    for state, table in zip(states, ({**MIX, "t": 1.0}, vanilla), strict=True):
+        fit(plan_of(terms_of(mix=table), 2), data(), state, publish=never)
+    assert states[0].history[-1]["loss"] == states[1].history[-1]["loss"]
+    assert states[0].history[-1]["num_confusions"] is None
+    assert states[0].history[-1]["train_accuracy"] is None
+
+
+def test_stopping_at_any_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by a real signal, saved as tensors and loaded into a fresh state, a run goes on bit for bit."""
+    terms = terms_of(erm=ERM, cp=CP, mix=MIX)
+    plan = plan_of(terms, 2, batch=10)  # 3 steps an epoch
+    whole = fresh()
+    fit(plan, data(), whole, publish=never)
+    previous = signal.signal(signal.SIGTERM, signals._handle)
+    for stop_at in range(6):
+        first = fresh()
+        saved: dict[str, Tensor] = {}
+
+        def rate(epoch: int, step: int, steps: int, at: int = stop_at) -> float:
+            if (epoch - 1) * steps + step == at:
+                signal.raise_signal(signal.SIGTERM)
+            return LR
+
+        def save(state: TrainingState = first, into: dict[str, Tensor] = saved) -> None:
+            into.clear()
+            into.update({n: t.clone() for n, t in engine.state_tensors(state).items()})
+
+        monkeypatch.setattr(signals, "_pending", None)
+        with pytest.raises(Interrupted, match="SIGTERM") as caught:
+            fit(Plan(**{**vars(plan), "learning_rate": rate}), data(), first, publish=save)
+        assert caught.value.exit_code == 75
+        assert (first.epoch, first.step) == (stop_at // 3 + 1, stop_at % 3 + 1)
+        monkeypatch.setattr(signals, "_pending", None)
+
+        second = fresh()
+        engine.load_state(second, saved, Path("memory"))
+        second.epoch, second.step = first.epoch, first.step
+        second.sums, second.history = saved["sums"], list(first.history)
+        fit(plan, data(), second, publish=never)
+        for name, tensor in engine.state_tensors(whole).items():
+            if name not in ("sums", "history"):  # they hold the clock
+                assert tensor.equal(engine.state_tensors(second)[name]), (stop_at, name)
+        assert [without_clock(r) for r in second.history] == [without_clock(r) for r in whole.history]
+    signal.signal(signal.SIGTERM, previous)
+
+
+def without_clock(row: dict[str, float | None]) -> dict[str, float | None]:
+    return {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
+    points = PointBatches(torch.tensor([[1.0, 0.0], [float("inf"), 0.0]]))
+    broken = TrainingData(points, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    model = build_model("one-hidden-layer", 2, (2,), torch.Generator().manual_seed(0))
+    optimizer = make_optimizer(model, Optimizer())
+    state = TrainingState(model, optimizer, torch.zeros(2, 2, dtype=torch.float64), epoch=1)
+    published = []
+    with pytest.raises(Diverged, match=r"step 1 of epoch 1, learning rate 0\.1") as caught:
+        fit(plan_of(terms_of(erm=ERM), 3), broken, state, publish=lambda: published.append(1))
+    assert caught.value.exit_code == 5
+    assert not published
+
+
+def test_optimizer_groups_match_prefixes() -> None:
+    model = build_model("one-hidden-layer", 2, (2,), torch.Generator().manual_seed(0))
+    groups = [ParameterGroup(prefix="head.", lr_factor=10.0, weight_decay=0.0)]
+    optimizer = make_optimizer(model, Optimizer(weight_decay=0.5, groups=groups))
+    found = {(g["lr_factor"], g["weight_decay"]): len(g["params"]) for g in optimizer.param_groups}
+    assert found == {(1.0, 0.5): 2, (10.0, 0.0): 2}
+
+
+def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
+    terms = terms_of(erm=ERM, cp=CP)
+    first = draw_epoch(terms, 24, 8, (0, "stage2", 5), CPU)
+    alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2", 5), CPU)
+    assert first.order.equal(alone.order)
+    for purpose in alone.by_purpose:
+        assert first[purpose].equal(alone[purpose])
+    for key in ((1, "stage2", 5), (0, "stage1", 5), (0, "stage2", 6)):
+        other = draw_epoch(terms, 24, 8, key, CPU)
+        assert not other.order.equal(first.order)
+        assert not other["cp/class"].equal(first["cp/class"])
+    assert not first["cp/image"].equal(first["cp/partner-image"])
+
+
+def test_class_uniform_draws_reach_every_class_alike() -> None:
+    terms = terms_of(cp=CP)
+    draws = draw_epoch(terms, 24, 24, (0, "stage2", 1), CPU)
+    pool = ClassPool(LABELS, 4)
+    found = torch.zeros(4)
+    for epoch in range(400):
+        draws = draw_epoch(terms, 24, 24, (0, "stage2", epoch), CPU)
+        classes = (draws["cp/class"][0] * 4).long()
+        assert (LABELS[pool.draw(classes, draws["cp/image"][0])] == classes).all()
+        found += torch.bincount(classes, minlength=4)
+    torch.testing.assert_close(found / found.sum(), torch.full((4,), 0.25), atol=0.02, rtol=0)
+
+
+def test_prediction_keeps_order_and_ignores_batch_size() -> None:
+    model = build_model("resnet8", 4, (8, 8, 1), torch.Generator().manual_seed(0))
+    batches = data().batches
+    whole = engine.predict(model, batches, 24, 24)
+    parts = engine.predict(model, batches, 24, 5)
+    torch.testing.assert_close(whole, parts)
+    assert whole.shape == (24, 4)
+    one = F.softmax(model(batches.plain(torch.tensor([3]))), 1)
+    torch.testing.assert_close(whole[3].softmax(0), one[0].detach())

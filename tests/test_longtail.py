@@ -1,0 +1,102 @@
+"""Class counts, subsets and groups against the published CIFAR-LT (reference/methods_mixing.md section 1)."""
+
+import numpy as np
+import pytest
+
+from cpmix_cli.data.longtail import exponential_counts, group_of, shuffled_by_class, step_counts
+from cpmix_cli.data.sources import SOURCES
+from cpmix_cli.phases.build_lt import choose
+
+CIFAR10 = np.tile(np.arange(10), 5000)
+CIFAR100 = np.tile(np.arange(100), 500)
+
+
+@pytest.mark.parametrize(
+    ("num_max", "num_classes", "totals"),
+    [
+        (5000, 10, {10: 20431, 50: 13996, 100: 12406, 200: 11203}),
+        (500, 100, {10: 19573, 50: 12608, 100: 10847, 200: 9502}),
+    ],
+)
+def test_published_totals(num_max: int, num_classes: int, totals: dict[int, int]) -> None:
+    found = {rho: int(exponential_counts(num_max, num_classes, rho).sum()) for rho in totals}
+    assert found == totals
+
+
+def test_published_class_counts() -> None:
+    assert exponential_counts(5000, 10, 100).tolist() == [
+        5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50,
+    ]  # fmt: skip
+    assert exponential_counts(5000, 10, 200).tolist() == [
+        5000, 2775, 1540, 854, 474, 263, 146, 81, 45, 25,
+    ]  # fmt: skip
+    assert exponential_counts(500, 100, 200)[-5:].tolist() == [3, 2, 2, 2, 2]
+    assert exponential_counts(500, 100, 100)[-5:].tolist() == [6, 5, 5, 5, 5]
+    assert exponential_counts(500, 100, 1).tolist() == [500] * 100
+
+
+def test_step_profile_is_the_toy_of_the_paper() -> None:
+    assert step_counts(1000, 4, 20).tolist() == [1000, 1000, 50, 50]
+
+
+@pytest.mark.parametrize(
+    ("labels", "known"),
+    [
+        (
+            CIFAR10,
+            {
+                0: [398, 3833, 4836, 4572, 636, 2545],
+                1: [597, 332, 521, 3935, 4800, 1102],
+                9: [2204, 3816, 2206, 2507, 1926, 4765],
+            },
+        ),
+        (
+            CIFAR100,
+            {
+                0: [90, 254, 283, 445, 461, 15],
+                1: [277, 307, 436, 88, 261, 57],
+                99: [348, 153, 363, 361, 299, 353],
+            },
+        ),
+    ],
+)
+def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, list[int]]) -> None:
+    order = shuffled_by_class(labels, 0)
+    for c, ranks in known.items():
+        in_file_order = np.flatnonzero(labels == c)
+        assert in_file_order[ranks].tolist() == order[c][:6].tolist()
+
+
+def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
+    source = SOURCES["digits"](None)
+    parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
+    for smaller, larger in zip(parts, parts[1:], strict=False):
+        assert set(smaller["train"]) < set(larger["train"])
+        assert smaller["test"].tolist() == larger["test"].tolist()
+    last = parts[-1]
+    chosen = np.concatenate([last["train"], last["val"], last["test"]])
+    assert len(set(chosen)) == len(chosen)
+    assert np.bincount(source.labels[last["val"]]).tolist() == [5] * 10
+    assert np.bincount(source.labels[last["test"]]).tolist() == [50] * 10
+
+
+def test_another_seed_takes_other_images() -> None:
+    assert shuffled_by_class(CIFAR10, 0)[0].tolist() != shuffled_by_class(CIFAR10, 1)[0].tolist()
+
+
+def test_global_random_state_is_neither_read_nor_touched() -> None:
+    np.random.seed(5)  # noqa: NPY002
+    before = np.random.get_state()  # noqa: NPY002
+    first = shuffled_by_class(CIFAR10, 0)[3]
+    after = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    np.random.seed(6)  # noqa: NPY002
+    assert np.array_equal(first, shuffled_by_class(CIFAR10, 0)[3])
+
+
+def test_groups_at_their_borders() -> None:
+    assert [group_of(n) for n in (101, 100, 20, 19)] == ["many", "medium", "medium", "few"]
+    assert group_of(20, few_inclusive=True) == "few"
+    counts = exponential_counts(500, 100, 200)
+    groups = [group_of(int(n)) for n in counts]
+    assert [groups.count(g) for g in ("many", "medium", "few")] == [30, 31, 39]

@@ -1,0 +1,147 @@
+"""Recipes: every file that comes with cpmix, strictness, --set, --epochs."""
+
+from pathlib import Path
+
+import pytest
+
+from cpmix_cli.errors import UsageError
+from cpmix_cli.recipe import load, recipe_names
+from cpmix_cli.terms import check_recipe
+
+NAMES = [
+    f"{data}/{method}"
+    for data in ("cifar100-lt", "digits", "toy")
+    for method in ("balanced-softmax", "cpmix", "cross-entropy")
+]
+
+
+def test_the_recipes_that_come_with_cpmix() -> None:
+    assert recipe_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path: Path) -> None:
+    for rho in (None, 10, 50, 100, 200):
+        recipe = load(name, rho=rho)
+        check_recipe(recipe, num_classes=4)
+        path = tmp_path / "resolved.toml"
+        path.write_text(recipe.to_toml())
+        assert load(str(path)) == recipe
+
+
+def test_table_6() -> None:
+    recipe = load("cifar100-lt/cpmix", rho=200)
+    s, o = recipe.schedule, recipe.optimizer
+    assert (s.epochs, s.stage1_epochs, s.warmup_epochs, s.kind) == (300, 200, 10, "multistep")
+    assert (s.milestones, s.decay) == ([260, 280], 0.01)
+    assert (o.kind, o.lr, o.momentum, o.weight_decay, o.batch_size) == ("sgd", 0.1, 0.9, 2e-4, 128)
+    assert recipe.stage2 is not None
+    assert recipe.finetune is not None
+    for name in ("cp", "mix"):
+        term = recipe.stage2.terms[name]
+        assert (term.weight, term.parameters) == (2.5, {"alpha": 1.5, "t": 0.5})
+    f = recipe.finetune
+    assert (f.epochs, f.lr, f.momentum, f.weight_decay) == (30, 0.5, 0.9, 0.0)
+
+
+def test_all_faults_are_listed_at_once_with_the_nearest_name() -> None:
+    settings = [
+        "optimizer.lrr=0.1",
+        "optimizer.momentum=1.5",
+        "schedule.epochs='many'",
+        "stage1.terms.erm.weight=-1",
+        "augment=3",
+    ]
+    with pytest.raises(UsageError) as caught:
+        load("digits/cpmix", settings=settings)
+    text = str(caught.value)
+    assert "5 faults" in text
+    assert 'optimizer.lrr: unknown key. Did you mean "lr"?' in text
+    assert "optimizer.momentum = 1.5: Input should be less than 1" in text
+    assert "schedule.epochs = 'many': Input should be a valid integer" in text
+    assert "stage1.terms.erm.weight = -1: Input should be greater than or equal to 0" in text
+    assert "augment: unknown key" in text
+    assert caught.value.exit_code == 2
+
+
+def test_faults_of_terms_are_listed_with_the_functions_there_are() -> None:
+    settings = [
+        "stage2.terms.cp.partner=confusoin",
+        "stage2.terms.cp.alpha=0",
+        "stage2.terms.mix.t=1.5",
+        "stage2.terms.mix.gamma=2",
+        "finetune.terms.erm.loss=focal",
+        "model.name=resnet33",
+    ]
+    with pytest.raises(UsageError) as caught:
+        check_recipe(load("cifar100-lt/cpmix", settings=settings), 100)
+    text = str(caught.value)
+    assert "6 faults" in text
+    assert 'stage2.terms.cp.partner = "confusoin": unknown. Did you mean "confusion"?' in text
+    assert "stage2.terms.cp.alpha = 0: Input should be greater than 0" in text
+    assert "stage2.terms.mix.t = 1.5: Input should be less than or equal to 1" in text
+    assert "stage2.terms.mix.gamma: unknown key" in text
+    assert "cross-entropy" in text
+    assert 'Did you mean "resnet32"?' in text
+
+
+def test_a_mixed_term_needs_all_its_steps() -> None:
+    with pytest.raises(UsageError, match="a partner needs ratio, mix, label"):
+        load("digits/cross-entropy", settings=["stage1.terms.erm.partner=permutation"])
+    with pytest.raises(UsageError, match="ratio need a partner"):
+        load("digits/cross-entropy", settings=["stage1.terms.erm.ratio=beta"])
+
+
+def test_no_coercion() -> None:
+    for setting in ("optimizer.lr='0.1'", "seed=true", "optimizer.batch_size=12.0"):
+        with pytest.raises(UsageError):
+            load("digits/cpmix", settings=[setting])
+    assert load("digits/cpmix", settings=["optimizer.lr=1"]).optimizer.lr == 1.0
+
+
+def test_unknown_recipe_and_bad_setting() -> None:
+    with pytest.raises(UsageError, match='Did you mean "digits/cpmix"'):
+        load("digits/cp-mix")
+    with pytest.raises(UsageError, match=r"is not table\.key=value"):
+        load("digits/cpmix", settings=["seed"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stage1", "warmup", "milestones", "finetune"),
+    [(300, 200, 10, [260, 280], 30), (40, 27, 1.3333, [34.6667, 37.3333], 4), (10, 7, 0.3333, [8.6667, 9.3333], 1)],
+)
+def test_epochs_rescales_every_count(
+    epochs: int, stage1: int, warmup: float, milestones: list[float], finetune: int
+) -> None:
+    recipe = load("cifar100-lt/cpmix", epochs=epochs)
+    s = recipe.schedule
+    assert (s.epochs, s.stage1_epochs, s.warmup_epochs) == (epochs, stage1, warmup)
+    assert s.milestones == milestones
+    assert recipe.finetune is not None
+    assert recipe.finetune.epochs == finetune
+    assert s.rescaled_from == (0 if epochs == 300 else 300)
+
+
+def test_epochs_keeps_both_stages_and_single_stage_recipes() -> None:
+    assert load("cifar100-lt/cpmix", epochs=2).schedule.stage1_epochs == 1
+    with pytest.raises(UsageError, match="2 stages"):
+        load("cifar100-lt/cpmix", epochs=1)
+    single = load("cifar100-lt/cross-entropy", epochs=1)
+    assert (single.schedule.epochs, single.schedule.stage1_epochs, single.stage2) == (1, 1, None)
+
+
+def test_by_rho_overrides_only_its_rho(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        '[stage1.terms.erm]\nloss = "cross-entropy"\n[schedule]\nepochs = 9\nstage1_epochs = 9\n'
+        "[by_rho.200.optimizer]\nlr = 0.3\n"
+    )
+    assert load(str(path), rho=200).optimizer.lr == 0.3
+    assert load(str(path), rho=100).optimizer.lr == 0.1
+
+
+def test_shared_stage_1() -> None:
+    for data in ("digits", "toy", "cifar100-lt"):
+        ours, baseline = load(f"{data}/cpmix"), load(f"{data}/balanced-softmax")
+        assert ours.tables_of("stage1") == baseline.tables_of("stage1")
+        assert ours.tables_of("stage2") != baseline.tables_of("stage2")

@@ -1,0 +1,30 @@
+"""The learning rate against the paper's numbers."""
+
+import math
+
+import pytest
+
+from cpmix_cli.recipe import Schedule
+from cpmix_cli.schedule import learning_rate
+
+
+def test_warmup_and_drops_of_table_6() -> None:
+    schedule = Schedule(epochs=300, warmup_epochs=10, milestones=[260, 280], decay=0.01)
+    expected = {1: 0.01, 5: 0.05, 10: 0.1, 11: 0.1, 260: 0.1, 261: 1e-3, 280: 1e-3, 281: 1e-5, 300: 1e-5}
+    for epoch, rate in expected.items():
+        assert learning_rate(0.1, schedule, epoch, 0, 75) == pytest.approx(rate)
+        assert learning_rate(0.1, schedule, epoch, 74, 75) == pytest.approx(rate)
+
+
+def test_cosine_falls_with_every_step_to_zero() -> None:
+    schedule = Schedule(epochs=4, stage1_epochs=4, warmup_epochs=0, kind="cosine")
+    rates = [learning_rate(1.0, schedule, e, s, 5) for e in range(1, 5) for s in range(5)]
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
+    assert rates[0] == 1.0
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_constant_and_milestones_beyond_the_end() -> None:
+    constant = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, kind="constant")
+    beyond = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, milestones=[9.5])
+    assert {learning_rate(0.3, s, e, 0, 2) for s in (constant, beyond) for e in range(1, 6)} == {0.3}
