@@ -1,8 +1,8 @@
 """Files on disk: names, schemas, atomic publishing, hashes.
 
-Every file is published whole (temporary file in the same folder, fsync, rename, fsync of the folder) and verified by hash
-when it is read. Tensors are safetensors, tables are Parquet, records are JSON with a digest of their own content. Never
-pickle.
+Every file is published whole (temporary file in the same folder, fsync, rename, fsync of the folder) and verified by
+hash when it is read. Tensors are safetensors, tables are Parquet, records are JSON with a digest of their own
+content. Never pickle.
 """
 
 import errno
@@ -105,18 +105,16 @@ METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term
 def metrics_schema(terms: list[str]) -> pa.Schema:
     """Schema of metrics.parquet for a phase with these terms, one row an epoch.
 
-    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps; train_accuracy
-    (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is null but for
-    --eval-every; images_per_second counts an image each time it passes through the network.
+    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps;
+    train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
+    null but for --eval-every; images_per_second counts an image each time it passes through the network.
     """
     integers = {"epoch", "num_confusions", "num_fallbacks"}
     nullable = {"train_accuracy", "num_confusions", "test_accuracy"}
     names: list[str] = []
     for name in METRICS_COLUMNS:
         names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
-    return _schema(
-        *((n, pa.int64() if n in integers else pa.float64(), n in nullable) for n in names)
-    )
+    return _schema(*((n, pa.int64() if n in integers else pa.float64(), n in nullable) for n in names))
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
@@ -267,10 +265,9 @@ def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = No
     except (pa.ArrowException, OSError) as fault:
         raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
     if schema is not None and not found.schema.equals(schema):
-        raise InputError(
-            f"{path} has columns {_columns(found.schema)}; expected {_columns(schema)}"
-        )
-    return found.to_pandas()
+        raise InputError(f"{path} has columns {_columns(found.schema)}; expected {_columns(schema)}")
+    table: pd.DataFrame = found.to_pandas()
+    return table
 
 
 def _columns(schema: pa.Schema) -> str:

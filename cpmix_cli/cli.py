@@ -67,12 +67,14 @@ def _set_json(wanted: bool) -> bool:
 
 
 Json = Annotated[
-    bool, typer.Option("--json", callback=_set_json, help="One JSON object on stdout and nothing else.")
+    bool,
+    typer.Option("--json", callback=_set_json, help="One JSON object on stdout and nothing else."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder; another run folder than --from.")]
 From = Annotated[Path, typer.Option("--from", help="Run folder, or a phase's folder in it.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="Data set folder, where it is not where the run recorded it.")
+    Path | None,
+    typer.Option("--data", help="Data set folder, where it is not where the run recorded it."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the output folder holds.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
@@ -85,7 +87,8 @@ Set = Annotated[
     typer.Option("--set", help="Change a recipe key: table.key=value. Repeatable.", metavar="KEY=VALUE"),
 ]
 Epochs = Annotated[
-    int | None, typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1)
+    int | None,
+    typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1),
 ]
 Seed = Annotated[int | None, typer.Option(help="Replace the recipe's seed.", min=0)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
@@ -116,16 +119,16 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable
 def build_lt(
     source: Annotated[str, typer.Argument(help="digits, toy or cifar100.", metavar="SOURCE")],
     rho: Annotated[
-        float | None, typer.Option(help="Imbalance factor, largest over smallest class. Default: the source's own.")
+        float | None,
+        typer.Option(help="Imbalance factor, largest over smallest class. Default: the source's own."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Data set folder. Default: data/NAME.")] = None,
     data_root: DataRoot = None,
     subset_seed: Annotated[int, typer.Option(help="Which images; 0 is the published subset.", min=0)] = 0,
-    val_per_class: Annotated[
-        int, typer.Option(help="Training images of each class held out as val.", min=0)
-    ] = 0,
+    val_per_class: Annotated[int, typer.Option(help="Training images of each class held out as val.", min=0)] = 0,
     test_per_class: Annotated[
-        int | None, typer.Option(help="Test images a class, for sources without a test split.", min=1)
+        int | None,
+        typer.Option(help="Test images a class, for sources without a test split.", min=1),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -133,11 +136,7 @@ def build_lt(
     """Build a long-tailed data set folder from a source."""
     from cpmix_cli.phases import build_lt as phase
 
-    phase.run(
-        phase.Options(
-            source, rho, out, data_root, subset_seed, val_per_class, test_per_class, overwrite
-        )
-    )
+    phase.run(phase.Options(source, rho, out, data_root, subset_seed, val_per_class, test_per_class, overwrite))
 
 
 @command("train-stage1", "cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits")
@@ -216,16 +215,15 @@ def finetune(
 def evaluate(
     from_folder: From,
     out: Out = None,
-    phase: Annotated[
-        str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")
-    ] = None,
+    phase: Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change an [evaluation] key. Repeatable.", metavar="KEY=VALUE"),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Write to evaluation/PHASE-LABEL/.")] = None,
     few_inclusive: Annotated[
-        bool, typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few.")
+        bool,
+        typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few."),
     ] = False,
     device: Device = "auto",
     data: Data = None,
@@ -237,9 +235,7 @@ def evaluate(
     from cpmix_cli.phases import evaluate as evaluating
 
     evaluating.run(
-        evaluating.Options(
-            from_folder, out, phase, settings or [], label, few_inclusive, device, data, overwrite
-        )
+        evaluating.Options(from_folder, out, phase, settings or [], label, few_inclusive, device, data, overwrite)
     )
 
 
@@ -247,9 +243,7 @@ def evaluate(
 def confusion_report(
     from_folder: From,
     out: Out = None,
-    phase: Annotated[
-        str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")
-    ] = None,
+    phase: Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")] = None,
     data: Data = None,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -1,8 +1,8 @@
 """Confusion counts and the pair distribution drawn from them: the core of CP-Mix.
 
-K [C, C] holds how often an image of class i (row) was predicted as class j (column) in training, diagonal always zero. It is
-float64 so that `confusion.decay` can act on it; without decay every value is a whole number, exact up to 2^53.
-Everything here is plain tensor code without a host synchronisation.
+K [C, C] holds how often an image of class i (row) was predicted as class j (column) in training, diagonal always
+zero. It is float64 so that `confusion.decay` can act on it; without decay every value is a whole number, exact up to
+2^53. Everything here is plain tensor code without a host synchronisation.
 """
 
 import torch
@@ -26,8 +26,8 @@ def count_confusions(counts: Tensor, labels: Tensor, predictions: Tensor) -> Non
 def draw_confused(counts: Tensor, classes: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Partner classes c_m ~ K[c_t] / sum K[c_t], by inverse CDF.
 
-    A class that was never confused (empty row) falls back to the classes confused as it (its column), and if there are none
-    to a uniform draw over the other classes.
+    A class that was never confused (empty row) falls back to the classes confused as it (its column), and if there
+    are none to a uniform draw over the other classes.
 
     Args:
         counts: K [C, C] float64.

@@ -1,7 +1,7 @@
 """Everything cpmix shows; the only file that prints.
 
-stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one plain
-line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal.
+stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one
+plain line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal.
 """
 
 import json
@@ -96,10 +96,7 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
     chosen = range(0, len(counts), stride)
     label_width = max(len(names[c]) for c in chosen)
     top = max(1, *counts)
-    lines = [
-        f"{names[c]:<{label_width}} {counts[c]:>7} {'#' * max(1, round(width * counts[c] / top))}"
-        for c in chosen
-    ]
+    lines = [f"{names[c]:<{label_width}} {counts[c]:>7} {'#' * max(1, round(width * counts[c] / top))}" for c in chosen]
     if stride > 1:
         lines.append(f"(every {stride}th of {len(counts)} classes)")
     return lines
@@ -122,16 +119,15 @@ class EpochProgress:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn
+            import rich.console
+            import rich.progress as bars
 
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
                 transient=True,
             )
             self._task = self._bar.add_task(phase, total=num_steps, completed=first_step)

@@ -1,8 +1,8 @@
 """The one training loop, its state on disk, and prediction.
 
-fit() serves all three training phases; what differs stands in the recipe's terms and in the TrainingState it starts from.
-Nothing in a step waits for the device: sums are kept there and read once an epoch (on the CPU reading is free, so a
-non-finite loss is seen at once).
+fit() serves all three training phases; what differs stands in the recipe's terms and in the TrainingState it starts
+from. Nothing in a step waits for the device: sums are kept there and read once an epoch (on the CPU reading is free,
+so a non-finite loss is seen at once).
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpmix_cli import artifacts, console, signals
+from cpmix_cli import console, signals
 from cpmix_cli.confusion import count_confusions
 from cpmix_cli.data.batches import Batches, ClassPool
 from cpmix_cli.errors import Diverged, EnvironmentFault, InputError, Interrupted
@@ -81,9 +81,7 @@ def resolve_device(name: str) -> torch.device:
         EnvironmentFault: cuda was asked for and is not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault(
-            f"device cuda is not there (torch {torch.__version__})", fix="use --device cpu, or auto"
-        )
+        raise EnvironmentFault(f"device cuda is not there (torch {torch.__version__})", fix="use --device cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -113,15 +111,10 @@ def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimize
         if own is not None and own.weight_decay is not None:
             decay = own.weight_decay
         groups.setdefault((own.lr_factor if own else 1.0, decay), []).append(parameter)
-    parameters = [
-        {"params": p, "weight_decay": decay, "lr_factor": factor}
-        for (factor, decay), p in groups.items()
-    ]
+    parameters = [{"params": p, "weight_decay": decay, "lr_factor": factor} for (factor, decay), p in groups.items()]
     if recipe.kind == "adam":
         return torch.optim.Adam(parameters, lr=recipe.lr)
-    return torch.optim.SGD(
-        parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
-    )
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
 # -- the state on disk -------------------------------------------------------------------------------------------------
@@ -173,9 +166,7 @@ def load_model(model: Classifier, tensors: dict[str, Tensor], path: Path) -> Non
     model.load_state_dict(tensors)
 
 
-def load_state(
-    state: TrainingState, tensors: dict[str, Tensor], path: Path, *, optimizer: bool = True
-) -> None:
+def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
     """Copy a saved state's network, optimizer and confusion counts into `state`.
 
     Args:
@@ -198,7 +189,8 @@ def load_state(
         prefix = f"optimizer.{name}."
         values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         for key, value in values.items():
-            # A buffer shaped like its parameter also gets its memory format and device; Adam's step count stays as it is.
+            # A buffer shaped like its parameter also gets its memory format and device; Adam's step count stays as it
+            # is.
             if value.shape == parameter.shape:
                 value = torch.empty_like(parameter).copy_(value)
             state.optimizer.state[parameter][key] = value
@@ -239,9 +231,7 @@ def fit(
     done_before = (first_epoch - int(begun)) * steps
     total = (plan.last_epoch - int(begun) + 1) * steps
     pool = ClassPool(data.labels, len(data.class_counts))
-    mixing = MixingState(
-        data.class_counts, state.confusion, torch.zeros((), dtype=torch.int64, device=device)
-    )
+    mixing = MixingState(data.class_counts, state.confusion, torch.zeros((), dtype=torch.int64, device=device))
     trained = [p for g in state.optimizer.param_groups for p in g["params"]]
     names = sum_names(plan.terms)
     state.model.train(plan.train_mode)
@@ -252,9 +242,7 @@ def fit(
     try:
         with signals.in_loop():
             for epoch in range(first_epoch, plan.last_epoch + 1):
-                draws = draw_epoch(
-                    plan.terms, num_samples, plan.batch_size, (plan.seed, plan.phase, epoch), device
-                )
+                draws = draw_epoch(plan.terms, num_samples, plan.batch_size, (plan.seed, plan.phase, epoch), device)
                 if resumed_at == 0:
                     state.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
                     state.confusion *= plan.confusion_decay if epoch > plan.confusion_start else 1.0
@@ -325,10 +313,7 @@ def _term_batches(
         natural = data.batches.batch(indices, draws["augment"][step][: len(indices)])
     else:
         natural = torch.empty(0)
-    return [
-        term.batch(step, draws, (natural, labels), data.batches, data.labels, pool, mixing)
-        for term in plan.terms
-    ]
+    return [term.batch(step, draws, (natural, labels), data.batches, data.labels, pool, mixing) for term in plan.terms]
 
 
 def _step(
@@ -346,18 +331,13 @@ def _step(
     known, so partners come from the counts through the step before.
     """
     inputs = [part.x for part in parts]
-    with torch.autocast(
-        data.labels.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"
-    ):
+    with torch.autocast(data.labels.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
         if plan.joint_forward:
-            logits = list(state.model(torch.cat(inputs)).split([len(x) for x in inputs]))
+            logits = list(torch.split(state.model(torch.cat(inputs)), [len(x) for x in inputs]))
         else:
             logits = [state.model(x) for x in inputs]
     logits = [z.float() for z in logits]
-    losses = [
-        term.loss(z, part, data.class_counts)
-        for term, z, part in zip(plan.terms, logits, parts, strict=True)
-    ]
+    losses = [term.loss(z, part, data.class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
     total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
@@ -380,9 +360,7 @@ def _step(
     return torch.stack([v.detach().double() for v in (*values, correct, seen, errors, images)])
 
 
-def _metrics_row(
-    plan: Plan, names: list[str], sums: list[float], epoch: int, steps: int
-) -> dict[str, float | None]:
+def _metrics_row(plan: Plan, names: list[str], sums: list[float], epoch: int, steps: int) -> dict[str, float | None]:
     """The row of metrics.parquet for a finished epoch."""
     s = dict(zip(names, sums, strict=False))
     unmixed = any(not term.mixed for term in plan.terms)
@@ -424,4 +402,4 @@ def predict(model: Classifier, batches: Batches, num_samples: int, batch_size: i
     model.eval()
     device = next(model.parameters()).device
     indices = torch.arange(num_samples, device=device)
-    return torch.cat([model(batches.plain(part)).cpu() for part in indices.split(batch_size)])
+    return torch.cat([model(batches.plain(part)).cpu() for part in torch.split(indices, batch_size)])

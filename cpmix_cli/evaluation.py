@@ -1,7 +1,7 @@
 """Measuring predictions: accuracy by class and group, calibration. Nothing here selects anything.
 
-Shapes: N test images, C classes. Own code and not torchmetrics, which counts a class absent from the test set as recall 0 and
-loses confidence 1.0 from the calibration error (reference/ecosystem_reliability.md, finding 8).
+Shapes: N test images, C classes. Own code and not torchmetrics, which counts a class absent from the test set as
+recall 0 and loses confidence 1.0 from the calibration error (reference/ecosystem_reliability.md, finding 8).
 """
 
 from collections.abc import Callable
@@ -62,9 +62,7 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]
     def mean(chosen: Tensor) -> float | None:
         return round(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
 
-    numbers: dict[str, Any] = {
-        "top1": round(100 * float((logits.argmax(1) == labels).double().mean()), 2)
-    }
+    numbers: dict[str, Any] = {"top1": round(100 * float((logits.argmax(1) == labels).double().mean()), 2)}
     for group in GROUPS:
         numbers[group] = mean(torch.tensor([g == group for g in groups]))
     return numbers | {
@@ -75,18 +73,14 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]
     }
 
 
-def make_split(
-    dataset: Dataset, split: str, recipe: Recipe, device: torch.device
-) -> tuple[Batches, Tensor]:
+def make_split(dataset: Dataset, split: str, recipe: Recipe, device: torch.device) -> tuple[Batches, Tensor]:
     """A split as inputs on the device, normalised as in training, and its labels [N] on the CPU."""
     inputs, labels = dataset.read(split)
     record = dataset.record
     return make_batches(inputs.to(device), recipe.data, record["mean"], record["std"]), labels
 
 
-def accuracy_on_test(
-    dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device
-) -> Callable[[], float]:
+def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
     """A function that measures the model's fraction of test images right, for --eval-every."""
     batches, labels = make_split(dataset, "test", recipe, device)
 

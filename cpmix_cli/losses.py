@@ -4,8 +4,9 @@ Shapes: B batch, C classes. A loss is
 
     loss(logits [B, C], labels [B], weights [B], class_counts [C], *, parameters) -> scalar
 
-with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing. `weights` are the
-mixing weights; the scalar is their weighted sum over B, divided by B. Keyword-only parameters become recipe keys of a term.
+with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing. `weights` are
+the mixing weights; the scalar is their weighted sum over B, divided by B. Keyword-only parameters become recipe keys
+of a term.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts:
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
-def balanced_softmax(
-    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor
-) -> Tensor:
+def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
     """Cross entropy of z + log n: the softmax under the training prior. The raw logits are used at test time.
 
     Paper: l_ERM, Sec. 4.3 (from Ren et al., Balanced Meta-Softmax). With equal counts it is cross entropy.

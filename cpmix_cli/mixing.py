@@ -1,13 +1,12 @@
 """Partners, ratios, mixes and label rules: add a mixing method here.
 
-Shapes: B batch, C classes. A mixed term is draw -> partner -> ratio -> mix -> label -> loss, and each step is one function
-found by its name in the dictionaries at the foot. Keyword-only parameters become recipe keys of the term; an Annotated
-pydantic Field gives their range.
+Shapes: B batch, C classes. A mixed term is draw -> partner -> ratio -> mix -> label -> loss, and each step is one
+function found by its name in the dictionaries at the foot. Keyword-only parameters become recipe keys of the term; an
+Annotated pydantic Field gives their range.
 
-    partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS) or classes [B] (CLASS_PARTNERS)
-    ratio(generator, shape) -> lambda_x of that shape, drawn ahead of an epoch
-    mix(x1, x2, lam [B or 1]) -> mixed inputs, and lambda_x as it came out
-    label(lam, n1 [B], n2 [B]) -> lambda_y [B]
+    partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS) or classes [B]
+    (CLASS_PARTNERS) ratio(generator, shape) -> lambda_x of that shape, drawn ahead of an epoch mix(x1, x2, lam [B or
+    1]) -> mixed inputs, and lambda_x as it came out label(lam, n1 [B], n2 [B]) -> lambda_y [B]
 
 A class partner is followed by a uniform draw of an image of that class. Paper: Sec. 2.2 and 4.
 """
@@ -70,9 +69,7 @@ def random(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
     return draw_weighted(frequencies, uniforms)
 
 
-def fixed(
-    uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[list[int]]
-) -> Tensor:
+def fixed(uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[list[int]]) -> Tensor:
     """The class paired with each class beforehand, both ways; classes of no pair are mixed within themselves.
 
     Args:
@@ -89,9 +86,7 @@ def fixed(
 # -- ratios ------------------------------------------------------------------------------------------------------------
 
 
-def beta(
-    generator: np.random.Generator, shape: tuple[int, ...], *, alpha: Positive
-) -> NDArray[np.float64]:
+def beta(generator: np.random.Generator, shape: tuple[int, ...], *, alpha: Positive) -> NDArray[np.float64]:
     """lambda ~ Beta(alpha, alpha). Paper: Sec. 2.2."""
     return generator.beta(alpha, alpha, size=shape)
 

@@ -1,7 +1,7 @@
 """Networks: add one here.
 
-A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. Its builder takes the number of
-classes, the shape of one image (H, W, channels) or point (2,), and a generator for its initial weights.
+A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. Its builder takes the
+number of classes, the shape of one image (H, W, channels) or point (2,), and a generator for its initial weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with a parameter-free shortcut (option A: every second pixel, channels padded with zeros)."""
+    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(Classifier):
-    """ResNet of the CIFAR papers: a 3 x 3 stem, three stages of basic blocks at 1, 2, 4 times the width, global average pool.
+    """ResNet of the CIFAR papers: a 3 x 3 stem, three stages of basic blocks at 1, 2, 4 times the width, average pool.
 
     ResNet-32 is 5 blocks a stage at width 16: 470,004 parameters for 100 classes of RGB images.
     Source: He et al., Sec. 4.2; as in LDAM-DRW (reference/methods_mixing.md section 1c).
@@ -89,8 +89,9 @@ class PointNet(Classifier):
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Kaiming-normal weights of every convolution and linear layer (fan in, gain sqrt 2), linear biases as PyTorch draws
-    them, all from one generator in the order of the modules."""
+    """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
+    sqrt 2), linear biases as PyTorch draws them.
+    """
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -122,9 +123,7 @@ MODELS: dict[str, Callable[[int, Sequence[int]], Classifier]] = {
 }
 
 
-def build_model(
-    name: str, num_classes: int, shape: Sequence[int], generator: torch.Generator
-) -> Classifier:
+def build_model(name: str, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
     """A network by name, its weights drawn from `generator`."""
     model = MODELS[name](num_classes, shape)
     initialise(model, generator)

@@ -1,7 +1,7 @@
 """Random streams by name.
 
-Every draw comes from a generator keyed by (seed, phase, epoch, purpose), on the CPU and ahead of the epoch. So draws are the
-same on every device, do not depend on each other's order, and a resumed run needs only integers to go on.
+Every draw comes from a generator keyed by (seed, phase, epoch, purpose), on the CPU and ahead of the epoch. So draws
+are the same on every device, do not depend on each other's order, and a resumed run needs only integers to go on.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """The recipe: everything that changes the numbers, as a strict TOML file.
 
-Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and what
-comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place (folders, device)
-is a flag and never stands in a recipe. Imports nothing heavy; the functions that terms name are looked up in terms.py.
+Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and
+what comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place
+(folders, device) is a flag and never stands in a recipe. Imports nothing heavy; the functions that terms name are
+looked up in terms.py.
 """
 
 import tomllib
@@ -193,9 +194,7 @@ class Recipe(Table):
     def _stages_fit(self) -> "Recipe":
         s = self.schedule
         if s.stage1_epochs > s.epochs:
-            raise ValueError(
-                f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}"
-            )
+            raise ValueError(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
         if (self.stage2 is None) != (s.stage1_epochs == s.epochs):
             raise ValueError(
                 f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
@@ -301,8 +300,7 @@ def resolve(
     except ValidationError as fault:
         lines = [_explain(dict(error)) for error in fault.errors()]
         raise UsageError(
-            f"recipe {origin} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n    "
-            + "\n    ".join(lines)
+            f"recipe {origin} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n    " + "\n    ".join(lines)
         ) from fault
     return rescaled(recipe, epochs) if epochs is not None else recipe
 
@@ -310,8 +308,8 @@ def resolve(
 def rescaled(recipe: Recipe, epochs: int) -> Recipe:
     """The recipe with every epoch count multiplied by epochs / schedule.epochs.
 
-    Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so that two
-    milestones of a long schedule do not fall together in a short one.
+    Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so
+    that two milestones of a long schedule do not fall together in a short one.
 
     Raises:
         UsageError: too few epochs for the recipe's stages.
@@ -338,15 +336,9 @@ def rescaled(recipe: Recipe, epochs: int) -> Recipe:
         }
     )
     start = recipe.confusion.start_epoch
-    confusion = recipe.confusion.model_copy(
-        update={"start_epoch": 1 if start == 1 else whole(start)}
-    )
-    finetune = recipe.finetune and recipe.finetune.model_copy(
-        update={"epochs": whole(recipe.finetune.epochs)}
-    )
-    return recipe.model_copy(
-        update={"schedule": schedule, "confusion": confusion, "finetune": finetune}
-    )
+    confusion = recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)})
+    finetune = recipe.finetune and recipe.finetune.model_copy(update={"epochs": whole(recipe.finetune.epochs)})
+    return recipe.model_copy(update={"schedule": schedule, "confusion": confusion, "finetune": finetune})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -381,9 +373,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _parse_setting(setting: str) -> dict[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise UsageError(
-            f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05"
-        )
+        raise UsageError(f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05")
     value: Any
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -1,8 +1,8 @@
 """Run folders: which phases are done, stale or interrupted, and who may write where.
 
-A run folder holds one folder a phase. run.json is written last and its presence means done; it records the hashes of what
-went in and what came out, so a phase knows by itself whether it still belongs to the files beside it. Nothing is guessed
-from file times.
+A run folder holds one folder a phase. run.json is written last and its presence means done; it records the hashes of
+what went in and what came out, so a phase knows by itself whether it still belongs to the files beside it. Nothing is
+guessed from file times.
 """
 
 import os
@@ -109,9 +109,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
     return source, None
 
 
-def choose_phase(
-    run: Path, wanted: str | None, candidates: tuple[str, ...], *, needed_by: str
-) -> PhaseFolder:
+def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, needed_by: str) -> PhaseFolder:
     """The phase a later command takes: the one named, else the last that is done and not stale; says which.
 
     Raises:
@@ -131,7 +129,7 @@ def choose_phase(
                 fix=_remake(run, wanted, status),
             )
         return folder
-    passed_over = []
+    passed_over: list[str] = []
     for phase in reversed(candidates):
         folder = PhaseFolder(run, phase)
         status = folder.status()
@@ -211,7 +209,8 @@ def open_output(
         write: False only looks (--dry-run).
 
     Returns:
-        "done": it is there, made from the same. "resume": begun from the same. "fresh": nothing usable is there (any more).
+        "done": it is there, made from the same. "resume": begun from the same. "fresh": nothing usable is there (any
+        more).
 
     Raises:
         EnvironmentFault: the folder holds an output made from something else.
@@ -306,9 +305,7 @@ def next_command(run: Path, phase: str, recipe: Recipe) -> str:
     return f"cpmix evaluate --from {run}"
 
 
-def require_same_upstream(
-    folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str
-) -> None:
+def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str) -> None:
     """Refuse a recipe under which `folder` would have been trained differently.
 
     Raises:
@@ -321,5 +318,3 @@ def require_same_upstream(
             needed_by=needed_by,
             fix=f"train {folder.phase} with that recipe into another folder, or drop the changed keys",
         )
-
-

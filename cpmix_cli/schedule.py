@@ -8,7 +8,8 @@ from cpmix_cli.recipe import Schedule
 def learning_rate(lr: float, schedule: Schedule, epoch: int, step: int, steps: int) -> float:
     """Rate of one optimizer step.
 
-    Warm-up and multistep are constant within an epoch, cosine falls with every step. Warm-up multiplies what the schedule says.
+    Warm-up and multistep are constant within an epoch, cosine falls with every step. Warm-up multiplies what the
+    schedule says.
 
     Args:
         lr: base rate.

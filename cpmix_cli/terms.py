@@ -1,8 +1,8 @@
 """Terms: from the recipe's words to what a training step computes.
 
-A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (recipe.Term). Here the
-names are looked up in losses.py and mixing.py, their keyword arguments are bound and checked, and each term's draws of an
-epoch are made ahead. Shapes: S steps an epoch, B batch, C classes.
+A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (recipe.Term).
+Here the names are looked up in losses.py and mixing.py, their keyword arguments are bound and checked, and each
+term's draws of an epoch are made ahead. Shapes: S steps an epoch, B batch, C classes.
 """
 
 import inspect

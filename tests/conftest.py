@@ -109,5 +109,3 @@ def toy_run(_toy_run: Path, tmp_path: Path) -> Path:
 def generator() -> torch.Generator:
     """A fresh, fixed generator for test data."""
     return torch.Generator().manual_seed(20240)
-
-

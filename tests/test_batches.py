@@ -8,7 +8,7 @@ from cpmix_cli.recipe import Data
 
 def naive(image: torch.Tensor, row: int, column: int, flip: bool, padding: int) -> torch.Tensor:
     """One image padded with black, cropped at (row, column), flipped: [H, W, channels]."""
-    height, width, channels = image.shape
+    height, width, _channels = image.shape
     out = torch.zeros_like(image)
     for i in range(height):
         for j in range(width):

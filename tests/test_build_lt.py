@@ -25,9 +25,7 @@ FILES = [
     "train.parquet",
     "train.safetensors",
 ]
-REAL = Path(
-    os.environ.get("CPMIX_CIFAR100", Path(__file__).parents[2] / "shared" / "data" / "cifar100")
-)
+REAL = Path(os.environ.get("CPMIX_CIFAR100", Path(__file__).parents[2] / "shared" / "data" / "cifar100"))
 
 
 def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +37,7 @@ def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "9       6 ##\n" in result.stdout
     assert "417 training and 500 test images, 10 classes, largest 124, smallest 6" in result.stdout
     assert "many (>100) 1, medium (20..100) 5, few (<20) 4 classes" in result.stdout
-    assert result.stderr == (
-        "next: cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits-lt-rho20\n"
-    )
+    assert result.stderr == ("next: cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits-lt-rho20\n")
     dataset = open_dataset(folder, needed_by="test")
     images, labels = dataset.read("train")
     assert images.shape == (417, 8, 8, 1)
@@ -104,9 +100,7 @@ def test_toy_is_the_paper_s(toy: Path) -> None:
         (["cifar100", "--data-root", "."], 3, "no train-*.parquet"),
     ],
 )
-def test_refusals(
-    flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     result = cpmix("build-lt", *flags)

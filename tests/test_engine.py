@@ -1,4 +1,4 @@
-"""The training loop: one step of each stage against a plain loop over samples, and what a phase may and may not change."""
+"""The training loop: one step of each stage against a plain loop over samples, and what may change and what may not."""
 
 import copy
 import signal
@@ -22,9 +22,7 @@ from cpmix_cli.terms import Term, compile_stage, draw_epoch
 LR, MOMENTUM, DECAY = 0.1, 0.9, 2e-4
 CPU = torch.device("cpu")
 COUNTS = [14, 6, 3, 1]
-IMAGES = torch.randint(
-    0, 256, (24, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(7)
-)
+IMAGES = torch.randint(0, 256, (24, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
 LABELS = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
 
 ERM = {"draw": "natural", "loss": "balanced-softmax"}
@@ -85,9 +83,7 @@ def one_hot_loss(logits: Tensor, target: list[float], shift: list[float]) -> Ten
     return sum((-q * (z[c] - log_sum) for c, q in enumerate(target)), torch.zeros(()))
 
 
-def check_against_loop(
-    state: TrainingState, terms: list[Term], loop: Callable[[Classifier], Tensor]
-) -> TrainingState:
+def check_against_loop(state: TrainingState, terms: list[Term], loop: Callable[[Classifier], Tensor]) -> TrainingState:
     """Run one step by fit() and one by hand (momentum from the state, if any); compare weights and loss."""
     by_hand = copy.deepcopy(state)
     fit(plan_of(terms, state.epoch), data(), state, publish=never)
@@ -134,7 +130,7 @@ def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
     terms = terms_of(erm=ERM, cp=CP, mix=MIX)
     draws = draw_epoch(terms, 24, 64, (11, "stage2", 3), CPU)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
-    by_class = [torch.nonzero(LABELS == c).flatten().tolist() for c in range(4)]
+    by_class = [torch.nonzero(c == LABELS).flatten().tolist() for c in range(4)]
 
     def eq9(lam: float, a: int, b: int) -> list[float]:
         lam_y = 0.5 * lam + 0.5 * COUNTS[b] / (COUNTS[a] + COUNTS[b])
@@ -172,9 +168,7 @@ def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
 
         logits = model(torch.stack(natural + paired + mixed))
         shifts = [prior] * 24 + [[0.0] * 4] * 48
-        losses = [
-            one_hot_loss(z, q, s) for z, q, s in zip(logits, targets, shifts, strict=True)
-        ]
+        losses = [one_hot_loss(z, q, s) for z, q, s in zip(logits, targets, shifts, strict=True)]
         erm, cp, mix = (torch.stack(losses[24 * i : 24 * i + 24]).sum() / 24 for i in range(3))
         return erm + 2.5 * cp + 2.5 * mix
 

@@ -1,5 +1,7 @@
 """Class counts, subsets and groups against the published CIFAR-LT (reference/methods_mixing.md section 1)."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -70,7 +72,7 @@ def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, 
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
     source = SOURCES["digits"](None)
     parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
-    for smaller, larger in zip(parts, parts[1:], strict=False):
+    for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])
         assert smaller["test"].tolist() == larger["test"].tolist()
     last = parts[-1]

@@ -1,5 +1,6 @@
 """The learning rate against the paper's numbers."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,17 @@ from cpmix_cli.schedule import learning_rate
 
 def test_warmup_and_drops_of_table_6() -> None:
     schedule = Schedule(epochs=300, warmup_epochs=10, milestones=[260, 280], decay=0.01)
-    expected = {1: 0.01, 5: 0.05, 10: 0.1, 11: 0.1, 260: 0.1, 261: 1e-3, 280: 1e-3, 281: 1e-5, 300: 1e-5}
+    expected = {
+        1: 0.01,
+        5: 0.05,
+        10: 0.1,
+        11: 0.1,
+        260: 0.1,
+        261: 1e-3,
+        280: 1e-3,
+        281: 1e-5,
+        300: 1e-5,
+    }
     for epoch, rate in expected.items():
         assert learning_rate(0.1, schedule, epoch, 0, 75) == pytest.approx(rate)
         assert learning_rate(0.1, schedule, epoch, 74, 75) == pytest.approx(rate)
@@ -21,7 +32,7 @@ def test_cosine_falls_with_every_step_to_zero() -> None:
     rates = [learning_rate(1.0, schedule, e, s, 5) for e in range(1, 5) for s in range(5)]
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
     assert rates[0] == 1.0
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_constant_and_milestones_beyond_the_end() -> None:

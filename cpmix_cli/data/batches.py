@@ -35,9 +35,7 @@ class ImageBatches:
     Differs: the padding is black pixels before normalisation, as torchvision's RandomCrop pads, not zeros after it.
     """
 
-    def __init__(
-        self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
         self._height, self._width = images.shape[1:3]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment == "crop-flip"

@@ -54,8 +54,7 @@ class Dataset:
         labels = tensors["labels"]
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise InputError(
-                f"{path} has labels {int(labels.min())} to {int(labels.max())}; "
-                f"expected 0 to {self.num_classes - 1}"
+                f"{path} has labels {int(labels.min())} to {int(labels.max())}; expected 0 to {self.num_classes - 1}"
             )
         return tensors["images"] if "images" in tensors else tensors["points"], labels
 

@@ -1,7 +1,7 @@
 """Long-tailed subsets of a balanced source: class counts, which images, class groups.
 
-The construction is the field's standard one (LDAM-DRW's CIFAR-LT), so that subsets equal those of published results image
-by image. No global random state is read or touched.
+The construction is the field's standard one (LDAM-DRW's CIFAR-LT), so that subsets equal those of published results
+image by image. No global random state is read or touched.
 """
 
 import numpy as np
@@ -52,8 +52,8 @@ PROFILES = {"exponential": exponential_counts, "step": step_counts}
 def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
     """Positions of each class in one shuffled order; a subset is a prefix of it.
 
-    One RandomState is consumed class by class in ascending order, once a class, so the order does not depend on how many
-    images are kept and subsets are nested over rho.
+    One RandomState is consumed class by class in ascending order, once a class, so the order does not depend on how
+    many images are kept and subsets are nested over rho.
 
     Args:
         labels: class of each source image [N], in the source's file order.
@@ -65,7 +65,7 @@ def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.i
     Source: LDAM-DRW imbalance_cifar.py, reference/methods_mixing.md section 1.
     """
     # The legacy generator, private: its stream is frozen by NumPy's policy, and it is what made the published subsets.
-    state = np.random.RandomState(seed)  # noqa: NPY002
+    state = np.random.RandomState(seed)
     order = []
     for c in range(int(labels.max()) + 1):
         positions = np.flatnonzero(labels == c)

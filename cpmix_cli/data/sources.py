@@ -1,7 +1,7 @@
 """Where images come from: add a data set here.
 
-A source is a function of a folder that returns a Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a
-network.
+A source is a function of a folder that returns a Source; its name in SOURCES is what `build-lt` takes. Nothing here
+reads a network.
 """
 
 import io
@@ -70,8 +70,8 @@ TOY_POINTS = 1000
 def toy(data_root: Path | None) -> Source:
     """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
 
-    1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a class.
-    The points themselves are the same at every rho and subset seed.
+    1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a
+    class. The points themselves are the same at every rho and subset seed.
 
     Paper: Sec. 3.1, B.1, Fig. 2(a): grey lies beside red, yellow beside purple.
     """
@@ -110,8 +110,7 @@ def cifar100(data_root: Path | None) -> Source:
     for split, path in ((train, train_files[0]), (test, test_files[0])):
         if split["labels"].min() < 0 or split["labels"].max() >= len(names):
             raise InputError(
-                f"{path} has labels {split['labels'].min()} to {split['labels'].max()}; "
-                f"expected 0 to {len(names) - 1}"
+                f"{path} has labels {split['labels'].min()} to {split['labels'].max()}; expected 0 to {len(names) - 1}"
             )
     return Source(
         class_names=names,
@@ -142,9 +141,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], dict[str, Any]
             columns = pq.read_schema(path).names
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
-                raise InputError(
-                    f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)"
-                )
+                raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
             tables.append(pq.read_table(path, columns=["img", label]).rename_columns(["img", "label"]))
     except (pa.ArrowException, OSError) as fault:
         raise InputError(

@@ -39,17 +39,13 @@ def run(options: Options) -> None:
         EnvironmentFault: the folder holds another data set, or cannot be written.
     """
     if options.source not in SOURCES:
-        raise UsageError(
-            f'no source "{options.source}".{suggest(options.source, SOURCES)}', needed_by="build-lt"
-        )
+        raise UsageError(f'no source "{options.source}".{suggest(options.source, SOURCES)}', needed_by="build-lt")
     if options.rho is not None and not options.rho >= 1:
         raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
     source = SOURCES[options.source](options.data_root)
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test_labels is not None and options.test_per_class is not None:
-        raise UsageError(
-            f"--test-per-class: {options.source} has its own test split", fix="drop the flag"
-        )
+        raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
     test_per_class = options.test_per_class or source.test_per_class
 
     name = folder_name(options, rho)
@@ -92,8 +88,8 @@ def choose(
 ) -> dict[str, NDArray[np.int64]]:
     """Positions in the source's pool for train, val and (where the source has no test split) test.
 
-    Train is a prefix of each class's shuffled order, test its end, val what stands before test: so subsets are nested over rho
-    and the three never overlap.
+    Train is a prefix of each class's shuffled order, test its end, val what stands before test: so subsets are nested
+    over rho and the three never overlap.
 
     Returns:
         {"train": [N], "val": [...], "test": [...]}, stacked class by class.
@@ -117,8 +113,7 @@ def choose(
         counts = PROFILES[source.profile](min(left), len(order), rho)
     if counts.min() < 1:
         raise InputError(
-            f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes "
-            f"(largest class: {min(left)} images)",
+            f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {min(left)} images)",
             fix=f"choose --rho {min(left)} or less",
         )
     train = [positions[:n] for positions, n in zip(order, counts, strict=True)]
@@ -175,7 +170,8 @@ def _write(
         },
     )
     images = splits["train"][0]
-    mean, std = ([], [])
+    mean: list[float] = []
+    std: list[float] = []
     if images.dtype == np.uint8:
         mean, std = channel_statistics(torch.from_numpy(images))
     record = {
@@ -242,11 +238,8 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
         f"{record['name']}: {record['num_train']:,} training and {record['num_test']:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():g})",
-        f"groups: many (>100) {groups['many']}, medium (20..100) {groups['medium']}, "
-        f"few (<20) {groups['few']} classes",
+        f"groups: many (>100) {groups['many']}, medium (20..100) {groups['medium']}, few (<20) {groups['few']} classes",
         f"{status}: {folder}",
     ]
     console.result(fields, lines=lines)
     console.note(f"next: cpmix train-stage1 --data {folder} --out ckpt/{record['name']}")
-
-

@@ -66,12 +66,10 @@ def run(options: Options) -> None:
         recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from)
         path = folder / artifacts.CONFUSION_MATRIX
         columns = artifacts.confusion_columns(matrix)
-        recorder.output(
-            path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
-        )
+        recorder.output(path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns))
         path = folder / artifacts.CONFUSED_PAIRS
         recorder.output(
-            path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, pairs)
+            path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, pairs.to_dict("list"))
         )
         for name, _, png in pictures:
             recorder.output(name, artifacts.publish(folder / name, png))
@@ -100,7 +98,9 @@ def read_predictions(evaluation: Path, source: PhaseFolder) -> tuple[pd.DataFram
     again = f"cpmix evaluate --from {source.run} --phase {source.phase}"
     if not (evaluation / artifacts.RUN).is_file():
         raise InputError(
-            f"{source.phase} of {source.run} is not evaluated", needed_by="confusion-report", fix=again
+            f"{source.phase} of {source.run} is not evaluated",
+            needed_by="confusion-report",
+            fix=again,
         )
     record = artifacts.read_record(evaluation / artifacts.RUN)
     if record["source"]["sha256"] != source.output(artifacts.MODEL)[1]:
@@ -115,7 +115,10 @@ def read_predictions(evaluation: Path, source: PhaseFolder) -> tuple[pd.DataFram
 
 
 def draw(
-    source: PhaseFolder, dataset: Dataset, matrix: np.ndarray[Any, Any], accuracy: np.ndarray[Any, Any]
+    source: PhaseFolder,
+    dataset: Dataset,
+    matrix: np.ndarray[Any, Any],
+    accuracy: np.ndarray[Any, Any],
 ) -> list[tuple[str, str, bytes]]:
     """File name, caption and PNG of each picture."""
     title = f"{dataset.name}, {source.phase}"
@@ -250,7 +253,15 @@ def report(
     if console.as_json:
         console.result(fields)
         return
-    header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
+    header = (
+        "rarer class",
+        ">images",
+        "commoner class",
+        ">images",
+        ">confusions",
+        ">rarer as commoner",
+        ">share",
+    )
     rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in top.iterrows()]
     title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {int(matrix.sum()):,} test images wrong)"
     console.table(header, rows, title=title)

@@ -53,9 +53,12 @@ def run(options: Options) -> None:
 
     name = source.phase if options.label is None else f"{source.phase}-{options.label}"
     folder = (options.out or root) / "evaluation" / name
-    weights, sha = source.output(artifacts.MODEL)
+    _weights, sha = source.output(artifacts.MODEL)
     made_from = {
-        "recipe": {"evaluation": recipe.tables()["evaluation"], "few_inclusive": options.few_inclusive},
+        "recipe": {
+            "evaluation": recipe.tables()["evaluation"],
+            "few_inclusive": options.few_inclusive,
+        },
         "dataset": dataset.fingerprint,
         "checkpoint": sha,
     }
@@ -119,7 +122,11 @@ def publish(
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
     groups = [group_of(int(n), few_inclusive=few_inclusive) for n in dataset.class_counts]
-    numbers = {"phase": source.phase, **summary(logits, labels, groups), "checkpoint_sha256": checkpoint}
+    numbers = {
+        "phase": source.phase,
+        **summary(logits, labels, groups),
+        "checkpoint_sha256": checkpoint,
+    }
     text = json.dumps(numbers, indent=1) + "\n"
     recorder.output(artifacts.EVALUATION, artifacts.publish(folder / artifacts.EVALUATION, text.encode()))
 
@@ -149,7 +156,16 @@ def publish(
     recorder.output(path.name, artifacts.publish_tensors(path, tensors))
 
 
-ACCURACY_HEADER = ("evaluation", ">top-1", ">many", ">medium", ">few", ">balanced", ">ECE", ">test images")
+ACCURACY_HEADER = (
+    "evaluation",
+    ">top-1",
+    ">many",
+    ">medium",
+    ">few",
+    ">balanced",
+    ">ECE",
+    ">test images",
+)
 
 
 def accuracy_rows(evaluations: Path) -> list[list[str]]:

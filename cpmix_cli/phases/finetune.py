@@ -1,7 +1,7 @@
 """finetune: class-balanced training of the head on the frozen network. Paper: Sec. 5.1, B.3 (Table 6, last rows).
 
-Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the head kept,
-batch norm frozen (reference/methods_mixing.md section 3.10). Each is a recipe key.
+Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the
+head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is a recipe key.
 """
 
 from functools import partial
@@ -34,9 +34,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune")
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_recipe(recipe, dataset.num_classes)
-    runs.require_same_upstream(
-        source, recipe, needed_by="finetune", origin=options.recipe or "what is asked"
-    )
+    runs.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
     if recipe.finetune is None:
         skip("finetune", "the recipe has no finetune", out or root)
         return
@@ -86,9 +84,7 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
         batch_size=table.batch_size,
     )
     state.optimizer = make_optimizer(state.model, optimizer)
-    schedule = Schedule(
-        epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind
-    )
+    schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
     plan = Plan(
         phase="finetune",
         seed=recipe.seed,

@@ -31,9 +31,7 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
     dataset = runs.find_dataset(root, record, options.data, needed_by="train-stage2")
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_recipe(recipe, dataset.num_classes)
-    runs.require_same_upstream(
-        source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked"
-    )
+    runs.require_same_upstream(source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked")
     if recipe.stage2 is None:
         skip("train-stage2", "the recipe has no stage 2", out or root)
         return
@@ -52,9 +50,7 @@ def requested_recipe(options: Options, source: PhaseFolder, rho: float | None) -
     if not options.changes_recipe:
         return source.recipe()
     name = options.recipe or str(source.output(artifacts.RECIPE)[0])
-    return recipes.load(
-        name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=rho
-    )
+    return recipes.load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=rho)
 
 
 def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:

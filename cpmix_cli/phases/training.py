@@ -82,9 +82,7 @@ def train(
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
     }
-    found = runs.open_output(
-        folder.path, made_from, overwrite=options.overwrite, write=not options.dry_run
-    )
+    found = runs.open_output(folder.path, made_from, overwrite=options.overwrite, write=not options.dry_run)
     if found == "done":
         report(folder, recipe, "up to date")
         return
@@ -97,9 +95,7 @@ def train(
     if found == "resume":
         tensors, saved = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
         if saved["threads"] != threads:
-            console.warn(
-                f"begun with {saved['threads']} threads, going on with {threads}: not bit for bit"
-            )
+            console.warn(f"begun with {saved['threads']} threads, going on with {threads}: not bit for bit")
     if found == "resume":
         precision = saved["precision"]
     elif source is not None:
@@ -121,7 +117,11 @@ def train(
     )
     if options.dry_run:
         fields = {"command": runs.COMMANDS[folder.phase], "status": "dry run"}
-        counts = {"epochs": last - state.epoch + 1, "steps_per_epoch": steps, "num_train": num_train}
+        counts = {
+            "epochs": last - state.epoch + 1,
+            "steps_per_epoch": steps,
+            "num_train": num_train,
+        }
         text = f"dry run: {folder.path} would be written; all checks passed"
         console.result(fields | counts | {"folder": str(folder.path)}, lines=[text])
         return
@@ -191,7 +191,10 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> eng
 
 
 def restore(
-    state: TrainingState, tensors: dict[str, torch.Tensor], saved: dict[str, Any], folder: PhaseFolder
+    state: TrainingState,
+    tensors: dict[str, torch.Tensor],
+    saved: dict[str, Any],
+    folder: PhaseFolder,
 ) -> None:
     """Bring a state to where its training_state.safetensors left it."""
     engine.load_state(state, tensors, folder.path / artifacts.TRAINING_STATE)
@@ -217,14 +220,10 @@ def publish_results(
     )
     recorder.output(artifacts.CONFUSION_PAIRS, pairs)
     counts = artifacts.read_bytes(dataset.folder / artifacts.CLASS_COUNTS)
-    recorder.output(
-        artifacts.CLASS_COUNTS, artifacts.publish(path / artifacts.CLASS_COUNTS, counts)
-    )
+    recorder.output(artifacts.CLASS_COUNTS, artifacts.publish(path / artifacts.CLASS_COUNTS, counts))
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
     schema = artifacts.metrics_schema([term.name for term in plan.terms])
-    recorder.output(
-        artifacts.METRICS, artifacts.publish_table(path / artifacts.METRICS, schema, columns)
-    )
+    recorder.output(artifacts.METRICS, artifacts.publish_table(path / artifacts.METRICS, schema, columns))
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -265,7 +264,14 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
         f"{num_pairs:,}",
         console.duration(record["training_seconds"]),
     ]
-    header = ("phase", ">epochs", ">loss", ">train acc %", ">class pairs confused", ">training time")
+    header = (
+        "phase",
+        ">epochs",
+        ">loss",
+        ">train acc %",
+        ">class pairs confused",
+        ">training time",
+    )
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
     console.note(f"next: {runs.next_command(folder.run, folder.phase, recipe)}")
 

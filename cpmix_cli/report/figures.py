@@ -1,8 +1,8 @@
 """The pictures of confusion-report, as PNG bytes.
 
-Confusion matrices have true classes in rows and predictions in columns; classes stand in the order of their training images,
-most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without images is white, so
-zero differs from little. Equal arrays give equal bytes.
+Confusion matrices have true classes in rows and predictions in columns; classes stand in the order of their training
+images, most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without
+images is white, so zero differs from little. Equal arrays give equal bytes.
 """
 
 import io
@@ -40,15 +40,11 @@ def _by_count(class_counts: Array) -> Array:
 def _group_spans(sorted_counts: Array) -> list[tuple[str, int, int]]:
     """(group, first, one past last) of the groups that have classes, in sorted order."""
     names = [group_of(int(n)) for n in sorted_counts]
-    return [
-        (g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names
-    ]
+    return [(g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names]
 
 
-def confusion_heat_map(
-    matrix: Array, class_names: list[str], class_counts: Array, *, title: str
-) -> bytes:
-    """The whole matrix in per cent of each true class's test images, on a square-root scale; thin lines part the groups.
+def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Array, *, title: str) -> bytes:
+    """The whole matrix in per cent of each true class's test images, square-root scale; thin lines part the groups.
 
     Up to 12 classes every cell carries its number, up to 150 every class its name.
 
@@ -94,9 +90,7 @@ def confusion_heat_map(
     return _png(figure)
 
 
-def grouped_heat_map(
-    matrix: Array, class_counts: Array, *, num_groups: int = 10, title: str
-) -> bytes:
+def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = 10, title: str) -> bytes:
     """Neighbouring classes consolidated, with the number of test images in each cell.
 
     Args:
@@ -211,7 +205,7 @@ def confusion_histogram(matrix: Array, *, title: str) -> bytes:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     top = max(5.0, float(np.ceil(positive.max() / 5) * 5)) if len(positive) else 5.0
-    axes.hist(positive, bins=np.linspace(0, top, 41), color="#31688e", edgecolor="w", linewidth=0.4)
+    axes.hist(positive, bins=np.linspace(0, top, 41).tolist(), color="#31688e", edgecolor="w", linewidth=0.4)
     axes.set_yscale("log")
     axes.set_ylim(0.7, None)
     axes.set_xlim(0, top)
@@ -222,7 +216,16 @@ def confusion_histogram(matrix: Array, *, title: str) -> bytes:
     return _png(figure)
 
 
-REGION_COLOURS = ("#d62728", "#9467bd", "#7f7f7f", "#e0a800", "#1f77b4", "#2ca02c", "#8c564b", "#17becf")
+REGION_COLOURS = (
+    "#d62728",
+    "#9467bd",
+    "#7f7f7f",
+    "#e0a800",
+    "#1f77b4",
+    "#2ca02c",
+    "#8c564b",
+    "#17becf",
+)
 
 
 def decision_regions(

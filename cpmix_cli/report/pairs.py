@@ -17,8 +17,8 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
         class_counts: training images a class [C].
 
     Returns:
-        rarer_class, commoner_class int32; rarer_as_commoner, commoner_as_rarer and their sum count int64; minority_share
-        float64 = rarer_as_commoner / count. Ties are ordered by class ids.
+        rarer_class, commoner_class int32; rarer_as_commoner, commoner_as_rarer and their sum count int64;
+        minority_share float64 = rarer_as_commoner / count. Ties are ordered by class ids.
 
     Paper: Sec. 3, Fig. 1 (minorities are taken for their similar majorities).
     """

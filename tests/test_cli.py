@@ -1,0 +1,190 @@
+"""The command line itself: help, exit codes, streams, start-up, and an installed wheel."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import cpmix, files, must
+
+COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
+REPOSITORY = Path(__file__).parents[1]
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """cpmix in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cpmix_cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_lists_the_six_commands_in_order() -> None:
+    result = must("--help")
+    listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert [word for word in listed if word in COMMANDS] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = must(command, "-h")
+    assert f"Example: cpmix {command} " in " ".join(result.stdout.split())
+    assert "--json" in result.stdout
+
+
+def test_the_flags_are_those_of_the_contract() -> None:
+    """Scripts depend on them: one may be added here, none may go."""
+    training = "--recipe --set --epochs --seed --device --data --overwrite --dry-run --eval-every --json"
+    expected = {
+        "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --overwrite --json",
+        "train-stage1": f"--out {training}",
+        "train-stage2": f"--from --out {training}",
+        "finetune": f"--from --out --phase {training}",
+        "evaluate": "--from --out --phase --set --label --few-inclusive --device --data --overwrite --json",
+        "confusion-report": "--from --out --phase --data --overwrite --json",
+    }
+    for command, flags in expected.items():
+        text = must(command, "--help").stdout
+        found = {w for line in text.splitlines() for w in line.split()[:2] if w.startswith("--")}
+        assert found - {"--help"} == set(flags.split()), command
+
+
+def test_help_and_recipe_errors_import_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv[1:] = {}\n"
+        "import runpy\n"
+        "try: runpy.run_module('cpmix_cli', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {{'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"]):
+        result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert "heavy: []" in result.stdout, result.stderr
+
+
+def test_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert must("--version").stdout == f"cpmix {project['version']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train"], 2, "No such command 'train'"),
+        (["train-stage1"], 2, "--data is missing"),
+        (["train-stage1", "--data", "nowhere"], 3, "no data set in nowhere"),
+        (["train-stage2"], 2, "Missing option '--from'"),
+        (["train-stage2", "--from", "nowhere"], 3, "no run folder nowhere"),
+        (["finetune", "--from", "."], 3, "holds no finished stage1 or stage2"),
+        (["evaluate", "--from", "."], 3, "fix: cpmix train-stage1 --data DATA --out ."),
+        (["evaluate", "--from", ".", "--phase", "stage3"], 2, "takes no phase stage3"),
+        (["evaluate", "--from", ".", "--label", "a/b"], 2, '--label "a/b"'),
+        (["confusion-report", "--from", "."], 3, "holds no finished"),
+        (["evaluate", "--from", ".", "--device", "gpu"], 2, '--device "gpu"'),
+    ],
+)
+def test_mistakes_get_their_exit_code_and_no_traceback(
+    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cpmix(*arguments)
+    assert result.code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert files(tmp_path) == []
+
+
+def test_a_fault_in_the_recipe_shows_before_anything_is_written(digits: Path, tmp_path: Path) -> None:
+    flags = ("--data", digits, "--out", tmp_path / "run")
+    result = cpmix("train-stage1", *flags, "--set", "stage2.terms.cp.partner=confusing")
+    assert result.code == 2
+    assert 'stage2.terms.cp.partner = "confusing": unknown. Did you mean "confusion"?' in result.stderr
+    assert cpmix("train-stage1", *flags, "--recipe", "digits/cp").code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_errors_are_one_object_too(tmp_path: Path) -> None:
+    result = cpmix("evaluate", "--from", tmp_path, "--json")
+    assert result.code == 3
+    assert result.json["exit_code"] == 3
+    assert result.json["error"].startswith("error: ")
+
+
+def test_a_device_that_is_not_there(digits: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags = ("--data", digits, "--out", tmp_path / "run", "--device", "cuda")
+    result = cpmix("train-stage1", *flags)
+    assert result.code == 4
+    assert "device cuda is not there" in result.stderr
+
+
+def test_divergence_ends_with_5_and_keeps_no_result(digits: Path, tmp_path: Path) -> None:
+    flags = ("--data", digits, "--out", tmp_path, "--epochs", 6)
+    result = cpmix("train-stage1", *flags, "--set", "optimizer.lr=1e30")
+    assert result.code == 5
+    assert "the loss became" in result.stderr
+    assert "learning rate" in result.stderr
+    assert not (tmp_path / "stage1" / "run.json").exists()
+
+
+def test_an_output_folder_that_cannot_be_made(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path / "file" / "run")
+    assert result.code == 4
+    assert "cannot write" in result.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
+    """In an sbatch log: no control character even where FORCE_COLOR is set, one line an epoch, JSON alone on stdout."""
+    flags = ["--data", str(digits), "--out", str(tmp_path), "--epochs", "6", "--json"]
+    result = shell("train-stage1", *flags, FORCE_COLOR="1", COLUMNS="40")
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    assert result.stdout.startswith("{")
+    assert not any(c in result.stdout + result.stderr for c in "\r\x1b")
+    lines = result.stderr.splitlines()
+    epochs = [line for line in lines if line.startswith("stage1 epoch=")]
+    assert [line.split()[1] for line in epochs] == [f"epoch={e}/4" for e in range(1, 5)]
+    assert any(line.startswith("stage1: projected ") for line in lines)
+    assert lines[-1] == f"next: cpmix train-stage2 --from {tmp_path}"
+
+
+def test_a_reader_that_leaves_is_no_bug() -> None:
+    command = f"{sys.executable} -m cpmix_cli --help | head -c 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_an_installed_wheel_finds_its_recipes(digits: Path, tmp_path: Path) -> None:
+    build = "import os, sys, hatchling.build as b; os.chdir(sys.argv[1]); print(b.build_wheel(sys.argv[2]))"
+    name = subprocess.run(
+        [sys.executable, "-c", build, str(REPOSITORY), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(installed)
+    held = files(installed / "cpmix_cli" / "recipes")
+    assert held == files(REPOSITORY / "recipes")
+    command = [sys.executable, "-m", "cpmix_cli", "train-stage1"]
+    result = subprocess.run(
+        [*command, "--data", digits, "--out", "run", "--dry-run", "--recipe", "digits/balanced-softmax"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "dry run" in result.stdout
