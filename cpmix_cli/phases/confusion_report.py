@@ -68,9 +68,8 @@ def run(options: Options) -> None:
         columns = artifacts.confusion_columns(matrix)
         recorder.output(path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns))
         path = folder / artifacts.CONFUSED_PAIRS
-        recorder.output(
-            path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, pairs.to_dict("list"))
-        )
+        columns = {str(name): column for name, column in pairs.items()}
+        recorder.output(path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, columns))
         for name, _, png in pictures:
             recorder.output(name, artifacts.publish(folder / name, png))
         recorder.finish()
