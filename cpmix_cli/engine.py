@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from cpmix_cli.errors import Diverged, EnvironmentFault, InputError, Interrupted
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Optimizer
-from cpmix_cli.terms import Term, TermBatch, draw_epoch
+from cpmix_cli.terms import EpochDraws, Term, TermBatch, draw_epoch
 
 
 @dataclass
@@ -34,7 +33,7 @@ class TrainingState:
     confusion: Tensor
     """K [C, C] float64."""
     epoch: int
-    """The epoch under way, 1-based; the last one when all is done."""
+    """The epoch under way, counted as in Plan; the last one when all is done."""
     step: int = 0
     """Steps of that epoch already taken."""
     sums: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
@@ -51,6 +50,8 @@ class Plan:
     seed: int
     terms: list[Term]
     joint_forward: bool
+    first_epoch: int
+    """Counted over both stages, from 1."""
     last_epoch: int
     batch_size: int
     learning_rate: Callable[[int, int, int], float]
@@ -132,6 +133,7 @@ def sum_names(terms: list[Term]) -> list[str]:
         "errors",
         "images",
         "seconds",
+        "fallbacks",
     ]
 
 
@@ -222,78 +224,81 @@ def fit(
         Diverged: the loss is NaN or infinite; the last published state stays.
         Interrupted: a signal asked to stop; the state is published.
     """
-    num_samples = len(data.labels)
-    device = data.labels.device
-    steps = -(-num_samples // plan.batch_size)
-    first_epoch = state.epoch if state.step < steps else state.epoch + 1
-    begun = state.history[0]["epoch"] if state.history else first_epoch
-    assert begun is not None
-    done_before = (first_epoch - int(begun)) * steps
-    total = (plan.last_epoch - int(begun) + 1) * steps
-    pool = ClassPool(data.labels, len(data.class_counts))
-    mixing = MixingState(data.class_counts, state.confusion, torch.zeros((), dtype=torch.int64, device=device))
-    trained = [p for g in state.optimizer.param_groups for p in g["params"]]
-    names = sum_names(plan.terms)
-    state.model.train(plan.train_mode)
-    if first_epoch > plan.last_epoch:
+    steps = -(-len(data.labels) // plan.batch_size)
+    if state.step == steps:  # the epoch it stands at is complete
+        state.epoch, state.step = state.epoch + 1, 0
+    if state.epoch > plan.last_epoch:
         return
-    resumed_at = state.step if state.step < steps else 0
-    progress = console.EpochProgress(plan.phase, total, done_before + resumed_at)
+    pool = ClassPool(data.labels, len(data.class_counts))
+    done = (state.epoch - plan.first_epoch) * steps + state.step
+    progress = console.EpochProgress(plan.phase, (plan.last_epoch - plan.first_epoch + 1) * steps, done)
+    state.model.train(plan.train_mode)
     try:
         with signals.in_loop():
-            for epoch in range(first_epoch, plan.last_epoch + 1):
-                draws = draw_epoch(plan.terms, num_samples, plan.batch_size, (plan.seed, plan.phase, epoch), device)
-                if resumed_at == 0:
-                    state.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-                    state.confusion *= plan.confusion_decay if epoch > plan.confusion_start else 1.0
-                state.epoch = epoch
-                # The last sum is the epoch's fall-backs: partners add to it through the mixing state.
-                mixing.num_fallbacks = state.sums[-1:].to(torch.int64).squeeze(0)
-                started = time.perf_counter()
-                for step in range(resumed_at, steps):
-                    rate = plan.learning_rate(epoch, step, steps)
-                    for group in state.optimizer.param_groups:
-                        group["lr"] = rate * group["lr_factor"]
-                    indices = draws.order[step * plan.batch_size : (step + 1) * plan.batch_size]
-                    parts = _term_batches(plan, data, draws, step, indices, pool, mixing)
-                    sums = _step(plan, data, state, parts, trained, rate, epoch)
-                    state.sums[:-2] += sums
-                    state.step = step + 1
-                    if (device.type == "cpu" or state.step == steps) and not state.sums[0].isfinite():
-                        raise Diverged(
-                            f"the loss became {float(state.sums[0])} at step {step + 1} of epoch "
-                            f"{epoch}, learning rate {rate:g}",
-                            needed_by=plan.phase,
-                            fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
-                        )
-                    progress.step(done_before + (epoch - first_epoch) * steps + state.step)
-                    if state.step < steps and signals.pending():
-                        _settle(state, mixing, started)
-                        publish()
-                        raise _interrupted(plan, epoch, state.step)
-                _settle(state, mixing, started)
-                state.history.append(_metrics_row(plan, names, state.sums.tolist(), epoch, steps))
-                if test_accuracy and eval_every and epoch % eval_every == 0:
-                    state.history[-1]["test_accuracy"] = test_accuracy()
+            while True:
+                _run_epoch(plan, data, pool, state, steps, progress, publish)
+                row = _metrics_row(plan, state, steps)
+                if test_accuracy and eval_every and state.epoch % eval_every == 0:
+                    row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)
-                progress.line(epoch_line(plan, state.history[-1]))
+                state.history.append(row)
+                progress.line(epoch_line(plan, row))
                 publish()
-                resumed_at = 0
                 if signals.pending():
-                    raise _interrupted(plan, epoch, steps)
+                    raise _interrupted(plan, state)
+                if state.epoch == plan.last_epoch:
+                    return
+                state.epoch, state.step = state.epoch + 1, 0
     finally:
         progress.close()
 
 
-def _settle(state: TrainingState, mixing: MixingState, started: float) -> None:
-    """Bring the clock and the fall-backs of the epoch into the sums."""
+def _run_epoch(
+    plan: Plan,
+    data: TrainingData,
+    pool: ClassPool,
+    state: TrainingState,
+    steps: int,
+    progress: console.EpochProgress,
+    publish: Callable[[], None],
+) -> None:
+    """The steps of the epoch under way that are not taken yet."""
+    device = data.labels.device
+    key = (plan.seed, plan.phase, state.epoch)
+    draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, key, device)
+    if state.step == 0:
+        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+        if state.epoch > plan.confusion_start:
+            state.confusion *= plan.confusion_decay
+    # A view of the last sum: partners count their fall-backs straight into it.
+    mixing = MixingState(data.class_counts, state.confusion, num_fallbacks=state.sums[-1])
+    started = time.perf_counter()
+    while state.step < steps:
+        rate = plan.learning_rate(state.epoch, state.step, steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        parts = _term_batches(plan, data, draws, state.step, pool, mixing)
+        values = _step(plan, data, state, parts, rate)
+        state.sums[: len(values)] += values
+        state.step += 1
+        if (device.type == "cpu" or state.step == steps) and not state.sums[0].isfinite():
+            raise Diverged(
+                f"the loss became {float(state.sums[0])} at step {state.step} of epoch {state.epoch}, "
+                f"learning rate {rate:g}",
+                needed_by=plan.phase,
+                fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
+            )
+        progress.step((state.epoch - plan.first_epoch) * steps + state.step)
+        if signals.pending() and state.step < steps:
+            state.sums[-2] += time.perf_counter() - started
+            publish()
+            raise _interrupted(plan, state)
     state.sums[-2] += time.perf_counter() - started
-    state.sums[-1] = mixing.num_fallbacks
 
 
-def _interrupted(plan: Plan, epoch: int, step: int) -> Interrupted:
+def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:
     return Interrupted(
-        f"{signals.pending()} received; {plan.phase} is saved at epoch {epoch}, step {step}",
+        f"{signals.pending()} received; {plan.phase} is saved at epoch {state.epoch}, step {state.step}",
         fix="run the same command again to go on",
     )
 
@@ -301,19 +306,19 @@ def _interrupted(plan: Plan, epoch: int, step: int) -> Interrupted:
 def _term_batches(
     plan: Plan,
     data: TrainingData,
-    draws: Any,
+    draws: EpochDraws,
     step: int,
-    indices: Tensor,
     pool: ClassPool,
     mixing: MixingState,
 ) -> list[TermBatch]:
     """Each term's images of one step; the natural batch is made once for all that share it."""
+    indices = draws.order[step * plan.batch_size : (step + 1) * plan.batch_size]
     labels = data.labels[indices]
     if any(term.natural for term in plan.terms):
         natural = data.batches.batch(indices, draws["augment"][step][: len(indices)])
     else:
         natural = torch.empty(0)
-    return [term.batch(step, draws, (natural, labels), data.batches, data.labels, pool, mixing) for term in plan.terms]
+    return [term.batch(step, draws, (natural, labels), data.batches, pool, mixing) for term in plan.terms]
 
 
 def _step(
@@ -321,11 +326,9 @@ def _step(
     data: TrainingData,
     state: TrainingState,
     parts: list[TermBatch],
-    trained: list[Tensor],
     rate: float,
-    epoch: int,
 ) -> Tensor:
-    """One optimizer step. Returns this step's share of the sums, but for the clock and the fall-backs.
+    """One optimizer step. Returns its share of the sums, in the order of sum_names() without the last two.
 
     Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward the CP batch is drawn before this step's errors are
     known, so partners come from the counts through the step before.
@@ -341,7 +344,7 @@ def _step(
     total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     state.optimizer.step()
 
     correct = seen = errors = torch.zeros((), device=total.device)
@@ -351,7 +354,7 @@ def _step(
         predictions = z.detach().argmax(1)
         right = (predictions == part.y1).sum()
         correct, seen = correct + right, seen + len(z)
-        if term.natural and plan.collect_confusion and epoch >= plan.confusion_start:
+        if term.natural and plan.collect_confusion and state.epoch >= plan.confusion_start:
             count_confusions(state.confusion, part.y1, predictions)
             errors = errors + len(z) - right
             break  # one unmixed natural batch is the epoch's: others would count its images twice
@@ -360,18 +363,18 @@ def _step(
     return torch.stack([v.detach().double() for v in (*values, correct, seen, errors, images)])
 
 
-def _metrics_row(plan: Plan, names: list[str], sums: list[float], epoch: int, steps: int) -> dict[str, float | None]:
-    """The row of metrics.parquet for a finished epoch."""
-    s = dict(zip(names, sums, strict=False))
+def _metrics_row(plan: Plan, state: TrainingState, steps: int) -> dict[str, float | None]:
+    """The row of metrics.parquet for the finished epoch."""
+    s = dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
     unmixed = any(not term.mixed for term in plan.terms)
     natural = plan.collect_confusion and any(t.natural and not t.mixed for t in plan.terms)
-    row: dict[str, float | None] = {"epoch": epoch, "learning_rate": s["learning_rate"] / steps}
+    row: dict[str, float | None] = {"epoch": state.epoch, "learning_rate": s["learning_rate"] / steps}
     row["loss"] = s["loss"] / steps
     row |= {f"loss_{term.name}": s[f"loss_{term.name}"] / steps for term in plan.terms}
     row["gradient_norm"] = s["gradient_norm"] / steps
     row["train_accuracy"] = s["correct"] / s["seen"] if unmixed else None
     row["num_confusions"] = s["errors"] if natural else None
-    row["num_fallbacks"] = sums[-1]
+    row["num_fallbacks"] = s["fallbacks"]
     row["test_accuracy"] = None
     row["images_per_second"] = s["images"] / s["seconds"]
     row["seconds"] = s["seconds"]

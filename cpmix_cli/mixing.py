@@ -36,7 +36,7 @@ class MixingState:
     confusion: Tensor
     """K [C, C] float64."""
     num_fallbacks: Tensor
-    """Scalar int64: draws of this epoch whose class had no confusion yet. Partners add to it."""
+    """Scalar float64: draws of this epoch whose class had no confusion yet. Partners add to it in place."""
 
 
 # -- partners in the batch ---------------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ class Term:
         draws: EpochDraws,
         natural: tuple[Tensor, Tensor],
         batches: Batches,
-        labels: Tensor,
         pool: ClassPool,
         state: MixingState,
     ) -> TermBatch:
@@ -124,7 +123,6 @@ class Term:
             draws: the epoch's random numbers.
             natural: inputs and labels of the step's natural batch, already augmented.
             batches: the training images.
-            labels: their classes [N] int64.
             pool: the same by class.
             state: what partners look at.
         """

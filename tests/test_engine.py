@@ -57,7 +57,7 @@ def fresh(epoch: int = 1) -> TrainingState:
 
 
 def plan_of(terms: list[Term], epochs: int, *, batch: int = 64, joint: bool = True) -> Plan:
-    return Plan("stage2", 11, terms, joint, epochs, batch, lambda *_: LR)
+    return Plan("stage2", 11, terms, joint, 1, epochs, batch, lambda *_: LR)
 
 
 def never() -> None:

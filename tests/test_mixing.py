@@ -20,7 +20,7 @@ from cpmix_cli.mixing import (
 
 def state(counts: list[int]) -> MixingState:
     size = len(counts)
-    zero = torch.zeros((), dtype=torch.int64)
+    zero = torch.zeros((), dtype=torch.float64)
     return MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
 
 

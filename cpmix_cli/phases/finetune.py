@@ -90,6 +90,7 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
         seed=recipe.seed,
         terms=compile_stage(table, "finetune"),
         joint_forward=table.forward == "joint",
+        first_epoch=1,
         last_epoch=table.epochs,
         batch_size=table.batch_size,
         learning_rate=partial(learning_rate, table.lr, schedule),

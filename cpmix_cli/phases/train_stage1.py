@@ -68,6 +68,7 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
         seed=recipe.seed,
         terms=compile_stage(stage, phase),
         joint_forward=stage.forward == "joint",
+        first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
         last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
         batch_size=recipe.optimizer.batch_size,
         learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),

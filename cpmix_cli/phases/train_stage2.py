@@ -59,5 +59,6 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
     tensors, _ = artifacts.read_tensors(path, sha)
     state = fresh_state(setting)
     load_state(state, tensors, path)
-    state.epoch = setting.recipe.schedule.stage1_epochs + 1
-    return stage_plan(setting, "stage2"), state
+    plan = stage_plan(setting, "stage2")
+    state.epoch = plan.first_epoch
+    return plan, state
