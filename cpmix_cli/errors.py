@@ -21,7 +21,8 @@ class CpmixError(Exception):
         fix: the command (or the change) that mends it.
     """
 
-    exit_code = 1
+    exit_code = EXIT_BUG
+    word = "error"
 
     def __init__(self, message: str, *, needed_by: str = "", fix: str = "") -> None:
         super().__init__(message)
@@ -30,7 +31,7 @@ class CpmixError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [f"error: {self.message}"]
+        lines = [f"{self.word}: {self.message}"]
         if self.needed_by:
             lines.append(f"  needed by: {self.needed_by}")
         if self.fix:
@@ -66,6 +67,7 @@ class Interrupted(CpmixError):
     """A signal stopped the run; its state is published and the same command goes on."""
 
     exit_code = EXIT_INTERRUPTED
+    word = "interrupted"
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:

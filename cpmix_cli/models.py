@@ -1,7 +1,8 @@
 """Networks: add one here.
 
 A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. Its builder takes the
-number of classes, the shape of one image (H, W, channels) or point (2,), and a generator for its initial weights.
+number of classes and the shape of one image (H, W, channels) or point (2,), and raises ValueError for a shape it
+cannot take.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,18 +102,26 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
                     module.bias.uniform_(-bound, bound, generator=generator)
 
 
+def _takes(shape: Sequence[int], dimensions: int, what: str) -> None:
+    if len(shape) != dimensions:
+        raise ValueError(f"takes {what}, the data set has samples of shape {tuple(shape)}")
+
+
 def resnet32(num_classes: int, shape: Sequence[int]) -> Classifier:
     """ResNet-32 for 32 x 32 images."""
+    _takes(shape, 3, "images")
     return CifarResNet(num_classes, num_channels=shape[-1], blocks=5, width=16)
 
 
 def resnet8(num_classes: int, shape: Sequence[int]) -> Classifier:
     """One block a stage at width 16 (75,002 parameters for 10 classes of grey images): for 8 x 8 digits."""
+    _takes(shape, 3, "images")
     return CifarResNet(num_classes, num_channels=shape[-1], blocks=1, width=16)
 
 
 def one_hidden_layer(num_classes: int, shape: Sequence[int]) -> Classifier:
     """100 hidden units over 2-D points. Paper: B.1."""
+    _takes(shape, 1, "points")
     return PointNet(num_classes, num_inputs=shape[-1], num_hidden=100)
 
 

@@ -9,7 +9,7 @@ looked up in terms.py.
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -58,6 +58,15 @@ class ParameterGroup(Table):
     weight_decay: float | None = Field(default=None, ge=0)
 
 
+T = TypeVar("T", bound="Optimizer | Finetune")
+
+
+def _checked_nesterov(table: T) -> T:
+    if table.nesterov and table.momentum == 0:
+        raise ValueError("nesterov needs momentum > 0")
+    return table
+
+
 class Optimizer(Table):
     """One optimizer for both stages."""
 
@@ -70,6 +79,10 @@ class Optimizer(Table):
     weight_decay: float = Field(default=2e-4, ge=0)
     batch_size: int = Field(default=128, ge=1)
     groups: list[ParameterGroup] = []
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Optimizer":
+        return _checked_nesterov(self)
 
 
 class Schedule(Table):
@@ -168,6 +181,10 @@ class Finetune(Stage):
     """Parameter-name prefixes that are trained."""
     batchnorm: Literal["frozen", "shift"] = "frozen"
     """frozen: the network is in eval mode; shift: running statistics move."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Finetune":
+        return _checked_nesterov(self)
 
 
 class Evaluation(Table):

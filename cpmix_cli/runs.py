@@ -10,10 +10,15 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
 from cpmix_cli.data.dataset import Dataset, open_dataset
@@ -191,22 +196,16 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, str]:
     }
 
 
-def open_output(
-    folder: Path,
-    made_from: dict[str, Any],
-    *,
-    overwrite: bool,
-    refresh: bool = False,
-    write: bool = True,
+def decide(
+    folder: Path, made_from: dict[str, Any], *, overwrite: bool, refresh: bool = False
 ) -> Literal["fresh", "resume", "done"]:
-    """Decide what a command does with its output folder.
+    """What a command has to do in its output folder; writes nothing.
 
     Args:
         folder: the output folder.
         made_from: what the output depends on: "recipe" tables and hashes of inputs.
         overwrite: start again whatever is there.
         refresh: inputs that changed are reason enough to start again (for outputs that cost seconds).
-        write: False only looks (--dry-run).
 
     Returns:
         "done": it is there, made from the same. "resume": begun from the same. "fresh": nothing usable is there (any
@@ -223,27 +222,33 @@ def open_output(
         elif (folder / artifacts.TRAINING_STATE).is_file():
             _, metadata = artifacts.read_tensors(folder / artifacts.TRAINING_STATE)
             found, state = (metadata or {}).get("made_from", {}), "resume"
+    if found is None:
+        return "fresh"
     if found == made_from:
         return state
-    if found is not None:
-        changed = differences(found, made_from)
-        only_inputs = not any(line.startswith("recipe.") for line in changed)
-        if not (refresh and only_inputs):
-            raise EnvironmentFault(
-                f"{folder} was made from something else:\n    "
-                + "\n    ".join(line.removeprefix("recipe.") for line in changed),
-                fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
-            )
+    changed = differences(found, made_from)
+    if refresh and not any(line.startswith("recipe.") for line in changed):
         console.note(f"{folder}: its input changed, so it is made again")
-    if write:
-        artifacts.make_folder(folder)
-        try:
-            # run.json goes first: from here on nothing claims that the folder is done.
-            for name in (artifacts.RUN, artifacts.TRAINING_STATE):
-                (folder / name).unlink(missing_ok=True)
-        except OSError as fault:
-            raise artifacts.write_fault(folder, fault) from fault
-    return "fresh"
+        return "fresh"
+    raise EnvironmentFault(
+        f"{folder} was made from something else:\n    "
+        + "\n    ".join(line.removeprefix("recipe.") for line in changed),
+        fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
+    )
+
+
+def clear(folder: Path) -> None:
+    """Make the output folder, and take away what claims that it is done or begun; run.json goes first.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made or written.
+    """
+    artifacts.make_folder(folder)
+    try:
+        for name in (artifacts.RUN, artifacts.TRAINING_STATE):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as fault:
+        raise artifacts.write_fault(folder, fault) from fault
 
 
 class Recorder:
@@ -264,14 +269,24 @@ class Recorder:
         """Add or replace fields."""
         self._fields |= fields
 
-    def output(self, name: str, sha: str) -> None:
-        """A file of the folder and its hash."""
+    def _record(self, name: str, sha: str) -> None:
+        """Record a file of the folder by its hash."""
         self._outputs[name] = sha
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Publish a file of the folder and record it."""
+        self._record(name, artifacts.publish(self._folder / name, data))
+
+    def publish_table(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
+        """Publish a Parquet file of the folder and record it."""
+        self._record(name, artifacts.publish_table(self._folder / name, schema, columns))
+
+    def publish_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+        """Publish a safetensors file of the folder and record it."""
+        self._record(name, artifacts.publish_tensors(self._folder / name, tensors, metadata))
 
     def finish(self) -> dict[str, Any]:
         """Publish run.json and return what it says."""
-        import torch
-
         now = time.time()
         record = {
             **self._fields,

@@ -6,7 +6,7 @@ term's draws of an epoch are made ahead. Shapes: S steps an epoch, B batch, C cl
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -205,8 +205,13 @@ def compile_stage(stage: Stage, table: str) -> list[Term]:
     return terms
 
 
-def check_recipe(recipe: Recipe, num_classes: int) -> None:
-    """Compile every stage, so that a fault in a later phase shows before the first one has trained for hours.
+def check_recipe(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
+    """Compile every stage and build the network, so that a fault in a later phase shows before the first has trained.
+
+    Args:
+        recipe: typed, but not yet looked up.
+        num_classes: C of the data set.
+        shape: of one of its images (H, W, channels) or points (2,).
 
     Raises:
         UsageError: all faults of all stages.
@@ -216,6 +221,14 @@ def check_recipe(recipe: Recipe, num_classes: int) -> None:
     faults = []
     if recipe.model.name not in MODELS:
         faults.append(f'model.name = "{recipe.model.name}": unknown.{suggest(recipe.model.name, MODELS)}')
+    else:
+        try:
+            with torch.device("meta"):
+                MODELS[recipe.model.name](num_classes, shape)
+        except ValueError as fault:
+            faults.append(f'model.name = "{recipe.model.name}": {fault}')
+    if recipe.data.normalisation == "cifar10" and len(shape) == 3 and shape[-1] != 3:
+        faults.append(f'data.normalisation = "cifar10": for 3 channels, the images have {shape[-1]}')
     for table in ("stage1", "stage2", "finetune"):
         stage = getattr(recipe, table)
         if stage is not None:

@@ -50,42 +50,65 @@ def run(options: Options) -> None:
     predictions, sha = read_predictions(evaluation, source)
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
 
-    out = options.out or root
-    folder = out / "confusion" / source.phase
-    made_from = {"recipe": {}, "predictions": sha, "dataset": dataset.fingerprint}
-    found = runs.open_output(folder, made_from, overwrite=options.overwrite, refresh=True)
-    # The page and the table of accuracies also show other evaluations of the run, so they are made each time.
     matrix = confusion_matrix(
         torch.tensor(predictions["label"].to_numpy(), dtype=torch.int64),
         torch.tensor(predictions["predicted"].to_numpy(), dtype=torch.int64),
         dataset.num_classes,
     )
     pairs = confused_pairs(matrix.numpy(), dataset.class_counts)
-    pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
-    if found != "done":
-        recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from)
-        path = folder / artifacts.CONFUSION_MATRIX
-        columns = artifacts.confusion_columns(matrix)
-        recorder.output(path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns))
-        path = folder / artifacts.CONFUSED_PAIRS
-        columns = {str(name): column for name, column in pairs.items()}
-        recorder.output(path.name, artifacts.publish_table(path, artifacts.CONFUSED_PAIRS_SCHEMA, columns))
-        for name, _, png in pictures:
-            recorder.output(name, artifacts.publish(folder / name, png))
-        recorder.finish()
-    named_pairs = with_names(pairs, dataset)
     accuracies = accuracy_rows(root / "evaluation")
+
+    out = options.out or root
+    folder, index = out / "confusion" / source.phase, out / "confusion" / "index.html"
+    made_from = {
+        "recipe": {},
+        "predictions": sha,
+        "dataset": dataset.fingerprint,
+        "accuracies": artifacts.digest(accuracies),  # of other evaluations of the run too: the page shows them
+    }
+    again = options.overwrite or not is_own_page(index, folder)
+    status = runs.decide(folder, made_from, overwrite=again, refresh=True)
+    if status == "fresh":
+        write(folder, index, made_from, source, dataset, matrix, pairs, accuracies)
+    report(folder, index, source, dataset, matrix, pairs, accuracies, status)
+
+
+def is_own_page(index: Path, folder: Path) -> bool:
+    """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
+    if not index.is_file() or not (folder / artifacts.RUN).is_file():
+        return False
+    return bool(artifacts.read_record(folder / artifacts.RUN)["page"] == artifacts.sha256(index.read_bytes()))
+
+
+def write(
+    folder: Path,
+    index: Path,
+    made_from: dict[str, Any],
+    source: PhaseFolder,
+    dataset: Dataset,
+    matrix: torch.Tensor,
+    pairs: pd.DataFrame,
+    accuracies: list[list[str]],
+) -> None:
+    """Tables, pictures, the page, and run.json last."""
+    pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
+    runs.clear(folder)
+    recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from)
+    cells = artifacts.confusion_columns(matrix)
+    recorder.publish_table(artifacts.CONFUSION_MATRIX, artifacts.CONFUSION_SCHEMA, cells)
+    columns = {str(name): column for name, column in pairs.items()}
+    recorder.publish_table(artifacts.CONFUSED_PAIRS, artifacts.CONFUSED_PAIRS_SCHEMA, columns)
+    for name, _, png in pictures:
+        recorder.publish(name, png)
     page = render_page(
         title=f"Confusion of {dataset.name}, {source.phase}",
         facts=facts(source, dataset, matrix),
         accuracy=pd.DataFrame(accuracies, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
-        pairs=named_pairs.head(NUM_ON_PAGE),
+        pairs=with_names(pairs, dataset).head(NUM_ON_PAGE),
         figures=[(caption, png) for _, caption, png in pictures],
     )
-    index = out / "confusion" / "index.html"
-    artifacts.publish(index, page.encode())
-    status = "up to date" if found == "done" else "done"
-    report(folder, index, source, matrix, named_pairs, accuracies, pictures[0][0], status)
+    recorder.set(page=artifacts.publish(index, page.encode()), picture=pictures[0][0])
+    recorder.finish()
 
 
 def read_predictions(evaluation: Path, source: PhaseFolder) -> tuple[pd.DataFrame, str]:
@@ -137,7 +160,7 @@ def draw(
         (
             "class_accuracy.png",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, counts, title=title, other=None),
+            figures.class_accuracy(accuracy, names, counts, title=title, other=None),
         ),
         (
             "confusion_histogram.png",
@@ -221,53 +244,37 @@ def report(
     folder: Path,
     index: Path,
     source: PhaseFolder,
+    dataset: Dataset,
     matrix: torch.Tensor,
     pairs: pd.DataFrame,
     accuracies: list[list[str]],
-    picture: str,
     status: str,
 ) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
+    status = "up to date" if status == "done" else "done"
+    picture = folder / artifacts.read_record(folder / artifacts.RUN)["picture"]
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     top = pairs.head(NUM_SHOWN)
-    fields = {
-        "command": "confusion-report",
-        "status": status,
-        "phase": source.phase,
-        "folder": str(folder),
-        "page": str(index),
-        "picture": str(folder / picture),
-        "num_test": int(matrix.sum()),
-        "num_wrong": wrong,
-        "most_confused": [
-            {
-                "rarer": row.iloc[0],
-                "commoner": row.iloc[2],
-                "confusions": int(row.iloc[4]),
-                "rarer_as_commoner": int(row.iloc[5]),
-            }
-            for _, row in top.iterrows()
-        ],
-    }
-    if console.as_json:
-        console.result(fields)
-        return
-    header = (
-        "rarer class",
-        ">images",
-        "commoner class",
-        ">images",
-        ">confusions",
-        ">rarer as commoner",
-        ">share",
-    )
-    rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in top.iterrows()]
-    title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {int(matrix.sum()):,} test images wrong)"
-    console.table(header, rows, title=title)
+    if not console.as_json:
+        header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
+        rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in with_names(top, dataset).iterrows()]
+        size = int(matrix.sum())
+        title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {size:,} test images wrong)"
+        console.table(header, rows, title=title)
     console.result(
-        fields,
+        {
+            "command": "confusion-report",
+            "status": status,
+            "phase": source.phase,
+            "folder": str(folder),
+            "page": str(index),
+            "picture": str(picture),
+            "num_test": int(matrix.sum()),
+            "num_wrong": wrong,
+            "most_confused": top.to_dict("records"),
+        },
         title="\naccuracy, per cent of the test split",
         header=ACCURACY_HEADER,
         rows=accuracies,
-        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {folder / picture}"],
+        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
     )

@@ -62,16 +62,16 @@ def run(options: Options) -> None:
         "dataset": dataset.fingerprint,
         "checkpoint": sha,
     }
-    found = runs.open_output(folder, made_from, overwrite=options.overwrite, refresh=True)
-    if found == "done":
+    if runs.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
         report(folder, "up to date")
         return
-    recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = read_model(source, recipe, dataset).to(device)
     batches, labels = make_split(dataset, "test", recipe, device)
     logits = engine.predict(model, batches, len(labels), recipe.evaluation.batch_size)
-    publish(folder, recorder, source, dataset, logits, labels, options.few_inclusive, sha)
+    runs.clear(folder)
+    recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
+    publish(recorder, source, dataset, logits, labels, options.few_inclusive, sha)
     recorder.set(source={"phase": source.phase, "sha256": sha})
     recorder.set(dataset=runs.dataset_entry(dataset, options.out or root))
     recorder.finish()
@@ -111,7 +111,6 @@ def read_model(source: PhaseFolder, recipe: Recipe, dataset: Dataset) -> Classif
 
 
 def publish(
-    folder: Path,
     recorder: runs.Recorder,
     source: PhaseFolder,
     dataset: Dataset,
@@ -127,8 +126,7 @@ def publish(
         **summary(logits, labels, groups),
         "checkpoint_sha256": checkpoint,
     }
-    text = json.dumps(numbers, indent=1) + "\n"
-    recorder.output(artifacts.EVALUATION, artifacts.publish(folder / artifacts.EVALUATION, text.encode()))
+    recorder.publish(artifacts.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
 
     confidence, predicted = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predicted, dataset.num_classes)
@@ -141,19 +139,15 @@ def publish(
         "num_correct": matrix.diagonal().numpy(),
         "accuracy": (100 * class_accuracy(matrix)).numpy(),
     }
-    path = folder / artifacts.PER_CLASS
-    recorder.output(path.name, artifacts.publish_table(path, artifacts.PER_CLASS_SCHEMA, columns))
+    recorder.publish_table(artifacts.PER_CLASS, artifacts.PER_CLASS_SCHEMA, columns)
     columns = {
         "sample_id": dataset.sample_ids("test"),
         "label": labels.numpy(),
         "predicted": predicted.numpy(),
         "confidence": confidence.numpy(),
     }
-    path = folder / artifacts.PREDICTIONS
-    recorder.output(path.name, artifacts.publish_table(path, artifacts.PREDICTIONS_SCHEMA, columns))
-    path = folder / artifacts.LOGITS
-    tensors = {"logits": logits, "labels": labels}
-    recorder.output(path.name, artifacts.publish_tensors(path, tensors))
+    recorder.publish_table(artifacts.PREDICTIONS, artifacts.PREDICTIONS_SCHEMA, columns)
+    recorder.publish_tensors(artifacts.LOGITS, {"logits": logits, "labels": labels})
 
 
 ACCURACY_HEADER = (

@@ -37,7 +37,7 @@ def run(options: Options, out: Path) -> None:
         seed=options.seed,
         rho=dataset.record["rho"],
     )
-    check_recipe(recipe, dataset.num_classes)
+    check_recipe(recipe, dataset.num_classes, dataset.shape)
     train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, prepare)
 
 

@@ -82,59 +82,44 @@ def train(
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
     }
-    found = runs.open_output(folder.path, made_from, overwrite=options.overwrite, write=not options.dry_run)
+    found = runs.decide(folder.path, made_from, overwrite=options.overwrite)
     if found == "done":
         report(folder, recipe, "up to date")
         return
     device = engine.resolve_device(options.device)
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-
-    saved: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
+    begun: dict[str, Any] | None = None
     if found == "resume":
-        tensors, saved = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
-        if saved["threads"] != threads:
-            console.warn(f"begun with {saved['threads']} threads, going on with {threads}: not bit for bit")
-    if found == "resume":
-        precision = saved["precision"]
-    elif source is not None:
-        precision = source.record()["precision"]
-    else:
-        precision = engine.resolve_precision(recipe.model.precision, device)
+        tensors, begun = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
+    earlier = begun or (source.record() if source is not None else None)
+    precision = earlier["precision"] if earlier else engine.resolve_precision(recipe.model.precision, device)
+    data = training_data(dataset, recipe, device)
     plan, state = prepare(Setting(recipe, dataset, device, precision))
-    if found == "resume":
-        restore(state, tensors, saved, folder)
-        console.note(f"{folder.phase}: goes on after epoch {saved['epoch']}, step {saved['step']}")
-
-    num_train, last = int(dataset.class_counts.sum()), plan.last_epoch
-    steps = -(-num_train // plan.batch_size)
-    terms = ", ".join(term.name for term in plan.terms)
+    if begun:
+        restore(state, tensors, begun, folder)
+        console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
+        if begun["threads"] != threads:
+            console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
+    steps = -(-len(data.labels) // plan.batch_size)
     console.note(
-        f"{folder.phase}: {dataset.name}, {num_train:,} images, epochs {state.epoch} to {last} of "
+        f"{folder.phase}: {dataset.name}, {len(data.labels):,} images, epochs {state.epoch} to {plan.last_epoch} of "
         f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
-        f"terms: {terms}; {device.type}, {precision}, {threads} threads"
+        f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
     if options.dry_run:
-        fields = {"command": runs.COMMANDS[folder.phase], "status": "dry run"}
-        counts = {
-            "epochs": last - state.epoch + 1,
-            "steps_per_epoch": steps,
-            "num_train": num_train,
-        }
-        text = f"dry run: {folder.path} would be written; all checks passed"
-        console.result(fields | counts | {"folder": str(folder.path)}, lines=[text])
+        report_dry_run(folder, plan, steps)
         return
 
+    # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
+    if not begun:
+        runs.clear(folder.path)
     recorder = runs.Recorder(folder.path, folder.phase, made_from)
     # Written first: it says what the folder is for, whatever happens to the run.
-    recipe_sha = artifacts.publish(folder.path / artifacts.RECIPE, recipe.to_toml().encode())
-    recorder.output(artifacts.RECIPE, recipe_sha)
-    data = training_data(dataset, recipe, device)
-    state_path = folder.path / artifacts.TRAINING_STATE
-    published = {"sha": ""}
+    recorder.publish(artifacts.RECIPE, recipe.to_toml().encode())
 
-    def publish() -> None:
+    def publish_state() -> None:
         metadata = {
             "format": artifacts.FORMAT,
             "phase": folder.phase,
@@ -145,15 +130,13 @@ def train(
             "step": state.step,
             "columns": list(state.history[0]) if state.history else [],
         }
-        tensors = engine.state_tensors(state)
-        published["sha"] = artifacts.publish_tensors(state_path, tensors, metadata)
+        recorder.publish_tensors(artifacts.TRAINING_STATE, engine.state_tensors(state), metadata)
 
     test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
-    engine.fit(plan, data, state, publish=publish, test_accuracy=test, eval_every=options.eval_every)
-    if not published["sha"]:  # resumed after the last epoch: only the derived files were missing
-        publish()
-    recorder.output(artifacts.TRAINING_STATE, published["sha"])
-    publish_results(folder, plan, state, dataset, recorder)
+    engine.fit(plan, data, state, publish=publish_state, test_accuracy=test, eval_every=options.eval_every)
+    if begun:  # it may have stopped after its last epoch, with only the derived files missing
+        publish_state()
+    publish_results(plan, state, dataset, recorder)
     seconds = sum(row["seconds"] or 0.0 for row in state.history)
     if source is not None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
@@ -206,24 +189,16 @@ def restore(
     ]
 
 
-def publish_results(
-    folder: PhaseFolder, plan: Plan, state: TrainingState, dataset: Dataset, recorder: runs.Recorder
-) -> None:
+def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder: runs.Recorder) -> None:
     """The files derived from the final state: weights, pairs, counts, metrics."""
-    path = folder.path
-    weights = state.model.state_dict()
-    recorder.output(artifacts.MODEL, artifacts.publish_tensors(path / artifacts.MODEL, weights))
-    pairs = artifacts.publish_table(
-        path / artifacts.CONFUSION_PAIRS,
-        artifacts.CONFUSION_SCHEMA,
-        artifacts.confusion_columns(state.confusion),
-    )
-    recorder.output(artifacts.CONFUSION_PAIRS, pairs)
+    recorder.publish_tensors(artifacts.MODEL, state.model.state_dict())
+    pairs = artifacts.confusion_columns(state.confusion)
+    recorder.publish_table(artifacts.CONFUSION_PAIRS, artifacts.CONFUSION_SCHEMA, pairs)
     counts = artifacts.read_bytes(dataset.folder / artifacts.CLASS_COUNTS)
-    recorder.output(artifacts.CLASS_COUNTS, artifacts.publish(path / artifacts.CLASS_COUNTS, counts))
+    recorder.publish(artifacts.CLASS_COUNTS, counts)
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
     schema = artifacts.metrics_schema([term.name for term in plan.terms])
-    recorder.output(artifacts.METRICS, artifacts.publish_table(path / artifacts.METRICS, schema, columns))
+    recorder.publish_table(artifacts.METRICS, schema, columns)
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -236,6 +211,18 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
     fields = {"command": command, "status": "skipped", "skipped": True, "reason": recipe_lacks}
     console.result(fields, lines=[f"nothing to do: {recipe_lacks}"])
     console.note(f"next: cpmix evaluate --from {run}")
+
+
+def report_dry_run(folder: PhaseFolder, plan: Plan, steps: int) -> None:
+    """What a run would do."""
+    fields = {
+        "command": runs.COMMANDS[folder.phase],
+        "status": "dry run",
+        "folder": str(folder.path),
+        "epochs": plan.last_epoch - plan.first_epoch + 1,
+        "steps_per_epoch": steps,
+    }
+    console.result(fields, lines=[f"dry run: {folder.path} would be written; all checks passed"])
 
 
 def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:

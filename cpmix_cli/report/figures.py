@@ -81,7 +81,7 @@ def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Arra
         axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
     for group, first, last in _group_spans(class_counts[order]):
         middle = (first + last - 1) / 2
-        axes.text(middle, -0.6 - 0.01 * size, group, ha="center", va="bottom", fontsize=10)
+        axes.annotate(group, (middle, -0.5), (0, 4), textcoords="offset points", ha="center", va="bottom")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title, pad=24)
@@ -106,7 +106,7 @@ def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = 10
     cells = np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
     figure = Figure(figsize=(7.2, 6.4), layout="constrained")
     axes = figure.add_subplot()
-    norm = LogNorm(vmin=1, vmax=max(10, cells.max()))
+    norm = LogNorm(vmin=min(cells[cells > 0]), vmax=max(10, cells.max()))
     image = axes.imshow(np.ma.masked_equal(cells, 0), cmap="viridis_r", norm=norm)
     for i, j in np.ndindex(*cells.shape):
         dark = cells[i, j] > 0 and norm(cells[i, j]) > 0.55
@@ -129,6 +129,7 @@ def _range_label(counts: Array) -> str:
 
 def class_accuracy(
     accuracy: Array,
+    class_names: list[str],
     class_counts: Array,
     *,
     title: str,
@@ -140,6 +141,7 @@ def class_accuracy(
 
     Args:
         accuracy: per cent [C]; NaN where a class has no test image.
+        class_names: C names, written on the axis up to 20 classes.
         class_counts: training images [C].
         title: above the picture; also names the accuracy in the legend.
         other: more accuracies [C] by name, drawn as lines.
@@ -161,6 +163,8 @@ def class_accuracy(
         _accuracy_curve(axes, place, values[order], name, f"C{colour}")
     axes.set_xlim(-0.5, len(order) - 0.5)
     axes.set_ylim(0, 102)
+    if len(order) <= 20:
+        axes.set_xticks(place, [class_names[c] for c in order])
     axes.set_xlabel("class, most training images first")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(title, pad=36)
@@ -206,8 +210,9 @@ def confusion_histogram(matrix: Array, *, title: str) -> bytes:
     axes = figure.add_subplot()
     top = max(5.0, float(np.ceil(positive.max() / 5) * 5)) if len(positive) else 5.0
     axes.hist(positive, bins=np.linspace(0, top, 41).tolist(), color="#31688e", edgecolor="w", linewidth=0.4)
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, None)
+    if len(positive):
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, None)
     axes.set_xlim(0, top)
     axes.set_xlabel("confusion value: % of the true class's test images taken for the other class")
     axes.set_ylabel("ordered class pairs (log)")

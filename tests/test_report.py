@@ -1,0 +1,122 @@
+"""Pictures, the pair table and the page."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cpmix_cli.report import figures
+from cpmix_cli.report.page import render_page
+from cpmix_cli.report.pairs import confused_pairs
+
+
+def test_pairs_by_hand() -> None:
+    matrix = np.array([[90, 2, 0, 0], [5, 10, 0, 0], [1, 0, 8, 4], [0, 0, 3, 7]])
+    table = confused_pairs(matrix, np.array([100, 20, 5, 5]))
+    assert table.to_dict("list") == {
+        "rarer_class": [1, 3, 2],  # 2 and 3 have equal counts: the larger id is the rarer
+        "commoner_class": [0, 2, 0],
+        "rarer_as_commoner": [5, 3, 1],
+        "commoner_as_rarer": [2, 4, 0],
+        "count": [7, 7, 1],
+        "minority_share": [5 / 7, 3 / 7, 1.0],
+    }
+    assert table.dtypes.astype(str).tolist() == ["int32", "int32", "int64", "int64", "int64", "float64"]
+
+
+def test_pairs_of_a_perfect_classifier_are_none() -> None:
+    assert len(confused_pairs(np.diag([3, 4, 5]), np.array([9, 6, 1]))) == 0
+
+
+def test_pairs_find_the_rarer_class_in_any_class_order() -> None:
+    matrix = np.array([[1, 6], [2, 1]])
+    table = confused_pairs(matrix, np.array([3, 50]))
+    assert table.iloc[0].tolist() == [0, 1, 6, 2, 8, 0.75]
+
+
+def example(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A confusion matrix, class counts and names with the look of real ones."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    counts = (500 * 0.005 ** (np.arange(size) / max(1, size - 1))).astype(np.int64)
+    matrix = generator.poisson(0.7, (size, size)) + np.diag(generator.integers(5, 60, size))
+    return matrix, counts, [f"class_{c}" for c in range(size)]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [2, 4, 10, 100, 300])
+def test_every_picture_at_every_size(size: int) -> None:
+    for seed in (0, 1):
+        matrix, counts, names = example(size, seed)
+        accuracy = 100 * matrix.diagonal() / matrix.sum(1)
+        accuracy[-1] = np.nan
+        made = [
+            [
+                figures.confusion_heat_map(matrix, names, counts, title="t"),
+                figures.grouped_heat_map(matrix, counts, title="t"),
+                figures.class_accuracy(accuracy, names, counts, title="t"),
+                figures.confusion_histogram(matrix, title="t"),
+            ]
+            for _ in range(1 if size > 10 else 2)
+        ]
+        assert made[0] == made[-1]  # equal arrays, equal bytes
+        if seed == 0:
+            first = made[0]
+        assert all(min(pixels(png).shape[:2]) >= 500 for png in made[0])
+    assert all(a != b for a, b in zip(first, made[0], strict=True))
+
+
+def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
+    matrix = np.array([[1000, 0], [1, 999]])
+    picture = pixels(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), title=""))
+    height, width = picture.shape[:2]
+    column = picture[:, width // 3]  # runs through the left column of cells
+    assert (column == 255).all(1).any()
+    other = np.array([[1000, 0], [0, 1000]])
+    empty = pixels(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), title=""))
+    assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
+
+
+def test_a_perfect_classifier_has_pictures_too() -> None:
+    matrix, counts, names = np.diag([4, 5, 6]), np.array([9, 5, 1]), ["a", "b", "c"]
+    for png in (
+        figures.confusion_heat_map(matrix, names, counts, title="t"),
+        figures.grouped_heat_map(matrix, counts, title="t"),
+        figures.class_accuracy(np.full(3, 100.0), names, counts, title="t"),
+        figures.confusion_histogram(matrix, title="t"),
+    ):
+        assert pixels(png).std() > 0
+
+
+def test_decision_regions_show_the_classes_of_the_grid() -> None:
+    axis = np.linspace(-1, 1, 20)
+    halves = np.broadcast_to((axis > 0).astype(int), (20, 20))
+    points = np.array([[-0.5, 0.0], [0.5, 0.0], [0.6, 0.1]])
+    arguments = (points, np.array([0, 1, 1]), ["left", "right"])
+    split = figures.decision_regions(axis, axis, halves, *arguments, title="t")
+    whole = figures.decision_regions(axis, axis, np.zeros((20, 20), int), *arguments, title="t")
+    changed = (pixels(split) != pixels(whole)).any(axis=2)
+    middle = changed.shape[1] // 2
+    assert changed[:, middle + 60 :].sum() > 50_000
+    assert changed[:, : middle - 60].sum() == 0
+
+
+def test_page_is_self_contained_and_escapes_every_word() -> None:
+    evil = '<script>alert("x")</script>'
+    page = render_page(
+        title=evil,
+        facts=[(evil, evil)],
+        accuracy=pd.DataFrame({evil: [evil], "top-1": ["12.50"]}),
+        pairs=pd.DataFrame({"rarer class": [evil], "confusions": [3]}),
+        figures=[(evil, b"\x89PNG")],
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 8
+    assert "http" not in page
+    assert 'src="data:image/png;base64,iVBORw=="' in page
+    assert '<td class="number">3</td>' in page
