@@ -47,7 +47,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cpmix {__version__}")
+        console.result({"version": __version__}, lines=[f"cpmix {__version__}"])
         raise typer.Exit
 
 

@@ -4,9 +4,11 @@ Shapes: B batch, C classes. A mixed term is draw -> partner -> ratio -> mix -> l
 function found by its name in the dictionaries at the foot. Keyword-only parameters become recipe keys of the term; an
 Annotated pydantic Field gives their range.
 
-    partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS) or classes [B]
-    (CLASS_PARTNERS) ratio(generator, shape) -> lambda_x of that shape, drawn ahead of an epoch mix(x1, x2, lam [B or
-    1]) -> mixed inputs, and lambda_x as it came out label(lam, n1 [B], n2 [B]) -> lambda_y [B]
+    partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS)
+                                                or classes [B] (CLASS_PARTNERS)
+    ratio(generator, shape)                  -> lambda_x of that shape, drawn ahead of an epoch
+    mix(x1, x2, lam [B or 1])                -> mixed inputs, and lambda_x as it came out
+    label(lam, n1 [B], n2 [B])               -> lambda_y [B]
 
 A class partner is followed by a uniform draw of an image of that class. Paper: Sec. 2.2 and 4.
 """

@@ -82,6 +82,21 @@ def test_the_method_lifts_the_minorities_of_the_toy(toy: Path, toy_run: Path, tm
     assert ours["balanced_accuracy"] > plain["balanced_accuracy"]
 
 
+def test_the_report_of_an_evaluation_written_elsewhere(digits_run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(digits_run / "evaluation")
+    other = tmp_path / "other"
+    result = must("evaluate", "--from", digits_run, "--phase", "stage1", "--out", other)
+    assert result.stderr.endswith(f"next: cpmix confusion-report --from {digits_run} --phase stage1 --out {other}\n")
+    must("confusion-report", "--from", digits_run, "--phase", "stage1", "--out", other)
+    assert files(other) == sorted(
+        [
+            *(f"evaluation/stage1/{name}" for name in EVALUATION),
+            *(f"confusion/stage1/{name}" for name in REPORT),
+            "confusion/index.html",
+        ]
+    )
+
+
 def test_evaluation_json_and_files_agree(digits: Path, digits_run: Path) -> None:
     result = must("evaluate", "--from", digits_run, "--json")
     numbers = result.json

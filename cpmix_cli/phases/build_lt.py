@@ -237,7 +237,7 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
         "",
         f"{record['name']}: {record['num_train']:,} training and {record['num_test']:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
-        f"(ratio {counts.max() / counts.min():g})",
+        f"(ratio {counts.max() / counts.min():.4g})",
         f"groups: many (>100) {groups['many']}, medium (20..100) {groups['medium']}, few (<20) {groups['few']} classes",
         f"{status}: {folder}",
     ]

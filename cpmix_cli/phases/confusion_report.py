@@ -46,8 +46,11 @@ def run(options: Options) -> None:
     """
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="confusion-report")
-    evaluation = root / "evaluation" / source.phase
-    predictions, sha = read_predictions(evaluation, source)
+    out = options.out or root
+    evaluations = out / "evaluation"  # what evaluate --out wrote comes before what stands in the run itself
+    if not (evaluations / source.phase / artifacts.RUN).is_file():
+        evaluations = root / "evaluation"
+    predictions, sha = read_predictions(evaluations / source.phase, source)
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
 
     matrix = confusion_matrix(
@@ -56,9 +59,8 @@ def run(options: Options) -> None:
         dataset.num_classes,
     )
     pairs = confused_pairs(matrix.numpy(), dataset.class_counts)
-    accuracies = accuracy_rows(root / "evaluation")
+    accuracies = accuracy_rows(evaluations)
 
-    out = options.out or root
     folder, index = out / "confusion" / source.phase, out / "confusion" / "index.html"
     made_from = {
         "recipe": {},
@@ -160,7 +162,7 @@ def draw(
         (
             "class_accuracy.png",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, names, counts, title=title, other=None),
+            figures.class_accuracy(accuracy, names, counts, title=title),
         ),
         (
             "confusion_histogram.png",

@@ -76,7 +76,10 @@ def run(options: Options) -> None:
     recorder.set(dataset=runs.dataset_entry(dataset, options.out or root))
     recorder.finish()
     report(folder, "done")
-    console.note(f"next: cpmix confusion-report --from {options.out or root}")
+    if options.label is None:  # the report is of the plain evaluation
+        flags = f" --phase {options.phase}" if options.phase else ""
+        flags += f" --out {options.out}" if options.out else ""
+        console.note(f"next: cpmix confusion-report --from {root}{flags}")
 
 
 def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, LogNorm, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
@@ -118,7 +119,9 @@ def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = 10
     axes.set_xlabel("predicted class, by its training images")
     axes.set_ylabel("true class, by its training images")
     axes.set_title(title)
-    figure.colorbar(image, ax=axes, shrink=0.8).set_label("test images (white: none)")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}")
+    bar.minorticks_off()
+    bar.set_label("test images (white: none)")
     return _png(figure)
 
 
@@ -127,14 +130,7 @@ def _range_label(counts: Array) -> str:
     return f"{high}" if low == high else f"{high} to {low}"
 
 
-def class_accuracy(
-    accuracy: Array,
-    class_names: list[str],
-    class_counts: Array,
-    *,
-    title: str,
-    other: dict[str, Array] | None = None,
-) -> bytes:
+def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array, *, title: str) -> bytes:
     """Accuracy of each class, and the curve of training images over the same classes.
 
     Above 20 classes each class is a dot and ten groups of neighbours are lines.
@@ -143,8 +139,7 @@ def class_accuracy(
         accuracy: per cent [C]; NaN where a class has no test image.
         class_names: C names, written on the axis up to 20 classes.
         class_counts: training images [C].
-        title: above the picture; also names the accuracy in the legend.
-        other: more accuracies [C] by name, drawn as lines.
+        title: above the picture.
 
     Paper: Fig. 4(b, c).
     """
@@ -158,9 +153,7 @@ def class_accuracy(
         values = accuracy[order[first:last]]
         mean = f"{np.nanmean(values):.1f} %" if not np.isnan(values).all() else "-"
         axes.text((first + last - 1) / 2, 103, f"{group}\n{mean}", ha="center", va="bottom", fontsize=9)
-    curves = {"accuracy": accuracy, **(other or {})}
-    for colour, (name, values) in enumerate(curves.items()):
-        _accuracy_curve(axes, place, values[order], name, f"C{colour}")
+    _accuracy_curve(axes, place, accuracy[order])
     axes.set_xlim(-0.5, len(order) - 0.5)
     axes.set_ylim(0, 102)
     if len(order) <= 20:
@@ -179,18 +172,18 @@ def class_accuracy(
     return _png(figure)
 
 
-def _accuracy_curve(axes: Axes, place: Array, values: Array, name: str, colour: str) -> None:
+def _accuracy_curve(axes: Axes, place: Array, accuracy: Array) -> None:
     if len(place) <= 20:
-        axes.plot(place, values, "o-", color=colour, label=name)
+        axes.plot(place, accuracy, "o-", color="C0", label="accuracy")
         return
-    axes.plot(place, values, ".", color=colour, alpha=0.45, markersize=4)
+    axes.plot(place, accuracy, ".", color="C0", alpha=0.45, markersize=4)
     for number, part in enumerate(np.array_split(place, 10)):
-        inside = values[part]
+        inside = accuracy[part]
         if np.isnan(inside).all():
             continue
-        label = f"{name} (dots: classes; lines: means of ten groups)" if number == 0 else None
+        label = "accuracy (dots: classes; lines: means of ten groups)" if number == 0 else None
         edges = [part[0] - 0.5, part[-1] + 0.5]
-        axes.plot(edges, [np.nanmean(inside)] * 2, color=colour, linewidth=2.5, label=label)
+        axes.plot(edges, [np.nanmean(inside)] * 2, color="C0", linewidth=2.5, label=label)
 
 
 def confusion_histogram(matrix: Array, *, title: str) -> bytes:
