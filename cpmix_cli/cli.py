@@ -19,6 +19,11 @@ from cpmix_cli.errors import CpmixError
 class Commands(TyperGroup):
     """Turns user errors into three lines on stderr and the exit code of their kind."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """One command line. A process may run several: none inherits the --json of the one before."""
+        console.as_json = False
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-as_json = False  # set once by the command line, before a phase runs
+as_json = False  # set by the command line, before a phase runs
 
 
 def note(text: str) -> None:
@@ -81,8 +81,10 @@ def error(text: str, exit_code: int) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 8 s, 3 min 20 s, 5 h 06 min."""
+    """Seconds as people say them: under 1 s, 8 s, 3 min 20 s, 5 h 06 min."""
     total = round(seconds)
+    if total < 1:
+        return "under 1 s"
     if total < 60:
         return f"{total} s"
     if total < 3600:

@@ -73,6 +73,12 @@ def test_version_is_that_of_the_package() -> None:
     assert must("--version").stdout == f"cpmix {project['version']}\n"
 
 
+def test_json_does_not_outlast_its_command(tmp_path: Path) -> None:
+    assert cpmix("evaluate", "--from", tmp_path, "--json").json["exit_code"] == 3
+    assert cpmix("evaluate", "--from", tmp_path).stdout == ""
+    assert must("--version").stdout.startswith("cpmix ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
