@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from cpmix_cli import __version__, console, signals
 from cpmix_cli.errors import CpmixError
 
+PIPELINE, HELPERS = "Commands", "Helpers"
+
 
 class Commands(TyperGroup):
     """Turns user errors into three lines on stderr and the exit code of their kind."""
@@ -23,6 +25,15 @@ class Commands(TyperGroup):
         """One command line. A process may run several: none inherits the --json of the one before."""
         console.as_json = False
         return super().main(*args, **kwargs)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The pipeline's commands in their order, then the helpers."""
+        width = max(map(len, self.commands))
+        for panel in (PIPELINE, HELPERS):
+            commands = {n: c for n, c in self.commands.items() if getattr(c, "rich_help_panel", None) == panel}
+            if commands:
+                with formatter.section(panel):
+                    formatter.write_dl([(n.ljust(width), str(c.help).splitlines()[0]) for n, c in commands.items()])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -115,9 +126,9 @@ def _checked_device(device: str) -> str:
     return device
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command with an example line."""
-    return app.command(name, epilog=f"Example: {example}")
+    return app.command(name, epilog=f"Example: {example}", rich_help_panel=panel)
 
 
 @command("build-lt", "cpmix build-lt cifar100 --rho 200 --data-root /data/cifar100")
