@@ -39,6 +39,7 @@ EVALUATION = "metrics.json"
 PER_CLASS = "per_class.parquet"
 PREDICTIONS = "predictions.parquet"
 LOGITS = "logits.safetensors"
+SAMPLES = "samples.parquet"
 CONFUSION_MATRIX = "confusion_matrix.parquet"
 CONFUSED_PAIRS = "confused_pairs.parquet"
 
@@ -55,11 +56,14 @@ CLASS_COUNTS_SCHEMA = _schema(
     ("num_test", pa.int64()),
     ("group", pa.string()),
 )
-SPLIT_SCHEMA = _schema(
-    ("sample_id", pa.int64()),
-    ("label", pa.int32()),
-    ("source_index", pa.int64()),
-)
+
+
+def split_schema(by_path: bool) -> pa.Schema:
+    """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
+    origin = ("path", pa.string()) if by_path else ("source_index", pa.int64())
+    return _schema(("sample_id", pa.int64()), ("label", pa.int32()), origin)
+
+
 CONFUSION_SCHEMA = _schema(
     ("true_class", pa.int32()),
     ("predicted_class", pa.int32()),
@@ -87,6 +91,13 @@ CONFUSED_PAIRS_SCHEMA = _schema(
     ("commoner_as_rarer", pa.int64()),
     ("count", pa.int64()),
     ("minority_share", pa.float64()),
+)
+PREDICTED_IMAGES_SCHEMA = _schema(
+    ("path", pa.string()),
+    ("rank", pa.int64()),
+    ("class_id", pa.int32()),
+    ("class_name", pa.string()),
+    ("confidence", pa.float32()),
 )
 METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
     "epoch",

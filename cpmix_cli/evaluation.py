@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpmix_cli.data.batches import Batches, make_batches
+from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.engine import predict
@@ -73,16 +73,10 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]
     }
 
 
-def make_split(dataset: Dataset, split: str, recipe: Recipe, device: torch.device) -> tuple[Batches, Tensor]:
-    """A split as inputs on the device, normalised as in training, and its labels [N] on the CPU."""
-    inputs, labels = dataset.read(split)
-    record = dataset.record
-    return make_batches(inputs.to(device), recipe.data, record["mean"], record["std"]), labels
-
-
 def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
     """A function that measures the model's fraction of test images right, for --eval-every."""
-    batches, labels = make_split(dataset, "test", recipe, device)
+    inputs, labels = dataset.read("test")
+    batches = make_batches(inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
 
     def measure() -> float:
         logits = predict(model, batches, len(labels), recipe.evaluation.batch_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -94,10 +95,14 @@ def test_toy_is_the_paper_s(toy: Path) -> None:
         (["digit"], 2, 'Did you mean "digits"?'),
         (["digits", "--rho", "0.5"], 2, "the imbalance factor is 1 or more"),
         (["digits", "--rho", "1000"], 3, "leaves no image in 3 classes"),
-        (["digits", "--test-per-class", "174"], 3, 'class "8" has 174 images'),
+        (["digits", "--val-per-class", "124"], 3, 'class "8" has 174 images; holding out 174 leaves none to train on'),
         (["toy", "--test-per-class", "5"], 2, "toy has its own test split"),
         (["cifar100"], 3, "--data-root FOLDER"),
-        (["cifar100", "--data-root", "."], 3, "no train-*.parquet"),
+        (
+            ["cifar100", "--data-root", "."],
+            3,
+            "no cifar-100-python.tar.gz, cifar-100-python/ or train-*.parquet in cifar100 or .",
+        ),
     ],
 )
 def test_refusals(flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,28 +121,28 @@ def png(image: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def write_cifar(folder: Path, num_train: int = 12, classes: int = 3) -> None:
-    """A small data set in the Hugging Face layout: PNG bytes, fine_label."""
+def write_cifar(folder: Path, num_train: int = 12, classes: int = 10) -> None:
+    """A small CIFAR-10 in the Hugging Face layout: PNG bytes, label."""
     generator = torch.Generator().manual_seed(1)
     for split, size in (("train", num_train * classes), ("test", 2 * classes)):
         images = torch.randint(0, 256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
         encoded = [{"bytes": png(i), "path": None} for i in images]
         labels = [i % classes for i in range(size)]
-        table = pa.table({"img": encoded, "fine_label": labels})
+        table = pa.table({"img": encoded, "label": labels})
         pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
 
 
 def test_hugging_face_layout(tmp_path: Path) -> None:
     write_cifar(tmp_path)
-    result = must("build-lt", "cifar100", "--rho", 4, "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert "12 " in result.stdout
+    result = must("build-lt", "cifar10", "--rho", 4, "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert "ratio 4)" in result.stdout
     dataset = open_dataset(tmp_path / "o", needed_by="test")
-    assert dataset.class_counts.tolist() == [12, 6, 3]
+    assert dataset.class_counts.tolist() == [12, 10, 8, 7, 6, 5, 4, 4, 3, 3]
     chosen = pd.read_parquet(tmp_path / "o" / "train.parquet")
     table = pq.read_table(tmp_path / "train-00000-of-00001.parquet").to_pydict()
     images, _ = dataset.read("train")
     for image, position, label in zip(images, chosen["source_index"], chosen["label"], strict=True):
-        assert table["fine_label"][position] == label
+        assert table["label"][position] == label
         expected = table["img"][position]["bytes"]
         assert png(image) == expected
 
@@ -146,7 +151,7 @@ def test_a_test_image_in_the_training_set_is_warned_of(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     train = pq.read_table(tmp_path / "train-00000-of-00001.parquet")
     pq.write_table(train.slice(0, 3), tmp_path / "test-00000-of-00001.parquet")
-    result = must("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    result = must("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
     assert "warning: 3 of 3 test images are identical to a training image" in result.stderr
 
 
@@ -155,16 +160,16 @@ def test_damaged_sources(tmp_path: Path) -> None:
     path = tmp_path / "train-00000-of-00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
     assert result.code == 3
     assert f"{path} is not a readable Parquet file" in result.stderr
-    bad = pa.table({"img": [{"bytes": b"GIF", "path": None}] * 3, "fine_label": [0, 1, 2]})
+    bad = pa.table({"img": [{"bytes": b"GIF", "path": None}] * 10, "label": list(range(10))})
     pq.write_table(bad, path)
-    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
     assert result.code == 3
     assert f"image 0 of {path} cannot be decoded" in result.stderr
     pq.write_table(bad.rename_columns(["image", "label"]), path)
-    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "o")
+    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
     assert result.code == 3
     assert "expected img and fine_label" in result.stderr
     assert not (tmp_path / "o" / "dataset.json").exists()
@@ -185,3 +190,25 @@ def test_real_cifar100_lt(tmp_path: Path) -> None:
     labels = source["fine_label"].to_numpy()
     apples = np.flatnonzero(labels == 0)
     assert chosen["source_index"][:6].tolist() == apples[[90, 254, 283, 445, 461, 15]].tolist()
+
+
+def test_labels_that_no_class_has(tmp_path: Path) -> None:
+    """Out of range, -100 (ignored elsewhere), missing, and a class without an image."""
+    write_cifar(tmp_path)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    labels = table["label"].to_pylist()
+    for wrong, message in (
+        (-100, "has labels -100 to 9; expected 0 to 9"),
+        (10, "names 11 classes; expected 10"),
+        (None, "1 labels are missing"),
+    ):
+        pq.write_table(table.set_column(1, "label", pa.array([wrong, *labels[1:]])), path)
+        result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
+        assert result.code == 3
+        assert message in result.stderr
+    pq.write_table(table.filter(pc.not_equal(table["label"], 4)), path)
+    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
+    assert result.code == 3
+    assert "classes without a training image: class_4" in result.stderr
+    assert not (tmp_path / "o").exists()

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cpmix_cli.data.longtail import exponential_counts, group_of, shuffled_by_class, step_counts
-from cpmix_cli.data.sources import SOURCES
+from cpmix_cli.data.longtail import exponential_counts, group_of, ranked_counts, shuffled_by_class, step_counts
+from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES
 from cpmix_cli.phases.build_lt import choose
 
 CIFAR10 = np.tile(np.arange(10), 5000)
@@ -63,14 +63,14 @@ def test_step_profile_is_the_toy_of_the_paper() -> None:
     ],
 )
 def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, list[int]]) -> None:
-    order = shuffled_by_class(labels, 0)
+    order = shuffled_by_class(labels, int(labels.max()) + 1, 0)
     for c, ranks in known.items():
         in_file_order = np.flatnonzero(labels == c)
         assert in_file_order[ranks].tolist() == order[c][:6].tolist()
 
 
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
-    source = SOURCES["digits"](None)
+    source = SOURCES["digits"](None, IMAGE_SIZE)
     parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
     for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])
@@ -78,22 +78,22 @@ def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
     last = parts[-1]
     chosen = np.concatenate([last["train"], last["val"], last["test"]])
     assert len(set(chosen)) == len(chosen)
-    assert np.bincount(source.labels[last["val"]]).tolist() == [5] * 10
-    assert np.bincount(source.labels[last["test"]]).tolist() == [50] * 10
+    assert np.bincount(source.pool.labels[last["val"]]).tolist() == [5] * 10
+    assert np.bincount(source.pool.labels[last["test"]]).tolist() == [50] * 10
 
 
 def test_another_seed_takes_other_images() -> None:
-    assert shuffled_by_class(CIFAR10, 0)[0].tolist() != shuffled_by_class(CIFAR10, 1)[0].tolist()
+    assert shuffled_by_class(CIFAR10, 10, 0)[0].tolist() != shuffled_by_class(CIFAR10, 10, 1)[0].tolist()
 
 
 def test_global_random_state_is_neither_read_nor_touched() -> None:
     np.random.seed(5)  # noqa: NPY002
     before = np.random.get_state()  # noqa: NPY002
-    first = shuffled_by_class(CIFAR10, 0)[3]
+    first = shuffled_by_class(CIFAR10, 10, 0)[3]
     after = np.random.get_state()  # noqa: NPY002
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     np.random.seed(6)  # noqa: NPY002
-    assert np.array_equal(first, shuffled_by_class(CIFAR10, 0)[3])
+    assert np.array_equal(first, shuffled_by_class(CIFAR10, 10, 0)[3])
 
 
 def test_groups_at_their_borders() -> None:
@@ -102,3 +102,13 @@ def test_groups_at_their_borders() -> None:
     counts = exponential_counts(500, 100, 200)
     groups = [group_of(int(n)) for n in counts]
     assert [groups.count(g) for g in ("many", "medium", "few")] == [30, 31, 39]
+
+
+def test_ranked_counts_are_the_largest_profile_that_fits() -> None:
+    # By rank 100, 30, 20: n_max <= 100 / 1, 30 / (1/5), 20 / (1/25) -> 100, and 30 > 100/5, 20 > 100/25 stay unused.
+    assert ranked_counts(np.array([20, 100, 30]), 25).tolist() == [4, 100, 20]
+    assert ranked_counts(np.array([20, 100, 30]), 1).tolist() == [20, 20, 20]
+    assert ranked_counts(np.array([7, 7]), 7).tolist() == [7, 1]  # equal classes: the first is the commonest
+    for rho in (1, 3, 40):
+        available = np.array([3, 90, 14, 14, 55])
+        assert (ranked_counts(available, rho) <= available).all()

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cpmix_cli.recipe import Data
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 NUM_UNIFORMS = 3  # a row, a column and a flip for each image
 
 
@@ -39,8 +41,8 @@ class ImageBatches:
         self._height, self._width = images.shape[1:3]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment == "crop-flip"
-        if recipe.normalisation == "cifar10":
-            mean, std = CIFAR10_MEAN, CIFAR10_STD
+        if recipe.normalisation != "dataset":
+            mean, std = PUBLISHED.get(recipe.normalisation, ((0.0,), (1.0,)))
         device = images.device
         self._offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
         self._scale = 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -58,11 +59,17 @@ class Dataset:
             )
         return tensors["images"] if "images" in tensors else tensors["points"], labels
 
-    def sample_ids(self, split: str) -> NDArray[np.int64]:
-        """Sample ids [N] of a split, in its order."""
+    def samples(self, split: str) -> pd.DataFrame:
+        """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
         path = self.folder / f"{split}.parquet"
-        table = artifacts.read_table(path, artifacts.SPLIT_SCHEMA, self.record["files"][path.name])
-        return np.asarray(table["sample_id"], dtype=np.int64)
+        schema = artifacts.split_schema(self.data_root is not None)
+        return artifacts.read_table(path, schema, self.record["files"][path.name])
+
+    @property
+    def data_root(self) -> Path | None:
+        """Folder of the user's own image files; None for published sets."""
+        root = self.record.get("data_root")
+        return Path(root) if root is not None else None
 
 
 def open_dataset(folder: Path, *, needed_by: str) -> Dataset:

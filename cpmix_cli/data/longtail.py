@@ -4,6 +4,8 @@ The construction is the field's standard one (LDAM-DRW's CIFAR-LT), so that subs
 image by image. No global random state is read or touched.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,10 +48,41 @@ def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]
     return counts
 
 
-PROFILES = {"exponential": exponential_counts, "step": step_counts}
+def _exponential(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
+    return exponential_counts(int(available.min()), len(available), rho)
 
 
-def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+def _step(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
+    return step_counts(int(available.min()), len(available), rho)
+
+
+def ranked_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
+    """The exponential profile by rank, as large as the images of every class allow.
+
+    For sets that are imbalanced by nature, whose largest class may be any: n_max is the largest number with
+    n_max * rho^(-i/(C-1)) <= images of the class of rank i.
+
+    Args:
+        available: images a class [C].
+        rho: imbalance factor, >= 1.
+
+    Returns:
+        Images a class [C].
+    """
+    order = np.argsort(-available, kind="stable")
+    shares = rho ** (-np.arange(len(order)) / max(1, len(order) - 1))
+    num_max = int((available[order] / shares).min() + 1e-9)
+    counts = np.empty_like(available)
+    counts[order] = exponential_counts(num_max, len(order), rho)
+    return counts
+
+
+Profile = Callable[[NDArray[np.int64], float], NDArray[np.int64]]
+PROFILES: dict[str, Profile] = {"exponential": _exponential, "step": _step, "ranked": ranked_counts}
+"""Images a class [C] that there are, and rho -> images a class [C] to keep."""
+
+
+def shuffled_by_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> list[NDArray[np.int64]]:
     """Positions of each class in one shuffled order; a subset is a prefix of it.
 
     One RandomState is consumed class by class in ascending order, once a class, so the order does not depend on how
@@ -57,6 +90,7 @@ def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.i
 
     Args:
         labels: class of each source image [N], in the source's file order.
+        num_classes: C.
         seed: the subset seed; 0 is the published one.
 
     Returns:
@@ -67,7 +101,7 @@ def shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.i
     # The legacy generator, private: its stream is frozen by NumPy's policy, and it is what made the published subsets.
     state = np.random.RandomState(seed)
     order = []
-    for c in range(int(labels.max()) + 1):
+    for c in range(num_classes):
         positions = np.flatnonzero(labels == c)
         state.shuffle(positions)
         order.append(positions)

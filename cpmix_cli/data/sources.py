@@ -1,22 +1,43 @@
 """Where images come from: add a data set here.
 
-A source is a function of a folder that returns a Source; its name in SOURCES is what `build-lt` takes. Nothing here
-reads a network.
+A source is a function of the folder with its files (and the size to pack at, for images that have many) that returns a
+Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a network: see download.py.
 """
 
-import io
-import json
+import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cpmix_cli.artifacts import digest, read_bytes, sha256
+from cpmix_cli.data import cifar
+from cpmix_cli.data import image_folder as folders
+from cpmix_cli.data.cifar import Split
 from cpmix_cli.errors import InputError
 
 Array = NDArray[Any]
+DOWNLOADS = Path("data/download")
+"""Default of --data-root, and where --download puts what it fetches."""
+IMAGE_SIZE = 64
+"""Default of --image-size."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's own files behind a source."""
+
+    root: Path
+    paths: list[str]
+    """Of the training pool, relative to root."""
+    test_paths: list[str]
+    listing: str
+    """Digest of names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +45,30 @@ class Source:
     """A balanced (or natural) labelled set, before any class is made rare."""
 
     class_names: list[str]
-    labels: NDArray[np.int64]
-    """Class of each image of the training pool [N], in the source's order."""
-    load: Callable[[NDArray[np.int64]], Array]
-    """Positions in the pool -> uint8 images [n, H, W, channels], or float32 points [n, 2]."""
+    pool: Split
+    """The training images, in the source's order: uint8 [n, H, W, channels], or float32 points [n, 2]."""
     recipe: str
     """Recipe for this source where none is named."""
     default_rho: float | None = None
     """Imbalance factor where none is given; None keeps the source as it is."""
     profile: str = "exponential"
-    test_labels: NDArray[np.int64] | None = None
-    """Class of each test image; None holds `test_per_class` images of each class out of the pool."""
-    load_test: Callable[[NDArray[np.int64]], Array] | None = None
-    test_per_class: int = 0
+    test: Split | None = None
+    """The test images; None holds `test_per_class` images of each class out of the pool."""
+    test_per_class: int | None = 0
+    """Test images of a class where none are given; None: the smaller of 10 and 20 per cent."""
     files: tuple[Path, ...] = ()
     """Source files, whose hashes the data set records."""
+    own: Own | None = None
+    """Set where every image is a file of the user's."""
 
 
-def digits(data_root: Path | None) -> Source:
+def places(source: str, data_root: Path | None) -> list[Path]:
+    """Where a source's files may lie: one --data-root may serve one source or hold a folder for each."""
+    root = data_root or DOWNLOADS
+    return [root / source, root]
+
+
+def digits(data_root: Path | None, image_size: int) -> Source:
     """1,797 handwritten digits of 8 x 8 grey pixels, bundled with scikit-learn (UCI, test part: 13 writers).
 
     The bundle has no test split, so 50 images a class are held out; the same writers stand on both sides.
@@ -53,8 +80,7 @@ def digits(data_root: Path | None) -> Source:
     images = (bundle.images * (255 / 16)).round().astype(np.uint8)[..., None]
     return Source(
         class_names=[str(name) for name in bundle.target_names],
-        labels=bundle.target.astype(np.int64),
-        load=lambda positions: images[positions],
+        pool=Split(bundle.target.astype(np.int64), lambda positions: images[positions]),
         recipe="digits/cpmix",
         default_rho=20,
         test_per_class=50,
@@ -67,7 +93,7 @@ TOY_DEVIATION = 0.4
 TOY_POINTS = 1000
 
 
-def toy(data_root: Path | None) -> Source:
+def toy(data_root: Path | None, image_size: int) -> Source:
     """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
 
     1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a
@@ -81,111 +107,144 @@ def toy(data_root: Path | None) -> Source:
     labels = np.repeat(np.arange(4), TOY_POINTS)
     return Source(
         class_names=TOY_NAMES,
-        labels=labels,
-        load=lambda positions: points[0, positions],
+        pool=Split(labels, lambda positions: points[0, positions]),
         recipe="toy/cpmix",
         default_rho=20,
         profile="step",
-        test_labels=labels,
-        load_test=lambda positions: points[1, positions],
+        test=Split(labels, lambda positions: points[1, positions]),
     )
 
 
-def cifar100(data_root: Path | None) -> Source:
-    """CIFAR-100 in the Hugging Face Parquet layout: train-*.parquet and test-*.parquet, columns img{bytes, path} and
-    fine_label (or label). 50,000 and 10,000 images of 32 x 32 RGB.
+def cifar10(data_root: Path | None, image_size: int) -> Source:
+    """CIFAR-10: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
+    return _cifar("cifar10", data_root, cifar.CIFAR10, 10)
+
+
+def cifar100(data_root: Path | None, image_size: int) -> Source:
+    """CIFAR-100 with its 100 fine classes: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
+    return _cifar("cifar100", data_root, cifar.CIFAR100, 100)
+
+
+def _cifar(name: str, data_root: Path | None, published: cifar.Published, num_classes: int) -> Source:
+    found = cifar.read(places(name, data_root), published, num_classes)
+    return Source(
+        class_names=found.names,
+        pool=found.train,
+        recipe=f"{name}-lt/cpmix",
+        test=found.test,
+        files=found.files,
+    )
+
+
+FASHION_NAMES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+FASHION_FILES = {  # sha256 of the content, which is the same however it was compressed
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def fashion_mnist(data_root: Path | None, image_size: int) -> Source:
+    """Fashion-MNIST: 60,000 and 10,000 images of 28 x 28 grey, 10 classes, from the published IDX files (.gz or not).
+
+    Found without --data-root where Debian's package dataset-fashion-mnist is installed.
 
     Raises:
-        InputError: files missing, truncated, or not of this layout.
+        InputError: files missing, or not the published content.
+    """
+    folders = [*places("fashion-mnist", data_root), *([] if data_root else [DEBIAN_FASHION])]
+    first = next(iter(FASHION_FILES))
+    folder = next((f for f in folders if (f / first).is_file() or (f / f"{first}.gz").is_file()), None)
+    if folder is None:
+        raise InputError(
+            f"no {first}.gz in {', '.join(map(str, folders))}",
+            needed_by="cpmix build-lt fashion-mnist",
+            fix="give their folder with --data-root FOLDER, or fetch them with --download, "
+            "or apt install dataset-fashion-mnist",
+        )
+    paths, content = zip(*(_fashion_file(folder, name, sha) for name, sha in FASHION_FILES.items()), strict=True)
+    # IDX: a header of 4 bytes and 4 for each axis, then the values; the hash vouches for both.
+    images, test_images = (np.frombuffer(c, np.uint8, offset=16).reshape(-1, 28, 28, 1) for c in content[::2])
+    labels, test_labels = (np.frombuffer(c, np.uint8, offset=8).astype(np.int64) for c in content[1::2])
+    return Source(
+        class_names=FASHION_NAMES,
+        pool=Split(labels, lambda positions: images[positions]),
+        recipe="fashion-mnist-lt/cpmix",
+        test=Split(test_labels, lambda positions: test_images[positions]),
+        files=tuple(paths),
+    )
+
+
+def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
+    """Path and content of NAME or NAME.gz."""
+    path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+    data = read_bytes(path)
+    try:
+        content = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as fault:
+        raise InputError(f"{path} is damaged: {fault}", fix="copy or fetch it again") from fault
+    if sha256(content) != sha:
+        raise InputError(
+            f"{path} is not the published file: its content has sha256 {sha256(content)}, published is {sha}",
+            fix="copy or fetch it again",
+        )
+    return path, content
+
+
+def image_folder(data_root: Path | None, image_size: int) -> Source:
+    """The user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE; as RGB.
+
+    Kept as imbalanced as they are; with --rho, the largest exponential profile that the classes allow by rank.
+
+    Raises:
+        InputError: see image_folder.scan() and image_folder.read_images().
     """
     if data_root is None:
         raise InputError(
-            "cifar100 needs the folder that holds train-*.parquet and test-*.parquet",
-            needed_by="cpmix build-lt cifar100",
-            fix="cpmix build-lt cifar100 --data-root FOLDER   (or set CPMIX_DATA_DIR)",
+            "image-folder needs the folder that holds the images",
+            needed_by="cpmix build-lt image-folder",
+            fix="cpmix build-lt image-folder --data-root FOLDER   (or set CPMIX_DATA_DIR)",
         )
-    train_files, train = _parquet_split(data_root, "train")
-    test_files, test = _parquet_split(data_root, "test")
-    names = _class_names(train_files[0], num_classes=int(train["labels"].max()) + 1)
-    for split, path in ((train, train_files[0]), (test, test_files[0])):
-        if split["labels"].min() < 0 or split["labels"].max() >= len(names):
-            raise InputError(
-                f"{path} has labels {split['labels'].min()} to {split['labels'].max()}; expected 0 to {len(names) - 1}"
-            )
+    shape = (image_size, image_size, 3)
+    train = folders.scan(data_root, "train" if (data_root / "train").is_dir() else "")
+    if len(train.class_names) < 2:
+        raise InputError(
+            f'{data_root} has one class, "{train.class_names[0]}"; a classifier needs two',
+            fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
+        )
+    test: folders.Files | None = None
+    if (data_root / "train").is_dir() and (data_root / "test").is_dir():
+        test = folders.scan(data_root, "test", class_names=train.class_names)
+    parts = [part for part in (train, test) if part is not None]
     return Source(
-        class_names=names,
-        labels=train["labels"],
-        load=lambda positions: _decode(train["images"], positions, train_files[0]),
-        recipe="cifar100-lt/cpmix",
-        test_labels=test["labels"],
-        load_test=lambda positions: _decode(test["images"], positions, test_files[0]),
-        files=(*train_files, *test_files),
+        class_names=train.class_names,
+        pool=Split(train.labels, partial(train.read, shape=shape)),
+        recipe="image-folder/cpmix",
+        profile="ranked",
+        test=Split(test.labels, partial(test.read, shape=shape)) if test else None,
+        test_per_class=None,
+        own=Own(data_root, parts[0].paths, parts[-1].paths, digest([part.listing for part in parts])),
     )
 
 
-def _parquet_split(folder: Path, split: str) -> tuple[list[Path], dict[str, Any]]:
-    """Files of a split, and its labels [N] int64 and encoded images, in published order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        raise InputError(
-            f"no {split}-*.parquet in {folder}",
-            needed_by="cpmix build-lt cifar100",
-            fix="give the folder of the Parquet files with --data-root FOLDER",
-        )
-    try:
-        tables = []
-        for path in files:
-            columns = pq.read_schema(path).names
-            label = next((name for name in ("fine_label", "label") if name in columns), None)
-            if label is None or "img" not in columns:
-                raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
-            tables.append(pq.read_table(path, columns=["img", label]).rename_columns(["img", "label"]))
-    except (pa.ArrowException, OSError) as fault:
-        raise InputError(
-            f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy the file again"
-        ) from fault
-    table = pa.concat_tables(tables)
-    if table["label"].null_count:
-        raise InputError(f"{files[0]}: {table['label'].null_count} labels are missing")
-    images = pa.chunked_array([chunk.field("bytes") for chunk in table["img"].chunks])
-    return files, {"labels": table["label"].to_numpy().astype(np.int64), "images": images}
-
-
-def _class_names(path: Path, num_classes: int) -> list[str]:
-    """Class names from the file's Hugging Face metadata; class_0, class_1, ... where it has none."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_schema(path).metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    for column in ("fine_label", "label"):
-        names = features.get(column, {}).get("names")
-        if names:
-            return list(names)
-    return [f"class_{c}" for c in range(num_classes)]
-
-
-def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
-    """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, H, W, 3]."""
-    from PIL import Image
-
-    images = []
-    for position in positions:
-        try:
-            with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (OSError, TypeError, ValueError) as fault:
-            raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
-    shapes = {image.shape for image in images}
-    if len(shapes) != 1:
-        raise InputError(f"{path} holds images of several sizes: {sorted(shapes)}")
-    return np.stack(images)
-
-
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
+SOURCES: dict[str, Callable[[Path | None, int], Source]] = {
     "digits": digits,
     "toy": toy,
+    "cifar10": cifar10,
     "cifar100": cifar100,
+    "fashion-mnist": fashion_mnist,
+    "image-folder": image_folder,
 }

@@ -1,0 +1,282 @@
+"""CIFAR-10 and CIFAR-100 from the published archive or from the Hugging Face Parquet layout, whichever is found.
+
+The published batches are Python pickles. Their content hash is checked before a byte is unpickled, and then the
+unpickler knows arrays, lists and text and nothing else, so no file can run code here.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpmix_cli.artifacts import read_bytes, sha256
+from cpmix_cli.errors import InputError
+
+Images = NDArray[np.uint8]
+SHAPE = (32, 32, 3)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One of the two sets as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+
+    archive: str
+    sha256: str
+    """Of the archive. Source: Keras's loader."""
+    folder: str
+    """The archive's one folder."""
+    train: Mapping[str, str]
+    """Batch file -> MD5 of its content, in published order. Source: torchvision's loader."""
+    test: Mapping[str, str]
+    meta: Mapping[str, str]
+    labels: str
+    """Key of the labels in a batch."""
+    names: str
+    """Key of the class names in the meta file."""
+
+
+CIFAR10 = Published(
+    archive="cifar-10-python.tar.gz",
+    sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    folder="cifar-10-batches-py",
+    train={
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    },
+    test={"test_batch": "40351d587109b95175f43aff81a1287e"},
+    meta={"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
+    labels="labels",
+    names="label_names",
+)
+CIFAR100 = Published(
+    archive="cifar-100-python.tar.gz",
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    folder="cifar-100-python",
+    train={"train": "16019d7e3df5f24257cddd939b257f8d"},
+    test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    meta={"meta": "7973b15100ade9c7d40fb424638fde48"},
+    labels="fine_labels",
+    names="fine_label_names",
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Part of a source."""
+
+    labels: NDArray[np.int64]
+    """Class of each sample [N]."""
+    load: Callable[[NDArray[np.int64]], NDArray[Any]]
+    """Positions [n] -> samples [n, ...]."""
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """Both splits in published order, the class names, and the files they came from."""
+
+    names: list[str]
+    train: Split
+    test: Split
+    files: tuple[Path, ...]
+
+
+def read(places: list[Path], published: Published, num_classes: int) -> Cifar:
+    """The set from the first of the folders that holds it, as the archive, its unpacked folder, or Parquet files.
+
+    Raises:
+        InputError: none holds it, or what is there is not the published content, damaged, or of another layout.
+    """
+    for place in places:
+        if (archive := place / published.archive).is_file():
+            return _check(_from_archive(archive, published), num_classes)
+        for folder in (place / published.folder, place):
+            if (folder / next(iter(published.meta))).is_file():
+                return _check(_from_folder(folder, published), num_classes)
+        if list(place.glob("train-*.parquet")):
+            return _check(_from_parquet(place), num_classes)
+    source = f"cifar{num_classes}"
+    raise InputError(
+        f"no {published.archive}, {published.folder}/ or train-*.parquet in {' or '.join(map(str, places))}",
+        needed_by=f"cpmix build-lt {source}",
+        fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR, or fetch it with --download)",
+    )
+
+
+def _check(cifar: Cifar, num_classes: int) -> Cifar:
+    """Refuse a set with other classes than the one asked for."""
+    path = cifar.files[0]
+    if len(cifar.names) != num_classes:
+        raise InputError(
+            f"{path} names {len(cifar.names)} classes; expected {num_classes}",
+            fix="give the folder of the other CIFAR set with --data-root FOLDER",
+        )
+    for split in (cifar.train, cifar.test):
+        low, high = (int(split.labels.min()), int(split.labels.max())) if len(split.labels) else (0, -1)
+        if not 0 <= low <= high < num_classes:
+            raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}")
+    return cifar
+
+
+# -- the published archive ---------------------------------------------------------------------------------------------
+
+
+def _from_archive(path: Path, published: Published) -> Cifar:
+    """The set straight out of the .tar.gz; nothing is unpacked to disk."""
+    data = read_bytes(path)
+    if sha256(data) != published.sha256:
+        raise InputError(
+            f"{path} is not the published archive: its sha256 is {sha256(data)}, published is {published.sha256}",
+            fix="fetch it again, for example with --download",
+        )
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+
+        def member(name: str) -> bytes:
+            file = archive.extractfile(f"{published.folder}/{name}")
+            assert file is not None  # the hash says which files are in it
+            return file.read()
+
+        return _from_batches(member, published, (path,))
+
+
+def _from_folder(folder: Path, published: Published) -> Cifar:
+    """The set out of the unpacked archive."""
+    names = [*published.train, *published.test, *published.meta]
+    return _from_batches(lambda name: read_bytes(folder / name), published, tuple(folder / name for name in names))
+
+
+def _from_batches(member: Callable[[str], bytes], published: Published, files: tuple[Path, ...]) -> Cifar:
+    """The set out of its batch files."""
+    place = files[0] if len(files) == 1 else files[0].parent
+
+    def content(hashes: Mapping[str, str]) -> list[dict[str, Any]]:
+        return [_unpickled(member(name), md5, f"{name} of {place}") for name, md5 in hashes.items()]
+
+    def split(hashes: Mapping[str, str]) -> Split:
+        batches = content(hashes)
+        labels = np.concatenate([np.asarray(batch[published.labels], dtype=np.int64) for batch in batches])
+        planes = np.concatenate([batch["data"] for batch in batches])  # [N, 3 x 32 x 32]
+        images = planes.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
+        return Split(labels, lambda positions: np.ascontiguousarray(images[positions]))
+
+    try:
+        names = [str(name) for name in content(published.meta)[0][published.names]]
+        return Cifar(names, split(published.train), split(published.test), files)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise InputError(f"{place} is not of the layout of {published.archive}: {fault!r}") from fault
+
+
+class _DataOnly(pickle.Unpickler):
+    """Unpickles arrays, and builtin containers and text, which need no name at all."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few names that an array's pickle uses, under NumPy's old and new module names."""
+        match (module, name):
+            case ("numpy", "ndarray"):
+                return np.ndarray
+            case ("numpy", "dtype"):
+                return np.dtype
+            case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"):
+                return np.zeros(0).__reduce__()[0]
+            case ("_codecs", "encode"):
+                return str.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
+    """A batch's dictionary.
+
+    Raises:
+        InputError: the bytes are not the published ones, or hold more than data.
+    """
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise InputError(
+            f"{what} is not the published file: its MD5 is {found}, published is {md5}",
+            fix="fetch the archive again, for example with --download",
+        )
+    try:
+        # latin1: the batches are Python 2 pickles.
+        content: dict[str, Any] = _DataOnly(io.BytesIO(data), encoding="latin1").load()
+    except Exception as fault:
+        raise InputError(f"{what} is not data only and was not read: {fault}") from fault
+    return content
+
+
+# -- Parquet -----------------------------------------------------------------------------------------------------------
+
+
+def _from_parquet(folder: Path) -> Cifar:
+    """The Hugging Face layout: train-*.parquet and test-*.parquet, columns img{bytes, path} and fine_label or label."""
+    train_files, train = _parquet_split(folder, "train")
+    test_files, test = _parquet_split(folder, "test")
+    names = _class_names(train_files[0], num_classes=int(train.labels.max()) + 1)
+    return Cifar(names, train, test, (*train_files, *test_files))
+
+
+def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        raise InputError(f"no {split}-*.parquet in {folder}", fix="copy or fetch the missing files")
+    try:
+        tables = []
+        for path in files:
+            columns = pq.read_schema(path).names
+            label = next((name for name in ("fine_label", "label") if name in columns), None)
+            if label is None or "img" not in columns:
+                raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
+            tables.append(pq.read_table(path, columns=["img", label]).rename_columns(["img", "label"]))
+    except (pa.ArrowException, OSError) as fault:
+        raise InputError(
+            f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy the file again"
+        ) from fault
+    table = pa.concat_tables(tables)
+    if not len(table):
+        raise InputError(f"{files[0]} holds no images")
+    if table["label"].null_count:
+        raise InputError(f"{files[0]}: {table['label'].null_count} labels are missing")
+    encoded = pa.chunked_array([chunk.field("bytes") for chunk in table["img"].chunks])
+    labels = table["label"].to_numpy().astype(np.int64)
+    return files, Split(labels, lambda positions: _decode(encoded, positions, files[0]))
+
+
+def _class_names(path: Path, num_classes: int) -> list[str]:
+    """Class names from the file's Hugging Face metadata; class_0, class_1, ... where it has none."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(path).metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    for column in ("fine_label", "label"):
+        names = features.get(column, {}).get("names")
+        if names:
+            return list(names)
+    return [f"class_{c}" for c in range(num_classes)]
+
+
+def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> Images:
+    """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, 32, 32, 3], as stored: no EXIF rotation."""
+    from PIL import Image
+
+    images = np.empty((len(positions), *SHAPE), dtype=np.uint8)
+    for i, position in enumerate(positions):
+        try:
+            with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
+                if image.size != SHAPE[:2]:
+                    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
+                images[i] = np.asarray(image.convert("RGB"))
+        except (OSError, TypeError, ValueError) as fault:
+            raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
+    return images
