@@ -114,7 +114,11 @@ EvalEvery = Annotated[
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option("--data-root", envvar="CPMIX_DATA_DIR", help="Folder of the source's own files."),
+    typer.Option(
+        "--data-root",
+        envvar="CPMIX_DATA_DIR",
+        help="Folder of the source's own files, or one that holds a folder for each source. Default: data/download.",
+    ),
 ]
 
 
@@ -133,7 +137,9 @@ def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callabl
 
 @command("build-lt", "cpmix build-lt cifar100 --rho 200 --data-root /data/cifar100")
 def build_lt(
-    source: Annotated[str, typer.Argument(help="digits, toy or cifar100.", metavar="SOURCE")],
+    source: Annotated[
+        str, typer.Argument(help="digits, toy, cifar10, cifar100, fashion-mnist or image-folder.", metavar="SOURCE")
+    ],
     rho: Annotated[
         float | None,
         typer.Option(help="Imbalance factor, largest over smallest class. Default: the source's own."),
@@ -146,19 +152,35 @@ def build_lt(
         int | None,
         typer.Option(help="Test images a class, for sources without a test split.", min=1),
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="image-folder: pack images at this height and width. Default: 64.", min=8, max=1024),
+    ] = None,
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch the source's files into --data-root first, checked by hash."),
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Build a long-tailed data set folder from a source."""
     from cpmix_cli.phases import build_lt as phase
 
-    phase.run(phase.Options(source, rho, out, data_root, subset_seed, val_per_class, test_per_class, overwrite))
+    phase.run(
+        phase.Options(
+            source, rho, out, data_root, subset_seed, val_per_class, test_per_class, image_size, download, overwrite
+        )
+    )
 
 
 @command("train-stage1", "cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits")
 def train_stage1(
     data: Annotated[Path | None, typer.Option("--data", help="Data set folder.", show_default=False)] = None,
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("ckpt"),
+    init: Annotated[
+        Path | None,
+        typer.Option("--init", help="Start from these weights (safetensors, torchvision's names); the head is new."),
+    ] = None,
     recipe: RecipeName = None,
     settings: Set = None,
     epochs: Epochs = None,
@@ -175,7 +197,7 @@ def train_stage1(
     from cpmix_cli.phases.training import Options
 
     options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
-    phase.run(options, out)
+    phase.run(options, out, init)
 
 
 @command("train-stage2", "cpmix train-stage2 --from ckpt/digits")
@@ -237,6 +259,10 @@ def evaluate(
         typer.Option("--set", help="Change an [evaluation] key. Repeatable.", metavar="KEY=VALUE"),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Write to evaluation/PHASE-LABEL/.")] = None,
+    test_data: Annotated[
+        Path | None,
+        typer.Option("--test-data", help="Another folder: FOLDER/CLASS/IMAGE, or a data set's test split."),
+    ] = None,
     few_inclusive: Annotated[
         bool,
         typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few."),
@@ -251,7 +277,9 @@ def evaluate(
     from cpmix_cli.phases import evaluate as evaluating
 
     evaluating.run(
-        evaluating.Options(from_folder, out, phase, settings or [], label, few_inclusive, device, data, overwrite)
+        evaluating.Options(
+            from_folder, out, phase, settings or [], label, test_data, few_inclusive, device, data, overwrite
+        )
     )
 
 
@@ -268,6 +296,64 @@ def confusion_report(
     from cpmix_cli.phases import confusion_report as reporting
 
     reporting.run(reporting.Options(from_folder, out, phase, data, overwrite))
+
+
+Phase = Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")]
+
+
+@command("predict", "cpmix predict photo.jpg more/ --from ckpt/mine", HELPERS)
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGES...")],
+    from_folder: From,
+    phase: Phase = None,
+    top: Annotated[int, typer.Option(help="Classes shown for each image, most likely first.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option("--out", help="Write a Parquet file as well.")] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Class and confidence of images; needs the run folder alone."""
+    device = _checked_device(device)
+    from cpmix_cli.phases import predict as predicting
+
+    predicting.run(predicting.Options(images, from_folder, phase, top, out, device, overwrite))
+
+
+@command("misclassified", "cpmix misclassified --from ckpt/mine --true lynx --predicted cat", HELPERS)
+def misclassified(
+    from_folder: From,
+    true: Annotated[str | None, typer.Option(help="Only images of this class (name or id).", metavar="CLASS")] = None,
+    predicted: Annotated[
+        str | None,
+        typer.Option(help="Only images taken for this class (name or id).", metavar="CLASS"),
+    ] = None,
+    phase: Phase = None,
+    label: Annotated[str | None, typer.Option(help="Of evaluation/PHASE-LABEL/.")] = None,
+    limit: Annotated[int, typer.Option(help="Images shown; --json gives all.", min=1)] = 20,
+    data: Data = None,
+    json: Json = False,
+) -> None:
+    """The wrong test images of an evaluation, or of one cell of its confusion matrix."""
+    from cpmix_cli.phases import misclassified as listing
+
+    listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data))
+
+
+@command("import-weights", "cpmix import-weights resnet50-11ad3fa6.pth --sha256 11ad3fa6", HELPERS)
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="A PyTorch checkpoint.", metavar="FILE")],
+    sha256: Annotated[
+        str,
+        typer.Option("--sha256", help="Its published hash, or the first 8 digits or more.", metavar="HASH"),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: FILE with the ending .safetensors.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Convert a PyTorch checkpoint to safetensors, for train-stage1 --init."""
+    from cpmix_cli.phases import import_weights as importing
+
+    importing.run(importing.Options(file, sha256, out, overwrite))
 
 
 def main() -> None:

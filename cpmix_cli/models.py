@@ -5,11 +5,14 @@ number of classes and the shape of one image (H, W, channels) or point (2,), and
 cannot take.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cpmix_cli.errors import InputError
 
 
 class Classifier(nn.Module):
@@ -89,6 +92,27 @@ class PointNet(Classifier):
         return F.relu(self.hidden(x))
 
 
+class ImageNetResNet(Classifier):
+    """torchvision's ResNet with its own parameter names, so that its published weights fit; its `fc` is our `head`."""
+
+    def __init__(self, name: str, num_classes: int) -> None:
+        from torchvision import models  # a second of import that other networks do not need
+
+        super().__init__()
+        network = getattr(models, name)()
+        for child, module in network.named_children():
+            if child != "fc":
+                self.add_module(child, module)
+        self.head = nn.Linear(network.fc.in_features, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D]; a feature map has 1 / 32 of the height and width."""
+        for child, module in self.named_children():
+            if child != "head":
+                x = module(x)
+        return x.flatten(1)
+
+
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
     sqrt 2), linear biases as PyTorch draws them.
@@ -119,6 +143,25 @@ def resnet8(num_classes: int, shape: Sequence[int]) -> Classifier:
     return CifarResNet(num_classes, num_channels=shape[-1], blocks=1, width=16)
 
 
+def _imagenet_resnet(name: str, num_classes: int, shape: Sequence[int]) -> Classifier:
+    # At 32 pixels the last map is a single one, and batch norm cannot train on a last batch of one image.
+    if len(shape) != 3 or shape[-1] != 3 or min(shape[:2]) <= 32:
+        raise ValueError(
+            f"takes RGB images of more than 32 x 32 pixels, the data set has samples of shape {tuple(shape)}"
+        )
+    return ImageNetResNet(name, num_classes)
+
+
+def resnet18(num_classes: int, shape: Sequence[int]) -> Classifier:
+    """torchvision's ResNet-18, 11.2 million parameters. Source: He et al., Table 1."""
+    return _imagenet_resnet("resnet18", num_classes, shape)
+
+
+def resnet50(num_classes: int, shape: Sequence[int]) -> Classifier:
+    """torchvision's ResNet-50 (stride in the 3 x 3 convolution), 23.5 million parameters and the head."""
+    return _imagenet_resnet("resnet50", num_classes, shape)
+
+
 def one_hidden_layer(num_classes: int, shape: Sequence[int]) -> Classifier:
     """100 hidden units over 2-D points. Paper: B.1."""
     _takes(shape, 1, "points")
@@ -128,8 +171,53 @@ def one_hidden_layer(num_classes: int, shape: Sequence[int]) -> Classifier:
 MODELS: dict[str, Callable[[int, Sequence[int]], Classifier]] = {
     "resnet32": resnet32,
     "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
     "one-hidden-layer": one_hidden_layer,
 }
+
+
+def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
+    """Copy given weights into all of a network but its head, whose classes are others.
+
+    `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing.
+
+    Args:
+        model: changed in place.
+        tensors: weights by name.
+        path: where they came from, for the message.
+
+    Returns:
+        How many tensors were taken.
+
+    Raises:
+        InputError: with every tensor that is missing, unknown, of another shape, or not finite.
+    """
+    own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+    given = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
+    faults = []
+    for name in sorted(own.keys() | given.keys()):
+        if name not in own:
+            faults.append(f"{name}: not in the network")
+        elif name not in given:
+            if not name.endswith("num_batches_tracked"):
+                faults.append(f"{name}: missing")
+        elif own[name].shape != given[name].shape:
+            faults.append(f"{name}: has shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}")
+        elif not given[name].isfinite().all():
+            faults.append(f"{name}: holds values that are not finite")
+    if faults:
+        more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise InputError(
+            f"{path} does not fit the network, {len(faults)} tensor{'s' if len(faults) > 1 else ''}:\n    "
+            + "\n    ".join(faults[:10] + more),
+            needed_by="--init",
+            fix="choose the network that these weights are of with --set model.name=NAME",
+        )
+    with torch.no_grad():
+        for name in given:
+            own[name].copy_(given[name])
+    return len(given)
 
 
 def build_model(name: str, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:

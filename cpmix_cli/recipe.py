@@ -37,8 +37,8 @@ class Data(Table):
     """Training augmentation: random crop from `padding` pixels of black, horizontal flip."""
     padding: int = Field(default=4, ge=0)
     """Black pixels on each side before the crop."""
-    normalisation: Literal["cifar10", "dataset", "none"] = "dataset"
-    """Mean and deviation a channel: CIFAR-10's published constants, the training set's own, or none (points)."""
+    normalisation: Literal["cifar10", "imagenet", "dataset", "none"] = "dataset"
+    """Mean and deviation a channel: the published ones of CIFAR-10 or ImageNet, the training set's own, or 0 and 1."""
 
 
 class Model(Table):

@@ -186,14 +186,23 @@ def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, neede
     )
 
 
-def dataset_entry(dataset: Dataset, run: Path) -> dict[str, str]:
-    """How run.json names a data set: relative to the run folder, absolute, and by fingerprint."""
+def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
+    """How run.json names a data set: relative to the run folder, absolute, by fingerprint; and what `predict` needs."""
     return {
         "name": dataset.name,
         "relative": os.path.relpath(dataset.folder.resolve(), run.resolve()),
         "absolute": str(dataset.folder.resolve()),
         "fingerprint": dataset.fingerprint,
+        "shape": dataset.shape,
+        "mean": dataset.record["mean"],
+        "std": dataset.record["std"],
     }
+
+
+def class_counts(folder: PhaseFolder) -> tuple[Path, pa.Schema, str]:
+    """Path, schema and hash of a phase's class_counts.parquet, as artifacts.read_table() takes them."""
+    path, sha = folder.output(artifacts.CLASS_COUNTS)
+    return path, artifacts.CLASS_COUNTS_SCHEMA, sha
 
 
 def decide(

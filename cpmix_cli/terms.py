@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from cpmix_cli.data.batches import NUM_UNIFORMS, Batches, ClassPool
+from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
 from cpmix_cli.errors import UsageError, suggest
 from cpmix_cli.losses import LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS, LABELS, MIXES, RATIOS, MixingState
@@ -227,8 +227,9 @@ def check_recipe(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None
                 MODELS[recipe.model.name](num_classes, shape)
         except ValueError as fault:
             faults.append(f'model.name = "{recipe.model.name}": {fault}')
-    if recipe.data.normalisation == "cifar10" and len(shape) == 3 and shape[-1] != 3:
-        faults.append(f'data.normalisation = "cifar10": for 3 channels, the images have {shape[-1]}')
+    normalisation = recipe.data.normalisation
+    if normalisation in PUBLISHED and len(shape) == 3 and shape[-1] != 3:
+        faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
     for table in ("stage1", "stage2", "finetune"):
         stage = getattr(recipe, table)
         if stage is not None:

@@ -41,12 +41,16 @@ def test_the_flags_are_those_of_the_contract() -> None:
     """Scripts depend on them: one may be added here, none may go."""
     training = "--recipe --set --epochs --seed --device --data --overwrite --dry-run --eval-every --json"
     expected = {
-        "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --overwrite --json",
-        "train-stage1": f"--out {training}",
+        "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --image-size --download "
+        "--overwrite --json",
+        "train-stage1": f"--out --init {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
-        "evaluate": "--from --out --phase --set --label --few-inclusive --device --data --overwrite --json",
+        "evaluate": "--from --out --phase --set --label --test-data --few-inclusive --device --data --overwrite --json",
         "confusion-report": "--from --out --phase --data --overwrite --json",
+        "predict": "--from --phase --top --out --device --overwrite --json",
+        "misclassified": "--from --true --predicted --phase --label --limit --data --json",
+        "import-weights": "--sha256 --out --overwrite --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

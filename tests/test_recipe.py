@@ -10,7 +10,7 @@ from cpmix_cli.terms import check_recipe
 
 NAMES = [
     f"{data}/{method}"
-    for data in ("cifar100-lt", "digits", "toy")
+    for data in ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
     for method in ("balanced-softmax", "cpmix", "cross-entropy")
 ]
 
@@ -23,7 +23,7 @@ def test_the_recipes_that_come_with_cpmix() -> None:
 def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path: Path) -> None:
     for rho in (None, 10, 50, 100, 200):
         recipe = load(name, rho=rho)
-        check_recipe(recipe, 4, (2,) if name.startswith("toy") else (32, 32, 3))
+        check_recipe(recipe, 4, {"toy": (2,), "image-folder": (64, 64, 3)}.get(name.split("/")[0], (32, 32, 3)))
         path = tmp_path / "resolved.toml"
         path.write_text(recipe.to_toml())
         assert load(str(path)) == recipe

@@ -50,7 +50,7 @@ def run(options: Options) -> None:
     evaluations = out / "evaluation"  # what evaluate --out wrote comes before what stands in the run itself
     if not (evaluations / source.phase / artifacts.RUN).is_file():
         evaluations = root / "evaluation"
-    predictions, sha = read_predictions(evaluations / source.phase, source)
+    predictions, sha = read_predictions(evaluations / source.phase, source, needed_by="confusion-report")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
 
     matrix = confusion_matrix(
@@ -113,24 +113,25 @@ def write(
     recorder.finish()
 
 
-def read_predictions(evaluation: Path, source: PhaseFolder) -> tuple[pd.DataFrame, str]:
+def read_predictions(evaluation: Path, source: PhaseFolder, *, needed_by: str) -> tuple[pd.DataFrame, str]:
     """An evaluation's predictions and their hash.
 
     Raises:
         InputError: there is none, or it is of an older checkpoint.
     """
-    again = f"cpmix evaluate --from {source.run} --phase {source.phase}"
+    label = evaluation.name.removeprefix(source.phase).removeprefix("-")
+    again = f"cpmix evaluate --from {source.run} --phase {source.phase}{f' --label {label}' if label else ''}"
     if not (evaluation / artifacts.RUN).is_file():
         raise InputError(
-            f"{source.phase} of {source.run} is not evaluated",
-            needed_by="confusion-report",
+            f"no evaluation {evaluation}",
+            needed_by=needed_by,
             fix=again,
         )
     record = artifacts.read_record(evaluation / artifacts.RUN)
     if record["source"]["sha256"] != source.output(artifacts.MODEL)[1]:
         raise InputError(
             f"{evaluation} is of an older checkpoint of {source.phase}",
-            needed_by="confusion-report",
+            needed_by=needed_by,
             fix=again,
         )
     sha = record["outputs"][artifacts.PREDICTIONS]
@@ -188,7 +189,7 @@ def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> bytes
     edge = float(points.abs().max()) + 0.2
     axis = torch.linspace(-edge, edge, GRID)
     grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
-    model = read_model(source, source.recipe(), dataset).eval()
+    model = read_model(source, source.recipe(), dataset.num_classes, dataset.shape).eval()
     with torch.no_grad():
         classes = model(torch.stack([grid_x.flatten(), grid_y.flatten()], 1)).argmax(1)
     return figures.decision_regions(

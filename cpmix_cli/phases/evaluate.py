@@ -1,20 +1,28 @@
-"""evaluate: accuracy, groups, calibration and predictions of a checkpoint on the test split. Always fp32."""
+"""evaluate: accuracy, groups, calibration and predictions of a checkpoint. Always fp32.
+
+On the data set's own test split, or with --test-data on another folder of the same classes.
+"""
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from cpmix_cli import artifacts, console, engine, runs
 from cpmix_cli import recipe as recipes
-from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data import image_folder
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.errors import UsageError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix, make_split, summary
+from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.evaluation import class_accuracy, confusion_matrix, summary
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Recipe
@@ -30,17 +38,34 @@ class Options:
     phase: str | None
     settings: list[str]
     label: str | None
+    test_data: Path | None
     few_inclusive: bool
     device: str
     data: Path | None
     overwrite: bool
 
 
+@dataclass(frozen=True)
+class TestSet:
+    """What a checkpoint is evaluated on: N samples with their true classes."""
+
+    inputs: torch.Tensor
+    """uint8 images [N, H, W, channels] or float32 points [N, 2]."""
+    labels: torch.Tensor
+    """[N] int64, class ids of the trained network."""
+    samples: pd.DataFrame
+    """sample_id, label and path or source_index of each."""
+    data_root: Path | None
+    """What the paths are relative to."""
+    fingerprint: str
+
+
 def run(options: Options) -> None:
-    """Predict the test split and publish what follows from it.
+    """Predict the test samples and publish what follows from it.
 
     Raises:
-        InputError: no finished phase, another data set, or damaged files.
+        UsageError: a --label that is no file name, or a --set beyond [evaluation].
+        InputError: no finished phase, another data set, other classes, or damaged files.
         EnvironmentFault: the output belongs to other settings, the device is not there, the disk is full.
     """
     if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
@@ -50,8 +75,12 @@ def run(options: Options) -> None:
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
     recipe = requested_recipe(options, source)
     device = engine.resolve_device(options.device)
+    tests = own_tests(dataset) if options.test_data is None else other_tests(options.test_data, dataset)
 
-    name = source.phase if options.label is None else f"{source.phase}-{options.label}"
+    label = options.label
+    if label is None and options.test_data is not None:
+        label = re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name)
+    name = source.phase if label is None else f"{source.phase}-{label}"
     folder = (options.out or root) / "evaluation" / name
     _weights, sha = source.output(artifacts.MODEL)
     made_from = {
@@ -59,27 +88,75 @@ def run(options: Options) -> None:
             "evaluation": recipe.tables()["evaluation"],
             "few_inclusive": options.few_inclusive,
         },
-        "dataset": dataset.fingerprint,
+        "dataset": tests.fingerprint,
         "checkpoint": sha,
     }
     if runs.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
         report(folder, "up to date")
         return
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = read_model(source, recipe, dataset).to(device)
-    batches, labels = make_split(dataset, "test", recipe, device)
-    logits = engine.predict(model, batches, len(labels), recipe.evaluation.batch_size)
+    model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
+    # As in training: what a test set's own mean would do to it, the network has not seen.
+    batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    logits = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
     runs.clear(folder)
     recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
-    publish(recorder, source, dataset, logits, labels, options.few_inclusive, sha)
+    publish(recorder, source, dataset, logits, tests, options.few_inclusive, sha)
+    if options.test_data is not None:
+        by_path = "path" in tests.samples
+        columns = {str(name): column for name, column in tests.samples.items()}
+        recorder.publish_table(artifacts.SAMPLES, artifacts.split_schema(by_path), columns)
+        recorder.set(data_root=str(tests.data_root) if by_path else None)
     recorder.set(source={"phase": source.phase, "sha256": sha})
     recorder.set(dataset=runs.dataset_entry(dataset, options.out or root))
     recorder.finish()
     report(folder, "done")
-    if options.label is None:  # the report is of the plain evaluation
+    if label is None:  # the report is of the plain evaluation
         flags = f" --phase {options.phase}" if options.phase else ""
         flags += f" --out {options.out}" if options.out else ""
         console.note(f"next: cpmix confusion-report --from {root}{flags}")
+    elif options.out is None:
+        console.note(f"next: cpmix misclassified --from {root} --phase {source.phase} --label {label}")
+
+
+def own_tests(dataset: Dataset) -> TestSet:
+    """The data set's own test split."""
+    inputs, labels = dataset.read("test")
+    return TestSet(inputs, labels, dataset.samples("test"), dataset.data_root, dataset.fingerprint)
+
+
+def other_tests(folder: Path, dataset: Dataset) -> TestSet:
+    """Another folder's images as test samples: the test split of a data set folder, or class sub-folders of images.
+
+    Classes are matched by name; some may be missing, none may be unknown.
+
+    Raises:
+        InputError: classes that the network does not know, images of another shape, unreadable files.
+    """
+    if (folder / artifacts.DATASET).is_file():
+        other = open_dataset(folder, needed_by="evaluate --test-data")
+        if other.shape != dataset.shape:
+            raise InputError(
+                f"{folder} has samples of shape {tuple(other.shape)}, the network takes {tuple(dataset.shape)}",
+                needed_by="evaluate --test-data",
+                fix="build it again at that size, or give the folder of the images themselves",
+            )
+        if unknown := [name for name in other.class_names if name not in dataset.class_names]:
+            raise InputError(
+                f"{folder} has classes that the network does not know: {', '.join(unknown)}",
+                needed_by="evaluate --test-data",
+            )
+        tests = own_tests(other)
+        to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
+        labels = to_own[tests.labels]
+        return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
+    if len(dataset.shape) != 3:
+        raise InputError(f"{folder}: a network of points takes no images", needed_by="evaluate --test-data")
+    files = image_folder.scan(folder, class_names=dataset.class_names)
+    inputs = files.read(np.arange(len(files.paths)), dataset.shape)
+    samples = pd.DataFrame({"sample_id": np.arange(len(files.paths)), "label": files.labels, "path": files.paths})
+    fingerprint = artifacts.digest([files.paths, files.labels.tolist(), artifacts.sha256(inputs.tobytes())])
+    return TestSet(torch.from_numpy(inputs), torch.from_numpy(files.labels), samples, folder.resolve(), fingerprint)
 
 
 def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
@@ -99,8 +176,14 @@ def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
     return recipe
 
 
-def read_model(source: PhaseFolder, recipe: Recipe, dataset: Dataset) -> Classifier:
+def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Sequence[int]) -> Classifier:
     """The network of a phase with its trained weights.
+
+    Args:
+        source: the phase.
+        recipe: which network it is.
+        num_classes: C.
+        shape: of one image (H, W, channels) or point (2,).
 
     Raises:
         InputError: the weights are damaged or of another network.
@@ -108,7 +191,7 @@ def read_model(source: PhaseFolder, recipe: Recipe, dataset: Dataset) -> Classif
     path, sha = source.output(artifacts.MODEL)
     tensors, _ = artifacts.read_tensors(path, sha)
     generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator)
+    model = build_model(recipe.model.name, num_classes, shape, generator)
     engine.load_model(model, tensors, path)
     return model
 
@@ -118,11 +201,12 @@ def publish(
     source: PhaseFolder,
     dataset: Dataset,
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    tests: TestSet,
     few_inclusive: bool,
     checkpoint: str,
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
+    labels = tests.labels
     groups = [group_of(int(n), few_inclusive=few_inclusive) for n in dataset.class_counts]
     numbers = {
         "phase": source.phase,
@@ -144,7 +228,7 @@ def publish(
     }
     recorder.publish_table(artifacts.PER_CLASS, artifacts.PER_CLASS_SCHEMA, columns)
     columns = {
-        "sample_id": dataset.sample_ids("test"),
+        "sample_id": tests.samples["sample_id"],
         "label": labels.numpy(),
         "predicted": predicted.numpy(),
         "confidence": confidence.numpy(),

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from cpmix_cli import artifacts, console
 from cpmix_cli import recipe as recipes
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.engine import Plan, TrainingState, make_optimizer
-from cpmix_cli.errors import UsageError
-from cpmix_cli.models import build_model
+from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.models import build_model, take_over
 from cpmix_cli.phases.training import Options, Setting, train
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.runs import PhaseFolder
@@ -17,10 +18,11 @@ from cpmix_cli.schedule import learning_rate
 from cpmix_cli.terms import check_recipe, compile_stage
 
 
-def run(options: Options, out: Path) -> None:
-    """Train from fresh weights to the end of stage 1.
+def run(options: Options, out: Path, init: Path | None) -> None:
+    """Train from fresh weights (or those of --init) to the end of stage 1.
 
     Raises:
+        InputError: the --init file is damaged or of another network.
         CpmixError: see phases.training.train().
     """
     if options.data is None:
@@ -38,13 +40,32 @@ def run(options: Options, out: Path) -> None:
         rho=dataset.record["rho"],
     )
     check_recipe(recipe, dataset.num_classes, dataset.shape)
-    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, prepare)
+    inputs = {} if init is None else {"init": artifacts.sha256(artifacts.read_bytes(init))}
+    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init), inputs)
 
 
-def prepare(setting: Setting) -> tuple[Plan, TrainingState]:
-    """Fresh weights, empty confusion counts, and the stage-1 plan."""
+def prepare(init: Path | None, setting: Setting) -> tuple[Plan, TrainingState]:
+    """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
     state = fresh_state(setting)
+    if init is not None:
+        taken = take_over(state.model, read_weights(init), init)
+        console.note(f"starts from {taken} tensors of {init}; the head is new")
     return stage_plan(setting, "stage1"), state
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an --init file.
+
+    Raises:
+        InputError: it is not a safetensors file.
+    """
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        raise InputError(
+            f"{path} is a PyTorch checkpoint; cpmix trains from safetensors alone",
+            needed_by="--init",
+            fix=f"cpmix import-weights {path} --sha256 HASH",
+        )
+    return artifacts.read_tensors(path)[0]
 
 
 def fresh_state(setting: Setting) -> TrainingState:

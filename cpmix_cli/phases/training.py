@@ -4,7 +4,7 @@ Each phase file says what is its own: the recipe it accepts, the state it starts
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def train(
     dataset: Dataset,
     options: Options,
     prepare: Prepare,
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Run a training phase from where its folder stands to the end, and say what came out.
 
@@ -71,6 +72,7 @@ def train(
         dataset: the data set.
         options: the command's flags.
         prepare: builds the plan and the state at the phase's beginning.
+        inputs: hashes of what else the result depends on.
 
     Raises:
         EnvironmentFault: the folder belongs to another recipe, the device is not there, the disk is full.
@@ -81,6 +83,7 @@ def train(
         "recipe": recipe.tables_of(folder.phase),
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
+        **(inputs or {}),
     }
     found = runs.decide(folder.path, made_from, overwrite=options.overwrite)
     if found == "done":

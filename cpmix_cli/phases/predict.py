@@ -1,0 +1,103 @@
+"""predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpmix_cli import artifacts, console, engine, runs
+from cpmix_cli.data import image_folder
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.errors import EnvironmentFault, InputError
+from cpmix_cli.phases.evaluate import read_model
+from cpmix_cli.runs import PHASES
+
+NUM_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    images: list[Path]
+    from_folder: Path
+    phase: str | None
+    top: int
+    out: Path | None
+    device: str
+    overwrite: bool
+
+
+def run(options: Options) -> None:
+    """Predict images and show class and confidence of each.
+
+    Raises:
+        InputError: no finished phase, no images, or images that cannot be read.
+        EnvironmentFault: --out exists, or cannot be written; the device is not there.
+    """
+    root, named = runs.locate(options.from_folder)
+    source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="predict")
+    seen = source.record()["dataset"]
+    if len(seen["shape"]) != 3:
+        raise InputError(f"{source.path} is a network of points and takes no images", needed_by="predict")
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
+    device = engine.resolve_device(options.device)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    paths = image_folder.find_images(options.images)
+    classes = artifacts.read_table(*runs.class_counts(source))["class_name"].tolist()
+    recipe = source.recipe()
+    model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
+    inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
+    batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
+    logits = engine.predict(model, batches, len(paths), recipe.evaluation.batch_size)
+    confidence, predicted = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
+
+    kept = confidence.shape[1]
+    columns = {
+        "path": np.repeat([str(path) for path in paths], kept),
+        "rank": np.tile(np.arange(1, kept + 1), len(paths)),
+        "class_id": predicted.flatten().numpy(),
+        "class_name": [classes[c] for c in predicted.flatten().tolist()],
+        "confidence": confidence.flatten().numpy(),
+    }
+    if options.out is not None:
+        artifacts.make_folder(options.out.parent)
+        artifacts.publish_table(options.out, artifacts.PREDICTED_IMAGES_SCHEMA, columns)
+    report(options, source.phase, [str(path) for path in paths], predicted, confidence, classes)
+
+
+def report(
+    options: Options,
+    phase: str,
+    paths: list[str],
+    predicted: torch.Tensor,
+    confidence: torch.Tensor,
+    classes: list[str],
+) -> None:
+    """A row for each image; all of them as JSON."""
+    guesses = [
+        [{"class": classes[c], "confidence": round(p, 4)} for c, p in zip(row, chances, strict=True)]
+        for row, chances in zip(predicted.tolist(), confidence.tolist(), strict=True)
+    ]
+    rows = [
+        [path, *(cell for guess in row for cell in (guess["class"], f"{100 * guess['confidence']:.1f} %"))]
+        for path, row in zip(paths[:NUM_SHOWN], guesses, strict=False)
+    ]
+    numbers = [""] if predicted.shape[1] == 1 else [f" {k}" for k in range(1, predicted.shape[1] + 1)]
+    lines = []
+    if len(paths) > NUM_SHOWN:
+        lines.append(f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")
+    if options.out is not None:
+        lines.append(f"done: {options.out}")
+    fields = {
+        "command": "predict",
+        "phase": phase,
+        "num_images": len(paths),
+        "out": str(options.out) if options.out is not None else None,
+        "predictions": [{"path": path, "classes": row} for path, row in zip(paths, guesses, strict=True)],
+    }
+    header = ["image", *(name for k in numbers for name in (f"class{k}", f">confidence{k}"))]
+    console.result(fields, header=header, rows=rows, lines=lines)
