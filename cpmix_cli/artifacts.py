@@ -26,6 +26,7 @@ from torch import Tensor
 from cpmix_cli.errors import EnvironmentFault, InputError
 
 FORMAT = 1
+MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
 
 DATASET = "dataset.json"
 RUN = "run.json"
@@ -262,6 +263,25 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
         return tensors, json.loads(metadata) if metadata is not None else None
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as fault:
         raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
+
+
+def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
+    """Shapes by tensor name and metadata (a JSON value or None) of a safetensors file, its values unread.
+
+    Raises:
+        InputError: missing, or the header is not one.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if 0 < size <= MAX_HEADER else None
+            metadata = header.pop("__metadata__", {}).get("cpmix")  # type: ignore[union-attr]
+            shapes = {name: list(entry["shape"]) for name, entry in header.items()}  # type: ignore[union-attr]
+            return shapes, json.loads(metadata) if metadata is not None else None
+    except OSError as fault:
+        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise InputError(f"{path} is not a valid safetensors file") from fault
 
 
 def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = None) -> pd.DataFrame:

@@ -301,6 +301,33 @@ def confusion_report(
 Phase = Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")]
 
 
+@command("status", "cpmix status ckpt/*", HELPERS)
+def status(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    json: Json = False,
+) -> None:
+    """Where runs stand and what to type next."""
+    from cpmix_cli.phases import status as showing
+
+    raise typer.Exit(showing.run(folders))
+
+
+@command("recipes", "cpmix recipes digits/cpmix digits/cross-entropy", HELPERS)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to show; none lists all.", metavar="[NAME]")] = None,
+    other: Annotated[str | None, typer.Argument(help="Recipe to compare with.", metavar="[OTHER]")] = None,
+    settings: Set = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    rho: Annotated[float | None, typer.Option(help="Imbalance factor, for [by_rho.R] tables.")] = None,
+    json: Json = False,
+) -> None:
+    """List recipes, show one resolved, or tell two apart."""
+    from cpmix_cli.phases import recipes as showing
+
+    showing.run(showing.Options(name, other, settings or [], epochs, seed, rho))
+
+
 @command("predict", "cpmix predict photo.jpg more/ --from ckpt/mine", HELPERS)
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGES...")],
@@ -312,7 +339,7 @@ def predict(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Class and confidence of images; needs the run folder alone."""
+    """Class and confidence of your own images."""
     device = _checked_device(device)
     from cpmix_cli.phases import predict as predicting
 
@@ -333,7 +360,7 @@ def misclassified(
     data: Data = None,
     json: Json = False,
 ) -> None:
-    """The wrong test images of an evaluation, or of one cell of its confusion matrix."""
+    """The wrong test images behind a confusion matrix."""
     from cpmix_cli.phases import misclassified as listing
 
     listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data))
@@ -350,7 +377,7 @@ def import_weights(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to safetensors, for train-stage1 --init."""
+    """A PyTorch checkpoint as safetensors, for --init."""
     from cpmix_cli.phases import import_weights as importing
 
     importing.run(importing.Options(file, sha256, out, overwrite))

@@ -11,6 +11,7 @@ import pytest
 from conftest import cpmix, files, must
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
+HELPERS = ["status", "recipes", "predict", "misclassified", "import-weights"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -24,13 +25,14 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_help_lists_the_six_commands_in_order() -> None:
-    result = must("--help")
-    listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert [word for word in listed if word in COMMANDS] == COMMANDS
+def test_help_lists_the_six_commands_in_order_then_the_helpers() -> None:
+    after = must("--help").stdout.split("Commands:\n")[1]
+    pipeline, helpers = (part.split("\n\n")[0] for part in after.split("Helpers:\n"))
+    assert [line.split()[0] for line in pipeline.splitlines()] == COMMANDS
+    assert [line.split()[0] for line in helpers.splitlines()] == HELPERS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + HELPERS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = must(command, "-h")
     assert f"Example: cpmix {command} " in " ".join(result.stdout.split())
@@ -48,6 +50,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --test-data --few-inclusive --device --data --overwrite --json",
         "confusion-report": "--from --out --phase --data --overwrite --json",
+        "status": "--json",
+        "recipes": "--set --epochs --seed --rho --json",
         "predict": "--from --phase --top --out --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --json",
         "import-weights": "--sha256 --out --overwrite --json",
@@ -67,7 +71,7 @@ def test_help_and_recipe_errors_import_nothing_heavy() -> None:
         "heavy = {{'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}}\n"
         "print('heavy:', sorted(heavy & set(sys.modules)))"
     )
-    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"]):
+    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"], ["recipes"]):
         result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
         assert "heavy: []" in result.stdout, result.stderr
 

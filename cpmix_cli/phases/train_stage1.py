@@ -40,7 +40,7 @@ def run(options: Options, out: Path, init: Path | None) -> None:
         rho=dataset.record["rho"],
     )
     check_recipe(recipe, dataset.num_classes, dataset.shape)
-    inputs = {} if init is None else {"init": artifacts.sha256(artifacts.read_bytes(init))}
+    inputs = {} if init is None else {"init": init}
     train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init), inputs)
 
 

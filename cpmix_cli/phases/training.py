@@ -61,7 +61,7 @@ def train(
     dataset: Dataset,
     options: Options,
     prepare: Prepare,
-    inputs: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Path] | None = None,
 ) -> None:
     """Run a training phase from where its folder stands to the end, and say what came out.
 
@@ -72,7 +72,7 @@ def train(
         dataset: the data set.
         options: the command's flags.
         prepare: builds the plan and the state at the phase's beginning.
-        inputs: hashes of what else the result depends on.
+        inputs: what other files the result depends on, by the flag that names them.
 
     Raises:
         EnvironmentFault: the folder belongs to another recipe, the device is not there, the disk is full.
@@ -83,7 +83,7 @@ def train(
         "recipe": recipe.tables_of(folder.phase),
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
-        **(inputs or {}),
+        **{flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
     found = runs.decide(folder.path, made_from, overwrite=options.overwrite)
     if found == "done":
@@ -115,6 +115,10 @@ def train(
         report_dry_run(folder, plan, steps)
         return
 
+    origin = None
+    if source is not None:
+        place = os.path.relpath(source.run.resolve(), folder.run.resolve())
+        origin = {"run": place, "phase": source.phase, "sha256": made_from["source"]}
     # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
     if not begun:
         runs.clear(folder.path)
@@ -132,6 +136,10 @@ def train(
             "epoch": state.epoch,
             "step": state.step,
             "columns": list(state.history[0]) if state.history else [],
+            # For `status`, which says how to go on.
+            "source": origin,
+            "dataset": runs.dataset_entry(dataset, folder.run),
+            "inputs": {flag: str(path.resolve()) for flag, path in (inputs or {}).items()},
         }
         recorder.publish_tensors(artifacts.TRAINING_STATE, engine.state_tensors(state), metadata)
 
@@ -141,10 +149,8 @@ def train(
         publish_state()
     publish_results(plan, state, dataset, recorder)
     seconds = sum(row["seconds"] or 0.0 for row in state.history)
-    if source is not None:
-        place = os.path.relpath(source.run.resolve(), folder.run.resolve())
-        recorder.set(source={"run": place, "phase": source.phase, "sha256": made_from["source"]})
     recorder.set(
+        source=origin,
         dataset=runs.dataset_entry(dataset, folder.run),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         precision=precision,
