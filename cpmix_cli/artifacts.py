@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,26 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         fix = f"free at least {needed_bytes:,} bytes there, then run the same command again"
     return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
+
+
+def check_place(folder: Path, needed_bytes: int) -> None:
+    """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
+
+    Raises:
+        EnvironmentFault: with the reason. A quota shows only when it is hit.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    code = 0
+    if not place.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+    elif shutil.disk_usage(place).free < needed_bytes:
+        code = errno.ENOSPC
+    if code:
+        raise write_fault(folder, OSError(code, os.strerror(code)), needed_bytes=needed_bytes)
 
 
 def make_folder(path: Path) -> None:

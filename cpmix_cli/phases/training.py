@@ -111,6 +111,7 @@ def train(
         f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
+    artifacts.check_place(folder.path, needed_bytes(state))
     if options.dry_run:
         report_dry_run(folder, plan, steps)
         return
@@ -208,6 +209,14 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
     schema = artifacts.metrics_schema([term.name for term in plan.terms])
     recorder.publish_table(artifacts.METRICS, schema, columns)
+
+
+def needed_bytes(state: TrainingState) -> int:
+    """Room that a phase takes: the weights, the training state, and the state's successor while it is published."""
+    weights: int = sum(t.numel() * t.element_size() for t in state.model.state_dict().values())
+    slots = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
+    saved = weights * (1 + slots) + state.confusion.numel() * state.confusion.element_size()
+    return weights + 2 * saved
 
 
 def parameters(model: torch.nn.Module) -> int:
