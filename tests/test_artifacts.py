@@ -90,4 +90,4 @@ def test_confusion_tables_are_sparse_and_read_back(tmp_path: Path) -> None:
     assert table.to_numpy().tolist() == [[0, 3, 7], [2, 1, 1]]
     assert artifacts.confusion_tensor(table, 4).equal(counts.long())
     with pytest.raises(InputError, match="expected sample_id"):
-        artifacts.read_table(path, artifacts.SPLIT_SCHEMA)
+        artifacts.read_table(path, artifacts.split_schema(by_path=False))

@@ -1,5 +1,8 @@
 """Batched augmentation against a loop over images."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
@@ -50,12 +53,20 @@ def test_every_offset_and_both_directions_occur() -> None:
         assert len(found.flatten(1).unique(dim=0)) == count, augment
 
 
-def test_cifar10_constants() -> None:
-    images = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)
-    recipe = Data(augment="none", normalisation="cifar10")
-    found = ImageBatches(images, recipe, [0, 0, 0], [1, 1, 1]).plain(torch.tensor([0]))
-    expected = [(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010]
-    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
+@pytest.mark.parametrize(
+    ("normalisation", "expected"),
+    [
+        ("none", [0.2, 0.4, 1.0]),
+        ("dataset", [(0.2 - 0.5) / 0.25, (0.4 - 0.25) / 0.5, 0.0]),
+        ("cifar10", [(0.2 - 0.4914) / 0.2023, (0.4 - 0.4822) / 0.1994, (1.0 - 0.4465) / 0.2010]),
+        ("imagenet", [(0.2 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, (1.0 - 0.406) / 0.225]),
+    ],
+)
+def test_normalisation(normalisation: Any, expected: list[float]) -> None:
+    image = torch.tensor([51, 102, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
+    recipe = Data(augment="none", normalisation=normalisation)
+    x = ImageBatches(image, recipe, [0.5, 0.25, 1.0], [0.25, 0.5, 0.1]).plain(torch.tensor([0]))
+    torch.testing.assert_close(x[0, :, 1, 0], torch.tensor(expected))
 
 
 def test_points_pass_through() -> None:

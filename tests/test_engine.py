@@ -44,7 +44,7 @@ def terms_of(**tables: dict[str, object]) -> list[Term]:
 
 
 def data() -> TrainingData:
-    recipe = Data(augment="crop", padding=1, normalisation="none")
+    recipe = Data(augment="crop", padding=1, normalisation="dataset")
     batches = ImageBatches(IMAGES, recipe, [0.5], [0.25])
     return TrainingData(batches, LABELS, torch.tensor(COUNTS))
 
