@@ -223,14 +223,19 @@ def publish(path: Path, data: bytes) -> str:
     return sha256(data)
 
 
-def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
-    """Publish tensors as safetensors, with `metadata` (a JSON value) under the one key "cpmix".
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
+    """Tensors as the bytes of a safetensors file, with `metadata` (a JSON value) under the one key "cpmix".
 
     One key only: safetensors 0.8 writes several in random order, and equal content must be equal bytes.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     text = {"cpmix": canonical_json(metadata)} if metadata is not None else None
-    return publish(path, safetensors.torch.save(plain, text))
+    return safetensors.torch.save(plain, text)
+
+
+def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
+    """Publish tensors as safetensors; see tensor_bytes()."""
+    return publish(path, tensor_bytes(tensors, metadata))
 
 
 def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> str:

@@ -191,7 +191,7 @@ def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> i
         How many tensors were taken.
 
     Raises:
-        InputError: with every tensor that is missing, unknown, of another shape, or not finite.
+        InputError: with every tensor that is missing, unknown, of another shape or kind of number, or not finite.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
     given = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
@@ -204,7 +204,9 @@ def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> i
                 faults.append(f"{name}: missing")
         elif own[name].shape != given[name].shape:
             faults.append(f"{name}: has shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}")
-        elif not given[name].isfinite().all():
+        elif own[name].is_floating_point() != given[name].is_floating_point():
+            faults.append(f"{name}: holds {_kind(given[name])}, expected {_kind(own[name])}")
+        elif not given[name].to(own[name].dtype).isfinite().all():  # a float64 may be beyond float32
             faults.append(f"{name}: holds values that are not finite")
     if faults:
         more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
@@ -218,6 +220,10 @@ def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> i
         for name in given:
             own[name].copy_(given[name])
     return len(given)
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def build_model(name: str, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:

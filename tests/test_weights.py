@@ -1,6 +1,13 @@
 """Given weights: import-weights makes them safe, train-stage1 --init starts from them."""
 
 import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +19,7 @@ from torch import nn
 from cpmix_cli.engine import load_model
 from cpmix_cli.errors import InputError
 from cpmix_cli.models import build_model, take_over
+from cpmix_cli.phases.train_stage1 import read_weights
 
 
 class Canary:
@@ -59,8 +67,37 @@ def test_a_checkpoint_becomes_safetensors(tmp_path: Path) -> None:
     assert files(tmp_path) == ["other.pth", "w.pth", "w.safetensors"]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "foreign"])
+def test_an_output_is_up_to_date_by_its_bytes_not_by_what_it_says(tmp_path: Path, damage: str) -> None:
+    sha = save({"a": torch.ones(4)}, tmp_path / "w.pth")
+    command = ["import-weights", tmp_path / "w.pth", "--sha256", sha]
+    must(*command)
+    out = tmp_path / "w.safetensors"
+    whole = out.read_bytes()
+    bad = whole[:-1] + bytes([whole[-1] ^ 1]) if damage == "flipped" else b"notes"
+    out.write_bytes(bad)
+    result = cpmix(*command)
+    assert result.code == 4
+    assert f"{out} holds something else" in result.stderr
+    assert out.read_bytes() == bad
+    must(*command, "--overwrite")
+    assert out.read_bytes() == whole
+
+
+def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
+    sha = save({"a": torch.ones(4)}, tmp_path / "w.safetensors")
+    result = cpmix("import-weights", tmp_path / "w.safetensors", "--sha256", sha, "--overwrite")
+    assert result.code == 2
+    assert "is the checkpoint itself" in result.stderr
+    assert hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest() == sha
+
+
 def test_a_checkpoint_that_holds_more_than_tensors_is_not_run(tmp_path: Path) -> None:
-    sha = save({"a": torch.zeros(2), "b": Canary(tmp_path / "alive")}, tmp_path / "w.pth")
+    content = {"a": torch.zeros(2), "b": Canary(tmp_path / "alive")}
+    pickle.loads(pickle.dumps(content["b"]))
+    assert files(tmp_path) == ["alive"]  # it does bite where nothing guards
+    (tmp_path / "alive").unlink()
+    sha = save(content, tmp_path / "w.pth")
     result = cpmix("import-weights", tmp_path / "w.pth", "--sha256", sha)
     assert result.code == 3
     assert "is no checkpoint of tensors alone, and nothing of it was run" in result.stderr
@@ -75,7 +112,12 @@ def test_a_checkpoint_that_holds_more_than_tensors_is_not_run(tmp_path: Path) ->
     [
         ([torch.zeros(2)], "holds a list, not named tensors"),
         ({}, "holds a dict, not named tensors"),
-        ({"a": torch.zeros(2), "lr": 0.1}, "has entries that are no tensors: lr"),
+        ({"a": torch.zeros(2), "lr": 0.1}, "has entries that are no plain tensors: lr (float)"),
+        ({"model": {"state_dict": {"a": torch.zeros(2)}}}, "no plain tensors: state_dict (dict)"),
+        ({"a": torch.zeros(2, dtype=torch.complex128)}, "a (complex)"),
+        ({"a": torch.empty(2, device="meta")}, "a (without values)"),
+        ({"a": torch.zeros(2), "module.a": torch.ones(2)}, "several entries for one name, once module. and"),
+        ({"a": Path("x")}, "nothing of it was run: it holds pathlib."),
     ],
 )
 def test_checkpoints_of_other_things(content: object, message: str, tmp_path: Path) -> None:
@@ -95,6 +137,23 @@ def test_files_and_hashes_that_are_none(tmp_path: Path) -> None:
         assert result.code == 2
         assert "64 hexadecimal digits" in result.stderr
     assert cpmix("import-weights", tmp_path / "w.pth").code == 2
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_checkpoints_are_the_input_s_fault(tmp_path: Path, zipped: bool, generator: torch.Generator) -> None:
+    """Whatever a damaged file makes the unpickler raise, the user gets an error of 3 lines; cpmix() raises the rest."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(3, 3), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped)
+    codes = []
+    for at in torch.randint(len(buffer.getvalue()), (100,), generator=generator).tolist():
+        for damaged in (bytearray(buffer.getvalue()), buffer.getvalue()[:at]):
+            if isinstance(damaged, bytearray):
+                damaged[at] ^= 0x55
+            (tmp_path / "w.pth").write_bytes(damaged)
+            sha = hashlib.sha256(damaged).hexdigest()
+            codes.append(cpmix("import-weights", tmp_path / "w.pth", "--sha256", sha, "--overwrite").code)
+    assert set(codes) <= {0, 3}
+    assert codes[1::2] == [3] * 100
 
 
 # -- --init ------------------------------------------------------------------------------------------------------------
@@ -118,12 +177,16 @@ def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], gener
     del weights["bn1.weight"]
     weights["conv1.weight"] = torch.zeros(16, 3, 3, 3)
     weights["bn1.bias"] = torch.full((16,), torch.nan)
+    weights["bn1.running_mean"] = torch.full((16,), 1e300, dtype=torch.float64)
+    weights["bn1.running_var"] = torch.ones(16, dtype=torch.int8)
     weights["layer9.weight"] = torch.zeros(2)
     with pytest.raises(InputError) as fault:
         take_over(model, weights, Path("w.safetensors"))
-    assert str(fault.value).splitlines()[:5] == [
-        "error: w.safetensors does not fit the network, 4 tensors:",
+    assert str(fault.value).splitlines()[:7] == [
+        "error: w.safetensors does not fit the network, 6 tensors:",
         "    bn1.bias: holds values that are not finite",
+        "    bn1.running_mean: holds values that are not finite",
+        "    bn1.running_var: holds int8, expected float32",
         "    bn1.weight: missing",
         "    conv1.weight: has shape (16, 3, 3, 3), expected (16, 1, 3, 3)",
         "    layer9.weight: not in the network",
@@ -151,13 +214,69 @@ def test_stage1_starts_from_given_weights(digits: Path, weights: dict[str, torch
     assert cpmix(*run, "--init", tmp_path / "w.safetensors").code == 4
 
 
+def test_from_a_run_s_weights_to_a_checkpoint_and_back_into_another_run(
+    digits: Path, digits_run: Path, tmp_path: Path
+) -> None:
+    """The checkpoint gives the same weights; a run from them, stopped, goes on bit for bit."""
+    model = digits_run / "stage2" / "model.safetensors"
+    given = load_file(model)
+    sha = save({"state_dict": {f"module.{n}": t for n, t in given.items()}}, tmp_path / "w.pth")
+    must("import-weights", tmp_path / "w.pth", "--sha256", sha)
+    assert {n: t.tolist() for n, t in load_file(tmp_path / "w.safetensors").items()} == {
+        n: t.tolist() for n, t in given.items()
+    }
+    command = ["train-stage1", "--data", str(digits), "--epochs", "45", "--init", str(tmp_path / "w.safetensors")]
+    must(*command, "--out", tmp_path / "whole")
+    record = json.loads((tmp_path / "whole" / "stage1" / "run.json").read_text())
+    assert record["made_from"]["init"] == hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+
+    command += ["--out", str(tmp_path / "stopped")]
+    with subprocess.Popen([sys.executable, "-m", "cpmix_cli", *command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "epoch=2/" in line:
+                os.kill(process.pid, signal.SIGTERM)
+                break
+        process.stderr.read()
+    assert process.returncode == 75
+    refused = cpmix(*command, "--init", model)  # the last --init counts
+    assert refused.code == 4
+    assert f"init: '{record['made_from']['init']}' -> " in refused.stderr
+    assert "goes on after epoch" in must(*command).stderr
+    whole, stopped = (tmp_path / run / "stage1" / "model.safetensors" for run in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    must("train-stage2", "--from", tmp_path / "stopped", "--dry-run")
+
+
+def test_a_run_without_init_is_still_its_own(digits: Path, digits_run: Path) -> None:
+    """What was made before the flag was there stays up to date, and is refused to given weights."""
+    command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6]
+    assert "init" not in json.loads((digits_run / "stage1" / "run.json").read_text())["made_from"]
+    assert must(*command, "--json").json["status"] == "up to date"
+    refused = cpmix(*command, "--init", digits_run / "stage2" / "model.safetensors")
+    assert refused.code == 4
+    assert "init: (none) -> " in refused.stderr
+
+
+def test_weights_that_change_while_they_are_read(digits_run: Path) -> None:
+    """What is trained from is what was hashed."""
+    model = digits_run / "stage1" / "model.safetensors"
+    sha = hashlib.sha256(model.read_bytes()).hexdigest()
+    assert read_weights(model, sha).keys() == load_file(model).keys()
+    save_file({"a": torch.zeros(2)}, model)
+    with pytest.raises(InputError, match="is damaged"):
+        read_weights(model, sha)
+
+
 def test_init_is_checked_before_anything_is_written(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     run = ["train-stage1", "--data", digits, "--out", tmp_path / "r", "--dry-run", "--init"]
-    (tmp_path / "w.pth").write_bytes(b"a checkpoint")
+    for name in ("w.pth", "W.PT"):
+        (tmp_path / name).write_bytes(b"a checkpoint")
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     for name, message in (
         ("none.safetensors", "cannot read"),
         ("w.pth", f"cpmix import-weights {tmp_path / 'w.pth'} --sha256 HASH"),
+        ("W.PT", f"cpmix import-weights {tmp_path / 'W.PT'} --sha256 HASH"),
         ("bad.safetensors", "is not a valid safetensors file"),
     ):
         result = cpmix(*run, tmp_path / name)
@@ -194,3 +313,12 @@ def test_torchvision_s_networks(name: str, generator: torch.Generator) -> None:
     for shape in ((64, 64, 1), (32, 32, 3), (2,)):
         with pytest.raises(ValueError, match="takes RGB images of more than 32 x 32 pixels"):
             build_model(name, 7, shape, generator)
+
+
+def test_imagenet_s_networks_and_constants_are_for_colour(digits: Path, tmp_path: Path) -> None:
+    flags = ["--set", "model.name=resnet18", "--set", "data.normalisation=imagenet"]
+    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path / "r", "--dry-run", *flags)
+    assert result.code == 2
+    assert 'model.name = "resnet18": takes RGB images of more than 32 x 32 pixels' in result.stderr
+    assert "samples of shape (8, 8, 1)" in result.stderr
+    assert 'data.normalisation = "imagenet": for 3 channels, the images have 1' in result.stderr

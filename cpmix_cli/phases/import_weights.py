@@ -5,8 +5,8 @@ round it. PyTorch 2.11, the oldest that cpmix runs on, has the fixes of CVE-2025
 """
 
 import io
-import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     """Convert a checkpoint.
 
     Raises:
-        UsageError: the hash is none, or too short.
+        UsageError: the hash is none, or too short; the output would be the checkpoint itself.
         InputError: the file is missing, is another one, or holds more than tensors.
         EnvironmentFault: another file is in the way, or the disk does not allow it.
     """
@@ -48,6 +48,9 @@ def run(options: Options) -> None:
             needed_by="import-weights",
             fix="take it from where the weights were published; torchvision's file names end in the first 8",
         )
+    out = options.out or options.file.with_suffix(".safetensors")
+    if out.resolve() == options.file.resolve():
+        raise UsageError(f"{out} is the checkpoint itself", needed_by="import-weights", fix="choose another --out")
     data = artifacts.read_bytes(options.file)
     found = artifacts.sha256(data)
     if not found.startswith(wanted):
@@ -57,19 +60,18 @@ def run(options: Options) -> None:
             fix="fetch the file again from where it was published",
         )
     tensors = read_checkpoint(data, options.file)
-
-    out = options.out or options.file.with_suffix(".safetensors")
-    origin = {"file": options.file.name, "sha256": found}
+    converted = artifacts.tensor_bytes(tensors, {"file": options.file.name, "sha256": found})
     status = "done"
     if out.exists() and not options.overwrite:
-        if artifacts.read_tensors(out)[1] != origin:
+        # Its bytes, not what it says of its origin: a damaged file says the same.
+        if not out.is_file() or artifacts.read_bytes(out) != converted:
             raise EnvironmentFault(f"{out} holds something else", fix="choose another --out, or give --overwrite")
         status = "up to date"
     else:
         artifacts.make_folder(out.parent)
-        artifacts.publish_tensors(out, tensors, origin)
+        artifacts.publish(out, converted)
     values = sum(t.numel() for t in tensors.values())
-    sha = artifacts.sha256(artifacts.read_bytes(out))
+    sha = artifacts.sha256(converted)
     console.result(
         {
             "command": "import-weights",
@@ -88,12 +90,14 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's bytes, by plain names.
 
     Raises:
-        InputError: not a checkpoint, or one that holds more than tensors; nothing of it was run.
+        InputError: not a checkpoint, or one that holds more than tensors (nothing of it was run); two entries of one
+            plain name.
     """
     try:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as fault:
-        reason = str(fault).split("\n")[0].split(". ")[0]
+    except Exception as fault:  # a damaged pickle raises whatever its bytes happen to spell
+        refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(fault))
+        reason = f"it holds {refused[1]}" if refused else str(fault).split("\n")[0].split(". ")[0]
         raise InputError(
             f"{path} is no checkpoint of tensors alone, and nothing of it was run: {reason}",
             needed_by="import-weights",
@@ -105,13 +109,40 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path} holds a {type(content).__name__}, not named tensors", needed_by="import-weights")
-    if others := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
+    others = [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]
+    if others:
         raise InputError(
-            f"{path} has entries that are no tensors: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''}",
+            f"{path} has entries that are no plain tensors: {_few(others)}",
             needed_by="import-weights",
+            fix="ask its authors for the state_dict alone",
+        )
+    names = Counter(_plain(str(name)) for name in content)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(
+            f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: {_few(twice)}",
+            needed_by="import-weights",
+            fix="ask its authors for the state_dict alone",
         )
     # Copies: in a checkpoint several names may share one memory, in safetensors none do.
     return {_plain(str(name)): value.detach().clone() for name, value in content.items()}
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def _not_plain(value: object) -> str:
+    """What a value is that safetensors has no place for; "" for a dense tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.layout != torch.strided:
+        return "sparse"
+    if value.is_quantized:
+        return "quantized"
+    if value.is_complex():
+        return "complex"
+    return "without values" if value.is_meta else ""
 
 
 def _plain(name: str) -> str:

@@ -48,24 +48,24 @@ def prepare(init: Path | None, setting: Setting) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
     state = fresh_state(setting)
     if init is not None:
-        taken = take_over(state.model, read_weights(init), init)
+        taken = take_over(state.model, read_weights(init, setting.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     return stage_plan(setting, "stage1"), state
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an --init file.
+def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
+    """The tensors of an --init file, whose hash is already part of what the phase is made from.
 
     Raises:
-        InputError: it is not a safetensors file.
+        InputError: it is not a safetensors file, or was changed in between.
     """
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+    if path.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
         raise InputError(
             f"{path} is a PyTorch checkpoint; cpmix trains from safetensors alone",
             needed_by="--init",
             fix=f"cpmix import-weights {path} --sha256 HASH",
         )
-    return artifacts.read_tensors(path)[0]
+    return artifacts.read_tensors(path, sha)[0]
 
 
 def fresh_state(setting: Setting) -> TrainingState:

@@ -49,6 +49,8 @@ class Setting:
     dataset: Dataset
     device: torch.device
     precision: str
+    inputs: Mapping[str, str]
+    """Hashes of the files given by flags, by flag."""
 
 
 Prepare = Callable[[Setting], tuple[Plan, TrainingState]]
@@ -79,11 +81,12 @@ def train(
         InputError: an input is damaged.
         Diverged, Interrupted: see engine.fit().
     """
+    hashes = {flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()}
     made_from = {
         "recipe": recipe.tables_of(folder.phase),
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
-        **{flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()},
+        **hashes,
     }
     found = runs.decide(folder.path, made_from, overwrite=options.overwrite)
     if found == "done":
@@ -99,7 +102,7 @@ def train(
     earlier = begun or (source.record() if source is not None else None)
     precision = earlier["precision"] if earlier else engine.resolve_precision(recipe.model.precision, device)
     data = training_data(dataset, recipe, device)
-    plan, state = prepare(Setting(recipe, dataset, device, precision))
+    plan, state = prepare(Setting(recipe, dataset, device, precision, hashes))
     if begun:
         restore(state, tensors, begun, folder)
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
