@@ -5,6 +5,7 @@ plain line at a time; a progress bar replaces the lines of an epoch only where s
 """
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ as_json = False  # set by the command line, before a phase runs
 def note(text: str) -> None:
     """One line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def typed(*words: object) -> str:
+    """A cpmix command as one types it: quoted for the shell."""
+    return shlex.join(["cpmix", *map(str, words)])
 
 
 def warn(text: str) -> None:

@@ -107,7 +107,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
         raise InputError(
             f"no run folder {source}",
             needed_by="--from",
-            fix=f"cpmix train-stage1 --data DATA --out {source}",
+            fix=remake(source, "stage1", "absent"),
         )
     if source.resolve().name in PHASES and (source / artifacts.RUN).is_file():
         return source.parent, source.resolve().name
@@ -131,7 +131,7 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
             raise InputError(
                 f"{folder.path} is {status}{f': {why}' if why else ''}",
                 needed_by=needed_by,
-                fix=_remake(run, wanted, status),
+                fix=remake(run, wanted, status),
             )
         return folder
     passed_over: list[str] = []
@@ -151,14 +151,15 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
     raise InputError(
         f"{run} holds no finished {' or '.join(candidates)}{detail}",
         needed_by=needed_by,
-        fix=_remake(run, candidates[0], "absent"),
+        fix=remake(run, candidates[0], "absent"),
     )
 
 
-def _remake(run: Path, phase: str, status: str) -> str:
+def remake(run: Path, phase: str, status: str) -> str:
+    """The command that makes a phase."""
     if phase == "stage1":
-        return f"cpmix train-stage1 --data DATA --out {run}"
-    return f"cpmix {COMMANDS[phase]} --from {run}{' --overwrite' if status == 'stale' else ''}"
+        return console.typed(COMMANDS[phase], "--data", "DATA", "--out", run)
+    return console.typed(COMMANDS[phase], "--from", run, *(["--overwrite"] if status == "stale" else []))
 
 
 def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, needed_by: str) -> Dataset:
@@ -323,10 +324,10 @@ def _iso(seconds: float) -> str:
 def next_command(run: Path, phase: str, recipe: Recipe) -> str:
     """What to type after a phase."""
     if phase == "stage1" and recipe.stage2 is not None:
-        return f"cpmix train-stage2 --from {run}"
+        return console.typed("train-stage2", "--from", run)
     if phase in ("stage1", "stage2") and recipe.finetune is not None:
-        return f"cpmix finetune --from {run}"
-    return f"cpmix evaluate --from {run}"
+        return console.typed("finetune", "--from", run)
+    return console.typed("evaluate", "--from", run)
 
 
 def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str) -> None:

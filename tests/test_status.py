@@ -44,7 +44,7 @@ def test_a_finished_run(digits_run: Path) -> None:
 
 
 def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     must("train-stage1", "--data", toy, "--out", run, "--epochs", 2, "--recipe", "toy/balanced-softmax")
     seen = []
     for _ in range(5):
@@ -56,7 +56,7 @@ def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path
         follow(following[0])
     assert seen == [(75, ["train-stage2"]), (0, ["evaluate"]), (0, ["confusion-report"]), (0, [])]
     lines = result.stdout.splitlines()
-    assert [line.split()[1:4] for line in lines[2:]] == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
+    assert [line.removeprefix(str(run)).split()[:3] for line in lines[2:]] == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
 
 
 def test_a_stale_phase(toy_run: Path) -> None:

@@ -282,4 +282,5 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
         f"{status}: {folder}",
     ]
     console.result(fields, lines=lines)
-    console.note(f"next: cpmix train-stage1 --data {folder} --out ckpt/{record['name']}")
+    following = console.typed("train-stage1", "--data", folder, "--out", f"ckpt/{record['name']}")
+    console.note(f"next: {following}")

@@ -120,7 +120,8 @@ def read_predictions(evaluation: Path, source: PhaseFolder, *, needed_by: str) -
         InputError: there is none, or it is of an older checkpoint.
     """
     label = evaluation.name.removeprefix(source.phase).removeprefix("-")
-    again = f"cpmix evaluate --from {source.run} --phase {source.phase}{f' --label {label}' if label else ''}"
+    flags = ["--label", label] if label else []
+    again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, *flags)
     if not (evaluation / artifacts.RUN).is_file():
         raise InputError(
             f"no evaluation {evaluation}",

@@ -112,11 +112,12 @@ def run(options: Options) -> None:
     recorder.finish()
     report(folder, "done")
     if label is None:  # the report is of the plain evaluation
-        flags = f" --phase {options.phase}" if options.phase else ""
-        flags += f" --out {options.out}" if options.out else ""
-        console.note(f"next: cpmix confusion-report --from {root}{flags}")
+        flags = ["--phase", options.phase] if options.phase else []
+        flags += ["--out", str(options.out)] if options.out else []
+        console.note(f"next: {console.typed('confusion-report', '--from', root, *flags)}")
     elif options.out is None:
-        console.note(f"next: cpmix misclassified --from {root} --phase {source.phase} --label {label}")
+        flags = ["--phase", source.phase, "--label", label]
+        console.note(f"next: {console.typed('misclassified', '--from', root, *flags)}")
 
 
 def own_tests(dataset: Dataset) -> TestSet:

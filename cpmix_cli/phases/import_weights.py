@@ -83,7 +83,8 @@ def run(options: Options) -> None:
         },
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
-    console.note(f"next: cpmix train-stage1 --data DATA --out ckpt --init {out}")
+    following = console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out)
+    console.note(f"next: {following}")
 
 
 def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def inspect(folder: Path) -> RunStatus:
         raise InputError(
             f"{root} holds no phase of a run",
             needed_by="status",
-            fix=f"cpmix train-stage1 --data DATA --out {root}",
+            fix=runs.remake(root, "stage1", "absent"),
         )
     last = begun[-1]
     recipe = last.recipe() if last.done else load(str(last.path / artifacts.RECIPE))
@@ -145,14 +144,14 @@ def to_continue(root: Path, phase: PhaseStatus, recipe: Recipe) -> str:
     folder = PhaseFolder(root, phase.phase)
     if phase.status == "absent":
         before = [p for p in PHASES[: PHASES.index(phase.phase)] if PhaseFolder(root, p).status() != "absent"]
-        return runs.next_command(root, before[-1], recipe) if before else f"cpmix train-stage1 --data DATA --out {root}"
+        return runs.next_command(root, before[-1], recipe) if before else runs.remake(root, "stage1", "absent")
     begun = begun_with(folder)
-    words = ["cpmix", COMMANDS[phase.phase]]
+    words = [COMMANDS[phase.phase]]
     if begun.get("source"):
         words += ["--from", os.path.normpath(root / begun["source"]["run"])]
         if phase.phase == "finetune" and begun["source"]["phase"] == "stage1" and recipe.stage2 is not None:
             words += ["--phase", "stage1"]
-        if Path(words[3]).resolve() != root.resolve():
+        if Path(words[2]).resolve() != root.resolve():
             words += ["--out", str(root)]
     else:
         data = begun.get("dataset", {"relative": "DATA", "absolute": "DATA"})
@@ -164,13 +163,13 @@ def to_continue(root: Path, phase: PhaseStatus, recipe: Recipe) -> str:
         words += ["--overwrite"]
     else:
         words += ["--recipe", str(folder.path / artifacts.RECIPE)]
-    return shlex.join(words)
+    return console.typed(*words)
 
 
 def to_finish(root: Path, last: PhaseFolder) -> str | None:
     """What a trained run still lacks: the evaluation, then the report."""
     if accuracy(last) is None:
-        return f"cpmix evaluate --from {root}"
+        return console.typed("evaluate", "--from", root)
     if not (root / "confusion" / last.phase / artifacts.RUN).is_file():
-        return f"cpmix confusion-report --from {root}"
+        return console.typed("confusion-report", "--from", root)
     return None

@@ -231,7 +231,7 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
     """A phase that the recipe does not have: nothing to do, exit 0, so that loops over recipes do not break."""
     fields = {"command": command, "status": "skipped", "skipped": True, "reason": recipe_lacks}
     console.result(fields, lines=[f"nothing to do: {recipe_lacks}"])
-    console.note(f"next: cpmix evaluate --from {run}")
+    console.note(f"next: {console.typed('evaluate', '--from', run)}")
 
 
 def report_dry_run(folder: PhaseFolder, plan: Plan, steps: int) -> None:
