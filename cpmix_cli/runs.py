@@ -63,30 +63,56 @@ class PhaseFolder:
             raise InputError(f"{self.path / artifacts.RUN} records no {name}")
         return self.path / name, str(record["outputs"][name])
 
+    def begun(self) -> dict[str, Any]:
+        """Source, data set and inputs of a done or interrupted phase: its record, or its training state's metadata.
+
+        Raises:
+            InputError: that is damaged.
+        """
+        if self.done:
+            return self.record()
+        path = self.path / artifacts.TRAINING_STATE
+        metadata = artifacts.read_header(path)[1]
+        if not isinstance(metadata, dict) or "dataset" not in metadata:
+            raise InputError(f"{path} does not say what it is", fix="start the phase again with --overwrite")
+        sealed = metadata.pop("digest", None)
+        if sealed is not None and sealed != artifacts.digest(metadata):
+            raise InputError(f"{path} is damaged", fix="start the phase again with --overwrite")
+        return metadata
+
     def recipe(self) -> Recipe:
-        """The resolved recipe the phase ran with, verified.
+        """The resolved recipe of a done or interrupted phase, verified where the phase is done.
 
         Raises:
             InputError: recipe.toml is missing or damaged.
         """
-        path, sha = self.output(artifacts.RECIPE)
+        path, sha = self.output(artifacts.RECIPE) if self.done else (self.path / artifacts.RECIPE, None)
         artifacts.read_bytes(path, sha)
-        return load(str(path))
+        try:
+            return load(str(path))
+        except UsageError as fault:  # nobody's --recipe: a file of the run folder
+            raise InputError(fault.message, fix="restore it, or start the phase again with --overwrite") from fault
+
+    def origin(self) -> "PhaseFolder | None":
+        """The phase that a done or interrupted one started from, wherever that is; None for stage 1.
+
+        Raises:
+            InputError: what says so is damaged.
+        """
+        source = self.begun().get("source")
+        return PhaseFolder(beside(self.run, source["run"]), source["phase"]) if source else None
 
     def stale_because(self) -> str | None:
-        """Why a done phase no longer belongs to its input, or None.
+        """Why a done or interrupted phase no longer belongs to its input, or None.
 
         An input that is out of reach (its run was deleted or left behind in a move) says nothing against the phase.
         """
-        source = self.record()["source"]
-        if source is None:
-            return None
-        origin = PhaseFolder((self.run / source["run"]).resolve(), source["phase"])
-        if not origin.path.is_dir():
+        origin = self.origin()
+        if origin is None or not origin.path.is_dir():
             return None
         if not origin.done:
             return f"{origin.phase} is being trained again"
-        if origin.output(artifacts.TRAINING_STATE)[1] != source["sha256"]:
+        if origin.output(artifacts.TRAINING_STATE)[1] != self.begun()["source"]["sha256"]:
             return f"{origin.phase} was trained again since"
         return origin.stale_because()
 
@@ -95,6 +121,12 @@ class PhaseFolder:
         if self.done:
             return "stale" if self.stale_because() else "done"
         return "interrupted" if (self.path / artifacts.TRAINING_STATE).is_file() else "absent"
+
+
+def beside(run: Path, relative: str) -> Path:
+    """A path recorded relative to a run folder, as it can be typed; whole where a symbolic link is in the way."""
+    typed, real = Path(os.path.normpath(run / relative)), (run / relative).resolve()
+    return typed if typed.resolve() == real else real
 
 
 def locate(source: Path) -> tuple[Path, str | None]:
@@ -323,11 +355,12 @@ def _iso(seconds: float) -> str:
 
 def next_command(run: Path, phase: str, recipe: Recipe) -> str:
     """What to type after a phase."""
+    command = "evaluate"
     if phase == "stage1" and recipe.stage2 is not None:
-        return console.typed("train-stage2", "--from", run)
-    if phase in ("stage1", "stage2") and recipe.finetune is not None:
-        return console.typed("finetune", "--from", run)
-    return console.typed("evaluate", "--from", run)
+        command = "train-stage2"
+    elif phase in ("stage1", "stage2") and recipe.finetune is not None:
+        command = "finetune"
+    return console.typed(command, "--from", run)
 
 
 def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str) -> None:

@@ -71,7 +71,8 @@ def test_help_and_recipe_errors_import_nothing_heavy() -> None:
         "heavy = {{'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}}\n"
         "print('heavy:', sorted(heavy & set(sys.modules)))"
     )
-    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"], ["recipes"]):
+    recipes = (["recipes"], ["recipes", "toy/cpmix"], ["recipes", "toy/cpmix", "digits/cpmix"])
+    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"], *recipes):
         result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
         assert "heavy: []" in result.stdout, result.stderr
 

@@ -23,6 +23,39 @@ def follow(command: str) -> None:
     must(*words[1:])
 
 
+def next_of(run: Path) -> str:
+    """The one command that status prints for a run that can go on."""
+    result = cpmix("status", run)
+    assert result.code == 75, result.stderr
+    (following,) = [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+    return following
+
+
+def test_the_table_of_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "my run"  # a shell would take this for two words
+    shutil.copytree(digits_run / "stage1", begun / "stage1")
+    top1 = f"{json.loads((digits_run / 'evaluation/finetune/metrics.json').read_text())['top1']:.2f}"
+    result = cpmix("status", digits_run, begun)
+    assert result.code == 75
+    width = len(str(begun))
+    finished = str(digits_run).ljust(width)
+    assert result.stdout.splitlines() == [
+        f"{'run'.ljust(width)}  phase     status  epochs  top-1",
+        f"{'-' * width}  --------  ------  ------  -----",
+        f"{finished}  stage1    done       4/4      -",
+        f"{finished}  stage2    done       2/2      -",
+        f"{finished}  finetune  done       1/1  {top1}",
+        f"{begun}  stage1    done       4/4      -",
+        f"{begun}  stage2    absent     0/2      -",
+        f"{begun}  finetune  absent     0/1      -",
+        "",
+        f"next: cpmix train-stage2 --from '{begun}'",
+    ]
+    assert must("status", digits_run).stdout.endswith(f"done       1/1  {top1}\n")
+    follow(next_of(begun))
+    assert next_of(begun) == f"next: cpmix finetune --from '{begun}'"
+
+
 def test_a_finished_run(digits_run: Path) -> None:
     before = {name: (digits_run / name).read_bytes() for name in files(digits_run)}
     result = cpmix("status", digits_run, "--json")
@@ -56,7 +89,10 @@ def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path
         follow(following[0])
     assert seen == [(75, ["train-stage2"]), (0, ["evaluate"]), (0, ["confusion-report"]), (0, [])]
     lines = result.stdout.splitlines()
-    assert [line.removeprefix(str(run)).split()[:3] for line in lines[2:]] == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
+    assert [line.removeprefix(str(run)).split()[:3] for line in lines[2:]] == [
+        ["stage1", "done", "1/1"],
+        ["stage2", "done", "1/1"],
+    ]
 
 
 def test_a_stale_phase(toy_run: Path) -> None:
@@ -82,6 +118,40 @@ def test_a_stale_phase(toy_run: Path) -> None:
     assert following == f"next: cpmix train-stage2 --from {toy_run} --overwrite"
     follow(following)
     assert cpmix("status", toy_run, "--json").json["runs"][0]["phases"][1]["status"] == "done"
+
+
+def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "random"
+    must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
+    again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
+    must(*again, "--epochs", 6)
+    recipe = other / "stage2" / "recipe.toml"
+    command = f"next: cpmix train-stage2 --from {digits_run} --out {other} --recipe {recipe} --overwrite"
+    assert next_of(other) == command
+    follow(command)
+    assert load(str(recipe)).tables()["stage2"]["terms"]["cp"]["partner"] == "random"
+
+    must(*again, "--epochs", 6, "--seed", 5)  # now neither recipe fits: refused, and no CP-Mix under this name
+    result = cpmix(*shlex.split(next_of(other))[2:])
+    assert result.code == 3
+    assert "seed: 5 -> 0" in result.stderr
+
+
+def test_stage1_again_with_other_epochs_or_without_a_stage2(digits: Path, digits_run: Path) -> None:
+    again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
+    must(*again, "--epochs", 12)
+    (run,) = cpmix("status", digits_run, "--json").json["runs"]
+    assert [(p["status"], p["epochs"], p["total_epochs"]) for p in run["phases"]] == [
+        ("done", 8, 8),
+        ("stale", 2, 2),
+        ("stale", 1, 1),
+    ]
+    must(*again, "--epochs", 4, "--recipe", "digits/cross-entropy")
+    assert next_of(digits_run) == f"next: cpmix finetune --from {digits_run} --overwrite"  # stage 2 is no part of it
+    follow(next_of(digits_run))
+    (run,) = must("status", digits_run, "--json").json["runs"]
+    assert [p["status"] for p in run["phases"]] == ["done", "stale", "done"]
+    assert run["next"] == f"cpmix evaluate --from {digits_run}"
 
 
 def test_a_second_run_from_one_stage1(digits_run: Path, tmp_path: Path) -> None:
@@ -128,6 +198,87 @@ def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digit
     assert cpmix("status", place, "--json").json["runs"][0]["phases"][phase == "stage2"]["status"] == "done"
 
 
+def test_an_interrupted_phase_whose_input_was_trained_again(digits: Path, digits_run: Path) -> None:
+    (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
+    recipe = digits_run / "stage2" / "recipe.toml"
+    assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --recipe {recipe}"
+    must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 5, "--overwrite")
+    phase = cpmix("status", digits_run, "--json").json["runs"][0]["phases"][1]
+    assert (phase["status"], phase["because"]) == ("interrupted", "stage1 was trained again since")
+    assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --overwrite"
+    follow(next_of(digits_run))
+    assert cpmix("status", digits_run, "--json").json["runs"][0]["phases"][1]["status"] == "done"
+
+
+def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    must("train-stage2", "--from", digits_run, "--out", other)
+    (digits_run / "stage1" / "run.json").unlink()
+    result = cpmix("status", other, "--json").json["runs"][0]
+    assert result["phases"][1]["because"] == "stage1 is being trained again"
+    recipe = digits_run / "stage1" / "recipe.toml"
+    assert result["next"] == f"cpmix train-stage1 --data {digits} --out {digits_run} --recipe {recipe}"
+    follow(result["next"])
+    assert cpmix("status", other, "--json").json["runs"][0]["next"].startswith("cpmix train-stage2 ")
+    for name in ("run.json", "training_state.safetensors"):  # begun again, and killed before anything was saved
+        (digits_run / "stage1" / name).unlink()
+    assert next_of(other) == f"next: cpmix train-stage2 --from {digits_run} --out {other} --overwrite"
+
+
+def test_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path) -> None:
+    here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    shutil.copytree(digits, here)
+    must("train-stage1", "--data", here, "--out", run, "--epochs", 6)
+    here.rename(there)
+    must("train-stage2", "--from", run, "--data", there)
+    (run / "stage2" / "run.json").unlink()
+    recipe = run / "stage2" / "recipe.toml"
+    assert next_of(run) == f"next: cpmix train-stage2 --from {run} --data {there} --recipe {recipe}"
+    follow(next_of(run))
+    follow(next_of(run))
+    assert cpmix("status", run).code == 0
+
+
+def test_a_run_behind_a_symbolic_link(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    must("train-stage2", "--from", digits_run, "--out", tmp_path / "deep" / "other")
+    (tmp_path / "deep" / "other" / "stage2" / "run.json").unlink()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "deep" / "other")
+    assert next_of(link).startswith(f"next: cpmix train-stage2 --from {digits_run.resolve()} --out {link} ")
+    follow(next_of(link))
+
+
+def test_damage_to_an_interrupted_phase(digits_run: Path) -> None:
+    stage2 = digits_run / "stage2"
+    (stage2 / "run.json").unlink()
+    state, recipe = stage2 / "training_state.safetensors", stage2 / "recipe.toml"
+    data, text = state.read_bytes(), recipe.read_text()
+    size = 8 + int.from_bytes(data[:8], "little")
+    start, seal = data.index(b"__metadata__"), data.index(b'"digest')
+    said = range(start, data.index(b'}"}', start))
+    damaged = [data[:n] for n in range(0, size, 997)]
+    # Without its seal a state is read as it stands: what was sealed is whole.
+    hit = [n for n in said[::17] if n not in range(seal + 1, seal + 7) and data[n : n + 1] != b"~"]
+    damaged += [data[:n] + b"~" + data[n + 1 :] for n in hit]
+    assert len(hit) > 50
+    for number, bad in enumerate(damaged):
+        state.write_bytes(bad)
+        result = cpmix("status", digits_run)
+        assert result.code == 3, number
+        assert str(state) in result.stderr
+    state.write_bytes(data)
+    for content in ("seed = = 3", text.replace("[stage1", "[stage9")):
+        recipe.write_text(content)
+        result = cpmix("status", digits_run)
+        assert result.code == 3
+        assert str(recipe) in result.stderr
+    recipe.unlink()
+    result = cpmix("status", digits_run)
+    assert result.code == 3
+    assert f"cannot read {recipe}" in result.stderr
+
+
 def test_folders_that_are_no_runs(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
         result = cpmix("status", folder, "--json")
@@ -159,6 +310,20 @@ def test_a_recipe_is_shown_resolved_and_can_be_used(tmp_path: Path) -> None:
     assert mine == load("digits/cpmix", settings=["optimizer.lr=0.05"], epochs=6, seed=3)
     fields = must("recipes", tmp_path / "mine.toml", "--json").json
     assert fields["recipe"] == mine.tables()
+
+
+def test_a_recipe_at_another_imbalance(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(load("toy/cpmix").to_toml() + "\n[by_rho.200.optimizer]\nlr = 0.03\n")
+    assert must("recipes", mine, "--rho", 200, "--json").json["recipe"]["optimizer"]["lr"] == 0.03
+    lr = load("toy/cpmix").optimizer.lr
+    assert must("recipes", mine, "--rho", 50, "--json").json["recipe"]["optimizer"]["lr"] == lr
+    fields = must("recipes", "toy/cpmix", mine, "--rho", 200, "--json").json
+    assert fields == {
+        "command": "recipes",
+        "names": ["toy/cpmix", str(mine)],
+        "differences": [f"optimizer.lr: {lr} -> 0.03"],
+    }
 
 
 def test_two_recipes_are_told_apart() -> None:

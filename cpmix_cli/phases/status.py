@@ -1,14 +1,13 @@
 """status: where runs stand and what to type next. Reads records and headers; writes nothing."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.errors import EXIT_INTERRUPTED, InputError
-from cpmix_cli.recipe import Recipe, load
+from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import COMMANDS, PHASES, PhaseFolder
 
 
@@ -24,7 +23,7 @@ class PhaseStatus:
     top1: float | None
     """Of the evaluation of this very checkpoint, per cent."""
     because: str | None
-    """Why it is stale, or where else it is."""
+    """Why it no longer belongs to its input, or where else it is."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run(folders: list[Path]) -> int:
 
 
 def inspect(folder: Path) -> RunStatus:
-    """The state of one run folder, by the recipe of its latest phase.
+    """The state of one run folder, by the recipe of its latest phase that is not stale.
 
     Raises:
         InputError: it holds no phase, or a record is damaged.
@@ -81,35 +80,47 @@ def inspect(folder: Path) -> RunStatus:
             needed_by="status",
             fix=runs.remake(root, "stage1", "absent"),
         )
-    last = begun[-1]
-    recipe = last.recipe() if last.done else load(str(last.path / artifacts.RECIPE))
-    totals = {
-        "stage1": recipe.schedule.stage1_epochs,
-        "stage2": recipe.schedule.epochs - recipe.schedule.stage1_epochs,
+    # After stage 1 was trained by another recipe, the stale phases' recipe is no longer the run's.
+    last = ([f for f in begun if not f.stale_because()] or begun)[-1]
+    recipe = last.recipe()
+    totals = epochs_of(recipe)
+    origin = begun[0].origin()
+    place = f"in {origin.run}" if origin and origin.run.resolve() != root.resolve() else None
+    phases = []
+    for phase in PHASES:
+        at = PhaseFolder(root, phase)
+        if PHASES.index(phase) < PHASES.index(begun[0].phase):
+            if totals[phase]:
+                phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, place))
+        elif totals[phase] or at in begun:
+            phases.append(inspect_phase(at, totals[phase]))
+    unfinished = [p.phase for p in phases if p.status not in ("done", "elsewhere") and totals[p.phase]]
+    following = to_continue(PhaseFolder(root, unfinished[0]), recipe) if unfinished else to_finish(root, last)
+    return RunStatus(str(folder), "continue" if unfinished else "done", phases, following)
+
+
+def epochs_of(recipe: Recipe) -> dict[str, int]:
+    """Epochs of each phase; 0 where the recipe has none."""
+    schedule = recipe.schedule
+    return {
+        "stage1": schedule.stage1_epochs,
+        "stage2": schedule.epochs - schedule.stage1_epochs,
         "finetune": recipe.finetune.epochs if recipe.finetune else 0,
     }
-    origin = (origin_of(begun[0]) or {}).get("run")
-    phases = []
-    for phase in [phase for phase in PHASES if totals[phase]]:
-        if PHASES.index(phase) < PHASES.index(begun[0].phase):
-            place = f"in {os.path.normpath(root / origin)}" if origin else None
-            phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, place))
-        else:
-            phases.append(inspect_phase(PhaseFolder(root, phase), totals[phase]))
-    open_phases = [p for p in phases if p.status not in ("done", "elsewhere")]
-    following = to_continue(root, open_phases[0], recipe) if open_phases else to_finish(root, last)
-    return RunStatus(str(folder), "continue" if open_phases else "done", phases, following)
 
 
 def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
-    """The state of one phase folder."""
+    """The state of one phase folder; `total` epochs are to be where it is absent, else it says so itself."""
     status = folder.status()
     if status == "absent":
         return PhaseStatus(folder.phase, status, 0, total, None, None)
+    because = folder.stale_because()
     if status == "interrupted":
         shapes, _ = artifacts.read_header(folder.path / artifacts.TRAINING_STATE)
-        return PhaseStatus(folder.phase, status, shapes.get("history", [0])[0], total, None, None)
-    return PhaseStatus(folder.phase, status, folder.record()["epochs"], total, accuracy(folder), folder.stale_because())
+        epochs = (shapes.get("history") or [0])[0]
+        return PhaseStatus(folder.phase, status, epochs, epochs_of(folder.recipe())[folder.phase], None, because)
+    epochs = folder.record()["epochs"]
+    return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), because)
 
 
 def accuracy(folder: PhaseFolder) -> float | None:
@@ -126,44 +137,57 @@ def accuracy(folder: PhaseFolder) -> float | None:
     return float(numbers["top1"])
 
 
-def begun_with(folder: PhaseFolder) -> dict[str, Any]:
-    """What a phase says of its own beginning: its record, or the metadata of its training state."""
-    if folder.done:
-        return folder.record()
-    return dict(artifacts.read_header(folder.path / artifacts.TRAINING_STATE)[1] or {})
-
-
-def origin_of(folder: PhaseFolder) -> dict[str, Any] | None:
-    """The run and phase that a phase started from."""
-    source: dict[str, Any] | None = begun_with(folder).get("source")
-    return source
-
-
-def to_continue(root: Path, phase: PhaseStatus, recipe: Recipe) -> str:
-    """The command that makes or finishes a phase."""
-    folder = PhaseFolder(root, phase.phase)
-    if phase.status == "absent":
-        before = [p for p in PHASES[: PHASES.index(phase.phase)] if PhaseFolder(root, p).status() != "absent"]
-        return runs.next_command(root, before[-1], recipe) if before else runs.remake(root, "stage1", "absent")
-    begun = begun_with(folder)
-    words = [COMMANDS[phase.phase]]
-    if begun.get("source"):
-        words += ["--from", os.path.normpath(root / begun["source"]["run"])]
-        if phase.phase == "finetune" and begun["source"]["phase"] == "stage1" and recipe.stage2 is not None:
-            words += ["--phase", "stage1"]
-        if Path(words[2]).resolve() != root.resolve():
-            words += ["--out", str(root)]
-    else:
-        data = begun.get("dataset", {"relative": "DATA", "absolute": "DATA"})
-        near = Path(os.path.normpath(root / data["relative"]))
-        words += ["--data", str(near if near.is_dir() else data["absolute"]), "--out", str(root)]
+def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
+    """The command that makes or finishes a phase of a run with this recipe."""
+    root, phase, status = folder.run, folder.phase, folder.status()
+    if status == "absent":
+        before = [p for p in PHASES[: PHASES.index(phase)] if PhaseFolder(root, p).status() != "absent"]
+        return runs.next_command(root, before[-1], recipe)
+    begun, origin = folder.begun(), folder.origin()
+    again = folder.stale_because() is not None
+    words = [COMMANDS[phase]]
+    if origin is None:
+        words += ["--data", str(data_folder(root, begun) or begun["dataset"]["absolute"]), "--out", str(root)]
         for flag, path in begun.get("inputs", {}).items():
             words += [f"--{flag}", path]
-    if phase.status == "stale":
-        words += ["--overwrite"]
     else:
+        if not epochs_of(recipe)[origin.phase]:  # stage 2, which the run no longer has
+            origin = PhaseFolder(origin.run, "stage1")
+        if origin.status() in ("interrupted", "stale"):  # in another run, and first
+            return to_continue(origin, origin.recipe())
+        words += ["--from", str(origin.run)]
+        if phase == "finetune" and origin.phase == "stage1" and recipe.stage2 is not None:
+            words += ["--phase", "stage1"]
+        if origin.run.resolve() != root.resolve():
+            words += ["--out", str(root)]
+        if origin.done and data_folder(origin.run, origin.record()) is None and (data := data_folder(root, begun)):
+            words += ["--data", str(data)]
+    if not again or (origin is not None and origin.done and keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / artifacts.RECIPE)]
-    return console.typed(*words)
+    return console.typed(*words, *(["--overwrite"] if again else []))
+
+
+def keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
+    """Whether a stale phase is made again by its own recipe, and not by that of the phase it starts from.
+
+    Where its own table and what comes before both differ, the command is refused with the keys: better than another
+    method without a word.
+    """
+    recipe = folder.recipe()
+    if origin.record()["made_from"]["recipe"] == recipe.tables_of(origin.phase):
+        return True
+    mine, theirs = (r.tables().get(folder.phase, {}) for r in (recipe, origin.recipe()))
+    return {**mine, "epochs": None} != {**theirs, "epochs": None}  # --epochs rescales those of finetune
+
+
+def data_folder(run: Path, begun: dict[str, Any]) -> Path | None:
+    """Where the data set of a phase is, if it still is where the phase says."""
+    try:
+        folder = runs.find_dataset(run, begun, None, needed_by="status").folder
+    except InputError:
+        return None
+    near = runs.beside(run, begun["dataset"]["relative"])
+    return near if near.resolve() == folder.resolve() else folder
 
 
 def to_finish(root: Path, last: PhaseFolder) -> str | None:

@@ -145,6 +145,8 @@ def train(
             "dataset": runs.dataset_entry(dataset, folder.run),
             "inputs": {flag: str(path.resolve()) for flag, path in (inputs or {}).items()},
         }
+        # Sealed as records are: `status` reads this header alone, and no hash of a file still in the making exists.
+        metadata["digest"] = artifacts.digest(metadata)
         recorder.publish_tensors(artifacts.TRAINING_STATE, engine.state_tensors(state), metadata)
 
     test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
