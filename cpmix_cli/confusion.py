@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 
-def count_confusions(counts: Tensor, labels: Tensor, predictions: Tensor) -> None:
+def count_confusions(counts: Tensor, labels: Tensor, predictions: Tensor, weight: Tensor) -> None:
     """Add a batch's misclassifications to the counts, in place.
 
     Args:
         counts: K [C, C] float64.
         labels: true classes [B] int64.
         predictions: argmax of the raw logits [B] int64.
+        weight: what each counts, scalar float64: 1, or 0 before confusions are collected.
 
     Paper: Eq. (6), accumulated over all epochs (Sec. 4.1).
     """
-    wrong = (labels != predictions).to(counts.dtype)
+    wrong = (labels != predictions) * weight
     counts.view(-1).index_add_(0, labels * counts.shape[1] + predictions, wrong)
 
 

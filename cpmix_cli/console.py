@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,16 +114,26 @@ class EpochProgress:
     """Progress of a training phase: a bar on a terminal, one line an epoch everywhere.
 
     The projected time is printed once, when enough steps have been timed.
+
+    Args:
+        phase: its name.
+        num_steps: of the whole phase.
+        first_step: those done in an earlier run.
+        warm_up: steps that also pay for setting up, and are not timed.
+        synchronize: waits for the device, before the clock is read.
     """
 
     TIMED_STEPS = 5
 
-    def __init__(self, phase: str, num_steps: int, first_step: int) -> None:
+    def __init__(
+        self, phase: str, num_steps: int, first_step: int, warm_up: int, synchronize: Callable[[], None]
+    ) -> None:
         self._phase = phase
         self._num_steps = num_steps
         self._first_step = first_step
+        self._warm_up = warm_up
+        self._synchronize = synchronize
         self._started = time.perf_counter()
-        self._projected = False
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
@@ -145,17 +155,17 @@ class EpochProgress:
         """`done` steps of the phase are finished (counted from its first epoch)."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
-        timed = done - self._first_step
-        # The first step also pays for allocation and kernel selection, so it is left out.
-        if timed == 1:
+        timed = done - self._first_step - self._warm_up
+        if timed == 0:
+            self._synchronize()
             self._started = time.perf_counter()
-        elif timed == 1 + self.TIMED_STEPS and not self._projected:
-            self._projected = True
+        elif timed == self.TIMED_STEPS:
+            self._synchronize()
             per_step = (time.perf_counter() - self._started) / self.TIMED_STEPS
             left = per_step * (self._num_steps - done)
             self.line(
                 f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
-                f" ({per_step * 1000:.0f} ms a step)"
+                f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
 
     def line(self, text: str) -> None:

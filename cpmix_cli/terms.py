@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -36,18 +37,6 @@ class TermBatch:
     """Labels of the partners [B]; None where the batch is unmixed."""
     lam: Tensor | None = None
     """lambda_y [B], the weight of y1."""
-
-
-@dataclass(frozen=True)
-class EpochDraws:
-    """Everything random of an epoch, on the device, by purpose; the first axis is the step."""
-
-    order: Tensor
-    """The natural order: a permutation of all images [N]."""
-    by_purpose: Mapping[str, Tensor]
-
-    def __getitem__(self, purpose: str) -> Tensor:
-        return self.by_purpose[purpose]
 
 
 class Term:
@@ -109,8 +98,7 @@ class Term:
 
     def batch(
         self,
-        step: int,
-        draws: EpochDraws,
+        draws: Mapping[str, Tensor],
         natural: tuple[Tensor, Tensor],
         batches: Batches,
         pool: ClassPool,
@@ -119,18 +107,15 @@ class Term:
         """This term's images of one step.
 
         Args:
-            step: 0-based, in the epoch.
-            draws: the epoch's random numbers.
+            draws: the step's random numbers by purpose, the batch in front (a ratio for the whole batch: [1]).
             natural: inputs and labels of the step's natural batch, already augmented.
             batches: the training images.
             pool: the same by class.
             state: what partners look at.
         """
-        size = len(natural[1])
 
         def drawn(purpose: str) -> Tensor:
-            values = draws[f"{self.name}/{purpose}"][step]
-            return values if purpose == "ratio" and not self._per_sample else values[:size]
+            return draws[f"{self.name}/{purpose}"]
 
         if self.natural:
             x1, y1 = natural
@@ -164,33 +149,27 @@ class Term:
         return first + self._loss(logits, batch.y2, 1 - lam, class_counts)  # type: ignore[no-any-return]
 
 
-def draw_epoch(
-    terms: list[Term],
-    num_samples: int,
-    batch_size: int,
-    key: tuple[int | str, ...],
-    device: torch.device,
-) -> EpochDraws:
-    """All random numbers of an epoch.
+def draw_epoch(terms: list[Term], num_samples: int, batch_size: int, key: tuple[int | str, ...]) -> dict[str, Tensor]:
+    """All random numbers of an epoch by purpose, on the CPU; step in front, then the batch.
 
-    Each purpose has its own stream, so two recipes that share a term share its draws.
+    Each purpose has its own stream, so two recipes that share a term share its draws. "order" [S, B] holds the images
+    of the natural batches, a permutation of all, with zeros after the last.
 
     Args:
         terms: the phase's terms.
         num_samples: N.
         batch_size: B; the last batch of an epoch uses the first part of its draws.
         key: (seed, phase, epoch).
-        device: where the numbers are sent, once.
     """
     steps = -(-num_samples // batch_size)
-    order = torch.from_numpy(stream(*key, "order").permutation(num_samples)).to(device)
+    order = np.zeros(steps * batch_size, dtype=np.int64)
+    order[:num_samples] = stream(*key, "order").permutation(num_samples)
+    drawn = {"order": torch.from_numpy(order.reshape(steps, batch_size))}
     wanted = {purpose: how for term in terms for purpose, how in term.draws(steps, batch_size).items()}
-    drawn = {}
     for purpose, (shape, function) in wanted.items():
         generator = stream(*key, purpose)
-        values = generator.random(shape) if function is None else function(generator, shape)
-        drawn[purpose] = torch.from_numpy(values).to(device)
-    return EpochDraws(order, drawn)
+        drawn[purpose] = torch.from_numpy(generator.random(shape) if function is None else function(generator, shape))
+    return drawn
 
 
 def compile_stage(stage: Stage, table: str) -> list[Term]:

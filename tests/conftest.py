@@ -12,9 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from cpmix_cli.cli import app
+from cpmix_cli.hardware import num_threads
 
-# The commands use every core; the tests compare bytes, so all of them must use the same number.
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+# The commands set it too; the tests compare bytes, so all of them must use the same number.
+torch.set_num_threads(num_threads(os.environ, Path("/sys/fs/cgroup")))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU are skipped where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @dataclass

@@ -4,6 +4,8 @@ import torch
 
 from cpmix_cli.confusion import count_confusions, draw_confused, draw_weighted
 
+ONE = torch.ones((), dtype=torch.float64)
+
 
 def test_counts_are_those_of_a_loop(generator: torch.Generator) -> None:
     labels = torch.randint(0, 5, (300,), generator=generator)
@@ -11,7 +13,7 @@ def test_counts_are_those_of_a_loop(generator: torch.Generator) -> None:
     counts = torch.zeros(5, 5, dtype=torch.float64)
     for batch in range(3):
         part = slice(100 * batch, 100 * batch + 100)
-        count_confusions(counts, labels[part], predictions[part])
+        count_confusions(counts, labels[part], predictions[part], ONE)
     expected = [[0] * 5 for _ in range(5)]
     for y, p in zip(labels.tolist(), predictions.tolist(), strict=True):
         if y != p:

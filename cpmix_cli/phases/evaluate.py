@@ -4,7 +4,6 @@ On the data set's own test split, or with --test-data on another folder of the s
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix, summary
+from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Recipe
@@ -74,7 +74,7 @@ def run(options: Options) -> None:
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
     recipe = requested_recipe(options, source)
-    device = engine.resolve_device(options.device)
+    device = use_device(options.device)
     tests = own_tests(dataset) if options.test_data is None else other_tests(options.test_data, dataset)
 
     label = options.label
@@ -94,7 +94,6 @@ def run(options: Options) -> None:
     if runs.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
         report(folder, "up to date")
         return
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
     # As in training: what a test set's own mean would do to it, the network has not seen.
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cpmix_cli import artifacts, runs
-from cpmix_cli.engine import Plan, TrainingState, load_state, make_optimizer
+from cpmix_cli.engine import load_state, make_optimizer
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import initialise
 from cpmix_cli.phases.train_stage1 import fresh_state
@@ -18,6 +18,7 @@ from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Optimizer, Schedule
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.schedule import learning_rate
+from cpmix_cli.step import Plan, TrainingState
 from cpmix_cli.terms import check_recipe, compile_stage
 
 

@@ -1,6 +1,5 @@
 """predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cpmix_cli import artifacts, console, engine, runs
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.errors import EnvironmentFault, InputError
+from cpmix_cli.hardware import use_device
 from cpmix_cli.phases.evaluate import read_model
 from cpmix_cli.runs import PHASES
 
@@ -44,8 +44,7 @@ def run(options: Options) -> None:
         raise InputError(f"{source.path} is a network of points and takes no images", needed_by="predict")
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
-    device = engine.resolve_device(options.device)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = use_device(options.device)
     paths = image_folder.find_images(options.images)
     classes = artifacts.read_table(*runs.class_counts(source))["class_name"].tolist()
     recipe = source.recipe()

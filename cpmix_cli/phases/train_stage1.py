@@ -8,13 +8,14 @@ import torch
 from cpmix_cli import artifacts, console
 from cpmix_cli import recipe as recipes
 from cpmix_cli.data.dataset import open_dataset
-from cpmix_cli.engine import Plan, TrainingState, make_optimizer
+from cpmix_cli.engine import make_optimizer
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import build_model, take_over
 from cpmix_cli.phases.training import Options, Setting, train
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.schedule import learning_rate
+from cpmix_cli.step import Plan, TrainingState
 from cpmix_cli.terms import check_recipe, compile_stage
 
 

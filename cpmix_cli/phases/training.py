@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from cpmix_cli import artifacts, console, engine, runs
+from cpmix_cli import artifacts, console, engine, hardware, runs
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.engine import Plan, TrainingState
 from cpmix_cli.errors import InputError
 from cpmix_cli.evaluation import accuracy_on_test
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PhaseFolder
+from cpmix_cli.step import Plan, TrainingData, TrainingState, sum_names
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,18 @@ def train(
     if found == "done":
         report(folder, recipe, "up to date")
         return
-    device = engine.resolve_device(options.device)
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
+    device = hardware.use_device(options.device)
+    threads = torch.get_num_threads()
     tensors: dict[str, torch.Tensor] = {}
     begun: dict[str, Any] | None = None
     if found == "resume":
         tensors, begun = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
     earlier = begun or (source.record() if source is not None else None)
-    precision = earlier["precision"] if earlier else engine.resolve_precision(recipe.model.precision, device)
+    precision = earlier["precision"] if earlier else hardware.resolve_precision(recipe.model.precision, device)
     data = training_data(dataset, recipe, device)
     plan, state = prepare(Setting(recipe, dataset, device, precision, hashes))
     if begun:
-        restore(state, tensors, begun, folder)
+        restore(plan, state, tensors, begun, folder)
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
         if begun["threads"] != threads:
             console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
@@ -150,7 +149,9 @@ def train(
         recorder.publish_tensors(artifacts.TRAINING_STATE, engine.state_tensors(state), metadata)
 
     test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
-    engine.fit(plan, data, state, publish=publish_state, test_accuracy=test, eval_every=options.eval_every)
+    capture_seconds = engine.fit(
+        plan, data, state, publish=publish_state, test_accuracy=test, eval_every=options.eval_every
+    )
     if begun:  # it may have stopped after its last epoch, with only the derived files missing
         publish_state()
     publish_results(plan, state, dataset, recorder)
@@ -158,19 +159,20 @@ def train(
     recorder.set(
         source=origin,
         dataset=runs.dataset_entry(dataset, folder.run),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        device=hardware.device_name(device) if device.type == "cuda" else "cpu",
         precision=precision,
         threads=threads,
         num_parameters=parameters(state.model),
         epochs=len(state.history),
         training_seconds=round(seconds, 3),
+        capture_seconds=round(capture_seconds, 3),
         gpu_hours=round(seconds / 3600, 4) if device.type == "cuda" else 0.0,
     )
     recorder.finish()
     report(folder, recipe, "done")
 
 
-def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> engine.TrainingData:
+def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
     """The training split on the device.
 
     Raises:
@@ -185,17 +187,25 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> eng
         )
     mean, std = dataset.record["mean"], dataset.record["std"]
     batches = make_batches(inputs.to(device), recipe.data, mean, std)
-    return engine.TrainingData(batches, labels.to(device), counts.to(device))
+    return TrainingData(batches, labels.to(device), counts.to(device))
 
 
 def restore(
+    plan: Plan,
     state: TrainingState,
     tensors: dict[str, torch.Tensor],
     saved: dict[str, Any],
     folder: PhaseFolder,
 ) -> None:
-    """Bring a state to where its training_state.safetensors left it."""
-    engine.load_state(state, tensors, folder.path / artifacts.TRAINING_STATE)
+    """Bring a state to where its training_state.safetensors left it.
+
+    Raises:
+        InputError: the file does not fit the network or the plan.
+    """
+    path = folder.path / artifacts.TRAINING_STATE
+    engine.load_state(state, tensors, path)
+    if len(tensors["sums"]) != len(sum_names(plan.terms)):
+        raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
     state.epoch, state.step = saved["epoch"], saved["step"]
     state.sums = tensors["sums"].to(state.confusion.device)
     state.history = [

@@ -1,0 +1,211 @@
+"""One optimizer step, as work for the device alone: batches, losses, gradients, confusion counts, sums.
+
+A step reads nothing back from the device, and all that it changes stays at its address. So a CUDA graph can hold a
+whole step: it is recorded once for each batch size (the full one, and the last of an epoch) and replayed from then on,
+at the cost of one launch in place of some hundreds. The CPU runs the same code.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cpmix_cli.confusion import count_confusions
+from cpmix_cli.data.batches import Batches, ClassPool
+from cpmix_cli.mixing import MixingState
+from cpmix_cli.models import Classifier
+from cpmix_cli.terms import Term, TermBatch, draw_epoch
+
+EAGER_STEPS = 3  # of each batch size before its graph is recorded: the libraries choose and allocate in them
+
+
+@dataclass
+class TrainingState:
+    """All that a run resumes from."""
+
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    confusion: Tensor
+    """K [C, C] float64."""
+    epoch: int
+    """The epoch under way, counted as in Plan; the last one when all is done."""
+    step: int = 0
+    """Steps of that epoch already taken."""
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Sums of the epoch under way, in the order of sum_names()."""
+    history: list[dict[str, float | None]] = field(default_factory=list)
+    """Rows of metrics.parquet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how long."""
+
+    phase: str
+    seed: int
+    terms: list[Term]
+    joint_forward: bool
+    first_epoch: int
+    """Counted over both stages, from 1."""
+    last_epoch: int
+    batch_size: int
+    learning_rate: Callable[[int, int, int], float]
+    """(epoch, step, steps an epoch) -> rate; parameter groups scale it by their lr_factor."""
+    train_mode: bool = True
+    """False keeps batch norm in eval mode."""
+    collect_confusion: bool = True
+    confusion_start: int = 1
+    confusion_decay: float = 1.0
+    precision: str = "fp32"
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of an epoch over so many images; the last one takes what is left."""
+        return -(-num_samples // self.batch_size)
+
+    @property
+    def measured_terms(self) -> list[Term]:
+        """The unmixed terms whose predictions make the training accuracy: up to the first natural one, which sees
+        every image of the epoch once.
+        """
+        unmixed = [term for term in self.terms if not term.mixed]
+        naturals = [i for i, term in enumerate(unmixed) if term.natural]
+        return unmixed[: naturals[0] + 1] if naturals else unmixed
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training split on the device."""
+
+    batches: Batches
+    labels: Tensor
+    """[N] int64."""
+    class_counts: Tensor
+    """[C] int64."""
+
+
+def sum_names(terms: list[Term]) -> list[str]:
+    """What is summed over an epoch."""
+    return ["loss", *(f"loss_{t.name}" for t in terms), "gradient_norm", "correct", "errors", "seconds", "fallbacks"]
+
+
+class Step:
+    """The training step of a plan: begin_epoch(), then a call for each step of it. On CUDA, inside own_stream().
+
+    Args:
+        plan: what to run.
+        data: the training images.
+        state: its network, optimizer, confusion counts and sums are changed in place.
+    """
+
+    capture_seconds = 0.0
+    """Time spent recording CUDA graphs so far."""
+
+    def __init__(self, plan: Plan, data: TrainingData, state: TrainingState) -> None:
+        self._plan = plan
+        self._data = data
+        self._state = state
+        self._pool = ClassPool(data.labels, len(data.class_counts))
+        # A view of the last sum: partners count their fall-backs straight into it.
+        self._mixing = MixingState(data.class_counts, state.confusion, num_fallbacks=state.sums[-1])
+        self._number = torch.zeros(1, dtype=torch.int64, device=data.labels.device)
+        self._inputs: dict[str, Tensor] = {}
+        self._num_eager: Counter[int] = Counter()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Send all that differs between the steps of an epoch to the device: random numbers and learning rates."""
+        plan = self._plan
+        num_samples = len(self._data.labels)
+        inputs = draw_epoch(plan.terms, num_samples, plan.batch_size, (plan.seed, plan.phase, epoch))
+        steps = plan.num_steps(num_samples)
+        rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
+        inputs["learning_rate"] = torch.tensor(rates, dtype=torch.float64)
+        collects = plan.collect_confusion and epoch >= plan.confusion_start
+        inputs["collects"] = torch.full((steps,), float(collects), dtype=torch.float64)
+        for name, values in inputs.items():
+            if name in self._inputs:
+                self._inputs[name].copy_(values)
+            else:
+                self._inputs[name] = values.to(self._number.device)
+
+    def __call__(self, number: int) -> None:
+        """Take step `number` of the epoch, counted from 0."""
+        size = min(self._plan.batch_size, len(self._data.labels) - number * self._plan.batch_size)
+        self._number.fill_(number)
+        if self._number.device.type == "cpu" or self._num_eager[size] < EAGER_STEPS:
+            self._num_eager[size] += 1
+            self._run(size)
+            return
+        if size not in self._graphs:
+            started = time.perf_counter()
+            self._graphs[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[size], stream=torch.cuda.current_stream()):
+                self._run(size)
+            self.capture_seconds += time.perf_counter() - started
+        self._graphs[size].replay()
+
+    def _run(self, size: int) -> None:
+        """The step that self._number says, of `size` images.
+
+        Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward the CP batch is drawn before this step's errors
+        are known, so partners come from the counts through the step before.
+        """
+        plan, state, class_counts = self._plan, self._state, self._data.class_counts
+        inputs = {name: values.index_select(0, self._number)[0] for name, values in self._inputs.items()}
+        rate, collects = inputs.pop("learning_rate"), inputs.pop("collects")
+        parts = self._term_batches({name: values[:size] for name, values in inputs.items()})
+        with torch.autocast(collects.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
+            if plan.joint_forward:
+                logits = list(torch.split(state.model(torch.cat([part.x for part in parts])), size))
+            else:
+                logits = [state.model(part.x) for part in parts]
+        logits = [z.float() for z in logits]
+        losses = [term.loss(z, part, class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
+        total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
+        state.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+        for group in state.optimizer.param_groups:
+            group["lr"].copy_(rate * group["lr_factor"])
+        state.optimizer.step()
+
+        correct = errors = torch.zeros_like(rate)
+        measured = plan.measured_terms
+        for term, z, part in zip(plan.terms, logits, parts, strict=True):
+            if term not in measured:
+                continue
+            predictions = z.detach().argmax(1)
+            right = (predictions == part.y1).sum()
+            correct = correct + right
+            if term.natural:
+                count_confusions(state.confusion, part.y1, predictions, collects)
+                errors = (size - right) * collects
+        values = [total, *losses, norm, correct, errors]
+        state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])
+
+    def _term_batches(self, draws: dict[str, Tensor]) -> list[TermBatch]:
+        """Each term's images of the step; the natural batch is made once for all that share it."""
+        data = self._data
+        natural, labels = torch.empty(0), data.labels[draws["order"]]
+        if any(term.natural for term in self._plan.terms):
+            natural = data.batches.batch(draws["order"], draws["augment"])
+        return [
+            term.batch(draws, (natural, labels), data.batches, self._pool, self._mixing) for term in self._plan.terms
+        ]
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Put the CUDA work inside on a stream of its own, where graphs can be recorded; on the CPU nothing."""
+    if device.type == "cpu":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)

@@ -1,0 +1,56 @@
+"""Threads, precision and device."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpmix_cli.errors import EnvironmentFault
+from cpmix_cli.hardware import num_threads, resolve_precision, use_device
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "expected"),
+    [
+        ({}, {}, CORES),
+        ({"OMP_NUM_THREADS": "1"}, {}, 1),
+        ({"OMP_NUM_THREADS": "1,4"}, {}, 1),
+        ({"OMP_NUM_THREADS": "many", "SLURM_CPUS_PER_TASK": ""}, {}, CORES),
+        ({"SLURM_CPUS_PER_TASK": "1"}, {}, 1),
+        ({"SLURM_CPUS_PER_TASK": "4096"}, {}, CORES),  # more than it is bound to
+        ({}, {"cpu.max": "max 100000"}, CORES),
+        ({}, {"cpu.max": "50000 100000"}, 1),
+        ({}, {"cpu.max": "100000 100000"}, 1),
+        ({}, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, CORES),
+        ({}, {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+    ],
+)
+def test_threads(environment: dict[str, str], files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert num_threads(environment, tmp_path) == expected
+
+
+def test_precision_asked_for_is_kept() -> None:
+    cpu = torch.device("cpu")
+    assert [resolve_precision(p, cpu) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert resolve_precision("auto", cpu) in ("fp32", "bf16")
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        assert use_device("auto").type == "cuda"
+        return
+    assert use_device("auto").type == "cpu"
+    with pytest.raises(EnvironmentFault, match="cuda is not there"):
+        use_device("cuda")
+
+
+def test_float32_is_not_rounded_to_tf32() -> None:
+    use_device("auto")
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")

@@ -1,0 +1,217 @@
+"""One step as device work alone: it reads nothing back, sends nothing and moves nothing; and the graph made of it."""
+
+import copy
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import must
+from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, terms_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpmix_cli.data.batches import ImageBatches
+from cpmix_cli.engine import fit, make_optimizer, state_tensors
+from cpmix_cli.recipe import Data, Optimizer, load
+from cpmix_cli.step import Step, TrainingData, TrainingState, own_stream, sum_names
+from cpmix_cli.terms import compile_stage, draw_epoch
+
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "unique_dim"}
+SENDS = {"lift_fresh", "lift_fresh_copy"}  # torch.tensor(number): on a GPU, a copy from the host's memory
+TERMS = {
+    "stage 1": {"erm": ERM},
+    "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
+    "other partners": {
+        "uniform": {**CP, "partner": "class-uniform"},
+        "random": {**CP, "partner": "random", "per_sample": True},
+        "fixed": {**CP, "partner": "fixed", "pairs": [[0, 1], [2, 3]]},
+    },
+}
+
+
+class Operations(TorchDispatchMode):
+    """Records the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu") -> tuple[Step, TrainingState]:
+    """A step at the beginning of epoch 1, on 24 images in batches of 10."""
+    state = fresh()
+    state.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kind: Any = "adam" if adam else "sgd"
+    state.optimizer = make_optimizer(state.model, Optimizer(kind=kind, lr=0.01))
+    state.confusion = state.confusion.to(device)
+    plan = plan_of(terms, 100, batch=10, joint=joint)
+    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+    batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
+    step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
+    step.begin_epoch(1)
+    return step, state
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
+@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
+def test_a_step_reads_nothing_from_the_device_and_sends_nothing(tables: Any, joint: bool, adam: bool) -> None:
+    step, _ = started(terms_of(**tables), joint=joint, adam=adam)
+    with Operations() as operations:
+        for number in range(3):
+            step(number)
+    assert operations.seen["convolution"] and operations.seen["index"]
+    assert not operations.seen.keys() & (READS | SENDS)
+
+
+def test_the_recorder_of_operations_sees_reads_and_sends() -> None:
+    with Operations() as operations:
+        float(torch.tensor(1.0) + 1)
+        torch.ones(3)[torch.ones(3, dtype=torch.bool)].sum()
+    assert operations.seen.keys() >= {"_local_scalar_dense", "lift_fresh", "index"}
+
+
+def test_all_that_a_step_changes_stays_where_it_is() -> None:
+    """A graph writes to the addresses it was recorded with."""
+    step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX))
+    step(0)  # makes the momentum
+    tensors = state_tensors(state)
+    del tensors["history"]
+    before = {name: (t.data_ptr(), t.clone()) for name, t in tensors.items()}
+    for epoch in (1, 2):
+        step.begin_epoch(epoch)
+        for number in range(3):
+            step(number)
+    after = state_tensors(state)
+    assert all(after[name].data_ptr() == address for name, (address, _) in before.items())
+    assert all(not after[name].equal(values) for name, (_, values) in before.items())
+
+
+def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
+    """24 images in batches of 10: the loss of the third step is the mean over the last 4, each seen once an epoch."""
+    terms = terms_of(erm=ERM)
+    step, state = started(terms)
+    for number in range(2):
+        step(number)
+    model, before = copy.deepcopy(state.model), state.sums.clone()
+    step(2)
+    draws = draw_epoch(terms, 24, 10, (11, "stage2", 1))
+    order = draws["order"].flatten()
+    assert order[:24].sort().values.tolist() == list(range(24))
+    last = order[20:24]
+    logits = model(data().batches.batch(last, draws["augment"][2, :4])).detach()
+    shifted = logits + torch.tensor(COUNTS).log()
+    expected = sum(shifted[b].logsumexp(0) - shifted[b, LABELS[i]] for b, i in enumerate(last.tolist())) / 4
+    added = dict(zip(sum_names(terms), (state.sums - before).tolist(), strict=True))
+    assert added["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert added["correct"] == (logits.argmax(1) == LABELS[last]).sum()
+    assert added["correct"] + added["errors"] == 4
+
+
+def test_batch_norm_sees_the_images_of_all_terms_together() -> None:
+    terms = terms_of(erm=ERM, cp={**CP, "ratio": "beta", "alpha": 1e-3})
+    state = fresh()
+    seen: list[Tensor] = []
+    state.model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    fit(plan_of(terms, 1), data(), state, publish=never)
+    (maps,) = seen
+    assert maps.shape == (48, 16, 8, 8)
+    pixels = maps.transpose(0, 1).reshape(16, -1).double()
+    norm = state.model.bn1
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * pixels.mean(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * pixels.var(1), rtol=1e-5, atol=1e-7)
+
+
+def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> None:
+    """100 epochs of the recipe for CIFAR, seen in the pixels: a chi-square of 80 degrees of freedom, and a binomial."""
+    recipe = load("cifar100-lt/cpmix")
+    terms = compile_stage(recipe.stage1, "stage1")
+    # Each pixel holds its own row and column, so the crop can be read from it.
+    rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
+    image = torch.stack([rows, columns, rows], 2).to(torch.uint8)
+    batches = ImageBatches(
+        image.expand(128, -1, -1, -1), recipe.data.model_copy(update={"normalisation": "none"}), [], []
+    )
+    offsets, flips = torch.zeros(9, 9), 0.0
+    for epoch in range(1, 101):
+        draws = draw_epoch(terms, 128, 128, (0, "stage1", epoch))
+        x = (batches.batch(draws["order"][0], draws["augment"][0]) * 255).round()
+        middle = x[:, :, 16, 15:17].long()  # inside the image whatever the crop: row + top - 3
+        flipped = middle[:, 1, 0] > middle[:, 1, 1]
+        top = middle[:, 0, 0] - 13
+        left = torch.where(flipped, middle[:, 1, 0] - 13, middle[:, 1, 0] - 12)
+        offsets.index_put_((top, left), torch.ones(128), accumulate=True)
+        flips += flipped.sum()
+    assert offsets.sum() == 12_800
+    expected = 12_800 / 81
+    assert ((offsets - expected) ** 2 / expected).sum() < 137  # exceeded once in 10,000 sets of draws
+    assert abs(flips - 6400) < 4 * math.sqrt(12_800 / 4)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
+@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
+def test_a_step_never_waits_for_the_gpu(tables: Any, joint: bool, adam: bool) -> None:
+    with own_stream(torch.device("cuda")):
+        step, _ = started(terms_of(**tables), joint=joint, adam=adam, device="cuda")
+        for epoch in range(1, 7):
+            step.begin_epoch(epoch)
+            for number in range(3):
+                recording = step.capture_seconds
+                torch.cuda.set_sync_debug_mode("error" if epoch < 2 or epoch > 4 else "default")
+                try:
+                    step(number)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                assert step.capture_seconds == recording or epoch in (2, 3, 4)
+    assert step.capture_seconds > 0
+
+
+@pytest.mark.gpu
+def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
+    states = []
+    for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
+        monkeypatch.setattr("cpmix_cli.step.EAGER_STEPS", eager)
+        with own_stream(torch.device(device)):
+            step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
+            for epoch in range(1, 9):
+                step.begin_epoch(epoch)
+                for number in range(3):
+                    step(number)
+        states.append({n: t.cpu() for n, t in state_tensors(state).items() if n != "history"})
+    replayed, eagerly, on_cpu = states
+    for name, tensor in replayed.items():
+        torch.testing.assert_close(tensor, eagerly[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert float(replayed["sums"][0]) == pytest.approx(float(on_cpu["sums"][0]), rel=0.02)
+
+
+@pytest.mark.gpu
+def test_all_phases_run_on_the_gpu(digits: Any, tmp_path: Any) -> None:
+    run = tmp_path / "run"
+    must(
+        "train-stage1",
+        "--data",
+        digits,
+        "--out",
+        run,
+        "--epochs",
+        12,
+        "--device",
+        "cuda",
+        "--set",
+        "model.precision=bf16",
+    )
+    must("train-stage2", "--from", run, "--device", "cuda")
+    must("finetune", "--from", run, "--device", "cuda")
+    assert must("evaluate", "--from", run, "--device", "cuda", "--json").json["top1"] > 60
