@@ -130,6 +130,15 @@ def _checked_device(device: str) -> str:
     return device
 
 
+def _check_recipe(
+    recipe: str | None, settings: list[str] | None, epochs: int | None, seed: int | None, data: Path | None = None
+) -> None:
+    from cpmix_cli.recipe import check_request
+
+    if recipe is not None or settings or epochs is not None:
+        check_request(recipe, settings or [], epochs, seed, data)
+
+
 def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command with an example line."""
     return app.command(name, epilog=f"Example: {example}", rich_help_panel=panel)
@@ -193,6 +202,7 @@ def train_stage1(
 ) -> None:
     """Train on the natural batches and collect confusion pairs."""
     device = _checked_device(device)
+    _check_recipe(recipe, settings, epochs, seed, data)
     from cpmix_cli.phases import train_stage1 as phase
     from cpmix_cli.phases.training import Options
 
@@ -217,6 +227,7 @@ def train_stage2(
 ) -> None:
     """Go on from stage 1 with mixed confusion pairs."""
     device = _checked_device(device)
+    _check_recipe(recipe, settings, epochs, seed)
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
@@ -242,6 +253,7 @@ def finetune(
 ) -> None:
     """Train the head on class-balanced draws, the rest frozen."""
     device = _checked_device(device)
+    _check_recipe(recipe, settings, epochs, seed)
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 
@@ -381,6 +393,29 @@ def import_weights(
     from cpmix_cli.phases import import_weights as importing
 
     importing.run(importing.Options(file, sha256, out, overwrite))
+
+
+@command("bench", "cpmix bench --data data/cifar100-lt-rho200 --recipe cifar100-lt/cpmix", HELPERS)
+def bench(
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe to time and to project. Default: the data set's.")
+    ] = None,
+    settings: Set = None,
+    epochs: Epochs = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data set folder. Default: random images like CIFAR-100-LT's.")
+    ] = None,
+    device: Device = "auto",
+    rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0)] = 2.0,
+    json: Json = False,
+) -> None:
+    """Training speed here, against the network alone and the usual loop."""
+    device = _checked_device(device)
+    _check_recipe(recipe, settings, epochs, None, data)
+    from cpmix_cli.phases import bench as benching
+
+    benching.run(benching.Options(recipe, settings or [], epochs, data, device, rounds, seconds))
 
 
 def main() -> None:

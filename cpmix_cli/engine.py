@@ -6,7 +6,7 @@ from. What a step computes is in step.py; here are its epochs, what is read from
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -159,18 +159,26 @@ def fit(
             step = Step(plan, data, state)
             saved = time.monotonic()
             while True:
-                _run_epoch(plan, step, state, steps, progress, publish)
+                started = time.perf_counter()
+                for _ in epoch_steps(plan, step, state, steps):
+                    progress.step((state.epoch - plan.first_epoch) * steps + state.step)
+                    if signals.pending() and state.step < steps:
+                        _check_finite(plan, state, steps)
+                        state.sums[-2] += time.perf_counter() - started
+                        publish()
+                        raise _interrupted(plan, state)
+                state.sums[-2] += time.perf_counter() - started
                 row = _metrics_row(plan, state, len(data.labels))
                 if test_accuracy and eval_every and state.epoch % eval_every == 0:
                     row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
-                last = state.epoch == plan.last_epoch
-                if last or signals.pending() or time.monotonic() - saved >= SAVE_SECONDS:
+                last, stop = state.epoch == plan.last_epoch, signals.pending() is not None
+                if last or stop or time.monotonic() - saved >= SAVE_SECONDS:
                     publish()
                     saved = time.monotonic()
-                if signals.pending():
+                if stop:
                     raise _interrupted(plan, state)
                 if last:
                     return step.capture_seconds
@@ -179,34 +187,23 @@ def fit(
         progress.close()
 
 
-def _run_epoch(
-    plan: Plan,
-    step: Step,
-    state: TrainingState,
-    steps: int,
-    progress: console.EpochProgress,
-    publish: Callable[[], None],
-) -> None:
-    """The steps of the epoch under way that are not taken yet."""
-    started = time.perf_counter()
+def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) -> Iterator[None]:
+    """Take the steps of the epoch under way that are left, and hand over after each.
+
+    Raises:
+        Diverged: the loss is NaN or infinite. Reading it waits for the device: on CUDA that is done once an epoch.
+    """
     if state.step == 0:
         state.sums.zero_()
         if state.epoch > plan.confusion_start:
             state.confusion *= plan.confusion_decay
     step.begin_epoch(state.epoch)
-    while state.step < steps:
+    while state.step < num_steps:
         step(state.step)
         state.step += 1
-        stop = signals.pending() is not None
-        # Reading the loss waits for the device: on CUDA it is read once an epoch, and before anything is published.
-        if state.sums.device.type == "cpu" or state.step == steps or stop:
-            _check_finite(plan, state, steps)
-        progress.step((state.epoch - plan.first_epoch) * steps + state.step)
-        if stop and state.step < steps:
-            state.sums[-2] += time.perf_counter() - started
-            publish()
-            raise _interrupted(plan, state)
-    state.sums[-2] += time.perf_counter() - started
+        if state.sums.device.type == "cpu" or state.step == num_steps:
+            _check_finite(plan, state, num_steps)
+        yield
 
 
 def _check_finite(plan: Plan, state: TrainingState, steps: int) -> None:

@@ -6,6 +6,7 @@ what comes out is written beside each phase's output as a recipe that is itself 
 looked up in terms.py.
 """
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -292,6 +293,38 @@ def load(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as fault:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
     return resolve(tables, origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+
+
+def check_request(
+    name: str | None, settings: Sequence[str], epochs: int | None, seed: int | None, data: Path | None
+) -> None:
+    """Say what is wrong with a recipe that flags ask for, before anything heavy is imported for it.
+
+    Without a name the data set's own recipe is meant, or that of the run, of which only keys are checked here. What is
+    wrong with the files themselves the phase says; names of functions are looked up by terms.check_recipe().
+
+    Raises:
+        UsageError: as load() does.
+    """
+    rho = None
+    if data is not None:
+        try:
+            record = json.loads((data / "dataset.json").read_bytes())
+            name, rho = name or str(record["recipe"]), record["rho"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return
+    if name is not None:
+        load(name, settings=settings, epochs=epochs, seed=seed, rho=rho)
+        return
+    for setting in settings:
+        location: list[str] = []
+        value: Any = _parse_setting(setting)
+        while isinstance(value, dict) and len(value) == 1:
+            ((key, value),) = value.items()
+            known = _keys_of(location)
+            if known and key not in known:
+                raise UsageError(f'--set "{setting}": unknown key.{suggest(key, known)}')
+            location.append(key)
 
 
 def resolve(

@@ -20,7 +20,7 @@ from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.terms import Term, TermBatch, draw_epoch
 
-EAGER_STEPS = 3  # of each batch size before its graph is recorded: the libraries choose and allocate in them
+EAGER_STEPS = 3  # before a graph is recorded: the libraries choose and allocate in them
 
 
 @dataclass
@@ -92,6 +92,39 @@ def sum_names(terms: list[Term]) -> list[str]:
     return ["loss", *(f"loss_{t.name}" for t in terms), "gradient_norm", "correct", "errors", "seconds", "fallbacks"]
 
 
+class Replayed:
+    """A function of one key whose work on the device is the same at each call: on CUDA recorded once for each key, then
+    replayed. On CUDA, inside own_stream().
+
+    Args:
+        function: launches the work; reads nothing back, and works on tensors that stay where they are.
+        device: where.
+    """
+
+    capture_seconds = 0.0
+    """Time spent recording so far."""
+
+    def __init__(self, function: Callable[[int], None], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._num_eager: Counter[int] = Counter()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, key: int) -> None:
+        """Do the work of a key."""
+        if self._device.type == "cpu" or self._num_eager[key] < EAGER_STEPS:
+            self._num_eager[key] += 1
+            self._function(key)
+            return
+        if key not in self._graphs:
+            started = time.perf_counter()
+            self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[key], stream=torch.cuda.current_stream()):
+                self._function(key)
+            self.capture_seconds += time.perf_counter() - started
+        self._graphs[key].replay()
+
+
 class Step:
     """The training step of a plan: begin_epoch(), then a call for each step of it. On CUDA, inside own_stream().
 
@@ -100,9 +133,6 @@ class Step:
         data: the training images.
         state: its network, optimizer, confusion counts and sums are changed in place.
     """
-
-    capture_seconds = 0.0
-    """Time spent recording CUDA graphs so far."""
 
     def __init__(self, plan: Plan, data: TrainingData, state: TrainingState) -> None:
         self._plan = plan
@@ -113,8 +143,7 @@ class Step:
         self._mixing = MixingState(data.class_counts, state.confusion, num_fallbacks=state.sums[-1])
         self._number = torch.zeros(1, dtype=torch.int64, device=data.labels.device)
         self._inputs: dict[str, Tensor] = {}
-        self._num_eager: Counter[int] = Counter()
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._take = Replayed(self._run, self._number.device)
 
     def begin_epoch(self, epoch: int) -> None:
         """Send all that differs between the steps of an epoch to the device: random numbers and learning rates."""
@@ -136,17 +165,12 @@ class Step:
         """Take step `number` of the epoch, counted from 0."""
         size = min(self._plan.batch_size, len(self._data.labels) - number * self._plan.batch_size)
         self._number.fill_(number)
-        if self._number.device.type == "cpu" or self._num_eager[size] < EAGER_STEPS:
-            self._num_eager[size] += 1
-            self._run(size)
-            return
-        if size not in self._graphs:
-            started = time.perf_counter()
-            self._graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[size], stream=torch.cuda.current_stream()):
-                self._run(size)
-            self.capture_seconds += time.perf_counter() - started
-        self._graphs[size].replay()
+        self._take(size)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Time spent recording CUDA graphs so far."""
+        return self._take.capture_seconds
 
     def _run(self, size: int) -> None:
         """The step that self._number says, of `size` images.

@@ -11,7 +11,7 @@ import pytest
 from conftest import cpmix, files, must
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "recipes", "predict", "misclassified", "import-weights"]
+HELPERS = ["status", "recipes", "predict", "misclassified", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -62,19 +62,51 @@ def test_the_flags_are_those_of_the_contract() -> None:
         assert found - {"--help"} == set(flags.split()), command
 
 
-def test_help_and_recipe_errors_import_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help", 0),
+        ("train-stage2 --help", 0),
+        ("bench --help", 0),
+        ("--version", 0),
+        ("evaluate", 2),
+        ("train-stage1 --device gpu", 2),
+        ("recipes", 0),
+        ("recipes toy/cpmix", 0),
+        ("recipes toy/cpmix digits/cpmix --seed 3", 0),
+        ("train-stage1 --data {data} --recipe toy/cpmux", 2),
+        ("train-stage1 --data {data} --recipe toy/cpmix --set optimizer.lrr=1", 2),
+        ("train-stage1 --data {data} --set optimizer.lr=fast", 2),
+        ("train-stage1 --data {data} --epochs 1", 2),
+        ("train-stage2 --from ckpt --set optimizer.lrr=1", 2),
+        ("finetune --from ckpt --recipe toy/cpmix --set optimizer.lr=-1", 2),
+    ],
+)
+def test_help_and_recipe_errors_import_nothing_heavy(line: str, code: int, digits: Path) -> None:
+    found = imported_by(line.format(data=digits).split())
+    assert found == (code, [])
+
+
+def test_completion_imports_nothing_heavy() -> None:
+    environment = {"_CPMIX_COMPLETE": "complete_bash", "COMP_WORDS": "cpmix train-", "COMP_CWORD": "1"}
+    assert imported_by([], **environment) == (0, [])
+
+
+def imported_by(arguments: list[str], **environment: str) -> tuple[int, list[str]]:
+    """Exit code of a command line, and the heavy packages that it imported."""
     code = (
-        "import sys; sys.argv[1:] = {}\n"
-        "import runpy\n"
-        "try: runpy.run_module('cpmix_cli', run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "heavy = {{'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}}\n"
-        "print('heavy:', sorted(heavy & set(sys.modules)))"
+        "import sys\n"
+        "from cpmix_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as leaving: code = leaving.code\n"
+        "heavy = {'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}\n"
+        "sys.__stdout__.write(f'\\n{code or 0} ' + ','.join(heavy & set(sys.modules)))"
     )
-    recipes = (["recipes"], ["recipes", "toy/cpmix"], ["recipes", "toy/cpmix", "digits/cpmix"])
-    for arguments in (["--help"], ["train-stage2", "--help"], ["--version"], ["evaluate"], *recipes):
-        result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
-        assert "heavy: []" in result.stdout, result.stderr
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    status, _, names = found.stdout.splitlines()[-1].partition(" ")
+    return int(status), sorted(filter(None, names.split(",")))
 
 
 def test_version_is_that_of_the_package() -> None:

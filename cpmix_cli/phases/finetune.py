@@ -66,13 +66,18 @@ def unmatched_prefixes(prefixes: list[str], source: PhaseFolder) -> list[str]:
 
 def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
     """The source's network with all but the trained parameters frozen, and a fresh optimizer."""
-    recipe = setting.recipe
-    table = recipe.finetune
-    assert table is not None
     path, sha = source.output(artifacts.TRAINING_STATE)
     tensors, _ = artifacts.read_tensors(path, sha)
     state = fresh_state(setting)
     load_state(state, tensors, path, optimizer=False)
+    return head_plan(setting, state), state
+
+
+def head_plan(setting: Setting, state: TrainingState) -> Plan:
+    """The finetune's plan; `state` is made ready for it: parameters frozen, the head as asked, a fresh optimizer."""
+    recipe = setting.recipe
+    table = recipe.finetune
+    assert table is not None
     if table.head == "reinit":
         initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
     for name, parameter in state.model.named_parameters():
@@ -86,7 +91,7 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
     )
     state.optimizer = make_optimizer(state.model, optimizer)
     schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
-    plan = Plan(
+    return Plan(
         phase="finetune",
         seed=recipe.seed,
         terms=compile_stage(table, "finetune"),
@@ -99,4 +104,3 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
         collect_confusion=False,
         precision=setting.precision,
     )
-    return plan, state

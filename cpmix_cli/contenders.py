@@ -1,0 +1,203 @@
+"""What `bench` times side by side: the loop of the released long-tail code, the network alone, and cpmix's own loop.
+
+A contender takes steps and counts the images that pass through the network, each once. All train the same network on
+the same images, at a rate too small to matter.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from cpmix_cli.engine import epoch_steps, synchronize
+from cpmix_cli.models import Classifier
+from cpmix_cli.step import Plan, Replayed, Step, TrainingData, TrainingState, own_stream, sum_names
+
+RATE = 1e-5
+
+
+class Contender(ABC):
+    """Something that trains.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @abstractmethod
+    def take(self, num_steps: int) -> int:
+        """Take so many steps; returns the images that went through the network."""
+
+    def timed(self, num_steps: int) -> tuple[float, int]:
+        """Seconds of so many steps, until the device is done, and their images."""
+        with own_stream(self.device):
+            synchronize(self.device)
+            started = time.perf_counter()
+            images = self.take(num_steps)
+            synchronize(self.device)
+            return time.perf_counter() - started, images
+
+
+class TrainingLoop(Contender):
+    """cpmix: a phase's own epochs, but for the disk and the console."""
+
+    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
+        super().__init__(data.labels.device)
+        self._data, self._state = data, state
+        self._plan = replace(plan, learning_rate=lambda *_: RATE)
+        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=self.device)
+        state.model.train(plan.train_mode)
+        self._steps = self._endless()
+
+    def _endless(self) -> Iterator[None]:
+        step = Step(self._plan, self._data, self._state)
+        while True:
+            self._state.step = 0
+            yield from epoch_steps(self._plan, step, self._state, self._plan.num_steps(len(self._data.labels)))
+
+    def take(self, num_steps: int) -> int:
+        images = 0
+        for _ in range(num_steps):
+            next(self._steps)
+            taken = (self._state.step - 1) * self._plan.batch_size
+            images += min(self._plan.batch_size, len(self._data.labels) - taken) * len(self._plan.terms)
+        return images
+
+
+class NetworkAlone(Contender):
+    """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it.
+
+    Args:
+        data: the training images.
+        plan: mode, precision, and how many images go through each forward.
+        state: network and optimizer.
+    """
+
+    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
+        super().__init__(data.labels.device)
+        self._precision = plan.precision
+        self._state = state
+        state.model.train(plan.train_mode)
+        for group in state.optimizer.param_groups:
+            group["lr"].fill_(RATE)
+        size = min(plan.batch_size, len(data.labels))
+        wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
+        chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
+        self._inputs = [(data.batches.plain(indices), data.labels[indices]) for indices in chosen]
+        self._step = Replayed(self._run, self.device)
+
+    def _run(self, key: int) -> None:
+        losses = []
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+            for x, labels in self._inputs:
+                losses.append(F.cross_entropy(self._state.model(x).float(), labels))
+        self._state.optimizer.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        self._state.optimizer.step()
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._step(0)
+        return num_steps * sum(len(x) for x, _ in self._inputs)
+
+
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """uint8 images [N, H, W, channels] as a map-style data set of PIL images, transformed one at a time."""
+
+    def __init__(self, images: Tensor, labels: Tensor, padding: int) -> None:
+        from torchvision import transforms
+
+        self._images, self._labels = images.numpy(), labels.tolist()
+        channels = images.shape[-1]
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomCrop(images.shape[1:3], padding=padding),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * channels, (0.25,) * channels),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self._images[index].squeeze(-1) if self._images.shape[-1] == 1 else self._images[index])
+        return self._transform(image), self._labels[index]
+
+
+class ReferenceLoop(Contender):
+    """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32, loss and accuracies read
+    at every step.
+
+    Args:
+        images: [N, H, W, channels] uint8, on the CPU.
+        labels: [N].
+        model: contiguous, on its device.
+        padding: of the random crop.
+        batch_size: B.
+        num_workers: loader processes.
+    """
+
+    PREFETCH = 2  # batches a worker makes ahead, the loader's default
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, model: Classifier, padding: int, batch_size: int, num_workers: int
+    ) -> None:
+        super().__init__(next(model.parameters()).device)
+        self._data = PilImages(images, labels, padding)
+        self._model = model.train()
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4)
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._batches: Iterator[Any] = iter(())
+
+    def timed(self, num_steps: int) -> tuple[float, int]:
+        """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
+        slow the other contenders.
+        """
+        ahead = self._num_workers * self.PREFETCH
+        # As many batches follow as are made ahead, so that the workers are busy to the end.
+        num_samples = (num_steps + 2 * ahead) * self._batch_size
+        sampler = RandomSampler(
+            self._data, replacement=True, num_samples=num_samples, generator=torch.Generator().manual_seed(0)
+        )
+        loader = DataLoader(
+            self._data,
+            batch_size=self._batch_size,
+            sampler=sampler,
+            num_workers=self._num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._batches = iter(loader)
+        self.take(ahead)
+        try:
+            return super().timed(num_steps)
+        finally:
+            self._batches = iter(())
+
+    def take(self, num_steps: int) -> int:
+        images = 0
+        for _ in range(num_steps):
+            x, labels = next(self._batches)
+            x, labels = x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            logits = self._model(x)
+            loss = F.cross_entropy(logits, labels)
+            loss.item()
+            top5 = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+            (100 * top5[:, :1].float().sum() / len(x)).item()
+            (100 * top5.float().sum() / len(x)).item()
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            images += len(x)
+        return images

@@ -1,0 +1,335 @@
+"""bench: how fast this machine trains, beside the loop of the released long-tail code and the network alone.
+
+The contenders take turns, round after round, so that a drift of the machine's speed meets all of them; what is printed
+are medians over the rounds, ratios too. Nothing is written.
+"""
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpmix_cli import console, hardware
+from cpmix_cli import recipe as recipes
+from cpmix_cli.confusion import count_confusions, draw_confused
+from cpmix_cli.contenders import Contender, NetworkAlone, ReferenceLoop, TrainingLoop
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.engine import synchronize
+from cpmix_cli.errors import InputError
+from cpmix_cli.models import build_model
+from cpmix_cli.phases.finetune import head_plan
+from cpmix_cli.phases.train_stage1 import fresh_state, stage_plan
+from cpmix_cli.phases.training import Setting
+from cpmix_cli.randomness import torch_generator
+from cpmix_cli.step import EAGER_STEPS, Plan, TrainingData, TrainingState
+from cpmix_cli.terms import check_recipe
+
+PHASES = ("stage1", "stage2", "finetune")
+PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
+MIN_STEPS = 3  # of a contender in a round
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    recipe: str | None
+    settings: list[str]
+    epochs: int | None
+    data: Path | None
+    device: str
+    rounds: int
+    seconds: float
+
+
+@dataclass
+class Timing:
+    """What a contender reached."""
+
+    contender: Contender
+    peak_bytes: int | None
+    """Memory above the framework's own, the images included; on CUDA that of the device."""
+    num_steps: int
+    """In a round."""
+    images_per_second: list[float] = field(default_factory=list)
+    """Round by round."""
+
+    @property
+    def median(self) -> float:
+        """Images a second."""
+        return statistics.median(self.images_per_second)
+
+    def ratio_to(self, other: "Timing") -> float:
+        """Median over the rounds of this contender's speed over the other's in the same round."""
+        pairs = zip(self.images_per_second, other.images_per_second, strict=True)
+        return statistics.median(mine / others for mine, others in pairs)
+
+
+def run(options: Options) -> None:
+    """Measure and print.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+        InputError: the data set is damaged, or holds points.
+        UsageError: faults of the recipe.
+    """
+    device = hardware.use_device(options.device)
+    memory = Memory(device)
+    dataset, images, labels = training_images(options.data)
+    name = options.recipe or dataset.record["recipe"]
+    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
+    check_recipe(recipe, dataset.num_classes, dataset.shape)
+    precision = hardware.resolve_precision(recipe.model.precision, device)
+    best = hardware.resolve_precision("auto", device)
+    setting = Setting(recipe, dataset, device, precision, {})
+    batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    data = TrainingData(batches, labels.to(device), torch.from_numpy(dataset.class_counts).to(device))
+    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
+    workers = torch.get_num_threads()
+
+    def reference() -> Contender:
+        generator = torch_generator(recipe.seed, "weights")
+        model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator).to(device)
+        return ReferenceLoop(images, labels, model, recipe.data.padding, recipe.optimizer.batch_size, workers)
+
+    # cpmix first: memory that another keeps would count as its own.
+    contenders: dict[str, Callable[[], Contender]] = {
+        phase: lambda phase=phase: TrainingLoop(data, *prepared(setting, phase))  # type: ignore[misc]
+        for phase in phases
+    }
+    networks = {(phase, precision) for phase in phases} | {("stage1", "fp32"), ("stage1", best)}
+    for phase, chosen in sorted(networks):
+        at = replace(setting, precision=chosen)
+        contenders[f"network {phase} {chosen}"] = lambda at=at, phase=phase: NetworkAlone(data, *prepared(at, phase))  # type: ignore[misc]
+    contenders["reference"] = reference
+
+    console.note(
+        f"bench: {name} on {dataset.name}, {len(labels):,} images of {'x'.join(map(str, dataset.shape))}; "
+        f"{hardware.device_name(device)}, {workers} threads"
+    )
+    timings = measure(contenders, options.rounds, options.seconds, memory)
+    start_up = start_up_seconds()
+    costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
+
+    network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
+    epochs = {phase: epochs_of(setting, phase) for phase in phases}
+    passes = {phase: epochs[phase] * len(labels) * num_terms(setting, phase) for phase in phases}
+    projected = {phase: passes[phase] / timings[phase].median for phase in phases}
+    hours = sum(projected.values()) / 3600
+    fields: dict[str, Any] = {
+        "command": "bench",
+        "recipe": name,
+        "data": dataset.name,
+        "num_images": len(labels),
+        "batch_size": recipe.optimizer.batch_size,
+        "rounds": options.rounds,
+        "device": hardware.device_name(device),
+        "threads": workers,
+        "torch": torch.__version__,
+        "precision": precision,
+        "best_precision": best,
+        "reference_images_per_second": timings["reference"].median,
+        "network_fp32_images_per_second": timings["network stage1 fp32"].median,
+        "network_best_images_per_second": timings[f"network stage1 {best}"].median,
+        **{f"{p}_images_per_second": timings[p].median if p in phases else None for p in PHASES},
+        **{f"network_{p}_images_per_second": network[p].median if p in phases else None for p in PHASES},
+        "ratio_to_reference": {p: timings[p].ratio_to(timings["reference"]) for p in phases},
+        "ratio_to_network": {p: timings[p].ratio_to(network[p]) for p in phases},
+        "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
+        "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
+        "projected_seconds": projected | {"total": sum(projected.values())},
+        "gpu_hours": hours if device.type == "cuda" else 0.0,
+        "start_up_seconds": start_up,
+        "pairs": costs,
+    }
+    report(fields, phases, timings, network, epochs)
+
+
+def training_images(folder: Path | None) -> tuple[Dataset, Tensor, Tensor]:
+    """The training images and labels of a data set folder; without one random pixels, as many as CIFAR-100-LT has at
+    rho 200.
+
+    Raises:
+        InputError: no data set there, damaged, or points.
+    """
+    if folder is not None:
+        dataset = open_dataset(folder, needed_by="bench")
+        if len(dataset.shape) != 3:
+            raise InputError(f"{folder} holds points; the loop to compare with takes images", needed_by="bench")
+        return dataset, *dataset.read("train")
+    counts = exponential_counts(500, 100, 200)
+    shape = (32, 32, 3)
+    record = {"name": "random images", "recipe": "cifar100-lt/cpmix", "rho": 200.0, "shape": shape}
+    record |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (int(counts.sum()), *shape), dtype=torch.uint8, generator=generator)
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts), images, labels
+
+
+def prepared(setting: Setting, phase: str) -> tuple[Plan, TrainingState]:
+    """A phase's plan, and a fresh state in which every class has been confused with every other."""
+    state = fresh_state(setting)
+    plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)
+    state.epoch = max(plan.first_epoch, plan.confusion_start)
+    state.confusion.fill_(1).fill_diagonal_(0)
+    return plan, state
+
+
+def epochs_of(setting: Setting, phase: str) -> int:
+    """Epochs of a phase."""
+    plan, _ = prepared(setting, phase)
+    return plan.last_epoch - plan.first_epoch + 1
+
+
+def num_terms(setting: Setting, phase: str) -> int:
+    """Passes of an image through the network, an epoch."""
+    return len(prepared(setting, phase)[0].terms)
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], Contender]], rounds: int, seconds: float, memory: "Memory"
+) -> dict[str, Timing]:
+    """Time contenders in turn, each for so many seconds a round."""
+    timings = {}
+    expected = 0.0
+    for name, build in contenders.items():
+        memory.restart()
+        contender = build()
+        contender.timed(EAGER_STEPS + 1)  # a graph is recorded in the last
+        taken = contender.timed(MIN_STEPS)[0] / MIN_STEPS
+        timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
+        expected += rounds * timings[name].num_steps * taken
+    console.note(f"bench: {rounds} rounds, {console.duration(expected)} and more")
+    for _ in range(rounds):
+        for timing in timings.values():
+            taken, images = timing.contender.timed(timing.num_steps)
+            timing.images_per_second.append(images / taken)
+    return timings
+
+
+class Memory:
+    """Peak memory since restart(): of the device on CUDA, else resident memory above what it was at the beginning.
+
+    Args:
+        device: whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._own = self._read("VmRSS") or 0
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self._own = -1  # not to be told here
+
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not say."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        found = self._read("VmHWM")
+        return None if found is None or self._own < 0 else found - self._own
+
+    def _read(self, name: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
+
+
+def start_up_seconds() -> float:
+    """Median of five runs of `cpmix --help`, as a process."""
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cpmix_cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Seconds to count a batch's confusions and to draw as many pairs, with 50 confused classes a row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def classes(*shape: int) -> Tensor:
+        return torch.randint(0, num_classes, shape, generator=generator).to(device)
+
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
+    counts.scatter_(1, classes(num_classes, 50), 1.0)
+    labels, predictions = classes(batch_size), classes(batch_size)
+    uniforms = torch.rand(batch_size, dtype=torch.float64, generator=generator).to(device)
+    weight = torch.ones((), dtype=torch.float64, device=device)
+
+    def median_of(function: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(10):
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    return {
+        "num_classes": num_classes,
+        "count_seconds": median_of(lambda: count_confusions(counts, labels, predictions, weight)),
+        "draw_seconds": median_of(lambda: draw_confused(counts, labels, uniforms)),
+    }
+
+
+def report(
+    fields: dict[str, Any],
+    phases: list[str],
+    timings: Mapping[str, Timing],
+    network: Mapping[str, Timing],
+    epochs: Mapping[str, int],
+) -> None:
+    """Table and lines, or the JSON object."""
+    reference = timings["reference"]
+
+    def row(title: str, timing: Timing, alone: Timing | None = None) -> list[str]:
+        spread = f"{min(timing.images_per_second):,.0f} .. {max(timing.images_per_second):,.0f}"
+        to_network = "" if alone is None else f"{timing.ratio_to(alone):.3f}"
+        memory = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:,.0f}"
+        return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
+
+    rows = [row(f"released code: PIL, {fields['threads']} workers, fp32", reference)]
+    for name, timing in timings.items():
+        if name.startswith("network"):
+            _, phase, precision = name.split()
+            rows.append(row(f"network alone, {precision}, as in {phase}", timing))
+    rows += [row(f"cpmix {phase}, {fields['precision']}", timings[phase], network[phase]) for phase in phases]
+    header = ("loop", ">images/s", ">lowest .. highest", ">to released code", ">to network", ">peak MiB")
+    projected = fields["projected_seconds"]
+    parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
+    hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
+    lines = [
+        "",
+        f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}",
+        f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",
+    ]
+    for cost in fields["pairs"]:
+        lines.append(
+            f"pairs at {cost['num_classes']:,} classes: {1000 * cost['count_seconds']:.2f} ms to count a batch, "
+            f"{1000 * cost['draw_seconds']:.2f} ms to draw one"
+        )
+    console.result(fields, header=header, rows=rows, lines=lines)
