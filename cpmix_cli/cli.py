@@ -406,11 +406,11 @@ def bench(
         Path | None, typer.Option("--data", help="Data set folder. Default: random images like CIFAR-100-LT's.")
     ] = None,
     device: Device = "auto",
-    rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0)] = 2.0,
+    rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 10,
+    seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0)] = 1.0,
     json: Json = False,
 ) -> None:
-    """Training speed here, against the network alone and the usual loop."""
+    """Training speed here, beside the usual loop's."""
     device = _checked_device(device)
     _check_recipe(recipe, settings, epochs, None, data)
     from cpmix_cli.phases import bench as benching

@@ -38,16 +38,20 @@ class ImageBatches:
     """
 
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
-        self._height, self._width = images.shape[1:3]
+        self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment == "crop-flip"
         if recipe.normalisation != "dataset":
-            mean, std = PUBLISHED.get(recipe.normalisation, ((0.0,), (1.0,)))
+            neither = (0.0,) * self._channels, (1.0,) * self._channels
+            mean, std = PUBLISHED.get(recipe.normalisation, neither)
         device = images.device
-        self._offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
-        self._scale = 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
+        # For a whole row of pixels, so that arithmetic runs over long stretches of memory and not over three channels.
+        self._offset = torch.tensor(mean, dtype=torch.float32, device=device).repeat(self._width) * 255
+        self._scale = 1 / (torch.tensor(std, dtype=torch.float32, device=device).repeat(self._width) * 255)
         p = self._padding
-        self._images = F.pad(images, (0, 0, p, p, p, p))
+        padded = F.pad(images, (0, 0, p, p, p, p))
+        self._padded_height, self._padded_width = padded.shape[1:3]
+        self._pixels = padded.view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Random crops, flipped with probability 1/2: [B, channels, H, W] float32, channels last in memory."""
@@ -66,9 +70,11 @@ class ImageBatches:
         device = indices.device
         rows = top[:, None] + torch.arange(self._height, device=device)  # [B, H]
         columns = torch.arange(self._width, device=device).expand(len(indices), -1)
-        columns = torch.where(flip[:, None], self._width - 1 - columns, columns) + left[:, None]
-        pixels = self._images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return ((pixels.float() - self._offset) * self._scale).permute(0, 3, 1, 2)
+        columns = torch.where(flip[:, None], self._width - 1 - columns, columns) + left[:, None]  # [B, W]
+        first = (indices[:, None] * self._padded_height + rows) * self._padded_width  # of each row, among all pixels
+        chosen = self._pixels.index_select(0, (first[:, :, None] + columns[:, None, :]).view(-1))
+        x = chosen.view(-1, self._width * self._channels).float().sub_(self._offset).mul_(self._scale)
+        return x.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
 
 
 class PointBatches:

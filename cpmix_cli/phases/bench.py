@@ -4,13 +4,16 @@ The contenders take turns, round after round, so that a drift of the machine's s
 are medians over the rounds, ratios too. Nothing is written.
 """
 
+import ctypes
 import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,7 @@ def run(options: Options) -> None:
     best = hardware.resolve_precision("auto", device)
     setting = Setting(recipe, dataset, device, precision, {})
     batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
-    data = TrainingData(batches, labels.to(device), torch.from_numpy(dataset.class_counts).to(device))
+    data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     workers = torch.get_num_threads()
 
@@ -104,16 +107,18 @@ def run(options: Options) -> None:
         model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator).to(device)
         return ReferenceLoop(images, labels, model, recipe.data.padding, recipe.optimizer.batch_size, workers)
 
-    # cpmix first: memory that another keeps would count as its own.
-    contenders: dict[str, Callable[[], Contender]] = {
-        phase: lambda phase=phase: TrainingLoop(data, *prepared(setting, phase))  # type: ignore[misc]
-        for phase in phases
-    }
-    networks = {(phase, precision) for phase in phases} | {("stage1", "fp32"), ("stage1", best)}
-    for phase, chosen in sorted(networks):
-        at = replace(setting, precision=chosen)
-        contenders[f"network {phase} {chosen}"] = lambda at=at, phase=phase: NetworkAlone(data, *prepared(at, phase))  # type: ignore[misc]
-    contenders["reference"] = reference
+    def alone(phase: str, precision: str) -> Contender:
+        return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
+
+    def training(phase: str) -> Contender:
+        return TrainingLoop(data, *prepared(setting, phase))
+
+    # Each phase stands beside the network it is compared with.
+    contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
+    for phase in phases:
+        for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
+            contenders[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
+        contenders[phase] = partial(training, phase)
 
     console.note(
         f"bench: {name} on {dataset.name}, {len(labels):,} images of {'x'.join(map(str, dataset.shape))}; "
@@ -124,16 +129,16 @@ def run(options: Options) -> None:
     costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
 
     network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
-    epochs = {phase: epochs_of(setting, phase) for phase in phases}
-    passes = {phase: epochs[phase] * len(labels) * num_terms(setting, phase) for phase in phases}
-    projected = {phase: passes[phase] / timings[phase].median for phase in phases}
+    plans = {phase: prepared(setting, phase)[0] for phase in phases}
+    epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
+    projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
     fields: dict[str, Any] = {
         "command": "bench",
         "recipe": name,
         "data": dataset.name,
         "num_images": len(labels),
-        "batch_size": recipe.optimizer.batch_size,
+        "images_per_step": {p: plan.batch_size * len(plan.terms) for p, plan in plans.items()},
         "rounds": options.rounds,
         "device": hardware.device_name(device),
         "threads": workers,
@@ -188,17 +193,6 @@ def prepared(setting: Setting, phase: str) -> tuple[Plan, TrainingState]:
     return plan, state
 
 
-def epochs_of(setting: Setting, phase: str) -> int:
-    """Epochs of a phase."""
-    plan, _ = prepared(setting, phase)
-    return plan.last_epoch - plan.first_epoch + 1
-
-
-def num_terms(setting: Setting, phase: str) -> int:
-    """Passes of an image through the network, an epoch."""
-    return len(prepared(setting, phase)[0].terms)
-
-
 def measure(
     contenders: Mapping[str, Callable[[], Contender]], rounds: int, seconds: float, memory: "Memory"
 ) -> dict[str, Timing]:
@@ -213,8 +207,8 @@ def measure(
         timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
     console.note(f"bench: {rounds} rounds, {console.duration(expected)} and more")
-    for _ in range(rounds):
-        for timing in timings.values():
+    for number in range(rounds):
+        for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
             taken, images = timing.contender.timed(timing.num_steps)
             timing.images_per_second.append(images / taken)
     return timings
@@ -229,24 +223,26 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._own = self._read("VmRSS") or 0
+        self._own = self._read("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Forget the peak so far, and give back what the allocator keeps of it."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self._own = -1  # not to be told here
+            return
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._own = None  # the peak so far stays
 
     def peak(self) -> int | None:
         """Bytes; None where the system does not say."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         found = self._read("VmHWM")
-        return None if found is None or self._own < 0 else found - self._own
+        return None if found is None or self._own is None else found - self._own
 
     def _read(self, name: str) -> int | None:
         try:
@@ -313,11 +309,13 @@ def report(
         return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
 
     rows = [row(f"released code: PIL, {fields['threads']} workers, fp32", reference)]
-    for name, timing in timings.items():
-        if name.startswith("network"):
-            _, phase, precision = name.split()
-            rows.append(row(f"network alone, {precision}, as in {phase}", timing))
-    rows += [row(f"cpmix {phase}, {fields['precision']}", timings[phase], network[phase]) for phase in phases]
+    networks = [name.split() for name in timings if name.startswith("network")]
+    for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
+        forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
+        rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
+    for phase in phases:
+        title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"
+        rows.append(row(title, timings[phase], network[phase]))
     header = ("loop", ">images/s", ">lowest .. highest", ">to released code", ">to network", ">peak MiB")
     projected = fields["projected_seconds"]
     parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
