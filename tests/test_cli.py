@@ -55,6 +55,7 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "predict": "--from --phase --top --out --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --json",
         "import-weights": "--sha256 --out --overwrite --json",
+        "bench": "--recipe --set --epochs --data --device --rounds --seconds --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

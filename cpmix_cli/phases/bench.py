@@ -206,7 +206,7 @@ def measure(
         taken = contender.timed(MIN_STEPS)[0] / MIN_STEPS
         timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
-    console.note(f"bench: {rounds} rounds, {console.duration(expected)} and more")
+    console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
     for number in range(rounds):
         for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
             taken, images = timing.contender.timed(timing.num_steps)
