@@ -131,12 +131,12 @@ def _checked_device(device: str) -> str:
 
 
 def _check_recipe(
-    recipe: str | None, settings: list[str] | None, epochs: int | None, seed: int | None, data: Path | None = None
+    recipe: str | None, settings: list[str] | None, epochs: int | None, data: Path | None, *phases: Path
 ) -> None:
     from cpmix_cli.recipe import check_request
 
     if recipe is not None or settings or epochs is not None:
-        check_request(recipe, settings or [], epochs, seed, data)
+        check_request(recipe, settings or [], epochs, data=data, phases=phases)
 
 
 def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -202,7 +202,7 @@ def train_stage1(
 ) -> None:
     """Train on the natural batches and collect confusion pairs."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, seed, data)
+    _check_recipe(recipe, settings, epochs, data)
     from cpmix_cli.phases import train_stage1 as phase
     from cpmix_cli.phases.training import Options
 
@@ -227,7 +227,7 @@ def train_stage2(
 ) -> None:
     """Go on from stage 1 with mixed confusion pairs."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, seed)
+    _check_recipe(recipe, settings, epochs, None, from_folder, from_folder / "stage1")
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
@@ -253,7 +253,8 @@ def finetune(
 ) -> None:
     """Train the head on class-balanced draws, the rest frozen."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, seed)
+    sources = [phase] if phase else ["stage2", "stage1"]
+    _check_recipe(recipe, settings, epochs, None, from_folder, *(from_folder / source for source in sources))
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 
@@ -412,7 +413,7 @@ def bench(
 ) -> None:
     """Training speed here, beside the usual loop's."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, None, data)
+    _check_recipe(recipe, settings, epochs, data)
     from cpmix_cli.phases import bench as benching
 
     benching.run(benching.Options(recipe, settings or [], epochs, data, device, rounds, seconds))

@@ -2,8 +2,7 @@
 
 Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and
 what comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place
-(folders, device) is a flag and never stands in a recipe. Imports nothing heavy; the functions that terms name are
-looked up in terms.py.
+(folders, device) is a flag and never stands in a recipe. Imports nothing heavy.
 """
 
 import json
@@ -12,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cpmix_cli.errors import UsageError, suggest
+from cpmix_cli.vocabulary import bind, known
 
 # What each phase depends on. An output is refused to another recipe when one of its tables differs.
 TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
@@ -49,6 +50,13 @@ class Model(Table):
     """A key of models.MODELS."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Forward and backward; auto is bf16 autocast where the processor has it, resolved when stage 1 starts."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in known("model"):
+            raise ValueError(f"unknown.{suggest(name, known('model'))}")
+        return name
 
 
 class ParameterGroup(Table):
@@ -144,6 +152,24 @@ class Term(BaseModel):
         if self.partner is not None and not all(steps.values()):
             raise ValueError(f"a partner needs {', '.join(k for k, v in steps.items() if not v)}")
         return self
+
+    @model_validator(mode="after")
+    def _functions_take_the_rest(self) -> "Term":
+        _, faults = bind(self.functions, self.parameters, {kind: known(kind) for kind in self.functions}, self.keys())
+        if faults:
+            raise PydanticCustomError("functions", "{faults}", {"faults": faults})
+        return self
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Kind -> name of each function named."""
+        names = {kind: getattr(self, kind) for kind in ("partner", "ratio", "mix", "label", "loss")}
+        return {kind: name for kind, name in names.items() if name is not None}
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys that every term may have."""
+        return list(cls.model_fields)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -296,12 +322,22 @@ def load(
 
 
 def check_request(
-    name: str | None, settings: Sequence[str], epochs: int | None, seed: int | None, data: Path | None
+    name: str | None,
+    settings: Sequence[str],
+    epochs: int | None,
+    *,
+    data: Path | None = None,
+    phases: Sequence[Path] = (),
 ) -> None:
     """Say what is wrong with a recipe that flags ask for, before anything heavy is imported for it.
 
-    Without a name the data set's own recipe is meant, or that of the run, of which only keys are checked here. What is
-    wrong with the files themselves the phase says; names of functions are looked up by terms.check_recipe().
+    What is wrong with files, the recipe's own aside, the phase says.
+
+    Args:
+        name: of the recipe; without one that of the data set, or of a finished phase.
+        settings: with epochs, see load().
+        data: data set folder.
+        phases: phase folders; the first that is finished counts.
 
     Raises:
         UsageError: as load() does.
@@ -313,18 +349,10 @@ def check_request(
             name, rho = name or str(record["recipe"]), record["rho"]
         except (OSError, ValueError, TypeError, KeyError):
             return
+    if name is None:
+        name = next((str(folder / "recipe.toml") for folder in phases if (folder / "run.json").is_file()), None)
     if name is not None:
-        load(name, settings=settings, epochs=epochs, seed=seed, rho=rho)
-        return
-    for setting in settings:
-        location: list[str] = []
-        value: Any = _parse_setting(setting)
-        while isinstance(value, dict) and len(value) == 1:
-            ((key, value),) = value.items()
-            known = _keys_of(location)
-            if known and key not in known:
-                raise UsageError(f'--set "{setting}": unknown key.{suggest(key, known)}')
-            location.append(key)
+        load(name, settings=settings, epochs=epochs, rho=rho)
 
 
 def resolve(
@@ -348,7 +376,7 @@ def resolve(
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as fault:
-        lines = [_explain(dict(error)) for error in fault.errors()]
+        lines = [line for error in fault.errors() for line in _explain(dict(error))]
         raise UsageError(
             f"recipe {origin} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n    " + "\n    ".join(lines)
         ) from fault
@@ -434,18 +462,20 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """One pydantic fault as 'table.key: what is wrong'."""
+def _explain(error: dict[str, Any]) -> list[str]:
+    """One pydantic fault as 'table.key: what is wrong'; a term's functions may have several."""
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
+    if error["type"] == "functions":
+        return [f"{name}.{line}" for line in error["ctx"]["faults"]]
     if error["type"] == "extra_forbidden":
-        return f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"
+        return [f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"]
     if error["type"] == "missing":
-        return f"{name}: missing"
+        return [f"{name}: missing"]
     message = str(error["msg"]).removeprefix("Value error, ")
     if not location or isinstance(error["input"], dict):
-        return f"{name}: {message}" if name else message
-    return f"{name} = {error['input']!r}: {message}"
+        return [f"{name}: {message}" if name else message]
+    return [f"{name} = {error['input']!r}: {message}"]
 
 
 def _keys_of(location: list[str]) -> list[str]:

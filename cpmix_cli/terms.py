@@ -1,28 +1,29 @@
 """Terms: from the recipe's words to what a training step computes.
 
 A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (recipe.Term).
-Here the names are looked up in losses.py and mixing.py, their keyword arguments are bound and checked, and each
-term's draws of an epoch are made ahead. Shapes: S steps an epoch, B batch, C classes.
+Here the functions are bound that a term names, and its draws of an epoch are made ahead. Shapes: S steps an epoch, B
+batch, C classes.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
-from cpmix_cli.errors import UsageError, suggest
-from cpmix_cli.losses import LOSSES
-from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS, LABELS, MIXES, RATIOS, MixingState
+from cpmix_cli.errors import UsageError
+from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
+from cpmix_cli.models import MODELS
 from cpmix_cli.randomness import stream
 from cpmix_cli.recipe import Recipe, Stage
 from cpmix_cli.recipe import Term as TermRecipe
+from cpmix_cli.vocabulary import TABLES, bind, known
+
+FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in TABLES}
 
 
 @dataclass
@@ -44,10 +45,7 @@ class Term:
 
     Args:
         name: its key in [stageN.terms].
-        recipe: its table.
-
-    Raises:
-        ValueError: with all faults of the table, one a line.
+        recipe: its table, already checked.
     """
 
     def __init__(self, name: str, recipe: TermRecipe) -> None:
@@ -57,26 +55,8 @@ class Term:
         self.mixed = recipe.partner is not None
         self.in_batch = recipe.partner in BATCH_PARTNERS
         self._per_sample = recipe.per_sample
-        used: set[str] = set()
-        faults: list[str] = []
-
-        def find(kind: str, chosen: str | None, table: Mapping[str, Any]) -> Callable[..., Any]:
-            if chosen is None:
-                return lambda *args: None
-            if chosen not in table:
-                faults.append(f'{kind} = "{chosen}": unknown.{suggest(chosen, table)}')
-                return lambda *args: None
-            return _bind(table[chosen], recipe.parameters, used, faults)
-
-        self._partner = find("partner", recipe.partner, {**BATCH_PARTNERS, **CLASS_PARTNERS})
-        self._ratio = find("ratio", recipe.ratio, RATIOS)
-        self._mix = find("mix", recipe.mix, MIXES)
-        self._label = find("label", recipe.label, LABELS)
-        self._loss = find("loss", recipe.loss, LOSSES)
-        for key in sorted(recipe.parameters.keys() - used):
-            faults.append(f"{key}: unknown key.{suggest(key, {*TermRecipe.model_fields, *used})}")
-        if faults:
-            raise ValueError("\n".join(faults))
+        self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, recipe.keys())
+        assert not faults, faults
 
     def draws(self, steps: int, batch_size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Purpose -> (shape of uniforms, or of ratios where a function draws them, that function or None)."""
@@ -90,7 +70,7 @@ class Term:
             wanted[f"{self.name}/augment"] = ((*size, NUM_UNIFORMS), None)
         if self.mixed:
             wanted[f"{self.name}/partner"] = (size, None)
-            wanted[f"{self.name}/ratio"] = (size if self._per_sample else (steps, 1), self._ratio)
+            wanted[f"{self.name}/ratio"] = (size if self._per_sample else (steps, 1), self._functions["ratio"])
             if not self.in_batch:
                 wanted[f"{self.name}/partner-image"] = (size, None)
                 wanted[f"{self.name}/partner-augment"] = ((*size, NUM_UNIFORMS), None)
@@ -124,14 +104,15 @@ class Term:
             x1 = batches.batch(pool.draw(y1, drawn("image")), drawn("augment"))
         if not self.mixed:
             return TermBatch(x1, y1)
-        chosen = self._partner(drawn("partner"), y1, state)
+        chosen = self._functions["partner"](drawn("partner"), y1, state)
         if self.in_batch:
             x2, y2 = x1[chosen], y1[chosen]
         else:
             y2 = chosen
             x2 = batches.batch(pool.draw(y2, drawn("partner-image")), drawn("partner-augment"))
-        x, lam = self._mix(x1, x2, drawn("ratio"))
-        return TermBatch(x, y1, y2, self._label(lam, state.class_counts[y1], state.class_counts[y2]))
+        x, lam = self._functions["mix"](x1, x2, drawn("ratio"))
+        n1, n2 = state.class_counts[y1], state.class_counts[y2]
+        return TermBatch(x, y1, y2, self._functions["label"](lam, n1, n2))
 
     def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
         """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch; unweighted scalar.
@@ -141,12 +122,13 @@ class Term:
             batch: what they were computed on.
             class_counts: [C].
         """
+        loss = self._functions["loss"]
         if batch.y2 is None or batch.lam is None:
             ones = torch.ones_like(batch.y1, dtype=logits.dtype)
-            return self._loss(logits, batch.y1, ones, class_counts)  # type: ignore[no-any-return]
+            return loss(logits, batch.y1, ones, class_counts)  # type: ignore[no-any-return]
         lam = batch.lam.to(logits.dtype)
-        first = self._loss(logits, batch.y1, lam, class_counts)
-        return first + self._loss(logits, batch.y2, 1 - lam, class_counts)  # type: ignore[no-any-return]
+        first = loss(logits, batch.y1, lam, class_counts)
+        return first + loss(logits, batch.y2, 1 - lam, class_counts)  # type: ignore[no-any-return]
 
 
 def draw_epoch(terms: list[Term], num_samples: int, batch_size: int, key: tuple[int | str, ...]) -> dict[str, Tensor]:
@@ -172,60 +154,38 @@ def draw_epoch(terms: list[Term], num_samples: int, batch_size: int, key: tuple[
     return drawn
 
 
-def compile_stage(stage: Stage, table: str) -> list[Term]:
-    """The terms of a stage whose weight is not zero, in the recipe's order.
-
-    Raises:
-        UsageError: unknown functions or parameters, all listed with the table they stand in.
-    """
-    terms, faults = _compile(stage, table)
-    if faults:
-        raise _faults_error(faults)
-    return terms
+def compile_stage(stage: Stage) -> list[Term]:
+    """The terms of a stage whose weight is not zero, in the recipe's order."""
+    return [Term(name, recipe) for name, recipe in stage.terms.items() if recipe.weight > 0]
 
 
-def check_recipe(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
-    """Compile every stage and build the network, so that a fault in a later phase shows before the first has trained.
+def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
+    """Check a recipe against a data set, all its phases before the first has trained.
 
     Args:
-        recipe: typed, but not yet looked up.
+        recipe: valid by itself.
         num_classes: C of the data set.
         shape: of one of its images (H, W, channels) or points (2,).
 
     Raises:
-        UsageError: all faults of all stages.
+        UsageError: all that does not fit.
     """
-    from cpmix_cli.models import MODELS
-
     faults = []
-    if recipe.model.name not in MODELS:
-        faults.append(f'model.name = "{recipe.model.name}": unknown.{suggest(recipe.model.name, MODELS)}')
-    else:
-        try:
-            with torch.device("meta"):
-                MODELS[recipe.model.name](num_classes, shape)
-        except ValueError as fault:
-            faults.append(f'model.name = "{recipe.model.name}": {fault}')
+    try:
+        with torch.device("meta"):
+            MODELS[recipe.model.name](num_classes, shape)
+    except ValueError as fault:
+        faults.append(f'model.name = "{recipe.model.name}": {fault}')
     normalisation = recipe.data.normalisation
     if normalisation in PUBLISHED and len(shape) == 3 and shape[-1] != 3:
         faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
     for table in ("stage1", "stage2", "finetune"):
         stage = getattr(recipe, table)
         if stage is not None:
-            faults += _compile(stage, table)[1]
             faults += _pair_faults(stage, table, num_classes)
     if faults:
-        raise _faults_error(faults)
-
-
-def _compile(stage: Stage, table: str) -> tuple[list[Term], list[str]]:
-    terms, faults = [], []
-    for name, recipe in stage.terms.items():
-        try:
-            terms.append(Term(name, recipe))
-        except ValueError as fault:
-            faults += [f"{table}.terms.{name}.{line}" for line in str(fault).splitlines()]
-    return [term for term in terms if term.weight > 0], faults
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
 
 
 def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:
@@ -237,28 +197,3 @@ def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:
         for pair in term.parameters.get("pairs", [])
         if len(pair) != 2 or not all(0 <= c < num_classes for c in pair)
     ]
-
-
-def _faults_error(faults: list[str]) -> UsageError:
-    count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-    return UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
-
-
-def _bind(
-    function: Callable[..., Any], given: Mapping[str, Any], used: set[str], faults: list[str]
-) -> Callable[..., Any]:
-    """`function` with its keyword-only parameters taken from `given`, each checked against its annotation."""
-    bound = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
-        used.add(name)
-        if name in given:
-            try:
-                checker: TypeAdapter[Any] = TypeAdapter(parameter.annotation)
-                bound[name] = checker.validate_python(given[name], strict=True)
-            except ValidationError as fault:
-                faults.append(f"{name} = {given[name]!r}: {fault.errors()[0]['msg']}")
-        elif parameter.default is inspect.Parameter.empty:
-            faults.append(f"{name}: missing (a parameter of {function.__name__})")
-    return partial(function, **bound)

@@ -79,12 +79,17 @@ def test_the_flags_are_those_of_the_contract() -> None:
         ("train-stage1 --data {data} --recipe toy/cpmix --set optimizer.lrr=1", 2),
         ("train-stage1 --data {data} --set optimizer.lr=fast", 2),
         ("train-stage1 --data {data} --epochs 1", 2),
-        ("train-stage2 --from ckpt --set optimizer.lrr=1", 2),
-        ("finetune --from ckpt --recipe toy/cpmix --set optimizer.lr=-1", 2),
+        ("train-stage1 --data {data} --set stage2.terms.cp.partner=confusing", 2),
+        ("train-stage1 --data {data} --set stage2.terms.cp.alpha=-1", 2),
+        ("train-stage1 --data {data} --set model.name=resnet33", 2),
+        ("train-stage2 --from {run} --set optimizer.lrr=1", 2),
+        ("train-stage2 --from {run}/stage1 --set stage2.terms.cp.tt=1", 2),
+        ("finetune --from {run} --set finetune.terms.erm.loss=x", 2),
+        ("finetune --from {run} --phase stage1 --recipe toy/cpmix --set optimizer.lr=-1", 2),
     ],
 )
-def test_help_and_recipe_errors_import_nothing_heavy(line: str, code: int, digits: Path) -> None:
-    found = imported_by(line.format(data=digits).split())
+def test_help_and_recipe_errors_import_nothing_heavy(line: str, code: int, digits: Path, digits_run: Path) -> None:
+    found = imported_by(line.format(data=digits, run=digits_run).split())
     assert found == (code, [])
 
 

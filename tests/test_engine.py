@@ -40,7 +40,7 @@ MIX = {"draw": "natural", "partner": "permutation", **MIXED}
 
 
 def terms_of(**tables: dict[str, object]) -> list[Term]:
-    return compile_stage(Stage.model_validate({"terms": tables}), "stage2")
+    return compile_stage(Stage.model_validate({"terms": tables}))
 
 
 def data() -> TrainingData:

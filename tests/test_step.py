@@ -133,7 +133,7 @@ def test_batch_norm_sees_the_images_of_all_terms_together() -> None:
 def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> None:
     """100 epochs of the recipe for CIFAR, seen in the pixels: a chi-square of 80 degrees of freedom, and a binomial."""
     recipe = load("cifar100-lt/cpmix")
-    terms = compile_stage(recipe.stage1, "stage1")
+    terms = compile_stage(recipe.stage1)
     # Each pixel holds its own row and column, so the crop can be read from it.
     rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
     image = torch.stack([rows, columns, rows], 2).to(torch.uint8)

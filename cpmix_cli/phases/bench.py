@@ -36,7 +36,7 @@ from cpmix_cli.phases.train_stage1 import fresh_state, stage_plan
 from cpmix_cli.phases.training import Setting
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.step import EAGER_STEPS, Plan, TrainingData, TrainingState
-from cpmix_cli.terms import check_recipe
+from cpmix_cli.terms import check_fits
 
 PHASES = ("stage1", "stage2", "finetune")
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
@@ -93,7 +93,7 @@ def run(options: Options) -> None:
     dataset, images, labels = training_images(options.data)
     name = options.recipe or dataset.record["recipe"]
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
-    check_recipe(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
     setting = Setting(recipe, dataset, device, precision, {})

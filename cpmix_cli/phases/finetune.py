@@ -19,7 +19,7 @@ from cpmix_cli.recipe import Optimizer, Schedule
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.schedule import learning_rate
 from cpmix_cli.step import Plan, TrainingState
-from cpmix_cli.terms import check_recipe, compile_stage
+from cpmix_cli.terms import check_fits, compile_stage
 
 
 def run(options: Options, from_folder: Path, out: Path | None, phase: str | None) -> None:
@@ -34,7 +34,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     source = runs.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune")
     recipe = requested_recipe(options, source, dataset.record["rho"])
-    check_recipe(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape)
     runs.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
     if recipe.finetune is None:
         skip("finetune", "the recipe has no finetune", out or root)
@@ -94,7 +94,7 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
     return Plan(
         phase="finetune",
         seed=recipe.seed,
-        terms=compile_stage(table, "finetune"),
+        terms=compile_stage(table),
         joint_forward=table.forward == "joint",
         first_epoch=1,
         last_epoch=table.epochs,

@@ -16,7 +16,7 @@ from cpmix_cli.randomness import torch_generator
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.schedule import learning_rate
 from cpmix_cli.step import Plan, TrainingState
-from cpmix_cli.terms import check_recipe, compile_stage
+from cpmix_cli.terms import check_fits, compile_stage
 
 
 def run(options: Options, out: Path, init: Path | None) -> None:
@@ -40,7 +40,7 @@ def run(options: Options, out: Path, init: Path | None) -> None:
         seed=options.seed,
         rho=dataset.record["rho"],
     )
-    check_recipe(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape)
     inputs = {} if init is None else {"init": init}
     train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init), inputs)
 
@@ -88,7 +88,7 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
     return Plan(
         phase=phase,
         seed=recipe.seed,
-        terms=compile_stage(stage, phase),
+        terms=compile_stage(stage),
         joint_forward=stage.forward == "joint",
         first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
         last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
