@@ -123,6 +123,7 @@ def fit(
     publish: Callable[[], None],
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 0,
+    measure_confusion: Callable[[], Tensor] | None = None,
 ) -> float:
     """Train from where `state` stands to the end of the plan's last epoch.
 
@@ -133,6 +134,7 @@ def fit(
         publish: writes the state to disk.
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
+        measure_confusion: [C, C], takes the place of the counts after each epoch; None to count in training.
 
     Returns:
         Seconds of the training that went into recording CUDA graphs.
@@ -171,6 +173,9 @@ def fit(
                 row = _metrics_row(plan, state, len(data.labels))
                 if test_accuracy and eval_every and state.epoch % eval_every == 0:
                     row["test_accuracy"] = test_accuracy()
+                    state.model.train(plan.train_mode)
+                if measure_confusion:
+                    state.confusion.copy_(measure_confusion())
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
@@ -234,7 +239,7 @@ def _metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str
     """The row of metrics.parquet for the finished epoch."""
     s = dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
     steps = plan.num_steps(num_samples)
-    natural = plan.collect_confusion and any(term.natural for term in plan.measured_terms)
+    counts = plan.collect_confusion and plan.counted_term is not None
     row: dict[str, float | None] = {"epoch": state.epoch}
     row["learning_rate"] = sum(plan.learning_rate(state.epoch, step, steps) for step in range(steps)) / steps
     row["loss"] = s["loss"] / steps
@@ -242,7 +247,7 @@ def _metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str
     row["gradient_norm"] = s["gradient_norm"] / steps
     seen = num_samples * len(plan.measured_terms)
     row["train_accuracy"] = s["correct"] / seen if seen else None
-    row["num_confusions"] = s["errors"] if natural else None
+    row["num_confusions"] = s["errors"] if counts else None
     row["num_fallbacks"] = s["fallbacks"]
     row["test_accuracy"] = None
     row["images_per_second"] = num_samples * len(plan.terms) / s["seconds"]

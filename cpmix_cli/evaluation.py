@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.engine import predict
+from cpmix_cli.errors import InputError
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Recipe
 
@@ -73,13 +74,66 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]
     }
 
 
-def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
-    """A function that measures the model's fraction of test images right, for --eval-every."""
-    inputs, labels = dataset.read("test")
+def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
+    """Post-hoc logit adjustment z - tau log(n_c / N) [N, C]. Source: Menon et al., Long-tail learning via logit
+    adjustment.
+    """
+    return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
+
+
+def tau_normalised(model: Classifier, tau: float) -> None:
+    """Divide each class vector of the head by its norm ** tau, in place; biases stay.
+
+    Source: Kang et al., Decoupling.
+    """
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+
+
+def predictions_of(
+    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that gives labels [N] and predictions [N] of the model as it is then, on a split held ready."""
+    inputs, labels = dataset.read(split)
     batches = make_batches(inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
 
+    def measure() -> tuple[Tensor, Tensor]:
+        return labels, predict(model, batches, len(labels), recipe.evaluation.batch_size).argmax(1)
+
+    return measure
+
+
+def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
+    """A function that measures the model's fraction of test images right, for --eval-every."""
+    predictions = predictions_of(dataset, "test", recipe, model, device)
+
     def measure() -> float:
-        logits = predict(model, batches, len(labels), recipe.evaluation.batch_size)
-        return float((logits.argmax(1) == labels).double().mean())
+        labels, predicted = predictions()
+        return float((predicted == labels).double().mean())
+
+    return measure
+
+
+def confusion_on(
+    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that counts the model's confusions on a split, [C, C] float64 with a zero diagonal.
+
+    Raises:
+        InputError: the data set has no such split.
+    """
+    if f"{split}.safetensors" not in dataset.record["files"]:
+        raise InputError(
+            f"{dataset.folder} has no {split} split",
+            needed_by=f'confusion.source = "{recipe.confusion.source}"',
+            fix="cpmix build-lt ... --val-per-class K",
+        )
+    predictions = predictions_of(dataset, split, recipe, model, device)
+
+    def measure() -> Tensor:
+        labels, predicted = predictions()
+        return confusion_matrix(labels, predicted, dataset.num_classes).double().fill_diagonal_(0)
 
     return measure

@@ -1,18 +1,31 @@
-"""Losses: add one here.
+"""Losses and class weights: add one here.
 
 Shapes: B batch, C classes. A loss is
 
     loss(logits [B, C], labels [B], weights [B], class_counts [C], *, parameters) -> scalar
 
-with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing. `weights` are
-the mixing weights; the scalar is their weighted sum over B, divided by B. Keyword-only parameters become recipe keys
-of a term.
+with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing: with a loss
+that is linear in the labels that is its soft-label form. `weights` are the mixing weights times the class weights; the
+scalar is their weighted sum over B, divided by B. Class weights are
+
+    class_weights(class_counts [C], *, parameters) -> [C], of mean 1
+
+Both are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term.
 """
 
+import math
 from collections.abc import Callable
+from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
@@ -20,15 +33,163 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts:
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
+def logit_adjusted(
+    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 1.0
+) -> Tensor:
+    """Cross entropy of z + tau log n; the raw logits are used at test time.
+
+    Source: Menon et al., Long-tail learning via logit adjustment; n for the prior adds a constant to all
+    logits of an image, which cross entropy does not see.
+    """
+    return cross_entropy(logits + tau * class_counts.to(logits.dtype).log(), labels, weights, class_counts)
+
+
 def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
     """Cross entropy of z + log n: the softmax under the training prior. The raw logits are used at test time.
 
-    Paper: l_ERM, Sec. 4.3 (from Ren et al., Balanced Meta-Softmax). With equal counts it is cross entropy.
+    Paper: l_ERM, Sec. 4.3 (from Ren et al., Balanced Meta-Softmax). With equal counts it is cross entropy; for a
+    uniform test prior it is also the Bayias loss of UniMix (Xu et al.).
     """
-    return cross_entropy(logits + class_counts.to(logits.dtype).log(), labels, weights, class_counts)
+    return logit_adjusted(logits, labels, weights, class_counts, tau=1.0)
+
+
+def focal(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    gamma: NonNegative,
+    modulated_by: Literal["probability", "weighted-loss"] = "probability",
+) -> Tensor:
+    """(1/B) sum_b w_b (1 - p_y)^gamma (-log p_y), p the softmax; gamma = 0 is cross entropy.
+
+    Source: Lin et al., Focal loss, on the softmax. Differs: LDAM-DRW's code (and what descends from it) takes p
+    as exp(-w CE), so that class weights bend the modulation too: `modulated_by = "weighted-loss"`.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    exponent = losses if modulated_by == "probability" else weights * losses
+    return (weights * (1 - torch.exp(-exponent)) ** gamma * losses).mean()
+
+
+def sigmoid_focal(
+    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, gamma: NonNegative
+) -> Tensor:
+    """(1/B) sum_b w_b sum_c (1 - p_bc)^gamma BCE(z_bc, [c = y_b]), p the sigmoid's chance of what is true of class c;
+    gamma = 0 is the sigmoid cross entropy.
+
+    Source: Cui et al., Class-balanced loss; wants `model.head_bias = "rare"`.
+    """
+    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (weights * ((1 - torch.exp(-losses)) ** gamma * losses).sum(1)).mean()
+
+
+def ldam(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    max_margin: NonNegative = 0.5,
+    scale: Positive = 30.0,
+) -> Tensor:
+    """Cross entropy of z - scale m_y e_y with margins m_c = max_margin (n_min / n_c)^(1/4).
+
+    Args:
+        logits: scale times cosines, as `model.head = "cosine"` gives them.
+        max_margin: of the rarest class, as a cosine.
+        scale: `model.head_scale`.
+
+    Source: Cao et al., LDAM-DRW, and its code, which multiplies by s in the loss: the same.
+    """
+    margins = max_margin * (class_counts.min() / class_counts.to(logits.dtype)) ** 0.25
+    shift = scale * F.one_hot(labels, logits.shape[1]) * margins
+    return cross_entropy(logits - shift, labels, weights, class_counts)
+
+
+def lade(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    lader_weight: NonNegative,
+    remine: NonNegative,
+    importance: Literal["sample", "class"] = "sample",
+) -> Tensor:
+    """Balanced Softmax + lader_weight sum_c pi_c (-T1_c + T2_c + remine T2_c^2).
+
+    T1_c is the mean logit c over the batch's images of class c (0 without one); T2_c the log of the mean of exp z_c
+    over the batch under a uniform prior, that is with image b weighted by 1 / (C pi_y_b).
+
+    Args:
+        lader_weight: alpha of the paper.
+        remine: lambda of its regularisation.
+        importance: how T2 is brought to the uniform prior. Differs: the released code weights by the prior of the
+            column, 1 / (C pi_c), a constant a class: "class".
+
+    Source: Hong et al., LADE.
+    """
+    prior = class_counts.to(logits.dtype) / class_counts.sum()
+    batch_size, num_classes = logits.shape
+    own = F.one_hot(labels, num_classes).to(logits.dtype)
+    mean_own = (own * logits).sum(0) / own.sum(0).clamp(min=1)
+    ratio = prior[labels][:, None] if importance == "sample" else prior
+    uniform = torch.logsumexp(logits - torch.log(num_classes * ratio), 0) - math.log(batch_size)
+    regulariser = (prior * (-mean_own + uniform + remine * uniform**2)).sum()
+    return balanced_softmax(logits, labels, weights, class_counts) + lader_weight * weights.mean() * regulariser
+
+
+def label_aware_smoothing(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    smooth_head: Fraction,
+    smooth_tail: Fraction,
+    over: Literal["others", "all"] = "others",
+) -> Tensor:
+    """Cross entropy with labels smoothed by eps_y, between smooth_head for the largest class and smooth_tail for the
+    smallest: eps_y = tail + (head - tail) sin(pi/2 (n_y - n_min) / (n_max - n_min)).
+
+    Args:
+        over: the classes that eps is spread over: the C - 1 others, as the paper says. Differs: the code spreads it
+            over all, the true one included: "all".
+
+    Source: Zhong et al., MiSLAS.
+    """
+    counts = class_counts.to(logits.dtype)
+    place = (counts[labels] - counts.min()) / (counts.max() - counts.min()).clamp(min=1)
+    eps = smooth_tail + (smooth_head - smooth_tail) * torch.sin(math.pi / 2 * place)
+    log_p = F.log_softmax(logits, 1)
+    own = log_p.gather(1, labels[:, None]).squeeze(1)
+    if over == "all":
+        smoothed = log_p.mean(1)
+    else:
+        smoothed = (log_p.sum(1) - own) / (logits.shape[1] - 1)
+    return (weights * -((1 - eps) * own + eps * smoothed)).mean()
+
+
+def effective_number(class_counts: Tensor, *, beta: BelowOne) -> Tensor:
+    """(1 - beta) / (1 - beta^n_c), scaled to mean 1; beta = 0 weights all alike.
+
+    Source: Cui et al., Class-balanced loss.
+    """
+    counts = class_counts.to(torch.float64)
+    weights = (1 - beta) / (1 - beta**counts)
+    return weights / weights.mean()
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross-entropy": cross_entropy,
     "balanced-softmax": balanced_softmax,
+    "logit-adjusted": logit_adjusted,
+    "focal": focal,
+    "sigmoid-focal": sigmoid_focal,
+    "ldam": ldam,
+    "lade": lade,
+    "label-aware-smoothing": label_aware_smoothing,
 }
+CLASS_WEIGHTS: dict[str, Callable[..., Tensor]] = {"effective-number": effective_number}

@@ -2,9 +2,10 @@
 
 A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. Its builder takes the
 number of classes and the shape of one image (H, W, channels) or point (2,), and raises ValueError for a shape it
-cannot take.
+cannot take. Which head stands on it is [model] head's business: see build_model().
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpmix_cli.errors import InputError
+from cpmix_cli.recipe import Model
 
 
 class Classifier(nn.Module):
-    """Features and a linear head; subclasses define features()."""
+    """Features and a head; subclasses define features() and begin with a linear head."""
 
-    head: nn.Linear
+    head: nn.Module
 
     def features(self, x: Tensor) -> Tensor:
         """Inputs -> [B, D]."""
@@ -28,6 +30,33 @@ class Classifier(nn.Module):
         """Inputs -> raw logits [B, C]."""
         logits: Tensor = self.head(self.features(x))
         return logits
+
+
+class CosineHead(nn.Module):
+    """scale cos(f, w_c), without bias. Source: LDAM-DRW's NormedLinear, which leaves the scale to the loss."""
+
+    def __init__(self, num_features: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C], in float32: bf16 would round a cosine near 1 to two digits."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scale * F.linear(F.normalize(features.float(), dim=1), F.normalize(self.weight, dim=1))
+
+
+class ScaledHead(nn.Linear):
+    """s_c (w_c f + b_c) with a learnable scale a class, 1 at first. Source: LWS of Kang et al., Decoupling."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features)
+        self.weight, self.bias = head.weight, head.bias
+        self.scale = nn.Parameter(torch.ones_like(head.bias))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return self.scale * super().forward(features)
 
 
 class BasicBlock(nn.Module):
@@ -117,10 +146,13 @@ class ImageNetResNet(Classifier):
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
-    sqrt 2), linear biases as PyTorch draws them.
+    sqrt 2), linear biases as PyTorch draws them; the vectors of a cosine head uniform on the cube, then of length 1.
     """
     with torch.no_grad():
         for module in model.modules():
+            if isinstance(module, CosineHead):
+                module.weight.uniform_(-1, 1, generator=generator)
+                module.weight.copy_(F.normalize(module.weight, dim=1))
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, generator=generator)
                 if module.bias is not None:
@@ -228,8 +260,35 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def build_model(name: str, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
-    """A network by name, its weights drawn from `generator`."""
-    model = MODELS[name](num_classes, shape)
+def build_model(
+    recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator, *, scaled: bool = False
+) -> Classifier:
+    """The network of a recipe, its weights drawn from `generator`.
+
+    Args:
+        recipe: name and head.
+        num_classes: C.
+        shape: of one image (H, W, channels) or point (2,).
+        generator: for the weights.
+        scaled: with a ScaledHead, as `finetune.head = "scale"` leaves it.
+
+    Raises:
+        ValueError: the network cannot take such samples.
+    """
+    model = MODELS[recipe.name](num_classes, shape)
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    if recipe.head == "cosine":
+        model.head = CosineHead(head.in_features, num_classes, recipe.head_scale)
     initialise(model, generator)
+    if recipe.head_bias == "rare":
+        nn.init.constant_(head.bias, -math.log(max(num_classes - 1, 1)))
+    if scaled:
+        add_scale(model)
     return model
+
+
+def add_scale(model: Classifier) -> None:
+    """Put a learnable scale behind a linear head."""
+    assert isinstance(model.head, nn.Linear)
+    model.head = ScaledHead(model.head)

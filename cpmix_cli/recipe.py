@@ -9,13 +9,13 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cpmix_cli.errors import UsageError, suggest
-from cpmix_cli.vocabulary import bind, known
+from cpmix_cli.vocabulary import TERM_KINDS, bind, keywords, known
 
 # What each phase depends on. An output is refused to another recipe when one of its tables differs.
 TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
@@ -50,6 +50,12 @@ class Model(Table):
     """A key of models.MODELS."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Forward and backward; auto is bf16 autocast where the processor has it, resolved when stage 1 starts."""
+    head: Literal["linear", "cosine"] = "linear"
+    """cosine: `head_scale` times the cosine of feature and class vector, without bias (LDAM's NormedLinear)."""
+    head_scale: float = Field(default=30.0, gt=0)
+    """Of a cosine head."""
+    head_bias: Literal["drawn", "rare"] = "drawn"
+    """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
 
     @field_validator("name")
     @classmethod
@@ -106,7 +112,8 @@ class Schedule(Table):
     kind: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: list[float] = []
     """Multistep: each epoch later than a milestone has one more factor `decay`; may lie beyond the end."""
-    decay: float = Field(default=0.01, gt=0, le=1)
+    decay: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 0.01
+    """The same at each milestone, or one for each."""
     rescaled_from: int = Field(default=0, ge=0)
     """Epochs before --epochs changed them; 0 where it did not."""
 
@@ -118,14 +125,15 @@ class Confusion(Table):
     """First epoch (from 1) whose errors count."""
     decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on all counts at the start of each epoch; 1 accumulates for ever, as the paper does."""
-    source: Literal["train"] = "train"
-    """Whose errors: the unmixed natural training batch of every step."""
+    source: Literal["train", "heldout", "test_legacy"] = "train"
+    """Whose errors: the unmixed natural training batch of every step; or, after each epoch anew, all of the val split;
+    test_legacy: of the test split, as OTmix's released code has it (leaks test labels; the results are marked)."""
 
 
 class Term(BaseModel):
     """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
 
-    Keys beyond these are keyword arguments of the functions named (alpha of `beta`, t of `imbalance-aware`).
+    Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
@@ -133,22 +141,41 @@ class Term(BaseModel):
     draw: Literal["natural", "class-uniform"] = "natural"
     """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
     partner: str | None = None
-    """A key of mixing.PARTNERS; none leaves the batch unmixed."""
+    """A key of mixing.BATCH_PARTNERS or CLASS_PARTNERS; none leaves the batch unmixed."""
+    match: str | None = None
+    """A key of mixing.MATCHES: which image of the batch each partner goes with; none: its own."""
+    match_power: float = Field(default=1.0, ge=0)
+    """Epoch e of E matches with probability (e / E) ** match_power; otherwise its partners go with their own."""
     ratio: str | None = None
-    mix: str | None = None
-    label: str | None = None
+    alpha: float | None = Field(default=None, gt=0)
+    """The draws behind the ratio are Beta(alpha, alpha)."""
     per_sample: bool = False
     """A mixing ratio for each image and not one for the batch."""
+    mix: str | None = None
+    label: str | None = None
+    probability: float = Field(default=1.0, gt=0, le=1)
+    """Of a batch being mixed; otherwise it goes unmixed."""
+    unmixed_first: float = Field(default=0.0, ge=0)
+    """Epochs at the beginning whose batches all go unmixed."""
+    unmixed_last: float = Field(default=0.0, ge=0)
+    """The same at the end."""
     loss: str = "cross-entropy"
     """A key of losses.LOSSES."""
+    reweight: str | None = None
+    """A key of losses.CLASS_WEIGHTS."""
+    reweight_after: float = Field(default=0.0, ge=0)
+    """Epochs without the weights (DRW)."""
+    reweight_norm: Literal["batch-sum", "count"] = "batch-sum"
+    """A weighted loss is divided by the sum of the batch's class weights, or by the batch size."""
     weight: float = Field(default=1.0, ge=0)
     """Factor of the term in the objective; 0 leaves the term out."""
 
     @model_validator(mode="after")
     def _mixed_or_not(self) -> "Term":
-        steps = {"ratio": self.ratio, "mix": self.mix, "label": self.label}
-        if self.partner is None and any(steps.values()):
-            raise ValueError(f"{', '.join(k for k, v in steps.items() if v)} need a partner")
+        steps = {"ratio": self.ratio, "alpha": self.alpha, "mix": self.mix, "label": self.label}
+        if self.partner is None and (any(steps.values()) or self.match or self.probability < 1):
+            given = [*(k for k, v in steps.items() if v), *(["match"] if self.match else [])]
+            raise ValueError(f"{', '.join(given or ['probability'])} need a partner")
         if self.partner is not None and not all(steps.values()):
             raise ValueError(f"a partner needs {', '.join(k for k, v in steps.items() if not v)}")
         return self
@@ -163,8 +190,7 @@ class Term(BaseModel):
     @property
     def functions(self) -> dict[str, str]:
         """Kind -> name of each function named."""
-        names = {kind: getattr(self, kind) for kind in ("partner", "ratio", "mix", "label", "loss")}
-        return {kind: name for kind, name in names.items() if name is not None}
+        return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -202,10 +228,12 @@ class Finetune(Stage):
     batch_size: int = Field(default=128, ge=1)
     kind: Literal["cosine", "constant"] = "cosine"
     """Schedule of the rate; cosine falls to 0 over the steps."""
-    head: Literal["keep", "reinit"] = "keep"
-    """Start from the trained head, or from a fresh one (cRT)."""
+    head: Literal["keep", "reinit", "scale"] = "keep"
+    """Start from the trained head, from a fresh one (cRT), or put a learnable scale a class behind it (LWS)."""
     train: list[str] = ["head"]
     """Parameter-name prefixes that are trained."""
+    groups: list[ParameterGroup] = []
+    """As in [optimizer]."""
     batchnorm: Literal["frozen", "shift"] = "frozen"
     """frozen: the network is in eval mode; shift: running statistics move."""
 
@@ -218,6 +246,10 @@ class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
 
     batch_size: int = Field(default=500, ge=1)
+    logit_adjustment: float = Field(default=0.0, ge=0)
+    """tau of the post-hoc logit adjustment, z - tau log(class frequency); 0 leaves the logits."""
+    tau_norm: float = Field(default=0.0, ge=0)
+    """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
 
 
 class Recipe(Table):
@@ -236,7 +268,15 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Recipe":
+        scaled = self.finetune is not None and self.finetune.head == "scale"
+        if self.model.head == "cosine" and (scaled or self.model.head_bias == "rare" or self.evaluation.tau_norm):
+            raise ValueError(
+                'model.head = "cosine" has no bias and no norms: it goes without model.head_bias = "rare", '
+                'finetune.head = "scale" and evaluation.tau_norm'
+            )
         s = self.schedule
+        if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
+            raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
         if s.stage1_epochs > s.epochs:
             raise ValueError(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
         if (self.stage2 is None) != (s.stage1_epochs == s.epochs):
@@ -314,11 +354,31 @@ def load(
         UsageError: file, syntax, keys, types, ranges or settings are wrong; all faults are listed.
     """
     path = find_recipe(name)
+    return resolve(read_tables(path), origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+
+
+def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The tables of a recipe file, over those of the recipe that it `extends`; `about` is the file's own.
+
+    Args:
+        path: the file.
+        above: files that extend it.
+
+    Raises:
+        UsageError: a file is not there, is no TOML, or extends itself.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as fault:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
-    return resolve(tables, origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+    if (base := tables.pop("extends", None)) is None:
+        return tables
+    found = find_recipe(str(base))
+    if found in (path, *above):
+        raise UsageError(f'{path}: extends = "{base}" leads back to itself', needed_by="--recipe")
+    below = read_tables(found, (path, *above))
+    below.pop("about", None)
+    return _merged(below, tables)
 
 
 def check_request(
@@ -366,6 +426,7 @@ def resolve(
 ) -> Recipe:
     """A checked recipe from plain tables; see load()."""
     tables = dict(tables)
+    tables.pop("about", None)
     by_rho = tables.pop("by_rho", {})
     if rho is not None and f"{rho:g}" in by_rho:
         tables = _merged(tables, by_rho[f"{rho:g}"])
@@ -415,8 +476,22 @@ def rescaled(recipe: Recipe, epochs: int) -> Recipe:
     )
     start = recipe.confusion.start_epoch
     confusion = recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)})
-    finetune = recipe.finetune and recipe.finetune.model_copy(update={"epochs": whole(recipe.finetune.epochs)})
-    return recipe.model_copy(update={"schedule": schedule, "confusion": confusion, "finetune": finetune})
+
+    def terms(stage: Stage) -> dict[str, Term]:
+        counts = ("unmixed_first", "unmixed_last", "reweight_after")
+        return {
+            name: term.model_copy(update={key: round(getattr(term, key) * scale, 4) for key in counts})
+            for name, term in stage.terms.items()
+        }
+
+    update: dict[str, Any] = {"schedule": schedule, "confusion": confusion}
+    for name in ("stage1", "stage2"):
+        if (stage := getattr(recipe, name)) is not None:
+            update[name] = stage.model_copy(update={"terms": terms(stage)})
+    if recipe.finetune is not None:
+        shortened = {"epochs": whole(recipe.finetune.epochs), "terms": terms(recipe.finetune)}
+        update["finetune"] = recipe.finetune.model_copy(update=shortened)
+    return recipe.model_copy(update=update)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -439,8 +514,15 @@ def _shown(value: Any) -> str:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over` in it."""
+    """`base` with the nested values of `over` in it. Where `over` names another function in a term, the parameters of
+    the old one go.
+    """
     merged = dict(base)
+    for kind in TERM_KINDS:
+        old, new = base.get(kind), over.get(kind)
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            kept = {key for k in TERM_KINDS for key in keywords(k, over.get(k, base.get(k)))}
+            merged = {key: value for key, value in merged.items() if key in kept or key not in keywords(kind, old)}
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(value, dict) and isinstance(old, dict)

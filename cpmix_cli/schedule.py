@@ -22,7 +22,9 @@ def learning_rate(lr: float, schedule: Schedule, epoch: int, step: int, steps: i
     """
     warm = min(1.0, epoch / schedule.warmup_epochs) if schedule.warmup_epochs > 0 else 1.0
     if schedule.kind == "multistep":
-        return lr * warm * schedule.decay ** sum(epoch > m for m in schedule.milestones)
+        factors = schedule.decay if isinstance(schedule.decay, list) else [schedule.decay] * len(schedule.milestones)
+        passed = [factor for milestone, factor in zip(schedule.milestones, factors, strict=True) if epoch > milestone]
+        return lr * warm * math.prod(passed)
     if schedule.kind == "cosine":
         done = ((epoch - 1) * steps + step) / (schedule.epochs * steps)
         return lr * warm * 0.5 * (1 + math.cos(math.pi * done))

@@ -18,7 +18,7 @@ from cpmix_cli.confusion import count_confusions
 from cpmix_cli.data.batches import Batches, ClassPool
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
-from cpmix_cli.terms import Term, TermBatch, draw_epoch
+from cpmix_cli.terms import Term, TermBatch, draw_epoch, matching_terms
 
 EAGER_STEPS = 3  # before a graph is recorded: the libraries choose and allocate in them
 
@@ -52,6 +52,8 @@ class Plan:
     first_epoch: int
     """Counted over both stages, from 1."""
     last_epoch: int
+    num_epochs: int
+    """Of both stages together."""
     batch_size: int
     learning_rate: Callable[[int, int, int], float]
     """(epoch, step, steps an epoch) -> rate; parameter groups scale it by their lr_factor."""
@@ -74,6 +76,13 @@ class Plan:
         unmixed = [term for term in self.terms if not term.mixed]
         naturals = [i for i, term in enumerate(unmixed) if term.natural]
         return unmixed[: naturals[0] + 1] if naturals else unmixed
+
+    @property
+    def counted_term(self) -> Term | None:
+        """The natural term whose errors are counted: an unmixed one, or else one that leaves some batches unmixed."""
+        naturals = [term for term in self.terms if term.natural]
+        always = [term for term in naturals if not term.mixed]
+        return next(iter(always + [term for term in naturals if term.gated]), None)
 
 
 @dataclass(frozen=True)
@@ -99,20 +108,21 @@ class Replayed:
     Args:
         function: launches the work; reads nothing back, and works on tensors that stay where they are.
         device: where.
+        record: False takes every call eagerly, for a function that does read back.
     """
 
     capture_seconds = 0.0
     """Time spent recording so far."""
 
-    def __init__(self, function: Callable[[int], None], device: torch.device) -> None:
+    def __init__(self, function: Callable[[int], None], device: torch.device, *, record: bool = True) -> None:
         self._function = function
-        self._device = device
+        self._record = record and device.type == "cuda"
         self._num_eager: Counter[int] = Counter()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, key: int) -> None:
         """Do the work of a key."""
-        if self._device.type == "cpu" or self._num_eager[key] < EAGER_STEPS:
+        if not self._record or self._num_eager[key] < EAGER_STEPS:
             self._num_eager[key] += 1
             self._function(key)
             return
@@ -140,16 +150,20 @@ class Step:
         self._state = state
         self._pool = ClassPool(data.labels, len(data.class_counts))
         # A view of the last sum: partners count their fall-backs straight into it.
-        self._mixing = MixingState(data.class_counts, state.confusion, num_fallbacks=state.sums[-1])
+        self._mixing = MixingState(data.class_counts, state.confusion, state.sums[-1], self._features)
+        self._matching: set[str] = set()
         self._number = torch.zeros(1, dtype=torch.int64, device=data.labels.device)
         self._inputs: dict[str, Tensor] = {}
-        self._take = Replayed(self._run, self._number.device)
+        record = not any(term.matched for term in plan.terms)
+        self._take = Replayed(self._run, self._number.device, record=record)
 
     def begin_epoch(self, epoch: int) -> None:
         """Send all that differs between the steps of an epoch to the device: random numbers and learning rates."""
         plan = self._plan
         num_samples = len(self._data.labels)
-        inputs = draw_epoch(plan.terms, num_samples, plan.batch_size, (plan.seed, plan.phase, epoch))
+        key = (plan.seed, plan.phase)
+        inputs = draw_epoch(plan.terms, num_samples, plan.batch_size, key, epoch, plan.num_epochs)
+        self._matching = matching_terms(plan.terms, key, epoch, plan.num_epochs)
         steps = plan.num_steps(num_samples)
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
         inputs["learning_rate"] = torch.tensor(rates, dtype=torch.float64)
@@ -198,16 +212,18 @@ class Step:
         state.optimizer.step()
 
         correct = errors = torch.zeros_like(rate)
-        measured = plan.measured_terms
+        measured, counted = plan.measured_terms, plan.counted_term
         for term, z, part in zip(plan.terms, logits, parts, strict=True):
-            if term not in measured:
+            if term not in measured and term is not counted:
                 continue
             predictions = z.detach().argmax(1)
             right = (predictions == part.y1).sum()
-            correct = correct + right
-            if term.natural:
-                count_confusions(state.confusion, part.y1, predictions, collects)
-                errors = (size - right) * collects
+            if term in measured:
+                correct = correct + right
+            if term is counted:
+                weight = collects if part.unmixed is None else collects * part.unmixed[0]
+                count_confusions(state.confusion, part.y1, predictions, weight)
+                errors = (size - right) * weight
         values = [total, *losses, norm, correct, errors]
         state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])
 
@@ -218,8 +234,18 @@ class Step:
         if any(term.natural for term in self._plan.terms):
             natural = data.batches.batch(draws["order"], draws["augment"])
         return [
-            term.batch(draws, (natural, labels), data.batches, self._pool, self._mixing) for term in self._plan.terms
+            term.batch(draws, (natural, labels), data.batches, self._pool, self._mixing, term.name in self._matching)
+            for term in self._plan.terms
         ]
+
+    @torch.no_grad()
+    def _features(self, x: Tensor) -> Tensor:
+        model = self._state.model
+        model.eval()
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
+            found = model.features(x).float()
+        model.train(self._plan.train_mode)
+        return found
 
 
 @contextmanager

@@ -5,9 +5,10 @@ Here the functions are bound that a term names, and its draws of an epoch are ma
 batch, C classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
-from cpmix_cli.errors import UsageError
+from cpmix_cli.errors import EnvironmentFault, UsageError
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
 from cpmix_cli.models import MODELS
 from cpmix_cli.randomness import stream
@@ -38,6 +39,10 @@ class TermBatch:
     """Labels of the partners [B]; None where the batch is unmixed."""
     lam: Tensor | None = None
     """lambda_y [B], the weight of y1."""
+    unmixed: Tensor | None = None
+    """Where only some batches are mixed: 1 if this one is not, else 0; [1] float64."""
+    class_weights: Tensor | None = None
+    """[C]; None where all count alike."""
 
 
 class Term:
@@ -54,27 +59,52 @@ class Term:
         self.natural = recipe.draw == "natural"
         self.mixed = recipe.partner is not None
         self.in_batch = recipe.partner in BATCH_PARTNERS
-        self._per_sample = recipe.per_sample
+        self.matched = recipe.match is not None
+        self.gated = recipe.probability < 1 or recipe.unmixed_first > 0 or recipe.unmixed_last > 0
+        self._recipe = recipe
         self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, recipe.keys())
         assert not faults, faults
 
-    def draws(self, steps: int, batch_size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Purpose -> (shape of uniforms, or of ratios where a function draws them, that function or None)."""
-        size = (steps, batch_size)
-        wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+    def draws(self, steps: int, batch_size: int, epoch: int, num_epochs: int) -> dict[str, "Draw"]:
+        """Purpose -> how its numbers of an epoch are drawn.
+
+        Args:
+            steps: S.
+            batch_size: B.
+            epoch: from 1.
+            num_epochs: of the whole training.
+        """
+        recipe, size = self._recipe, (steps, batch_size)
+        wanted: dict[str, Draw] = {}
+
+        def want(purpose: str, *shape: int, how: Callable[..., Any] = np.random.Generator.random) -> None:
+            wanted[f"{self.name}/{purpose}"] = (shape, how)
+
         if self.natural:
-            wanted["augment"] = ((*size, NUM_UNIFORMS), None)  # shared by all natural terms
+            wanted["augment"] = ((*size, NUM_UNIFORMS), np.random.Generator.random)  # shared by all natural terms
         else:
-            wanted[f"{self.name}/class"] = (size, None)
-            wanted[f"{self.name}/image"] = (size, None)
-            wanted[f"{self.name}/augment"] = ((*size, NUM_UNIFORMS), None)
+            want("class", *size)
+            want("image", *size)
+            want("augment", *size, NUM_UNIFORMS)
         if self.mixed:
-            wanted[f"{self.name}/partner"] = (size, None)
-            wanted[f"{self.name}/ratio"] = (size if self._per_sample else (steps, 1), self._functions["ratio"])
+            several = size if recipe.per_sample else (steps, 1)
+            want("partner", *size)
+            want("ratio", *several, how=lambda g, shape: g.beta(recipe.alpha, recipe.alpha, size=shape))
+            want("box", *several, 2)
             if not self.in_batch:
-                wanted[f"{self.name}/partner-image"] = (size, None)
-                wanted[f"{self.name}/partner-augment"] = ((*size, NUM_UNIFORMS), None)
+                want("partner-image", *size)
+                want("partner-augment", *size, NUM_UNIFORMS)
+        if self.gated:
+            open_now = recipe.unmixed_first < epoch <= num_epochs - recipe.unmixed_last
+            want("gate", steps, 1, how=lambda g, shape: (g.random(shape) < recipe.probability * open_now) * 1.0)
+        if recipe.reweight is not None:
+            want("reweight", steps, 1, how=lambda g, shape: np.full(shape, float(epoch > recipe.reweight_after)))
         return wanted
+
+    def matches(self, generator: np.random.Generator, epoch: int, num_epochs: int) -> bool:
+        """Whether partners are matched in this epoch."""
+        chance = (epoch / num_epochs) ** self._recipe.match_power
+        return self.matched and bool(generator.random() < chance)
 
     def batch(
         self,
@@ -83,6 +113,7 @@ class Term:
         batches: Batches,
         pool: ClassPool,
         state: MixingState,
+        matching: bool,
     ) -> TermBatch:
         """This term's images of one step.
 
@@ -92,27 +123,42 @@ class Term:
             batches: the training images.
             pool: the same by class.
             state: what partners look at.
+            matching: whether partners are matched in this epoch.
         """
 
         def drawn(purpose: str) -> Tensor:
             return draws[f"{self.name}/{purpose}"]
 
+        class_weights = None
+        if "reweight" in self._functions:
+            chosen = self._functions["reweight"](state.class_counts)
+            class_weights = torch.where(drawn("reweight") > 0, chosen, 1.0)
         if self.natural:
             x1, y1 = natural
         else:
             y1 = (drawn("class") * len(state.class_counts)).long()
             x1 = batches.batch(pool.draw(y1, drawn("image")), drawn("augment"))
         if not self.mixed:
-            return TermBatch(x1, y1)
-        chosen = self._functions["partner"](drawn("partner"), y1, state)
+            return TermBatch(x1, y1, class_weights=class_weights)
+        partner = self._functions["partner"](drawn("partner"), y1, state)
         if self.in_batch:
-            x2, y2 = x1[chosen], y1[chosen]
+            x2, y2 = x1[partner], y1[partner]
         else:
-            y2 = chosen
+            y2 = partner
             x2 = batches.batch(pool.draw(y2, drawn("partner-image")), drawn("partner-augment"))
-        x, lam = self._functions["mix"](x1, x2, drawn("ratio"))
+        gate = drawn("gate") > 0 if self.gated else None
+        if matching and (gate is None or bool(gate)):
+            place = self._functions["match"](x1, y1, x2, y2, state)
+            x1, y1 = x1[place], y1[place]
         n1, n2 = state.class_counts[y1], state.class_counts[y2]
-        return TermBatch(x, y1, y2, self._functions["label"](lam, n1, n2))
+        lam = self._functions["ratio"](drawn("ratio"), n1, n2)
+        if gate is not None:
+            lam = torch.where(gate, lam, 1.0)
+        x, lam = self._functions["mix"](x1, x2, lam, drawn("box"))
+        lam = self._functions["label"](lam, n1, n2)
+        if gate is None:
+            return TermBatch(x, y1, y2, lam, class_weights=class_weights)
+        return TermBatch(x, y1, y2, torch.where(gate, lam, 1.0), 1.0 - gate.double(), class_weights)
 
     def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
         """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch; unweighted scalar.
@@ -122,16 +168,26 @@ class Term:
             batch: what they were computed on.
             class_counts: [C].
         """
-        loss = self._functions["loss"]
+
+        def share(labels: Tensor, lam: Tensor) -> Tensor:
+            """L(labels, lam)."""
+            if batch.class_weights is not None:
+                weights = batch.class_weights[labels].to(logits.dtype)
+                lam = lam * (weights / weights.mean() if self._recipe.reweight_norm == "batch-sum" else weights)
+            return self._functions["loss"](logits, labels, lam, class_counts)  # type: ignore[no-any-return]
+
         if batch.y2 is None or batch.lam is None:
-            ones = torch.ones_like(batch.y1, dtype=logits.dtype)
-            return loss(logits, batch.y1, ones, class_counts)  # type: ignore[no-any-return]
+            return share(batch.y1, torch.ones_like(batch.y1, dtype=logits.dtype))
         lam = batch.lam.to(logits.dtype)
-        first = loss(logits, batch.y1, lam, class_counts)
-        return first + loss(logits, batch.y2, 1 - lam, class_counts)  # type: ignore[no-any-return]
+        return share(batch.y1, lam) + share(batch.y2, 1 - lam)
 
 
-def draw_epoch(terms: list[Term], num_samples: int, batch_size: int, key: tuple[int | str, ...]) -> dict[str, Tensor]:
+Draw = tuple[tuple[int, ...], Callable[[np.random.Generator, tuple[int, ...]], Any]]
+
+
+def draw_epoch(
+    terms: list[Term], num_samples: int, batch_size: int, key: tuple[int | str, ...], epoch: int, num_epochs: int
+) -> dict[str, Tensor]:
     """All random numbers of an epoch by purpose, on the CPU; step in front, then the batch.
 
     Each purpose has its own stream, so two recipes that share a term share its draws. "order" [S, B] holds the images
@@ -141,17 +197,25 @@ def draw_epoch(terms: list[Term], num_samples: int, batch_size: int, key: tuple[
         terms: the phase's terms.
         num_samples: N.
         batch_size: B; the last batch of an epoch uses the first part of its draws.
-        key: (seed, phase, epoch).
+        key: (seed, phase).
+        epoch: from 1.
+        num_epochs: of the whole training.
     """
     steps = -(-num_samples // batch_size)
     order = np.zeros(steps * batch_size, dtype=np.int64)
-    order[:num_samples] = stream(*key, "order").permutation(num_samples)
+    order[:num_samples] = stream(*key, epoch, "order").permutation(num_samples)
     drawn = {"order": torch.from_numpy(order.reshape(steps, batch_size))}
-    wanted = {purpose: how for term in terms for purpose, how in term.draws(steps, batch_size).items()}
-    for purpose, (shape, function) in wanted.items():
-        generator = stream(*key, purpose)
-        drawn[purpose] = torch.from_numpy(generator.random(shape) if function is None else function(generator, shape))
+    wanted = {
+        purpose: how for term in terms for purpose, how in term.draws(steps, batch_size, epoch, num_epochs).items()
+    }
+    for purpose, (shape, how) in wanted.items():
+        drawn[purpose] = torch.from_numpy(how(stream(*key, epoch, purpose), shape))
     return drawn
+
+
+def matching_terms(terms: list[Term], key: tuple[int | str, ...], epoch: int, num_epochs: int) -> set[str]:
+    """Names of the terms whose partners are matched in this epoch; arguments as above."""
+    return {t.name for t in terms if t.matches(stream(*key, epoch, f"{t.name}/match"), epoch, num_epochs)}
 
 
 def compile_stage(stage: Stage) -> list[Term]:
@@ -169,6 +233,7 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
 
     Raises:
         UsageError: all that does not fit.
+        EnvironmentFault: a package that the recipe needs is not there.
     """
     faults = []
     try:
@@ -183,6 +248,13 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
         stage = getattr(recipe, table)
         if stage is not None:
             faults += _pair_faults(stage, table, num_classes)
+            for name, term in stage.terms.items():
+                if term.mix == "box" and len(shape) != 3:
+                    faults.append(f'{table}.terms.{name}.mix = "box": for images, the data set has points')
+                if term.match == "transport" and find_spec("ot") is None:
+                    raise EnvironmentFault(
+                        f'{table}.terms.{name}.match = "transport" needs POT', fix="pip install 'cpmix[transport]'"
+                    )
     if faults:
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))

@@ -21,13 +21,16 @@ from cpmix_cli.errors import suggest
 Functions = Mapping[str, Callable[..., Any]]
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "partner": ("mixing", ("BATCH_PARTNERS", "CLASS_PARTNERS")),
+    "match": ("mixing", ("MATCHES",)),
     "ratio": ("mixing", ("RATIOS",)),
     "mix": ("mixing", ("MIXES",)),
     "label": ("mixing", ("LABELS",)),
     "loss": ("losses", ("LOSSES",)),
+    "reweight": ("losses", ("CLASS_WEIGHTS",)),
     "model": ("models", ("MODELS",)),
 }
 """What a key of a recipe names -> the module, and its dictionaries of functions by name."""
+TERM_KINDS = tuple(kind for kind in TABLES if kind != "model")
 
 
 @cache
@@ -65,6 +68,12 @@ def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) ->
     """
     module, tables = TABLES[kind]
     return {name: function for table in tables for name, function in namespace(module)[table].items()}
+
+
+def keywords(kind: str, name: object) -> list[str]:
+    """The parameters of a function; none where there is no such function."""
+    function = known(kind).get(str(name))
+    return [] if function is None else list(inspect.signature(function).parameters)
 
 
 def bind(

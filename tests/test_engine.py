@@ -16,7 +16,7 @@ from cpmix_cli.data.batches import Batches, ClassPool, ImageBatches, PointBatche
 from cpmix_cli.engine import fit, make_optimizer
 from cpmix_cli.errors import Diverged, Interrupted
 from cpmix_cli.models import Classifier, build_model
-from cpmix_cli.recipe import Data, Optimizer, ParameterGroup, Stage
+from cpmix_cli.recipe import Data, Model, Optimizer, ParameterGroup, Stage
 from cpmix_cli.step import Plan, TrainingData, TrainingState
 from cpmix_cli.terms import Term, compile_stage, draw_epoch
 
@@ -50,14 +50,14 @@ def data() -> TrainingData:
 
 
 def fresh(epoch: int = 1) -> TrainingState:
-    model = build_model("resnet8", 4, (8, 8, 1), torch.Generator().manual_seed(0))
+    model = build_model(Model(name="resnet8"), 4, (8, 8, 1), torch.Generator().manual_seed(0))
     recipe = Optimizer(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, batch_size=64)
     confusion = torch.zeros(4, 4, dtype=torch.float64)
     return TrainingState(model, make_optimizer(model, recipe), confusion, epoch=epoch)
 
 
 def plan_of(terms: list[Term], epochs: int, *, batch: int = 64, joint: bool = True) -> Plan:
-    return Plan("stage2", 11, terms, joint, 1, epochs, batch, lambda *_: LR)
+    return Plan("stage2", 11, terms, joint, 1, epochs, epochs, batch, lambda *_: LR)
 
 
 def never() -> None:
@@ -104,7 +104,7 @@ def check_against_loop(state: TrainingState, terms: list[Term], loop: Callable[[
 
 def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
     terms = terms_of(erm=ERM)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2", 1))
+    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 1, 9)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
 
     def loop(model: Classifier) -> Tensor:
@@ -128,7 +128,7 @@ def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
     before = state.confusion.clone()
     state.epoch, state.step = 3, 0
     terms = terms_of(erm=ERM, cp=CP, mix=MIX)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2", 3))
+    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 3, 9)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
     by_class = [torch.nonzero(c == LABELS).flatten().tolist() for c in range(4)]
 
@@ -181,7 +181,7 @@ def test_confusions_are_the_errors_of_the_epoch() -> None:
     before = copy.deepcopy(state.model).train()
     terms = terms_of(erm=ERM, cp=CP)
     fit(plan_of(terms, 1), data(), state, publish=never)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2", 1))
+    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 1, 9)
     separate = fresh()
     fit(plan_of(terms, 1, joint=False), data(), separate, publish=never)
     order = draws["order"][0, :24]
@@ -307,7 +307,7 @@ def without_clock(row: dict[str, float | None]) -> dict[str, float | None]:
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
     points = PointBatches(torch.tensor([[1.0, 0.0], [float("inf"), 0.0]]))
     broken = TrainingData(points, torch.tensor([0, 1]), torch.tensor([1, 1]))
-    model = build_model("one-hidden-layer", 2, (2,), torch.Generator().manual_seed(0))
+    model = build_model(Model(name="one-hidden-layer"), 2, (2,), torch.Generator().manual_seed(0))
     optimizer = make_optimizer(model, Optimizer())
     state = TrainingState(model, optimizer, torch.zeros(2, 2, dtype=torch.float64), epoch=1)
     published = []
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
 
 
 def test_optimizer_groups_match_prefixes() -> None:
-    model = build_model("one-hidden-layer", 2, (2,), torch.Generator().manual_seed(0))
+    model = build_model(Model(name="one-hidden-layer"), 2, (2,), torch.Generator().manual_seed(0))
     groups = [ParameterGroup(prefix="head.", lr_factor=10.0, weight_decay=0.0)]
     optimizer = make_optimizer(model, Optimizer(weight_decay=0.5, groups=groups))
     found = {(g["lr_factor"], g["weight_decay"]): len(g["params"]) for g in optimizer.param_groups}
@@ -327,13 +327,13 @@ def test_optimizer_groups_match_prefixes() -> None:
 
 def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
     terms = terms_of(erm=ERM, cp=CP)
-    first = draw_epoch(terms, 24, 8, (0, "stage2", 5))
-    alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2", 5))
+    first = draw_epoch(terms, 24, 8, (0, "stage2"), 5, 9)
+    alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2"), 5, 9)
     assert set(alone) < set(first)
     for purpose in alone:
         assert first[purpose].equal(alone[purpose])
-    for key in ((1, "stage2", 5), (0, "stage1", 5), (0, "stage2", 6)):
-        other = draw_epoch(terms, 24, 8, key)
+    for seed, phase, epoch in ((1, "stage2", 5), (0, "stage1", 5), (0, "stage2", 6)):
+        other = draw_epoch(terms, 24, 8, (seed, phase), epoch, 9)
         assert not other["order"].equal(first["order"])
         assert not other["cp/class"].equal(first["cp/class"])
     assert not first["cp/image"].equal(first["cp/partner-image"])
@@ -341,11 +341,11 @@ def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
 
 def test_class_uniform_draws_reach_every_class_alike() -> None:
     terms = terms_of(cp=CP)
-    draws = draw_epoch(terms, 24, 24, (0, "stage2", 1))
+    draws = draw_epoch(terms, 24, 24, (0, "stage2"), 1, 9)
     pool = ClassPool(LABELS, 4)
     found = torch.zeros(4)
     for epoch in range(400):
-        draws = draw_epoch(terms, 24, 24, (0, "stage2", epoch))
+        draws = draw_epoch(terms, 24, 24, (0, "stage2"), epoch, 9)
         classes = (draws["cp/class"][0] * 4).long()
         assert (LABELS[pool.draw(classes, draws["cp/image"][0])] == classes).all()
         found += torch.bincount(classes, minlength=4)
@@ -353,7 +353,7 @@ def test_class_uniform_draws_reach_every_class_alike() -> None:
 
 
 def test_prediction_keeps_order_and_ignores_batch_size() -> None:
-    model = build_model("resnet8", 4, (8, 8, 1), torch.Generator().manual_seed(0))
+    model = build_model(Model(name="resnet8"), 4, (8, 8, 1), torch.Generator().manual_seed(0))
     batches = data().batches
     whole = engine.predict(model, batches, 24, 24)
     parts = engine.predict(model, batches, 24, 5)

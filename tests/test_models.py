@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cpmix_cli.models import BasicBlock, build_model
+from cpmix_cli.recipe import Model
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from cpmix_cli.models import BasicBlock, build_model
 def test_parameters_and_shapes(
     name: str, classes: int, shape: tuple[int, ...], parameters: int, generator: torch.Generator
 ) -> None:
-    model = build_model(name, classes, shape, generator)
+    model = build_model(Model(name=name), classes, shape, generator)
     assert sum(p.numel() for p in model.parameters()) == parameters
     x = torch.zeros(3, shape[2], shape[0], shape[1]) if len(shape) == 3 else torch.zeros(3, *shape)
     assert model(x).shape == (3, classes)
@@ -37,10 +38,10 @@ def test_option_a_shortcut_drops_pixels_and_pads_channels() -> None:
 
 def test_weights_are_kaiming_normal_and_come_from_the_generator() -> None:
     torch.manual_seed(1)
-    first = build_model("resnet32", 100, (32, 32, 3), torch.Generator().manual_seed(3)).state_dict()
+    first = build_model(Model(name="resnet32"), 100, (32, 32, 3), torch.Generator().manual_seed(3)).state_dict()
     torch.manual_seed(2)
-    second = build_model("resnet32", 100, (32, 32, 3), torch.Generator().manual_seed(3)).state_dict()
-    other = build_model("resnet32", 100, (32, 32, 3), torch.Generator().manual_seed(4)).state_dict()
+    second = build_model(Model(name="resnet32"), 100, (32, 32, 3), torch.Generator().manual_seed(3)).state_dict()
+    other = build_model(Model(name="resnet32"), 100, (32, 32, 3), torch.Generator().manual_seed(4)).state_dict()
     assert all(first[n].equal(second[n]) for n in first)
     assert not first["conv1.weight"].equal(other["conv1.weight"])
     weight = first["blocks.14.conv2.weight"]  # 64 channels of 3 x 3

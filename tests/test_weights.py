@@ -20,6 +20,7 @@ from cpmix_cli.engine import load_model
 from cpmix_cli.errors import InputError
 from cpmix_cli.models import build_model, take_over
 from cpmix_cli.phases.train_stage1 import read_weights
+from cpmix_cli.recipe import Model
 
 
 class Canary:
@@ -41,7 +42,7 @@ def save(content: object, path: Path) -> str:
 @pytest.fixture
 def weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Of a ResNet-8 for 10 classes, as the digits' recipes have it."""
-    return build_model("resnet8", 10, (8, 8, 1), generator).state_dict()
+    return build_model(Model(name="resnet8"), 10, (8, 8, 1), generator).state_dict()
 
 
 # -- import-weights ----------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_damaged_checkpoints_are_the_input_s_fault(tmp_path: Path, zipped: bool,
 
 
 def test_all_but_the_head_is_taken_over(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-    model = build_model("resnet8", 4, (8, 8, 1), generator)
+    model = build_model(Model(name="resnet8"), 4, (8, 8, 1), generator)
     head = model.head.weight.clone()
     given = {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")}
     given |= {"fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}
@@ -172,7 +173,7 @@ def test_all_but_the_head_is_taken_over(weights: dict[str, torch.Tensor], genera
 
 
 def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-    model = build_model("resnet8", 10, (8, 8, 1), generator)
+    model = build_model(Model(name="resnet8"), 10, (8, 8, 1), generator)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     del weights["bn1.weight"]
     weights["conv1.weight"] = torch.zeros(16, 3, 3, 3)
@@ -303,7 +304,7 @@ def test_torchvision_s_networks(name: str, generator: torch.Generator) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
-    own = build_model(name, 7, (64, 64, 3), generator).eval()
+    own = build_model(Model(name=name), 7, (64, 64, 3), generator).eval()
     renamed = {n.replace("fc.", "head."): t for n, t in other.state_dict().items()}
     load_model(own, renamed, Path("w"))
     x = torch.randn(2, 3, 64, 64, generator=generator)
@@ -312,7 +313,7 @@ def test_torchvision_s_networks(name: str, generator: torch.Generator) -> None:
         assert own.features(x).shape == (2, own.head.in_features)
     for shape in ((64, 64, 1), (32, 32, 3), (2,)):
         with pytest.raises(ValueError, match="takes RGB images of more than 32 x 32 pixels"):
-            build_model(name, 7, shape, generator)
+            build_model(Model(name=name), 7, shape, generator)
 
 
 def test_imagenet_s_networks_and_constants_are_for_colour(digits: Path, tmp_path: Path) -> None:

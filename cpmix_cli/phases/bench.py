@@ -104,7 +104,7 @@ def run(options: Options) -> None:
 
     def reference() -> Contender:
         generator = torch_generator(recipe.seed, "weights")
-        model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator).to(device)
+        model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator).to(device)
         return ReferenceLoop(images, labels, model, recipe.data.padding, recipe.optimizer.batch_size, workers)
 
     def alone(phase: str, precision: str) -> Contender:

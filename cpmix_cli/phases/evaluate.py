@@ -21,7 +21,7 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix, summary
+from cpmix_cli.evaluation import adjusted, class_accuracy, confusion_matrix, summary, tau_normalised
 from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
@@ -78,8 +78,8 @@ def run(options: Options) -> None:
     tests = own_tests(dataset) if options.test_data is None else other_tests(options.test_data, dataset)
 
     label = options.label
-    if label is None and options.test_data is not None:
-        label = re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name)
+    if label is None:
+        label = default_label(options, source.recipe(), recipe)
     name = source.phase if label is None else f"{source.phase}-{label}"
     folder = (options.out or root) / "evaluation" / name
     _weights, sha = source.output(artifacts.MODEL)
@@ -98,9 +98,10 @@ def run(options: Options) -> None:
     # As in training: what a test set's own mean would do to it, the network has not seen.
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
     logits = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
+    logits = adjusted(logits, torch.tensor(dataset.class_counts), recipe.evaluation.logit_adjustment)
     runs.clear(folder)
     recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
-    publish(recorder, source, dataset, logits, tests, options.few_inclusive, sha)
+    publish(recorder, source, recipe, dataset, logits, tests, options.few_inclusive, sha)
     if options.test_data is not None:
         by_path = "path" in tests.samples
         columns = {str(name): column for name, column in tests.samples.items()}
@@ -117,6 +118,18 @@ def run(options: Options) -> None:
     elif options.out is None:
         flags = ["--phase", source.phase, "--label", label]
         console.note(f"next: {console.typed('misclassified', '--from', root, *flags)}")
+
+
+def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | None:
+    """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
+    parts = []
+    if options.test_data is not None:
+        parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
+    for key in ("logit_adjustment", "tau_norm"):
+        value = getattr(recipe.evaluation, key)
+        if value != getattr(trained.evaluation, key):
+            parts.append(f"{key.replace('_', '-')}-{value:g}")
+    return "-".join(parts) or None
 
 
 def own_tests(dataset: Dataset) -> TestSet:
@@ -177,7 +190,7 @@ def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
 
 
 def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Sequence[int]) -> Classifier:
-    """The network of a phase with its trained weights.
+    """The network of a phase with its trained weights, normalised as [evaluation] says.
 
     Args:
         source: the phase.
@@ -191,14 +204,18 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
     path, sha = source.output(artifacts.MODEL)
     tensors, _ = artifacts.read_tensors(path, sha)
     generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model.name, num_classes, shape, generator)
+    scaled = source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "scale"
+    model = build_model(recipe.model, num_classes, shape, generator, scaled=scaled)
     engine.load_model(model, tensors, path)
+    if recipe.evaluation.tau_norm:
+        tau_normalised(model, recipe.evaluation.tau_norm)
     return model
 
 
 def publish(
     recorder: runs.Recorder,
     source: PhaseFolder,
+    recipe: Recipe,
     dataset: Dataset,
     logits: torch.Tensor,
     tests: TestSet,
@@ -211,6 +228,9 @@ def publish(
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups),
+        "logit_adjustment": recipe.evaluation.logit_adjustment,
+        "tau_norm": recipe.evaluation.tau_norm,
+        "confusion_source": recipe.confusion.source,
         "checkpoint_sha256": checkpoint,
     }
     recorder.publish(artifacts.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
@@ -249,6 +269,10 @@ ACCURACY_HEADER = (
 )
 
 
+MARK = " (!)"
+"""Behind the name of an evaluation whose network was trained with the test split's labels."""
+
+
 def accuracy_rows(evaluations: Path) -> list[list[str]]:
     """A table row for each finished evaluation of a run, in the order of its phases."""
     rows = []
@@ -258,7 +282,8 @@ def accuracy_rows(evaluations: Path) -> list[list[str]]:
         n = json.loads(artifacts.read_bytes(path.parent / artifacts.EVALUATION, sha))
         keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
         cells = ["-" if n[k] is None else f"{n[k]:.2f}" for k in keys]
-        rows.append([path.parent.name, *cells, f"{n['num_test']:,}"])
+        mark = MARK if n.get("confusion_source") == "test_legacy" else ""
+        rows.append([path.parent.name + mark, *cells, f"{n['num_test']:,}"])
     return rows
 
 
@@ -272,10 +297,12 @@ def report(folder: Path, status: str) -> None:
     record = artifacts.read_record(folder / artifacts.RUN)
     sha = record["outputs"][artifacts.EVALUATION]
     numbers = json.loads(artifacts.read_bytes(folder / artifacts.EVALUATION, sha))
+    rows = accuracy_rows(folder.parent)
+    marks = [f"{MARK.strip()} test labels took part in the training"] if any(MARK in row[0] for row in rows) else []
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
         title="per cent of the test split; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
-        rows=accuracy_rows(folder.parent),
-        lines=[f"{status}: {folder}"],
+        rows=rows,
+        lines=[*marks, f"{status}: {folder}"],
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from cpmix_cli import artifacts, runs
 from cpmix_cli.engine import load_state, make_optimizer
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.models import initialise
+from cpmix_cli.models import add_scale, initialise
 from cpmix_cli.phases.train_stage1 import fresh_state
 from cpmix_cli.phases.train_stage2 import requested_recipe
 from cpmix_cli.phases.training import Options, Setting, skip, train
@@ -60,7 +60,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
 
 def unmatched_prefixes(prefixes: list[str], source: PhaseFolder) -> list[str]:
     """Prefixes that no weight of the source's network starts with."""
-    names, _ = artifacts.read_tensors(*source.output(artifacts.MODEL))
+    names = [*artifacts.read_tensors(*source.output(artifacts.MODEL))[0], "head.scale"]
     return [p for p in prefixes if not any(name.startswith(p) for name in names)]
 
 
@@ -80,6 +80,8 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
     assert table is not None
     if table.head == "reinit":
         initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
+    elif table.head == "scale":
+        add_scale(state.model)
     for name, parameter in state.model.named_parameters():
         parameter.requires_grad = any(name.startswith(prefix) for prefix in table.train)
     optimizer = Optimizer(
@@ -88,6 +90,7 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
         nesterov=table.nesterov,
         weight_decay=table.weight_decay,
         batch_size=table.batch_size,
+        groups=table.groups,
     )
     state.optimizer = make_optimizer(state.model, optimizer)
     schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
@@ -98,6 +101,7 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
         joint_forward=table.forward == "joint",
         first_epoch=1,
         last_epoch=table.epochs,
+        num_epochs=table.epochs,
         batch_size=table.batch_size,
         learning_rate=partial(learning_rate, table.lr, schedule),
         train_mode=table.batchnorm == "shift",

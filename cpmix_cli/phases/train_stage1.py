@@ -73,7 +73,7 @@ def fresh_state(setting: Setting) -> TrainingState:
     """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
     recipe, dataset, device = setting.recipe, setting.dataset, setting.device
     generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model.name, dataset.num_classes, dataset.shape, generator)
+    model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
     return TrainingState(model, make_optimizer(model, recipe.optimizer), confusion.to(device), epoch=1)
@@ -92,8 +92,10 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
         joint_forward=stage.forward == "joint",
         first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
         last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
+        num_epochs=schedule.epochs,
         batch_size=recipe.optimizer.batch_size,
         learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),
+        collect_confusion=recipe.confusion.source == "train",
         confusion_start=recipe.confusion.start_epoch,
         confusion_decay=recipe.confusion.decay,
         precision=setting.precision,

@@ -15,10 +15,12 @@ from cpmix_cli import artifacts, console, engine, hardware, runs
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import InputError
-from cpmix_cli.evaluation import accuracy_on_test
+from cpmix_cli.evaluation import accuracy_on_test, confusion_on
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, TrainingData, TrainingState, sum_names
+
+CONFUSION_SPLITS = {"heldout": "val", "test_legacy": "test"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ def train(
         f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
+    measure_confusion = None
+    if plan.phase != "finetune" and (split := CONFUSION_SPLITS.get(recipe.confusion.source)):
+        measure_confusion = confusion_on(dataset, split, recipe, state.model, device)
+        if split == "test":
+            console.warn("confusion is taken from the test split: labels leak, and the results are marked")
     artifacts.check_place(folder.path, needed_bytes(state))
     if options.dry_run:
         report_dry_run(folder, plan, steps)
@@ -150,7 +157,13 @@ def train(
 
     test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
     capture_seconds = engine.fit(
-        plan, data, state, publish=publish_state, test_accuracy=test, eval_every=options.eval_every
+        plan,
+        data,
+        state,
+        publish=publish_state,
+        test_accuracy=test,
+        eval_every=options.eval_every,
+        measure_confusion=measure_confusion,
     )
     if begun:  # it may have stopped after its last epoch, with only the derived files missing
         publish_state()
