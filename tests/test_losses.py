@@ -1,26 +1,113 @@
-"""Losses against loops and limits."""
+"""Losses and class weights against loops, hand-worked cases, published values and limits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from cpmix_cli.losses import LOSSES, balanced_softmax, cross_entropy
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.losses import (
+    LOSSES,
+    balanced_softmax,
+    cross_entropy,
+    effective_number,
+    focal,
+    label_aware_smoothing,
+    lade,
+    ldam,
+    logit_adjusted,
+    sigmoid_focal,
+)
+
+COUNTS = torch.tensor([100, 40, 10, 2])
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("cross-entropy", {}),
+    ("balanced-softmax", {}),
+    ("logit-adjusted", {"tau": 1.5}),
+    ("focal", {"gamma": 1.0}),
+    ("focal", {"gamma": 0.5, "modulated_by": "weighted-loss"}),
+    ("sigmoid-focal", {"gamma": 2.0}),
+    ("ldam", {"max_margin": 0.5, "scale": 30.0}),
+    ("lade", {"lader_weight": 0.3, "remine": 0.2}),
+    ("lade", {"lader_weight": 0.3, "remine": 0.2, "importance": "class"}),
+    ("label-aware-smoothing", {"smooth_head": 0.4, "smooth_tail": 0.1}),
+    ("label-aware-smoothing", {"smooth_head": 0.4, "smooth_tail": 0.1, "over": "all"}),
+]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_loss_is_the_weighted_mean_of_a_loop(name: str, generator: torch.Generator) -> None:
-    logits = torch.randn(7, 4, generator=generator)
-    labels = torch.randint(0, 4, (7,), generator=generator)
-    weights = torch.rand(7, generator=generator)
-    counts = torch.tensor([100, 40, 10, 2])
-    shift = {"cross-entropy": [0.0] * 4, "balanced-softmax": [math.log(n) for n in counts.tolist()]}
-    total = 0.0
-    for z, y, w in zip(logits.tolist(), labels.tolist(), weights.tolist(), strict=True):
-        z = [a + b for a, b in zip(z, shift[name], strict=True)]
-        total += w * (math.log(sum(math.exp(a) for a in z)) - z[y])
-    found = LOSSES[name](logits, labels, weights, counts)
-    assert float(found) == pytest.approx(total / 7, rel=1e-5)
+def slow_loss(
+    name: str, logits: Tensor, labels: list[int], weights: list[Tensor], counts: list[int], parameters: dict[str, Any]
+) -> Tensor:
+    """A loss of losses.py by loops over images and classes, from its formula; differentiable."""
+    p = {"tau": 1.0, "modulated_by": "probability", "max_margin": 0.5, "scale": 30.0, "importance": "sample"}
+    p |= {"over": "others"} | parameters
+    batch_size, num_classes = logits.shape
+    total = torch.zeros(())
+    for b, y in enumerate(labels):
+        z = [logits[b, c] for c in range(num_classes)]
+        if name in ("balanced-softmax", "lade"):
+            z = [a + math.log(n) for a, n in zip(z, counts, strict=True)]
+        if name == "logit-adjusted":
+            z = [a + p["tau"] * math.log(n / sum(counts)) for a, n in zip(z, counts, strict=True)]
+        if name == "ldam":
+            z[y] = z[y] - p["scale"] * p["max_margin"] * counts[y] ** -0.25 / min(counts) ** -0.25
+        log_sum = torch.log(sum(torch.exp(a) for a in z))  # type: ignore[arg-type]
+        loss = log_sum - z[y]
+        if name == "focal":
+            own = torch.exp(-loss) if p["modulated_by"] == "probability" else torch.exp(-weights[b] * loss)
+            loss = (1 - own) ** p["gamma"] * loss
+        if name == "sigmoid-focal":
+            chances = [torch.sigmoid(a if c == y else -a) for c, a in enumerate(z)]
+            loss = sum(((1 - q) ** p["gamma"] * -torch.log(q) for q in chances), torch.zeros(()))
+        if name == "label-aware-smoothing":
+            angle = math.pi * (counts[y] - min(counts)) / (2 * (max(counts) - min(counts)))
+            eps = p["smooth_tail"] + (p["smooth_head"] - p["smooth_tail"]) * math.sin(angle)
+            target = [0.0] * num_classes
+            for c in range(num_classes):
+                if p["over"] == "all":
+                    target[c] = (1 - eps) * (c == y) + eps / num_classes
+                else:
+                    target[c] = 1 - eps if c == y else eps / (num_classes - 1)
+            loss = sum((q * (log_sum - a) for q, a in zip(target, z, strict=True)), torch.zeros(()))
+        total = total + weights[b] * loss
+    total = total / batch_size
+    if name == "lade":
+        for c in range(num_classes):
+            own = [logits[b, c] for b, y in enumerate(labels) if y == c]
+            first = sum(own, torch.zeros(())) / len(own) if own else torch.zeros(())
+            even = torch.zeros(())
+            for b, y in enumerate(labels):
+                prior = counts[y if p["importance"] == "sample" else c] / sum(counts)
+                even = even + torch.exp(logits[b, c]) / (num_classes * prior) / batch_size
+            second = torch.log(even)
+            regulariser = counts[c] / sum(counts) * (-first + second + p["remine"] * second**2)
+            total = total + p["lader_weight"] * sum(weights) / batch_size * regulariser
+    return total
+
+
+def drawn(generator: torch.Generator, size: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels and weights; class 3 does not occur."""
+    logits = torch.randn(size, 4, generator=generator, requires_grad=True)
+    return logits, torch.randint(0, 3, (size,), generator=generator), torch.rand(size, generator=generator)
+
+
+def test_there_is_a_case_for_every_loss() -> None:
+    assert {name for name, _ in CASES} == set(LOSSES)
+
+
+@pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
+def test_loss_and_gradient_are_those_of_a_loop(
+    name: str, parameters: dict[str, Any], generator: torch.Generator
+) -> None:
+    logits, labels, weights = drawn(generator)
+    found = LOSSES[name](logits, labels, weights, COUNTS, **parameters)
+    expected = slow_loss(name, logits, labels.tolist(), list(weights), COUNTS.tolist(), parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 def test_balanced_softmax_by_hand() -> None:
@@ -37,3 +124,109 @@ def test_balanced_softmax_with_equal_counts_is_cross_entropy(generator: torch.Ge
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_one_loss_under_four_names(generator: torch.Generator) -> None:
+    """Balanced Softmax = logit adjustment at tau 1 = Bayias for a uniform test set = LADE without its regulariser; and
+    a factor on all counts does not matter.
+    """
+    logits, labels, weights = drawn(generator)
+    pi = COUNTS / COUNTS.sum()
+    losses = {
+        "balanced softmax": balanced_softmax(logits, labels, weights, COUNTS),
+        "logit adjustment": logit_adjusted(logits, labels, weights, COUNTS, tau=1.0),
+        "scaled counts": balanced_softmax(logits, labels, weights, 7 * COUNTS),
+        "bayias": (weights * F.cross_entropy(logits + pi.log() - math.log(1 / 4), labels, reduction="none")).mean(),
+        "lade": lade(logits, labels, weights, COUNTS, lader_weight=0.0, remine=0.5),
+    }
+    first, *others = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses.values())
+    for name, gradient in zip(list(losses)[1:], others, strict=True):
+        torch.testing.assert_close(gradient, first, msg=name)
+
+
+def test_limits_that_are_cross_entropy(generator: torch.Generator) -> None:
+    logits, labels, weights = drawn(generator)
+    plain = cross_entropy(logits, labels, weights, COUNTS)
+    for loss in (
+        logit_adjusted(logits, labels, weights, COUNTS, tau=0.0),
+        focal(logits, labels, weights, COUNTS, gamma=0.0),
+        ldam(logits, labels, weights, COUNTS, max_margin=0.0),
+        label_aware_smoothing(logits, labels, weights, COUNTS, smooth_head=0.0, smooth_tail=0.0),
+    ):
+        torch.testing.assert_close(loss, plain)
+    targets = F.one_hot(labels, 4).float()
+    bce = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)).mean()
+    torch.testing.assert_close(sigmoid_focal(logits, labels, weights, COUNTS, gamma=0.0), bce)
+
+
+def test_the_two_forms_of_focal_loss_part_only_with_weights(generator: torch.Generator) -> None:
+    logits, labels, weights = drawn(generator)
+
+    def both(w: Tensor) -> list[Tensor]:
+        forms: list[Any] = ["probability", "weighted-loss"]
+        return [focal(logits, labels, w, COUNTS, gamma=1.0, modulated_by=form) for form in forms]
+
+    torch.testing.assert_close(*both(torch.ones(7)))
+    first, second = both(weights)
+    assert abs(float((first - second).detach())) > 1e-3
+
+
+def test_the_two_forms_of_lade_agree_on_balanced_counts(generator: torch.Generator) -> None:
+    logits, labels, weights = drawn(generator)
+    forms: list[Any] = ["sample", "class"]
+    even = torch.full((4,), 25)
+    first, second = (
+        lade(logits, labels, weights, even, lader_weight=1.0, remine=0.1, importance=form) for form in forms
+    )
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(("rho", "head"), [(100, 0.158), (200, 0.126), (10, 0.281)])
+def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
+    """Published for n_max 500: the rarest class has exactly 0.5, the largest what stands here."""
+    counts = torch.from_numpy(exponential_counts(500, 100, rho))
+    zeros, one = torch.zeros(1, 100), torch.ones(1)
+    for label, margin in ((0, head), (99, 0.5)):
+        loss = float(ldam(zeros, torch.tensor([label]), one, counts))
+        # Against 99 zeros, log(99 + exp(-30 m)) + 30 m.
+        assert loss == pytest.approx(
+            math.log(99 + math.exp(-30 * margin)) + 30 * margin, abs=0.02 if label == 0 else 1e-4
+        )
+
+
+@pytest.mark.parametrize(("rho", "head", "tail"), [(100, 0.045, 4.38), (200, 0.024, 5.78), (10, 0.258, 2.52)])
+def test_published_effective_numbers_on_cifar_100(rho: float, head: float, tail: float) -> None:
+    weights = effective_number(torch.from_numpy(exponential_counts(500, 100, rho)), beta=0.9999)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[0]) == pytest.approx(head, abs=6e-4)
+    assert float(weights[99]) == pytest.approx(tail, abs=6e-3)
+
+
+def test_limits_of_the_effective_number() -> None:
+    assert effective_number(COUNTS, beta=0.0).tolist() == [1.0] * 4
+    inverse = 1 / COUNTS.double()
+    torch.testing.assert_close(effective_number(COUNTS, beta=1 - 1e-9), inverse / inverse.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("over", ["others", "all"])
+def test_targets_of_label_aware_smoothing(over: Any) -> None:
+    """The gradient of cross entropy is p - q, so the target q can be read from it."""
+    for label, eps in ((0, 0.4), (3, 0.1)):
+        logits = torch.zeros(1, 4, requires_grad=True)
+        loss = label_aware_smoothing(
+            logits, torch.tensor([label]), torch.ones(1), COUNTS, smooth_head=0.4, smooth_tail=0.1, over=over
+        )
+        target = 0.25 - torch.autograd.grad(loss, logits)[0][0]
+        assert float(target.sum()) == pytest.approx(1)
+        own = 1 - eps if over == "others" else 1 - eps + eps / 4
+        assert float(target[label]) == pytest.approx(own)
+        assert float(target[1]) == pytest.approx((1 - own) / 3)
+
+
+def test_two_hard_labels_are_one_soft_label(generator: torch.Generator) -> None:
+    logits, first, lam = drawn(generator)
+    second = torch.randint(0, 4, (7,), generator=generator)
+    soft = lam[:, None] * F.one_hot(first, 4) + (1 - lam[:, None]) * F.one_hot(second, 4)
+    expected = F.cross_entropy(logits + COUNTS.log(), soft)
+    found = balanced_softmax(logits, first, lam, COUNTS) + balanced_softmax(logits, second, 1 - lam, COUNTS)
+    torch.testing.assert_close(found, expected)

@@ -1,18 +1,26 @@
 """Mixing by hand-worked cases and limits."""
 
+import numpy as np
 import pytest
 import torch
 
+from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.mixing import (
     MixingState,
+    box,
     class_uniform,
     confusion,
     fixed,
+    frequency_power,
     imbalance_aware,
     linear,
     permutation,
     random,
+    remix,
     same_ratio,
+    transport,
+    unimix,
+    unimix_ratio,
 )
 
 
@@ -97,3 +105,122 @@ def test_confusion_partner_counts_its_fallbacks() -> None:
     found = confusion(torch.full((4,), 0.5, dtype=torch.float64), labels, mixing)
     assert found.tolist() == [2, 2, 2, 0]  # 1: uniform over {0, 2}; 2: its column, {0}
     assert mixing.num_fallbacks.item() == 2
+
+
+def test_a_box_by_hand() -> None:
+    """lambda 0.75 on 8 x 8: half the side, 4 pixels, round (2, 5); lambda 0.36 at the corner: 6 pixels, 3 of them in."""
+    x1, x2 = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
+    centre = torch.tensor([[2 / 8, 5 / 8], [0.0, 0.0]], dtype=torch.float64)
+    mixed, lam = box(x1, x2, torch.tensor([0.75, 0.36], dtype=torch.float64), centre)
+    expected = torch.zeros(2, 8, 8)
+    expected[0, 0:4, 3:7] = 1
+    expected[1, 0:3, 0:3] = 1
+    assert mixed[:, 0].equal(expected)
+    assert lam.tolist() == [1 - 16 / 64, 1 - 9 / 64]
+
+
+def test_a_box_takes_the_area_that_it_says(generator: torch.Generator) -> None:
+    draws = 500
+    lam = torch.rand(draws, dtype=torch.float64, generator=generator)
+    lam[:2] = torch.tensor([0.0, 1.0])
+    centre = torch.rand(draws, 2, dtype=torch.float64, generator=generator)
+    mixed, left = box(torch.zeros(draws, 3, 32, 32), torch.ones(draws, 3, 32, 32), lam, centre)
+    assert left.equal(1 - mixed.double().mean((1, 2, 3)))
+    assert left[1] == 1
+    assert ((left >= 0) & (left <= 1)).all()
+    # A box inside the image has the area that was asked for, but for whole and even sides.
+    half = 16 * (1 - lam).sqrt()
+    inside = ((centre * 32 >= half[:, None]) & (centre * 32 <= 32 - half[:, None])).all(1)
+    assert inside.sum() > 50
+    assert (left - lam)[inside].min() >= 0
+    assert (left - lam)[inside].max() < 2 * 2 / 32
+
+
+def test_one_box_for_the_batch_cuts_all_images_alike(generator: torch.Generator) -> None:
+    x1, x2 = torch.zeros(5, 3, 16, 16), torch.ones(5, 3, 16, 16)
+    centre = torch.rand(1, 2, dtype=torch.float64, generator=generator)
+    mixed, lam = box(x1, x2, torch.tensor([0.4], dtype=torch.float64), centre)
+    assert lam.shape == (1,)
+    assert (mixed == mixed[0]).all()
+    assert box(x1, x2, torch.ones(1, dtype=torch.float64), centre)[0].equal(x1)
+
+
+@pytest.mark.parametrize(
+    ("lam", "n1", "n2", "expected"),
+    [
+        (0.4, 300, 100, 0.0),  # three times as common and less than half of the picture: the other's alone
+        (0.4, 299, 100, 0.4),
+        (0.5, 300, 100, 0.5),  # lambda < tau, not <=
+        (0.6, 300, 100, 0.6),
+        (0.6, 100, 300, 1.0),
+        (0.5, 100, 300, 0.5),
+        (0.4, 100, 300, 0.4),
+        (0.6, 101, 300, 0.6),
+        (0.4, 70, 70, 0.4),
+        (0.0, 100, 300, 0.0),
+        (1.0, 100, 300, 1.0),
+        (1.0, 300, 100, 1.0),
+    ],
+)
+def test_truth_table_of_remix(lam: float, n1: int, n2: int, expected: float) -> None:
+    found = remix(torch.tensor([lam]), torch.tensor([n1]), torch.tensor([n2]))
+    assert found.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("sample_tau", "share"), [(0.0, 0.028), (-0.1, 0.037), (-0.5, 0.107), (-1.0, 0.30)])
+def test_published_shares_of_few_classes_among_unimix_partners(sample_tau: float, share: float) -> None:
+    """CIFAR-100-LT, rho 100, in a batch of every fifth image: the 30 classes with fewer than 20 images."""
+    counts = exponential_counts(500, 100, 100)
+    labels = torch.repeat_interleave(torch.arange(100), torch.from_numpy(counts))[::5]
+    uniforms = (torch.arange(len(labels), dtype=torch.float64) + 0.5) / len(labels)
+    chosen = unimix(uniforms, labels, state(counts.tolist()), sample_tau=sample_tau)
+    assert (labels[chosen] >= 70).double().mean().item() == pytest.approx(share, abs=2e-3)
+
+
+def test_unimix_draws_by_the_power_of_the_counts(generator: torch.Generator) -> None:
+    """A batch of 3 + 1 images of classes with 100 and 10: at tau -1 the one has 10 / 13 of the draws."""
+    labels = torch.tensor([0, 0, 0, 1]).repeat(1000)
+    uniforms = torch.rand(4000, dtype=torch.float64, generator=generator)
+    chosen = unimix(uniforms, labels, state([100, 10]), sample_tau=-1.0)
+    assert labels[chosen].double().mean().item() == pytest.approx(10 / 13, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "means"), [(0.8, (0.52, 0.53, 0.51)), (0.5, (0.56, 0.60, 0.55)), (1.0, (0.5, 0.5, 0.5))]
+)
+def test_published_mean_weight_of_the_minority_in_unimix(alpha: float, means: tuple[float, ...]) -> None:
+    drawn = torch.from_numpy(np.random.Generator(np.random.Philox(1)).beta(alpha, alpha, 200_000))
+    for ratio, mean in zip((2, 10, 100), means, strict=True):
+        lam = unimix_ratio(drawn, torch.ones(200_000), torch.full((200_000,), ratio))
+        assert ((lam >= 0) & (lam < 1)).all()
+        assert lam.mean().item() == pytest.approx(mean, abs=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("power", "shares"), [(1.0, (0.6, 0.3, 0.1)), (0.0, (1 / 3,) * 3), (-1.0, (1 / 9, 2 / 9, 2 / 3))]
+)
+def test_frequency_power(power: float, shares: tuple[float, ...], generator: torch.Generator) -> None:
+    uniforms = torch.rand(30_000, dtype=torch.float64, generator=generator)
+    found = frequency_power(uniforms, torch.zeros(30_000, dtype=torch.int64), state([60, 30, 10]), power=power)
+    assert (torch.bincount(found, minlength=3) / 30_000).tolist() == pytest.approx(list(shares), abs=0.015)
+
+
+def test_transport_without_features_takes_the_most_confused(generator: torch.Generator) -> None:
+    """Six classes, one image of each on both sides: each is sent to the class it is confused with most."""
+    mixing = state([10] * 6)
+    confused = [3, 0, 4, 1, 5, 2]
+    for true, predicted in enumerate(confused):
+        mixing.confusion[true, predicted] = 6.0
+        mixing.confusion[true, (predicted + 1) % 6] = 2.0
+    mixing.confusion.fill_diagonal_(0)
+    x = torch.randn(6, 3, generator=generator)
+    y1, y2 = torch.randperm(6, generator=generator), torch.randperm(6, generator=generator)
+    found = transport(x, y1, x, y2, mixing, feature_weight=0.0, regularisation=0.01)
+    assert y1[found].tolist() == [confused[c] for c in y2.tolist()]
+
+
+def test_transport_by_features_alone_takes_the_nearest(generator: torch.Generator) -> None:
+    x1 = torch.randn(8, 40, generator=generator)
+    order = torch.randperm(8, generator=generator)
+    labels = torch.zeros(8, dtype=torch.int64)
+    assert transport(x1, labels, x1[order], labels, state([5]), feature_weight=1.0).equal(order)
