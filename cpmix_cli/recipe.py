@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from cpmix_cli.errors import UsageError, suggest
 from cpmix_cli.vocabulary import TERM_KINDS, bind, keywords, known
@@ -180,22 +179,10 @@ class Term(BaseModel):
             raise ValueError(f"a partner needs {', '.join(k for k, v in steps.items() if not v)}")
         return self
 
-    @model_validator(mode="after")
-    def _functions_take_the_rest(self) -> "Term":
-        _, faults = bind(self.functions, self.parameters, {kind: known(kind) for kind in self.functions}, self.keys())
-        if faults:
-            raise PydanticCustomError("functions", "{faults}", {"faults": faults})
-        return self
-
     @property
     def functions(self) -> dict[str, str]:
         """Kind -> name of each function named."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """The keys that every term may have."""
-        return list(cls.model_fields)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -434,14 +421,30 @@ def resolve(
         tables = _merged(tables, _parse_setting(setting))
     if seed is not None:
         tables["seed"] = seed
+    lines, recipe = [], None
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as fault:
-        lines = [line for error in fault.errors() for line in _explain(dict(error))]
-        raise UsageError(
-            f"recipe {origin} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n    " + "\n    ".join(lines)
-        ) from fault
+        lines = [_explain(dict(error)) for error in fault.errors()]
+    lines += _function_faults(tables)
+    if recipe is None or lines:
+        count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
+        raise UsageError(f"recipe {origin} has {count}:\n    " + "\n    ".join(lines))
     return rescaled(recipe, epochs) if epochs is not None else recipe
+
+
+def _function_faults(tables: dict[str, Any]) -> list[str]:
+    """What is wrong with the functions that terms name and with their parameters, whatever else is wrong with them."""
+    faults = []
+    for stage in ("stage1", "stage2", "finetune"):
+        terms = tables[stage].get("terms") if isinstance(tables.get(stage), dict) else None
+        for name, term in terms.items() if isinstance(terms, dict) else []:
+            if isinstance(term, dict):
+                names = {kind: term[kind] for kind in TERM_KINDS if isinstance(term.get(kind), str)}
+                given = {key: value for key, value in term.items() if key not in Term.model_fields}
+                _, found = bind(names, given, {kind: known(kind) for kind in names}, Term.model_fields)
+                faults += [f"{stage}.terms.{name}.{line}" for line in found]
+    return faults
 
 
 def rescaled(recipe: Recipe, epochs: int) -> Recipe:
@@ -544,20 +547,18 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _explain(error: dict[str, Any]) -> list[str]:
-    """One pydantic fault as 'table.key: what is wrong'; a term's functions may have several."""
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic fault as 'table.key: what is wrong'."""
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
-    if error["type"] == "functions":
-        return [f"{name}.{line}" for line in error["ctx"]["faults"]]
     if error["type"] == "extra_forbidden":
-        return [f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"]
+        return f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"
     if error["type"] == "missing":
-        return [f"{name}: missing"]
+        return f"{name}: missing"
     message = str(error["msg"]).removeprefix("Value error, ")
     if not location or isinstance(error["input"], dict):
-        return [f"{name}: {message}" if name else message]
-    return [f"{name} = {error['input']!r}: {message}"]
+        return f"{name}: {message}" if name else message
+    return f"{name} = {error['input']!r}: {message}"
 
 
 def _keys_of(location: list[str]) -> list[str]:

@@ -62,8 +62,8 @@ class Term:
         self.matched = recipe.match is not None
         self.gated = recipe.probability < 1 or recipe.unmixed_first > 0 or recipe.unmixed_last > 0
         self._recipe = recipe
-        self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, recipe.keys())
-        assert not faults, faults
+        self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
+        assert not faults, faults  # recipe.resolve() has told them
 
     def draws(self, steps: int, batch_size: int, epoch: int, num_epochs: int) -> dict[str, "Draw"]:
         """Purpose -> how its numbers of an epoch are drawn.

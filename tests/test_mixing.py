@@ -108,7 +108,7 @@ def test_confusion_partner_counts_its_fallbacks() -> None:
 
 
 def test_a_box_by_hand() -> None:
-    """lambda 0.75 on 8 x 8: half the side, 4 pixels, round (2, 5); lambda 0.36 at the corner: 6 pixels, 3 of them in."""
+    """lambda 0.75 on 8 x 8: sides of 4 round (2, 5); lambda 0.36 at the corner: sides of 6, of which 3 are inside."""
     x1, x2 = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
     centre = torch.tensor([[2 / 8, 5 / 8], [0.0, 0.0]], dtype=torch.float64)
     mixed, lam = box(x1, x2, torch.tensor([0.75, 0.36], dtype=torch.float64), centre)

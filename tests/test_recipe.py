@@ -39,7 +39,7 @@ def test_table_6() -> None:
     assert recipe.finetune is not None
     for name in ("cp", "mix"):
         term = recipe.stage2.terms[name]
-        assert (term.weight, term.parameters) == (2.5, {"alpha": 1.5, "t": 0.5})
+        assert (term.weight, term.alpha, term.parameters) == (2.5, 1.5, {"t": 0.5})
     f = recipe.finetune
     assert (f.epochs, f.lr, f.momentum, f.weight_decay) == (30, 0.5, 0.9, 0.0)
 
@@ -70,7 +70,7 @@ def test_faults_of_terms_are_listed_with_the_functions_there_are() -> None:
         "stage2.terms.cp.alpha=0",
         "stage2.terms.mix.t=1.5",
         "stage2.terms.mix.gamma=2",
-        "finetune.terms.erm.loss=focal",
+        "finetune.terms.erm.loss=crossentropy",
         "model.name=resnet33",
     ]
     with pytest.raises(UsageError) as caught:
@@ -81,12 +81,12 @@ def test_faults_of_terms_are_listed_with_the_functions_there_are() -> None:
     assert "stage2.terms.cp.alpha = 0: Input should be greater than 0" in text
     assert "stage2.terms.mix.t = 1.5: Input should be less than or equal to 1" in text
     assert "stage2.terms.mix.gamma: unknown key" in text
-    assert "cross-entropy" in text
+    assert 'Did you mean "cross-entropy"? Known: balanced-softmax, cross-entropy, focal, ' in text
     assert 'Did you mean "resnet32"?' in text
 
 
 def test_a_mixed_term_needs_all_its_steps() -> None:
-    with pytest.raises(UsageError, match="a partner needs ratio, mix, label"):
+    with pytest.raises(UsageError, match="a partner needs ratio, alpha, mix, label"):
         load("digits/cross-entropy", settings=["stage1.terms.erm.partner=permutation"])
     with pytest.raises(UsageError, match="ratio need a partner"):
         load("digits/cross-entropy", settings=["stage1.terms.erm.ratio=beta"])
@@ -161,3 +161,68 @@ def test_a_recipe_that_does_not_fit_the_data() -> None:
         check_fits(load("toy/cpmix", settings=settings), 4, (2,))
     with pytest.raises(UsageError, match="optimizer: nesterov needs momentum > 0"):
         load("digits/cpmix", settings=["optimizer.nesterov=true", "optimizer.momentum=0"])
+
+
+def test_extends_merges_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        '[about]\nmethod = "base"\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n'
+        '[stage1.terms.erm]\nloss = "focal"\ngamma = 2.0\n[schedule]\nepochs = 9\nstage1_epochs = 9\n'
+    )
+    child = tmp_path / "child.toml"
+    child.write_text(f'extends = "{tmp_path}/base.toml"\n[optimizer]\nlr = 0.1\n[stage1.terms.erm]\nweight = 2.0\n')
+    recipe = load(str(child))
+    assert (recipe.optimizer.lr, recipe.optimizer.momentum) == (0.1, 0.5)
+    term = recipe.stage1.terms["erm"]
+    assert (term.loss, term.weight, term.parameters) == ("focal", 2.0, {"gamma": 2.0})
+    assert load(str(tmp_path / "base.toml")).optimizer.lr == 0.3
+
+    child.write_text('extends = "nowhere/at-all"\n')
+    with pytest.raises(UsageError, match='no recipe "nowhere/at-all"'):
+        load(str(child))
+    child.write_text(f'extends = "{child}"\n')
+    with pytest.raises(UsageError, match="leads back to itself"):
+        load(str(child))
+
+
+def test_another_function_takes_the_old_ones_parameters_with_it() -> None:
+    """So that an ablation is a flag; a parameter that nobody has is a fault all the same."""
+    cp = load("cifar100-lt/cpmix", settings=["stage2.terms.cp.label=lambda"]).stage2.terms["cp"]  # type: ignore[union-attr]
+    assert cp.parameters == {}
+    settings = ["stage2.terms.cp.partner=fixed", "stage2.terms.cp.pairs=[[0, 1]]", "stage2.terms.cp.partner=random"]
+    cp = load("cifar100-lt/cpmix", settings=settings).stage2.terms["cp"]  # type: ignore[union-attr]
+    assert cp.parameters == {"t": 0.5}
+    with pytest.raises(UsageError, match=r"stage2\.terms\.cp\.t: unknown key"):
+        load("cifar100-lt/cpmix", settings=["stage2.terms.cp.label=lambda", "stage2.terms.cp.t=0.5"])
+
+
+def test_a_decay_for_each_milestone() -> None:
+    settings = ["schedule.milestones=[100, 160, 200]", "schedule.decay=[0.1, 0.1, 0.01]"]
+    assert load("cifar100-lt/cpmix", settings=settings).schedule.decay == [0.1, 0.1, 0.01]
+    with pytest.raises(UsageError, match=r"schedule\.decay has 1 factors for 2 milestones"):
+        load("cifar100-lt/cpmix", settings=["schedule.decay=[0.1]"])
+
+
+def test_epochs_rescales_windows_and_reweighting() -> None:
+    term = "stage1.terms.erm"
+    settings = [f"{term}.reweight=effective-number", f"{term}.beta=0.9999", f"{term}.reweight_after=160"]
+    settings += [f"{term}.partner=frequency-power", f"{term}.power=0", f"{term}.ratio=beta", f"{term}.alpha=1"]
+    settings += [f"{term}.mix=box", f"{term}.label=lambda", f"{term}.unmixed_first=4", f"{term}.unmixed_last=3"]
+    erm = load("cifar100-lt/cross-entropy", settings=settings, epochs=30).stage1.terms["erm"]
+    assert (erm.reweight_after, erm.unmixed_first, erm.unmixed_last) == (16.0, 0.4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["finetune.head=scale", "model.head=cosine"], 'model.head = "cosine" has no bias and no norms'),
+        (["evaluation.tau_norm=1", "model.head=cosine"], "evaluation.tau_norm"),
+        (["stage1.terms.erm.probability=0.5"], "probability need a partner"),
+        (["stage1.terms.erm.match=transport"], "match need a partner"),
+        (["stage2.terms.cp.probability=0"], "Input should be greater than 0"),
+        (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
+    ],
+)
+def test_faults_of_the_keys_that_methods_need(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load("cifar100-lt/cpmix", settings=settings)
+    assert message in str(caught.value)

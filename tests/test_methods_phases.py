@@ -1,0 +1,169 @@
+"""What methods add to the phases, run for real on digits: heads, finetunes, post-hoc methods, sources of confusion."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cpmix, files, must
+
+from cpmix_cli import artifacts
+from cpmix_cli.models import build_model
+from cpmix_cli.recipe import Model, load
+
+SMOOTHING = ("loss=label-aware-smoothing", "smooth_head=0.3", "smooth_tail=0.1")
+
+
+def setting(table: str, *values: str) -> list[str]:
+    return [flag for value in values for flag in ("--set", f"{table}.{value}")]
+
+
+def weights(run: Path, phase: str) -> dict[str, torch.Tensor]:
+    return artifacts.read_tensors(run / phase / "model.safetensors")[0]
+
+
+def test_mislas_finetune(digits_run: Path, tmp_path: Path) -> None:
+    """Scales are learnt beside the classifier, at another rate; the rest of the network moves its statistics alone."""
+    flags = setting("finetune", "head=scale", "batchnorm=shift", 'groups=[{prefix="head.scale", lr_factor=5.0}]')
+    flags += setting("finetune.terms.erm", *SMOOTHING)
+    out = tmp_path / "mislas"
+    must("finetune", "--from", digits_run, "--out", out, *flags)
+    before, after = weights(digits_run, "stage2"), weights(out, "finetune")
+    assert after.keys() - before.keys() == {"head.scale"}
+    assert after["head.scale"].shape == (10,)
+    assert 0 < (after["head.scale"] - 1).abs().max() < 1
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert {name.rsplit(".", 1)[1] for name in moved - {"head.weight", "head.bias"}} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert must("evaluate", "--from", out, "--json").json["phase"] == "finetune"
+
+
+def test_lws_finetune_learns_scales_alone(digits_run: Path, tmp_path: Path) -> None:
+    flags = setting("finetune", "head=scale", 'train=["head.scale"]')
+    must("finetune", "--from", digits_run, "--out", tmp_path, *flags)
+    before, after = weights(digits_run, "stage2"), weights(tmp_path, "finetune")
+    assert {n for n in after if n not in before or not before[n].equal(after[n])} == {"head.scale"}
+    plain = must("evaluate", "--from", digits_run, "--phase", "stage2", "--json").json
+    scaled = must("evaluate", "--from", tmp_path, "--json").json
+    assert scaled["phase"] == "finetune"
+    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, scaled)]
+    torch.testing.assert_close(logits[1], logits[0] * after["head.scale"])
+
+
+def test_logit_adjustment_after_training(digits_run: Path) -> None:
+    plain = must("evaluate", "--from", digits_run, "--json").json
+    flags = ("--set", "evaluation.logit_adjustment=1.5")
+    adjusted = must("evaluate", "--from", digits_run, *flags, "--json").json
+    assert Path(adjusted["folder"]) == digits_run / "evaluation" / "finetune-logit-adjustment-1.5"
+    assert (plain["logit_adjustment"], adjusted["logit_adjustment"]) == (0.0, 1.5)
+    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, adjusted)]
+    counts = torch.tensor([124, 88, 63, 45, 32, 23, 16, 12, 8, 6.0])
+    torch.testing.assert_close(logits[1], logits[0] - 1.5 * (counts / 417).log())
+    assert must("evaluate", "--from", digits_run, *flags, "--json").json["status"] == "up to date"
+    labelled = must("evaluate", "--from", digits_run, *flags, "--label", "la", "--json").json
+    assert Path(labelled["folder"]).name == "finetune-la"
+
+
+def test_tau_norm_after_training(digits_run: Path) -> None:
+    plain = must("evaluate", "--from", digits_run, "--phase", "stage2", "--json").json
+    flags = ("--phase", "stage2", "--set", "evaluation.tau_norm=0.5", "--json")
+    normed = must("evaluate", "--from", digits_run, *flags).json
+    assert Path(normed["folder"]).name == "stage2-tau-norm-0.5"
+    head = weights(digits_run, "stage2")
+    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, normed)]
+    norms = head["head.weight"].norm(dim=1)
+    expected = (logits[0] - head["head.bias"]) / norms.sqrt() + head["head.bias"]
+    torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_may_ask_for_a_post_hoc_method(digits: Path, tmp_path: Path) -> None:
+    """Then it is the phase's plain evaluation, and predict uses it too."""
+    recipe = ("--recipe", "digits/cross-entropy", "--set", "evaluation.logit_adjustment=1", "--epochs", 2)
+    must("train-stage1", "--data", digits, "--out", tmp_path, *recipe)
+    found = must("evaluate", "--from", tmp_path, "--json").json
+    assert Path(found["folder"]) == tmp_path / "evaluation" / "stage1"
+    assert found["logit_adjustment"] == 1.0
+
+
+def test_ldam_trains_a_cosine_head(digits: Path, tmp_path: Path) -> None:
+    flags = setting("stage1.terms.erm", "loss=ldam", "reweight=effective-number", "beta=0.999", "reweight_after=2")
+    flags += ["--set", "model.head=cosine", "--recipe", "digits/cross-entropy", "--epochs", "4"]
+    must("train-stage1", "--data", digits, "--out", tmp_path, *flags)
+    must("finetune", "--from", tmp_path)
+    found = must("evaluate", "--from", tmp_path, "--json").json
+    logits = artifacts.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["logits"]
+    assert logits.abs().max() <= 30.001
+    assert {name for name in weights(tmp_path, "finetune") if name.startswith("head")} == {"head.weight"}
+    assert found["top1"] > 40
+
+
+def test_confusion_of_the_held_out_split(digits: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    held_out = ("--epochs", 4, "--set", "confusion.source=heldout")
+    refused = cpmix("train-stage1", "--data", digits, "--out", run, *held_out)
+    assert refused.code == 3
+    assert "has no val split" in refused.stderr and "--val-per-class" in refused.stderr
+    assert not run.exists()
+    must("build-lt", "digits", "--val-per-class", 2, "--out", data)
+    must("train-stage1", "--data", data, "--out", run, *held_out)
+    pairs = artifacts.read_table(run / "stage1" / "confusion_pairs.parquet")
+    # What the network gets wrong on val at the end, and nothing of earlier epochs.
+    recipe = load(str(run / "stage1" / "recipe.toml"))
+    model = build_model(recipe.model, 10, (8, 8, 1), torch.Generator())
+    model.load_state_dict(weights(run, "stage1"))
+    val = artifacts.read_tensors(data / "val.safetensors")[0]
+    record = json.loads((data / "dataset.json").read_text())
+    x = (val["images"].permute(0, 3, 1, 2) / 255 - record["mean"][0]) / record["std"][0]
+    predicted = model.eval()(x).argmax(1)
+    wrong = predicted != val["labels"]
+    expected = sorted(zip(val["labels"][wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    found = [(t, p) for t, p, n in pairs.itertuples(index=False) for _ in range(n)]
+    assert sorted(found) == expected
+    assert len(expected) > 0
+    must("train-stage2", "--from", run)
+
+
+def test_confusion_of_the_test_split_is_marked(digits: Path, tmp_path: Path) -> None:
+    flags = ("--epochs", 3, "--set", "confusion.source=test_legacy")
+    result = must("train-stage1", "--data", digits, "--out", tmp_path, *flags)
+    assert "confusion is taken from the test split: labels leak" in result.stderr
+    found = must("evaluate", "--from", tmp_path, "--phase", "stage1")
+    assert "stage1 (!)" in found.stdout
+    assert "(!) test labels took part in the training" in found.stdout
+    metrics = json.loads((tmp_path / "evaluation" / "stage1" / "metrics.json").read_text())
+    assert metrics["confusion_source"] == "test_legacy"
+
+
+def test_otmix_runs_and_resumes_its_draws(digits: Path, tmp_path: Path) -> None:
+    term = ("partner=frequency-power", "power=0", "match=transport", "ratio=beta", "alpha=4", "mix=box", "label=lambda")
+    flags = setting("stage1.terms.erm", *term, "probability=0.5", "loss=balanced-softmax")
+    flags += ["--recipe", "digits/cross-entropy", "--epochs", "3"]
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        must("train-stage1", "--data", digits, "--out", run, *flags)
+    first, second = (weights(run, "stage1") for run in runs)
+    assert all(first[name].equal(second[name]) for name in first)
+    assert "recipe.toml" in files(runs[0] / "stage1")
+
+
+@pytest.mark.parametrize("bias", ["drawn", "rare"])
+def test_initial_bias_of_the_head(bias: str, generator: torch.Generator) -> None:
+    model = build_model(Model.model_validate({"name": "resnet8", "head_bias": bias}), 10, (8, 8, 1), generator)
+    rare = torch.full((10,), -2.1972246)  # -log 9
+    assert torch.allclose(model.state_dict()["head.bias"], rare) == (bias == "rare")
+
+
+def test_cosine_head(generator: torch.Generator) -> None:
+    """As LDAM's: no bias, class vectors of length 1 at first; 469,904 parameters for ResNet-32 at 100 classes."""
+    model = build_model(Model(head="cosine"), 100, (32, 32, 3), generator)
+    assert sum(p.numel() for p in model.parameters()) == 469_904
+    vectors = model.head.weight.detach()
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(100))
+    features = torch.randn(3, 64, generator=generator)
+    angles = torch.nn.functional.cosine_similarity(features[:, None], vectors[None], dim=2)
+    torch.testing.assert_close(model.head(features), 30 * angles)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.head(features).dtype == torch.float32
