@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cpmix_cli.errors import UsageError, suggest
 from cpmix_cli.vocabulary import TERM_KINDS, bind, keywords, known
@@ -183,6 +192,17 @@ class Term(BaseModel):
     def functions(self) -> dict[str, str]:
         """Kind -> name of each function named."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a resolved recipe shows it: no keys of steps that the term does not have."""
+        idle = {
+            "partner": ("per_sample", "probability", "unmixed_first", "unmixed_last"),
+            "match": ("match_power",),
+            "reweight": ("reweight_after", "reweight_norm"),
+        }
+        dropped = {key for step, keys in idle.items() if getattr(self, step) is None for key in keys}
+        return {key: value for key, value in handler(self).items() if key not in dropped}
 
     @property
     def parameters(self) -> dict[str, Any]:

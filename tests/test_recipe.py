@@ -8,18 +8,15 @@ from cpmix_cli.errors import UsageError
 from cpmix_cli.recipe import load, recipe_names
 from cpmix_cli.terms import check_fits
 
-NAMES = [
-    f"{data}/{method}"
-    for data in ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
-    for method in ("balanced-softmax", "cpmix", "cross-entropy")
-]
+DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
 
 
-def test_the_recipes_that_come_with_cpmix() -> None:
-    assert recipe_names() == NAMES
+def test_every_data_set_has_the_method_and_its_baselines() -> None:
+    expected = {f"{data}/{method}" for data in DATA for method in ("balanced-softmax", "cpmix", "cross-entropy")}
+    assert set(recipe_names()) >= expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path: Path) -> None:
     for rho in (None, 10, 50, 100, 200):
         recipe = load(name, rho=rho)
