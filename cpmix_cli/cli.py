@@ -333,12 +333,23 @@ def recipes(
     epochs: Epochs = None,
     seed: Seed = None,
     rho: Annotated[float | None, typer.Option(help="Imbalance factor, for [by_rho.R] tables.")] = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Epochs and image passes of each recipe, and their ratio to CP-Mix's.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """List recipes, show one resolved, or tell two apart."""
+    """List recipes, show one resolved, tell two apart, or reckon their cost."""
     from cpmix_cli.phases import recipes as showing
 
-    showing.run(showing.Options(name, other, settings or [], epochs, seed, rho))
+    showing.run(showing.Options(name, other, settings or [], epochs, seed, rho, budget))
+
+
+@command("methods", "cpmix methods", HELPERS)
+def methods(json: Json = False) -> None:
+    """List methods: kind, paper, needs, recipes, the paper's numbers."""
+    from cpmix_cli.phases import methods as listing
+
+    listing.run()
 
 
 @command("predict", "cpmix predict photo.jpg more/ --from ckpt/mine", HELPERS)

@@ -1,0 +1,141 @@
+"""methods: every method that has a recipe, with its kind, paper, needs, and its cells in the tables of CP-Mix's paper.
+
+A recipe says it in its [about] table, which no training looks at. Reads TOML alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError
+
+from cpmix_cli import console
+from cpmix_cli.errors import UsageError
+from cpmix_cli.recipe import Table, find_recipe, read_tables, recipe_names
+
+Kind = Literal["loss", "reweighting", "mixing", "decoupled", "CP-Mix", "control", "ablation"]
+KINDS = get_args(Kind)
+"""In the order of the list."""
+SHOWN = "cifar100-lt"
+"""The data set whose cells the table shows."""
+
+
+class About(Table):
+    """[about] of a recipe: where its method comes from, and what CP-Mix's paper prints for it."""
+
+    method: str
+    """Its name, as in the paper's tables where it is there. The recipes of a method share it."""
+    kind: Kind | None = None
+    """This and the next two stand in one recipe of the method."""
+    paper: str = ""
+    """Authors, title, venue, year."""
+    needs: str = ""
+    """What it takes beside images and labels."""
+    cells: dict[Literal["200", "100", "50", "10", "table3"], float] = Field(default_factory=dict)
+    """Accuracy by rho in Table 1, for this data set; or in Table 3, which is at rho 200."""
+    copied: bool = False
+    """Its authors copied the cells from other papers."""
+    note: str = ""
+    """What to know of the cells."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what its recipes say of it."""
+
+    name: str
+    kind: str
+    paper: str
+    needs: str
+    recipes: dict[str, About]
+    """By the recipe's name."""
+
+
+def run() -> None:
+    """List the methods.
+
+    Raises:
+        UsageError: an [about] table is wrong.
+    """
+    methods = all_methods()
+    listed = [
+        {"method": m.name, "kind": m.kind, "paper": m.paper, "needs": m.needs, "recipes": told(m)} for m in methods
+    ]
+    rows = [
+        [m.name, m.kind, *cells_shown(m), stem(next(iter(m.recipes))), m.needs, m.paper, " ".join(data_sets(m))]
+        for m in methods
+    ]
+    console.result(
+        {"command": "methods", "methods": listed},
+        header=("method", "kind", ">200", ">100", ">50", ">10", "recipe", "needs", "paper", "data sets"),
+        rows=rows,
+        title="accuracy in CP-Mix's paper, per cent, on CIFAR-100-LT by rho (Table 1; ablations: Table 3)",
+        lines=[
+            "* copied there from other papers: other epochs, best epoch on the test set, for OTmix its confusions too",
+            f"a recipe's name is DATA SET/RECIPE, such as {SHOWN}/cpmix; cpmix recipes NAME shows it",
+        ],
+    )
+
+
+def all_methods() -> list[Method]:
+    """The methods in the order of KINDS. A recipe without [about] is of the method that has a recipe of its name for
+    another data set.
+
+    Raises:
+        UsageError: an [about] table is wrong, or none of a method's says its kind.
+    """
+    found = {name: about for name in recipe_names() if (about := read_about(find_recipe(name))) is not None}
+    of_stem = {stem(name): about.method for name, about in found.items()}
+    recipes: dict[str, dict[str, About]] = {}
+    for name in recipe_names():
+        if (method := of_stem.get(stem(name))) is not None:
+            recipes.setdefault(method, {})[name] = found.get(name, About(method=method))
+    methods = []
+    for method, abouts in recipes.items():
+        main = next((about for about in abouts.values() if about.kind is not None), None)
+        if main is None or main.kind is None:
+            path = find_recipe(next(iter(abouts)))
+            raise UsageError(f'{path}: [about] says no kind, nor does another recipe of method "{method}"')
+        methods.append(Method(method, main.kind, main.paper, main.needs, abouts))
+    return sorted(methods, key=lambda m: (KINDS.index(m.kind), stem(next(iter(m.recipes)))))
+
+
+def read_about(path: Path) -> About | None:
+    """What a recipe file says of its method; None where it says nothing.
+
+    Raises:
+        UsageError: keys or types are wrong; all faults are listed.
+    """
+    table = read_tables(path).get("about")
+    if table is None:
+        return None
+    try:
+        return About.model_validate(table)
+    except ValidationError as fault:
+        lines = [f"about.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
+        raise UsageError(f"{path}: [about] is wrong:\n    " + "\n    ".join(lines)) from fault
+
+
+def stem(name: str) -> str:
+    """cmo of cifar100-lt/cmo."""
+    return name.rpartition("/")[2]
+
+
+def data_sets(method: Method) -> list[str]:
+    """cifar100-lt of cifar100-lt/cmo, and so on."""
+    return [name.rpartition("/")[0] for name in method.recipes]
+
+
+def told(method: Method) -> list[dict[str, Any]]:
+    """Its recipes as plain values."""
+    return [
+        {"name": name, "cells": about.cells, "copied": about.copied, "note": about.note}
+        for name, about in method.recipes.items()
+    ]
+
+
+def cells_shown(method: Method) -> list[str]:
+    """Table cells at rho 200, 100, 50, 10."""
+    about = method.recipes.get(f"{SHOWN}/{stem(next(iter(method.recipes)))}", About(method=method.name))
+    cells = [about.cells.get("200", about.cells.get("table3")), *(about.cells.get(rho) for rho in ("100", "50", "10"))]
+    return ["" if cell is None else f"{cell:.2f}{'*' if about.copied else ' '}" for cell in cells]
