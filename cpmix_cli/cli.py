@@ -338,15 +338,15 @@ def recipes(
     ] = False,
     json: Json = False,
 ) -> None:
-    """List recipes, show one resolved, tell two apart, or reckon their cost."""
+    """List recipes, show one, tell two apart, or cost them."""
     from cpmix_cli.phases import recipes as showing
 
     showing.run(showing.Options(name, other, settings or [], epochs, seed, rho, budget))
 
 
-@command("methods", "cpmix methods", HELPERS)
+@command("methods", "cpmix methods --json", HELPERS)
 def methods(json: Json = False) -> None:
-    """List methods: kind, paper, needs, recipes, the paper's numbers."""
+    """List methods: paper, recipes, published numbers."""
     from cpmix_cli.phases import methods as listing
 
     listing.run()

@@ -11,7 +11,7 @@ import pytest
 from conftest import cpmix, files, must
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "recipes", "predict", "misclassified", "import-weights", "bench"]
+HELPERS = ["status", "recipes", "methods", "predict", "misclassified", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -51,7 +51,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "evaluate": "--from --out --phase --set --label --test-data --few-inclusive --device --data --overwrite --json",
         "confusion-report": "--from --out --phase --data --overwrite --json",
         "status": "--json",
-        "recipes": "--set --epochs --seed --rho --json",
+        "recipes": "--set --epochs --seed --rho --budget --json",
+        "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --json",
         "import-weights": "--sha256 --out --overwrite --json",
@@ -75,6 +76,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         ("recipes", 0),
         ("recipes toy/cpmix", 0),
         ("recipes toy/cpmix digits/cpmix --seed 3", 0),
+        ("recipes --budget", 0),
+        ("methods", 0),
         ("train-stage1 --data {data} --recipe toy/cpmux", 2),
         ("train-stage1 --data {data} --recipe toy/cpmix --set optimizer.lrr=1", 2),
         ("train-stage1 --data {data} --set optimizer.lr=fast", 2),

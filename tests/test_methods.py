@@ -1,0 +1,283 @@
+"""Methods as recipes: all of them listed, resolved, fit to train; what they share, cost and quote from the paper."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import cpmix, must
+from test_build_lt import write_cifar
+
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.errors import UsageError
+from cpmix_cli.phases.methods import KINDS, all_methods, read_about
+from cpmix_cli.phases.recipes import image_passes
+from cpmix_cli.recipe import find_recipe, load, recipe_names
+from cpmix_cli.schedule import learning_rate
+
+CIFAR = [name for name in recipe_names() if name.startswith("cifar")]
+RHOS = ("200", "100", "50", "10")
+NONE = None
+# Table 1, rows of single models: CIFAR-100-LT and CIFAR-10-LT at rho 200, 100, 50, 10.
+TABLE_1 = {
+    "Cross Entropy": ((34.84, 38.32, 43.26, 57.00), (65.68, 70.36, 77.10, 86.89)),
+    "LDAM-DRW": ((39.03, 43.64, 47.31, 56.90), (76.14, 79.58, 82.96, 87.48)),
+    "Balanced Softmax": ((38.01, 42.71, 46.68, 58.34), (74.48, 77.20, 81.26, 87.46)),
+    "MiSLAS": ((NONE, 47.0, 52.3, 63.2), (NONE, 82.1, 85.7, 90.0)),
+    "Remix": ((36.99, 41.94, 46.21, 59.36), (NONE, 79.76, NONE, 89.02)),
+    "CMO": ((NONE, 43.9, 48.3, 59.5), (NONE, NONE, NONE, NONE)),
+    "UniMix": ((42.07, 45.45, 51.11, 61.25), (78.48, 82.75, 84.32, 89.66)),
+    "OTmix (BS)": ((NONE, 46.8, 52.3, 62.3), (NONE, 84.0, 86.5, 90.2)),
+    "CP-Mix": ((43.56, 48.20, 52.12, 61.91), (78.34, 82.44, 85.08, 89.87)),
+}
+TABLE_3 = [34.84, 38.01, 36.48, 37.21, 41.28, 41.26, 40.26, 42.77, 43.56]
+OTHERS = {
+    "LADE": "loss",
+    "Focal": "loss",
+    "Logit adjustment (loss)": "loss",
+    "Logit adjustment (post hoc)": "loss",
+    "Class-Balanced CE": "reweighting",
+    "Class-Balanced Focal": "reweighting",
+    "Mixup": "mixing",
+    "CutMix": "mixing",
+    "RegMixup": "mixing",
+    "Remix-DRW": "mixing",
+    "CMO (BS)": "mixing",
+    "CMO (LDAM-DRW)": "mixing",
+    "cRT": "decoupled",
+    "LWS": "decoupled",
+    "tau-norm": "decoupled",
+    "CP-Mix on LADE": "CP-Mix",
+    "CP-Mix on LDAM-DRW": "CP-Mix",
+    "CP-Mix, class-uniform partner": "control",
+    "CP-Mix, random partner": "control",
+}
+
+
+# -- the listing -------------------------------------------------------------------------------------------------------
+
+
+def test_the_methods_and_what_the_paper_has_of_them() -> None:
+    listed = must("methods", "--json").json
+    assert listed.keys() == {"command", "methods"}
+    methods = {method["method"]: method for method in listed["methods"]}
+    assert len(methods) == len(listed["methods"])
+    ablations = [name for name, method in methods.items() if method["kind"] == "ablation"]
+    assert methods.keys() == {*TABLE_1, *OTHERS, *ablations}
+    assert {name: methods[name]["kind"] for name in OTHERS} == OTHERS
+    for method in methods.values():
+        assert method.keys() == {"method", "kind", "paper", "needs", "recipes"}
+        assert all(recipe.keys() == {"name", "cells", "copied", "note"} for recipe in method["recipes"])
+        assert method["paper"]
+    for name, rows in TABLE_1.items():
+        recipes = {recipe["name"].split("/")[0]: recipe for recipe in methods[name]["recipes"]}
+        for data, row in zip(("cifar100-lt", "cifar10-lt"), rows, strict=True):
+            assert recipes[data]["cells"] == {rho: cell for rho, cell in zip(RHOS, row, strict=True) if cell}
+            was_copied = name in ("MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)") and any(row)
+            assert recipes[data]["copied"] == was_copied
+    assert [methods[name]["recipes"][0]["cells"] for name in ablations] == [{"table3": cell} for cell in TABLE_3]
+    kinds = [KINDS.index(method["kind"]) for method in listed["methods"]]
+    assert kinds == sorted(kinds)
+
+
+def test_the_table_marks_what_was_copied() -> None:
+    lines = must("methods").stdout.splitlines()
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert rows["OTmix (BS)"].split()[3:6] == ["46.80*", "52.30*", "62.30*"]
+    assert rows["CP-Mix"].split()[2:6] == ["43.56", "48.20", "52.12", "61.91"]
+    assert rows["CP-Mix"].endswith("cifar10-lt cifar100-lt digits fashion-mnist-lt image-folder toy")
+    assert [line for line in lines if line.startswith("* copied")]
+
+
+def test_every_recipe_of_cifar_says_what_it_is_about() -> None:
+    for name in CIFAR:
+        about = read_about(find_recipe(name))
+        assert about is not None, name
+        data, stem = name.split("/")
+        if data == "cifar100-lt":
+            assert about.kind is not None, name
+        else:
+            same = read_about(find_recipe(f"cifar100-lt/{stem}"))
+            assert same is not None
+            assert about.method == same.method
+    recipes = [name for method in all_methods() for name in method.recipes]
+    assert sorted(recipes) == recipe_names()
+
+
+def test_a_wrong_about_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[about]\nkind = "magic"\ncells = { 300 = 1.0, 10 = "high" }\ncopied = "yes"\nauthor = "me"\n')
+    with pytest.raises(UsageError) as caught:
+        read_about(path)
+    text = str(caught.value)
+    assert str(path) in text
+    for key in ("about.method", "about.kind", "about.cells.300", "about.cells.10", "about.copied", "about.author"):
+        assert f"{key}" in text
+    path.write_text("seed = 1\n")
+    assert read_about(path) is None
+
+
+# -- what they cost ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "passes", "ratio"),
+    [
+        ("cifar100-lt/cpmix", [], 200 + 100 * 3 + 30, 1),
+        ("cifar100-lt/balanced-softmax", [], 200 + 100 + 30, 330 / 530),
+        ("cifar100-lt/regmixup", [], 350 * 2 + 30, 730 / 530),
+        ("cifar100-lt/ablation-5", [], 200 + 100 * 2 + 30, 430 / 530),
+        ("cifar100-lt/otmix", [], 240 + (237 * 238 - 4 * 5) / 2 / 240 + 30, (270 + 28193 / 240) / 530),
+        ("cifar100-lt/cpmix", ["--epochs", 30], 20 + 10 * 3 + 3, 1),
+        ("toy/cpmix", [], 7 + 3 * 3, 1),
+    ],
+)
+def test_budget(name: str, flags: list[object], passes: float, ratio: float) -> None:
+    result = must("recipes", name, "--budget", *flags, "--json").json
+    assert result.keys() == {"command", "budgets"}
+    (entry,) = result["budgets"]
+    assert entry["name"] == name
+    assert entry["image_passes"] == pytest.approx(passes, abs=1e-4)
+    assert entry["to_cpmix"] == pytest.approx(ratio, abs=1e-4)
+
+
+def test_budget_of_all_recipes_and_of_a_file(tmp_path: Path) -> None:
+    listed = must("recipes", "--budget", "--json").json["budgets"]
+    assert [entry["name"] for entry in listed] == recipe_names()
+    entry = listed[recipe_names().index("cifar100-lt/cpmix")]
+    assert entry == {
+        "name": "cifar100-lt/cpmix",
+        "stage1_epochs": 200,
+        "stage2_epochs": 100,
+        "finetune_epochs": 30,
+        "image_passes": 530.0,
+        "to_cpmix": 1.0,
+    }
+    text = must("recipes", "--budget").stdout
+    assert re.search(r"cifar100-lt/cpmix +200 \+ 100 \+ 30 +530\.0 +1\.00\n", text)
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "toy/cpmix"\n')
+    (entry,) = must("recipes", path, "--budget", "--json").json["budgets"]
+    assert (entry["image_passes"], entry["to_cpmix"]) == (16.0, None)
+    assert cpmix("recipes", "cifar100-lt/nothing", "--budget").code == 2
+
+
+def test_the_cost_that_a_header_says_is_the_budget() -> None:
+    sizes = {
+        "cifar100-lt": int(exponential_counts(500, 100, 200).sum()),
+        "cifar10-lt": int(exponential_counts(5000, 10, 200).sum()),
+    }
+    assert sizes == {"cifar100-lt": 9502, "cifar10-lt": 11203}
+    for name in CIFAR:
+        header = " ".join(
+            find_recipe(name).read_text().split("\nextends")[0].split("\n[")[0].replace("\n#", "").split()
+        )
+        (cost,) = re.findall(r"Cost at rho 200: [^=]*= ([\d.]+) million image passes", header)
+        assert cost == f"{image_passes(load(name)) * sizes[name.split('/')[0]] / 1e6:.1f}", name
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_to_itself(name: str, tmp_path: Path) -> None:
+    assert find_recipe(name).read_text().startswith("# ")
+    path = tmp_path / "resolved.toml"
+    for rho in (None, 200, 100, 50, 10):
+        recipe = load(name, rho=rho)
+        path.write_text(recipe.to_toml())
+        assert load(str(path)) == recipe
+    load(name, epochs=20)
+
+
+@pytest.fixture(scope="session")
+def small_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set folder of ten classes in CIFAR's shape."""
+    folder = tmp_path_factory.mktemp("cifar")
+    write_cifar(folder)
+    must("build-lt", "cifar10", "--rho", 4, "--data-root", folder, "--out", folder / "lt")
+    return folder / "lt"
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_every_recipe_of_cifar_is_fit_to_train(name: str, small_cifar: Path, tmp_path: Path) -> None:
+    flags = ("--data", small_cifar, "--recipe", name, "--out", tmp_path / "run")
+    assert must("train-stage1", *flags, "--dry-run", "--json").json["status"] == "dry run"
+    assert not (tmp_path / "run").exists()
+
+
+SHARED = {
+    "cpmix": ["balanced-softmax", *(f"ablation-{row}" for row in range(2, 10)), "cpmix-class-uniform", "cpmix-random"],
+    "cross-entropy": ["ablation-1", "crt", "lws", "tau-norm", "logit-adjusted-posthoc"],
+}
+
+
+@pytest.mark.parametrize(("base", "name"), [(base, name) for base, names in SHARED.items() for name in names])
+def test_shared_stage_1(base: str, name: str) -> None:
+    for epochs in (None, 20):
+        ours, theirs = (load(f"cifar100-lt/{n}", epochs=epochs) for n in (name, base))
+        assert ours.tables_of("stage1") == theirs.tables_of("stage1")
+
+
+def test_rows_of_table_3() -> None:
+    """Losses and labels of each row's second stage; row 1 has one stage."""
+    eq9, plain = ("imbalance-aware", {"alpha": 1.5, "t": 0.5}), ("lambda", {"alpha": 1.5})
+    rows = [{}, {"mix": plain}, {"mix": eq9}, {"cp": plain}, {"cp": plain, "mix": plain}, {"cp": eq9}]
+    rows += [{"cp": eq9, "mix": eq9}] * 2
+    for row, expected in enumerate(rows, start=2):
+        stage2 = load(f"cifar100-lt/ablation-{row}").stage2
+        assert stage2 is not None
+        active = {name: term for name, term in stage2.terms.items() if term.weight > 0}
+        assert active.pop("erm").loss == "balanced-softmax"
+        assert {
+            name: (term.label, {"alpha": term.alpha} | term.parameters) for name, term in active.items()
+        } == expected
+        assert {term.weight for term in active.values()} <= {2.5}
+    assert load("cifar100-lt/ablation-1") == load("cifar100-lt/cross-entropy")
+    assert load("cifar100-lt/ablation-8") == load("cifar100-lt/ablation-9") == load("cifar100-lt/cpmix")
+
+
+SHELL = {1: 0.02, 5: 0.1, 160: 0.1, 161: 1e-3, 180: 1e-3, 181: 1e-5, 200: 1e-5}
+RATES = {
+    **dict.fromkeys(["class-balanced", "class-balanced-focal", "focal", "ldam-drw", "unimix"], SHELL),
+    **dict.fromkeys(["cmo", "cmo-balanced-softmax", "cmo-ldam-drw"], SHELL),
+    "lade": {1: 0.04, 5: 0.2, 120: 0.2, 121: 2e-3, 161: 2e-5, 200: 2e-5},
+    "logit-adjusted": {1: 0.1 / 22, 22: 0.1, 691: 0.1, 692: 1e-2, 1060: 1e-3, 1291: 1e-4, 1419: 1e-4},
+    "mixup": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
+    "remix": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
+    "remix-drw": {1: 0.02, 150: 0.1, 151: 1e-2, 251: 1e-3, 300: 1e-3},
+    "cutmix": {1: 0.1, 150: 0.1, 151: 1e-2, 226: 1e-3, 300: 1e-3},
+    "regmixup": {1: 0.1, 150: 0.1, 151: 1e-2, 251: 1e-3, 350: 1e-3},
+    "otmix": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
+    "mislas": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_published_schedules(name: str) -> None:
+    recipe = load(f"cifar100-lt/{name}")
+    rates = {e: learning_rate(recipe.optimizer.lr, recipe.schedule, e, 0, 75) for e in RATES[name]}
+    assert rates == pytest.approx(RATES[name])
+    assert recipe.schedule.epochs == recipe.schedule.stage1_epochs == max(RATES[name])
+
+
+@pytest.mark.parametrize(
+    ("data", "rho", "smooth", "factor"),
+    [
+        ("cifar10-lt", 10, (0.1, 0.0), 0.2),
+        ("cifar10-lt", 50, (0.2, 0.0), 0.2),
+        ("cifar10-lt", 100, (0.3, 0.0), 0.5),
+        ("cifar10-lt", 200, (0.3, 0.0), 0.5),
+        ("cifar100-lt", 10, (0.2, 0.0), 0.1),
+        ("cifar100-lt", 50, (0.3, 0.0), 0.1),
+        ("cifar100-lt", 100, (0.4, 0.1), 0.2),
+        ("cifar100-lt", 200, (0.4, 0.1), 0.2),
+    ],
+)
+def test_mislas_by_rho(data: str, rho: float, smooth: tuple[float, float], factor: float) -> None:
+    finetune = load(f"{data}/mislas", rho=rho).finetune
+    assert finetune is not None
+    parameters = finetune.terms["erm"].parameters
+    assert (parameters["smooth_head"], parameters["smooth_tail"]) == smooth
+    assert [(g.prefix, g.lr_factor) for g in finetune.groups] == [("head.scale", 1.0), ("head", factor)]
+    assert finetune.batchnorm == ("shift" if data == "cifar100-lt" else "frozen")
+    assert (finetune.epochs, finetune.lr, finetune.weight_decay, finetune.head) == (10, 0.1, 2e-4, "scale")
