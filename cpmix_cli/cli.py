@@ -139,6 +139,14 @@ def _check_recipe(
         check_request(recipe, settings or [], epochs, data=data, phases=phases)
 
 
+def _sources(from_folder: Path, *phases: str) -> list[Path]:
+    """Phase folders that --from may mean, the likeliest first."""
+    if from_folder.name in phases:
+        return [from_folder]
+    root = from_folder.parent if from_folder.name in ("stage1", "stage2", "finetune") else from_folder
+    return [root / phase for phase in phases]
+
+
 def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command with an example line."""
     return app.command(name, epilog=f"Example: {example}", rich_help_panel=panel)
@@ -227,7 +235,7 @@ def train_stage2(
 ) -> None:
     """Go on from stage 1 with mixed confusion pairs."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, None, from_folder, from_folder / "stage1")
+    _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, "stage1"))
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
@@ -253,8 +261,7 @@ def finetune(
 ) -> None:
     """Train the head on class-balanced draws, the rest frozen."""
     device = _checked_device(device)
-    sources = [phase] if phase else ["stage2", "stage1"]
-    _check_recipe(recipe, settings, epochs, None, from_folder, *(from_folder / source for source in sources))
+    _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, *([phase] if phase else ["stage2", "stage1"])))
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 
@@ -419,12 +426,12 @@ def bench(
     ] = None,
     device: Device = "auto",
     rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 10,
-    seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0)] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0, max=3600)] = 1.0,
     json: Json = False,
 ) -> None:
     """Training speed here, beside the usual loop's."""
     device = _checked_device(device)
-    _check_recipe(recipe, settings, epochs, data)
+    _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
     from cpmix_cli.phases import bench as benching
 
     benching.run(benching.Options(recipe, settings or [], epochs, data, device, rounds, seconds))

@@ -4,6 +4,7 @@ A contender takes steps and counts the images that pass through the network, eac
 the same images, at a rate too small to matter.
 """
 
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cpmix_cli.engine import epoch_steps, synchronize
 from cpmix_cli.models import Classifier
-from cpmix_cli.step import Plan, Replayed, Step, TrainingData, TrainingState, own_stream, sum_names
+from cpmix_cli.recipe import Data
+from cpmix_cli.step import EAGER_STEPS, Plan, Replayed, Step, TrainingData, TrainingState, own_stream, sum_names
 
 RATE = 1e-5
 
@@ -36,6 +38,12 @@ class Contender(ABC):
     @abstractmethod
     def take(self, num_steps: int) -> int:
         """Take so many steps; returns the images that went through the network."""
+
+    def warm_up(self) -> None:
+        """Steps after which nothing is chosen, allocated or recorded any more."""
+        with own_stream(self.device):
+            self.take(EAGER_STEPS + 1)
+            synchronize(self.device)
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """Seconds of so many steps, until the device is done, and their images."""
@@ -56,13 +64,22 @@ class TrainingLoop(Contender):
         self._plan = replace(plan, learning_rate=lambda *_: RATE)
         state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=self.device)
         state.model.train(plan.train_mode)
+        self._step = Step(self._plan, data, state)
+        self._num_steps = plan.num_steps(len(data.labels))
         self._steps = self._endless()
 
     def _endless(self) -> Iterator[None]:
-        step = Step(self._plan, self._data, self._state)
         while True:
             self._state.step = 0
-            yield from epoch_steps(self._plan, step, self._state, self._plan.num_steps(len(self._data.labels)))
+            yield from epoch_steps(self._plan, self._step, self._state, self._num_steps)
+
+    def warm_up(self) -> None:
+        with own_stream(self.device):
+            self._step.begin_epoch(self._state.epoch)
+            for number in {0, self._num_steps - 1}:  # the two sizes of a batch
+                for _ in range(EAGER_STEPS + 1):
+                    self._step(number)
+            synchronize(self.device)
 
     def take(self, num_steps: int) -> int:
         images = 0
@@ -110,18 +127,26 @@ class NetworkAlone(Contender):
         return num_steps * sum(len(x) for x, _ in self._inputs)
 
 
+def _leave_signals(worker: int) -> None:
+    """In a loader process: Ctrl-C and the rest are the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class PilImages(Dataset[tuple[Tensor, int]]):
     """uint8 images [N, H, W, channels] as a map-style data set of PIL images, transformed one at a time."""
 
-    def __init__(self, images: Tensor, labels: Tensor, padding: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, recipe: Data) -> None:
         from torchvision import transforms
 
         self._images, self._labels = images.numpy(), labels.tolist()
         channels = images.shape[-1]
+        crop = [transforms.RandomCrop(images.shape[1:3], padding=recipe.padding)] if recipe.augment != "none" else []
         self._transform = transforms.Compose(
             [
-                transforms.RandomCrop(images.shape[1:3], padding=padding),
-                transforms.RandomHorizontalFlip(),
+                *crop,
+                *([transforms.RandomHorizontalFlip()] if recipe.augment == "crop-flip" else []),
                 transforms.ToTensor(),
                 transforms.Normalize((0.5,) * channels, (0.25,) * channels),
             ]
@@ -136,14 +161,14 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 
 
 class ReferenceLoop(Contender):
-    """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32, loss and accuracies read
-    at every step.
+    """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32 as cuDNN has it by default
+    (TF32), the loss read at every step.
 
     Args:
         images: [N, H, W, channels] uint8, on the CPU.
         labels: [N].
         model: contiguous, on its device.
-        padding: of the random crop.
+        recipe: augmentation.
         batch_size: B.
         num_workers: loader processes.
     """
@@ -151,15 +176,19 @@ class ReferenceLoop(Contender):
     PREFETCH = 2  # batches a worker makes ahead, the loader's default
 
     def __init__(
-        self, images: Tensor, labels: Tensor, model: Classifier, padding: int, batch_size: int, num_workers: int
+        self, images: Tensor, labels: Tensor, model: Classifier, recipe: Data, batch_size: int, num_workers: int
     ) -> None:
         super().__init__(next(model.parameters()).device)
-        self._data = PilImages(images, labels, padding)
+        self._data = PilImages(images, labels, recipe)
         self._model = model.train()
         self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4)
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._batches: Iterator[Any] = iter(())
+        self._accuracies: list[Tensor] = []
+
+    def warm_up(self) -> None:
+        self.timed(EAGER_STEPS + 1)
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
@@ -177,13 +206,19 @@ class ReferenceLoop(Contender):
             sampler=sampler,
             num_workers=self._num_workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals,
         )
-        self._batches = iter(loader)
-        self.take(ahead)
+        cudnn = torch.backends.cudnn
+        own = cudnn.benchmark, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        cudnn.benchmark, cudnn.conv.fp32_precision = True, "tf32"  # type: ignore[attr-defined]
         try:
+            with own_stream(self.device):
+                self._batches = iter(loader)
+                self.take(ahead)
             return super().timed(num_steps)
         finally:
             self._batches = iter(())
+            cudnn.benchmark, cudnn.conv.fp32_precision = own  # type: ignore[attr-defined]
 
     def take(self, num_steps: int) -> int:
         images = 0
@@ -194,8 +229,7 @@ class ReferenceLoop(Contender):
             loss = F.cross_entropy(logits, labels)
             loss.item()
             top5 = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-            (100 * top5[:, :1].float().sum() / len(x)).item()
-            (100 * top5.float().sum() / len(x)).item()
+            self._accuracies = [100 * right.float().sum() / len(x) for right in (top5[:, :1], top5)]
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()

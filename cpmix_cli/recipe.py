@@ -413,13 +413,17 @@ def check_request(
     if data is not None:
         try:
             record = json.loads((data / "dataset.json").read_bytes())
-            name, rho = name or str(record["recipe"]), record["rho"]
+            own, rho = record["recipe"], record["rho"]
         except (OSError, ValueError, TypeError, KeyError):
             return
+        if own not in recipe_names() or not isinstance(rho, int | float | None):
+            return
+        name = name or own
     if name is None:
         name = next((str(folder / "recipe.toml") for folder in phases if (folder / "run.json").is_file()), None)
-    if name is not None:
-        load(name, settings=settings, epochs=epochs, rho=rho)
+    if name is None or (rho is None and "by_rho" in read_tables(find_recipe(name))):
+        return
+    load(name, settings=settings, epochs=epochs, rho=rho)
 
 
 def resolve(

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,12 +129,19 @@ class Replayed:
             self._function(key)
             return
         if key not in self._graphs:
+            torch.cuda.synchronize()  # recording does, and the wait for earlier steps is no part of it
             started = time.perf_counter()
             self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key], stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(self._graphs[key], pool=_graph_memory(), stream=torch.cuda.current_stream()):
                 self._function(key)
             self.capture_seconds += time.perf_counter() - started
         self._graphs[key].replay()
+
+
+@cache
+def _graph_memory() -> Any:
+    """One pool for all graphs: they run one after the other, and none reads what another left there."""
+    return torch.cuda.graph_pool_handle()
 
 
 class Step:
@@ -248,13 +257,19 @@ class Step:
         return found
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # One for the process: the allocator and cuBLAS keep memory for each.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """Put the CUDA work inside on a stream of its own, where graphs can be recorded; on the CPU nothing."""
     if device.type == "cpu":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield

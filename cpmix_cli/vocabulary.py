@@ -9,7 +9,6 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,19 @@ def outline(module: str) -> dict[str, Any]:
         elif isinstance(node, ast.FunctionDef):
             node.args = ast.arguments([], [], None, node.args.kwonlyargs, node.args.kw_defaults, None, [])
             node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
-        elif isinstance(node, ast.AnnAssign):
-            assert node.value is not None
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
             node = ast.Assign([node.target], node.value)
         elif not isinstance(node, ast.Assign):
             continue
         code = compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec")
-        with suppress(NameError):  # a constant made with torch
+        try:
             exec(code, found)
+        except NameError as fault:
+            tables = {table for known_in, names in TABLES.values() if known_in == module for table in names}
+            made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+            if made & tables:
+                raise NameError(f"{path}: {', '.join(made)} may only name functions of this file: {fault}") from fault
+            # Otherwise a constant made with torch.
     return found
 
 

@@ -1,5 +1,6 @@
 """The command line itself: help, exit codes, streams, start-up, and an installed wheel."""
 
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,24 @@ def test_the_flags_are_those_of_the_contract() -> None:
 def test_help_and_recipe_errors_import_nothing_heavy(line: str, code: int, digits: Path, digits_run: Path) -> None:
     found = imported_by(line.format(data=digits, run=digits_run).split())
     assert found == (code, [])
+
+
+def test_the_quick_check_leaves_to_the_phase_what_it_cannot_know(
+    digits_run: Path, digits: Path, tmp_path: Path
+) -> None:
+    """What a recipe says for a rho that is not known yet, and a damaged data set."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('extends = "digits/cpmix"\n[by_rho.20.finetune.terms.erm]\nloss = "logit-adjusted"\ntau = 2.0\n')
+    flags = ("--recipe", recipe, "--epochs", 6, "--set", "finetune.terms.erm.tau=1.5", "--out", tmp_path / "out")
+    must("finetune", "--from", digits_run, *flags)
+    for damage in ({"rho": "20"}, {"rho": [1]}, {"recipe": "digits/nothing"}):
+        folder = tmp_path / "damaged"
+        folder.mkdir(exist_ok=True)
+        record = json.loads((digits / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps(record | damage))
+        result = cpmix("train-stage1", "--data", folder, "--set", "optimizer.lr=0.1", "--out", tmp_path / "run")
+        assert result.code == 3
+        assert "dataset.json" in result.stderr
 
 
 def test_completion_imports_nothing_heavy() -> None:

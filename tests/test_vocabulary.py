@@ -1,10 +1,12 @@
 """The outline that recipes are checked against is that of the functions themselves."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpmix_cli import vocabulary
 from cpmix_cli.terms import FUNCTIONS
 from cpmix_cli.vocabulary import TABLES, bind, known
 
@@ -16,6 +18,17 @@ def test_the_outline_has_the_functions_and_parameters_of_the_modules(kind: str) 
     for name, function in FUNCTIONS[kind].items():
         keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         assert repr(list(inspect.signature(outlined[name]).parameters.values())) == repr(keywords)
+
+
+def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "losses.py").write_text("import torch\nSCALE = torch.ones(1)\nLOSSES = {'mse': torch.nn.MSELoss}\n")
+    monkeypatch.setattr(vocabulary, "__file__", str(tmp_path / "vocabulary.py"))
+    vocabulary.outline.cache_clear()
+    try:
+        with pytest.raises(NameError, match=r"losses\.py: LOSSES may only name functions of this file"):
+            vocabulary.outline("losses")
+    finally:
+        vocabulary.outline.cache_clear()
 
 
 def scaled(x: float, *, factor: float, power: int = 1) -> float:

@@ -35,7 +35,7 @@ from cpmix_cli.phases.finetune import head_plan
 from cpmix_cli.phases.train_stage1 import fresh_state, stage_plan
 from cpmix_cli.phases.training import Setting
 from cpmix_cli.randomness import torch_generator
-from cpmix_cli.step import EAGER_STEPS, Plan, TrainingData, TrainingState
+from cpmix_cli.step import Plan, TrainingData, TrainingState
 from cpmix_cli.terms import check_fits
 
 PHASES = ("stage1", "stage2", "finetune")
@@ -63,7 +63,7 @@ class Timing:
 
     contender: Contender
     peak_bytes: int | None
-    """Memory above the framework's own, the images included; on CUDA that of the device."""
+    """Memory that building and warming it up took, without the resident images and without loader processes."""
     num_steps: int
     """In a round."""
     images_per_second: list[float] = field(default_factory=list)
@@ -105,7 +105,7 @@ def run(options: Options) -> None:
     def reference() -> Contender:
         generator = torch_generator(recipe.seed, "weights")
         model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator).to(device)
-        return ReferenceLoop(images, labels, model, recipe.data.padding, recipe.optimizer.batch_size, workers)
+        return ReferenceLoop(images, labels, model, recipe.data, recipe.optimizer.batch_size, workers)
 
     def alone(phase: str, precision: str) -> Contender:
         return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
@@ -133,12 +133,16 @@ def run(options: Options) -> None:
     epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
     projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
+    extra = {
+        "the matching of partners": any(term.matched for plan in plans.values() for term in plan.terms),
+        "the predictions on another split after each epoch": recipe.confusion.source != "train",
+    }
     fields: dict[str, Any] = {
         "command": "bench",
         "recipe": name,
         "data": dataset.name,
         "num_images": len(labels),
-        "images_per_step": {p: plan.batch_size * len(plan.terms) for p, plan in plans.items()},
+        "images_per_step": {p: min(plan.batch_size, len(labels)) * len(plan.terms) for p, plan in plans.items()},
         "rounds": options.rounds,
         "device": hardware.device_name(device),
         "threads": workers,
@@ -155,6 +159,7 @@ def run(options: Options) -> None:
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
         "projected_seconds": projected | {"total": sum(projected.values())},
+        "not_projected": [what for what, there in extra.items() if there],
         "gpu_hours": hours if device.type == "cuda" else 0.0,
         "start_up_seconds": start_up,
         "pairs": costs,
@@ -202,7 +207,7 @@ def measure(
     for name, build in contenders.items():
         memory.restart()
         contender = build()
-        contender.timed(EAGER_STEPS + 1)  # a graph is recorded in the last
+        contender.warm_up()
         taken = contender.timed(MIN_STEPS)[0] / MIN_STEPS
         timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
@@ -215,7 +220,7 @@ def measure(
 
 
 class Memory:
-    """Peak memory since restart(): of the device on CUDA, else resident memory above what it was at the beginning.
+    """Peak memory above what there was at restart(): reserved on the device on CUDA, else resident in this process.
 
     Args:
         device: whose.
@@ -223,26 +228,27 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._own = self._read("VmRSS")
+        self._before: int | None = None
 
     def restart(self) -> None:
-        """Forget the peak so far, and give back what the allocator keeps of it."""
+        """Give back what the allocator keeps, and forget the peak so far."""
         if self._cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_reserved()
             return
         with suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
+            self._before = self._read("VmRSS")
         except OSError:
-            self._own = None  # the peak so far stays
+            self._before = None  # the peak so far stays
 
     def peak(self) -> int | None:
         """Bytes; None where the system does not say."""
-        if self._cuda:
-            return torch.cuda.max_memory_allocated()
-        found = self._read("VmHWM")
-        return None if found is None or self._own is None else found - self._own
+        found = torch.cuda.max_memory_reserved() if self._cuda else self._read("VmHWM")
+        return None if found is None or self._before is None else found - self._before
 
     def _read(self, name: str) -> int | None:
         try:
@@ -320,9 +326,11 @@ def report(
     projected = fields["projected_seconds"]
     parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
+    without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
     lines = [
         "",
-        f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}",
+        f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}"
+        f"{without}",
         f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",
     ]
     for cost in fields["pairs"]:
