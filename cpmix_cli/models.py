@@ -41,9 +41,10 @@ class CosineHead(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C], in float32: bf16 would round a cosine near 1 to two digits."""
+        """[B, D] -> [B, C], in the weight's precision: bf16 would round a cosine near 1 to two digits."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.scale * F.linear(F.normalize(features.float(), dim=1), F.normalize(self.weight, dim=1))
+            directions = F.normalize(features.to(self.weight.dtype), dim=1)
+            return self.scale * F.linear(directions, F.normalize(self.weight, dim=1))
 
 
 class ScaledHead(nn.Linear):

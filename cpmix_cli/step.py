@@ -210,7 +210,7 @@ class Step:
                 logits = list(torch.split(state.model(torch.cat([part.x for part in parts])), size))
             else:
                 logits = [state.model(part.x) for part in parts]
-        logits = [z.float() for z in logits]
+        logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
         losses = [term.loss(z, part, class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
         total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
         state.optimizer.zero_grad(set_to_none=True)

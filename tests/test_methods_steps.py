@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import COUNTS, CP, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, terms_of
+from test_engine import COUNTS, CP, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
 from test_losses import slow_loss
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def started(tables: dict[str, Any], epoch: int) -> TrainingState:
     state = fresh(epoch)
     if any(table["loss"] == "ldam" for table in tables.values()):
         recipe = Model(name="resnet8", head="cosine")
-        state.model = build_model(recipe, 4, (8, 8, 1), torch.Generator().manual_seed(0))
+        state.model = in_double(build_model(recipe, 4, (8, 8, 1), torch.Generator().manual_seed(0)))
         state.optimizer = make_optimizer(state.model, Optimizer(weight_decay=2e-4))
     state.confusion += torch.tensor([[0, 3, 1, 0], [5, 0, 0, 2], [1, 0, 0, 0], [0, 0, 4, 0]])
     return state
