@@ -122,12 +122,16 @@ DataRoot = Annotated[
 ]
 
 
-def _checked_device(device: str) -> str:
+def _checked(flag: str, value: str, choices: tuple[str, ...]) -> str:
     from cpmix_cli.errors import UsageError, suggest
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f'--device "{device}".{suggest(device, ("auto", "cpu", "cuda"))}')
-    return device
+    if value not in choices:
+        raise UsageError(f'{flag} "{value}".{suggest(value, choices)}')
+    return value
+
+
+def _checked_device(device: str) -> str:
+    return _checked("--device", device, ("auto", "cpu", "cuda"))
 
 
 def _check_recipe(
@@ -279,6 +283,7 @@ def evaluate(
         typer.Option("--set", help="Change an [evaluation] key. Repeatable.", metavar="KEY=VALUE"),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Write to evaluation/PHASE-LABEL/.")] = None,
+    split: Annotated[str, typer.Option(help="test, or val where build-lt held one out.")] = "test",
     test_data: Annotated[
         Path | None,
         typer.Option("--test-data", help="Another folder: FOLDER/CLASS/IMAGE, or a data set's test split."),
@@ -294,11 +299,12 @@ def evaluate(
 ) -> None:
     """Accuracy by class and group, calibration, predictions."""
     device = _checked_device(device)
+    split = _checked("--split", split, ("test", "val"))
     from cpmix_cli.phases import evaluate as evaluating
 
     evaluating.run(
         evaluating.Options(
-            from_folder, out, phase, settings or [], label, test_data, few_inclusive, device, data, overwrite
+            from_folder, out, phase, settings or [], label, split, test_data, few_inclusive, device, data, overwrite
         )
     )
 

@@ -14,7 +14,6 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.engine import predict
-from cpmix_cli.errors import InputError
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Recipe
 
@@ -124,12 +123,7 @@ def confusion_on(
     Raises:
         InputError: the data set has no such split.
     """
-    if f"{split}.safetensors" not in dataset.record["files"]:
-        raise InputError(
-            f"{dataset.folder} has no {split} split",
-            needed_by=f'confusion.source = "{recipe.confusion.source}"',
-            fix="cpmix build-lt ... --val-per-class K",
-        )
+    dataset.require(split, needed_by=f'confusion.source = "{recipe.confusion.source}"')
     predictions = predictions_of(dataset, split, recipe, model, device)
 
     def measure() -> Tensor:

@@ -92,14 +92,14 @@ def ldam(
     class_counts: Tensor,
     *,
     max_margin: NonNegative = 0.5,
-    scale: Positive = 30.0,
+    scale: Positive,
 ) -> Tensor:
     """Cross entropy of z - scale m_y e_y with margins m_c = max_margin (n_min / n_c)^(1/4).
 
     Args:
         logits: scale times cosines, as `model.head = "cosine"` gives them.
         max_margin: of the rarest class, as a cosine.
-        scale: `model.head_scale`.
+        scale: `model.head_scale`; recipe.py checks that the two agree.
 
     Source: Cao et al., LDAM-DRW, and its code, which multiplies by s in the loss: the same.
     """

@@ -7,7 +7,7 @@ what comes out is written beside each phase's output as a recipe that is itself 
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -281,6 +281,15 @@ class Recipe(Table):
                 'model.head = "cosine" has no bias and no norms: it goes without model.head_bias = "rare", '
                 'finetune.head = "scale" and evaluation.tau_norm'
             )
+        for name, term in self._terms():
+            if term.loss == "ldam" and (self.model.head, term.parameters.get("scale")) != (
+                "cosine",
+                self.model.head_scale,
+            ):
+                raise ValueError(
+                    f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
+                    f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
+                )
         s = self.schedule
         if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
             raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
@@ -292,6 +301,14 @@ class Recipe(Table):
                 f"but [stage2] is {'missing' if self.stage2 is None else 'given'}"
             )
         return self
+
+    def _terms(self) -> Iterator[tuple[str, Term]]:
+        """All terms that count, with their names from the top."""
+        for table in ("stage1", "stage2", "finetune"):
+            stage: Stage | None = getattr(self, table)
+            for name, term in stage.terms.items() if stage is not None else ():
+                if term.weight > 0:
+                    yield f"{table}.terms.{name}", term
 
     def tables(self) -> dict[str, Any]:
         """Plain nested dictionaries, as TOML and JSON hold them."""

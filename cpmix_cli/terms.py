@@ -101,6 +101,13 @@ class Term:
             want("reweight", steps, 1, how=lambda g, shape: np.full(shape, float(epoch > recipe.reweight_after)))
         return wanted
 
+    def weight_spread(self, class_counts: Tensor) -> float:
+        """The largest class weight over the smallest; infinite where the term weights no classes."""
+        if "reweight" not in self._functions:
+            return float("inf")
+        weights: Tensor = self._functions["reweight"](class_counts)
+        return float(weights.max() / weights.min())
+
     def matches(self, generator: np.random.Generator, epoch: int, num_epochs: int) -> bool:
         """Whether partners are matched in this epoch."""
         chance = (epoch / num_epochs) ** self._recipe.match_power

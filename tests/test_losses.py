@@ -150,7 +150,7 @@ def test_limits_that_are_cross_entropy(generator: torch.Generator) -> None:
     for loss in (
         logit_adjusted(logits, labels, weights, COUNTS, tau=0.0),
         focal(logits, labels, weights, COUNTS, gamma=0.0),
-        ldam(logits, labels, weights, COUNTS, max_margin=0.0),
+        ldam(logits, labels, weights, COUNTS, max_margin=0.0, scale=30.0),
         label_aware_smoothing(logits, labels, weights, COUNTS, smooth_head=0.0, smooth_tail=0.0),
     ):
         torch.testing.assert_close(loss, plain)
@@ -187,7 +187,7 @@ def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
     counts = torch.from_numpy(exponential_counts(500, 100, rho))
     zeros, one = torch.zeros(1, 100), torch.ones(1)
     for label, margin in ((0, head), (99, 0.5)):
-        loss = float(ldam(zeros, torch.tensor([label]), one, counts))
+        loss = float(ldam(zeros, torch.tensor([label]), one, counts, scale=30.0))
         # Against 99 zeros, log(99 + exp(-30 m)) + 30 m.
         assert loss == pytest.approx(
             math.log(99 + math.exp(-30 * margin)) + 30 * margin, abs=0.02 if label == 0 else 1e-4

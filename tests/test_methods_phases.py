@@ -79,6 +79,51 @@ def test_tau_norm_after_training(digits_run: Path) -> None:
     torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    must("build-lt", "digits", "--val-per-class", 3, "--out", data)
+    must("train-stage1", "--data", data, "--out", run, "--recipe", "digits/cross-entropy", "--epochs", 4)
+    command = ("evaluate", "--from", run, "--split", "val")
+    found = must(*command, "--set", "evaluation.tau_norm=1", "--json").json
+    assert Path(found["folder"]) == run / "evaluation" / "stage1-val-tau-norm-1"
+    assert found["num_test"] == 30
+    labels = artifacts.read_tensors(data / "val.safetensors")[0]["labels"]
+    assert artifacts.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["labels"].equal(labels)
+    plain = must(*command, "--json").json
+    assert (Path(plain["folder"]).name, plain["status"]) == ("stage1-val", "done")
+    assert must(*command, "--json").json["status"] == "up to date"
+    wrong = must("misclassified", "--from", run, "--label", "val", "--json").json
+    assert wrong["num_images"] == round(30 * (1 - plain["top1"] / 100))
+    assert "next: cpmix misclassified" in must(*command, "--overwrite").stderr
+
+    result = cpmix("evaluate", "--from", run, "--split", "vall")
+    assert (result.code, '--split "vall". Did you mean "val"?' in result.stderr) == (2, True)
+    assert cpmix(*command, "--test-data", digits).code == 2
+    must(
+        "train-stage1", "--data", digits, "--out", tmp_path / "other", "--recipe", "digits/cross-entropy", "--epochs", 1
+    )
+    result = cpmix("evaluate", "--from", tmp_path / "other", "--split", "val")
+    assert result.code == 3
+    assert "has no val split" in result.stderr and "--val-per-class" in result.stderr
+
+
+def test_ldam_wants_its_cosine_head(digits: Path, tmp_path: Path) -> None:
+    command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--recipe", "digits/cross-entropy")
+    ldam = setting("stage1.terms.erm", "loss=ldam", "scale=30")
+    for more in ((), ("--set", "model.head=cosine", "--set", "model.head_scale=20")):
+        result = cpmix(*command, *ldam, *more)
+        assert result.code == 2
+        assert "stage1.terms.erm.scale = model.head_scale" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_weights_that_say_nothing_are_told(digits: Path, tmp_path: Path) -> None:
+    flags = setting("stage1.terms.erm", "reweight=effective-number", "beta=0.1")
+    command = ("train-stage1", "--data", digits, "--out", tmp_path, "--recipe", "digits/cross-entropy", "--dry-run")
+    assert "the class weights of term erm are all nearly alike: 1 times at most" in must(*command, *flags).stderr
+    assert "nearly alike" not in must(*command, *flags, "--set", "stage1.terms.erm.beta=0.99").stderr
+
+
 def test_a_recipe_may_ask_for_a_post_hoc_method(digits: Path, tmp_path: Path) -> None:
     """Then it is the phase's plain evaluation, and predict uses it too."""
     recipe = ("--recipe", "digits/cross-entropy", "--set", "evaluation.logit_adjustment=1", "--epochs", 2)
@@ -89,7 +134,9 @@ def test_a_recipe_may_ask_for_a_post_hoc_method(digits: Path, tmp_path: Path) ->
 
 
 def test_ldam_trains_a_cosine_head(digits: Path, tmp_path: Path) -> None:
-    flags = setting("stage1.terms.erm", "loss=ldam", "reweight=effective-number", "beta=0.999", "reweight_after=2")
+    flags = setting(
+        "stage1.terms.erm", "loss=ldam", "scale=30", "reweight=effective-number", "beta=0.999", "reweight_after=2"
+    )
     flags += ["--set", "model.head=cosine", "--recipe", "digits/cross-entropy", "--epochs", "4"]
     must("train-stage1", "--data", digits, "--out", tmp_path, *flags)
     must("finetune", "--from", tmp_path)

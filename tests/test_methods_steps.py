@@ -26,7 +26,7 @@ DRW = {"reweight": "effective-number", "beta": 0.9, "reweight_after": 2}
 CMO = {"partner": "frequency-power", "power": 0.0, **BOX, **GATED}
 UNIMIX = {"partner": "unimix", "sample_tau": -2.0, **LINEAR, "ratio": "unimix", "alpha": 0.8, "per_sample": True}
 LADE = {"loss": "lade", "lader_weight": 0.1, "remine": 0.01}
-LDAM = {"loss": "ldam"}
+LDAM = {"loss": "ldam", "scale": 30.0}
 SMOOTHING = {"loss": "label-aware-smoothing", "smooth_head": 0.4, "smooth_tail": 0.1}
 # A method's terms, by name; "head" is that of the network.
 METHODS: dict[str, dict[str, Any]] = {

@@ -59,6 +59,17 @@ class Dataset:
             )
         return tensors["images"] if "images" in tensors else tensors["points"], labels
 
+    def require(self, split: str, *, needed_by: str) -> None:
+        """Check that there is such a split: val is only there where build-lt was asked for one.
+
+        Raises:
+            InputError: it is not there.
+        """
+        if f"{split}.safetensors" not in self.record["files"]:
+            raise InputError(
+                f"{self.folder} has no {split} split", needed_by=needed_by, fix="cpmix build-lt ... --val-per-class K"
+            )
+
     def samples(self, split: str) -> pd.DataFrame:
         """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
         path = self.folder / f"{split}.parquet"

@@ -277,7 +277,7 @@ def report(
             "num_wrong": wrong,
             "most_confused": top.to_dict("records"),
         },
-        title="\naccuracy, per cent of the test split",
+        title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
         rows=accuracies,
         lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],

@@ -1,6 +1,7 @@
 """evaluate: accuracy, groups, calibration and predictions of a checkpoint. Always fp32.
 
-On the data set's own test split, or with --test-data on another folder of the same classes.
+On the data set's own test split, with --split val on its held-out images, or with --test-data on another folder of the
+same classes.
 """
 
 import json
@@ -38,8 +39,15 @@ class Options:
     phase: str | None
     settings: list[str]
     label: str | None
+    split: str
     test_data: Path | None
     few_inclusive: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """On the test split, which every reader of the evaluation finds in the data set."""
+        return self.test_data is None and self.split == "test"
+
     device: str
     data: Path | None
     overwrite: bool
@@ -64,18 +72,25 @@ def run(options: Options) -> None:
     """Predict the test samples and publish what follows from it.
 
     Raises:
-        UsageError: a --label that is no file name, or a --set beyond [evaluation].
+        UsageError: a --label that is no file name, a --set beyond [evaluation], or a --split of --test-data.
         InputError: no finished phase, another data set, other classes, or damaged files.
         EnvironmentFault: the output belongs to other settings, the device is not there, the disk is full.
     """
     if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
         raise UsageError(f'--label "{options.label}": letters, digits, ".", "_" and "-" only')
+    if options.test_data is not None and options.split != "test":
+        raise UsageError(
+            "--split is of the data set, --test-data another one: give one of the two", needed_by="evaluate"
+        )
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
     recipe = requested_recipe(options, source)
     device = use_device(options.device)
-    tests = own_tests(dataset) if options.test_data is None else other_tests(options.test_data, dataset)
+    if options.test_data is None:
+        tests = own_tests(dataset, options.split)
+    else:
+        tests = other_tests(options.test_data, dataset)
 
     label = options.label
     if label is None:
@@ -102,7 +117,7 @@ def run(options: Options) -> None:
     runs.clear(folder)
     recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
     publish(recorder, source, recipe, dataset, logits, tests, options.few_inclusive, sha)
-    if options.test_data is not None:
+    if not options.is_plain:
         by_path = "path" in tests.samples
         columns = {str(name): column for name, column in tests.samples.items()}
         recorder.publish_table(artifacts.SAMPLES, artifacts.split_schema(by_path), columns)
@@ -122,7 +137,7 @@ def run(options: Options) -> None:
 
 def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | None:
     """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
-    parts = []
+    parts = [] if options.split == "test" else [options.split]
     if options.test_data is not None:
         parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
     for key in ("logit_adjustment", "tau_norm"):
@@ -132,10 +147,16 @@ def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | No
     return "-".join(parts) or None
 
 
-def own_tests(dataset: Dataset) -> TestSet:
-    """The data set's own test split."""
-    inputs, labels = dataset.read("test")
-    return TestSet(inputs, labels, dataset.samples("test"), dataset.data_root, dataset.fingerprint)
+def own_tests(dataset: Dataset, split: str) -> TestSet:
+    """The data set's own test or val split.
+
+    Raises:
+        InputError: it has none, or its files are damaged.
+    """
+    dataset.require(split, needed_by=f"evaluate --split {split}")
+    inputs, labels = dataset.read(split)
+    fingerprint = dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}"
+    return TestSet(inputs, labels, dataset.samples(split), dataset.data_root, fingerprint)
 
 
 def other_tests(folder: Path, dataset: Dataset) -> TestSet:
@@ -159,7 +180,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
                 f"{folder} has classes that the network does not know: {', '.join(unknown)}",
                 needed_by="evaluate --test-data",
             )
-        tests = own_tests(other)
+        tests = own_tests(other, "test")
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
@@ -301,7 +322,7 @@ def report(folder: Path, status: str) -> None:
     marks = [f"{MARK.strip()} test labels took part in the training"] if any(MARK in row[0] for row in rows) else []
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
-        title="per cent of the test split; many: more than 100 training images, few: fewer than 20",
+        title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=rows,
         lines=[*marks, f"{status}: {folder}"],

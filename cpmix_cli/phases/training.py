@@ -115,6 +115,9 @@ def train(
         f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
+    for term in plan.terms:
+        if (spread := term.weight_spread(data.class_counts)) < 1.05:
+            console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
     measure_confusion = None
     if plan.phase != "finetune" and (split := CONFUSION_SPLITS.get(recipe.confusion.source)):
         measure_confusion = confusion_on(dataset, split, recipe, state.model, device)

@@ -48,7 +48,7 @@ def render_page(
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
         f"<h1>{escape(title)}</h1><dl>{listed}</dl>"
-        f"<h2>Accuracy</h2>{_table(accuracy, 'Accuracy in per cent of the test split')}"
+        f"<h2>Accuracy</h2>{_table(accuracy, 'Accuracy in per cent')}"
         f"<h2>Pictures</h2>{shown}"
         f"<h2>Most confused pairs</h2>{_table(pairs, 'Pairs of classes, most confused first')}"
         f"</main></body></html>\n"
