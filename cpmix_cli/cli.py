@@ -283,7 +283,7 @@ def evaluate(
         typer.Option("--set", help="Change an [evaluation] key. Repeatable.", metavar="KEY=VALUE"),
     ] = None,
     label: Annotated[str | None, typer.Option(help="Write to evaluation/PHASE-LABEL/.")] = None,
-    split: Annotated[str, typer.Option(help="test, or val where build-lt held one out.")] = "test",
+    split: Annotated[str, typer.Option(help="test, train, or val where build-lt held one out.")] = "test",
     test_data: Annotated[
         Path | None,
         typer.Option("--test-data", help="Another folder: FOLDER/CLASS/IMAGE, or a data set's test split."),
@@ -299,7 +299,7 @@ def evaluate(
 ) -> None:
     """Accuracy by class and group, calibration, predictions."""
     device = _checked_device(device)
-    split = _checked("--split", split, ("test", "val"))
+    split = _checked("--split", split, ("test", "val", "train"))
     from cpmix_cli.phases import evaluate as evaluating
 
     evaluating.run(

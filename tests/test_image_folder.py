@@ -313,7 +313,7 @@ def test_misclassified_files(trained: Path, tmp_path: Path) -> None:
     must("evaluate", *run, "--test-data", tmp_path / "more", "--label", "files")
     result = must("misclassified", *run, "--label", "files")
     assert result.stdout.splitlines()[2].split()[:3] == [str(wrong), "blue", "green"]
-    assert result.stdout.splitlines()[3] == "1 misclassified test images"
+    assert result.stdout.splitlines()[3] == "1 misclassified images"
     cell = must("misclassified", *run, "--label", "files", "--true", "blue", "--predicted", 1, "--json").json
     assert [i["image"] for i in cell["images"]] == [str(wrong)]
     assert must("misclassified", *run, "--label", "files", "--true", "red", "--json").json["images"] == []

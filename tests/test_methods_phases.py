@@ -92,6 +92,11 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
     plain = must(*command, "--json").json
     assert (Path(plain["folder"]).name, plain["status"]) == ("stage1-val", "done")
     assert must(*command, "--json").json["status"] == "up to date"
+    train = must("evaluate", "--from", run, "--split", "train", "--json").json
+    assert (Path(train["folder"]).name, train["num_test"]) == (
+        "stage1-train",
+        len(artifacts.read_tensors(data / "train.safetensors")[0]["labels"]),
+    )
     wrong = must("misclassified", "--from", run, "--label", "val", "--json").json
     assert wrong["num_images"] == round(30 * (1 - plain["top1"] / 100))
     assert "next: cpmix misclassified" in must(*command, "--overwrite").stderr

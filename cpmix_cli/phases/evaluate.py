@@ -1,7 +1,7 @@
 """evaluate: accuracy, groups, calibration and predictions of a checkpoint. Always fp32.
 
-On the data set's own test split, with --split val on its held-out images, or with --test-data on another folder of the
-same classes.
+On the data set's own test split, with --split on its training or held-out images, or with --test-data on another folder
+of the same classes.
 """
 
 import json
@@ -148,7 +148,7 @@ def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | No
 
 
 def own_tests(dataset: Dataset, split: str) -> TestSet:
-    """The data set's own test or val split.
+    """The data set's own train, val or test split.
 
     Raises:
         InputError: it has none, or its files are damaged.
@@ -286,7 +286,7 @@ ACCURACY_HEADER = (
     ">few",
     ">balanced",
     ">ECE",
-    ">test images",
+    ">images",
 )
 
 

@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * f['confidence']:.1f} %"]
         for f in found[: options.limit]
     ]
-    line = f"{len(found):,} misclassified test images"
+    line = f"{len(found):,} misclassified images"
     if len(found) > len(rows):
         line = f"{len(rows)} of {line}; more with --limit N, all with --json"
     fields = {"command": "misclassified", "phase": source.phase, "num_images": len(found), "images": found}
