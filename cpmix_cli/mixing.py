@@ -56,9 +56,9 @@ def permutation(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
 def unimix(uniforms: Tensor, labels: Tensor, state: MixingState, *, sample_tau: float) -> Tensor:
     """An image of the batch with probability in proportion to n_y ** sample_tau, with replacement.
 
-    The batch itself goes by n, so a partner's class goes by n ** (1 + sample_tau): -1 draws classes uniformly, -2 by
-    their inverse frequency. Source: Xu et al., UniMix, whose tau is that of classes, -1: sample_tau = -2.
-    Differs: the released code takes its tau (-0.1 on CIFAR-100) for that of images.
+    The batch itself goes by n, so a partner's class goes by n ** (1 + sample_tau). Far below 0 the one rarest image of
+    a batch is the partner of nearly all. Source: UniMix's released code, sample_tau = -0.1 on CIFAR-100. Differs: the
+    tau of the paper (Xu et al.) is that of classes among all images, -1: `frequency_power`.
     """
     weights = state.class_counts[labels].to(torch.float64) ** sample_tau
     return draw_weighted(weights.expand(len(labels), -1), uniforms)
@@ -90,7 +90,7 @@ def frequency_power(uniforms: Tensor, labels: Tensor, state: MixingState, *, pow
     """A class with probability in proportion to n_c ** power, whatever the own one is: 0 draws classes uniformly, -1 by
     their inverse frequency, 1 as they are.
 
-    Source: Park et al., CMO, whose released code weights images by n^-1: power = 0.
+    Source: Park et al., CMO, whose released code weights images by n^-1: power = 0; Xu et al., UniMix: power = -1.
     """
     weights = state.class_counts.to(torch.float64) ** power
     return draw_weighted(weights.expand(len(labels), -1), uniforms)

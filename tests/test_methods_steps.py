@@ -24,7 +24,7 @@ BOX = {**LINEAR, "mix": "box"}
 GATED = {"probability": 0.5, "unmixed_first": 1.5}
 DRW = {"reweight": "effective-number", "beta": 0.9, "reweight_after": 2}
 CMO = {"partner": "frequency-power", "power": 0.0, **BOX, **GATED}
-UNIMIX = {"partner": "unimix", "sample_tau": -2.0, **LINEAR, "ratio": "unimix", "alpha": 0.8, "per_sample": True}
+UNIMIX = {**LINEAR, "ratio": "unimix", "alpha": 0.8, "per_sample": True, "loss": "balanced-softmax"}
 LADE = {"loss": "lade", "lader_weight": 0.1, "remine": 0.01}
 LDAM = {"loss": "ldam", "scale": 30.0}
 SMOOTHING = {"loss": "label-aware-smoothing", "smooth_head": 0.4, "smooth_tail": 0.1}
@@ -43,7 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "remix-drw": {"erm": {**NATURAL, "partner": "permutation", **LINEAR, "label": "remix", **DRW}},
     "cmo": {"erm": {**NATURAL, **CMO}},
     "cmo-ldam-drw": {"erm": {**NATURAL, **LDAM, **CMO, **DRW}},
-    "unimix": {"erm": {**NATURAL, "loss": "balanced-softmax", **UNIMIX}},
+    "unimix": {"erm": {**NATURAL, "partner": "frequency-power", "power": -1.0, **UNIMIX}},
+    "unimix, as its code": {"erm": {**NATURAL, "partner": "unimix", "sample_tau": -0.1, **UNIMIX}},
     "otmix": {"erm": {**NATURAL, "loss": "balanced-softmax", **CMO, "match": "transport", "match_power": 0.0}},
     "label-aware smoothing": {"erm": {"draw": "class-uniform", **SMOOTHING}},
     "cpmix-on-lade": {"erm": {**NATURAL, **LADE}, "cp": CP, "mix": MIX},
