@@ -71,8 +71,8 @@ class Interrupted(CpmixError):
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' for the nearest known name, and the list of all of them."""
+    """' Did you mean "x"?' for the nearest known name, and the list of all of them if they are not too many."""
     names = sorted(known)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    return f"{hint} Known: {', '.join(names)}." if names else hint
+    return f"{hint} Known: {', '.join(names)}." if 0 < len(names) <= 20 else hint

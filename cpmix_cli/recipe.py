@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -145,6 +145,15 @@ class Term(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
+        "partner": (
+            *("match", "ratio", "alpha", "per_sample", "mix", "label"),
+            *("probability", "unmixed_first", "unmixed_last"),
+        ),
+        "match": ("match_power",),
+        "reweight": ("reweight_after", "reweight_norm"),
+    }
+    """Step -> keys that say nothing in a term without it."""
 
     draw: Literal["natural", "class-uniform"] = "natural"
     """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
@@ -179,13 +188,15 @@ class Term(BaseModel):
     """Factor of the term in the objective; 0 leaves the term out."""
 
     @model_validator(mode="after")
-    def _mixed_or_not(self) -> "Term":
-        steps = {"ratio": self.ratio, "alpha": self.alpha, "mix": self.mix, "label": self.label}
-        if self.partner is None and (any(steps.values()) or self.match or self.probability < 1):
-            given = [*(k for k, v in steps.items() if v), *(["match"] if self.match else [])]
-            raise ValueError(f"{', '.join(given or ['probability'])} need a partner")
-        if self.partner is not None and not all(steps.values()):
-            raise ValueError(f"a partner needs {', '.join(k for k, v in steps.items() if not v)}")
+    def _complete(self) -> "Term":
+        for step, keys in self._idle_without.items():
+            fields = type(self).model_fields
+            given = [key for key in keys if getattr(self, key) != fields[key].default]
+            if getattr(self, step) is None and given:
+                raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} {step}")
+        missing = [key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None]
+        if self.partner is not None and missing:
+            raise ValueError(f"a partner needs {', '.join(missing)}")
         return self
 
     @property
@@ -196,12 +207,7 @@ class Term(BaseModel):
     @model_serializer(mode="wrap")
     def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As a resolved recipe shows it: no keys of steps that the term does not have."""
-        idle = {
-            "partner": ("per_sample", "probability", "unmixed_first", "unmixed_last"),
-            "match": ("match_power",),
-            "reweight": ("reweight_after", "reweight_norm"),
-        }
-        dropped = {key for step, keys in idle.items() if getattr(self, step) is None for key in keys}
+        dropped = {key for step, keys in self._idle_without.items() if getattr(self, step) is None for key in keys}
         return {key: value for key, value in handler(self).items() if key not in dropped}
 
     @property
@@ -237,7 +243,7 @@ class Finetune(Stage):
     """Schedule of the rate; cosine falls to 0 over the steps."""
     head: Literal["keep", "reinit", "scale"] = "keep"
     """Start from the trained head, from a fresh one (cRT), or put a learnable scale a class behind it (LWS)."""
-    train: list[str] = ["head"]
+    train: list[str] = Field(default=["head"], min_length=1)
     """Parameter-name prefixes that are trained."""
     groups: list[ParameterGroup] = []
     """As in [optimizer]."""
@@ -354,7 +360,11 @@ def find_recipe(name: str) -> Path:
     for folder in recipe_folders():
         if (found := folder / f"{name}.toml").is_file():
             return found
-    raise UsageError(f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe")
+    if path.suffix == ".toml":
+        raise UsageError(f"no file {path}", needed_by="--recipe")
+    raise UsageError(
+        f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes lists all"
+    )
 
 
 def load(
@@ -397,7 +407,10 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
     if (base := tables.pop("extends", None)) is None:
         return tables
-    found = find_recipe(str(base))
+    try:
+        found = find_recipe(str(base))
+    except UsageError as fault:
+        raise UsageError(f"{path}: extends: {fault.message}", needed_by=fault.needed_by, fix=fault.fix) from fault
     if found in (path, *above):
         raise UsageError(f'{path}: extends = "{base}" leads back to itself', needed_by="--recipe")
     below = read_tables(found, (path, *above))

@@ -245,7 +245,8 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
     faults = []
     try:
         with torch.device("meta"):
-            MODELS[recipe.model.name](num_classes, shape)
+            network = MODELS[recipe.model.name](num_classes, shape)
+        faults += _prefix_faults(recipe, [name for name, _ in network.named_parameters()])
     except ValueError as fault:
         faults.append(f'model.name = "{recipe.model.name}": {fault}')
     normalisation = recipe.data.normalisation
@@ -265,6 +266,22 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
     if faults:
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
+
+
+def _prefix_faults(recipe: Recipe, names: list[str]) -> list[str]:
+    """Prefixes in a recipe that no parameter starts with; `names` are those with a linear head."""
+    if recipe.model.head == "cosine":
+        names = [name for name in names if name != "head.bias"]
+    wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
+    if (finetune := recipe.finetune) is not None:
+        own = [*names, "head.scale"] if finetune.head == "scale" else names
+        wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
+        wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
+    return [
+        f'{key}: no parameter of the network starts with "{prefix}"; some are {", ".join(known[:1] + known[-2:])}'
+        for key, prefix, known in wanted
+        if not any(name.startswith(prefix) for name in known)
+    ]
 
 
 def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:

@@ -235,7 +235,7 @@ def test_all_faults_of_a_recipe_and_its_settings_at_once(digits: Path, tmp_path:
         (["--set", "nothing.at=all"], "nothing: unknown key"),
         (["--bad-flag"], "No such option"),
         (["--recipe", "digits/cpmx"], 'Did you mean "digits/cpmix"?'),
-        (["--recipe", "none.toml"], 'no recipe "none.toml"'),
+        (["--recipe", "none.toml"], "no file none.toml"),
     ],
 )
 def test_flags_of_the_wrong_type_or_range(flags: list[str], message: str, digits: Path, tmp_path: Path) -> None:

@@ -122,6 +122,23 @@ def test_ldam_wants_its_cosine_head(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_prefixes_of_all_phases_are_checked_before_the_first(digits: Path, tmp_path: Path) -> None:
+    command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--recipe", "digits/cross-entropy")
+    groups = ("--set", 'optimizer.groups=[{prefix="haed"}]')
+    result = cpmix(*command, *groups, *setting("finetune", 'train=["head.scale"]', 'groups=[{prefix="fc"}]'))
+    assert result.code == 2
+    for message in (
+        'optimizer.groups: no parameter of the network starts with "haed"',
+        "finetune.train",
+        "finetune.groups",
+    ):
+        assert message in result.stderr
+    must(*command, "--dry-run", *setting("finetune", "head=scale", 'train=["head.scale"]'))
+    cosine = (*setting("model", "head=cosine"), *setting("finetune", 'train=["head.bias"]'))
+    assert cpmix(*command, *cosine).code == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_class_weights_that_say_nothing_are_told(digits: Path, tmp_path: Path) -> None:
     flags = setting("stage1.terms.erm", "reweight=effective-number", "beta=0.1")
     command = ("train-stage1", "--data", digits, "--out", tmp_path, "--recipe", "digits/cross-entropy", "--dry-run")

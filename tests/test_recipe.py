@@ -85,7 +85,7 @@ def test_faults_of_terms_are_listed_with_the_functions_there_are() -> None:
 def test_a_mixed_term_needs_all_its_steps() -> None:
     with pytest.raises(UsageError, match="a partner needs ratio, alpha, mix, label"):
         load("digits/cross-entropy", settings=["stage1.terms.erm.partner=permutation"])
-    with pytest.raises(UsageError, match="ratio need a partner"):
+    with pytest.raises(UsageError, match="ratio needs partner"):
         load("digits/cross-entropy", settings=["stage1.terms.erm.ratio=beta"])
 
 
@@ -213,8 +213,15 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
     [
         (["finetune.head=scale", "model.head=cosine"], 'model.head = "cosine" has no bias and no norms'),
         (["evaluation.tau_norm=1", "model.head=cosine"], "evaluation.tau_norm"),
-        (["stage1.terms.erm.probability=0.5"], "probability need a partner"),
-        (["stage1.terms.erm.match=transport"], "match need a partner"),
+        (["stage1.terms.erm.probability=0.5"], "probability needs partner"),
+        (["stage1.terms.erm.match=transport"], "match needs partner"),
+        (
+            ["stage1.terms.erm.unmixed_first=1", "stage1.terms.erm.per_sample=true"],
+            "per_sample, unmixed_first need partner",
+        ),
+        (["stage1.terms.erm.reweight_after=3"], "reweight_after needs reweight"),
+        (["stage2.terms.cp.match_power=2"], "match_power needs match"),
+        (["finetune.train=[]"], "finetune.train"),
         (["stage2.terms.cp.probability=0"], "Input should be greater than 0"),
         (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cpmix_cli import artifacts, runs
 from cpmix_cli.engine import load_state, make_optimizer
-from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.errors import InputError
 from cpmix_cli.models import add_scale, initialise
 from cpmix_cli.phases.train_stage1 import fresh_state
 from cpmix_cli.phases.train_stage2 import requested_recipe
@@ -45,9 +45,6 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
             needed_by="finetune",
             fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
         )
-    missing = unmatched_prefixes(recipe.finetune.train, source)
-    if missing:
-        raise UsageError(f"finetune.train: no parameter starts with {', '.join(missing)}")
     train(
         PhaseFolder(out or root, "finetune"),
         source,
@@ -56,12 +53,6 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
         options,
         partial(prepare, source),
     )
-
-
-def unmatched_prefixes(prefixes: list[str], source: PhaseFolder) -> list[str]:
-    """Prefixes that no weight of the source's network starts with."""
-    names = [*artifacts.read_tensors(*source.output(artifacts.MODEL))[0], "head.scale"]
-    return [p for p in prefixes if not any(name.startswith(p) for name in names)]
 
 
 def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
