@@ -27,6 +27,10 @@ for method in cross-entropy ldam-drw lade mixup remix cmo unimix otmix; do
     cpmix train-stage1 --data "$data" --recipe "cifar100-lt/$method" --epochs "$epochs" --seed "$seed" --out "$out/$method"
     measured "$out/$method" stage1 --set "finetune.epochs=$finetune"
 done
-# MiSLAS has a finetune of its own.
+# MiSLAS has a finetune of its own; the others' goes beside it.
 cpmix train-stage1 --data "$data" --recipe cifar100-lt/mislas --epochs "$epochs" --seed "$seed" --out "$out/mislas"
-measured "$out/mislas" stage1
+measured "$out/mislas" stage1 --set "finetune.epochs=$finetune"
+cpmix finetune --from "$out/mislas" --out "$out/mislas-same-finetune" --set "finetune.epochs=$finetune" \
+    --set finetune.lr=0.5 --set finetune.weight_decay=0.0 --set finetune.head=keep --set finetune.batchnorm=frozen \
+    --set 'finetune.groups=[]' --set finetune.terms.erm.loss=cross-entropy
+cpmix evaluate --from "$out/mislas-same-finetune"
