@@ -42,15 +42,14 @@ class Options:
     split: str
     test_data: Path | None
     few_inclusive: bool
-
-    @property
-    def is_plain(self) -> bool:
-        """On the test split, which every reader of the evaluation finds in the data set."""
-        return self.test_data is None and self.split == "test"
-
     device: str
     data: Path | None
     overwrite: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """On the test split, where every reader of the evaluation looks for its samples."""
+        return self.test_data is None and self.split == "test"
 
 
 @dataclass(frozen=True)
