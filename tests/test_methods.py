@@ -84,7 +84,7 @@ def test_the_table_marks_what_was_copied() -> None:
     rows = {line.split("  ")[0]: line for line in lines}
     assert rows["OTmix (BS)"].split()[3:6] == ["46.80*", "52.30*", "62.30*"]
     assert rows["CP-Mix"].split()[2:6] == ["43.56", "48.20", "52.12", "61.91"]
-    assert rows["CP-Mix"].split()[6:] == "cpmix Yoon et al., arXiv 2024 class counts, confusions".split()
+    assert rows["CP-Mix"].endswith("  Yoon et al., arXiv 2024     class counts, confusions")
     assert [line for line in lines if line.startswith("* copied")]
     assert lines[-2] == "all but controls, ablations and CP-Mix on others stand for cifar10-lt too"
 
