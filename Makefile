@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check torture clean
 
 # The six commands on handwritten digits: data, training, tables, pictures.
 demo: $(READY)
@@ -19,6 +19,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: lint test
+
+# Two hundred SIGKILLs in all phases, each followed by the same command: prints kills, resumes, differences.
+torture: $(READY)
+	$(BIN)/python tests/torture.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("cpmix needs Python 3.11 or newer: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'

@@ -10,18 +10,24 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import socket
+import stat
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from cpmix_cli.errors import EnvironmentFault, InputError
@@ -134,8 +140,13 @@ def metrics_schema(terms: list[str]) -> pa.Schema:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal content, equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """JSON with sorted keys and no spaces: equal content, equal text. File names that are no UTF-8 are escaped."""
+    return _unicode(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def _unicode(text: str) -> str:
+    """JSON text whose lone surrogates (bytes of a file name that are no UTF-8) are escaped, as JSON itself would."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def sha256(data: bytes) -> str:
@@ -150,14 +161,36 @@ def digest(value: Any) -> str:
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
+TEMPORARY = ".cpmix-tmp-"
+
+
+def temporary_for(path: Path) -> Path:
+    """Where a file is written before it is renamed to `path`: a name of this process's own in the same folder.
+
+    Short: the name of `path` may be as long as a name can be.
+    """
+    return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{sha256(os.fsencode(path.name))[:8]}")
+
 
 def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> EnvironmentFault:
-    """The error for a file or folder that cannot be written: why, and what would be enough."""
+    """The error for a file or folder that cannot be written: why, what was needed and what is free."""
     reason = fault.strerror or str(fault)
     fix = "choose a folder you can write to with --out"
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        room = f"{shutil.disk_usage(_existing(path)).free:,} are free on the disk"
+        if fault.errno == errno.EFBIG:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+            room = f"a file may have {limit:,} here (ulimit -f)" if limit >= 0 else "the file system takes less"
+        elif fault.errno == errno.EDQUOT:
+            room += ", but your quota is used up (see: quota -s)"
+        reason += f": {needed_bytes:,} bytes are needed, {room}"
         fix = f"free at least {needed_bytes:,} bytes there, then run the same command again"
     return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there, or the path itself."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def check_place(folder: Path, needed_bytes: int) -> None:
@@ -166,9 +199,7 @@ def check_place(folder: Path, needed_bytes: int) -> None:
     Raises:
         EnvironmentFault: with the reason. A quota shows only when it is hit.
     """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = _existing(folder)
     code = 0
     if not place.is_dir():
         code = errno.ENOTDIR
@@ -189,7 +220,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise write_fault(path, fault) from fault
+        raise write_fault(path, fault, needed_bytes=4096) from fault
 
 
 def publish(path: Path, data: bytes) -> str:
@@ -201,26 +232,35 @@ def publish(path: Path, data: bytes) -> str:
     Raises:
         EnvironmentFault: the disk, a permission or a quota does not allow it; the temporary file is gone.
     """
-    temporary = path.with_name(f".cpmix-tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    temporary = temporary_for(path)
+    before = temporary.with_name(temporary.name + "-before")
+    sha = sha256(data)
     try:
-        # Mode 0666 less the umask, as any other program would: the group can read a checkpoint.
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            # Mode 0666 less the umask, as any other program would: the group can read a checkpoint.
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(OSError):  # nothing was there, or no hard links are: then there is no way back
+                os.link(path, before)
+            temporary.replace(path)
+            try:
+                os.fsync(folder)
+            except OSError as fault:
+                if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that know no fsync of folders
+                    before.replace(path) if before.exists() else path.unlink()
+                    raise
         finally:
             os.close(folder)
     except OSError as fault:
-        temporary.unlink(missing_ok=True)
         raise write_fault(path, fault, needed_bytes=len(data)) from fault
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return sha256(data)
+    finally:
+        for leftover in (temporary, before):
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+    return sha
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
@@ -233,44 +273,143 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
     return safetensors.torch.save(plain, text)
 
 
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest of tensors with their names, types and shapes, for a file whose hash no record holds yet."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        content.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
+        content.update(plain.view(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def sealed_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with a digest of the tensors and one of itself: such a file needs no record beside it to be checked."""
+    sealed = {**metadata, "tensors_digest": tensors_digest(tensors)}
+    return {**sealed, "digest": digest(sealed)}
+
+
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
     """Publish tensors as safetensors; see tensor_bytes()."""
     return publish(path, tensor_bytes(tensors, metadata))
 
 
-def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> str:
-    """Publish columns as Parquet with exactly this schema."""
+def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:
+    """Columns as the bytes of a Parquet file with exactly this schema."""
     arrays = [pa.array(columns[f.name], type=f.type, from_pandas=True) for f in schema]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
-    return publish(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> str:
+    """Publish columns as Parquet; see table_bytes()."""
+    return publish(path, table_bytes(schema, columns))
 
 
 def publish_record(path: Path, record: Mapping[str, Any]) -> str:
     """Publish a JSON record with the digest of its own content, for people and programs to read."""
-    sealed = {**record, "digest": digest(dict(record))}
-    return publish(path, (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode())
+    return publish(path, _record_bytes({**record, "digest": digest(dict(record))}))
+
+
+def _record_bytes(sealed: Any) -> bytes:
+    return (_unicode(json.dumps(sealed, indent=1, ensure_ascii=False)) + "\n").encode()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
+LATE_SECONDS = 5.0
+"""How long a file may take to appear that its record says is there: network file systems show some late."""
+MAX_RECORD = 100_000_000  # bytes; that of a data set of ten thousand classes has half a million
 
-def read_bytes(path: Path, sha: str | None = None) -> bytes:
-    """The bytes of a file, checked against the hash that its record gives.
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading that is one: no folder, no pipe that would wait for ever, no device without an end.
 
     Raises:
-        InputError: it is missing, unreadable, or its bytes are not those that were published.
+        InputError: it is none, missing, or unreadable.
     """
     try:
-        data = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as fault:
         raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"cannot read {path}: it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _wait_for(path: Path) -> None:
+    """Give a file that has to be there some seconds to show."""
+    until = time.monotonic() + LATE_SECONDS
+    while not os.path.lexists(path) and path.parent.is_dir() and time.monotonic() < until:
+        time.sleep(0.1)
+        with suppress(OSError), os.scandir(path.parent) as entries:  # makes NFS look again
+            next(entries, None)
+
+
+def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) -> bytes:
+    """The bytes of a file, checked against the hash that its record gives.
+
+    Args:
+        path: of the file; one with a hash is waited for, LATE_SECONDS at most.
+        sha: the recorded sha256.
+        limit: refuse a file with more bytes.
+
+    Raises:
+        InputError: it is missing, unreadable, no file, too large, or its bytes are not those that were published.
+    """
+    if sha is not None:
+        _wait_for(path)
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise InputError(f"{path} has {size:,} bytes; a file of its kind has at most {limit:,}")
+        try:
+            data = file.read()
+        except OSError as fault:
+            raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
     if sha is not None and sha256(data) != sha:
         raise InputError(
             f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...",
             fix="make it again with --overwrite, or restore it from a copy",
         )
     return data
+
+
+def verify(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Check the files of a folder against their recorded hashes.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    for name, sha in hashes.items():
+        read_bytes(folder / name, sha)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; a second of the same name would silently take the place of the first."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return members
+
+
+def _parse_header(text: bytes) -> tuple[dict[str, list[int]], Any]:
+    """Shapes by tensor name, and the metadata, of a safetensors header.
+
+    Raises:
+        ValueError, KeyError, AttributeError, TypeError, RecursionError: it is none.
+    """
+    header = json.loads(text, object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", {}).get("cpmix")
+    shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+    return shapes, json.loads(metadata) if metadata is not None else None
+
+
+_NOT_A_HEADER = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
 def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor], Any]:
@@ -283,12 +422,26 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
     """
     data = read_bytes(path, sha)
     try:
-        tensors = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("cpmix")
-        return tensors, json.loads(metadata) if metadata is not None else None
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as fault:
+        if size > MAX_HEADER:
+            raise ValueError(f"its header says it has {size:,} bytes")
+        _, metadata = _parse_header(data[8 : 8 + size])
+        return safetensors.torch.load(data), metadata
+    except (safetensors.SafetensorError, *_NOT_A_HEADER) as fault:
         raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
+
+
+def check_seal(path: Path, metadata: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What sealed_metadata() put round a safetensors file's tensors (unread: None) holds; returns the metadata.
+
+    Raises:
+        InputError: it does not, or there is no seal.
+    """
+    content = dict(metadata) if isinstance(metadata, dict) else {}
+    whole = content.pop("digest", None) == digest(content)
+    if not whole or (tensors is not None and content.get("tensors_digest") != tensors_digest(tensors)):
+        raise InputError(f"{path} is damaged, or no file of cpmix", fix="make it again, with --overwrite")
+    return content
 
 
 def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
@@ -297,16 +450,12 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
     Raises:
         InputError: missing, or the header is not one.
     """
+    with open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if 0 < size <= MAX_HEADER else b""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 0 < size <= MAX_HEADER else None
-            metadata = header.pop("__metadata__", {}).get("cpmix")  # type: ignore[union-attr]
-            shapes = {name: list(entry["shape"]) for name, entry in header.items()}  # type: ignore[union-attr]
-            return shapes, json.loads(metadata) if metadata is not None else None
-    except OSError as fault:
-        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        return _parse_header(text)
+    except _NOT_A_HEADER as fault:
         raise InputError(f"{path} is not a valid safetensors file") from fault
 
 
@@ -318,17 +467,73 @@ def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = No
     """
     data = read_bytes(path, sha)
     try:
-        found = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as fault:
+        source = pq.ParquetFile(io.BytesIO(data))
+        if schema is not None and not source.schema_arrow.equals(schema):
+            raise InputError(f"{path} has columns {_columns(source.schema_arrow)}; expected {_columns(schema)}")
+        # A few bytes can spell a million equal rows; none of our columns is that regular.
+        if source.metadata.num_rows > 8 * len(data):
+            raise InputError(f"{path} says it has {source.metadata.num_rows:,} rows in {len(data):,} bytes")
+        table: pd.DataFrame = source.read().to_pandas()
+    except InputError:
+        raise
+    except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
         raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
-    if schema is not None and not found.schema.equals(schema):
-        raise InputError(f"{path} has columns {_columns(found.schema)}; expected {_columns(schema)}")
-    table: pd.DataFrame = found.to_pandas()
     return table
 
 
 def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
+
+
+def refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str) -> None:
+    """Refuse a table for its first row that is wrong.
+
+    Raises:
+        InputError: with that row.
+    """
+    if wrong.any():
+        first = int(wrong.to_numpy().argmax())
+        row = ", ".join(f"{name} {value}" for name, value in table.iloc[first].items())
+        raise InputError(f"{path}, row {first + 1} ({row}): {what}", fix="make it again with --overwrite")
+
+
+def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
+    """class_counts.parquet: classes 0 to C - 1 in order, each with a training image.
+
+    Raises:
+        InputError: missing, damaged, or not so.
+    """
+    table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
+    refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
+    refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
+    refuse(path, table, table["num_test"] < 0, "no class has fewer than 0 test images")
+    return table
+
+
+def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
+    """confusion_pairs.parquet: ordered pairs of different classes, each once, with a count.
+
+    Raises:
+        InputError: missing, damaged, or not so.
+    """
+    table = read_table(path, CONFUSION_SCHEMA, sha)
+    for name in ("true_class", "predicted_class"):
+        refuse_outside(path, table, name, num_classes)
+    refuse(path, table, table["count"] < 1, "a pair is there because it was counted")
+    refuse(path, table, table["true_class"] == table["predicted_class"], "a class is not confused with itself")
+    twice = table.duplicated(["true_class", "predicted_class"])
+    refuse(path, table, twice, "the pair stands there twice")
+    return table
+
+
+def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
+    """Refuse class ids outside 0 to num_classes - 1.
+
+    Raises:
+        InputError: with the first row that has one.
+    """
+    classes = table[column]
+    refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -337,23 +542,47 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not JSON, of another format, or changed since it was written.
     """
-    data = read_bytes(path)
+    data = read_bytes(path, limit=MAX_RECORD)
     try:
-        record = json.loads(data)
+        record = json.loads(data, object_pairs_hook=_unique)
+        as_published = _record_bytes(record) == data
         sealed = record.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise InputError(f"{path} is damaged: not a cpmix record") from fault
-    if digest(record) != sealed:
+    if digest(record) != sealed or not as_published:
         raise InputError(
             f"{path} was changed after it was written",
             fix="restore it, or make it again with --overwrite",
         )
+    check_format(path, record)
+    return dict(record)
+
+
+def checked(path: Path, entry: type[BaseModel], record: dict[str, Any]) -> dict[str, Any]:
+    """A record that has what its readers count on. It may have been made by hand, digest and all.
+
+    Raises:
+        InputError: with the first thing that is not so.
+    """
+    try:
+        entry.model_validate(record)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        raise InputError(f"{path} is no such record: {'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
+    return record
+
+
+def check_format(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse what another version of cpmix wrote.
+
+    Raises:
+        InputError: its format is not FORMAT.
+    """
     if record.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {record.get('format')}, this cpmix reads format {FORMAT}",
             fix="use the cpmix version that wrote it, or make it again",
         )
-    return dict(record)
 
 
 def confusion_columns(counts: Tensor) -> dict[str, Any]:

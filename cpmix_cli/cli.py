@@ -3,8 +3,6 @@
 Errors become exit codes here and nowhere else.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cpmix_cli import __version__, console, signals
+from cpmix_cli import __version__, console
 from cpmix_cli.errors import CpmixError
 
 PIPELINE, HELPERS = "Commands", "Helpers"
@@ -42,9 +40,7 @@ class Commands(TyperGroup):
         except CpmixError as fault:
             console.error(str(fault), fault.exit_code)
             raise typer.Exit(fault.exit_code) from fault
-        except BrokenPipeError:
-            # The reader went away (cpmix ... | head). Python flushes stdout once more at exit: give it somewhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader went away (cpmix ... | head)
             raise typer.Exit(0) from None
 
 
@@ -107,7 +103,10 @@ Epochs = Annotated[
     typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1),
 ]
 Seed = Annotated[int | None, typer.Option(help="Replace the recipe's seed.", min=0)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, take a step of each phase to come, write nothing.")
+]
+CheckpointEvery = Annotated[int, typer.Option(help="Save the state every N epochs.", min=1)]
 EvalEvery = Annotated[
     int,
     typer.Option(help="Test accuracy every N epochs, into metrics.parquet; selects nothing.", min=0),
@@ -208,6 +207,7 @@ def train_stage1(
     seed: Seed = None,
     device: Device = "auto",
     eval_every: EvalEvery = 0,
+    checkpoint_every: CheckpointEvery = 1,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -218,7 +218,9 @@ def train_stage1(
     from cpmix_cli.phases import train_stage1 as phase
     from cpmix_cli.phases.training import Options
 
-    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    options = Options(
+        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+    )
     phase.run(options, out, init)
 
 
@@ -233,6 +235,7 @@ def train_stage2(
     device: Device = "auto",
     data: Data = None,
     eval_every: EvalEvery = 0,
+    checkpoint_every: CheckpointEvery = 1,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -243,7 +246,9 @@ def train_stage2(
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
-    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    options = Options(
+        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+    )
     phase.run(options, from_folder, out)
 
 
@@ -259,6 +264,7 @@ def finetune(
     device: Device = "auto",
     data: Data = None,
     eval_every: EvalEvery = 0,
+    checkpoint_every: CheckpointEvery = 1,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -269,7 +275,9 @@ def finetune(
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 
-    options = Options(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every)
+    options = Options(
+        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+    )
     finetuning.run(options, from_folder, out, phase)
 
 
@@ -441,9 +449,3 @@ def bench(
     from cpmix_cli.phases import bench as benching
 
     benching.run(benching.Options(recipe, settings or [], epochs, data, device, rounds, seconds))
-
-
-def main() -> None:
-    """Entry point of the `cpmix` command."""
-    signals.install()
-    app(prog_name="cpmix")

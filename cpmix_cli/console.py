@@ -1,15 +1,21 @@
 """Everything cpmix shows; the only file that prints.
 
 stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one
-plain line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal.
+plain line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal. Control codes that
+stand in a file's or a class's name are shown, never obeyed.
 """
 
 import json
+import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from cpmix_cli.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -17,9 +23,42 @@ if TYPE_CHECKING:
 as_json = False  # set by the command line, before a phase runs
 
 
+def set_up() -> None:
+    """Make both streams take any text: a file name may hold bytes that are no UTF-8, a terminal may know ASCII only."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started us
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def printable(text: str) -> str:
+    """Text with its control codes spelled out, but for line ends and tabs."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def note(text: str) -> None:
-    """One line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of progress on stderr. A log that cannot be written (its reader left, its disk is full) stops no run."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+def _out(text: str) -> None:
+    """A line of the result.
+
+    Raises:
+        BrokenPipeError: the reader left.
+        EnvironmentFault: it cannot be written.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(text, flush=True)
+    except OSError as fault:
+        # Python flushes stdout once more at exit: give what is left somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(fault, BrokenPipeError):
+            raise
+        raise EnvironmentFault(f"cannot write the result to standard output: {fault.strerror}") from fault
 
 
 def typed(*words: object) -> str:
@@ -50,12 +89,12 @@ def result(
         lines: plain lines below the table.
     """
     if as_json:
-        print(json.dumps(fields, allow_nan=False), flush=True)
+        _out(json.dumps(fields, allow_nan=False))
         return
     if rows:
         table(header, rows, title=title)
     for line in lines:
-        print(line, flush=True)
+        _out(printable(line))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
@@ -64,26 +103,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
     The terminal's width is not consulted: a folded number is worse than a long line.
     """
     right = [name.startswith(">") for name in header]
-    cells = [[name.removeprefix(">") for name in header], *[list(map(str, row)) for row in rows]]
+    named = [name.removeprefix(">") for name in header]
+    # A line end within a cell would break the table.
+    cells = [named, *[[printable(str(cell)).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     if title:
-        print(title)
+        _out(printable(title))
     for number, row in enumerate(cells):
         padded = [
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)
         ]
-        print("  ".join(padded).rstrip())
+        _out("  ".join(padded).rstrip())
         if number == 0:
-            print("  ".join("-" * width for width in widths))
-    sys.stdout.flush()
+            _out("  ".join("-" * width for width in widths))
 
 
 def error(text: str, exit_code: int) -> None:
     """A user error on stderr, and as the one JSON object of a --json command."""
     note(text)
     if as_json:
-        print(json.dumps({"error": text, "exit_code": exit_code}), flush=True)
+        with suppress(OSError, EnvironmentFault):
+            _out(json.dumps({"error": text, "exit_code": exit_code}))
 
 
 def duration(seconds: float) -> str:
@@ -136,7 +177,7 @@ class EpochProgress:
         self._started = time.perf_counter()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             import rich.console
             import rich.progress as bars
 
@@ -171,11 +212,13 @@ class EpochProgress:
     def line(self, text: str) -> None:
         """One plain line, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):  # the terminal is gone; the run is not
+                self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         else:
             note(text)
 
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()

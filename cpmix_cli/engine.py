@@ -6,7 +6,7 @@ from. What a step computes is in step.py; here are its epochs, what is read from
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +19,6 @@ from cpmix_cli.errors import Diverged, InputError, Interrupted
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Optimizer
 from cpmix_cli.step import EAGER_STEPS, Plan, Step, TrainingData, TrainingState, own_stream, sum_names
-
-SAVE_SECONDS = 10.0  # at least between two saves: on a GPU an epoch of small images is shorter than writing it
 
 
 def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimizer:
@@ -55,6 +53,12 @@ def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimize
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
     """A TrainingState as named tensors; the history as float64 [epochs, columns], NaN for null."""
+    rows = [[math.nan if v is None else v for v in row.values()] for row in state.history]
+    return {**_numbers(state), "history": torch.tensor(rows, dtype=torch.float64)}
+
+
+def _numbers(state: TrainingState) -> dict[str, Tensor]:
+    """All tensors of a state but the history: all of them are finite where training goes well."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     for name, parameter in state.model.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
@@ -62,30 +66,45 @@ def state_tensors(state: TrainingState) -> dict[str, Tensor]:
                 tensors[f"optimizer.{name}.{key}"] = value
     tensors["confusion"] = state.confusion
     tensors["sums"] = state.sums
-    rows = [[math.nan if v is None else v for v in row.values()] for row in state.history]
-    tensors["history"] = torch.tensor(rows, dtype=torch.float64)
     return tensors
 
 
 def load_model(model: Classifier, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into a network, names and shapes checked first.
+    """Copy weights into a network, names, shapes, types and values checked first.
 
     Raises:
-        InputError: the file is of another network or another number of classes.
+        InputError: the file is of another network or another number of classes, or holds values that are not finite.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    _check_fits(tensors, model.state_dict(), path)
+    model.load_state_dict(tensors)
+
+
+def _check_fits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not those of `own` by name, shape and type, or not finite."""
+    expected = {name: _kind(t) for name, t in own.items()}
+    found = {name: _kind(t) for name, t in tensors.items()}
     if expected != found:
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         raise InputError(
             f"{path} does not fit the network: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
             f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} tensors differ)"
         )
-    model.load_state_dict(tensors)
+    if bad := not_finite(tensors):
+        raise InputError(f"{path} holds values that are not finite: {bad}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Names of the tensors with a value that is not finite, the first few; "" if there are none."""
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    return ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
 
 
 def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
-    """Copy a saved state's network, optimizer and confusion counts into `state`.
+    """Copy a saved state's network, optimizer and confusion counts into `state`; all of it is checked first.
 
     Args:
         state: what is filled.
@@ -94,13 +113,19 @@ def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, 
         optimizer: False leaves the optimizer fresh.
 
     Raises:
-        InputError: the file does not fit the network.
+        InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
     """
-    saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    load_model(state.model, saved, path)
-    if tuple(tensors["confusion"].shape) != tuple(state.confusion.shape):
-        raise InputError(f"{path} holds confusions of {tensors['confusion'].shape[0]} classes")
-    state.confusion.copy_(tensors["confusion"])
+    saved = {n: t for n, t in tensors.items() if n not in ("sums", "history")}
+    own = {f"model.{name}": t for name, t in state.model.state_dict().items()} | {"confusion": state.confusion}
+    if optimizer:
+        own |= _optimizer_tensors(state)
+    else:  # that of another phase, over other parameters
+        saved = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
+    _check_fits(saved, own, path)
+    if (saved["confusion"] < 0).any() or saved["confusion"].diagonal().any():
+        raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
+    state.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
+    state.confusion.copy_(saved["confusion"])
     if not optimizer:
         return
     for name, parameter in state.model.named_parameters():
@@ -112,6 +137,23 @@ def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, 
             state.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
 
 
+def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """What state_tensors() gives of the optimizer after a step, shapes and types alone."""
+    found: dict[str, Tensor] = {}
+    for group in state.optimizer.param_groups:
+        adam, momentum = isinstance(state.optimizer, torch.optim.Adam), group.get("momentum")
+        trained = {id(p) for p in group["params"]}
+        for name, p in state.model.named_parameters():
+            if id(p) not in trained:
+                continue
+            like = p.detach()
+            keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if momentum else ()
+            found |= {f"optimizer.{name}.{key}": like for key in keys}
+            if adam:
+                found[f"optimizer.{name}.step"] = torch.zeros(())
+    return found
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +163,7 @@ def fit(
     state: TrainingState,
     *,
     publish: Callable[[], None],
+    checkpoint_every: int = 1,
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 0,
     measure_confusion: Callable[[], Tensor] | None = None,
@@ -130,8 +173,9 @@ def fit(
     Args:
         plan: what to run.
         data: the training images.
-        state: changed in place; published at the end of the first epoch after SAVE_SECONDS, and of the last.
-        publish: writes the state to disk.
+        state: changed in place.
+        publish: writes the state to disk; called only with one that is finite.
+        checkpoint_every: epochs between two saves; the last is always saved.
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
         measure_confusion: [C, C], takes the place of the counts after each epoch; None to count in training.
@@ -140,14 +184,14 @@ def fit(
         Seconds of the training that went into recording CUDA graphs.
 
     Raises:
-        Diverged: the loss is NaN or infinite; the last published state stays.
+        Diverged: a loss, a gradient or a weight is NaN or infinite; the last published state stays.
         Interrupted: a signal asked to stop; the state is published.
     """
     steps = plan.num_steps(len(data.labels))
     if state.step == steps:  # the epoch it stands at is complete
+        if state.epoch == plan.last_epoch:
+            return 0.0
         state.epoch, state.step = state.epoch + 1, 0
-    if state.epoch > plan.last_epoch:
-        return 0.0
     device = data.labels.device
     if state.step == 0:
         state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
@@ -159,7 +203,6 @@ def fit(
     try:
         with signals.in_loop(), own_stream(device):
             step = Step(plan, data, state)
-            saved = time.monotonic()
             while True:
                 started = time.perf_counter()
                 for _ in epoch_steps(plan, step, state, steps):
@@ -167,7 +210,7 @@ def fit(
                     if signals.pending() and state.step < steps:
                         _check_finite(plan, state, steps)
                         state.sums[-2] += time.perf_counter() - started
-                        publish()
+                        _publish(publish, plan, state)
                         raise _interrupted(plan, state)
                 state.sums[-2] += time.perf_counter() - started
                 row = _metrics_row(plan, state, len(data.labels))
@@ -180,9 +223,8 @@ def fit(
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
                 last, stop = state.epoch == plan.last_epoch, signals.pending() is not None
-                if last or stop or time.monotonic() - saved >= SAVE_SECONDS:
-                    publish()
-                    saved = time.monotonic()
+                if last or stop or state.epoch % checkpoint_every == 0:
+                    _publish(publish, plan, state)
                 if stop:
                     raise _interrupted(plan, state)
                 if last:
@@ -196,37 +238,93 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
     """Take the steps of the epoch under way that are left, and hand over after each.
 
     Raises:
-        Diverged: the loss is NaN or infinite. Reading it waits for the device: on CUDA that is done once an epoch.
+        Diverged: a loss or a gradient is NaN or infinite. Reading it waits for the device: on CUDA that is done once an
+            epoch.
     """
     if state.step == 0:
         state.sums.zero_()
         if state.epoch > plan.confusion_start:
             state.confusion *= plan.confusion_decay
     step.begin_epoch(state.epoch)
+    reads_each = state.sums.device.type == "cpu"
+    before = state.sums.tolist()
     while state.step < num_steps:
         step(state.step)
         state.step += 1
-        if state.sums.device.type == "cpu" or state.step == num_steps:
-            _check_finite(plan, state, num_steps)
+        if reads_each or state.step == num_steps:
+            before = _check_finite(plan, state, num_steps, before if reads_each else None)
         yield
 
 
-def _check_finite(plan: Plan, state: TrainingState, steps: int) -> None:
-    loss = float(state.sums[0])
-    if not math.isfinite(loss):
-        rate = plan.learning_rate(state.epoch, state.step - 1, steps)
+def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
+    """One forward, backward and optimizer step, to see whether it works at all; changes `state`.
+
+    Raises:
+        Diverged: a loss or a gradient is NaN or infinite.
+    """
+    device = data.labels.device
+    steps = plan.num_steps(len(data.labels))
+    if state.step == steps:  # the epoch it stands at is complete
+        state.epoch, state.step = min(state.epoch + 1, plan.last_epoch), 0
+    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+    state.model.train(plan.train_mode)
+    with own_stream(device):
+        step = Step(plan, data, state)
+        step.begin_epoch(state.epoch)
+        step(state.step)
+        state.step += 1
+        _check_finite(plan, state, steps, [0.0] * len(state.sums))
+
+
+def _check_finite(plan: Plan, state: TrainingState, steps: int, before: list[float] | None = None) -> list[float]:
+    """Look at the sums of the epoch, and return them.
+
+    Args:
+        plan: what is run.
+        state: whose sums.
+        steps: of an epoch.
+        before: the sums one step ago, where they are known: then the message has the step's own losses.
+    """
+    found = state.sums.tolist()
+    sums = dict(zip(sum_names(plan.terms), found, strict=True))
+    if math.isfinite(sums["loss"]) and math.isfinite(sums["gradient_norm"]):
+        return found
+    earlier = dict(zip(sums, before or found, strict=True))
+    step = state.step if before else int(sums["finite_steps"]) + 1
+    rate = plan.learning_rate(state.epoch, step - 1, steps)
+
+    def value(name: str) -> str:
+        if before is None and math.isfinite(sums[name]):
+            return "finite"
+        return f"{sums[name] - earlier[name] if before else sums[name]:.4g}"
+
+    losses = ", ".join(f"{term.name} {value(f'loss_{term.name}')}" for term in plan.terms)
+    what = "the gradient" if math.isfinite(sums["loss"]) else "the loss"
+    raise Diverged(
+        f"{what} is not finite at step {step} of epoch {state.epoch}, learning rate {rate:g}; loss terms: {losses}; "
+        f"gradient norm {value('gradient_norm')}",
+        needed_by=plan.phase,
+        fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
+    )
+
+
+def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> None:
+    """Publish a state that is finite: the last step's update can be too large where its gradient was not.
+
+    Raises:
+        Diverged: it is not.
+    """
+    if bad := not_finite(_numbers(state)):
         raise Diverged(
-            f"the loss became {loss} at step {state.step} of epoch {state.epoch}, learning rate {rate:g}",
+            f"weights are not finite after step {state.step} of epoch {state.epoch}: {bad}",
             needed_by=plan.phase,
             fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
         )
+    publish()
 
 
 def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:
-    return Interrupted(
-        f"{signals.pending()} received; {plan.phase} is saved at epoch {state.epoch}, step {state.step}",
-        fix="run the same command again to go on",
-    )
+    return signals.interrupted(f"{plan.phase} is saved at epoch {state.epoch}, step {state.step}")
 
 
 def synchronize(device: torch.device) -> None:

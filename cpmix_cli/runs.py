@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import torch
+from pydantic import BaseModel, ConfigDict, StringConstraints
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.locks import Lock
 from cpmix_cli.recipe import Recipe, differences, load
 
 PHASES = ("stage1", "stage2", "finetune")
@@ -45,8 +47,13 @@ class PhaseFolder:
 
     @property
     def done(self) -> bool:
-        """run.json is there."""
-        return (self.path / artifacts.RUN).is_file()
+        """run.json is there, whatever it is."""
+        return os.path.lexists(self.path / artifacts.RUN)
+
+    @property
+    def is_begun(self) -> bool:
+        """Done, or a training state is there."""
+        return self.done or os.path.lexists(self.path / artifacts.TRAINING_STATE)
 
     def record(self) -> dict[str, Any]:
         """run.json, verified.
@@ -54,14 +61,11 @@ class PhaseFolder:
         Raises:
             InputError: the phase is not done, or its record is damaged.
         """
-        return artifacts.read_record(self.path / artifacts.RUN)
+        return read_run(self.path, PhaseEntry)
 
     def output(self, name: str) -> tuple[Path, str]:
         """Path and recorded hash of one of the phase's files."""
-        record = self.record()
-        if name not in record["outputs"]:
-            raise InputError(f"{self.path / artifacts.RUN} records no {name}")
-        return self.path / name, str(record["outputs"][name])
+        return output_of(self.path, self.record(), name)
 
     def begun(self) -> dict[str, Any]:
         """Source, data set and inputs of a done or interrupted phase: its record, or its training state's metadata.
@@ -72,21 +76,16 @@ class PhaseFolder:
         if self.done:
             return self.record()
         path = self.path / artifacts.TRAINING_STATE
-        metadata = artifacts.read_header(path)[1]
-        if not isinstance(metadata, dict) or "dataset" not in metadata:
-            raise InputError(f"{path} does not say what it is", fix="start the phase again with --overwrite")
-        sealed = metadata.pop("digest", None)
-        if sealed is not None and sealed != artifacts.digest(metadata):
-            raise InputError(f"{path} is damaged", fix="start the phase again with --overwrite")
-        return metadata
+        return _state_entry(path, artifacts.check_seal(path, artifacts.read_header(path)[1]))
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of a done or interrupted phase, verified where the phase is done.
+        """The resolved recipe of a done or interrupted phase, verified.
 
         Raises:
             InputError: recipe.toml is missing or damaged.
         """
-        path, sha = self.output(artifacts.RECIPE) if self.done else (self.path / artifacts.RECIPE, None)
+        path = self.path / artifacts.RECIPE
+        sha = self.output(artifacts.RECIPE)[1] if self.done else self.begun()["recipe_sha256"]
         artifacts.read_bytes(path, sha)
         try:
             return load(str(path))
@@ -120,7 +119,122 @@ class PhaseFolder:
         """absent, interrupted, done or stale."""
         if self.done:
             return "stale" if self.stale_because() else "done"
-        return "interrupted" if (self.path / artifacts.TRAINING_STATE).is_file() else "absent"
+        return "interrupted" if self.is_begun else "absent"
+
+
+class DatasetEntry(BaseModel):
+    """How a record names its data set; see dataset_entry()."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    relative: str
+    absolute: str
+    fingerprint: str
+    shape: list[int]
+    mean: list[float]
+    std: list[float]
+
+
+class SourceEntry(BaseModel):
+    """The checkpoint that something was made from."""
+
+    model_config = ConfigDict(strict=True)
+
+    phase: str
+    sha256: str
+    run: str = "."
+
+
+class RunEntry(BaseModel):
+    """What readers of any run.json count on."""
+
+    model_config = ConfigDict(strict=True)
+
+    phase: str
+    made_from: dict[str, Any]
+    outputs: dict[Annotated[str, StringConstraints(pattern=r"^[^/\\]+$")], str]
+
+
+class PhaseEntry(RunEntry):
+    """What readers of a training phase's run.json count on."""
+
+    source: SourceEntry | None
+    dataset: DatasetEntry
+    precision: str
+    num_parameters: int
+    epochs: int
+    training_seconds: float
+
+
+class EvaluationEntry(RunEntry):
+    """What readers of an evaluation's run.json count on."""
+
+    source: SourceEntry
+    dataset: DatasetEntry
+    data_root: str | None = None
+
+
+class ReportEntry(RunEntry):
+    """What readers of a report's run.json count on."""
+
+    page: str
+    picture: str
+
+
+class StateEntry(BaseModel):
+    """What readers of a training state's metadata count on."""
+
+    model_config = ConfigDict(strict=True)
+
+    phase: str
+    made_from: dict[str, Any]
+    precision: str
+    threads: int
+    epoch: int
+    step: int
+    columns: list[str]
+    source: SourceEntry | None
+    dataset: DatasetEntry
+    inputs: dict[str, str]
+    recipe_sha256: str
+    tensors_digest: str
+
+
+def read_run(folder: Path, entry: type[RunEntry] = RunEntry) -> dict[str, Any]:
+    """A folder's run.json, verified.
+
+    Raises:
+        InputError: missing or damaged, or a record of something else.
+    """
+    path = folder / artifacts.RUN
+    return artifacts.checked(path, entry, artifacts.read_record(path))
+
+
+def output_of(folder: Path, record: Mapping[str, Any], name: str) -> tuple[Path, str]:
+    """Path and recorded hash of one of a folder's files.
+
+    Raises:
+        InputError: its run.json does not name the file.
+    """
+    if name not in record["outputs"]:
+        raise InputError(f"{folder / artifacts.RUN} records no {name}")
+    return folder / name, str(record["outputs"][name])
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an interrupted phase's training state, verified by what it says of itself.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    tensors, metadata = artifacts.read_tensors(path)
+    return tensors, _state_entry(path, artifacts.check_seal(path, metadata, tensors))
+
+
+def _state_entry(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    artifacts.check_format(path, metadata)
+    return artifacts.checked(path, StateEntry, metadata)
 
 
 def beside(run: Path, relative: str) -> Path:
@@ -141,7 +255,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
             needed_by="--from",
             fix=remake(source, "stage1", "absent"),
         )
-    if source.resolve().name in PHASES and (source / artifacts.RUN).is_file():
+    if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
         return source.parent, source.resolve().name
     return source, None
 
@@ -232,12 +346,6 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
     }
 
 
-def class_counts(folder: PhaseFolder) -> tuple[Path, pa.Schema, str]:
-    """Path, schema and hash of a phase's class_counts.parquet, as artifacts.read_table() takes them."""
-    path, sha = folder.output(artifacts.CLASS_COUNTS)
-    return path, artifacts.CLASS_COUNTS_SCHEMA, sha
-
-
 def decide(
     folder: Path, made_from: dict[str, Any], *, overwrite: bool, refresh: bool = False
 ) -> Literal["fresh", "resume", "done"]:
@@ -255,18 +363,21 @@ def decide(
 
     Raises:
         EnvironmentFault: the folder holds an output made from something else.
+        InputError: what it holds is damaged.
     """
     found: dict[str, Any] | None = None
     state: Literal["resume", "done"] = "done"
+    outputs: dict[str, str] = {}
     if not overwrite:
-        if (folder / artifacts.RUN).is_file():
-            found = artifacts.read_record(folder / artifacts.RUN)["made_from"]
-        elif (folder / artifacts.TRAINING_STATE).is_file():
-            _, metadata = artifacts.read_tensors(folder / artifacts.TRAINING_STATE)
-            found, state = (metadata or {}).get("made_from", {}), "resume"
+        if os.path.lexists(folder / artifacts.RUN):
+            record = read_run(folder)
+            found, outputs = record["made_from"], record["outputs"]
+        elif os.path.lexists(path := folder / artifacts.TRAINING_STATE):
+            found, state = read_state(path)[1]["made_from"], "resume"
     if found is None:
         return "fresh"
     if found == made_from:
+        artifacts.verify(folder, outputs)
         return state
     changed = differences(found, made_from)
     if refresh and not any(line.startswith("recipe.") for line in changed):
@@ -294,10 +405,18 @@ def clear(folder: Path) -> None:
 
 
 class Recorder:
-    """Collects what run.json says of one execution; finish() publishes it last."""
+    """Collects what run.json says of one execution; finish() publishes it last.
 
-    def __init__(self, folder: Path, phase: str, made_from: dict[str, Any]) -> None:
+    Args:
+        folder: where all of it goes.
+        phase: what made it.
+        made_from: see decide().
+        lock: of the folder; nothing is written once it is lost.
+    """
+
+    def __init__(self, folder: Path, phase: str, made_from: dict[str, Any], lock: Lock) -> None:
         self._folder = folder
+        self._lock = lock
         self._started = time.time()
         self._outputs: dict[str, str] = {}
         self._fields: dict[str, Any] = {
@@ -311,21 +430,19 @@ class Recorder:
         """Add or replace fields."""
         self._fields |= fields
 
-    def _record(self, name: str, sha: str) -> None:
-        """Record a file of the folder by its hash."""
-        self._outputs[name] = sha
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Publish a file of the folder and record it."""
-        self._record(name, artifacts.publish(self._folder / name, data))
+    def publish(self, name: str, data: bytes) -> str:
+        """Publish a file of the folder and record it; returns its hash."""
+        self._lock.check()
+        self._outputs[name] = artifacts.publish(self._folder / name, data)
+        return self._outputs[name]
 
     def publish_table(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
         """Publish a Parquet file of the folder and record it."""
-        self._record(name, artifacts.publish_table(self._folder / name, schema, columns))
+        self.publish(name, artifacts.table_bytes(schema, columns))
 
     def publish_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
         """Publish a safetensors file of the folder and record it."""
-        self._record(name, artifacts.publish_tensors(self._folder / name, tensors, metadata))
+        self.publish(name, artifacts.tensor_bytes(tensors, metadata))
 
     def finish(self) -> dict[str, Any]:
         """Publish run.json and return what it says."""
@@ -345,6 +462,7 @@ class Recorder:
             "finished": _iso(now),
             "seconds": round(now - self._started, 3),
         }
+        self._lock.check()
         artifacts.publish_record(self._folder / artifacts.RUN, record)
         return record
 

@@ -1,18 +1,24 @@
 """Signals that ask a run to stop: they set a flag that the training loop looks at between steps.
 
-Installed before torch is imported, so that a job preempted while it starts also ends cleanly.
+Installed before torch is imported, so that a job preempted while it starts also ends cleanly. Exit 75 says that the
+same command goes on; 130 is left for Ctrl-C where there is nothing yet to go on with.
 """
 
 import os
 import signal
 from types import FrameType
 
-from cpmix_cli.errors import EXIT_CTRL_C, EXIT_INTERRUPTED
+from cpmix_cli.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, Interrupted
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 _pending: signal.Signals | None = None
 _in_loop = False
+_has_state = False
+
+
+class Stopped(SystemExit):
+    """A signal outside the loop. Not an Exception: nothing that mends failures is to swallow it."""
 
 
 def install() -> None:
@@ -21,20 +27,30 @@ def install() -> None:
         signal.signal(number, _handle)
 
 
+def state_is_saved() -> None:
+    """From here on the same command has something on disk to go on with."""
+    global _has_state
+    _has_state = True
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     global _pending
-    code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
-    if _in_loop and _pending is None:
-        _pending = signal.Signals(number)
-        return
+    code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
     if _pending is not None:  # the second signal: leave at once, what was published stays
-        os._exit(EXIT_INTERRUPTED)
-    raise SystemExit(code)
+        os._exit(code)
+    _pending = signal.Signals(number)
+    if not _in_loop:
+        raise Stopped(code)
 
 
 def pending() -> str | None:
-    """Name of the signal that asked the loop to stop, if one did."""
+    """Name of the signal that asked to stop, if one did."""
     return _pending.name if _pending is not None else None
+
+
+def interrupted(where: str) -> Interrupted:
+    """What to tell the user whom a signal interrupted."""
+    return Interrupted(f"{pending()} received; {where}", fix="run the same command again to go on")
 
 
 class in_loop:

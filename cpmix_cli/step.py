@@ -100,7 +100,8 @@ class TrainingData:
 
 def sum_names(terms: list[Term]) -> list[str]:
     """What is summed over an epoch."""
-    return ["loss", *(f"loss_{t.name}" for t in terms), "gradient_norm", "correct", "errors", "seconds", "fallbacks"]
+    losses = [f"loss_{t.name}" for t in terms]
+    return ["loss", *losses, "gradient_norm", "correct", "errors", "finite_steps", "seconds", "fallbacks"]
 
 
 class Replayed:
@@ -235,6 +236,8 @@ class Step:
                 errors = (size - right) * weight
         values = [total, *losses, norm, correct, errors]
         state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])
+        # A sum that is not finite never is again: this one counts the steps before the first that was not.
+        state.sums[len(values)] += state.sums[: len(values)].isfinite().all()
 
     def _term_batches(self, draws: dict[str, Tensor]) -> list[TermBatch]:
         """Each term's images of the step; the natural batch is made once for all that share it."""

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from equality import files as files
 from typer.testing import CliRunner
 
+from cpmix_cli import artifacts
 from cpmix_cli.cli import app
 from cpmix_cli.hardware import num_threads
 
 # The commands set it too; the tests compare bytes, so all of them must use the same number.
 torch.set_num_threads(num_threads(os.environ, Path("/sys/fs/cgroup")))
+
+
+artifacts.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -51,11 +56,6 @@ def must(*arguments: object) -> Result:
     result = cpmix(*arguments)
     assert result.code == 0, result.stderr
     return result
-
-
-def files(folder: Path) -> list[str]:
-    """All files below a folder, as sorted relative names; hidden ones too."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,17 @@
 """Publishing and reading: whole files, stable bytes, damage noticed."""
 
+import errno
+import json
 import os
+import re
+import socket
+import subprocess
+import threading
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,22 +30,120 @@ def test_equal_tensors_give_equal_bytes_whatever_their_memory_order(tmp_path: Pa
     assert metadata == {"a": [2], "b": 1}
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+class Failing:
+    """The calls of publish(), of which one fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, number: int, code: int) -> None:
+        real = getattr(os, name)
+        calls = 0
+
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, call)
+
+
+CALLS = [("open", 1), ("fsync", 1), ("replace", 1), ("fsync", 2)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(("call", "number"), CALLS)
+@pytest.mark.parametrize("old", [b"old", None])
+def test_an_error_at_any_call_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, code: int, old: bytes | None
+) -> None:
     path = tmp_path / "model.safetensors"
+    if old is not None:
+        path.write_bytes(old)
+    with monkeypatch.context() as patched:
+        Failing(patched, call, number, code)
+        with pytest.raises(EnvironmentFault, match=f"cannot write {path}: {os.strerror(code)}") as caught:
+            artifacts.publish(path, b"new" * 1000)
+    assert caught.value.exit_code == 4
+    assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else [path.name])
+    assert old is None or path.read_bytes() == old
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        assert re.search(r"3,000 bytes are needed, [\d,]+ are free on the disk", str(caught.value))
+        assert ("quota" in str(caught.value)) == (code == errno.EDQUOT)
+    artifacts.publish(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_file_system_without_links_and_folder_syncs_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
     artifacts.publish(path, b"old")
-    if os.geteuid() == 0:  # root may write anywhere, so the failure is a folder in the file's place
-        target = tmp_path / "taken"
-        target.mkdir()
-        with pytest.raises(EnvironmentFault, match="cannot write"):
-            artifacts.publish(target, b"new")
-        assert target.is_dir()
-    else:
-        tmp_path.chmod(0o500)
-        with pytest.raises(EnvironmentFault, match="cannot write"):
-            artifacts.publish(path, b"new")
-        tmp_path.chmod(0o700)
-    assert path.read_bytes() == b"old"
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".cpmix-tmp")]
+    Failing(monkeypatch, "link", 1, errno.EPERM)
+    Failing(monkeypatch, "fsync", 2, errno.EINVAL)
+    artifacts.publish(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    artifacts.publish(path, b"")
+    assert artifacts.read_bytes(path) == b""
+
+
+def test_a_folder_in_the_files_place_stays(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(EnvironmentFault, match="cannot write"):
+        artifacts.publish(tmp_path / "taken", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+def test_a_full_tmpfs(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        artifacts.publish(small / "x", b"old")
+        with pytest.raises(
+            EnvironmentFault, match=r"No space left on device: 100,000 bytes are needed, [\d,]+ are free"
+        ):
+            artifacts.publish(small / "x", bytes(100_000))
+        assert [p.read_bytes() for p in small.iterdir()] == [b"old"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_recorded_file_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "LATE_SECONDS", 10.0)
+    path = tmp_path / "late"
+    showing = threading.Timer(0.5, path.write_bytes, (b"here",))
+    showing.start()
+    assert artifacts.read_bytes(path, artifacts.sha256(b"here")) == b"here"
+    showing.join()
+    path.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        artifacts.read_bytes(path)  # no record names it: not waited for
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "loop", "dangling link"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    with socket.socket(socket.AF_UNIX) as listening:
+        match kind:
+            case "folder":
+                path.mkdir()
+            case "pipe":
+                os.mkfifo(path)
+            case "socket":
+                listening.bind(str(path))
+            case "device":
+                path.symlink_to("/dev/zero")
+            case "loop":
+                path.symlink_to(path)
+            case "dangling link":
+                path.symlink_to(tmp_path / "nowhere")
+        for read in (artifacts.read_bytes, artifacts.read_tensors, artifacts.read_header, artifacts.read_record):
+            with pytest.raises(InputError, match=f"cannot read {path}"):
+                read(path)
 
 
 def test_mode_follows_the_umask(tmp_path: Path) -> None:
@@ -91,3 +198,118 @@ def test_confusion_tables_are_sparse_and_read_back(tmp_path: Path) -> None:
     assert artifacts.confusion_tensor(table, 4).equal(counts.long())
     with pytest.raises(InputError, match="expected sample_id"):
         artifacts.read_table(path, artifacts.split_schema(by_path=False))
+
+
+def raw_safetensors(header: str, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode() + data
+
+
+def test_a_tensor_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    """safetensors itself takes the last one without a word."""
+    entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_safetensors(f"{{{entry}}}", bytes(4)))
+    assert artifacts.read_tensors(path)[0]["x"].tolist() == [0.0]
+    path.write_bytes(raw_safetensors(f"{{{entry},{entry}}}", bytes(4)))
+    with pytest.raises(InputError, match=r"x\.safetensors is not a valid safetensors file: .*twice"):
+        artifacts.read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "size"),
+    [([1], [0, 8], 4), ([2**40], [0, 2**42], 4), ([-1], [0, 4], 4), ([1], [4, 0], 4), ([1], [0, 4], 400)],
+)
+def test_a_header_that_lies_about_its_data_is_refused(
+    tmp_path: Path, shape: list[int], offsets: list[int], size: int
+) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": offsets}})
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_safetensors(header, bytes(size)))
+    with pytest.raises(InputError, match="not a valid safetensors"):
+        artifacts.read_tensors(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_deep_nesting_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(raw_safetensors(text, b""))
+    for read in (artifacts.read_tensors, artifacts.read_header):
+        with pytest.raises(InputError, match="not a valid safetensors"):
+            read(path)
+    path.write_text(text)
+    with pytest.raises(InputError, match="not a cpmix record"):
+        artifacts.read_record(path)
+
+
+def test_any_changed_byte_of_a_record_is_noticed(tmp_path: Path) -> None:
+    """Also one that leaves the JSON equal, such as another space."""
+    path = tmp_path / "run.json"
+    artifacts.publish_record(path, {"format": artifacts.FORMAT, "name": "caf\udce9", "numbers": [1, 2.5, None]})
+    whole = path.read_bytes()
+    assert artifacts.read_record(path)["name"] == "caf\udce9"
+    for place in range(len(whole)):
+        for value in (9, 10, 13, 32, whole[place] ^ 1, whole[place] ^ 32):
+            if value != whole[place]:
+                path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+                with pytest.raises(InputError):
+                    artifacts.read_record(path)
+
+
+PAIRS = {"true_class": [0, 1], "predicted_class": [1, 0], "count": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("count", [3, 0], r"row 2 .*count 0\): a pair is there because it was counted"),
+        ("count", [-1, 4], r"row 1 .*a pair is there because it was counted"),
+        ("true_class", [0, 2], "classes are 0 to 1"),
+        ("predicted_class", [-1, 0], "classes are 0 to 1"),
+        ("true_class", [1, 1], "a class is not confused with itself"),
+    ],
+)
+def test_confusion_pairs_out_of_range(tmp_path: Path, column: str, values: list[int], message: str) -> None:
+    path = tmp_path / "pairs.parquet"
+    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, {**PAIRS, column: values})
+    with pytest.raises(InputError, match=message):
+        artifacts.read_confusions(path, sha, 2)
+
+
+def test_a_pair_that_stands_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    columns = {"true_class": [0, 0], "predicted_class": [1, 1], "count": [3, 4]}
+    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
+    with pytest.raises(InputError, match=r"row 2 .*the pair stands there twice"):
+        artifacts.read_confusions(path, sha, 2)
+
+
+def test_a_null_is_another_schema(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({k: pa.array(v, type=pa.int64()) for k, v in {**PAIRS, "count": [3, None]}.items()}), path)
+    with pytest.raises(InputError, match="expected true_class int32"):
+        artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+
+
+def test_a_table_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    columns = {name: np.zeros(2_000_000, dtype=np.int64) for name in PAIRS}
+    artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
+    with pytest.raises(InputError, match=r"says it has 2,000,000 rows in [\d,]+ bytes"):
+        artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("class_id", [1, 0], "classes stand in the order of their ids"),
+        ("num_train", [5, 0], "a class has a training image at least"),
+        ("num_test", [5, -1], "no class has fewer than 0 test images"),
+    ],
+)
+def test_class_counts_out_of_range(tmp_path: Path, column: str, values: list[int], message: str) -> None:
+    counts = {"class_id": [0, 1], "class_name": ["a", "b"], "num_train": [5, 1], "num_test": [1, 1]}
+    path = tmp_path / "class_counts.parquet"
+    table = {**counts, "group": ["few", "few"], column: values}
+    sha = artifacts.publish_table(path, artifacts.CLASS_COUNTS_SCHEMA, table)
+    with pytest.raises(InputError, match=message):
+        artifacts.read_class_counts(path, sha)

@@ -1,16 +1,13 @@
 """All six commands for real on digits and toy: exact files, JSON, bytes, and what each phase refuses or skips."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import cpmix, files, must
+from equality import contents
 
 from cpmix_cli import artifacts
 
@@ -39,23 +36,6 @@ REPORT = [
     "confusion_matrix_grouped.png",
     "run.json",
 ]
-CLOCK = ["seconds", "images_per_second"]
-
-
-def contents(phase: Path) -> dict[str, bytes]:
-    """What must be equal between equal runs: all but run.json and the clock in metrics and state."""
-    found = {}
-    for name in files(phase):
-        if name == "metrics.parquet":
-            table = pd.read_parquet(phase / name).drop(columns=CLOCK)
-            found[name] = table.to_csv().encode()
-        elif name == "training_state.safetensors":
-            tensors, _ = artifacts.read_tensors(phase / name)
-            kept = {n: t for n, t in tensors.items() if n not in ("history", "sums")}
-            found[name] = b"".join(t.numpy().tobytes() for _, t in sorted(kept.items()))
-        elif name != "run.json":
-            found[name] = (phase / name).read_bytes()
-    return found
 
 
 def test_digits_leaves_exactly_these_files(digits_run: Path) -> None:
@@ -394,26 +374,3 @@ def test_labelled_evaluation_stands_beside_the_plain_one(digits_run: Path) -> No
     result = cpmix("evaluate", "--from", digits_run, "--few-inclusive")
     assert result.code == 4
     assert "few_inclusive: False -> True" in result.stderr
-
-
-def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path) -> None:
-    """SIGTERM in a real process; that it then goes on bit for bit is in test_engine."""
-    command = [sys.executable, "-m", "cpmix_cli", "train-stage1", "--data", str(digits)]
-    command += ["--out", str(tmp_path), "--epochs", "600"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "epoch=3/" in line:
-                os.kill(process.pid, signal.SIGTERM)
-                break
-        stderr = process.stderr.read()
-    assert process.returncode == 75
-    assert "SIGTERM received; stage1 is saved at epoch" in stderr
-    assert "run the same command again" in stderr
-    assert not (tmp_path / "stage1" / "run.json").exists()
-    result = cpmix("evaluate", "--from", tmp_path)
-    assert result.code == 3
-    assert "stage1 is not finished" in result.stderr
-    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
-    assert result.code == 4  # begun with --epochs 600
-    assert "schedule.epochs: 600 -> 6" in result.stderr

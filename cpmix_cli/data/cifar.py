@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import tarfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from cpmix_cli.errors import InputError
 
 Images = NDArray[np.uint8]
 SHAPE = (32, 32, 3)
+MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _check(cifar: Cifar, num_classes: int) -> Cifar:
 
 def _from_archive(path: Path, published: Published) -> Cifar:
     """The set straight out of the .tar.gz; nothing is unpacked to disk."""
-    data = read_bytes(path)
+    data = read_bytes(path, limit=MAX_ARCHIVE)
     if sha256(data) != published.sha256:
         raise InputError(
             f"{path} is not the published archive: its sha256 is {sha256(data)}, published is {published.sha256}",
@@ -152,7 +154,9 @@ def _from_archive(path: Path, published: Published) -> Cifar:
 def _from_folder(folder: Path, published: Published) -> Cifar:
     """The set out of the unpacked archive."""
     names = [*published.train, *published.test, *published.meta]
-    return _from_batches(lambda name: read_bytes(folder / name), published, tuple(folder / name for name in names))
+    return _from_batches(
+        lambda name: read_bytes(folder / name, limit=MAX_ARCHIVE), published, tuple(folder / name for name in names)
+    )
 
 
 def _from_batches(member: Callable[[str], bytes], published: Published, files: tuple[Path, ...]) -> Cifar:
@@ -231,38 +235,50 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise InputError(f"no {split}-*.parquet in {folder}", fix="copy or fetch the missing files")
-    try:
-        tables = []
-        for path in files:
-            columns = pq.read_schema(path).names
+    encoded, labels = [], []
+    for path in files:
+        data = read_bytes(path, limit=MAX_ARCHIVE)
+        try:
+            # As a dictionary: one image that is named a million times stays one.
+            file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
+            columns = file.schema_arrow.names
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
                 raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
-            tables.append(pq.read_table(path, columns=["img", label]).rename_columns(["img", "label"]))
-    except (pa.ArrowException, OSError) as fault:
-        raise InputError(
-            f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy the file again"
-        ) from fault
-    table = pa.concat_tables(tables)
-    if not len(table):
+            # Images are compressed already; what grows much more than they do was made to fill the memory.
+            unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            if unpacked > 3 * len(data) + 2**20 or file.metadata.num_rows > len(data):
+                raise InputError(
+                    f"{path} would unpack its {len(data):,} bytes to {unpacked:,} and {file.metadata.num_rows:,} rows"
+                )
+            table = file.read(["img", label]).combine_chunks()
+            encoded.append(pa.chunked_array(table["img"].chunks, table["img"].type).combine_chunks().field("bytes"))
+            labels.append(table[label].cast(pa.int64()).combine_chunks())
+        except InputError:
+            raise
+        except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
+            raise InputError(f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy it again") from fault
+        if missing := labels[-1].null_count:
+            raise InputError(f"{path}: {missing} labels are missing")
+    images = pa.chunked_array(encoded)
+    if not len(images):
         raise InputError(f"{files[0]} holds no images")
-    if table["label"].null_count:
-        raise InputError(f"{files[0]}: {table['label'].null_count} labels are missing")
-    encoded = pa.chunked_array([chunk.field("bytes") for chunk in table["img"].chunks])
-    labels = table["label"].to_numpy().astype(np.int64)
-    return files, Split(labels, lambda positions: _decode(encoded, positions, files[0]))
+    classes = np.concatenate([part.to_numpy(zero_copy_only=False) for part in labels]).astype(np.int64)
+    return files, Split(classes, lambda positions: _decode(images, positions, files[0]))
 
 
 def _class_names(path: Path, num_classes: int) -> list[str]:
     """Class names from the file's Hugging Face metadata; class_0, class_1, ... where it has none."""
     import pyarrow.parquet as pq
 
-    metadata = pq.read_schema(path).metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    for column in ("fine_label", "label"):
-        names = features.get(column, {}).get("names")
-        if names:
-            return list(names)
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        for column in ("fine_label", "label"):
+            if names := features.get(column, {}).get("names"):
+                return [str(name) for name in names]
+    except Exception as fault:
+        raise InputError(f"{path} has metadata that are not Hugging Face's: {fault}") from fault
     return [f"class_{c}" for c in range(num_classes)]
 
 
@@ -271,12 +287,14 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> Images:
     from PIL import Image
 
     images = np.empty((len(positions), *SHAPE), dtype=np.uint8)
-    for i, position in enumerate(positions):
-        try:
-            with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
-                if image.size != SHAPE[:2]:
-                    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
-                images[i] = np.asarray(image.convert("RGB"))
-        except (OSError, TypeError, ValueError) as fault:
-            raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for i, position in enumerate(positions):
+            try:
+                with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
+                    if image.size != SHAPE[:2]:
+                        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
+                    images[i] = np.asarray(image.convert("RGB"))
+            except Exception as fault:  # Pillow's plugins raise whatever a broken image makes them raise
+                raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
     return images

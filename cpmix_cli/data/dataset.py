@@ -1,5 +1,6 @@
 """Reading a data set folder that build-lt wrote."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,32 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cpmix_cli import artifacts
 from cpmix_cli.errors import InputError
+
+
+class Entry(BaseModel):
+    """What readers of a dataset.json count on."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    source: str
+    rho: float | None
+    classes: list[str]
+    num_train: int
+    num_test: int
+    shape: list[int]
+    mean: list[float]
+    std: list[float]
+    groups: dict[str, int]
+    recipe: str
+    files: dict[str, str]
+    data_root: str | None
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -51,13 +74,24 @@ class Dataset:
             InputError: a file is missing or damaged, or a label lies outside the classes.
         """
         path = self.folder / f"{split}.safetensors"
-        tensors, _ = artifacts.read_tensors(path, self.record["files"].get(path.name))
-        labels = tensors["labels"]
+        tensors, _ = artifacts.read_tensors(path, self._sha(path))
+        labels = tensors.pop("labels", torch.empty(0))
+        inputs = tensors.pop("images" if len(self.shape) == 3 else "points", torch.empty(0))
+        dtype = torch.uint8 if len(self.shape) == 3 else torch.float32
+        if tensors or labels.dtype != torch.int64 or inputs.dtype != dtype:
+            raise InputError(f"{path} holds other tensors than those of a split of {self.name}")
+        if list(inputs.shape) != [len(labels), *self.shape]:
+            raise InputError(
+                f"{path} holds inputs of shape {list(inputs.shape)} and labels of {list(labels.shape)}; "
+                f"expected one of {self.shape} a label"
+            )
+        if not inputs.isfinite().all():
+            raise InputError(f"{path} holds points that are not finite")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise InputError(
                 f"{path} has labels {int(labels.min())} to {int(labels.max())}; expected 0 to {self.num_classes - 1}"
             )
-        return tensors["images"] if "images" in tensors else tensors["points"], labels
+        return inputs, labels
 
     def require(self, split: str, *, needed_by: str) -> None:
         """Check that there is such a split: val is only there where build-lt was asked for one.
@@ -74,7 +108,14 @@ class Dataset:
         """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
         path = self.folder / f"{split}.parquet"
         schema = artifacts.split_schema(self.data_root is not None)
-        return artifacts.read_table(path, schema, self.record["files"][path.name])
+        table = artifacts.read_table(path, schema, self._sha(path))
+        artifacts.refuse_outside(path, table, "label", self.num_classes)
+        return table
+
+    def _sha(self, path: Path) -> str:
+        if path.name not in self.record["files"]:
+            raise InputError(f"{self.folder / artifacts.DATASET} records no {path.name}")
+        return str(self.record["files"][path.name])
 
     @property
     def data_root(self) -> Path | None:
@@ -89,18 +130,18 @@ def open_dataset(folder: Path, *, needed_by: str) -> Dataset:
     Raises:
         InputError: no data set there, or its record or class counts are damaged.
     """
-    if not (folder / artifacts.DATASET).is_file():
+    if not os.path.lexists(folder / artifacts.DATASET):
         raise InputError(
             f"no data set in {folder} ({artifacts.DATASET} is missing)",
             needed_by=needed_by,
             fix="cpmix build-lt SOURCE, then --data FOLDER",
         )
-    record = artifacts.read_record(folder / artifacts.DATASET)
-    counts = artifacts.read_table(
-        folder / artifacts.CLASS_COUNTS,
-        artifacts.CLASS_COUNTS_SCHEMA,
-        record["files"][artifacts.CLASS_COUNTS],
-    )
+    path = folder / artifacts.DATASET
+    record = artifacts.checked(path, Entry, artifacts.read_record(path))
+    path = folder / artifacts.CLASS_COUNTS
+    counts = artifacts.read_class_counts(path, record["files"].get(path.name, ""))
+    if counts["class_name"].tolist() != record["classes"]:
+        raise InputError(f"{path} names other classes than {folder / artifacts.DATASET}")
     return Dataset(
         folder=folder,
         record=record,

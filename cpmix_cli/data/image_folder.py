@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cpmix_cli import console
-from cpmix_cli.artifacts import digest
+from cpmix_cli.artifacts import digest, open_file
 from cpmix_cli.errors import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -102,6 +102,12 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
             f"{folder}: {_listed(empty, 'class', 'classes')} without an image ({', '.join(sorted(SUFFIXES))})",
             fix="add images, or delete the empty sub-folders",
         )
+    if odd := [path for path in paths if not _is_utf8(path)]:
+        raise InputError(
+            f"{folder}: names that are no UTF-8, which no table can hold: {_few(odd)}",
+            needed_by="an image folder",
+            fix="rename them",
+        )
     if others:
         console.warn(f"{folder}: {others} file{'s' if others > 1 else ''} left out, no image by the name")
     return Files(root, names, paths, np.array(labels, dtype=np.int64))
@@ -150,9 +156,13 @@ def read_images(paths: Sequence[Path], shape: Sequence[int]) -> NDArray[np.uint8
     with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         warnings.simplefilter("ignore")  # of EXIF oddities and the like, without the file's name
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for done, _ in enumerate(pool.map(read, range(len(paths))), 1):
-            if done % 10_000 == 0:
-                console.note(f"read {done:,} of {len(paths):,} images")
+        try:
+            for done, _ in enumerate(pool.map(read, range(len(paths))), 1):
+                if done % 10_000 == 0:
+                    console.note(f"read {done:,} of {len(paths):,} images")
+        except BaseException:  # a signal: leaving the pool would wait for all that is left
+            pool.shutdown(cancel_futures=True)
+            raise
     if faults:
         raise UnreadableImages([f"{paths[i]}: {faults[i]}" for i in sorted(faults)])
     return images
@@ -160,7 +170,7 @@ def read_images(paths: Sequence[Path], shape: Sequence[int]) -> NDArray[np.uint8
 
 def _read_image(path: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
     height, width, channels = shape
-    with Image.open(path) as image:
+    with open_file(path) as file, Image.open(file) as image:
         # JPEG decodes at 1/2, 1/4 or 1/8 size for little; twice the size wanted leaves the scaling its say.
         image.draft(None, (2 * width, 2 * height))
         upright: Image.Image = ImageOps.exif_transpose(image)
@@ -185,6 +195,8 @@ def _reason(fault: Exception) -> str:
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(fault, UnidentifiedImageError):
         return "not an image"
+    if isinstance(fault, InputError):  # no file
+        return fault.message.partition(": ")[2]
     return " ".join(str(getattr(fault, "strerror", None) or fault).split()) or type(fault).__name__
 
 
@@ -210,6 +222,19 @@ def _files_below(folder: Path) -> list[Path]:
             files += [Path(place, name) for name in names if not name.startswith(".")]
         seen.add(real)
     return files
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _few(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+    return ", ".join(repr(os.fsencode(path))[1:] for path in paths[:5]) + more
 
 
 def _listed(names: Sequence[str], what: str, plural: str) -> str:

@@ -5,6 +5,7 @@ Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a netwo
 """
 
 import gzip
+import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ FASHION_FILES = {  # sha256 of the content, which is the same however it was com
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+MAX_FASHION_FILE = 50_000_000  # bytes; the training images are 47 million
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -191,9 +193,10 @@ def fashion_mnist(data_root: Path | None, image_size: int) -> Source:
 def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
     """Path and content of NAME or NAME.gz."""
     path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-    data = read_bytes(path)
+    data = read_bytes(path, limit=MAX_FASHION_FILE)
     try:
-        content = gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # no more of it than there should be: it may be a bomb
+            content = file.read(MAX_FASHION_FILE) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as fault:
         raise InputError(f"{path} is damaged: {fault}", fix="copy or fetch it again") from fault
     if sha256(content) != sha:

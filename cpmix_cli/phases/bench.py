@@ -31,14 +31,12 @@ from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.engine import synchronize
 from cpmix_cli.errors import InputError
 from cpmix_cli.models import build_model
-from cpmix_cli.phases.finetune import head_plan
-from cpmix_cli.phases.train_stage1 import fresh_state, stage_plan
-from cpmix_cli.phases.training import Setting
+from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.randomness import torch_generator
-from cpmix_cli.step import Plan, TrainingData, TrainingState
+from cpmix_cli.runs import PHASES
+from cpmix_cli.step import TrainingData
 from cpmix_cli.terms import check_fits
 
-PHASES = ("stage1", "stage2", "finetune")
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
 MIN_STEPS = 3  # of a contender in a round
 MIB = 2**20
@@ -187,15 +185,6 @@ def training_images(folder: Path | None) -> tuple[Dataset, Tensor, Tensor]:
     images = torch.randint(0, 256, (int(counts.sum()), *shape), dtype=torch.uint8, generator=generator)
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts), images, labels
-
-
-def prepared(setting: Setting, phase: str) -> tuple[Plan, TrainingState]:
-    """A phase's plan, and a fresh state in which every class has been confused with every other."""
-    state = fresh_state(setting)
-    plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)
-    state.epoch = max(plan.first_epoch, plan.confusion_start)
-    state.confusion.fill_(1).fill_diagonal_(0)
-    return plan, state
 
 
 def measure(

@@ -1,5 +1,6 @@
 """build-lt: a long-tailed data set folder from a source."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpmix_cli import artifacts, console
+from cpmix_cli import artifacts, console, locks
 from cpmix_cli.data.dataset import channel_statistics, open_dataset
 from cpmix_cli.data.download import download
 from cpmix_cli.data.image_folder import UnreadableImages
@@ -70,13 +71,20 @@ def run(options: Options) -> None:
         "image_size": size if source.own else None,
         "listing": source.own.listing if source.own else None,
     }
-    if not options.overwrite and (folder / artifacts.DATASET).is_file():
+    if not options.overwrite and os.path.lexists(folder / artifacts.DATASET):
         _report_existing(folder, made_from)
         return
 
     parts = choose(source, rho, options.subset_seed, options.val_per_class, test_per_class)
     counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
-    record = _write(folder, name, made_from, source, parts, counts)
+    artifacts.check_place(folder, 0)
+    with locks.hold(folder, wait=True) as lock:
+        if not options.overwrite and os.path.lexists(folder / artifacts.DATASET):  # while this one waited
+            _report_existing(folder, made_from)
+            return
+        splits = _load(source, parts)
+        artifacts.check_place(folder, sum(inputs.nbytes + 64 * len(labels) for inputs, labels, _ in splits.values()))
+        record = _write(folder, lock, name, made_from, source, splits, counts)
     warning = _duplicates(folder, record)
     if warning:
         console.warn(warning)
@@ -151,19 +159,20 @@ def choose(
     return {k: np.concatenate(v) for k, v in (("train", train), ("val", val), ("test", test))}
 
 
-def _write(
-    folder: Path,
-    name: str,
-    made_from: dict[str, Any],
-    source: Source,
-    parts: dict[str, NDArray[np.int64]],
-    counts: NDArray[np.int64],
-) -> dict[str, Any]:
-    """All files of the data set, dataset.json last."""
+Splits = dict[str, tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]
+"""Inputs, labels and positions in the source of each split."""
+
+
+def _load(source: Source, parts: dict[str, NDArray[np.int64]]) -> Splits:
+    """The chosen samples.
+
+    Raises:
+        UnreadableImages: with all files of all splits that cannot be read.
+    """
     origins = {"train": source.pool, "val": source.pool, "test": source.test or source.pool}
     if source.test is not None:
         parts["test"] = np.arange(len(source.test.labels))
-    splits = {}
+    splits: Splits = {}
     unreadable: list[str] = []
     for split, origin in origins.items():
         positions = parts[split]
@@ -174,8 +183,19 @@ def _write(
                 unreadable += fault.lines
     if unreadable:
         raise UnreadableImages(unreadable)
+    return splits
 
-    artifacts.make_folder(folder)
+
+def _write(
+    folder: Path,
+    lock: locks.Lock,
+    name: str,
+    made_from: dict[str, Any],
+    source: Source,
+    splits: Splits,
+    counts: NDArray[np.int64],
+) -> dict[str, Any]:
+    """All files of the data set, dataset.json last."""
     (folder / artifacts.DATASET).unlink(missing_ok=True)
     files: dict[str, str] = {}
     digests: dict[str, Any] = {}
@@ -230,6 +250,7 @@ def _write(
         "source_files": {p.name: artifacts.sha256(artifacts.read_bytes(p)) for p in source.files},
         "fingerprint": artifacts.digest({"classes": source.class_names, "splits": digests}),
     }
+    lock.check()
     artifacts.publish_record(folder / artifacts.DATASET, record)
     return record
 
@@ -243,8 +264,8 @@ def _report_existing(folder: Path, made_from: dict[str, Any]) -> None:
             f"{folder} holds another data set:\n    " + "\n    ".join(changed),
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
-    for name, sha in dataset.record["files"].items():
-        artifacts.read_bytes(folder / name, sha)
+    artifacts.verify(folder, dataset.record["files"])
+    locks.tidy(folder)
     _show(folder, dataset.record, dataset.class_counts, "up to date")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cpmix_cli import artifacts, console, runs
+from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import InputError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix
@@ -50,8 +50,9 @@ def run(options: Options) -> None:
     evaluations = out / "evaluation"  # what evaluate --out wrote comes before what stands in the run itself
     if not (evaluations / source.phase / artifacts.RUN).is_file():
         evaluations = root / "evaluation"
-    predictions, sha = read_predictions(evaluations / source.phase, source, needed_by="confusion-report")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
+    evaluation = evaluations / source.phase
+    predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
 
     matrix = confusion_matrix(
         torch.tensor(predictions["label"].to_numpy(), dtype=torch.int64),
@@ -72,6 +73,9 @@ def run(options: Options) -> None:
     status = runs.decide(folder, made_from, overwrite=again, refresh=True)
     if status == "fresh":
         write(folder, index, made_from, source, dataset, matrix, pairs, accuracies)
+    else:
+        locks.tidy(folder)
+        locks.tidy(index.parent)
     report(folder, index, source, dataset, matrix, pairs, accuracies, status)
 
 
@@ -79,7 +83,7 @@ def is_own_page(index: Path, folder: Path) -> bool:
     """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
     if not index.is_file() or not (folder / artifacts.RUN).is_file():
         return False
-    return bool(artifacts.read_record(folder / artifacts.RUN)["page"] == artifacts.sha256(index.read_bytes()))
+    return bool(runs.read_run(folder, runs.ReportEntry)["page"] == artifacts.sha256(artifacts.read_bytes(index)))
 
 
 def write(
@@ -94,14 +98,6 @@ def write(
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
     pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
-    runs.clear(folder)
-    recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from)
-    cells = artifacts.confusion_columns(matrix)
-    recorder.publish_table(artifacts.CONFUSION_MATRIX, artifacts.CONFUSION_SCHEMA, cells)
-    columns = {str(name): column for name, column in pairs.items()}
-    recorder.publish_table(artifacts.CONFUSED_PAIRS, artifacts.CONFUSED_PAIRS_SCHEMA, columns)
-    for name, _, png in pictures:
-        recorder.publish(name, png)
     page = render_page(
         title=f"Confusion of {dataset.name}, {source.phase}",
         facts=facts(source, dataset, matrix),
@@ -109,11 +105,24 @@ def write(
         pairs=with_names(pairs, dataset).head(NUM_ON_PAGE),
         figures=[(caption, png) for _, caption, png in pictures],
     )
-    recorder.set(page=artifacts.publish(index, page.encode()), picture=pictures[0][0])
-    recorder.finish()
+    artifacts.check_place(folder, len(page))
+    # The page is that of all phases' reports: one at a time.
+    with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
+        runs.clear(folder)
+        recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
+        cells = artifacts.confusion_columns(matrix)
+        recorder.publish_table(artifacts.CONFUSION_MATRIX, artifacts.CONFUSION_SCHEMA, cells)
+        columns = {str(name): column for name, column in pairs.items()}
+        recorder.publish_table(artifacts.CONFUSED_PAIRS, artifacts.CONFUSED_PAIRS_SCHEMA, columns)
+        for name, _, png in pictures:
+            recorder.publish(name, png)
+        recorder.set(page=artifacts.publish(index, page.encode()), picture=pictures[0][0])
+        recorder.finish()
 
 
-def read_predictions(evaluation: Path, source: PhaseFolder, *, needed_by: str) -> tuple[pd.DataFrame, str]:
+def read_predictions(
+    evaluation: Path, source: PhaseFolder, num_classes: int, *, needed_by: str
+) -> tuple[pd.DataFrame, str]:
     """An evaluation's predictions and their hash.
 
     Raises:
@@ -128,16 +137,18 @@ def read_predictions(evaluation: Path, source: PhaseFolder, *, needed_by: str) -
             needed_by=needed_by,
             fix=again,
         )
-    record = artifacts.read_record(evaluation / artifacts.RUN)
+    record = runs.read_run(evaluation, runs.EvaluationEntry)
     if record["source"]["sha256"] != source.output(artifacts.MODEL)[1]:
         raise InputError(
             f"{evaluation} is of an older checkpoint of {source.phase}",
             needed_by=needed_by,
             fix=again,
         )
-    sha = record["outputs"][artifacts.PREDICTIONS]
-    path = evaluation / artifacts.PREDICTIONS
-    return artifacts.read_table(path, artifacts.PREDICTIONS_SCHEMA, sha), sha
+    path, sha = runs.output_of(evaluation, record, artifacts.PREDICTIONS)
+    table = artifacts.read_table(path, artifacts.PREDICTIONS_SCHEMA, sha)
+    for name in ("label", "predicted"):
+        artifacts.refuse_outside(path, table, name, num_classes)
+    return table, sha
 
 
 def draw(
@@ -256,7 +267,7 @@ def report(
 ) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
-    picture = folder / artifacts.read_record(folder / artifacts.RUN)["picture"]
+    picture = folder / runs.read_run(folder, runs.ReportEntry)["picture"]
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     top = pairs.head(NUM_SHOWN)
     if not console.as_json:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import BaseModel, ConfigDict
 
-from cpmix_cli import artifacts, console, engine, runs
+from cpmix_cli import artifacts, console, engine, locks, runs
 from cpmix_cli import recipe as recipes
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
@@ -106,6 +107,7 @@ def run(options: Options) -> None:
         "checkpoint": sha,
     }
     if runs.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
+        locks.tidy(folder)
         report(folder, "up to date")
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
@@ -113,17 +115,19 @@ def run(options: Options) -> None:
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
     logits = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
     logits = adjusted(logits, torch.tensor(dataset.class_counts), recipe.evaluation.logit_adjustment)
-    runs.clear(folder)
-    recorder = runs.Recorder(folder, f"evaluation/{name}", made_from)
-    publish(recorder, source, recipe, dataset, logits, tests, options.few_inclusive, sha)
-    if not options.is_plain:
-        by_path = "path" in tests.samples
-        columns = {str(name): column for name, column in tests.samples.items()}
-        recorder.publish_table(artifacts.SAMPLES, artifacts.split_schema(by_path), columns)
-        recorder.set(data_root=str(tests.data_root) if by_path else None)
-    recorder.set(source={"phase": source.phase, "sha256": sha})
-    recorder.set(dataset=runs.dataset_entry(dataset, options.out or root))
-    recorder.finish()
+    artifacts.check_place(folder, logits.numel() * logits.element_size() + 100 * len(logits))
+    with locks.hold(folder) as lock:
+        runs.clear(folder)
+        recorder = runs.Recorder(folder, f"evaluation/{name}", made_from, lock)
+        publish(recorder, source, recipe, dataset, logits, tests, options.few_inclusive, sha)
+        if not options.is_plain:
+            by_path = "path" in tests.samples
+            columns = {str(name): column for name, column in tests.samples.items()}
+            recorder.publish_table(artifacts.SAMPLES, artifacts.split_schema(by_path), columns)
+            recorder.set(data_root=str(tests.data_root) if by_path else None)
+        recorder.set(source={"phase": source.phase, "sha256": sha})
+        recorder.set(dataset=runs.dataset_entry(dataset, options.out or root))
+        recorder.finish()
     report(folder, "done")
     if label is None:  # the report is of the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []
@@ -297,14 +301,41 @@ def accuracy_rows(evaluations: Path) -> list[list[str]]:
     """A table row for each finished evaluation of a run, in the order of its phases."""
     rows = []
     for path in sorted(evaluations.glob(f"*/{artifacts.RUN}"), key=lambda p: _place(p.parent.name)):
-        record = artifacts.read_record(path)
-        sha = record["outputs"][artifacts.EVALUATION]
-        n = json.loads(artifacts.read_bytes(path.parent / artifacts.EVALUATION, sha))
+        n = read_numbers(path.parent)
         keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
         cells = ["-" if n[k] is None else f"{n[k]:.2f}" for k in keys]
         mark = MARK if n.get("confusion_source") == "test_legacy" else ""
         rows.append([path.parent.name + mark, *cells, f"{n['num_test']:,}"])
     return rows
+
+
+class Numbers(BaseModel):
+    """What readers of an evaluation's metrics.json count on."""
+
+    model_config = ConfigDict(strict=True)
+
+    top1: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    balanced_accuracy: float
+    ece: float
+    num_test: int
+
+
+def read_numbers(evaluation: Path) -> dict[str, Any]:
+    """An evaluation's metrics.json, verified.
+
+    Raises:
+        InputError: it or the evaluation's record is missing or damaged.
+    """
+    record = runs.read_run(evaluation, runs.EvaluationEntry)
+    path, sha = runs.output_of(evaluation, record, artifacts.EVALUATION)
+    try:
+        numbers: dict[str, Any] = json.loads(artifacts.read_bytes(path, sha, limit=artifacts.MAX_RECORD))
+    except (ValueError, RecursionError) as fault:
+        raise InputError(f"{path} is no JSON") from fault
+    return artifacts.checked(path, Numbers, numbers)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -314,9 +345,7 @@ def _place(name: str) -> tuple[int, str]:
 
 def report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it."""
-    record = artifacts.read_record(folder / artifacts.RUN)
-    sha = record["outputs"][artifacts.EVALUATION]
-    numbers = json.loads(artifacts.read_bytes(folder / artifacts.EVALUATION, sha))
+    numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent)
     marks = [f"{MARK.strip()} test labels took part in the training"] if any(MARK in row[0] for row in rows) else []
     console.result(

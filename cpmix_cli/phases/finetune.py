@@ -8,18 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from cpmix_cli import artifacts, runs
-from cpmix_cli.engine import load_state, make_optimizer
+from cpmix_cli.engine import load_state
 from cpmix_cli.errors import InputError
-from cpmix_cli.models import add_scale, initialise
-from cpmix_cli.phases.train_stage1 import fresh_state
 from cpmix_cli.phases.train_stage2 import requested_recipe
-from cpmix_cli.phases.training import Options, Setting, skip, train
-from cpmix_cli.randomness import torch_generator
-from cpmix_cli.recipe import Optimizer, Schedule
+from cpmix_cli.phases.training import Options, skip, train
+from cpmix_cli.plans import Setting, fresh_state, head_plan
 from cpmix_cli.runs import PhaseFolder
-from cpmix_cli.schedule import learning_rate
 from cpmix_cli.step import Plan, TrainingState
-from cpmix_cli.terms import check_fits, compile_stage
+from cpmix_cli.terms import check_fits
 
 
 def run(options: Options, from_folder: Path, out: Path | None, phase: str | None) -> None:
@@ -62,40 +58,3 @@ def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]
     state = fresh_state(setting)
     load_state(state, tensors, path, optimizer=False)
     return head_plan(setting, state), state
-
-
-def head_plan(setting: Setting, state: TrainingState) -> Plan:
-    """The finetune's plan; `state` is made ready for it: parameters frozen, the head as asked, a fresh optimizer."""
-    recipe = setting.recipe
-    table = recipe.finetune
-    assert table is not None
-    if table.head == "reinit":
-        initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
-    elif table.head == "scale":
-        add_scale(state.model)
-    for name, parameter in state.model.named_parameters():
-        parameter.requires_grad = any(name.startswith(prefix) for prefix in table.train)
-    optimizer = Optimizer(
-        lr=table.lr,
-        momentum=table.momentum,
-        nesterov=table.nesterov,
-        weight_decay=table.weight_decay,
-        batch_size=table.batch_size,
-        groups=table.groups,
-    )
-    state.optimizer = make_optimizer(state.model, optimizer)
-    schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
-    return Plan(
-        phase="finetune",
-        seed=recipe.seed,
-        terms=compile_stage(table),
-        joint_forward=table.forward == "joint",
-        first_epoch=1,
-        last_epoch=table.epochs,
-        num_epochs=table.epochs,
-        batch_size=table.batch_size,
-        learning_rate=partial(learning_rate, table.lr, schedule),
-        train_mode=table.batchnorm == "shift",
-        collect_confusion=False,
-        precision=setting.precision,
-    )

@@ -60,7 +60,9 @@ def run(options: Options) -> None:
             fix="fetch the file again from where it was published",
         )
     tensors = read_checkpoint(data, options.file)
-    converted = artifacts.tensor_bytes(tensors, {"file": options.file.name, "sha256": found})
+    converted = artifacts.tensor_bytes(
+        tensors, artifacts.sealed_metadata(tensors, {"file": options.file.name, "sha256": found})
+    )
     status = "done"
     if out.exists() and not options.overwrite:
         # Its bytes, not what it says of its origin: a damaged file says the same.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from cpmix_cli import artifacts, console, runs
-from cpmix_cli.errors import UsageError, suggest
+from cpmix_cli.errors import InputError, UsageError, suggest
 from cpmix_cli.phases.confusion_report import read_predictions
 from cpmix_cli.runs import PHASES
 
@@ -33,11 +33,11 @@ def run(options: Options) -> None:
     """
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="misclassified")
-    classes = artifacts.read_table(*runs.class_counts(source))["class_name"].tolist()
+    classes = artifacts.read_class_counts(*source.output(artifacts.CLASS_COUNTS))["class_name"].tolist()
     true = _class_id("--true", options.true, classes)
     predicted = _class_id("--predicted", options.predicted, classes)
     evaluation = root / "evaluation" / (source.phase if options.label is None else f"{source.phase}-{options.label}")
-    table, _ = read_predictions(evaluation, source, needed_by="misclassified")
+    table, _ = read_predictions(evaluation, source, len(classes), needed_by="misclassified")
 
     wrong = table[table["label"] != table["predicted"]]
     if true is not None:
@@ -74,15 +74,17 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
 
 def _origins(options: Options, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
     """Where each image comes from: its file's path, or its place in the published test split."""
-    record = artifacts.read_record(evaluation / artifacts.RUN)
+    record = runs.read_run(evaluation, runs.EvaluationEntry)
     if artifacts.SAMPLES in record["outputs"]:
-        data_root = Path(record["data_root"]) if record["data_root"] is not None else None
+        data_root = Path(record["data_root"]) if record.get("data_root") is not None else None
         schema = artifacts.split_schema(data_root is not None)
-        path = evaluation / artifacts.SAMPLES
-        samples = artifacts.read_table(path, schema, record["outputs"][artifacts.SAMPLES])
+        path, sha = runs.output_of(evaluation, record, artifacts.SAMPLES)
+        samples = artifacts.read_table(path, schema, sha)
     else:
         dataset = runs.find_dataset(root, record, options.data, needed_by="misclassified")
         samples, data_root = dataset.samples("test"), dataset.data_root
+    if not wrong["sample_id"].isin(samples["sample_id"]).all():
+        raise InputError(f"{evaluation} is of other samples than are recorded", fix="evaluate again with --overwrite")
     chosen = samples.set_index("sample_id").loc[wrong["sample_id"]]
     if data_root is not None:
         return [str(data_root / path) for path in chosen["path"]]

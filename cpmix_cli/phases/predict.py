@@ -47,7 +47,7 @@ def run(options: Options) -> None:
         raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
     device = use_device(options.device)
     paths = image_folder.find_images(options.images)
-    counts = artifacts.read_table(*runs.class_counts(source))
+    counts = artifacts.read_class_counts(*source.output(artifacts.CLASS_COUNTS))
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
     model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
@@ -59,7 +59,8 @@ def run(options: Options) -> None:
 
     kept = confidence.shape[1]
     columns = {
-        "path": np.repeat([str(path) for path in paths], kept),
+        # A table holds UTF-8 alone; a file name may hold any bytes.
+        "path": np.repeat([str(path).encode("utf-8", "backslashreplace").decode() for path in paths], kept),
         "rank": np.tile(np.arange(1, kept + 1), len(paths)),
         "class_id": predicted.flatten().numpy(),
         "class_name": [classes[c] for c in predicted.flatten().tolist()],

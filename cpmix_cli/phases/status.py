@@ -1,12 +1,12 @@
 """status: where runs stand and what to type next. Reads records and headers; writes nothing."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.errors import EXIT_INTERRUPTED, InputError
+from cpmix_cli.phases.evaluate import read_numbers
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import COMMANDS, PHASES, PhaseFolder
 
@@ -116,8 +116,8 @@ def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
         return PhaseStatus(folder.phase, status, 0, total, None, None)
     because = folder.stale_because()
     if status == "interrupted":
-        shapes, _ = artifacts.read_header(folder.path / artifacts.TRAINING_STATE)
-        epochs = (shapes.get("history") or [0])[0]
+        tensors, _ = runs.read_state(folder.path / artifacts.TRAINING_STATE)  # whole: what is damaged cannot go on
+        epochs = len(tensors.get("history", ()))
         return PhaseStatus(folder.phase, status, epochs, epochs_of(folder.recipe())[folder.phase], None, because)
     epochs = folder.record()["epochs"]
     return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), because)
@@ -128,13 +128,10 @@ def accuracy(folder: PhaseFolder) -> float | None:
     evaluation = folder.run / "evaluation" / folder.phase
     if not (evaluation / artifacts.RUN).is_file():
         return None
-    record = artifacts.read_record(evaluation / artifacts.RUN)
+    record = runs.read_run(evaluation, runs.EvaluationEntry)
     if record["source"]["sha256"] != folder.output(artifacts.MODEL)[1]:
         return None
-    numbers = json.loads(
-        artifacts.read_bytes(evaluation / artifacts.EVALUATION, record["outputs"][artifacts.EVALUATION])
-    )
-    return float(numbers["top1"])
+    return float(read_numbers(evaluation)["top1"])
 
 
 def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:

@@ -8,15 +8,13 @@ import torch
 from cpmix_cli import artifacts, console
 from cpmix_cli import recipe as recipes
 from cpmix_cli.data.dataset import open_dataset
-from cpmix_cli.engine import make_optimizer
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.models import build_model, take_over
-from cpmix_cli.phases.training import Options, Setting, train
-from cpmix_cli.randomness import torch_generator
+from cpmix_cli.models import take_over
+from cpmix_cli.phases.training import Options, train
+from cpmix_cli.plans import Setting, fresh_state, stage_plan
 from cpmix_cli.runs import PhaseFolder
-from cpmix_cli.schedule import learning_rate
 from cpmix_cli.step import Plan, TrainingState
-from cpmix_cli.terms import check_fits, compile_stage
+from cpmix_cli.terms import check_fits
 
 
 def run(options: Options, out: Path, init: Path | None) -> None:
@@ -66,37 +64,7 @@ def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
             needed_by="--init",
             fix=f"cpmix import-weights {path} --sha256 HASH",
         )
-    return artifacts.read_tensors(path, sha)[0]
-
-
-def fresh_state(setting: Setting) -> TrainingState:
-    """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
-    recipe, dataset, device = setting.recipe, setting.dataset, setting.device
-    generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
-    return TrainingState(model, make_optimizer(model, recipe.optimizer), confusion.to(device), epoch=1)
-
-
-def stage_plan(setting: Setting, phase: str) -> Plan:
-    """The plan of stage 1 or 2: one schedule and one optimizer over both."""
-    recipe = setting.recipe
-    stage = recipe.stage1 if phase == "stage1" else recipe.stage2
-    assert stage is not None
-    schedule = recipe.schedule
-    return Plan(
-        phase=phase,
-        seed=recipe.seed,
-        terms=compile_stage(stage),
-        joint_forward=stage.forward == "joint",
-        first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
-        last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
-        num_epochs=schedule.epochs,
-        batch_size=recipe.optimizer.batch_size,
-        learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),
-        collect_confusion=recipe.confusion.source == "train",
-        confusion_start=recipe.confusion.start_epoch,
-        confusion_decay=recipe.confusion.decay,
-        precision=setting.precision,
-    )
+    tensors, metadata = artifacts.read_tensors(path, sha)
+    if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
+        artifacts.check_seal(path, metadata, tensors)
+    return tensors

@@ -10,8 +10,8 @@ from cpmix_cli import artifacts, runs
 from cpmix_cli import recipe as recipes
 from cpmix_cli.engine import load_state
 from cpmix_cli.errors import UsageError
-from cpmix_cli.phases.train_stage1 import fresh_state, stage_plan
-from cpmix_cli.phases.training import Options, Setting, skip, train
+from cpmix_cli.phases.training import Options, skip, train
+from cpmix_cli.plans import Setting, fresh_state, stage_plan
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, TrainingState
 from cpmix_cli.terms import check_fits

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from cpmix_cli import artifacts, console, engine, hardware, runs
+from cpmix_cli import artifacts, console, engine, hardware, locks, runs, signals
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.errors import InputError
+from cpmix_cli.errors import Diverged, InputError
 from cpmix_cli.evaluation import accuracy_on_test, confusion_on
+from cpmix_cli.locks import Lock
+from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, TrainingData, TrainingState, sum_names
@@ -36,6 +38,7 @@ class Options:
     overwrite: bool
     dry_run: bool
     eval_every: int
+    checkpoint_every: int
 
     @property
     def changes_recipe(self) -> bool:
@@ -43,19 +46,39 @@ class Options:
         return bool(self.recipe or self.settings) or not (self.epochs is None and self.seed is None)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a phase's prepare() builds on."""
+Prepare = Callable[[Setting], tuple[Plan, TrainingState]]
 
+
+@dataclass(frozen=True)
+class Asked:
+    """A training phase as a command asks for it."""
+
+    folder: PhaseFolder
+    source: PhaseFolder | None
     recipe: Recipe
     dataset: Dataset
-    device: torch.device
-    precision: str
-    inputs: Mapping[str, str]
-    """Hashes of the files given by flags, by flag."""
+    options: Options
+    prepare: Prepare
+    inputs: Mapping[str, Path]
+    """Other files that the result depends on, by the flag that names them."""
+    made_from: dict[str, Any]
+
+    def decide(self) -> str:
+        """fresh, resume or done, see runs.decide()."""
+        return runs.decide(self.folder.path, self.made_from, overwrite=self.options.overwrite)
 
 
-Prepare = Callable[[Setting], tuple[Plan, TrainingState]]
+@dataclass(frozen=True)
+class Started:
+    """A training phase whose inputs are read and found good."""
+
+    plan: Plan
+    state: TrainingState
+    data: TrainingData
+    setting: Setting
+    begun: dict[str, Any] | None
+    """Metadata of the state that it goes on from."""
+    measure_confusion: Callable[[], torch.Tensor] | None
 
 
 def train(
@@ -79,40 +102,62 @@ def train(
         inputs: what other files the result depends on, by the flag that names them.
 
     Raises:
-        EnvironmentFault: the folder belongs to another recipe, the device is not there, the disk is full.
+        EnvironmentFault: the folder belongs to another recipe or is being written by another process, the device is
+            not there, the disk is full.
         InputError: an input is damaged.
         Diverged, Interrupted: see engine.fit().
     """
-    hashes = {flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()}
     made_from = {
         "recipe": recipe.tables_of(folder.phase),
         "dataset": dataset.fingerprint,
         "source": source.output(artifacts.TRAINING_STATE)[1] if source else None,
-        **hashes,
+        **{flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
-    found = runs.decide(folder.path, made_from, overwrite=options.overwrite)
-    if found == "done":
+    asked = Asked(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
+    if asked.decide() == "done":
+        locks.tidy(folder.path)
         report(folder, recipe, "up to date")
-        return
-    device = hardware.use_device(options.device)
+    elif options.dry_run:
+        locks.refuse_if_held(folder.path)
+        started = start(asked)
+        report_dry_run(asked, started, rehearse(started))
+    else:
+        artifacts.check_place(folder.path, 0)
+        with locks.hold(folder.path) as lock:
+            status = "up to date"
+            if asked.decide() != "done":  # another process may have come first
+                finish(asked, start(asked), lock)
+                status = "done"
+            report(folder, recipe, status)
+
+
+def start(asked: Asked) -> Started:
+    """Read and check all that a phase needs; writes nothing.
+
+    Raises:
+        EnvironmentFault, InputError: see train().
+    """
+    folder, source, recipe, dataset = asked.folder, asked.source, asked.recipe, asked.dataset
+    device = hardware.use_device(asked.options.device)
     threads = torch.get_num_threads()
     tensors: dict[str, torch.Tensor] = {}
     begun: dict[str, Any] | None = None
-    if found == "resume":
-        tensors, begun = artifacts.read_tensors(folder.path / artifacts.TRAINING_STATE)
+    if asked.decide() == "resume":
+        tensors, begun = runs.read_state(folder.path / artifacts.TRAINING_STATE)
+        signals.state_is_saved()
     earlier = begun or (source.record() if source is not None else None)
     precision = earlier["precision"] if earlier else hardware.resolve_precision(recipe.model.precision, device)
     data = training_data(dataset, recipe, device)
-    plan, state = prepare(Setting(recipe, dataset, device, precision, hashes))
+    setting = Setting(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
+    plan, state = asked.prepare(setting)
     if begun:
         restore(plan, state, tensors, begun, folder)
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
         if begun["threads"] != threads:
             console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
-    steps = -(-len(data.labels) // plan.batch_size)
     console.note(
         f"{folder.phase}: {dataset.name}, {len(data.labels):,} images, epochs {state.epoch} to {plan.last_epoch} of "
-        f"{steps} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
+        f"{plan.num_steps(len(data.labels))} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
     for term in plan.terms:
@@ -124,27 +169,56 @@ def train(
         if split == "test":
             console.warn("confusion is taken from the test split: labels leak, and the results are marked")
     artifacts.check_place(folder.path, needed_bytes(state))
-    if options.dry_run:
-        report_dry_run(folder, plan, steps)
-        return
+    return Started(plan, state, data, setting, begun, measure_confusion)
 
+
+def rehearse(started: Started) -> list[str]:
+    """Take one step of the phase and of each that its recipe has after it, on what is in memory.
+
+    Returns:
+        What was tried, for the report.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    setting, recipe = started.setting, started.setting.recipe
+    later = runs.PHASES[runs.PHASES.index(started.plan.phase) + 1 :]
+    phases = [phase for phase in later if getattr(recipe, phase) is not None]
+    engine.first_step(started.plan, started.data, started.state)
+    for phase in phases:
+        plan, state = prepared(setting, phase)
+        engine.first_step(plan, started.data, state)
+    return [started.plan.phase, *phases]
+
+
+def finish(asked: Asked, started: Started, lock: Lock) -> None:
+    """Train to the end of the phase and publish what comes out.
+
+    Raises:
+        EnvironmentFault: the disk is full, or the lock is lost.
+        Diverged, Interrupted: see engine.fit().
+    """
+    folder, source, dataset, options = asked.folder, asked.source, asked.dataset, asked.options
+    plan, state, setting = started.plan, started.state, started.setting
+    threads = torch.get_num_threads()
     origin = None
     if source is not None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
-        origin = {"run": place, "phase": source.phase, "sha256": made_from["source"]}
+        origin = {"run": place, "phase": source.phase, "sha256": asked.made_from["source"]}
     # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
-    if not begun:
+    if not started.begun:
         runs.clear(folder.path)
-    recorder = runs.Recorder(folder.path, folder.phase, made_from)
+    recorder = runs.Recorder(folder.path, folder.phase, asked.made_from, lock)
     # Written first: it says what the folder is for, whatever happens to the run.
-    recorder.publish(artifacts.RECIPE, recipe.to_toml().encode())
+    recipe_sha = recorder.publish(artifacts.RECIPE, asked.recipe.to_toml().encode())
 
     def publish_state() -> None:
+        tensors = engine.state_tensors(state)
         metadata = {
             "format": artifacts.FORMAT,
             "phase": folder.phase,
-            "made_from": made_from,
-            "precision": precision,
+            "made_from": asked.made_from,
+            "precision": setting.precision,
             "threads": threads,
             "epoch": state.epoch,
             "step": state.step,
@@ -152,40 +226,55 @@ def train(
             # For `status`, which says how to go on.
             "source": origin,
             "dataset": runs.dataset_entry(dataset, folder.run),
-            "inputs": {flag: str(path.resolve()) for flag, path in (inputs or {}).items()},
+            "inputs": {flag: str(path.resolve()) for flag, path in asked.inputs.items()},
+            "recipe_sha256": recipe_sha,
         }
-        # Sealed as records are: `status` reads this header alone, and no hash of a file still in the making exists.
-        metadata["digest"] = artifacts.digest(metadata)
-        recorder.publish_tensors(artifacts.TRAINING_STATE, engine.state_tensors(state), metadata)
+        # No record holds a hash of it before the phase is done.
+        recorder.publish_tensors(artifacts.TRAINING_STATE, tensors, artifacts.sealed_metadata(tensors, metadata))
+        signals.state_is_saved()
 
-    test = accuracy_on_test(dataset, recipe, state.model, device) if options.eval_every else None
-    capture_seconds = engine.fit(
-        plan,
-        data,
-        state,
-        publish=publish_state,
-        test_accuracy=test,
-        eval_every=options.eval_every,
-        measure_confusion=measure_confusion,
-    )
-    if begun:  # it may have stopped after its last epoch, with only the derived files missing
+    test = accuracy_on_test(dataset, asked.recipe, state.model, setting.device) if options.eval_every else None
+    try:
+        capture_seconds = engine.fit(
+            plan,
+            started.data,
+            state,
+            publish=publish_state,
+            checkpoint_every=options.checkpoint_every,
+            test_accuracy=test,
+            eval_every=options.eval_every,
+            measure_confusion=started.measure_confusion,
+        )
+    except Diverged as fault:
+        raise with_last_good_state(fault, folder) from fault
+    if started.begun:  # it may have stopped after its last epoch, with only the derived files missing
         publish_state()
     publish_results(plan, state, dataset, recorder)
     seconds = sum(row["seconds"] or 0.0 for row in state.history)
+    on_gpu = setting.device.type == "cuda"
     recorder.set(
         source=origin,
         dataset=runs.dataset_entry(dataset, folder.run),
-        device=hardware.device_name(device) if device.type == "cuda" else "cpu",
-        precision=precision,
+        device=hardware.device_name(setting.device) if on_gpu else "cpu",
+        precision=setting.precision,
         threads=threads,
         num_parameters=parameters(state.model),
         epochs=len(state.history),
         training_seconds=round(seconds, 3),
         capture_seconds=round(capture_seconds, 3),
-        gpu_hours=round(seconds / 3600, 4) if device.type == "cuda" else 0.0,
+        gpu_hours=round(seconds / 3600, 4) if on_gpu else 0.0,
     )
     recorder.finish()
-    report(folder, recipe, "done")
+
+
+def with_last_good_state(fault: Diverged, folder: PhaseFolder) -> Diverged:
+    """The error, with what is left to go on with."""
+    path = folder.path / artifacts.TRAINING_STATE
+    kept = "no state was saved before"
+    if path.exists():
+        begun = folder.begun()
+        kept = f"the last good state is kept: epoch {begun['epoch']}, step {begun['step']}, in {path}"
+    return Diverged(f"{fault.message}; {kept}", needed_by=fault.needed_by, fix=fault.fix)
 
 
 def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
@@ -219,14 +308,16 @@ def restore(
         InputError: the file does not fit the network or the plan.
     """
     path = folder.path / artifacts.TRAINING_STATE
+    sums, history = tensors.pop("sums", torch.empty(0)), tensors.pop("history", torch.empty(0))
     engine.load_state(state, tensors, path)
-    if len(tensors["sums"]) != len(sum_names(plan.terms)):
+    if len(sums) != len(sum_names(plan.terms)) or history.numel() != len(history) * len(saved["columns"]):
         raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
     state.epoch, state.step = saved["epoch"], saved["step"]
-    state.sums = tensors["sums"].to(state.confusion.device)
+    if not (plan.first_epoch <= state.epoch <= plan.last_epoch and state.step >= 0):
+        raise InputError(f"{path} stands at epoch {state.epoch}, which is none of {plan.phase}")
+    state.sums = sums.to(state.confusion.device)
     state.history = [
-        {k: None if v != v else v for k, v in zip(saved["columns"], row, strict=True)}
-        for row in tensors["history"].tolist()
+        {k: None if v != v else v for k, v in zip(saved["columns"], row, strict=True)} for row in history.tolist()
     ]
 
 
@@ -235,7 +326,9 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     recorder.publish_tensors(artifacts.MODEL, state.model.state_dict())
     pairs = artifacts.confusion_columns(state.confusion)
     recorder.publish_table(artifacts.CONFUSION_PAIRS, artifacts.CONFUSION_SCHEMA, pairs)
-    counts = artifacts.read_bytes(dataset.folder / artifacts.CLASS_COUNTS)
+    counts = artifacts.read_bytes(
+        dataset.folder / artifacts.CLASS_COUNTS, dataset.record["files"][artifacts.CLASS_COUNTS]
+    )
     recorder.publish(artifacts.CLASS_COUNTS, counts)
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
     schema = artifacts.metrics_schema([term.name for term in plan.terms])
@@ -262,25 +355,33 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
     console.note(f"next: {console.typed('evaluate', '--from', run)}")
 
 
-def report_dry_run(folder: PhaseFolder, plan: Plan, steps: int) -> None:
+def report_dry_run(asked: Asked, started: Started, phases: list[str]) -> None:
     """What a run would do."""
+    path, plan = asked.folder.path, started.plan
     fields = {
-        "command": runs.COMMANDS[folder.phase],
+        "command": runs.COMMANDS[asked.folder.phase],
         "status": "dry run",
-        "folder": str(folder.path),
+        "folder": str(path),
         "epochs": plan.last_epoch - plan.first_epoch + 1,
-        "steps_per_epoch": steps,
+        "steps_per_epoch": plan.num_steps(len(started.data.labels)),
+        "phases_tried": phases,
+        "needed_bytes": needed_bytes(started.state),
     }
-    console.result(fields, lines=[f"dry run: {folder.path} would be written; all checks passed"])
+    tried = f"a step of {', '.join(phases)} taken, loss and gradient finite"
+    console.result(fields, lines=[f"dry run: {path} would be written; all checks passed, {tried}"])
 
 
 def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
     """The phase's last epoch as a table, and the next command."""
     record = folder.record()
     path, sha = folder.output(artifacts.METRICS)
-    last = artifacts.read_table(path, sha=sha).iloc[-1].to_dict()
+    table = artifacts.read_table(path, sha=sha)
+    if table.empty or not set(artifacts.METRICS_COLUMNS) <= set(table.columns):
+        raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
+    last = table.iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}
-    num_pairs = len(artifacts.read_table(*_with_schema(folder)))
+    num_classes = len(artifacts.read_class_counts(*folder.output(artifacts.CLASS_COUNTS)))
+    num_pairs = len(artifacts.read_confusions(*folder.output(artifacts.CONFUSION_PAIRS), num_classes))
     fields = {
         "command": runs.COMMANDS[folder.phase],
         "status": status,
@@ -310,8 +411,3 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
     )
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
     console.note(f"next: {runs.next_command(folder.run, folder.phase, recipe)}")
-
-
-def _with_schema(folder: PhaseFolder) -> tuple[Path, Any, str]:
-    path, sha = folder.output(artifacts.CONFUSION_PAIRS)
-    return path, artifacts.CONFUSION_SCHEMA, sha

@@ -6,7 +6,6 @@ images is white, so zero differs from little. Equal arrays give equal bytes.
 """
 
 import io
-import logging
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,6 @@ from numpy.typing import NDArray
 from cpmix_cli.data.longtail import GROUPS, group_of
 
 Array = NDArray[Any]
-
-# A font cache left by another, deleted environment costs a line of warning a font, though the fonts of this one serve.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 DPI = 150
 GROUP_COLOURS = {"many": "#dbe9f6", "medium": "#fdebd0", "few": "#f6dbe4"}

@@ -1,0 +1,526 @@
+"""Files from outside: what rots, what strangers send, what is another's. Always exit 3 and the file's name."""
+
+import gzip
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import cpmix, files, must
+from PIL import Image
+
+from cpmix_cli import artifacts
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+PLACES = 2000
+
+
+def changed(data: bytes, rng: random.Random, number: int) -> bytes:
+    """`data` with a byte changed, cut short, or longer."""
+    place = (0, len(data) - 1)[number] if number < 2 else rng.randrange(len(data))
+    match rng.randrange(8):
+        case 0:
+            return data[:place]
+        case 1:
+            return data[:place] + data[place + 1 :]
+        case 2:
+            return data + bytes([rng.randrange(256)])
+        case 3:
+            return data[:place] + bytes(min(16, len(data) - place)) + data[place + 16 :]
+        case _:
+            return data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
+
+
+def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    """Every file of every command, each read by that command again; 2,000 changes in all."""
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    begun = tmp_path / "begun"
+    again: dict[Path, tuple[object, ...]] = {
+        data: ("build-lt", "toy", "--out", data),
+        toy_run / "stage1": ("train-stage1", "--data", toy, "--out", toy_run),
+        toy_run / "stage2": ("train-stage2", "--from", toy_run),
+        toy_run / "evaluation" / "stage2": ("evaluate", "--from", toy_run),
+        toy_run / "confusion" / "stage2": ("confusion-report", "--from", toy_run),
+        begun / "stage1": ("status", begun),
+    }
+    shutil.copytree(toy_run / "stage1", begun / "stage1")
+    interrupt(begun / "stage1")
+    paths = [(folder / name, command) for folder, command in again.items() for name in files(folder)]
+    paths.append((begun / "stage1" / artifacts.TRAINING_STATE, ("train-stage1", "--data", toy, "--out", begun)))
+    each = -(-PLACES // len(paths))
+    rng = random.Random(0)
+    silent, total = [], 0
+    for path, command in paths:
+        whole = path.read_bytes()
+        for number in range(each):
+            damaged = changed(whole, rng, number)
+            if damaged == whole:
+                continue
+            path.write_bytes(damaged)
+            total += 1
+            result = cpmix(*command)
+            if result.code != 3 or str(path) not in result.stderr or "Traceback" in result.stderr:
+                silent.append(f"{path}: {command[0]} exit {result.code}: {result.stderr}")
+        path.write_bytes(whole)
+        assert cpmix(*command).code in (0, 75), path  # whole again (status: 75, to be continued)
+        if command[0] == "train-stage1" and begun in path.parents:
+            break  # that was the last: it is done now
+    assert silent == []
+    assert total >= PLACES * 0.97  # some changes change nothing
+
+
+def interrupt(phase: Path) -> None:
+    """Make a finished phase one that was interrupted before its last two files, sealed as such."""
+    for name in files(phase):
+        if name not in (artifacts.RECIPE, artifacts.TRAINING_STATE):
+            (phase / name).unlink()
+
+
+def test_the_memory_that_a_damaged_file_takes(tmp_path: Path) -> None:
+    """In a process of its own, by the peak of its resident memory; three times the file at most."""
+    path = tmp_path / "big.safetensors"
+    size = 64 * 2**20
+    tensors = {f"t{i}": torch.zeros(size // 16) for i in range(4)}
+    artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {}))
+    whole = path.read_bytes()
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from cpmix_cli import artifacts\n"
+        "from cpmix_cli.errors import InputError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    tensors, metadata = artifacts.read_tensors(Path(sys.argv[1]))\n"
+        "    artifacts.check_seal(Path(sys.argv[1]), metadata, tensors)\n"
+        "    said = 'whole'\n"
+        "except InputError: said = 'refused'\n"
+        "print(said, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+
+    def peak() -> tuple[str, int]:
+        found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+        said, grown = found.stdout.split()
+        return said, int(grown)
+
+    header = int.from_bytes(whole[:8], "little")
+    places = {"whole": None, "size": 5, "header": 8 + header // 2, "data": 8 + header + size // 2}
+    for name, place in places.items():
+        if place is not None:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        said, grown = peak()
+        assert said == ("whole" if name == "whole" else "refused"), name
+        assert grown <= 3 * len(whole), name
+
+
+# -- other kinds of file in a file's place -----------------------------------------------------------------------------
+
+
+def put_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def put_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"model": [1.0]}))
+
+
+PLACEHOLDERS: dict[str, Callable[[Path], None]] = {
+    "folder": put_folder,
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path),
+    "dangling": lambda path: path.symlink_to(path.with_name("nowhere")),
+    "pickle": put_pickle,
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", PLACEHOLDERS)
+def test_something_else_in_a_files_place(kind: str, toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    evaluation = toy_run / "evaluation" / "stage2"
+    stage2 = toy_run / "stage2"
+    commands = {
+        data / "dataset.json": ("build-lt", "toy", "--out", data),
+        data / "train.safetensors": ("train-stage1", "--data", data, "--out", tmp_path / "new"),
+        data / "class_counts.parquet": ("train-stage1", "--data", data, "--out", tmp_path / "new"),
+        stage2 / "run.json": ("train-stage2", "--from", toy_run),
+        stage2 / "model.safetensors": ("evaluate", "--from", toy_run, "--overwrite"),
+        stage2 / "confusion_pairs.parquet": ("train-stage2", "--from", toy_run),
+        toy_run / "stage1" / "training_state.safetensors": ("train-stage2", "--from", toy_run, "--overwrite"),
+        evaluation / "predictions.parquet": ("confusion-report", "--from", toy_run, "--overwrite"),
+        evaluation / "metrics.json": ("evaluate", "--from", toy_run),
+    }
+    for path, command in commands.items():
+        aside = path.rename(path.with_name("aside"))
+        PLACEHOLDERS[kind](path)
+        result = cpmix(*command)
+        assert (result.code, str(path) in result.stderr) == (3, True), (path, result.stderr)
+        path.rmdir() if kind == "folder" else path.unlink()
+        aside.rename(path)
+    assert not (tmp_path / "new").exists()
+
+
+# -- content that is wrong under the right hash ------------------------------------------------------------------------
+
+
+def republish(folder: Path, name: str, sha: str) -> None:
+    """Make run.json vouch for a file, as a stranger would who knows how."""
+    record = artifacts.read_record(folder / artifacts.RUN)
+    artifacts.publish_record(folder / artifacts.RUN, {**record, "outputs": {**record["outputs"], name: sha}})
+
+
+def edited_state(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    path = folder / artifacts.TRAINING_STATE
+    tensors, metadata = artifacts.read_tensors(path)
+    change(tensors)
+    metadata.pop("digest")
+    sha = artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, metadata))
+    republish(folder, path.name, sha)
+    return path
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+HEAD = "model.head.weight"
+STATE_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "extra": (lambda t: t.update(more=torch.zeros(1)), "more is (1,) float32, expected nothing"),
+    "missing": (lambda t: t.pop(HEAD), f"{HEAD} is missing, expected (4, 100) float32"),
+    "shape": (put(HEAD, lambda t: t[:3].clone()), f"{HEAD} is (3, 100) float32, expected (4, 100) float32"),
+    "type": (put(HEAD, torch.Tensor.double), f"{HEAD} is (4, 100) float64"),
+    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"holds values that are not finite: {HEAD}"),
+    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "holds values that are not finite: confusion"),
+    "below 0": (put("confusion", lambda t: t - 1), "holds confusion counts below 0"),
+    "diagonal": (put("confusion", lambda t: t + torch.eye(4, dtype=t.dtype)), "of a class with itself"),
+    "classes": (put("confusion", lambda t: t[:3, :3].clone()), "confusion is (3, 3) float64"),
+    "no momentum": (lambda t: t.pop("optimizer.head.bias.momentum_buffer"), "momentum_buffer is missing"),
+}
+
+
+@pytest.mark.parametrize("edit", STATE_EDITS)
+def test_a_training_state_that_does_not_fit(edit: str, toy: Path, tmp_path: Path) -> None:
+    """Another stage 1's state under the right hash: refused before anything of stage 2 is written."""
+    must("train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 4, "--set", "optimizer.kind=sgd")
+    change, message = STATE_EDITS[edit]
+    path = edited_state(tmp_path / "stage1", change)  # type: ignore[arg-type]
+    result = cpmix("train-stage2", "--from", tmp_path)
+    assert result.code == 3
+    assert str(path) in result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "stage2").exists()
+
+
+def test_weights_that_are_not_finite(toy_run: Path) -> None:
+    path = toy_run / "stage2" / artifacts.MODEL
+    tensors, _ = artifacts.read_tensors(path)
+    tensors["head.bias"][1] = torch.nan
+    republish(path.parent, path.name, artifacts.publish_tensors(path, tensors))
+    result = cpmix("evaluate", "--from", toy_run, "--overwrite")
+    assert result.code == 3
+    assert f"{path} holds values that are not finite: head.bias" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": [0]}, "it was counted"),
+        ({"true_class": [9]}, "classes are 0 to 3"),
+        ({"true_class": [0], "predicted_class": [0]}, "not confused with itself"),
+    ],
+)
+def test_pairs_out_of_range_under_the_right_hash(toy_run: Path, change: dict[str, list[int]], message: str) -> None:
+    path = toy_run / "stage2" / artifacts.CONFUSION_PAIRS
+    columns = {"true_class": [0], "predicted_class": [1], "count": [3], **change}
+    republish(path.parent, path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns))
+    result = cpmix("train-stage2", "--from", toy_run)
+    assert result.code == 3
+    assert str(path) in result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("key", ["outputs", "made_from", "dataset", "epochs", "source"])
+@pytest.mark.parametrize("value", [None, 7, {"x": {}}, "gone"])
+def test_a_record_made_by_hand(toy_run: Path, key: str, value: object) -> None:
+    """Its digest holds, its fields are others."""
+    path = toy_run / "stage2" / artifacts.RUN
+    record = artifacts.read_record(path)
+    record[key] = value
+    if value == "gone":
+        del record[key]
+    if (key, value) in (("epochs", 7), ("made_from", {"x": {}})):
+        return  # as good as any
+    artifacts.publish_record(path, record)
+    for command in (("evaluate", "--from", toy_run), ("status", toy_run), ("train-stage2", "--from", toy_run)):
+        if key == "source" and value is None:
+            continue  # a phase that started from nothing
+        result = cpmix(*command)
+        assert result.code == 3, (command, result.stderr)
+        assert str(path) in result.stderr
+
+
+def test_a_file_name_that_leads_out_of_the_folder(toy_run: Path) -> None:
+    path = toy_run / "stage2" / artifacts.RUN
+    record = artifacts.read_record(path)
+    artifacts.publish_record(path, {**record, "outputs": {**record["outputs"], "../../etc/passwd": "0" * 64}})
+    result = cpmix("train-stage2", "--from", toy_run)
+    assert result.code == 3
+    assert "outputs.../../etc/passwd" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["stage1/run.json", "stage1/training_state.safetensors", "dataset.json"])
+def test_a_newer_format(toy: Path, toy_run: Path, tmp_path: Path, name: str) -> None:
+    if name == "dataset.json":
+        path = Path(shutil.copytree(toy, tmp_path / "data")) / name
+        artifacts.publish_record(path, {**artifacts.read_record(path), "format": 2})
+        result = cpmix("train-stage1", "--data", path.parent, "--out", tmp_path / "o")
+    elif name == "stage1/run.json":
+        path = toy_run / name
+        artifacts.publish_record(path, {**artifacts.read_record(path), "format": 2})
+        result = cpmix("train-stage2", "--from", toy_run)
+    else:
+        interrupt(toy_run / "stage1")
+        path = toy_run / name
+        tensors, metadata = artifacts.read_tensors(path)
+        metadata.pop("digest")
+        artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {**metadata, "format": 2}))
+        result = cpmix("train-stage1", "--data", toy, "--out", toy_run)
+    assert result.code == 3
+    assert f"{path} has format 2, this cpmix reads format 1" in result.stderr
+
+
+# -- of another data set, subset or recipe -----------------------------------------------------------------------------
+
+
+def test_files_of_other_runs(toy: Path, toy_run: Path, digits_run: Path, tmp_path: Path) -> None:
+    """Each taken from a run that is sound in itself."""
+    must("build-lt", "toy", "--rho", 10, "--out", tmp_path / "rho10")
+    must("train-stage1", "--data", tmp_path / "rho10", "--out", tmp_path / "other")
+    must("train-stage2", "--from", tmp_path / "other")
+    for name in ("training_state.safetensors", "confusion_pairs.parquet", "recipe.toml", "class_counts.parquet"):
+        path = toy_run / "stage1" / name
+        own = path.read_bytes()
+        if (tmp_path / "other" / "stage1" / name).read_bytes() == own:
+            assert name == "recipe.toml"
+            shutil.copy(digits_run / "stage1" / name, path)
+        else:
+            shutil.copy(tmp_path / "other" / "stage1" / name, path)
+        result = cpmix("train-stage1", "--data", toy, "--out", toy_run)
+        assert result.code == 3
+        assert f"{path} is damaged" in result.stderr
+        path.write_bytes(own)
+    for flags in (["--data", tmp_path / "rho10"], ["--data", digits_run]):
+        result = cpmix("train-stage2", "--from", toy_run, *flags, "--overwrite")
+        assert result.code == 3
+        assert str(flags[1]) in result.stderr
+    # A whole phase of another run beside this one's: its own record says what it was made from.
+    shutil.rmtree(toy_run / "stage2")
+    shutil.copytree(tmp_path / "other" / "stage2", toy_run / "stage2")
+    result = cpmix("evaluate", "--from", toy_run, "--phase", "stage2")
+    assert result.code == 3
+    assert "stage2 is stale: stage1 was trained again since" in result.stderr
+
+
+# -- nothing is unpickled, nothing unpacked beyond its bounds ----------------------------------------------------------
+
+
+class Canary:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self._path,)
+
+
+def test_canaries_never_sing(tmp_path: Path, toy: Path) -> None:
+    """In a CIFAR archive and its unpacked folder, a .pth, and files that claim to be safetensors or Parquet."""
+    canary = tmp_path / "sang"
+    payload = pickle.dumps({"data": Canary(canary), b"data": Canary(canary), "fine_labels": [0]})
+    source = tmp_path / "cifar-100-python"
+    source.mkdir()
+    for name in ("train", "test", "meta"):
+        (source / name).write_bytes(payload)
+    archive = tmp_path / "packed"
+    archive.mkdir()
+    with tarfile.open(archive / "cifar-100-python.tar.gz", "w:gz") as packed:
+        packed.add(source, "cifar-100-python")
+    weights = tmp_path / "weights.pth"
+    torch.save({"w": Canary(canary)}, weights)
+    renamed = tmp_path / "weights.safetensors"
+    renamed.write_bytes(payload)
+    sha = artifacts.sha256(weights.read_bytes())
+    parquet = tmp_path / "parquet"
+    parquet.mkdir()
+    (parquet / "train-0.parquet").write_bytes(payload)
+    (parquet / "test-0.parquet").write_bytes(payload)
+    out = ("--out", tmp_path / "out")
+    commands: list[tuple[Path, tuple[object, ...]]] = [
+        (source, ("build-lt", "cifar100", "--data-root", tmp_path, *out)),
+        (archive, ("build-lt", "cifar100", "--data-root", archive, *out)),
+        (parquet, ("build-lt", "cifar100", "--data-root", parquet, *out)),
+        (weights, ("import-weights", weights, "--sha256", sha)),
+        (renamed, ("train-stage1", "--data", toy, "--init", renamed, *out)),
+        (weights, ("train-stage1", "--data", toy, "--init", weights, *out)),
+    ]
+    for path, command in commands:
+        result = cpmix(*command)
+        assert result.code == 3, result.stderr
+        assert str(path) in result.stderr
+        assert not canary.exists()
+    assert not (tmp_path / "out").exists()
+    pickle.loads(payload)  # it would have
+    assert canary.exists()
+
+
+def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
+    """Members that point out of the archive are not even looked at: the hash of the whole is wrong."""
+    (tmp_path / "evil").write_text("x")
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as packed:
+        for name in ("../outside", "/tmp/cpmix-outside", "cifar-100-python/train"):
+            packed.add(tmp_path / "evil", name)
+    before = files(tmp_path)
+    result = cpmix("build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert result.code == 3
+    assert "is not the published archive" in result.stderr
+    assert files(tmp_path) == before
+    assert not Path("/tmp/cpmix-outside").exists()
+
+
+def test_a_bomb_in_a_gz_takes_no_memory(tmp_path: Path) -> None:
+    """4 GB of zeros under a published name: no more is unpacked than there should be."""
+    compress = zlib.compressobj(9, zlib.DEFLATED, 31)
+    with (tmp_path / "train-images-idx3-ubyte.gz").open("wb") as file:
+        for _ in range(4096):
+            file.write(compress.compress(bytes(2**20)))
+        file.write(compress.flush())
+    for name in ("train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"x"))
+    command = ["build-lt", "fashion-mnist", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    result = subprocess.run([sys.executable, "-m", "cpmix_cli", *command], capture_output=True, text=True)
+    assert result.returncode == 3
+    assert "train-images-idx3-ubyte.gz is not the published file" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 1_500_000)  # kilobytes
+
+
+def hugging_face(folder: Path, **changes: object) -> None:
+    """Two small files of the Parquet layout, whose images are one white PNG."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32), "white").save(folder / "white.png")
+    image = {"bytes": (folder / "white.png").read_bytes(), "path": None}
+    table = {"img": [image] * 200, "fine_label": list(range(100)) * 2, **changes}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(table), folder / f"{split}-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_label": ["cat"] * 200}, "not a readable Parquet file"),
+        ({"fine_label": [None, *range(199)]}, "1 labels are missing"),
+        ({"fine_label": [100] * 200}, "names 101 classes; expected 100"),
+        ({"fine_label": [-1, *range(1, 100)] * 2}, "has labels -1 to 99"),
+        ({"img": ["x"] * 200}, "not a readable Parquet file"),
+        ({"img": [{"bytes": b"GIF89a", "path": None}] * 200}, "cannot be decoded"),
+        ({"img": [{"bytes": None, "path": "x"}] * 200}, "cannot be decoded"),
+        ({"img": [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]}, "would unpack its"),
+    ],
+)
+def test_a_hugging_face_layout_made_by_a_stranger(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    hugging_face(tmp_path / "hf", **changes)
+    result = cpmix("build-lt", "cifar100", "--rho", 1, "--data-root", tmp_path / "hf", "--out", tmp_path / "out")
+    assert result.code == 3
+    assert message in result.stderr
+    assert str(tmp_path / "hf") in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_rotted_since_they_were_imported(tmp_path: Path, toy: Path) -> None:
+    weights = tmp_path / "w.pth"
+    torch.save({"hidden.weight": torch.zeros(10, 2), "hidden.bias": torch.zeros(10)}, weights)
+    must("import-weights", weights, "--sha256", artifacts.sha256(weights.read_bytes()))
+    path = tmp_path / "w.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 64
+    path.write_bytes(data)
+    result = cpmix("train-stage1", "--data", toy, "--init", path, "--out", tmp_path / "o")
+    assert result.code == 3
+    assert f"{path} is damaged" in result.stderr
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_images_that_cannot_be_taken_are_all_named(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    for name in ("ant", "bee"):
+        (root / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(root / name / "good.png")
+    whole = (root / "ant" / "good.png").read_bytes()
+    (root / "ant" / "bomb.png").write_bytes(png_of(100_000, 100_000))
+    (root / "ant" / "large.png").write_bytes(png_of(10_000, 10_000))
+    (root / "ant" / "cut.png").write_bytes(whole[:-20])
+    os.mkfifo(root / "bee" / "pipe.jpg")
+    (root / "bee" / "text.jpg").write_text("no image")
+    (root / "bee" / "folder.jpg").mkdir()
+    (root / "bee" / "loop.png").symlink_to(root / "bee" / "loop.png")
+    result = cpmix("build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "out")
+    assert result.code == 3
+    said = result.stderr.splitlines()
+    assert said[0].endswith("6 files cannot be read as an image:")
+    assert sorted(line.strip() for line in said[1:7]) == [
+        f"{root}/ant/bomb.png: more than 89,478,485 pixels",
+        f"{root}/ant/cut.png: image file is truncated",
+        f"{root}/ant/large.png: more than 89,478,485 pixels",
+        f"{root}/bee/loop.png: Too many levels of symbolic links",
+        f"{root}/bee/pipe.jpg: it is a pipe, not a file",
+        f"{root}/bee/text.jpg: not an image",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_names_that_no_table_can_hold_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    for name in (b"ant", b"b\xe9e"):
+        folder = os.fsencode(root) + b"/" + name
+        os.makedirs(folder)  # noqa: PTH103
+        Image.new("RGB", (8, 8)).save(Path(os.fsdecode(folder)) / "x.png")
+    result = cpmix("build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "out")
+    assert result.code == 3
+    assert r"names that are no UTF-8, which no table can hold: 'b\xe9e/x.png'" in result.stderr
+
+
+def test_json_of_a_fault_names_the_file_too(toy_run: Path) -> None:
+    (toy_run / "stage2" / artifacts.MODEL).write_bytes(b"")
+    result = cpmix("evaluate", "--from", toy_run, "--overwrite", "--json")
+    assert json.loads(result.stdout)["exit_code"] == 3
+    assert str(toy_run / "stage2" / artifacts.MODEL) in json.loads(result.stdout)["error"]

@@ -1,0 +1,253 @@
+"""Signals at any moment: the exit code, what is saved, and that the same command ends in the bytes of a whole run."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import cpmix, files, must
+from equality import contents
+from PIL import Image
+
+from cpmix_cli import artifacts, signals
+from cpmix_cli.step import Step
+from cpmix_cli.terms import TermBatch
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+
+
+def forget_signals() -> None:
+    signals._pending = None
+    signals._has_state = False
+
+
+@pytest.fixture
+def handlers() -> object:
+    """cpmix's signal handlers in this process."""
+    previous = {number: signal.getsignal(number) for number in signals.HANDLED}
+    signals.install()
+    forget_signals()
+    yield
+    forget_signals()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+# -- bit for bit -------------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """What every optimizer step was made of; raises SIGTERM after each step where `stops` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stops: bool) -> None:
+        self.steps: list[tuple[object, ...]] = []
+        real_step, real_batches = Step.__call__, Step._term_batches
+
+        def batches(step: Step, draws: dict[str, object]) -> list[TermBatch]:
+            found = real_batches(step, draws)  # type: ignore[arg-type]
+            self.steps[-1] += tuple(_listed(batch) for batch in found)
+            return found
+
+        def call(step: Step, number: int) -> None:
+            row = {name: values[number].tolist() for name, values in step._inputs.items()}
+            self.steps.append((step._plan.phase, number, row, step._state.confusion.tolist()))
+            real_step(step, number)
+            if stops:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(Step, "__call__", call)
+        monkeypatch.setattr(Step, "_term_batches", batches)
+
+
+def _listed(batch: TermBatch) -> object:
+    """Images, both labels and lambdas of a batch, as exact values."""
+    return {name: value.tolist() for name, value in vars(batch).items() if hasattr(value, "tolist")}
+
+
+def run_to_the_end(*arguments: object) -> int:
+    """Give a command again until it is done; returns how often it was interrupted."""
+    for interruptions in range(1000):
+        forget_signals()
+        result = cpmix(*arguments)
+        if result.code == 0:
+            return interruptions
+        assert result.code == 75, result.stderr
+        assert "SIGTERM received" in result.stderr
+    raise AssertionError("it never ends")
+
+
+def test_a_run_stopped_after_every_single_step(
+    handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stages and the finetune, with learning rates, sample order, draws, lambdas and pairs traced."""
+
+    def phases(run: Path) -> list[int]:
+        flags = ("--epochs", 3, "--set", "optimizer.batch_size=128", "--set", "finetune.batch_size=256")
+        return [
+            run_to_the_end("train-stage1", "--data", digits, "--out", run, *flags),
+            run_to_the_end("train-stage2", "--from", run),
+            run_to_the_end("finetune", "--from", run),
+        ]
+
+    with monkeypatch.context() as patched:
+        whole = Trace(patched, stops=False)
+        assert phases(tmp_path / "whole") == [0, 0, 0]
+    with monkeypatch.context() as patched:
+        stopped = Trace(patched, stops=True)
+        assert phases(tmp_path / "stopped") == [8, 4, 2]  # steps of 2, 1 and 1 epochs
+    assert len(whole.steps) == 14
+    assert set(whole.steps[9][2]) > {"order", "learning_rate", "cp/ratio", "cp/partner"}  # type: ignore[call-overload]
+    assert stopped.steps == whole.steps
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", ["stage1", "stage2"])
+def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
+    handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    saved = []
+    real = artifacts.publish
+
+    def publish(path: Path, data: bytes) -> str:
+        if path.name == artifacts.TRAINING_STATE:
+            saved.append(path.parent.name)
+        return real(path, data)
+
+    monkeypatch.setattr(artifacts, "publish", publish)
+    for name, flags in (("each", []), ("third", ["--checkpoint-every", 3])):
+        must("train-stage1", "--data", toy, "--out", tmp_path / name, "--epochs", 20, *flags)
+        must("train-stage2", "--from", tmp_path / name, *flags)
+    assert contents(tmp_path / "each" / phase) == contents(tmp_path / "third" / phase)
+    epochs = {p: len(pd.read_parquet(tmp_path / "each" / p / "metrics.parquet")) for p in ("stage1", "stage2")}
+    last = {"stage1": epochs["stage1"], "stage2": 20}
+    first = {"stage1": 1, "stage2": epochs["stage1"] + 1}
+    thirds = sum(e % 3 == 0 or e == last[phase] for e in range(first[phase], last[phase] + 1))
+    assert saved.count(phase) == epochs[phase] + thirds
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+HOOKED = """
+import os, signal, sys
+{hook}
+from cpmix_cli.__main__ import main
+main()
+"""
+
+
+def hooked(hook: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """cpmix in a process of its own, and its own process group, with code that runs first."""
+    command = [sys.executable, "-c", HOOKED.format(hook=hook), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+
+
+def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> str:
+    """A hook that sends a signal when Python is about to do something."""
+    return (
+        "left = [1]\n"
+        "def hook(event, args):\n"
+        f"    if event == {event!r} and left and ({test}):\n"
+        "        left.clear()\n"
+        f"        for _ in range({times}): os.killpg(0, {int(number)})\n"
+        "sys.addaudithook(hook)"
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_torch_is_imported(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    result = hooked(on_event("import", "args[0] == 'torch'", number), "train-stage1", "--data", digits, "--out", out)
+    assert result.returncode == (130 if number == signal.SIGINT else 75)
+    assert result.stderr.splitlines() == [
+        f"interrupted: {number.name} received; what was published stays",
+        "  fix: run the same command again to go on",
+    ]
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
+    arguments = [sys.executable, "-m", "cpmix_cli", *map(str, command)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "epoch=3/" in line:
+                os.kill(process.pid, number)
+                break
+        stderr = process.stderr.read()
+    assert process.returncode == 75
+    assert f"{number.name} received; stage1 is saved at epoch" in stderr
+    assert "run the same command again" in stderr
+    assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
+    if number != signal.SIGINT:
+        return
+    result = cpmix("evaluate", "--from", tmp_path)
+    assert result.code == 3
+    assert "stage1 is not finished" in result.stderr
+    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    assert result.code == 4  # begun with --epochs 600
+    assert "schedule.epochs: 600 -> 6" in result.stderr
+    # There is a state now, so Ctrl-C while the data are read is 75 too: the same command goes on.
+    result = hooked(on_event("open", "str(args[0]).endswith('train.safetensors')", number), *command)
+    assert result.returncode == 75
+    assert "SIGINT received; what was published stays" in result.stderr
+    assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    hook = (
+        "import cpmix_cli.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        f"    os.kill(os.getpid(), {int(number)}); os.kill(os.getpid(), {int(number)})\n"
+        "    raise AssertionError('still here')\n"
+        "step.Step.__call__ = call"
+    )
+    result = hooked(hook, "train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    assert result.returncode == code, result.stderr
+    assert files(tmp_path) == ["stage1/.cpmix-lock", "stage1/recipe.toml"]
+    must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)  # the lock is a dead process's
+    assert ".cpmix-lock" not in " ".join(files(tmp_path))
+
+
+def test_a_signal_to_the_whole_group_while_images_are_read(tmp_path: Path) -> None:
+    """As Slurm and a terminal send it; the threads that read images get it too."""
+    generator = np.random.default_rng(0)
+    for i in range(300):
+        folder = tmp_path / "mine" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    arguments = ("build-lt", "image-folder", "--data-root", tmp_path / "mine", "--image-size", 16, "--out")
+    result = hooked(on_event("open", "str(args[0]).endswith('150.png')", signal.SIGTERM), *arguments, tmp_path / "set")
+    assert result.returncode == 75, result.stderr
+    assert not (tmp_path / "set").exists()
+    must(*arguments, tmp_path / "set")
+    must(*arguments, tmp_path / "other")
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
+
+
+def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: Path) -> None:
+    """The derived files are missing; the same command makes them from the state."""
+    command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
+    hash_of_name = artifacts.temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
+    result = hooked(on_event("open", f"{hash_of_name!r} in str(args[0])", signal.SIGINT), *command)
+    assert result.returncode == 75, result.stderr
+    assert files(tmp_path / "run") == [
+        f"stage1/{name}"
+        for name in (
+            "class_counts.parquet",
+            "confusion_pairs.parquet",
+            "model.safetensors",
+            "recipe.toml",
+            "training_state.safetensors",
+        )
+    ]
+    must(*command)
+    must("train-stage1", "--data", digits, "--out", tmp_path / "whole", "--epochs", 6)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")

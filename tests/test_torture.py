@@ -1,0 +1,16 @@
+"""A short run of `make torture`: SIGKILL at any moment, the same command again, the same bytes in the end."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kills_change_nothing() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("torture.py")), "--kills", "20"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "kills: 20 (" in result.stdout
+    assert "\ndifferences: 0\n" in result.stdout
+    assert "twenty build-lt at once: 1 built: data, 19 up to date: data" in result.stdout
+    assert int(re.search(r"after a first step: (\d+)", result.stdout)[1]) >= 5  # type: ignore[index]
