@@ -219,7 +219,7 @@ def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tm
     recipe = digits_run / "stage1" / "recipe.toml"
     assert result["next"] == f"cpmix train-stage1 --data {digits} --out {digits_run} --recipe {recipe}"
     follow(result["next"])
-    assert cpmix("status", other, "--json").json["runs"][0]["next"].startswith("cpmix train-stage2 ")
+    assert next_of(other) == f"next: cpmix finetune --from {other}"  # stage 1 ended in the same bytes
     for name in ("run.json", "training_state.safetensors"):  # begun again, and killed before anything was saved
         (digits_run / "stage1" / name).unlink()
     assert next_of(other) == f"next: cpmix train-stage2 --from {digits_run} --out {other} --overwrite"

@@ -239,12 +239,12 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
     for path in files:
         data = read_bytes(path, limit=MAX_ARCHIVE)
         try:
-            # As a dictionary: one image that is named a million times stays one.
-            file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
-            columns = file.schema_arrow.names
+            columns = pq.read_schema(io.BytesIO(data)).names
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
                 raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
+            # As a dictionary: one image that is named a million times stays one.
+            file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
             # Images are compressed already; what grows much more than they do was made to fill the memory.
             unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             if unpacked > 3 * len(data) + 2**20 or file.metadata.num_rows > len(data):
