@@ -104,10 +104,10 @@ def fixed(uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[l
 
     Paper: Sec. 3.1, Fig. 2(d).
     """
-    partner = torch.arange(len(state.class_counts), device=labels.device)
-    for a, b in pairs:
-        partner[a], partner[b] = b, a
-    return partner[labels]
+    partner = labels
+    for a, b in pairs:  # numbers in where() stay with the operation; assigned to an element, torch 2.14 sends them over
+        partner = torch.where(labels == a, b, torch.where(labels == b, a, partner))
+    return partner
 
 
 # -- matches -----------------------------------------------------------------------------------------------------------
