@@ -178,13 +178,15 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
     fix = "choose a folder you can write to with --out"
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         room = f"{shutil.disk_usage(_existing(path)).free:,} are free on the disk"
+        fix = f"free at least {needed_bytes:,} bytes there"
         if fault.errno == errno.EFBIG:
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
             room = f"a file may have {limit:,} here (ulimit -f)" if limit >= 0 else "the file system takes less"
+            fix = "raise the limit, or choose another folder with --out"
         elif fault.errno == errno.EDQUOT:
             room += ", but your quota is used up (see: quota -s)"
         reason += f": {needed_bytes:,} bytes are needed, {room}"
-        fix = f"free at least {needed_bytes:,} bytes there, then run the same command again"
+        fix += ", then run the same command again"
     return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
 
 

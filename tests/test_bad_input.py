@@ -168,7 +168,8 @@ def test_a_full_disk_while_training_keeps_what_there_was(digits: Path, digits_ru
 def test_a_full_disk_while_building(tmp_path: Path) -> None:
     result = limited("build-lt", "digits", "--out", tmp_path / "d", size=10_000)
     assert result.returncode == 4
-    assert "free at least" in result.stderr
+    assert "a file may have 10,000 here (ulimit -f)" in result.stderr
+    assert "fix: raise the limit, or choose another folder with --out" in result.stderr
     assert "dataset.json" not in files(tmp_path)
     must("build-lt", "digits", "--out", tmp_path / "d")
 

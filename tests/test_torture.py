@@ -10,7 +10,11 @@ def test_kills_change_nothing() -> None:
     command = [sys.executable, str(Path(__file__).with_name("torture.py")), "--kills", "20"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "kills: 20 (" in result.stdout
+    kills, after_first_step = (
+        int(re.search(rf"^ *{what}: (\d+)", result.stdout, re.MULTILINE)[1])  # type: ignore[index]
+        for what in ("kills", "after a first step")
+    )
+    assert kills >= 20
+    assert after_first_step >= 10
     assert "\ndifferences: 0\n" in result.stdout
     assert "twenty build-lt at once: 1 built: data, 19 up to date: data" in result.stdout
-    assert int(re.search(r"after a first step: (\d+)", result.stdout)[1]) >= 5  # type: ignore[index]
