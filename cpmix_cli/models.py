@@ -1,13 +1,16 @@
 """Networks: add one here.
 
-A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. Its builder takes the
-number of classes and the shape of one image (H, W, channels) or point (2,), and raises ValueError for a shape it
-cannot take. Which head stands on it is [model] head's business: see build_model().
+A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. One of several experts
+has a head for each, on features [B, E D] that stand side by side: `expert_logits(x)` are [E, B, C], E = 1 for a plain
+network, and the logits are their mean. A builder takes the number of classes, the shape of one image (H, W, channels)
+or point (2,), and [model]; it raises ValueError for what it cannot do. Which head stands on it is [model] head's
+business: see build_model().
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +26,38 @@ class Classifier(nn.Module):
     head: nn.Module
 
     def features(self, x: Tensor) -> Tensor:
-        """Inputs -> [B, D]."""
+        """Inputs -> [B, D]; of experts [B, E D]."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Inputs -> raw logits [B, C]."""
+    def expert_logits(self, x: Tensor) -> Tensor:
+        """Inputs -> raw logits of each expert [E, B, C]."""
         logits: Tensor = self.head(self.features(x))
-        return logits
+        return logits if isinstance(self.head, ExpertHeads) else logits[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs -> raw logits [B, C], the mean over the experts."""
+        return self.expert_logits(x).mean(0)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The head of each expert; a plain network has one."""
+        return list(self.head) if isinstance(self.head, ExpertHeads) else [self.head]
+
+    def replace_heads(self, make: Callable[[nn.Linear], nn.Module]) -> None:
+        """Put another head in the place of each linear one."""
+        made = []
+        for head in self.heads:
+            assert isinstance(head, nn.Linear)
+            made.append(make(head))
+        self.head = ExpertHeads(made) if isinstance(self.head, ExpertHeads) else made[0]
+
+
+class ExpertHeads(nn.ModuleList):
+    """A head for each expert."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, E D] -> [E, B, C]."""
+        return torch.stack([head(own) for head, own in zip(self, features.chunk(len(self), 1), strict=True)])
 
 
 class CosineHead(nn.Module):
@@ -61,24 +89,34 @@ class ScaledHead(nn.Linear):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros."""
+    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros.
 
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+    Args:
+        num_in: channels, of a group.
+        num_out: the same.
+        stride: of the first convolution.
+        groups: so many blocks at once, their channels side by side.
+    """
+
+    def __init__(self, num_in: int, num_out: int, stride: int, groups: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(num_out)
-        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(num_out)
+        all_in, all_out = groups * num_in, groups * num_out
+        self.conv1 = nn.Conv2d(all_in, all_out, 3, stride, padding=1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(all_out)
+        self.conv2 = nn.Conv2d(all_out, all_out, 3, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(all_out)
         self.stride = stride
         self.padding = (num_out - num_in) // 2
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, num_in, H, W] -> [B, num_out, H / stride, W / stride]."""
+        """[B, groups num_in, H, W] -> [B, groups num_out, H / stride, W / stride]."""
         # In place where the backward pass does not look: a quarter less memory, and less of it to go through.
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+            x = x[:, :, :: self.stride, :: self.stride].unflatten(1, (self.groups, -1))
+            x = F.pad(x, (0, 0, 0, 0, self.padding, self.padding)).flatten(1, 2)
         out += x
         return F.relu(out, inplace=True)
 
@@ -94,20 +132,83 @@ class CifarResNet(Classifier):
         super().__init__()
         self.conv1 = nn.Conv2d(num_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        stages = []
-        num_in = width
-        for stage in range(3):
-            num_out = width * 2**stage
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                stages.append(BasicBlock(num_in, num_out, stride))
-                num_in = num_out
-        self.blocks = nn.Sequential(*stages)
-        self.head = nn.Linear(num_in, num_classes)
+        self.blocks = nn.Sequential(*basic_stages([width, width, 2 * width, 4 * width], blocks))
+        self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, 4 width]."""
         out: Tensor = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return out.mean((2, 3))
+
+
+def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0, groups: int = 1) -> list[BasicBlock]:
+    """The blocks of consecutive stages, widths[0] channels coming in; all but stage 0 halve height and width.
+
+    Args:
+        widths: channels in, and of each stage, of a group.
+        blocks: of a stage.
+        first: number of the first of these stages in the network.
+        groups: see BasicBlock.
+    """
+    made = []
+    for number, num_out in enumerate(widths[1:]):
+        for block in range(blocks):
+            num_in, stride = (num_out, 1) if block else (widths[number], 2 if first + number else 1)
+            made.append(BasicBlock(num_in, num_out, stride, groups))
+    return made
+
+
+class Looped(nn.ModuleList):
+    """Experts one after the other, each on the same maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, E D, H', W']."""
+        return torch.cat([expert(x) for expert in self], 1)
+
+
+class Fused(nn.Sequential):
+    """Experts at once, as groups of channels."""
+
+    def __init__(self, num_experts: int, *blocks: BasicBlock) -> None:
+        super().__init__(*blocks)
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, E D, H', W']."""
+        out: Tensor = super().forward(x.repeat(1, self.num_experts, 1, 1))
+        return out
+
+
+class CifarExperts(Classifier):
+    """A CifarResNet whose later stages and head each expert has for itself, narrower by [model] expert_width.
+
+    Of ResNet-32 with one shared stage and 3 / 4 of the width, three experts have 783,856 parameters at 100 classes
+    under cosine heads, six 1,543,888.
+    Source: Wang et al., RIDE, and its code.
+    """
+
+    def __init__(self, num_classes: int, num_channels: int, blocks: int, width: int, recipe: Model) -> None:
+        super().__init__()
+        shared, experts = recipe.shared_stages, recipe.experts
+        if shared > 2:
+            raise ValueError(f"model.shared_stages = {shared}: it has 3 stages, and an expert needs one of its own")
+        self.conv1 = nn.Conv2d(num_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths = [width, width, 2 * width, 4 * width]
+        self.shared = nn.Sequential(*basic_stages(widths[: shared + 1], blocks))
+        own = [widths[shared], *(round(recipe.expert_width * w) for w in widths[shared + 1 :])]
+        if any((b - a) % 2 for a, b in zip(own, own[1:], strict=False)):
+            raise ValueError(f"model.expert_width = {recipe.expert_width:g} gives channels that no shortcut joins: {own}")
+        self.experts: nn.Module
+        if recipe.expert_layout == "fused":
+            self.experts = Fused(experts, *basic_stages(own, blocks, first=shared, groups=experts))
+        else:
+            self.experts = Looped(nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
+        self.head = ExpertHeads(nn.Linear(own[-1], num_classes) for _ in range(experts))
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, E D]."""
+        out: Tensor = self.experts(self.shared(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         return out.mean((2, 3))
 
 
@@ -145,6 +246,48 @@ class ImageNetResNet(Classifier):
         return x.flatten(1)
 
 
+class ImageNetExperts(Classifier):
+    """torchvision's ResNet whose later stages and head each expert has for itself, narrower by [model] expert_width.
+
+    Source: Wang et al., RIDE, and its code: of ResNet-50 the experts have 192 and 384 planes for 256 and 512, and
+    features of 1,536.
+    """
+
+    def __init__(self, name: str, num_classes: int, recipe: Model) -> None:
+        from torchvision import models
+
+        super().__init__()
+        shared, experts = recipe.shared_stages, recipe.experts
+        if shared > 3:
+            raise ValueError(f"model.shared_stages = {shared}: it has 4 stages, and an expert needs one of its own")
+        network = getattr(models, name)()
+        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+        block, planes = type(stages[0][0]), [64, 128, 256, 512]
+        self.shared = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, *stages[:shared])
+        num_in = planes[shared - 1] * block.expansion
+        own = [round(recipe.expert_width * p) for p in planes[shared:]]
+        lengths = [len(stage) for stage in stages[shared:]]
+        self.experts = Looped(_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
+        self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, E D]."""
+        out: Tensor = self.experts(self.shared(x))
+        return out.mean((2, 3))
+
+
+def _imagenet_stages(block: Any, num_in: int, planes: Sequence[int], lengths: Sequence[int]) -> nn.Sequential:
+    """Stages of torchvision's blocks, each halving height and width."""
+    made = []
+    for width, length in zip(planes, lengths, strict=True):
+        num_out = width * block.expansion
+        shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride=2, bias=False), nn.BatchNorm2d(num_out))
+        made.append(block(num_in, width, stride=2, downsample=shortcut))
+        made += [block(num_out, width) for _ in range(length - 1)]
+        num_in = num_out
+    return nn.Sequential(*made)
+
+
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
     sqrt 2), linear biases as PyTorch draws them; the vectors of a cosine head uniform on the cube, then of length 1.
@@ -166,44 +309,55 @@ def _takes(shape: Sequence[int], dimensions: int, what: str) -> None:
         raise ValueError(f"takes {what}, the data set has samples of shape {tuple(shape)}")
 
 
-def resnet32(num_classes: int, shape: Sequence[int]) -> Classifier:
+def _cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, blocks: int) -> Classifier:
+    _takes(shape, 3, "images")
+    if recipe.experts > 1:
+        return CifarExperts(num_classes, shape[-1], blocks, 16, recipe)
+    return CifarResNet(num_classes, num_channels=shape[-1], blocks=blocks, width=16)
+
+
+def resnet32(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """ResNet-32 for 32 x 32 images."""
-    _takes(shape, 3, "images")
-    return CifarResNet(num_classes, num_channels=shape[-1], blocks=5, width=16)
+    return _cifar_resnet(num_classes, shape, recipe, blocks=5)
 
 
-def resnet8(num_classes: int, shape: Sequence[int]) -> Classifier:
+def resnet8(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """One block a stage at width 16 (75,002 parameters for 10 classes of grey images): for 8 x 8 digits."""
-    _takes(shape, 3, "images")
-    return CifarResNet(num_classes, num_channels=shape[-1], blocks=1, width=16)
+    return _cifar_resnet(num_classes, shape, recipe, blocks=1)
 
 
-def _imagenet_resnet(name: str, num_classes: int, shape: Sequence[int]) -> Classifier:
+def _imagenet_resnet(name: str, num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     # At 32 pixels the last map is a single one, and batch norm cannot train on a last batch of one image.
     if len(shape) != 3 or shape[-1] != 3 or min(shape[:2]) <= 32:
         raise ValueError(
             f"takes RGB images of more than 32 x 32 pixels, the data set has samples of shape {tuple(shape)}"
         )
-    return ImageNetResNet(name, num_classes)
+    if recipe.experts == 1:
+        return ImageNetResNet(name, num_classes)
+    if recipe.expert_layout == "fused":
+        raise ValueError('has no experts of model.expert_layout = "fused"')
+    return ImageNetExperts(name, num_classes, recipe)
 
 
-def resnet18(num_classes: int, shape: Sequence[int]) -> Classifier:
+def resnet18(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """torchvision's ResNet-18, 11.2 million parameters. Source: He et al., Table 1."""
-    return _imagenet_resnet("resnet18", num_classes, shape)
+    return _imagenet_resnet("resnet18", num_classes, shape, recipe)
 
 
-def resnet50(num_classes: int, shape: Sequence[int]) -> Classifier:
+def resnet50(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """torchvision's ResNet-50 (stride in the 3 x 3 convolution), 23.5 million parameters and the head."""
-    return _imagenet_resnet("resnet50", num_classes, shape)
+    return _imagenet_resnet("resnet50", num_classes, shape, recipe)
 
 
-def one_hidden_layer(num_classes: int, shape: Sequence[int]) -> Classifier:
+def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """100 hidden units over 2-D points. Paper: B.1."""
     _takes(shape, 1, "points")
+    if recipe.experts > 1:
+        raise ValueError(f"model.experts = {recipe.experts}: it has no stages to share")
     return PointNet(num_classes, num_inputs=shape[-1], num_hidden=100)
 
 
-MODELS: dict[str, Callable[[int, Sequence[int]], Classifier]] = {
+MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
     "resnet32": resnet32,
     "resnet8": resnet8,
     "resnet18": resnet18,
@@ -276,20 +430,19 @@ def build_model(
     Raises:
         ValueError: the network cannot take such samples.
     """
-    model = MODELS[recipe.name](num_classes, shape)
-    head = model.head
-    assert isinstance(head, nn.Linear)
+    model = MODELS[recipe.name](num_classes, shape, recipe)
     if recipe.head == "cosine":
-        model.head = CosineHead(head.in_features, num_classes, recipe.head_scale)
+        model.replace_heads(lambda head: CosineHead(head.in_features, num_classes, recipe.head_scale))
     initialise(model, generator)
     if recipe.head_bias == "rare":
-        nn.init.constant_(head.bias, -math.log(max(num_classes - 1, 1)))
+        for head in model.heads:
+            assert isinstance(head, nn.Linear)
+            nn.init.constant_(head.bias, -math.log(max(num_classes - 1, 1)))
     if scaled:
         add_scale(model)
     return model
 
 
 def add_scale(model: Classifier) -> None:
-    """Put a learnable scale behind a linear head."""
-    assert isinstance(model.head, nn.Linear)
-    model.head = ScaledHead(model.head)
+    """Put a learnable scale behind each linear head."""
+    model.replace_heads(ScaledHead)
