@@ -35,8 +35,8 @@ class About(Table):
     cells: dict[
         Literal["200", "100", "50", "10", "table3", "imagenet-lt", "places-lt", "inaturalist2018", "table4"], float
     ] = Field(default_factory=dict)
-    """Accuracy by rho in Table 1, for this data set, or in Table 3, which is at rho 200. With those of CIFAR-100-LT stand
-    those by data set in Table 2, or in Table 4, which is on ImageNet-LT."""
+    """Accuracy by rho in Table 1, for this data set, or in Table 3, which is at rho 200. A recipe of CIFAR-100-LT has
+    those of the large data sets too: Table 2, or Table 4, which is on ImageNet-LT."""
     copied: bool = False
     """Its authors copied the cells from other papers."""
     note: str = ""
@@ -155,6 +155,6 @@ def large_cells(method: Method) -> list[str]:
 def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
     """A cell a column, the first of its keys that the method has; copied ones with a star."""
     about = method.recipes.get(f"{SHOWN}/{stem(next(iter(method.recipes)))}", About(method=method.name))
-    known: dict[str, float] = {**about.cells}
+    known: dict[str, float] = {str(key): cell for key, cell in about.cells.items()}
     found = [next((known[key] for key in keys if key in known), None) for keys in columns]
     return ["" if cell is None else f"{cell:.2f}{'*' if about.copied else ' '}" for cell in found]
