@@ -69,7 +69,12 @@ def focal(
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     exponent = losses if modulated_by == "probability" else weights * losses
-    return (weights * (1 - torch.exp(-exponent)) ** gamma * losses).mean()
+    return (weights * _chance_of_error(exponent) ** gamma * losses).mean()
+
+
+def _chance_of_error(losses: Tensor) -> Tensor:
+    """1 - exp(-loss), exact where it is small and never 0, where a power of it below 1 has no finite slope."""
+    return (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 def sigmoid_focal(
@@ -82,7 +87,7 @@ def sigmoid_focal(
     """
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (weights * ((1 - torch.exp(-losses)) ** gamma * losses).sum(1)).mean()
+    return (weights * (_chance_of_error(losses) ** gamma * losses).sum(1)).mean()
 
 
 def ldam(

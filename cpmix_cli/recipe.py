@@ -392,20 +392,24 @@ def load(
 
 
 def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """The tables of a recipe file, over those of the recipe that it `extends`; `about` is the file's own.
+    """The tables of a recipe file, over those of the recipe that it `extends`, `without` some of these; `about` is the
+    file's own.
 
     Args:
         path: the file.
         above: files that extend it.
 
     Raises:
-        UsageError: a file is not there, is no TOML, or extends itself.
+        UsageError: a file is not there, is no TOML, extends itself, or goes without what is not there.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as fault:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
+    without = tables.pop("without", [])
     if (base := tables.pop("extends", None)) is None:
+        if without:
+            raise UsageError(f"{path}: without: there is no recipe that it extends", needed_by="--recipe")
         return tables
     try:
         found = find_recipe(str(base))
@@ -415,7 +419,19 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         raise UsageError(f'{path}: extends = "{base}" leads back to itself', needed_by="--recipe")
     below = read_tables(found, (path, *above))
     below.pop("about", None)
+    for key in without if isinstance(without, list) else [without]:
+        _take_away(below, key, path)
     return _merged(below, tables)
+
+
+def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
+    """Remove "table.key" from nested tables; `path` is of the file that wants it."""
+    *places, last = str(key).split(".")
+    for place in places:
+        tables = tables.get(place, {}) if isinstance(tables, dict) else {}
+    if not isinstance(tables, dict) or last not in tables:
+        raise UsageError(f'{path}: without: the recipe that it extends has no "{key}"', needed_by="--recipe")
+    del tables[last]
 
 
 def check_request(

@@ -1,6 +1,7 @@
 """Losses and class weights against loops, hand-worked cases, published values and limits."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -157,6 +158,16 @@ def test_limits_that_are_cross_entropy(generator: torch.Generator) -> None:
     targets = F.one_hot(labels, 4).float()
     bce = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)).mean()
     torch.testing.assert_close(sigmoid_focal(logits, labels, weights, COUNTS, gamma=0.0), bce)
+
+
+@pytest.mark.parametrize("loss", [focal, sigmoid_focal])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_losses_of_what_is_learnt_have_finite_slopes(loss: Callable[..., Tensor], gamma: float) -> None:
+    """1 - p rounds to 0 from a gap of 17 on, where its square root has an infinite slope."""
+    for gap in (1.0, 18.0, 60.0, 200.0):
+        logits = torch.tensor([[gap, -gap, -gap]], requires_grad=True)
+        loss(logits, torch.tensor([0]), torch.ones(1), torch.tensor([9, 3, 1]), gamma=gamma).backward()
+        assert logits.grad is not None and logits.grad.isfinite().all()
 
 
 def test_the_two_forms_of_focal_loss_part_only_with_weights(generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ from test_build_lt import write_cifar
 
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.errors import UsageError
-from cpmix_cli.phases.methods import KINDS, all_methods, read_about
+from cpmix_cli.phases.methods import KINDS, LARGE, all_methods, read_about
 from cpmix_cli.phases.recipes import image_passes
 from cpmix_cli.recipe import find_recipe, load, recipe_names
 from cpmix_cli.schedule import learning_rate
@@ -29,6 +29,17 @@ TABLE_1 = {
     "OTmix (BS)": ((NONE, 46.8, 52.3, 62.3), (NONE, 84.0, 86.5, 90.2)),
     "CP-Mix": ((43.56, 48.20, 52.12, 61.91), (78.34, 82.44, 85.08, 89.87)),
 }
+TABLE_2 = {
+    "Cross Entropy": (45.5, 32.3, 64.5),
+    "Balanced Softmax": (50.6, 39.3, 69.9),
+    "LDAM-DRW": (50.3, None, 66.9),
+    "MiSLAS": (52.7, 40.4, 71.6),
+    "Remix": (48.6, None, 70.5),
+    "UniMix": (48.6, None, 70.5),
+    "OTmix (BS)": (55.6, None, 71.5),
+    "CP-Mix": (53.9, 42.3, 72.3),
+}
+TABLE_4 = (45.5, 50.6, 46.8, 48.9, 51.8, 51.9, 52.3, 52.9, 53.9)
 TABLE_3 = [34.84, 38.01, 36.48, 37.21, 41.28, 41.26, 40.26, 42.77, 43.56]
 OTHERS = {
     "LADE": "loss",
@@ -71,22 +82,30 @@ def test_the_methods_and_what_the_paper_has_of_them() -> None:
     for name, rows in TABLE_1.items():
         recipes = {recipe["name"].split("/")[0]: recipe for recipe in methods[name]["recipes"]}
         for data, row in zip(("cifar100-lt", "cifar10-lt"), rows, strict=True):
-            assert recipes[data]["cells"] == {rho: cell for rho, cell in zip(RHOS, row, strict=True) if cell}
+            large = TABLE_2.get(name, ()) if data == "cifar100-lt" else ()
+            cells = dict(zip((*RHOS, *LARGE), (*row, *large), strict=False))
+            assert recipes[data]["cells"] == {key: cell for key, cell in cells.items() if cell}
             was_copied = name in ("MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)") and any(row)
             assert recipes[data]["copied"] == was_copied
-    assert [methods[name]["recipes"][0]["cells"] for name in ablations] == [{"table3": cell} for cell in TABLE_3]
+    lade = methods["LADE"]["recipes"][1]
+    assert (lade["name"], lade["copied"]) == ("cifar100-lt/lade", True)
+    assert lade["cells"] == {"places-lt": 39.2, "inaturalist2018": 69.3}
+    rows_of_ablations = [{"table3": a, "table4": b} for a, b in zip(TABLE_3, TABLE_4, strict=True)]
+    assert [methods[name]["recipes"][0]["cells"] for name in ablations] == rows_of_ablations
     kinds = [KINDS.index(method["kind"]) for method in listed["methods"]]
     assert kinds == sorted(kinds)
 
 
 def test_the_table_marks_what_was_copied() -> None:
     lines = must("methods").stdout.splitlines()
-    rows = {line.split("  ")[0]: line for line in lines}
+    rows = {line.split("  ")[0]: line for line in lines[: lines.index("")]}
     assert rows["OTmix (BS)"].split()[3:6] == ["46.80*", "52.30*", "62.30*"]
     assert rows["CP-Mix"].split()[2:6] == ["43.56", "48.20", "52.12", "61.91"]
     assert rows["CP-Mix"].endswith("  Yoon et al., arXiv 2024     class counts, confusions")
     assert [line for line in lines if line.startswith("* copied")]
-    assert lines[-2] == "all but controls, ablations and CP-Mix on others stand for cifar10-lt too"
+    assert [line for line in lines if line.startswith("CP-Mix  ")][1].split()[1:] == ["53.90", "42.30", "72.30"]
+    assert [line for line in lines if line.startswith("LADE  ")][1].split()[1:] == ["39.20*", "69.30*"]
+    assert lines[-2] == "all but ablations stand for cifar10-lt too"
 
 
 def test_every_recipe_of_cifar_says_what_it_is_about() -> None:

@@ -1,6 +1,7 @@
 """What methods add to the phases, run for real on digits: heads, finetunes, post-hoc methods, sources of confusion."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,13 @@ def test_confusion_of_the_test_split_is_marked(digits: Path, tmp_path: Path) -> 
     assert "(!) test labels took part in the training" in found.stdout
     metrics = json.loads((tmp_path / "evaluation" / "stage1" / "metrics.json").read_text())
     assert metrics["confusion_source"] == "test_legacy"
+    report = must("confusion-report", "--from", tmp_path, "--phase", "stage1")
+    page = (tmp_path / "confusion" / "index.html").read_text()
+    status = cpmix("status", tmp_path)
+    for shown in (report.stdout, page, status.stdout):
+        assert "(!) test labels took part in the training" in shown
+    assert re.search(r"stage1 +done +2/2 +[\d.]+ \(!\)\n", status.stdout)
+    assert cpmix("status", tmp_path, "--json").json["runs"][0]["phases"][0]["leaked"] is True
 
 
 def test_otmix_runs_and_resumes_its_draws(digits: Path, tmp_path: Path) -> None:

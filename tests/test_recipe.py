@@ -160,6 +160,24 @@ def test_a_recipe_that_does_not_fit_the_data() -> None:
         load("digits/cpmix", settings=["optimizer.nesterov=true", "optimizer.momentum=0"])
 
 
+def test_a_recipe_goes_without_tables_and_keys(tmp_path: Path) -> None:
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "cifar100-lt/cpmix"\nwithout = ["finetune", "stage2.terms.mix"]\n')
+    recipe, base = load(str(child)), load("cifar100-lt/cpmix")
+    assert recipe.finetune is None
+    assert recipe.stage2 is not None and list(recipe.stage2.terms) == ["erm", "cp"]
+    assert recipe.tables_of("stage1") == base.tables_of("stage1")
+    for text, message in (
+        ('extends = "cifar100-lt/cpmix"\nwithout = ["stage2.terms.nix"]\n', 'has no "stage2.terms.nix"'),
+        ('extends = "cifar100-lt/cpmix"\nwithout = "seed.x"\n', 'has no "seed.x"'),
+        ('extends = "cifar100-lt/cpmix"\nwithout = [3]\n', 'has no "3"'),
+        ('without = ["finetune"]\n', "there is no recipe that it extends"),
+    ):
+        child.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load(str(child))
+
+
 def test_extends_merges_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         '[about]\nmethod = "base"\n[optimizer]\nlr = 0.3\nmomentum = 0.5\n'

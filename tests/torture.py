@@ -285,7 +285,12 @@ def twenty_at_once(folder: Path, log: Path) -> list[str]:
 def main() -> int:
     """Returns 0 when nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=220, help="at least so many, half of them after a first step, a quarter inside publishing")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=220,
+        help="at least so many, half of them after a first step, a quarter inside publishing",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)

@@ -15,7 +15,7 @@ from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import InputError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix
-from cpmix_cli.phases.evaluate import ACCURACY_HEADER, accuracy_rows, read_model
+from cpmix_cli.phases.evaluate import ACCURACY_HEADER, accuracy_rows, legend, read_model
 from cpmix_cli.report import figures
 from cpmix_cli.report.page import render_page
 from cpmix_cli.report.pairs import confused_pairs
@@ -100,7 +100,7 @@ def write(
     pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
     page = render_page(
         title=f"Confusion of {dataset.name}, {source.phase}",
-        facts=facts(source, dataset, matrix),
+        facts=[*facts(source, dataset, matrix), *(("Note", line) for line in legend(accuracies))],
         accuracy=pd.DataFrame(accuracies, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
         pairs=with_names(pairs, dataset).head(NUM_ON_PAGE),
         figures=[(caption, png) for _, caption, png in pictures],
@@ -291,5 +291,5 @@ def report(
         title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
         rows=accuracies,
-        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
+        lines=[*legend(accuracies), f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
     )

@@ -309,6 +309,12 @@ def accuracy_rows(evaluations: Path) -> list[list[str]]:
     return rows
 
 
+def legend(rows: Sequence[Sequence[str]]) -> list[str]:
+    """What MARK means, where one of the rows has it."""
+    marked = any(MARK in cell for row in rows for cell in row)
+    return [f"{MARK.strip()} test labels took part in the training"] if marked else []
+
+
 class Numbers(BaseModel):
     """What readers of an evaluation's metrics.json count on."""
 
@@ -347,11 +353,10 @@ def report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it."""
     numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent)
-    marks = [f"{MARK.strip()} test labels took part in the training"] if any(MARK in row[0] for row in rows) else []
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=rows,
-        lines=[*marks, f"{status}: {folder}"],
+        lines=[*legend(rows), f"{status}: {folder}"],
     )

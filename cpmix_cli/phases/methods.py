@@ -17,7 +17,8 @@ Kind = Literal["loss", "reweighting", "mixing", "decoupled", "CP-Mix", "control"
 KINDS = get_args(Kind)
 """In the order of the list."""
 SHOWN = "cifar100-lt"
-"""The data set whose cells the table shows."""
+"""The data set whose recipes have the cells that are shown."""
+LARGE = ("imagenet-lt", "places-lt", "inaturalist2018")
 
 
 class About(Table):
@@ -31,8 +32,11 @@ class About(Table):
     """Authors, title, venue, year."""
     needs: str = ""
     """What it takes beside images and labels."""
-    cells: dict[Literal["200", "100", "50", "10", "table3"], float] = Field(default_factory=dict)
-    """Accuracy by rho in Table 1, for this data set; or in Table 3, which is at rho 200."""
+    cells: dict[
+        Literal["200", "100", "50", "10", "table3", "imagenet-lt", "places-lt", "inaturalist2018", "table4"], float
+    ] = Field(default_factory=dict)
+    """Accuracy by rho in Table 1, for this data set, or in Table 3, which is at rho 200. A recipe of CIFAR-100-LT has
+    those of the large data sets too: Table 2, or Table 4, which is on ImageNet-LT."""
     copied: bool = False
     """Its authors copied the cells from other papers."""
     note: str = ""
@@ -61,15 +65,20 @@ def run() -> None:
     listed = [
         {"method": m.name, "kind": m.kind, "paper": m.paper, "needs": m.needs, "recipes": told(m)} for m in methods
     ]
-    rows = [[m.name, m.kind, *cells_shown(m), stem(next(iter(m.recipes))), citation(m.paper), m.needs] for m in methods]
+    rows = [[m.name, m.kind, *small_cells(m), stem(next(iter(m.recipes))), citation(m.paper), m.needs] for m in methods]
+    large = [[m.name, *cells] for m in methods if any(cells := large_cells(m))]
+    if not console.as_json:
+        header = ("method", "kind", ">200", ">100", ">50", ">10", "recipe", "paper", "needs")
+        title = "accuracy in CP-Mix's paper, per cent, on CIFAR-100-LT by rho (Table 1; ablations: Table 3)"
+        console.table(header, rows, title=title)
     console.result(
         {"command": "methods", "methods": listed},
-        header=("method", "kind", ">200", ">100", ">50", ">10", "recipe", "paper", "needs"),
-        rows=rows,
-        title="accuracy in CP-Mix's paper, per cent, on CIFAR-100-LT by rho (Table 1; ablations: Table 3)",
+        header=("method", *(f">{name}" for name in LARGE)),
+        rows=large,
+        title="\non large data sets (Table 2; ablations: Table 4)",
         lines=[
             "* copied there from other papers: other epochs, best epoch on the test set, for OTmix its confusions too",
-            "all but controls, ablations and CP-Mix on others stand for cifar10-lt too",
+            "all but ablations stand for cifar10-lt too",
             f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
         ],
     )
@@ -133,8 +142,19 @@ def told(method: Method) -> list[dict[str, Any]]:
     ]
 
 
-def cells_shown(method: Method) -> list[str]:
-    """Table cells at rho 200, 100, 50, 10."""
+def small_cells(method: Method) -> list[str]:
+    """Cells at rho 200, 100, 50, 10."""
+    return _cells(method, ("200", "table3"), ("100",), ("50",), ("10",))
+
+
+def large_cells(method: Method) -> list[str]:
+    """Cells of LARGE."""
+    return _cells(method, ("imagenet-lt", "table4"), ("places-lt",), ("inaturalist2018",))
+
+
+def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
+    """A cell a column, the first of its keys that the method has; copied ones with a star."""
     about = method.recipes.get(f"{SHOWN}/{stem(next(iter(method.recipes)))}", About(method=method.name))
-    cells = [about.cells.get("200", about.cells.get("table3")), *(about.cells.get(rho) for rho in ("100", "50", "10"))]
-    return ["" if cell is None else f"{cell:.2f}{'*' if about.copied else ' '}" for cell in cells]
+    known: dict[str, float] = {str(key): cell for key, cell in about.cells.items()}
+    found = [next((known[key] for key in keys if key in known), None) for keys in columns]
+    return ["" if cell is None else f"{cell:.2f}{'*' if about.copied else ' '}" for cell in found]

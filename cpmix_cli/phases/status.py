@@ -6,7 +6,7 @@ from typing import Any
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.errors import EXIT_INTERRUPTED, InputError
-from cpmix_cli.phases.evaluate import read_numbers
+from cpmix_cli.phases.evaluate import MARK, legend, read_numbers
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import COMMANDS, PHASES, PhaseFolder
 
@@ -22,6 +22,8 @@ class PhaseStatus:
     total_epochs: int
     top1: float | None
     """Of the evaluation of this very checkpoint, per cent."""
+    leaked: bool
+    """Test labels took part in the training, see evaluate.MARK."""
     because: str | None
     """Why it no longer belongs to its input, or where else it is."""
 
@@ -54,12 +56,12 @@ def run(folders: list[Path]) -> int:
             p.phase,
             p.status + (f" ({p.because})" if p.because else ""),
             f"{p.epochs}/{p.total_epochs}",
-            "-" if p.top1 is None else f"{p.top1:.2f}",
+            "-" if p.top1 is None else f"{p.top1:.2f}{MARK * p.leaked}",
         ]
         for r in found
         for p in r.phases
     ]
-    lines = ["", *(f"next: {r.next}" for r in found if r.next)]
+    lines = [*legend(rows), "", *(f"next: {r.next}" for r in found if r.next)]
     fields = {"command": "status", "status": status, "runs": [asdict(r) for r in found]}
     header = ("run", "phase", "status", ">epochs", ">top-1")
     console.result(fields, header=header, rows=rows, lines=lines if len(lines) > 1 else [])
@@ -91,7 +93,7 @@ def inspect(folder: Path) -> RunStatus:
         at = PhaseFolder(root, phase)
         if PHASES.index(phase) < PHASES.index(begun[0].phase):
             if totals[phase]:
-                phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, place))
+                phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, False, place))
         elif totals[phase] or at in begun:
             phases.append(inspect_phase(at, totals[phase]))
     unfinished = [p.phase for p in phases if p.status not in ("done", "elsewhere") and totals[p.phase]]
@@ -113,14 +115,16 @@ def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
     """The state of one phase folder; `total` epochs are to be where it is absent, else it says so itself."""
     status = folder.status()
     if status == "absent":
-        return PhaseStatus(folder.phase, status, 0, total, None, None)
+        return PhaseStatus(folder.phase, status, 0, total, None, False, None)
     because = folder.stale_because()
     if status == "interrupted":
         tensors, _ = runs.read_state(folder.path / artifacts.TRAINING_STATE)  # whole: what is damaged cannot go on
         epochs = len(tensors.get("history", ()))
-        return PhaseStatus(folder.phase, status, epochs, epochs_of(folder.recipe())[folder.phase], None, because)
+        total = epochs_of(folder.recipe())[folder.phase]
+        return PhaseStatus(folder.phase, status, epochs, total, None, False, because)
     epochs = folder.record()["epochs"]
-    return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), because)
+    leaked = folder.recipe().confusion.source == "test_legacy"
+    return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), leaked, because)
 
 
 def accuracy(folder: PhaseFolder) -> float | None:
