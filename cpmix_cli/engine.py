@@ -373,8 +373,11 @@ def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:
 
 @torch.no_grad()
 def predict(model: Classifier, batches: Batches, num_samples: int, batch_size: int) -> Tensor:
-    """Raw logits [N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no augmentation."""
+    """Raw logits of each expert [E, N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no
+    augmentation.
+    """
     model.eval()
     device = next(model.parameters()).device
     indices = torch.arange(num_samples, device=device)
-    return torch.cat([model(batches.plain(part)).cpu() for part in torch.split(indices, batch_size)])
+    parts = torch.split(indices, batch_size)
+    return torch.cat([model.expert_logits(batches.plain(part)).cpu() for part in parts], 1)

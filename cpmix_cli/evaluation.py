@@ -14,8 +14,9 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.engine import predict
+from cpmix_cli.ensembles import combined
 from cpmix_cli.models import Classifier
-from cpmix_cli.recipe import Recipe
+from cpmix_cli.recipe import Evaluation, Recipe
 
 NUM_ECE_BINS = 15
 
@@ -80,15 +81,21 @@ def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
 
 
+def post_hoc(expert_logits: Tensor, model: Classifier, class_counts: Tensor, recipe: Evaluation) -> Tensor:
+    """The logits [N, C] that are evaluated, as [evaluation] says, from those of each expert [E, N, C]."""
+    logits = combined(expert_logits, recipe.aggregate, model, class_counts)
+    return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
+
+
 def tau_normalised(model: Classifier, tau: float) -> None:
-    """Divide each class vector of the head by its norm ** tau, in place; biases stay.
+    """Divide each class vector of a head by its norm ** tau, in place; biases stay.
 
     Source: Kang et al., Decoupling.
     """
-    head = model.head
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+    for head in model.heads:
+        assert isinstance(head, nn.Linear)
+        with torch.no_grad():
+            head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
 
 
 def predictions_of(
@@ -99,7 +106,7 @@ def predictions_of(
     batches = make_batches(inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
 
     def measure() -> tuple[Tensor, Tensor]:
-        return labels, predict(model, batches, len(labels), recipe.evaluation.batch_size).argmax(1)
+        return labels, predict(model, batches, len(labels), recipe.evaluation.batch_size).mean(0).argmax(1)
 
     return measure
 

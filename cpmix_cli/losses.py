@@ -1,16 +1,21 @@
-"""Losses and class weights: add one here.
+"""Losses, regularisers and class weights: add one here.
 
-Shapes: B batch, C classes. A loss is
+Shapes: E experts (1 of a plain network), B batch, C classes. A loss is
 
     loss(logits [B, C], labels [B], weights [B], class_counts [C], *, parameters) -> scalar
 
 with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing: with a loss
 that is linear in the labels that is its soft-label form. `weights` are the mixing weights times the class weights; the
-scalar is their weighted sum over B, divided by B. Class weights are
+scalar is their weighted sum over B, divided by B. It is taken of each expert, and the sum is what counts; one that
+treats experts differently (ENSEMBLE_LOSSES) has logits [E, B, C]. A regulariser knows no labels, and is added once:
+
+    regulariser(logits [E, B, C], class_counts [C], reweighting [1], *, parameters) -> scalar
+
+`reweighting` is 1 in epochs whose class weights count, else 0. Class weights are
 
     class_weights(class_counts [C], *, parameters) -> [C], of mean 1
 
-Both are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term.
+All are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term.
 """
 
 import math
@@ -21,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+
+from cpmix_cli.ensembles import target_classes
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -177,6 +184,94 @@ def label_aware_smoothing(
     return (weights * -((1 - eps) * own + eps * smoothed)).mean()
 
 
+# -- losses across experts ---------------------------------------------------------------------------------------------
+
+
+def sade(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 2.0) -> Tensor:
+    """Three experts of different skill: cross entropy; Balanced Softmax; and cross entropy of z + log pi - tau log pi',
+    where pi' has the priors of pi in reversed rank, so that the rarest class has the largest.
+
+    Args:
+        logits: [3, B, C].
+        tau: of the third: 2 for CIFAR-100-LT and ImageNet-LT, 1 for Places-LT and iNaturalist.
+
+    Source: Zhang et al., SADE, Eq. (3) to (5). Classes of equal count take their places in the order of their ids.
+    """
+    order = class_counts.argsort(stable=True)
+    reversed_counts = torch.empty_like(class_counts).scatter(0, order, class_counts[order.flip(0)])
+    inverse = class_counts.to(logits.dtype).log() - tau * reversed_counts.to(logits.dtype).log()
+    return (
+        cross_entropy(logits[0], labels, weights, class_counts)
+        + balanced_softmax(logits[1], labels, weights, class_counts)
+        + cross_entropy(logits[2] + inverse, labels, weights, class_counts)
+    )
+
+
+def ace(
+    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, interference: NonNegative = 1.0
+) -> Tensor:
+    """For each expert, over the images of the classes that it answers for: cross entropy, and the squared logits of the
+    other classes, which it is not to be confident of.
+
+    Args:
+        logits: [E, B, C], E >= 2.
+        interference: factor of the squared logits.
+
+    Source: Cai et al., ACE, from its description; the code is not at hand. Which classes are whose: see
+    ensembles.target_classes(). Differs: the form and factor of the second part are not settled; third-party code has
+    the norm and not its square.
+    """
+    targets = target_classes(class_counts, len(logits))
+    total = logits.new_zeros(())
+    for z, own in zip(logits, targets, strict=True):
+        chosen = weights * own[labels].to(weights.dtype)
+        losses = F.cross_entropy(z, labels, reduction="none")
+        squares = (z**2 * ~own).sum(1)
+        total = total + (chosen * (losses + interference * squares)).sum() / own[labels].sum().clamp(min=1)
+    return total
+
+
+# -- regularisers ------------------------------------------------------------------------------------------------------
+
+
+def expert_diversity(
+    logits: Tensor,
+    class_counts: Tensor,
+    reweighting: Tensor,
+    *,
+    diversity: float,
+    temperature_spread: Fraction,
+    against: Literal["mean", "others"] = "mean",
+) -> Tensor:
+    """- diversity mean(T)^2 sum_e KL(q || p_e): experts that differ from their mean are rewarded.
+
+    p_e is the softmax of z_e / T, q that of the mean logits, without a gradient. T is 1 until class weights count, then
+    T_c = C pi_c s + 1 - s over its largest, s the spread: lower for rare classes.
+
+    Args:
+        diversity: lambda; below 0 experts are drawn together.
+        temperature_spread: s.
+        against: Differs: the paper has the mean over the other experts of KL(p_e || p_j), and the released code, which
+            its numbers come from, the mean expert: "others" and "mean".
+
+    Source: Wang et al., RIDE, Eq. (2), (3), and its code.
+    """
+    prior = class_counts.to(logits.dtype) / class_counts.sum()
+    spread = len(prior) * prior * temperature_spread + 1 - temperature_spread
+    temperature = torch.where(reweighting > 0, spread / spread.max(), 1.0).to(logits.dtype)
+    log_p = F.log_softmax(logits / temperature, 2)
+    if against == "mean":
+        reference = F.log_softmax(logits.detach().mean(0) / temperature, 1)
+        divergence = (reference.exp() * (reference - log_p)).sum(2).mean(1).sum()
+    else:
+        pairs = (log_p.exp()[:, None] * (log_p[:, None] - log_p[None])).sum(3).mean(2)  # KL(p_e || p_j) [E, E]
+        divergence = pairs.sum() / max(len(logits) - 1, 1)
+    return -diversity * temperature.mean() ** 2 * divergence
+
+
+# -- class weights -----------------------------------------------------------------------------------------------------
+
+
 def effective_number(class_counts: Tensor, *, beta: BelowOne) -> Tensor:
     """(1 - beta) / (1 - beta^n_c), scaled to mean 1; beta = 0 weights all alike.
 
@@ -197,4 +292,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "lade": lade,
     "label-aware-smoothing": label_aware_smoothing,
 }
+ENSEMBLE_LOSSES: dict[str, Callable[..., Tensor]] = {"sade": sade, "ace": ace}
+REGULARISERS: dict[str, Callable[..., Tensor]] = {"expert-diversity": expert_diversity}
 CLASS_WEIGHTS: dict[str, Callable[..., Tensor]] = {"effective-number": effective_number}

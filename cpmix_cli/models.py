@@ -7,6 +7,7 @@ or point (2,), and [model]; it raises ValueError for what it cannot do. Which he
 business: see build_model().
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ class BasicBlock(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.padding:
-            x = x[:, :, :: self.stride, :: self.stride].unflatten(1, (self.groups, -1))
+            x = x[:, :, :: self.stride, :: self.stride].unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
             x = F.pad(x, (0, 0, 0, 0, self.padding, self.padding)).flatten(1, 2)
         out += x
         return F.relu(out, inplace=True)
@@ -175,7 +176,7 @@ class Fused(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, E D, H', W']."""
-        out: Tensor = super().forward(x.repeat(1, self.num_experts, 1, 1))
+        out: Tensor = super().forward(x.repeat(1, self.num_experts, 1, 1))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -197,8 +198,10 @@ class CifarExperts(Classifier):
         widths = [width, width, 2 * width, 4 * width]
         self.shared = nn.Sequential(*basic_stages(widths[: shared + 1], blocks))
         own = [widths[shared], *(round(recipe.expert_width * w) for w in widths[shared + 1 :])]
-        if any((b - a) % 2 for a, b in zip(own, own[1:], strict=False)):
-            raise ValueError(f"model.expert_width = {recipe.expert_width:g} gives channels that no shortcut joins: {own}")
+        if any((b - a) % 2 for a, b in itertools.pairwise(own)):
+            raise ValueError(
+                f"model.expert_width = {recipe.expert_width:g} gives channels that no shortcut joins: {own}"
+            )
         self.experts: nn.Module
         if recipe.expert_layout == "fused":
             self.experts = Fused(experts, *basic_stages(own, blocks, first=shared, groups=experts))

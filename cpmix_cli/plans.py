@@ -8,9 +8,10 @@ import torch
 
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.engine import make_optimizer
+from cpmix_cli.ensembles import target_classes
 from cpmix_cli.models import add_scale, build_model, initialise
 from cpmix_cli.randomness import torch_generator
-from cpmix_cli.recipe import Optimizer, Recipe, Schedule
+from cpmix_cli.recipe import Optimizer, ParameterGroup, Recipe, Schedule
 from cpmix_cli.schedule import learning_rate
 from cpmix_cli.step import Plan, TrainingState
 from cpmix_cli.terms import compile_stage
@@ -35,7 +36,17 @@ def fresh_state(setting: Setting) -> TrainingState:
     model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
-    return TrainingState(model, make_optimizer(model, recipe.optimizer), confusion.to(device), epoch=1)
+    settings = recipe.optimizer
+    if settings.expert_rates == "target-share":
+        counts = torch.tensor(dataset.class_counts)
+        shares = (target_classes(counts, recipe.model.experts) * counts).sum(1) / counts.sum()
+        own = [
+            ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share))
+            for k, share in enumerate(shares)
+            for part in ("experts", "head")
+        ]
+        settings = settings.model_copy(update={"groups": [*settings.groups, *own]})
+    return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
 
 
 def stage_plan(setting: Setting, phase: str) -> Plan:
@@ -57,6 +68,7 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
         collect_confusion=recipe.confusion.source == "train",
         confusion_start=recipe.confusion.start_epoch,
         confusion_decay=recipe.confusion.decay,
+        confusion_of_each=recipe.confusion.predictions == "each-expert",
         precision=setting.precision,
     )
 

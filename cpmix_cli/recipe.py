@@ -43,8 +43,8 @@ class Table(BaseModel):
 class Data(Table):
     """How images become inputs."""
 
-    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
-    """Training augmentation: random crop from `padding` pixels of black, horizontal flip."""
+    augment: Literal["crop-flip-rotate", "crop-flip", "crop", "none"] = "crop-flip"
+    """Training augmentation: random crop from `padding` pixels of black, horizontal flip, turn of up to 15 degrees."""
     padding: int = Field(default=4, ge=0)
     """Black pixels on each side before the crop."""
     normalisation: Literal["cifar10", "imagenet", "dataset", "none"] = "dataset"
@@ -64,6 +64,14 @@ class Model(Table):
     """Of a cosine head."""
     head_bias: Literal["drawn", "rare"] = "drawn"
     """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
+    experts: int = Field(default=1, ge=1)
+    """Branches of the network, each with a head of its own; the logits are their mean."""
+    shared_stages: int = Field(default=1, ge=1)
+    """Stages that all experts share, after the stem; the rest each has for itself."""
+    expert_width: float = Field(default=1.0, gt=0, le=1)
+    """Channels of an expert's own stages, as a share of the network's."""
+    expert_layout: Literal["loop", "fused"] = "loop"
+    """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
 
     @field_validator("name")
     @classmethod
@@ -71,6 +79,21 @@ class Model(Table):
         if name not in known("model"):
             raise ValueError(f"unknown.{suggest(name, known('model'))}")
         return name
+
+    _of_experts: ClassVar[tuple[str, ...]] = ("shared_stages", "expert_width", "expert_layout")
+
+    @model_validator(mode="after")
+    def _has_experts(self) -> "Model":
+        given = [key for key in self._of_experts if getattr(self, key) != type(self).model_fields[key].default]
+        if self.experts == 1 and given:
+            raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} experts = 2 or more")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a resolved recipe shows it: of a plain network, nothing of experts."""
+        dropped = ("experts", *self._of_experts) if self.experts == 1 else ()
+        return {key: value for key, value in handler(self).items() if key not in dropped}
 
 
 class ParameterGroup(Table):
@@ -102,6 +125,9 @@ class Optimizer(Table):
     weight_decay: float = Field(default=2e-4, ge=0)
     batch_size: int = Field(default=128, ge=1)
     groups: list[ParameterGroup] = []
+    expert_rates: Literal["equal", "target-share"] = "equal"
+    """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
+    which the expert answers for (ACE)."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "Optimizer":
@@ -136,6 +162,8 @@ class Confusion(Table):
     source: Literal["train", "heldout", "test_legacy"] = "train"
     """Whose errors: the unmixed natural training batch of every step; or, after each epoch anew, all of the val split;
     test_legacy: of the test split, as OTmix's released code has it (leaks test labels; the results are marked)."""
+    predictions: Literal["ensemble", "each-expert"] = "ensemble"
+    """Of several experts: what their mean takes for what, or each of them, all in one bag. source = "train" only."""
 
 
 class Term(BaseModel):
@@ -177,7 +205,9 @@ class Term(BaseModel):
     unmixed_last: float = Field(default=0.0, ge=0)
     """The same at the end."""
     loss: str = "cross-entropy"
-    """A key of losses.LOSSES."""
+    """A key of losses.LOSSES, of each expert and summed; or of losses.ENSEMBLE_LOSSES."""
+    regulariser: str | None = None
+    """A key of losses.REGULARISERS: what is added once, whatever the labels are."""
     reweight: str | None = None
     """A key of losses.CLASS_WEIGHTS."""
     reweight_after: float = Field(default=0.0, ge=0)
@@ -259,6 +289,11 @@ class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
 
     batch_size: int = Field(default=500, ge=1)
+    aggregate: Literal["mean", "targets"] = "mean"
+    """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
+    class the mean over the experts that answer for it (ACE)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, for calibration; to be chosen on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0)
     """tau of the post-hoc logit adjustment, z - tau log(class frequency); 0 leaves the logits."""
     tau_norm: float = Field(default=0.0, ge=0)
@@ -296,6 +331,16 @@ class Recipe(Table):
                     f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
                     f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
                 )
+            if term.loss == "sade" and self.model.experts != 3:
+                raise ValueError(f'{name}.loss = "sade" is one of 3 experts: model.experts = {self.model.experts}')
+            if term.loss == "ace" and self.model.experts < 2:
+                raise ValueError(f'{name}.loss = "ace" is one of several experts: model.experts = 1')
+        if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
+            raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
+        if self.model.experts == 1 and self.confusion.predictions != "ensemble":
+            raise ValueError('confusion.predictions = "each-expert" needs several experts')
+        if self.model.experts == 1 and self.evaluation.aggregate != "mean":
+            raise ValueError('evaluation.aggregate = "targets" needs several experts')
         s = self.schedule
         if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
             raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")

@@ -64,6 +64,8 @@ class Plan:
     collect_confusion: bool = True
     confusion_start: int = 1
     confusion_decay: float = 1.0
+    confusion_of_each: bool = False
+    """Of several experts, every one's errors are counted and not those of their mean."""
     precision: str = "fp32"
 
     def num_steps(self, num_samples: int) -> int:
@@ -208,9 +210,10 @@ class Step:
         parts = self._term_batches({name: values[:size] for name, values in inputs.items()})
         with torch.autocast(collects.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
             if plan.joint_forward:
-                logits = list(torch.split(state.model(torch.cat([part.x for part in parts])), size))
+                joint = state.model.expert_logits(torch.cat([part.x for part in parts]))
+                logits = list(torch.split(joint, size, 1))
             else:
-                logits = [state.model(part.x) for part in parts]
+                logits = [state.model.expert_logits(part.x) for part in parts]
         logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
         losses = [term.loss(z, part, class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
         total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
@@ -226,13 +229,13 @@ class Step:
         for term, z, part in zip(plan.terms, logits, parts, strict=True):
             if term not in measured and term is not counted:
                 continue
-            predictions = z.detach().argmax(1)
-            right = (predictions == part.y1).sum()
+            right = (z.detach().mean(0).argmax(1) == part.y1).sum()
             if term in measured:
                 correct = correct + right
             if term is counted:
                 weight = collects if part.unmixed is None else collects * part.unmixed[0]
-                count_confusions(state.confusion, part.y1, predictions, weight)
+                for seen in z.detach() if plan.confusion_of_each else z.detach().mean(0)[None]:
+                    count_confusions(state.confusion, part.y1, seen.argmax(1), weight)
                 errors = (size - right) * weight
         values = [total, *losses, norm, correct, errors]
         state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])

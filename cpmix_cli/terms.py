@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
 from cpmix_cli.errors import EnvironmentFault, UsageError
+from cpmix_cli.losses import ENSEMBLE_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
 from cpmix_cli.models import MODELS
 from cpmix_cli.randomness import stream
@@ -43,6 +44,8 @@ class TermBatch:
     """Where only some batches are mixed: 1 if this one is not, else 0; [1] float64."""
     class_weights: Tensor | None = None
     """[C]; None where all count alike."""
+    reweighting: Tensor | None = None
+    """1 in epochs whose class weights count, else 0; [1] float64. None where there are none."""
 
 
 class Term:
@@ -60,6 +63,7 @@ class Term:
         self.mixed = recipe.partner is not None
         self.in_batch = recipe.partner in BATCH_PARTNERS
         self.matched = recipe.match is not None
+        self.across_experts = recipe.loss in ENSEMBLE_LOSSES
         self.gated = recipe.probability < 1 or recipe.unmixed_first > 0 or recipe.unmixed_last > 0
         self._recipe = recipe
         self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
@@ -136,17 +140,17 @@ class Term:
         def drawn(purpose: str) -> Tensor:
             return draws[f"{self.name}/{purpose}"]
 
-        class_weights = None
+        class_weights = reweighting = None
         if "reweight" in self._functions:
-            chosen = self._functions["reweight"](state.class_counts)
-            class_weights = torch.where(drawn("reweight") > 0, chosen, 1.0)
+            reweighting = drawn("reweight")
+            class_weights = torch.where(reweighting > 0, self._functions["reweight"](state.class_counts), 1.0)
         if self.natural:
             x1, y1 = natural
         else:
             y1 = (drawn("class") * len(state.class_counts)).long()
             x1 = batches.batch(pool.draw(y1, drawn("image")), drawn("augment"))
         if not self.mixed:
-            return TermBatch(x1, y1, class_weights=class_weights)
+            return TermBatch(x1, y1, class_weights=class_weights, reweighting=reweighting)
         partner = self._functions["partner"](drawn("partner"), y1, state)
         if self.in_batch:
             x2, y2 = x1[partner], y1[partner]
@@ -164,29 +168,35 @@ class Term:
         x, lam = self._functions["mix"](x1, x2, lam, drawn("box"))
         lam = self._functions["label"](lam, n1, n2)
         if gate is None:
-            return TermBatch(x, y1, y2, lam, class_weights=class_weights)
-        return TermBatch(x, y1, y2, torch.where(gate, lam, 1.0), 1.0 - gate.double(), class_weights)
+            return TermBatch(x, y1, y2, lam, None, class_weights, reweighting)
+        return TermBatch(x, y1, y2, torch.where(gate, lam, 1.0), 1.0 - gate.double(), class_weights, reweighting)
 
     def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
-        """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch; unweighted scalar.
+        """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch, and the regulariser; unweighted scalar.
 
         Args:
-            logits: [B, C] float32.
+            logits: [E, B, C] float32.
             batch: what they were computed on.
             class_counts: [C].
         """
 
         def share(labels: Tensor, lam: Tensor) -> Tensor:
-            """L(labels, lam)."""
+            """L(labels, lam), summed over the experts."""
             if batch.class_weights is not None:
                 weights = batch.class_weights[labels].to(logits.dtype)
                 lam = lam * (weights / weights.mean() if self._recipe.reweight_norm == "batch-sum" else weights)
-            return self._functions["loss"](logits, labels, lam, class_counts)  # type: ignore[no-any-return]
+            taken = [logits] if self.across_experts else list(logits)
+            return torch.stack([self._functions["loss"](z, labels, lam, class_counts) for z in taken]).sum()
 
         if batch.y2 is None or batch.lam is None:
-            return share(batch.y1, torch.ones_like(batch.y1, dtype=logits.dtype))
-        lam = batch.lam.to(logits.dtype)
-        return share(batch.y1, lam) + share(batch.y2, 1 - lam)
+            total = share(batch.y1, torch.ones_like(batch.y1, dtype=logits.dtype))
+        else:
+            lam = batch.lam.to(logits.dtype)
+            total = share(batch.y1, lam) + share(batch.y2, 1 - lam)
+        if "regulariser" in self._functions:
+            reweighting = logits.new_zeros(1) if batch.reweighting is None else batch.reweighting
+            total = total + self._functions["regulariser"](logits, class_counts, reweighting)
+        return total
 
 
 Draw = tuple[tuple[int, ...], Callable[[np.random.Generator, tuple[int, ...]], Any]]
@@ -245,7 +255,7 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
     faults = []
     try:
         with torch.device("meta"):
-            network = MODELS[recipe.model.name](num_classes, shape)
+            network = MODELS[recipe.model.name](num_classes, shape, recipe.model)
         faults += _prefix_faults(recipe, [name for name, _ in network.named_parameters()])
     except ValueError as fault:
         faults.append(f'model.name = "{recipe.model.name}": {fault}')
@@ -270,11 +280,13 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
 
 def _prefix_faults(recipe: Recipe, names: list[str]) -> list[str]:
     """Prefixes in a recipe that no parameter starts with; `names` are those with a linear head."""
+    heads = [name for name in names if name.startswith("head.")]
     if recipe.model.head == "cosine":
-        names = [name for name in names if name != "head.bias"]
+        names = [name for name in names if name not in heads or not name.endswith("bias")]
     wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
     if (finetune := recipe.finetune) is not None:
-        own = [*names, "head.scale"] if finetune.head == "scale" else names
+        scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
+        own = [*names, *scales] if finetune.head == "scale" else names
         wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
         wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
     return [

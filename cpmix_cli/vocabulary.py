@@ -24,7 +24,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ratio": ("mixing", ("RATIOS",)),
     "mix": ("mixing", ("MIXES",)),
     "label": ("mixing", ("LABELS",)),
-    "loss": ("losses", ("LOSSES",)),
+    "loss": ("losses", ("LOSSES", "ENSEMBLE_LOSSES")),
+    "regulariser": ("losses", ("REGULARISERS",)),
     "reweight": ("losses", ("CLASS_WEIGHTS",)),
     "model": ("models", ("MODELS",)),
 }

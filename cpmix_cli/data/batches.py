@@ -16,14 +16,15 @@ PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0.
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-NUM_UNIFORMS = 3  # a row, a column and a flip for each image
+NUM_UNIFORMS = 3  # a row, a column and a flip for each image; what the flip leaves of its number is an angle
+MAX_ROTATION = 15.0  # degrees
 
 
 class Batches(Protocol):
     """What the engine asks of a data set."""
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Augmented training inputs of `indices` [B]; `uniforms` [B, 3] decide row, column and flip."""
+        """Augmented training inputs of `indices` [B]; `uniforms` [B, 3] decide row, column, flip and angle."""
         ...
 
     def plain(self, indices: Tensor) -> Tensor:
@@ -40,7 +41,8 @@ class ImageBatches:
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
-        self._flip = recipe.augment == "crop-flip"
+        self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
+        self._rotate = recipe.augment == "crop-flip-rotate"
         if recipe.normalisation != "dataset":
             neither = (0.0,) * self._channels, (1.0,) * self._channels
             mean, std = PUBLISHED.get(recipe.normalisation, neither)
@@ -54,27 +56,49 @@ class ImageBatches:
         self._pixels = padded.view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Random crops, flipped with probability 1/2: [B, channels, H, W] float32, channels last in memory."""
+        """Random crops, flipped with probability 1/2, turned by up to MAX_ROTATION either way about the middle of the
+        crop: [B, channels, H, W] float32, channels last in memory.
+
+        Source of the turn: torchvision's RandomRotation(15), the nearest pixel, corners black.
+        """
         choices = 2 * self._padding + 1
         top = (uniforms[:, 0] * choices).long()
         left = (uniforms[:, 1] * choices).long()
         flip = (uniforms[:, 2] < 0.5) & self._flip
-        return self._crop(indices, top, left, flip)
+        angle = (4 * (uniforms[:, 2] % 0.5) - 1) * MAX_ROTATION if self._rotate else None
+        return self._crop(indices, top, left, flip, angle)
 
     def plain(self, indices: Tensor) -> Tensor:
         """The images as they are: [B, channels, H, W] float32, channels last in memory."""
         middle = torch.full_like(indices, self._padding)
         return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool))
 
-    def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
+        """[B] each; angles in degrees, against the clock."""
         device = indices.device
-        rows = top[:, None] + torch.arange(self._height, device=device)  # [B, H]
-        columns = torch.arange(self._width, device=device).expand(len(indices), -1)
-        columns = torch.where(flip[:, None], self._width - 1 - columns, columns) + left[:, None]  # [B, W]
-        first = (indices[:, None] * self._padded_height + rows) * self._padded_width  # of each row, among all pixels
-        chosen = self._pixels.index_select(0, (first[:, :, None] + columns[:, None, :]).view(-1))
+        rows = torch.arange(self._height, device=device).view(1, -1, 1)
+        columns = torch.arange(self._width, device=device).view(1, 1, -1)
+        inside = None
+        if angle is not None:
+            rows, columns, inside = self._turned(rows, columns, angle)
+        columns = torch.where(flip[:, None, None], self._width - 1 - columns, columns) + left[:, None, None]
+        first = (indices[:, None, None] * self._padded_height + rows + top[:, None, None]) * self._padded_width
+        chosen = self._pixels.index_select(0, (first + columns).view(-1))
+        if inside is not None:
+            chosen = chosen * inside.view(-1, 1)
         x = chosen.view(-1, self._width * self._channels).float().sub_(self._offset).mul_(self._scale)
         return x.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
+
+    def _turned(self, rows: Tensor, columns: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each pixel of a turned image comes from: row, column (0 outside) and whether inside, [B, H, W]."""
+        radians = torch.deg2rad(angle)[:, None, None]
+        sine, cosine = radians.sin(), radians.cos()
+        middle_y, middle_x = (self._height - 1) / 2, (self._width - 1) / 2
+        y, x = rows - middle_y, columns - middle_x
+        from_y = (cosine * y + sine * x + middle_y).round().long()
+        from_x = (cosine * x - sine * y + middle_x).round().long()
+        inside = (from_y >= 0) & (from_y < self._height) & (from_x >= 0) & (from_x < self._width)
+        return torch.where(inside, from_y, 0), torch.where(inside, from_x, 0), inside
 
 
 class PointBatches:

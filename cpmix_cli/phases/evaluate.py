@@ -23,12 +23,15 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.evaluation import adjusted, class_accuracy, confusion_matrix, summary, tau_normalised
+from cpmix_cli.evaluation import class_accuracy, confusion_matrix, post_hoc, summary, tau_normalised
 from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PHASES, PhaseFolder
+
+POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "temperature")
+"""Keys of [evaluation] under which the same network gives other logits."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,13 @@ def run(options: Options) -> None:
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
     # As in training: what a test set's own mean would do to it, the network has not seen.
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
-    logits = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
-    logits = adjusted(logits, torch.tensor(dataset.class_counts), recipe.evaluation.logit_adjustment)
-    artifacts.check_place(folder, logits.numel() * logits.element_size() + 100 * len(logits))
+    experts = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
+    logits = post_hoc(experts, model, torch.tensor(dataset.class_counts), recipe.evaluation)
+    artifacts.check_place(folder, 2 * experts.numel() * experts.element_size() + 100 * len(logits))
     with locks.hold(folder) as lock:
         runs.clear(folder)
         recorder = runs.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        publish(recorder, source, recipe, dataset, logits, tests, options.few_inclusive, sha)
+        publish(recorder, source, recipe, dataset, logits, experts, tests, options.few_inclusive, sha)
         if not options.is_plain:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
@@ -143,10 +146,10 @@ def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | No
     parts = [] if options.split == "test" else [options.split]
     if options.test_data is not None:
         parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
-    for key in ("logit_adjustment", "tau_norm"):
+    for key in POST_HOC:
         value = getattr(recipe.evaluation, key)
         if value != getattr(trained.evaluation, key):
-            parts.append(f"{key.replace('_', '-')}-{value:g}")
+            parts.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
     return "-".join(parts) or None
 
 
@@ -242,18 +245,25 @@ def publish(
     recipe: Recipe,
     dataset: Dataset,
     logits: torch.Tensor,
+    experts: torch.Tensor,
     tests: TestSet,
     few_inclusive: bool,
     checkpoint: str,
 ) -> None:
-    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
+    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors.
+
+    Args:
+        logits: [N, C].
+        experts: raw ones of each expert [E, N, C].
+    """
     labels = tests.labels
     groups = [group_of(int(n), few_inclusive=few_inclusive) for n in dataset.class_counts]
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups),
-        "logit_adjustment": recipe.evaluation.logit_adjustment,
-        "tau_norm": recipe.evaluation.tau_norm,
+        "num_experts": len(experts),
+        "experts": [summary(z, labels, groups) for z in experts] if len(experts) > 1 else [],
+        **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
         "confusion_source": recipe.confusion.source,
         "checkpoint_sha256": checkpoint,
     }
@@ -278,7 +288,8 @@ def publish(
         "confidence": confidence.numpy(),
     }
     recorder.publish_table(artifacts.PREDICTIONS, artifacts.PREDICTIONS_SCHEMA, columns)
-    recorder.publish_tensors(artifacts.LOGITS, {"logits": logits, "labels": labels})
+    tensors = {"logits": logits, "labels": labels}
+    recorder.publish_tensors(artifacts.LOGITS, tensors if len(experts) == 1 else {**tensors, "expert_logits": experts})
 
 
 ACCURACY_HEADER = (

@@ -10,7 +10,7 @@ from cpmix_cli import artifacts, console, engine, runs
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.errors import EnvironmentFault, InputError
-from cpmix_cli.evaluation import adjusted
+from cpmix_cli.evaluation import post_hoc
 from cpmix_cli.hardware import use_device
 from cpmix_cli.phases.evaluate import read_model
 from cpmix_cli.runs import PHASES
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
     batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
     logits = engine.predict(model, batches, len(paths), recipe.evaluation.batch_size)
-    logits = adjusted(logits, torch.tensor(counts["num_train"].to_numpy()), recipe.evaluation.logit_adjustment)
+    logits = post_hoc(logits, model, torch.tensor(counts["num_train"].to_numpy()), recipe.evaluation)
     confidence, predicted = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
 
     kept = confidence.shape[1]
