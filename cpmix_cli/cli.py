@@ -296,6 +296,14 @@ def evaluate(
         Path | None,
         typer.Option("--test-data", help="Another folder: FOLDER/CLASS/IMAGE, or a data set's test split."),
     ] = None,
+    test_distribution: Annotated[
+        str,
+        typer.Option(
+            "--test-distribution",
+            help="uniform (the test images as they are), forward or backward: as if the test set were long-tailed too.",
+        ),
+    ] = "uniform",
+    ratio: Annotated[float, typer.Option(help="Of the largest to the smallest class of that.", min=1)] = 50.0,
     few_inclusive: Annotated[
         bool,
         typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few."),
@@ -308,11 +316,13 @@ def evaluate(
     """Accuracy by class and group, calibration, predictions."""
     device = _checked_device(device)
     split = _checked("--split", split, ("test", "val", "train"))
+    test_distribution = _checked("--test-distribution", test_distribution, ("uniform", "forward", "backward"))
     from cpmix_cli.phases import evaluate as evaluating
 
     evaluating.run(
         evaluating.Options(
-            from_folder, out, phase, settings or [], label, split, test_data, few_inclusive, device, data, overwrite
+            *(from_folder, out, phase, settings or [], label, split, test_data),
+            *(test_distribution, ratio, few_inclusive, device, data, overwrite),
         )
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.data.longtail import GROUPS, exponential_counts
 from cpmix_cli.engine import predict
 from cpmix_cli.ensembles import combined
 from cpmix_cli.models import Classifier
@@ -32,45 +32,69 @@ def class_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().double() / matrix.sum(1).double()
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
     """Mean |accuracy - confidence| over 15 equal bins (0, 1/15], ..., weighted by their images; a fraction.
 
     Args:
         logits: [N, C]; the confidence is the largest softmax probability.
         labels: [N].
+        weights: how many images each one stands for [N] float64.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     right = (predicted == labels).double()
     bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
     zeros = torch.zeros(NUM_ECE_BINS, dtype=torch.float64)
-    gap = zeros.index_add(0, bins, right - confidence)
-    return float(gap.abs().sum() / len(labels))
+    gap = zeros.index_add(0, bins, weights * (right - confidence))
+    return float(gap.abs().sum() / weights.sum())
 
 
-def summary(logits: Tensor, labels: Tensor, groups: list[str]) -> dict[str, Any]:
+def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, ratio: float) -> Tensor:
+    """Test images a class [C] of a long-tailed test set, as many as the balanced one allows.
+
+    Args:
+        class_counts: training images a class [C], which give the order.
+        num_test: test images there are [C].
+        distribution: "forward", the class with most training images has most test images; "backward", the fewest.
+        ratio: of the largest class to the smallest.
+
+    Source: Zhang et al., SADE, Sec. 5.3: the same exponential profile as in training.
+    """
+    profile = torch.from_numpy(exponential_counts(int(num_test.min()), len(class_counts), ratio))
+    order = class_counts.argsort(descending=distribution == "forward", stable=True)
+    return torch.empty_like(profile).scatter(0, order, profile)
+
+
+def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor | None = None) -> dict[str, Any]:
     """The numbers of metrics.json: percent, null for a group without classes.
 
     Args:
         logits: raw, [N, C].
         labels: [N].
         groups: many, medium or few for each class [C].
+        profile: as if each class had so many test images [C] (see shifted_profile()): what is expected of a random
+            subset; None for the images that there are.
 
     Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
     """
-    accuracy = class_accuracy(confusion_matrix(labels, logits.argmax(1), len(groups)))
+    matrix = confusion_matrix(labels, logits.argmax(1), len(groups))
+    accuracy = class_accuracy(matrix)
     tested = ~accuracy.isnan()
+    weights = torch.ones(len(labels), dtype=torch.float64)
+    if profile is not None:
+        weights = (profile / matrix.sum(1))[labels].double()
+    right = (logits.argmax(1) == labels).double()
 
     def mean(chosen: Tensor) -> float | None:
         return round(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
 
-    numbers: dict[str, Any] = {"top1": round(100 * float((logits.argmax(1) == labels).double().mean()), 2)}
+    numbers: dict[str, Any] = {"top1": round(100 * float((weights * right).sum() / weights.sum()), 2)}
     for group in GROUPS:
         numbers[group] = mean(torch.tensor([g == group for g in groups]))
     return numbers | {
         "balanced_accuracy": mean(tested),
         "num_test": len(labels),
         "num_classes_without_test": int((~tested).sum()),
-        "ece": round(100 * expected_calibration_error(logits, labels), 2),
+        "ece": round(100 * expected_calibration_error(logits, labels, weights), 2),
     }
 
 

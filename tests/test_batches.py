@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import rotate
 
 from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
 from cpmix_cli.recipe import Data
@@ -34,6 +35,18 @@ def test_crop_flip_and_normalisation_are_those_of_a_loop(generator: torch.Genera
         cropped = naive(images[i], int(u[0] * 5), int(u[1] * 5), u[2] < 0.5, 2).float() / 255
         expected = (cropped - torch.tensor(mean)) / torch.tensor(std)
         torch.testing.assert_close(x.permute(1, 2, 0), expected)
+
+
+def test_images_turn_as_torchvision_turns_them(generator: torch.Generator) -> None:
+    """The same pixels, black where there are none; the angle is what the flip leaves of its number."""
+    images = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    batches = ImageBatches(images, Data(augment="crop-flip-rotate", padding=0, normalisation="none"), [], [])
+    for angle in (-15.0, -7.3, -0.4, 0.0, 3.3, 11.1, 14.9):
+        part = (angle / 15 + 1) / 4
+        for number, image in ((0.5 + part, images), (part, images.flip(2))):
+            found = batches.batch(torch.tensor([0]), torch.tensor([[0.0, 0.0, number]], dtype=torch.float64))
+            expected = rotate(image.permute(0, 3, 1, 2).float() / 255, angle)
+            torch.testing.assert_close(found, expected)
 
 
 def test_plain_images_are_whole_and_unflipped(generator: torch.Generator) -> None:

@@ -366,6 +366,6 @@ def test_prediction_keeps_order_and_ignores_batch_size() -> None:
     whole = engine.predict(model, batches, 24, 24)
     parts = engine.predict(model, batches, 24, 5)
     torch.testing.assert_close(whole, parts)
-    assert whole.shape == (24, 4)
+    assert whole.shape == (1, 24, 4)
     one = F.softmax(model(batches.plain(torch.tensor([3]))), 1)
-    torch.testing.assert_close(whole[3].softmax(0), one[0].detach())
+    torch.testing.assert_close(whole[0, 3].softmax(0), one[0].detach())

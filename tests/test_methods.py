@@ -27,6 +27,12 @@ TABLE_1 = {
     "CMO": ((NONE, 43.9, 48.3, 59.5), (NONE, NONE, NONE, NONE)),
     "UniMix": ((42.07, 45.45, 51.11, 61.25), (78.48, 82.75, 84.32, 89.66)),
     "OTmix (BS)": ((NONE, 46.8, 52.3, 62.3), (NONE, 84.0, 86.5, 90.2)),
+    "RIDE": ((46.34, 49.83, 52.73, 59.30), (79.16, 82.31, 84.61, 87.19)),
+    "SADE": ((NONE, 49.8, 53.9, 63.6), (NONE, NONE, NONE, NONE)),
+    "ACE (from its description)": ((NONE, 49.6, 51.9, NONE), (NONE, 81.4, 84.9, NONE)),
+    "CMO + RIDE": ((NONE, 50.0, 53.0, 60.2), (NONE, NONE, NONE, NONE)),
+    "OTmix + RIDE": ((NONE, 50.7, 53.8, 60.8), (NONE, 82.7, 85.2, 88.7)),
+    "CP-Mix + RIDE": ((47.37, 51.40, 55.77, 62.17), (79.67, 81.56, 84.23, 86.70)),
     "CP-Mix": ((43.56, 48.20, 52.12, 61.91), (78.34, 82.44, 85.08, 89.87)),
 }
 TABLE_2 = {
@@ -38,7 +44,15 @@ TABLE_2 = {
     "UniMix": (48.6, None, 70.5),
     "OTmix (BS)": (55.6, None, 71.5),
     "CP-Mix": (53.9, 42.3, 72.3),
+    "RIDE": (55.4, 40.3, 72.6),
+    "SADE": (None, 40.9, 72.9),
+    "ACE (from its description)": (54.7, None, 72.9),
+    "CMO + RIDE": (56.2, None, 72.8),
+    "OTmix + RIDE": (57.3, None, 73.0),
+    "CP-Mix + RIDE": (56.6, None, 73.7),
 }
+COPIED = {"MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)", "SADE", "ACE (from its description)"}
+COPIED |= {"CMO + RIDE", "OTmix + RIDE"}
 TABLE_4 = (45.5, 50.6, 46.8, 48.9, 51.8, 51.9, 52.3, 52.9, 53.9)
 TABLE_3 = [34.84, 38.01, 36.48, 37.21, 41.28, 41.26, 40.26, 42.77, 43.56]
 OTHERS = {
@@ -57,6 +71,8 @@ OTHERS = {
     "cRT": "decoupled",
     "LWS": "decoupled",
     "tau-norm": "decoupled",
+    "RIDE, 3 experts": "ensemble",
+    "RIDE, images turned": "ensemble",
     "CP-Mix on LADE": "CP-Mix",
     "CP-Mix on LDAM-DRW": "CP-Mix",
     "CP-Mix, class-uniform partner": "control",
@@ -85,7 +101,7 @@ def test_the_methods_and_what_the_paper_has_of_them() -> None:
             large = TABLE_2.get(name, ()) if data == "cifar100-lt" else ()
             cells = dict(zip((*RHOS, *LARGE), (*row, *large), strict=False))
             assert recipes[data]["cells"] == {key: cell for key, cell in cells.items() if cell}
-            was_copied = name in ("MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)") and any(row)
+            was_copied = name in COPIED and any(row)
             assert recipes[data]["copied"] == was_copied
     lade = methods["LADE"]["recipes"][1]
     assert (lade["name"], lade["copied"]) == ("cifar100-lt/lade", True)
@@ -268,6 +284,10 @@ RATES = {
     "cutmix": {1: 0.1, 150: 0.1, 151: 1e-2, 226: 1e-3, 300: 1e-3},
     "regmixup": {1: 0.1, 150: 0.1, 151: 1e-2, 251: 1e-3, 350: 1e-3},
     "otmix": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
+    **dict.fromkeys(["ride", "ride-3", "ride-rotation", "cmo-ride"], SHELL),
+    "sade": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
+    "ace": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
+    "otmix-ride": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
     "mislas": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
 }
 

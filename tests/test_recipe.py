@@ -78,7 +78,7 @@ def test_faults_of_terms_are_listed_with_the_functions_there_are() -> None:
     assert "stage2.terms.cp.alpha = 0: Input should be greater than 0" in text
     assert "stage2.terms.mix.t = 1.5: Input should be less than or equal to 1" in text
     assert "stage2.terms.mix.gamma: unknown key" in text
-    assert 'Did you mean "cross-entropy"? Known: balanced-softmax, cross-entropy, focal, ' in text
+    assert 'Did you mean "cross-entropy"? Known: ace, balanced-softmax, cross-entropy, focal, ' in text
     assert 'Did you mean "resnet32"?' in text
 
 

@@ -30,7 +30,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.engine import synchronize
 from cpmix_cli.errors import InputError
-from cpmix_cli.models import build_model
+from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.runs import PHASES
@@ -111,8 +111,20 @@ def run(options: Options) -> None:
     def training(phase: str) -> Contender:
         return TrainingLoop(data, *prepared(setting, phase))
 
+    def other_network(**changes: Any) -> Contender:
+        model = recipe.model.model_copy(update=changes)
+        changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
+        return NetworkAlone(data, *prepared(changed, "stage1"))
+
     # Each phase stands beside the network it is compared with.
     contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
+    if recipe.model.experts > 1:
+        contenders["one expert"] = partial(other_network, experts=1)
+        other = "loop" if recipe.model.expert_layout == "fused" else "fused"
+        with suppress(ValueError), torch.device("meta"):  # a network without that layout
+            changed = recipe.model.model_copy(update={"expert_layout": other})
+            MODELS[recipe.model.name](dataset.num_classes, dataset.shape, changed)
+            contenders[f"experts {other}"] = partial(other_network, expert_layout=other)
     for phase in phases:
         for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
             contenders[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
@@ -154,6 +166,14 @@ def run(options: Options) -> None:
         **{f"network_{p}_images_per_second": network[p].median if p in phases else None for p in PHASES},
         "ratio_to_reference": {p: timings[p].ratio_to(timings["reference"]) for p in phases},
         "ratio_to_network": {p: timings[p].ratio_to(network[p]) for p in phases},
+        "ratio_to_one_expert": {
+            layout: timing.ratio_to(timings["one expert"])
+            for layout, timing in (
+                (recipe.model.expert_layout, network["stage1"]),
+                *((name.split()[1], timing) for name, timing in timings.items() if name.startswith("experts ")),
+            )
+            if "one expert" in timings
+        },
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
         "projected_seconds": projected | {"total": sum(projected.values())},
@@ -308,6 +328,9 @@ def report(
     for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
         rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
+    for name, timing in timings.items():
+        if name == "one expert" or name.startswith("experts "):
+            rows.append(row(f"network alone, {name}, {fields['precision']}", timing))
     for phase in phases:
         title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"
         rows.append(row(title, timings[phase], network[phase]))
@@ -316,8 +339,10 @@ def report(
     parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
     without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
+    ratios = [f"{layout} {ratio:.2f}" for layout, ratio in fields["ratio_to_one_expert"].items()]
     lines = [
         "",
+        *([f"experts to one expert, the network alone, images/s: {', '.join(ratios)}"] if ratios else []),
         f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}"
         f"{without}",
         f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",

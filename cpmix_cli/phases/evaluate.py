@@ -23,7 +23,7 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix, post_hoc, summary, tau_normalised
+from cpmix_cli.evaluation import class_accuracy, confusion_matrix, post_hoc, shifted_profile, summary, tau_normalised
 from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
@@ -45,6 +45,8 @@ class Options:
     label: str | None
     split: str
     test_data: Path | None
+    test_distribution: str
+    ratio: float
     few_inclusive: bool
     device: str
     data: Path | None
@@ -54,6 +56,11 @@ class Options:
     def is_plain(self) -> bool:
         """On the test split, where every reader of the evaluation looks for its samples."""
         return self.test_data is None and self.split == "test"
+
+    @property
+    def distribution(self) -> str:
+        """uniform, or forward-50."""
+        return "uniform" if self.test_distribution == "uniform" else f"{self.test_distribution}-{self.ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ def run(options: Options) -> None:
         raise UsageError(
             "--split is of the data set, --test-data another one: give one of the two", needed_by="evaluate"
         )
+    if options.test_distribution == "uniform" and options.ratio != 50:
+        raise UsageError("--ratio is that of a --test-distribution: forward or backward", needed_by="evaluate")
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
@@ -105,6 +114,7 @@ def run(options: Options) -> None:
         "recipe": {
             "evaluation": recipe.tables()["evaluation"],
             "few_inclusive": options.few_inclusive,
+            "test_distribution": options.distribution,
         },
         "dataset": tests.fingerprint,
         "checkpoint": sha,
@@ -122,7 +132,7 @@ def run(options: Options) -> None:
     with locks.hold(folder) as lock:
         runs.clear(folder)
         recorder = runs.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        publish(recorder, source, recipe, dataset, logits, experts, tests, options.few_inclusive, sha)
+        publish(recorder, source, recipe, dataset, logits, experts, tests, options, sha)
         if not options.is_plain:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
@@ -143,7 +153,7 @@ def run(options: Options) -> None:
 
 def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | None:
     """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
-    parts = [] if options.split == "test" else [options.split]
+    parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
     if options.test_data is not None:
         parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
     for key in POST_HOC:
@@ -247,7 +257,7 @@ def publish(
     logits: torch.Tensor,
     experts: torch.Tensor,
     tests: TestSet,
-    few_inclusive: bool,
+    options: Options,
     checkpoint: str,
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors.
@@ -257,12 +267,20 @@ def publish(
         experts: raw ones of each expert [E, N, C].
     """
     labels = tests.labels
-    groups = [group_of(int(n), few_inclusive=few_inclusive) for n in dataset.class_counts]
+    groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
+    profile = None
+    if options.test_distribution != "uniform":
+        num_test = torch.bincount(labels, minlength=dataset.num_classes)
+        if empty := int((num_test == 0).sum()):
+            raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
+        counts = torch.tensor(dataset.class_counts)
+        profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
     numbers = {
         "phase": source.phase,
-        **summary(logits, labels, groups),
+        **summary(logits, labels, groups, profile),
+        "test_distribution": options.distribution,
         "num_experts": len(experts),
-        "experts": [summary(z, labels, groups) for z in experts] if len(experts) > 1 else [],
+        "experts": [summary(z, labels, groups, profile) for z in experts] if len(experts) > 1 else [],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
         "confusion_source": recipe.confusion.source,
         "checkpoint_sha256": checkpoint,
@@ -313,11 +331,16 @@ def accuracy_rows(evaluations: Path) -> list[list[str]]:
     rows = []
     for path in sorted(evaluations.glob(f"*/{artifacts.RUN}"), key=lambda p: _place(p.parent.name)):
         n = read_numbers(path.parent)
-        keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
-        cells = ["-" if n[k] is None else f"{n[k]:.2f}" for k in keys]
         mark = MARK if n.get("confusion_source") == "test_legacy" else ""
-        rows.append([path.parent.name + mark, *cells, f"{n['num_test']:,}"])
+        rows.append(accuracy_row(path.parent.name + mark, n))
     return rows
+
+
+def accuracy_row(name: str, numbers: dict[str, Any]) -> list[str]:
+    """The cells under ACCURACY_HEADER."""
+    keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
+    cells = ["-" if numbers[key] is None else f"{numbers[key]:.2f}" for key in keys]
+    return [name, *cells, f"{numbers['num_test']:,}"]
 
 
 def legend(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -338,6 +361,7 @@ class Numbers(BaseModel):
     balanced_accuracy: float
     ece: float
     num_test: int
+    experts: list[dict[str, float | int | None]]
 
 
 def read_numbers(evaluation: Path) -> dict[str, Any]:
@@ -361,13 +385,14 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def report(folder: Path, status: str) -> None:
-    """This evaluation as JSON; as a table with the run's others beside it."""
+    """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
     numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent)
+    experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers["experts"], start=1)]
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
-        rows=rows,
+        rows=[*rows, *experts],
         lines=[*legend(rows), f"{status}: {folder}"],
     )

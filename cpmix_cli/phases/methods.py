@@ -13,7 +13,7 @@ from cpmix_cli import console
 from cpmix_cli.errors import UsageError
 from cpmix_cli.recipe import Table, find_recipe, read_tables, recipe_names
 
-Kind = Literal["loss", "reweighting", "mixing", "decoupled", "CP-Mix", "control", "ablation"]
+Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
 KINDS = get_args(Kind)
 """In the order of the list."""
 SHOWN = "cifar100-lt"

@@ -1,0 +1,445 @@
+"""Several experts: the network, its losses and regulariser against loops and limits, and all phases on digits."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import cpmix, must
+from test_engine import COUNTS, terms_of
+from torch import Tensor
+
+from cpmix_cli import artifacts
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.ensembles import combined, target_classes
+from cpmix_cli.evaluation import shifted_profile, summary
+from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, expert_diversity, sade
+from cpmix_cli.models import Classifier, Looped, build_model
+from cpmix_cli.plans import Setting, fresh_state
+from cpmix_cli.recipe import Model, load
+from cpmix_cli.terms import Term, TermBatch
+
+CIFAR = (32, 32, 3)
+RIDE = {"head": "cosine", "experts": 6, "expert_width": 0.75}
+
+
+def network(**keys: object) -> Classifier:
+    return build_model(
+        Model.model_validate({"name": "resnet8", **keys}), 4, (8, 8, 1), torch.Generator().manual_seed(0)
+    )
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "parameters"),
+    [
+        ({**RIDE, "experts": 2}, 530_512),
+        ({**RIDE, "experts": 3}, 783_856),
+        ({**RIDE, "experts": 4}, 1_037_200),
+        (RIDE, 1_543_888),
+        ({**RIDE, "expert_layout": "fused"}, 1_543_888),
+    ],
+)
+def test_parameters_of_resnet32(keys: dict[str, object], parameters: int, generator: torch.Generator) -> None:
+    """Three and six experts as published; the others by the same 253,344 an expert."""
+    model = build_model(Model.model_validate({"name": "resnet32", **keys}), 100, CIFAR, generator)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    logits = model.expert_logits(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (keys["experts"], 2, 100)
+
+
+def test_experts_of_resnet50(generator: torch.Generator) -> None:
+    """192 and 384 planes of 4 channels each, after two shared stages; the shared part is torchvision's."""
+    recipe = Model(name="resnet50", head="cosine", experts=2, shared_stages=2, expert_width=0.75)
+    model = build_model(recipe, 7, (64, 64, 3), generator)
+    plain = build_model(Model(name="resnet50"), 7, (64, 64, 3), generator)
+    assert model.features(torch.zeros(2, 3, 64, 64)).shape == (2, 2 * 1536)
+    assert model.expert_logits(torch.zeros(2, 3, 64, 64)).shape == (2, 2, 7)
+    shared = sum(p.numel() for n, p in plain.named_parameters() if n.startswith(("conv1", "bn1", "layer1", "layer2")))
+    assert sum(p.numel() for n, p in model.named_parameters() if n.startswith("shared.")) == shared
+    whole = build_model(recipe.model_copy(update={"expert_width": 1.0}), 7, (64, 64, 3), generator)
+    own = sum(p.numel() for n, p in plain.named_parameters() if n.startswith(("layer3", "layer4")))
+    assert sum(p.numel() for n, p in whole.named_parameters() if n.startswith("experts.")) == 2 * own
+
+
+def test_each_expert_is_the_plain_network_with_its_own_stages() -> None:
+    model = network(experts=3).double().eval()
+    x = torch.randn(5, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = model.expert_logits(x)
+    for k in range(3):
+        plain = network().double().eval()
+        weights = model.state_dict()
+        names = {"blocks.0.": "shared.0.", "blocks.1.": f"experts.{k}.0.", "blocks.2.": f"experts.{k}.1."}
+        names |= {"head.": f"head.{k}.", "conv1.": "conv1.", "bn1.": "bn1."}
+        own = {}
+        for name in plain.state_dict():
+            (begin,) = [b for b in names if name.startswith(b)]
+            own[name] = weights[names[begin] + name.removeprefix(begin)]
+        plain.load_state_dict(own)
+        torch.testing.assert_close(logits[k], plain(x))
+        torch.testing.assert_close(plain.expert_logits(x)[0], plain(x))
+    torch.testing.assert_close(model(x), logits.mean(0))
+
+
+def fused_twin(model: Classifier) -> Classifier:
+    """The same network in the other layout: experts' channels side by side."""
+    assert isinstance(model.experts, Looped)
+    twin = network(experts=len(model.experts), expert_width=0.75, expert_layout="fused").to(torch.float64)
+    weights = model.state_dict()
+    fused = {}
+    for name, own in twin.state_dict().items():
+        if name.startswith("experts."):
+            parts = [weights[f"experts.{k}.{name.removeprefix('experts.')}"] for k in range(len(model.experts))]
+            fused[name] = torch.cat(parts) if own.dim() else parts[0]
+        else:
+            fused[name] = weights[name]
+    twin.load_state_dict(fused)
+    return twin
+
+
+def test_fused_experts_are_looped_experts() -> None:
+    """In training mode: logits, gradients and running statistics."""
+    looped = network(experts=3, expert_width=0.75).to(torch.float64).train()
+    fused = fused_twin(looped).train()
+    x = torch.randn(6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for model in (looped, fused):
+        (model.expert_logits(x) ** 2).sum().backward()
+    torch.testing.assert_close(looped.expert_logits(x), fused.expert_logits(x))
+    expected = fused_twin(looped).state_dict()
+    for name, value in fused.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    first = fused.experts[0].conv1.weight.grad.chunk(3)  # type: ignore[union-attr, operator, index]
+    for k, expert in enumerate(looped.experts):  # type: ignore[arg-type]
+        torch.testing.assert_close(first[k], expert[0].conv1.weight.grad)  # type: ignore[index]
+    torch.testing.assert_close(looped.conv1.weight.grad, fused.conv1.weight.grad)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.expert_width=0.75"], "expert_width needs experts = 2 or more"),
+        (["model.experts=2", "stage1.terms.erm.loss=sade"], "is one of 3 experts: model.experts = 2"),
+        (["stage1.terms.erm.loss=ace"], "is one of several experts: model.experts = 1"),
+        (["optimizer.expert_rates=target-share"], "needs several experts"),
+        (["confusion.predictions=each-expert"], "needs several experts"),
+        (["evaluation.aggregate=targets"], "needs several experts"),
+        (["model.experts=3", "model.shared_stages=3"], "it has 3 stages, and an expert needs one of its own"),
+        (["model.experts=3", "model.expert_width=0.77"], "gives channels that no shortcut joins: [16, 25, 49]"),
+        (["model.experts=3", "model.name=one-hidden-layer"], "it has no stages to share"),
+    ],
+)
+def test_what_experts_need(settings: list[str], message: str, digits: Path, toy: Path, tmp_path: Path) -> None:
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    data, recipe = (toy, "toy/cross-entropy") if "one-hidden" in settings[-1] else (digits, "digits/cross-entropy")
+    result = cpmix("train-stage1", "--data", data, "--recipe", recipe, *flags, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+N = torch.tensor(COUNTS)
+
+
+def drawn(experts: int, batch: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [E, B, 4], labels and weights."""
+    generator = torch.Generator().manual_seed(experts)
+    logits = 3 * torch.randn(experts, batch, 4, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 4, (batch,), generator=generator)
+    return logits, labels, torch.rand(batch, dtype=torch.float64, generator=generator)
+
+
+def slow_kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def softmax(z: list[float], temperature: list[float]) -> list[float]:
+    e = [math.exp(v / t) for v, t in zip(z, temperature, strict=True)]
+    return [v / sum(e) for v in e]
+
+
+@pytest.mark.parametrize("reweighting", [0.0, 1.0])
+@pytest.mark.parametrize("against", ["mean", "others"])
+def test_expert_diversity_is_that_of_loops(against: str, reweighting: float) -> None:
+    logits, _, _ = drawn(3)
+    spread = [4 * n / sum(COUNTS) * 0.3 + 0.7 for n in COUNTS]
+    t = [s / max(spread) if reweighting else 1.0 for s in spread]
+    total = 0.0
+    for b in range(12):
+        p = [softmax(logits[e, b].tolist(), t) for e in range(3)]
+        q = softmax(logits[:, b].mean(0).tolist(), t)
+        if against == "mean":
+            total += sum(slow_kl(q, own) for own in p)
+        else:
+            total += sum(slow_kl(p[e], p[j]) for e in range(3) for j in range(3) if j != e) / 2
+    found = expert_diversity(
+        logits,
+        N,
+        torch.tensor([reweighting]),
+        diversity=0.45,
+        temperature_spread=0.3,
+        against=against,  # type: ignore[arg-type]
+    )
+    assert float(found) == pytest.approx(-0.45 * (sum(t) / 4) ** 2 * total / 12)
+
+
+def test_temperatures_of_cifar100() -> None:
+    """At rho 100: 1 for the largest class, 0.807 for the smallest, 0.847 in the mean."""
+    counts = torch.tensor(exponential_counts(500, 100, 100), dtype=torch.float64)
+    spread = 100 * counts / counts.sum() * 0.05 + 0.95
+    temperature = spread / spread.max()
+    assert [round(float(v), 3) for v in (temperature[0], temperature[-1], temperature.mean())] == [1.0, 0.807, 0.847]
+    logits = torch.zeros(2, 1, 100, dtype=torch.float64)
+    logits[0, 0, 0] = 1.0
+    log_p = F.log_softmax(logits / temperature, 2)
+    q = (logits.mean(0) / temperature).softmax(1)
+    expected = -(temperature.mean() ** 2) * (q * (q.log() - log_p)).sum()
+    found = expert_diversity(logits, counts.long(), torch.ones(1), diversity=1.0, temperature_spread=0.05)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_expert_has_no_gradient() -> None:
+    logits = drawn(2)[0].requires_grad_()
+    expert_diversity(logits, N, torch.zeros(1), diversity=-1.0, temperature_spread=0.0).backward()
+    p, q = logits.detach().softmax(2), logits.detach().mean(0).softmax(1)
+    torch.testing.assert_close(logits.grad, (p - q) / 12)
+
+
+DRW = {"reweight": "effective-number", "beta": 0.9, "reweight_after": 2}
+LDAM = {"draw": "natural", "loss": "ldam", "scale": 30.0, **DRW}
+DIVERSE = {"regulariser": "expert-diversity", "diversity": 0.45, "temperature_spread": 0.05}
+
+
+def term(**table: object) -> Term:
+    (made,) = terms_of(erm=table)
+    return made
+
+
+def batch(labels: Tensor, y2: Tensor | None = None, lam: Tensor | None = None) -> TermBatch:
+    weights = torch.tensor([0.4, 0.8, 1.2, 1.6], dtype=torch.float64)
+    return TermBatch(torch.empty(0), labels, y2, lam, None, weights, torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("against", ["mean", "others"])
+def test_ride_of_one_expert_is_ldam_drw(against: str) -> None:
+    logits, labels, _ = drawn(1)
+    grown = []
+    for made in (term(**LDAM), term(**LDAM, **DIVERSE, against=against)):
+        z = logits.clone().requires_grad_()
+        loss = made.loss(z, batch(labels), N)
+        loss.backward()
+        assert z.grad is not None
+        grown.append((loss.detach(), z.grad))
+    torch.testing.assert_close(grown[0], grown[1])
+
+
+def test_ride_sums_ldam_over_its_experts() -> None:
+    logits, labels, _ = drawn(3)
+    single = sum(term(**LDAM).loss(z[None], batch(labels), N) for z in logits)
+    extra = expert_diversity(logits, N, torch.ones(1), diversity=0.45, temperature_spread=0.05)
+    torch.testing.assert_close(term(**LDAM, **DIVERSE).loss(logits, batch(labels), N), single + extra)
+
+
+def test_mixed_ride_of_equal_labels_is_ride() -> None:
+    """CMO + RIDE: the diversity counts once, whatever lambda is."""
+    logits, labels, lam = drawn(3)
+    mixed = {"partner": "frequency-power", "power": 0.0, "ratio": "beta", "alpha": 1.0, "mix": "box", "label": "lambda"}
+    plain = term(**LDAM, **DIVERSE).loss(logits, batch(labels), N)
+    torch.testing.assert_close(term(**LDAM, **DIVERSE, **mixed).loss(logits, batch(labels, labels, lam), N), plain)
+
+
+def test_the_three_losses_of_sade() -> None:
+    """Hand-made: priors 40, 30, 30, 10 reversed by rank are 10, 30, 30, 40, equal ones in the order of their ids."""
+    counts = torch.tensor([40, 30, 30, 10])
+    logits, labels, weights = drawn(3)
+    shift = torch.tensor([math.log(40 / 10**2), math.log(30 / 30**2), math.log(30 / 30**2), math.log(10 / 40**2)])
+    expected = cross_entropy(logits[0], labels, weights, counts) + balanced_softmax(logits[1], labels, weights, counts)
+    expected = expected + cross_entropy(logits[2] + shift.double(), labels, weights, counts)
+    torch.testing.assert_close(sade(logits, labels, weights, counts, tau=2.0), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_sade_of_a_uniform_prior_is_three_times_cross_entropy() -> None:
+    logits, labels, weights = drawn(3)
+    logits = logits[:1].expand(3, -1, -1)
+    even = torch.full((4,), 7)
+    found = sade(logits, labels, weights, even, tau=1.7)
+    torch.testing.assert_close(found, 3 * cross_entropy(logits[0], labels, weights, even))
+
+
+def test_classes_that_experts_answer_for() -> None:
+    groups = torch.tensor([300, 19, 100, 101, 20, 2])
+    assert target_classes(groups, 3).tolist() == [
+        [True] * 6,
+        [False, True, True, False, True, True],  # 100 images and less
+        [False, True, False, False, False, True],  # less than 20
+    ]
+    ranks = torch.tensor([50, 60, 70, 80, 90, 95])  # no few classes: thirds by rank
+    assert target_classes(ranks, 3).tolist() == [[True] * 6, [True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
+    assert target_classes(groups, 2).tolist() == [[True] * 6, [False, True, False, False, True, True]]
+
+
+def test_ace_is_that_of_loops() -> None:
+    counts = torch.tensor([300, 60, 15, 4])
+    logits, labels, weights = drawn(3)
+    total = 0.0
+    for e, own in enumerate([{0, 1, 2, 3}, {1, 2, 3}, {2, 3}]):
+        members = [b for b in range(12) if int(labels[b]) in own]
+        assert members
+        for b in members:
+            z = logits[e, b].tolist()
+            loss = -z[int(labels[b])] + math.log(sum(math.exp(v) for v in z))
+            loss += 0.7 * sum(v * v for c, v in enumerate(z) if c not in own)
+            total += float(weights[b]) * loss / len(members)
+    assert float(ace(logits, labels, weights, counts, interference=0.7)) == pytest.approx(total)
+    none = torch.zeros(12, dtype=torch.int64)  # no image for the later experts
+    alone = cross_entropy(logits[0], none, weights, counts)
+    torch.testing.assert_close(ace(logits, none, weights, counts), alone)
+
+
+def test_logits_of_experts_combined() -> None:
+    counts = torch.tensor([300, 60, 15, 4])
+    model = network(experts=3)
+    logits = drawn(3)[0].float()
+    torch.testing.assert_close(combined(logits, "mean", model, counts), logits.mean(0))
+    for k, head in enumerate(model.heads):
+        torch.nn.init.constant_(head.weight, 1.0 + k)  # type: ignore[arg-type]
+    found = combined(logits, "targets", model, counts)
+    a, b, c = logits[0], logits[1] / 4, logits[2] / 9
+    torch.testing.assert_close(found[:, 0], a[:, 0])
+    torch.testing.assert_close(found[:, 1], (a[:, 1] + b[:, 1]) / 2)
+    torch.testing.assert_close(found[:, 2:], (a + b + c)[:, 2:] / 3)
+
+
+# -- test sets of another distribution ---------------------------------------------------------------------------------
+
+
+def test_profiles_of_shifted_test_sets() -> None:
+    counts, num_test = torch.tensor([5, 50, 500]), torch.tensor([100, 100, 120])
+    assert shifted_profile(counts, num_test, "forward", 50).tolist() == [2, 14, 100]
+    assert shifted_profile(counts, num_test, "backward", 50).tolist() == [100, 14, 2]
+    assert shifted_profile(counts, num_test, "forward", 1).tolist() == [100, 100, 100]
+
+
+def test_weights_are_what_subsets_give_on_average(generator: torch.Generator) -> None:
+    """Exactly so for the accuracy; every image of class c counts as profile / images of c."""
+    labels = torch.arange(3).repeat_interleave(40)
+    logits = torch.randn(120, 3, generator=generator) + 1.5 * F.one_hot(labels, 3)
+    profile = torch.tensor([40, 10, 2])
+    found = summary(logits, labels, ["many", "medium", "few"], profile)
+    right = (logits.argmax(1) == labels).double()
+    taken = []
+    for _ in range(3000):
+        chosen = torch.cat([40 * c + torch.randperm(40, generator=generator)[:n] for c, n in enumerate((40, 10, 2))])
+        taken.append(float(right[chosen].mean()))
+    assert found["top1"] == pytest.approx(100 * sum(taken) / len(taken), abs=0.3)
+    plain = summary(logits, labels, ["many", "medium", "few"])
+    assert [found[group] for group in ("many", "medium", "few")] == [plain[g] for g in ("many", "medium", "few")]
+    assert summary(logits, labels, ["many"] * 3, torch.tensor([40, 40, 40])) == summary(logits, labels, ["many"] * 3)
+
+
+# -- the phases --------------------------------------------------------------------------------------------------------
+
+CPMIX_RIDE = """
+extends = "digits/cpmix"
+without = ["finetune"]
+[model]
+experts = 3
+head = "cosine"
+expert_width = 0.75
+[confusion]
+predictions = "each-expert"
+[stage1.terms.erm]
+loss = "ldam"
+scale = 30.0
+regulariser = "expert-diversity"
+diversity = 0.45
+temperature_spread = 0.05
+[stage2.terms.erm]
+loss = "ldam"
+scale = 30.0
+reweight = "effective-number"
+beta = 0.999
+regulariser = "expert-diversity"
+diversity = 0.45
+temperature_spread = 0.05
+"""
+
+
+def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "ride.toml"
+    recipe.write_text(CPMIX_RIDE)
+    run = tmp_path / "run"
+    first = must("train-stage1", "--data", digits, "--recipe", recipe, "--epochs", 6, "--out", run)
+    assert first.stderr.splitlines()[-1] == f"next: cpmix train-stage2 --from {run}"
+    must("train-stage2", "--from", run)
+    assert must("finetune", "--from", run, "--json").json["skipped"] is True
+    found = must("evaluate", "--from", run)
+    rows = [line.split()[:2] for line in found.stdout.splitlines()]
+    assert [row for row in rows if row[:1] == ["expert"]] == [["expert", "1"], ["expert", "2"], ["expert", "3"]]
+    numbers = must("evaluate", "--from", run, "--json").json
+    assert numbers["num_experts"] == len(numbers["experts"]) == 3
+    tensors, _ = artifacts.read_tensors(run / "evaluation" / "stage2" / "logits.safetensors")
+    torch.testing.assert_close(tensors["logits"], tensors["expert_logits"].mean(0))
+    for z, expert in zip(tensors["expert_logits"], numbers["experts"], strict=True):
+        assert expert["top1"] == round(100 * float((z.argmax(1) == tensors["labels"]).double().mean()), 2)
+        assert expert["num_test"] == 500
+    must("confusion-report", "--from", run)
+    # Each expert's errors are counted: more of them in the pairs than the ensemble made in all epochs.
+    pairs = artifacts.read_table(run / "stage2" / "confusion_pairs.parquet")
+    made = sum(
+        artifacts.read_table(run / phase / "metrics.parquet")["num_confusions"].sum() for phase in ("stage1", "stage2")
+    )
+    assert pairs["count"].sum() > 1.5 * made
+
+
+def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> None:
+    flags = ["--recipe", "digits/cross-entropy", "--set", "model.experts=3", "--set", "stage1.terms.erm.loss=sade"]
+    must("train-stage1", "--data", digits, *flags, "--epochs", 4, "--out", tmp_path)
+    plain = must("evaluate", "--from", tmp_path, "--json").json
+    assert (plain["test_distribution"], plain["temperature"]) == ("uniform", 1.0)
+    found = {}
+    for way in ("forward", "backward"):
+        shifted = must("evaluate", "--from", tmp_path, "--test-distribution", way, "--ratio", 20, "--json").json
+        assert shifted["folder"] == str(tmp_path / "evaluation" / f"stage1-{way}-20")
+        assert shifted["test_distribution"] == f"{way}-20"
+        assert shifted["balanced_accuracy"] == plain["balanced_accuracy"]
+        found[way] = [n["top1"] for n in (shifted, *shifted["experts"])]
+    assert found["forward"] != found["backward"]
+    assert found["forward"][1] > found["backward"][1]  # the first expert knows the common classes
+    warm = must("evaluate", "--from", tmp_path, "--set", "evaluation.temperature=2.5", "--json").json
+    assert warm["folder"].endswith("stage1-temperature-2.5")
+    assert (warm["top1"], warm["ece"] != plain["ece"]) == (plain["top1"], True)
+    result = cpmix("evaluate", "--from", tmp_path, "--ratio", 10)
+    assert result.code == 2
+    assert "--ratio is that of a --test-distribution" in result.stderr
+    assert cpmix("evaluate", "--from", tmp_path, "--test-distribution", "sideways").code == 2
+
+
+def test_rates_of_ace(digits: Path) -> None:
+    """Expert k learns at lr times its share of the training images, in its stages and its head."""
+    from cpmix_cli.data.dataset import open_dataset
+
+    settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "optimizer.expert_rates=target-share"]
+    recipe = load("digits/cross-entropy", settings=settings)
+    dataset = open_dataset(digits, needed_by="a test")
+    state = fresh_state(Setting(recipe, dataset, torch.device("cpu"), "fp32", {}))
+    n = dataset.class_counts
+    shares = [1.0, n[n <= 100].sum() / n.sum(), n[n < 20].sum() / n.sum()]
+    factors = {id(p): g["lr_factor"] for g in state.optimizer.param_groups for p in g["params"]}
+    for name, parameter in state.model.named_parameters():
+        part, k = name.split(".")[:2]
+        expected = shares[int(k)] if part in ("experts", "head") else 1.0
+        assert factors[id(parameter)] == pytest.approx(expected), name
+
+
+def test_the_same_command_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+    flags = ["--data", digits, "--recipe", "digits/cross-entropy", "--set", "model.experts=2", "--epochs", 4]
+    must("train-stage1", *flags, "--out", tmp_path / "a")
+    must("train-stage1", *flags, "--out", tmp_path / "b")
+    first, second = (tmp_path / run / "stage1" / "model.safetensors" for run in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    assert artifacts.read_tensors(first)[0].keys() >= {"experts.1.0.conv1.weight", "head.1.bias"}
