@@ -3,11 +3,19 @@
 Shapes: E experts, N images, C classes.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cpmix_cli.data.longtail import FEW_BELOW, MANY_ABOVE
 from cpmix_cli.models import Classifier
+
+TEST_TIME_EPOCHS = 5
+TEST_TIME_BATCH = 128
+LEAST_WEIGHT = 0.05
+"""Below it for any expert the learning of weights ends: what follows is a collapse on the others."""
 
 
 def target_classes(class_counts: Tensor, num_experts: int) -> Tensor:
@@ -30,21 +38,79 @@ def target_classes(class_counts: Tensor, num_experts: int) -> Tensor:
     return torch.where(complete, groups, shares)
 
 
-def combined(logits: Tensor, how: str, model: Classifier, class_counts: Tensor) -> Tensor:
+def combined(
+    logits: Tensor, how: str, model: Classifier, class_counts: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """One set of logits [N, C] from those of each expert [E, N, C].
 
     Args:
         logits: raw.
-        how: `evaluation.aggregate`: "mean"; or "targets", with heads scaled to the size of the first and, for each
-            class, the mean over the experts that answer for it.
+        how: `evaluation.aggregate`: "mean"; "targets", with heads scaled to the size of the first and, for each class,
+            the mean over the experts that answer for it; or "test-time", with these weights.
         model: whose head weights have the sizes.
         class_counts: [C].
+        weights: of the experts [E].
 
     Source of "targets": Cai et al., ACE, from its description: z_k |W_1|^2 / |W_k|^2.
     """
-    if how == "mean":
+    if weights is not None:
+        return torch.einsum("e,enc->nc", weights, logits)
+    if how != "targets":
         return logits.mean(0)
     sizes = torch.stack([head.weight.detach().square().sum().cpu() for head in model.heads])  # type: ignore[operator]
     own = target_classes(class_counts, len(logits)).to(logits.dtype)[:, None]
     scaled = logits * (sizes[0] / sizes)[:, None, None]
     return (scaled * own).sum(0) / own.sum(0)
+
+
+def weights_of_agreement(
+    views: Callable[[Tensor, int], tuple[Tensor, Tensor]], chosen: Tensor, num_experts: int, rate: float, seed: int
+) -> Tensor:
+    """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most; no label is
+    looked at.
+
+    Args:
+        views: positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C].
+        chosen: positions of the test images.
+        num_experts: E.
+        rate: of SGD with momentum 0.9 and Nesterov, on weights that go through a softmax.
+        seed: of the order.
+
+    Source: Zhang et al., SADE, Sec. 4.2, and its code: mean cosine of the two softmaxes, 5 epochs, batches of 128.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.zeros(num_experts, requires_grad=True)
+    optimizer = torch.optim.SGD([free], lr=rate, momentum=0.9, nesterov=True)
+    call = 0
+    for _ in range(TEST_TIME_EPOCHS):
+        for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], TEST_TIME_BATCH):
+            weights = free.softmax(0)
+            if weights.min() < LEAST_WEIGHT:
+                return weights.detach()
+            first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
+            optimizer.zero_grad()
+            (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            call += 1
+    return free.detach().softmax(0)
+
+
+def weakly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random view of each image [B, H, W, channels] uint8: crop, colours, grey, blur, flip.
+
+    Source: Zhang et al., SADE, its code for CIFAR: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8, grey 0.2, blur 0.2.
+    """
+    from torchvision.transforms import v2  # a second of import that other evaluations do not need
+
+    change = v2.Compose(
+        [
+            v2.RandomCrop(list(images.shape[1:3]), padding=4),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.2),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: it gets one of ours
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([change(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)

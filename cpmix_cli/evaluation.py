@@ -105,9 +105,13 @@ def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
 
 
-def post_hoc(expert_logits: Tensor, model: Classifier, class_counts: Tensor, recipe: Evaluation) -> Tensor:
-    """The logits [N, C] that are evaluated, as [evaluation] says, from those of each expert [E, N, C]."""
-    logits = combined(expert_logits, recipe.aggregate, model, class_counts)
+def post_hoc(
+    expert_logits: Tensor, model: Classifier, class_counts: Tensor, recipe: Evaluation, weights: Tensor | None = None
+) -> Tensor:
+    """The logits [N, C] that are evaluated, as [evaluation] says, from those of each expert [E, N, C], with learnt
+    weights [E] where there are.
+    """
+    logits = combined(expert_logits, recipe.aggregate, model, class_counts, weights)
     return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
 
 

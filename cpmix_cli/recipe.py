@@ -289,9 +289,10 @@ class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
 
     batch_size: int = Field(default=500, ge=1)
-    aggregate: Literal["mean", "targets"] = "mean"
+    aggregate: Literal["mean", "targets", "test-time"] = "mean"
     """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
-    class the mean over the experts that answer for it (ACE)."""
+    class the mean over the experts that answer for it (ACE); test-time: with weights under which predictions of two
+    views of a test image agree, learnt without labels by `evaluate` (SADE), else their mean."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, for calibration; to be chosen on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0)
@@ -340,7 +341,7 @@ class Recipe(Table):
         if self.model.experts == 1 and self.confusion.predictions != "ensemble":
             raise ValueError('confusion.predictions = "each-expert" needs several experts')
         if self.model.experts == 1 and self.evaluation.aggregate != "mean":
-            raise ValueError('evaluation.aggregate = "targets" needs several experts')
+            raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
         s = self.schedule
         if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
             raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")

@@ -22,6 +22,7 @@ from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
+from cpmix_cli.ensembles import weakly_changed, weights_of_agreement
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix, post_hoc, shifted_profile, summary, tau_normalised
 from cpmix_cli.hardware import use_device
@@ -78,6 +79,20 @@ class TestSet:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What a checkpoint makes of a test set."""
+
+    logits: torch.Tensor
+    """[N, C], as they are evaluated."""
+    experts: torch.Tensor
+    """Raw ones of each expert [E, N, C]."""
+    weights: torch.Tensor | None
+    """Of the experts [E], where they were learnt."""
+    profile: torch.Tensor | None
+    """Test images that each class counts as [C], where that is not how many there are."""
+
+
 def run(options: Options) -> None:
     """Predict the test samples and publish what follows from it.
 
@@ -127,12 +142,16 @@ def run(options: Options) -> None:
     # As in training: what a test set's own mean would do to it, the network has not seen.
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
     experts = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
-    logits = post_hoc(experts, model, torch.tensor(dataset.class_counts), recipe.evaluation)
+    profile = requested_profile(options, dataset, tests.labels)
+    weights = None
+    if recipe.evaluation.aggregate == "test-time":
+        weights = learnt_weights(model, tests, recipe, dataset, profile, device)
+    logits = post_hoc(experts, model, torch.tensor(dataset.class_counts), recipe.evaluation, weights)
     artifacts.check_place(folder, 2 * experts.numel() * experts.element_size() + 100 * len(logits))
     with locks.hold(folder) as lock:
         runs.clear(folder)
         recorder = runs.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        publish(recorder, source, recipe, dataset, logits, experts, tests, options, sha)
+        publish(recorder, source, recipe, dataset, Predicted(logits, experts, weights, profile), tests, options, sha)
         if not options.is_plain:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
@@ -161,6 +180,59 @@ def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | No
         if value != getattr(trained.evaluation, key):
             parts.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
     return "-".join(parts) or None
+
+
+def requested_profile(options: Options, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
+    """What --test-distribution asks for [C].
+
+    Raises:
+        InputError: a class has no test image.
+    """
+    if options.test_distribution == "uniform":
+        return None
+    num_test = torch.bincount(labels, minlength=dataset.num_classes)
+    if empty := int((num_test == 0).sum()):
+        raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
+    return shifted_profile(torch.tensor(dataset.class_counts), num_test, options.test_distribution, options.ratio)
+
+
+def learnt_weights(
+    model: Classifier,
+    tests: TestSet,
+    recipe: Recipe,
+    dataset: Dataset,
+    profile: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Weights of the experts [E], from unlabelled test images; of a subset of them, drawn once, where the test set is
+    to be long-tailed.
+
+    Raises:
+        InputError: the data are points.
+    """
+    if len(dataset.shape) != 3:
+        raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
+    order = torch_generator(recipe.seed, "test-time")
+    chosen = torch.randperm(len(tests.labels), generator=order)
+    if profile is not None:
+        rank = torch.zeros_like(chosen)
+        for c in range(dataset.num_classes):
+            own = chosen[tests.labels[chosen] == c]
+            rank[own] = torch.arange(len(own))
+        chosen = chosen[rank[chosen] < profile[tests.labels[chosen]]]
+
+    def views(batch: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for number in range(2):
+            changed = weakly_changed(tests.inputs[batch], torch_generator(recipe.seed, "view", call, number))
+            batches = make_batches(changed.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+            found.append(engine.predict(model, batches, len(batch), recipe.evaluation.batch_size))
+        return found[0], found[1]
+
+    rate = recipe.optimizer.lr
+    weights = weights_of_agreement(views, chosen, recipe.model.experts, rate, recipe.seed)
+    console.note(f"evaluate: weights of the experts, learnt without labels: {', '.join(f'{w:.3f}' for w in weights)}")
+    return weights
 
 
 def own_tests(dataset: Dataset, split: str) -> TestSet:
@@ -254,32 +326,20 @@ def publish(
     source: PhaseFolder,
     recipe: Recipe,
     dataset: Dataset,
-    logits: torch.Tensor,
-    experts: torch.Tensor,
+    predicted: Predicted,
     tests: TestSet,
     options: Options,
     checkpoint: str,
 ) -> None:
-    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors.
-
-    Args:
-        logits: [N, C].
-        experts: raw ones of each expert [E, N, C].
-    """
-    labels = tests.labels
+    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
+    labels, logits, experts, profile = tests.labels, predicted.logits, predicted.experts, predicted.profile
     groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
-    profile = None
-    if options.test_distribution != "uniform":
-        num_test = torch.bincount(labels, minlength=dataset.num_classes)
-        if empty := int((num_test == 0).sum()):
-            raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
-        counts = torch.tensor(dataset.class_counts)
-        profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups, profile),
         "test_distribution": options.distribution,
         "num_experts": len(experts),
+        "expert_weights": None if predicted.weights is None else [round(w, 4) for w in predicted.weights.tolist()],
         "experts": [summary(z, labels, groups, profile) for z in experts] if len(experts) > 1 else [],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
         "confusion_source": recipe.confusion.source,
@@ -287,8 +347,8 @@ def publish(
     }
     recorder.publish(artifacts.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
 
-    confidence, predicted = logits.softmax(1).max(1)
-    matrix = confusion_matrix(labels, predicted, dataset.num_classes)
+    confidence, classes = logits.softmax(1).max(1)
+    matrix = confusion_matrix(labels, classes, dataset.num_classes)
     columns: dict[str, Any] = {
         "class_id": range(dataset.num_classes),
         "class_name": dataset.class_names,
@@ -302,7 +362,7 @@ def publish(
     columns = {
         "sample_id": tests.samples["sample_id"],
         "label": labels.numpy(),
-        "predicted": predicted.numpy(),
+        "predicted": classes.numpy(),
         "confidence": confidence.numpy(),
     }
     recorder.publish_table(artifacts.PREDICTIONS, artifacts.PREDICTIONS_SCHEMA, columns)
