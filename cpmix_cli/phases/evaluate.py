@@ -297,11 +297,21 @@ MARK = " (!)"
 """Behind the name of an evaluation whose network was trained with the test split's labels."""
 
 
-def accuracy_rows(evaluations: Path) -> list[list[str]]:
-    """A table row for each finished evaluation of a run, in the order of its phases."""
+def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
+    """A table row for each finished evaluation of a run, in the order of its phases.
+
+    Raises:
+        InputError: the evaluation in the folder named `own` is damaged; of another that is, a warning tells.
+    """
     rows = []
     for path in sorted(evaluations.glob(f"*/{artifacts.RUN}"), key=lambda p: _place(p.parent.name)):
-        n = read_numbers(path.parent)
+        try:
+            n = read_numbers(path.parent)
+        except InputError as fault:
+            if path.parent.name == own:
+                raise
+            console.warn(f"left out: {fault.message}")
+            continue
         keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
         cells = ["-" if n[k] is None else f"{n[k]:.2f}" for k in keys]
         mark = MARK if n.get("confusion_source") == "test_legacy" else ""
@@ -352,7 +362,7 @@ def _place(name: str) -> tuple[int, str]:
 def report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it."""
     numbers = read_numbers(folder)
-    rows = accuracy_rows(folder.parent)
+    rows = accuracy_rows(folder.parent, folder.name)
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
         title="per cent; many: more than 100 training images, few: fewer than 20",
