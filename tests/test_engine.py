@@ -3,6 +3,7 @@
 import copy
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from cpmix_cli import engine, signals
 from cpmix_cli.confusion import draw_confused
 from cpmix_cli.data.batches import Batches, ClassPool, ImageBatches, PointBatches
-from cpmix_cli.engine import fit, make_optimizer
+from cpmix_cli.engine import first_step, fit, make_optimizer
 from cpmix_cli.errors import Diverged, Interrupted
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe import Data, Model, Optimizer, ParameterGroup, Stage
@@ -358,6 +359,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
     with pytest.raises(Diverged, match=r"step 1 of epoch 1, learning rate 0\.1") as caught:
         fit(plan_of(terms_of(erm=ERM), 3), broken, state, publish=lambda: published.append(1))
     assert caught.value.exit_code == 5
+    assert not published
+
+
+def test_weights_that_one_update_makes_infinite_are_never_published() -> None:
+    """Loss and gradient are finite; 1e307 times a gradient above 18 is not."""
+    points = PointBatches(torch.tensor([[1e3, -1e3], [-1e3, 1e3]], dtype=torch.float64))
+    large = TrainingData(points, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    model = in_double(build_model(Model(name="one-hidden-layer"), 2, (2,), torch.Generator().manual_seed(0)))
+    published: list[int] = []
+    for run in (fit, first_step):
+        own = copy.deepcopy(model)
+        state = TrainingState(own, make_optimizer(own, Optimizer()), torch.zeros(2, 2, dtype=torch.float64), epoch=1)
+        plan = replace(plan_of(terms_of(erm=ERM), 1), learning_rate=lambda *_: 1e307)
+        more = {"publish": lambda: published.append(1)} if run is fit else {}
+        with pytest.raises(Diverged, match="weights are not finite after step 1 of epoch 1: model"):
+            run(plan, large, state, **more)  # type: ignore[operator]
     assert not published
 
 
