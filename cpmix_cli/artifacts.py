@@ -195,8 +195,13 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def check_place(folder: Path, needed_bytes: int) -> None:
+def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> None:
     """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
+
+    Args:
+        folder: it, or where it will be.
+        needed_bytes: in all, beyond what is there.
+        largest_file: its bytes, which `ulimit -f` may forbid.
 
     Raises:
         EnvironmentFault: with the reason. A quota shows only when it is hit.
@@ -209,6 +214,8 @@ def check_place(folder: Path, needed_bytes: int) -> None:
         code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
     elif shutil.disk_usage(place).free < needed_bytes:
         code = errno.ENOSPC
+    elif 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < largest_file:
+        code, needed_bytes = errno.EFBIG, largest_file
     if code:
         raise write_fault(folder, OSError(code, os.strerror(code)), needed_bytes=needed_bytes)
 
@@ -263,6 +270,18 @@ def publish(path: Path, data: bytes) -> str:
             with suppress(OSError):
                 leftover.unlink(missing_ok=True)
     return sha
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes of this machine left that died while they published this very file: for one outside a
+    locked folder, whose sweep sees to the rest.
+    """
+    *_, name = temporary_for(path).name.rpartition("-")
+    for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
+        pid = left.name.removesuffix("-before").split("-")[-2]
+        if not Path(f"/proc/{pid}").exists():
+            with suppress(OSError):
+                left.unlink()
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
@@ -343,8 +362,23 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _wait_for(path: Path) -> None:
-    """Give a file that has to be there some seconds to show."""
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name, be it a link to nowhere.
+
+    Raises:
+        InputError: that cannot be seen: what is out of sight is not taken for what is not there.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as fault:
+        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    return True
+
+
+def wait_for(path: Path) -> None:
+    """Give a file that has to be there some seconds to show, LATE_SECONDS at most; none where its folder is not."""
     until = time.monotonic() + LATE_SECONDS
     while not os.path.lexists(path) and path.parent.is_dir() and time.monotonic() < until:
         time.sleep(0.1)
@@ -364,7 +398,7 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
         InputError: it is missing, unreadable, no file, too large, or its bytes are not those that were published.
     """
     if sha is not None:
-        _wait_for(path)
+        wait_for(path)
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:

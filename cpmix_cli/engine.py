@@ -274,6 +274,7 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
         step(state.step)
         state.step += 1
         _check_finite(plan, state, steps, [0.0] * len(state.sums))
+        _check_weights(plan, state)
 
 
 def _check_finite(plan: Plan, state: TrainingState, steps: int, before: list[float] | None = None) -> list[float]:
@@ -309,10 +310,20 @@ def _check_finite(plan: Plan, state: TrainingState, steps: int, before: list[flo
 
 
 def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> None:
-    """Publish a state that is finite: the last step's update can be too large where its gradient was not.
+    """Publish a state that is finite.
 
     Raises:
         Diverged: it is not.
+    """
+    _check_weights(plan, state)
+    publish()
+
+
+def _check_weights(plan: Plan, state: TrainingState) -> None:
+    """Look at the weights: the last step's update can be too large where its gradient was not.
+
+    Raises:
+        Diverged: they are not finite.
     """
     if bad := not_finite(_numbers(state)):
         raise Diverged(
@@ -320,7 +331,6 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
             needed_by=plan.phase,
             fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
         )
-    publish()
 
 
 def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:

@@ -66,8 +66,8 @@ def combined(
 def weights_of_agreement(
     views: Callable[[Tensor, int], tuple[Tensor, Tensor]], chosen: Tensor, num_experts: int, rate: float, seed: int
 ) -> Tensor:
-    """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most; no label is
-    looked at.
+    """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most. No label
+    is looked at.
 
     Args:
         views: positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C].

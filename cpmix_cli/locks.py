@@ -155,7 +155,6 @@ def hold(folder: Path, *, wait: bool = False) -> Lock:
         EnvironmentFault: another process holds it, or the folder cannot be written.
     """
     made = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
-    artifacts.make_folder(folder)
     owner = _this_process()
     waits_for = ""
     while (held_by := _try(folder, owner)) is not None:
@@ -175,9 +174,11 @@ def _sweep(folder: Path, owner: Owner) -> None:
     for path in folder.glob(f"{LOCK}-*"):
         found, silence = _read(path), _silence(path, now)
         if not (found.is_alive(silence, owner) if found is not None else silence < STALE_SECONDS):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
     for path in folder.glob(f"{artifacts.TEMPORARY}*"):  # nobody else writes here
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another user's, in a folder that lets nobody else remove it
+            path.unlink()
 
 
 def tidy(folder: Path) -> None:
@@ -193,10 +194,16 @@ def refuse_if_held(folder: Path) -> None:
     Raises:
         EnvironmentFault: another process holds the folder.
     """
+    if (found := holder(folder)) is not None:
+        raise _refusal(folder, found)
+
+
+def holder(folder: Path) -> Owner | None:
+    """The living process that writes a folder, if one does."""
     path = folder / LOCK
     found = _read(path)
-    if found is not None and found.is_alive(_silence(path, time.time()), _this_process()):
-        raise _refusal(folder, found)
+    alive = found is not None and found.is_alive(_silence(path, time.time()), _this_process())
+    return found if alive else None
 
 
 def _refusal(folder: Path, held_by: Owner) -> EnvironmentFault:
@@ -212,6 +219,7 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
     Returns:
         None, or the living owner.
     """
+    artifacts.make_folder(folder)  # each time: a writer that wrote nothing takes it away when it leaves
     lock = folder / LOCK
     candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
     try:
@@ -226,6 +234,8 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
             if found is None and lock.exists() and silence < STALE_SECONDS:  # damaged, or of another version
                 return Owner("an unknown process", 0, "", "", "", "", 0)
             _set_aside(lock, found)
+    except FileNotFoundError:  # such a writer left just now
+        return _try(folder, owner)
     except OSError as fault:
         raise artifacts.write_fault(lock, fault, needed_bytes=4096) from fault
     finally:

@@ -100,7 +100,7 @@ class ParameterGroup(Table):
     """Parameters whose name starts with `prefix` get their own settings; the first matching group counts."""
 
     prefix: str
-    lr_factor: float = Field(default=1.0, ge=0)
+    lr_factor: float = Field(default=1.0, ge=0, le=1e6)
     weight_decay: float | None = Field(default=None, ge=0)
 
 
@@ -117,7 +117,7 @@ class Optimizer(Table):
     """One optimizer for both stages."""
 
     kind: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0, le=1e30)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
     nesterov: bool = False
@@ -264,7 +264,7 @@ class Finetune(Stage):
     """Training of the head on a trained network."""
 
     epochs: int = Field(default=30, ge=1)
-    lr: float = Field(default=0.5, gt=0)
+    lr: float = Field(default=0.5, gt=0, le=1e30)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)

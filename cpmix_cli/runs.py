@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,21 +48,39 @@ class PhaseFolder:
 
     @property
     def done(self) -> bool:
-        """run.json is there, whatever it is."""
-        return os.path.lexists(self.path / artifacts.RUN)
+        """run.json is there, whatever it is.
+
+        Raises:
+            InputError: the folder cannot be looked into.
+        """
+        return artifacts.is_there(self.path / artifacts.RUN)
 
     @property
     def is_begun(self) -> bool:
         """Done, or a training state is there."""
-        return self.done or os.path.lexists(self.path / artifacts.TRAINING_STATE)
+        return self.done or artifacts.is_there(self.path / artifacts.TRAINING_STATE)
 
     def record(self) -> dict[str, Any]:
         """run.json, verified.
 
         Raises:
-            InputError: the phase is not done, or its record is damaged.
+            InputError: the phase is not done, or its record is damaged, or of another phase.
         """
-        return read_run(self.path, PhaseEntry)
+        return self._own(artifacts.RUN, read_run(self.path, PhaseEntry))
+
+    def _own(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
+        """A record of this phase; a folder may have been copied under another's name.
+
+        Raises:
+            InputError: of another.
+        """
+        if record["phase"] != self.phase:
+            raise InputError(f"{self.path / name} is of {record['phase']}, and not of {self.phase}")
+        return record
+
+    def files(self, *names: str) -> list[Path]:
+        """Those of these files that are there."""
+        return [self.path / name for name in names if (self.path / name).is_file()]
 
     def output(self, name: str) -> tuple[Path, str]:
         """Path and recorded hash of one of the phase's files."""
@@ -76,7 +95,7 @@ class PhaseFolder:
         if self.done:
             return self.record()
         path = self.path / artifacts.TRAINING_STATE
-        return _state_entry(path, artifacts.check_seal(path, artifacts.read_header(path)[1]))
+        return self._own(path.name, _state_entry(path, artifacts.check_seal(path, artifacts.read_header(path)[1])))
 
     def recipe(self) -> Recipe:
         """The resolved recipe of a done or interrupted phase, verified.
@@ -271,6 +290,8 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
         if wanted not in candidates:
             raise UsageError(f"{needed_by} takes no phase {wanted}: one of {', '.join(candidates)}")
         folder = PhaseFolder(run, wanted)
+        if not folder.is_begun:  # the job before may have ended on another machine, a moment ago
+            artifacts.wait_for(folder.path / artifacts.RUN)
         status = folder.status()
         if status != "done":
             why = folder.stale_because() if status == "stale" else None
@@ -354,7 +375,8 @@ def decide(
     Args:
         folder: the output folder.
         made_from: what the output depends on: "recipe" tables and hashes of inputs.
-        overwrite: start again whatever is there.
+        overwrite: start again whatever is there, but for what the same command began and did not finish: a job that
+            is preempted and queued again has the flag each time.
         refresh: inputs that changed are reason enough to start again (for outputs that cost seconds).
 
     Returns:
@@ -368,11 +390,16 @@ def decide(
     found: dict[str, Any] | None = None
     state: Literal["resume", "done"] = "done"
     outputs: dict[str, str] = {}
-    if not overwrite:
-        if os.path.lexists(folder / artifacts.RUN):
+    if overwrite:
+        if not artifacts.is_there(folder / artifacts.RUN):
+            with suppress(InputError):
+                if read_state(folder / artifacts.TRAINING_STATE)[1]["made_from"] == made_from:
+                    return "resume"
+    else:
+        if artifacts.is_there(folder / artifacts.RUN):
             record = read_run(folder)
             found, outputs = record["made_from"], record["outputs"]
-        elif os.path.lexists(path := folder / artifacts.TRAINING_STATE):
+        elif artifacts.is_there(path := folder / artifacts.TRAINING_STATE):
             found, state = read_state(path)[1]["made_from"], "resume"
     if found is None:
         return "fresh"
@@ -391,15 +418,14 @@ def decide(
 
 
 def clear(folder: Path) -> None:
-    """Make the output folder, and take away what claims that it is done or begun; run.json goes first.
+    """Make the output folder, and take away what claims that it is done; what is left is replaced file by file.
 
     Raises:
         EnvironmentFault: the folder cannot be made or written.
     """
     artifacts.make_folder(folder)
     try:
-        for name in (artifacts.RUN, artifacts.TRAINING_STATE):
-            (folder / name).unlink(missing_ok=True)
+        (folder / artifacts.RUN).unlink(missing_ok=True)
     except OSError as fault:
         raise artifacts.write_fault(folder, fault) from fault
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import threading
@@ -86,6 +87,30 @@ def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     artifacts.publish(path, b"")
     assert artifacts.read_bytes(path) == b""
+
+
+def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    own = artifacts.temporary_for(path)
+    host, digest = own.name.removeprefix(artifacts.TEMPORARY).rsplit("-", 2)[0], own.name.rsplit("-", 1)[1]
+    dead, alive = (f"{artifacts.TEMPORARY}{host}-{pid}-{digest}" for pid in (2**22 - 1, os.getpid()))
+    other = f"{artifacts.TEMPORARY}{host}-{2**22 - 1}-00000000"
+    for name in (dead, f"{dead}-before", alive, other):
+        (tmp_path / name).write_bytes(b"half")
+    artifacts.sweep(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, other])
+
+
+def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
+    artifacts.check_place(tmp_path, 1000, largest_file=1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, before[1]))
+    try:
+        artifacts.check_place(tmp_path, 5000, largest_file=900)
+        with pytest.raises(EnvironmentFault, match=r"1,000 bytes are needed, a file may have 900 here \(ulimit -f\)"):
+            artifacts.check_place(tmp_path, 5000, largest_file=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_in_the_files_place_stays(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cpmix, files, must
+from test_interruption import hooked
 
 from cpmix_cli import artifacts
 from cpmix_cli.errors import EnvironmentFault
@@ -153,16 +154,68 @@ def limited(*command: object, size: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_full_disk_while_training_keeps_what_there_was(digits: Path, digits_run: Path) -> None:
+def test_a_limit_on_files_is_seen_before_the_first_batch(digits: Path, digits_run: Path) -> None:
     again = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
+    before = contents(digits_run)
     result = limited(*again, size=100_000)
     assert result.returncode == 4
-    assert "cannot write" in result.stderr
-    assert "training_state.safetensors: File too large" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not [name for name in files(digits_run) if "cpmix-tmp" in name]
-    assert (digits_run / "stage2" / "model.safetensors").is_file()
-    must(*again)  # there is room again: the same command goes on
+    assert f"cannot write {digits_run / 'stage1'}: File too large" in result.stderr
+    assert "a file may have 100,000 here (ulimit -f)" in result.stderr
+    assert "epoch=" not in result.stderr
+    assert contents(digits_run) == before
+
+
+@pytest.mark.parametrize("ends", ["diverges", "finds no room", "is killed"])
+def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
+    digits: Path, digits_run: Path, ends: str
+) -> None:
+    """The finished stage 1 outlives a new one that comes to nothing."""
+    before = contents(digits_run)
+    command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
+    if ends == "diverges":
+        result = cpmix(*command, "--set", "optimizer.lr=1e30")
+        assert result.code == 5
+        assert f"no state was saved before; {digits_run / 'stage1'} is left as it was" in result.stderr
+    else:
+        doing = "raise OSError(28, 'No space left on device')" if ends == "finds no room" else "os.kill(os.getpid(), 9)"
+        hook = (
+            "import os, pathlib\n"
+            "def opened(path, *rest, real=pathlib.Path.open, **more):\n"
+            f"    if path.name.startswith({artifacts.TEMPORARY!r}): {doing}\n"
+            "    return real(path, *rest, **more)\n"
+            "import cpmix_cli.artifacts\n"
+            "pathlib.Path.open = opened"
+        )
+        result = hooked(hook, *command)
+        assert result.returncode == (4 if ends == "finds no room" else -9), result.stderr
+        assert (digits_run / "stage1" / "run.json").exists() is False  # it was to be replaced that moment
+        must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)  # as it was made: nothing is lost
+    assert {n: d for n, d in contents(digits_run).items() if "run.json" not in n} == {
+        n: d for n, d in before.items() if "run.json" not in n
+    }
+
+
+def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    """A job that is queued again has its flag again."""
+    flags = ["--data", digits, "--epochs", 200, "--seed", 3]
+    command = ["train-stage1", *flags, "--out", digits_run, "--overwrite"]
+    hook = (
+        "import os, signal, cpmix_cli.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        "    real(self, number)\n"
+        "    if self._state.epoch == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "step.Step.__call__ = call"
+    )
+    result = hooked(hook, *command)
+    assert result.returncode == 75
+    assert "stage1 is saved at epoch 5, step 1" in result.stderr
+    result = must(*command)
+    assert "stage1: goes on after epoch 5, step 1" in result.stderr
+    must("train-stage1", *flags, "--out", tmp_path / "whole")
+    ours, whole = (run / "stage1" / "model.safetensors" for run in (digits_run, tmp_path / "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+    result = must(*command)  # it is done, and so overwritten
+    assert "goes on" not in result.stderr
 
 
 def test_a_full_disk_while_building(tmp_path: Path) -> None:

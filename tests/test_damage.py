@@ -22,6 +22,7 @@ from conftest import cpmix, files, must
 from PIL import Image
 
 from cpmix_cli import artifacts
+from cpmix_cli.errors import InputError
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
@@ -334,6 +335,41 @@ def test_files_of_other_runs(toy: Path, toy_run: Path, digits_run: Path, tmp_pat
     result = cpmix("evaluate", "--from", toy_run, "--phase", "stage2")
     assert result.code == 3
     assert "stage2 is stale: stage1 was trained again since" in result.stderr
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_phase_under_another_ones_name(digits_run: Path, done: bool) -> None:
+    shutil.rmtree(digits_run / "finetune")
+    shutil.copytree(digits_run / "stage2", digits_run / "finetune")
+    if not done:
+        interrupt(digits_run / "finetune")
+    name = artifacts.RUN if done else artifacts.TRAINING_STATE
+    commands = (("status", digits_run), ("evaluate", "--from", digits_run))
+    for command in commands if done else commands[:1]:
+        result = cpmix(*command)
+        assert result.code == 3
+        assert f"{digits_run / 'finetune' / name} is of stage2, and not of finetune" in result.stderr
+
+
+def test_what_is_out_of_sight_is_not_taken_for_absent(tmp_path: Path) -> None:
+    """As for a user who may not look into a folder: here a name that no file system takes."""
+    assert not artifacts.is_there(tmp_path / "nowhere" / "x")
+    (tmp_path / "file").write_text("")
+    assert not artifacts.is_there(tmp_path / "file" / "x")
+    with pytest.raises(InputError, match="File name too long"):
+        artifacts.is_there(tmp_path / ("n" * 300))
+
+
+def test_a_damaged_evaluation_beside_a_sound_one(digits_run: Path) -> None:
+    must("evaluate", "--from", digits_run, "--phase", "stage1")
+    path = digits_run / "evaluation" / "stage1" / "metrics.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    result = must("evaluate", "--from", digits_run)
+    assert f"warning: left out: {path} is damaged" in result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == ["finetune", "up"]
+    must("confusion-report", "--from", digits_run)
+    result = cpmix("evaluate", "--from", digits_run, "--phase", "stage1")
+    assert (result.code, str(path) in result.stderr) == (3, True)
 
 
 # -- nothing is unpickled, nothing unpacked beyond its bounds ----------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import copy
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from cpmix_cli import engine, signals
 from cpmix_cli.confusion import draw_confused
 from cpmix_cli.data.batches import Batches, ClassPool, ImageBatches, PointBatches
-from cpmix_cli.engine import fit, make_optimizer
+from cpmix_cli.engine import first_step, fit, make_optimizer
 from cpmix_cli.errors import Diverged, Interrupted
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe import Data, Model, Optimizer, ParameterGroup, Stage
@@ -91,8 +92,23 @@ def one_hot_loss(logits: Tensor, target: list[float], shift: list[float]) -> Ten
     return sum((-q * (z[c] - log_sum) for c, q in enumerate(target)), torch.zeros(()))
 
 
-def check_against_loop(state: TrainingState, terms: list[Term], loop: Callable[[Classifier], Tensor]) -> TrainingState:
-    """Run one step by fit() and one by hand (momentum from the state, if any); compare weights and loss."""
+def check_against_loop(
+    state: TrainingState,
+    terms: list[Term],
+    loop: Callable[[Classifier], Tensor],
+    *,
+    nesterov: bool = False,
+    groups: Sequence[ParameterGroup] = (),
+) -> TrainingState:
+    """Run one step by fit() and one by hand (momentum from the state, if any); compare weights and loss.
+
+    Args:
+        state: changed in place.
+        terms: of the plan.
+        loop: the network -> the loss by hand.
+        nesterov: of the state's optimizer.
+        groups: of the same.
+    """
     by_hand = copy.deepcopy(state)
     fit(plan_of(terms, state.epoch), data(), state, publish=never)
 
@@ -101,18 +117,19 @@ def check_against_loop(state: TrainingState, terms: list[Term], loop: Callable[[
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     for (name, p), g in zip(model.named_parameters(), gradients, strict=True):
         buffer = by_hand.optimizer.state.get(p, {}).get("momentum_buffer")
-        step = g + DECAY * p.detach()
+        own = next((group for group in groups if name.startswith(group.prefix)), ParameterGroup(prefix=""))
+        step = g + (DECAY if own.weight_decay is None else own.weight_decay) * p.detach()
         velocity = step if buffer is None else MOMENTUM * buffer + step
-        expected = p.detach() - LR * velocity
+        expected = p.detach() - LR * own.lr_factor * (step + MOMENTUM * velocity if nesterov else velocity)
         found = state.model.get_parameter(name).detach()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
     assert state.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     return state
 
 
-def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
-    terms = terms_of(erm=ERM)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 1, 9)
+def erm_loop(epoch: int) -> Callable[[Classifier], Tensor]:
+    """Balanced Softmax over the samples of the epoch's one step."""
+    draws = draw_epoch(terms_of(erm=ERM), 24, 64, (11, "stage2"), epoch, 9)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
 
     def loop(model: Classifier) -> Tensor:
@@ -125,7 +142,27 @@ def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
             losses.append(one_hot_loss(logits[b], target, prior))
         return torch.stack(losses).sum() / len(losses)
 
-    check_against_loop(fresh(), terms, loop)
+    return loop
+
+
+def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
+    check_against_loop(fresh(), terms_of(erm=ERM), erm_loop(1))
+
+
+def test_two_steps_with_nesterov_and_parameter_groups() -> None:
+    """v = 0.9 v + g + decay w, and w loses factor * rate * (g + decay w + 0.9 v); the first group that fits counts."""
+    groups = [
+        ParameterGroup(prefix="head.bias", lr_factor=0.5, weight_decay=0.0),
+        ParameterGroup(prefix="head", lr_factor=3.0),
+        ParameterGroup(prefix="conv1", lr_factor=0.0),
+        ParameterGroup(prefix="blocks.1", lr_factor=0.1, weight_decay=0.05),
+    ]
+    recipe = Optimizer(momentum=MOMENTUM, nesterov=True, weight_decay=DECAY, groups=groups)
+    state = fresh()
+    state.optimizer = make_optimizer(state.model, recipe)
+    for epoch in (1, 2):
+        state.epoch, state.step = epoch, 0
+        check_against_loop(state, terms_of(erm=ERM), erm_loop(epoch), nesterov=True, groups=groups)
 
 
 def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
@@ -322,6 +359,22 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
     with pytest.raises(Diverged, match=r"step 1 of epoch 1, learning rate 0\.1") as caught:
         fit(plan_of(terms_of(erm=ERM), 3), broken, state, publish=lambda: published.append(1))
     assert caught.value.exit_code == 5
+    assert not published
+
+
+def test_weights_that_one_update_makes_infinite_are_never_published() -> None:
+    """Loss and gradient are finite; 1e307 times a gradient above 18 is not."""
+    points = PointBatches(torch.tensor([[1e3, -1e3], [-1e3, 1e3]], dtype=torch.float64))
+    large = TrainingData(points, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    model = in_double(build_model(Model(name="one-hidden-layer"), 2, (2,), torch.Generator().manual_seed(0)))
+    published: list[int] = []
+    for run in (fit, first_step):
+        own = copy.deepcopy(model)
+        state = TrainingState(own, make_optimizer(own, Optimizer()), torch.zeros(2, 2, dtype=torch.float64), epoch=1)
+        plan = replace(plan_of(terms_of(erm=ERM), 1), learning_rate=lambda *_: 1e307)
+        more = {"publish": lambda: published.append(1)} if run is fit else {}
+        with pytest.raises(Diverged, match="weights are not finite after step 1 of epoch 1: model"):
+            run(plan, large, state, **more)  # type: ignore[operator]
     assert not published
 
 

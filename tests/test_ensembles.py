@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpmix_cli import artifacts
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.ensembles import combined, target_classes
+from cpmix_cli.ensembles import combined, target_classes, weakly_changed, weights_of_agreement
 from cpmix_cli.evaluation import shifted_profile, summary
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, expert_diversity, sade
 from cpmix_cli.models import Classifier, Looped, build_model
@@ -341,6 +341,39 @@ def test_weights_are_what_subsets_give_on_average(generator: torch.Generator) ->
     assert summary(logits, labels, ["many"] * 3, torch.tensor([40, 40, 40])) == summary(logits, labels, ["many"] * 3)
 
 
+# -- weights learnt from test images -----------------------------------------------------------------------------------
+
+
+def test_the_expert_that_agrees_with_itself_gets_the_weight() -> None:
+    """The first says the same of both views, surely; the others say one thing of one and another of the other."""
+    sure = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
+
+    def views(batch: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        first = torch.stack([sure, sure.roll(1, 1), sure.roll(1, 1)]).expand(-1, len(batch), -1)
+        second = torch.stack([sure, sure.roll(2, 1), sure.roll(2, 1)]).expand(-1, len(batch), -1)
+        return first, second
+
+    weights = weights_of_agreement(views, torch.arange(300), 3, rate=0.1, seed=0)
+    assert float(weights.sum()) == pytest.approx(1)
+    assert weights[0] > 0.5
+    assert weights[1] == pytest.approx(float(weights[2]))
+    again = weights_of_agreement(views, torch.arange(300), 3, rate=1000.0, seed=0)
+    assert again.min() < 0.05  # and there it ended: the next step would have found no slope to come back on
+    alike = weights_of_agreement(lambda b, c: (views(b, c)[0][:1].expand(3, -1, -1),) * 2, torch.arange(300), 3, 0.1, 0)
+    torch.testing.assert_close(alike, torch.full((3,), 1 / 3))
+
+
+def test_views_are_random_by_image_and_repeatable() -> None:
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = torch.random.get_rng_state()
+    first, same, other = (weakly_changed(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.shape == images.shape and first.dtype == torch.uint8
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    grey = weakly_changed(images[:2, :8, :8, :1], torch.Generator().manual_seed(0))
+    assert grey.shape == (2, 8, 8, 1)
+
+
 # -- the phases --------------------------------------------------------------------------------------------------------
 
 CPMIX_RIDE = """
@@ -413,6 +446,16 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     warm = must("evaluate", "--from", tmp_path, "--set", "evaluation.temperature=2.5", "--json").json
     assert warm["folder"].endswith("stage1-temperature-2.5")
     assert (warm["top1"], warm["ece"] != plain["ece"]) == (plain["top1"], True)
+    flags = ["--set", "evaluation.aggregate=test-time", "--test-distribution", "backward", "--json"]
+    learnt = must("evaluate", "--from", tmp_path, *flags).json
+    assert learnt["folder"].endswith("stage1-backward-50-aggregate-test-time")
+    assert sum(learnt["expert_weights"]) == pytest.approx(1, abs=1e-3)
+    tensors, _ = artifacts.read_tensors(Path(learnt["folder"]) / "logits.safetensors")
+    mean = torch.einsum("e,enc->nc", torch.tensor(learnt["expert_weights"]), tensors["expert_logits"])
+    torch.testing.assert_close(tensors["logits"], mean, atol=2e-3, rtol=1e-2)  # weights are told with four digits
+    assert (
+        must("evaluate", "--from", tmp_path, *flags, "--overwrite").json["expert_weights"] == learnt["expert_weights"]
+    )
     result = cpmix("evaluate", "--from", tmp_path, "--ratio", 10)
     assert result.code == 2
     assert "--ratio is that of a --test-distribution" in result.stderr

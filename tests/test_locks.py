@@ -160,6 +160,38 @@ def test_no_two_hold_it_at_once(tmp_path: Path) -> None:
     assert files(tmp_path) == ["count"]
 
 
+def test_a_writer_that_leaves_nothing_leaves_those_who_wait_a_folder(tmp_path: Path) -> None:
+    """It takes away the folders that it made."""
+    folder = tmp_path / "a" / "b"
+    with hold(folder):
+        command = [sys.executable, "-c", WAIT, str(folder)]
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "waits for" in waiting.stderr.readline()
+    stdout, stderr = waiting.communicate()
+    assert (waiting.returncode, stdout) == (0, "held\n"), stderr
+
+
+WAIT = """
+import sys
+from pathlib import Path
+from cpmix_cli.locks import hold
+with hold(Path(sys.argv[1]), wait=True) as lock:
+    lock.check()
+    print("held")
+"""
+
+
+def test_status_of_a_phase_in_the_making(digits: Path, tmp_path: Path) -> None:
+    must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
+    result = cpmix("status", tmp_path, "--json")
+    assert result.code == 75
+    (run,) = result.json["runs"]
+    assert (run["phases"][1]["status"], run["phases"][1]["because"]) == ("running", "by node7, pid 77, Slurm job 4711")
+    assert run["next"] is None
+
+
 def test_a_phase_in_the_making_is_left_alone(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     elsewhere = owner(host="node7", pid=77, slurm_job="4711")

@@ -99,9 +99,20 @@ def test_global_random_state_is_neither_read_nor_touched() -> None:
 def test_groups_at_their_borders() -> None:
     assert [group_of(n) for n in (101, 100, 20, 19)] == ["many", "medium", "medium", "few"]
     assert group_of(20, few_inclusive=True) == "few"
-    counts = exponential_counts(500, 100, 200)
-    groups = [group_of(int(n)) for n in counts]
-    assert [groups.count(g) for g in ("many", "medium", "few")] == [30, 31, 39]
+
+
+@pytest.mark.parametrize(
+    ("num_max", "num_classes", "sizes"),
+    [
+        (5000, 10, {10: (10, 0, 0), 50: (9, 1, 0), 100: (8, 2, 0), 200: (7, 3, 0)}),
+        (500, 100, {10: (69, 31, 0), 50: (41, 41, 18), 100: (35, 35, 30), 200: (30, 31, 39)}),
+    ],
+)
+def test_published_sizes_of_the_groups(num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]) -> None:
+    """reference/methods_losses_ensembles.md, table 0.1: classes that are many, medium, few."""
+    for rho, expected in sizes.items():
+        groups = [group_of(int(n)) for n in exponential_counts(num_max, num_classes, rho)]
+        assert tuple(groups.count(g) for g in ("many", "medium", "few")) == expected, rho
 
 
 def test_ranked_counts_are_the_largest_profile_that_fits() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import cpmix, must
@@ -15,6 +16,7 @@ from cpmix_cli.recipe import find_recipe, load, recipe_names
 from cpmix_cli.schedule import learning_rate
 
 CIFAR = [name for name in recipe_names() if name.startswith("cifar")]
+METHODS = [name for name in CIFAR if "ablation" not in name]
 RHOS = ("200", "100", "50", "10")
 NONE = None
 # Table 1, rows of single models: CIFAR-100-LT and CIFAR-10-LT at rho 200, 100, 50, 10.
@@ -272,12 +274,17 @@ def test_rows_of_table_3() -> None:
     assert load("cifar100-lt/ablation-8") == load("cifar100-lt/ablation-9") == load("cifar100-lt/cpmix")
 
 
+TABLE_6 = {1: 0.01, 10: 0.1, 260: 0.1, 261: 1e-3, 280: 1e-3, 281: 1e-5, 300: 1e-5}
 SHELL = {1: 0.02, 5: 0.1, 160: 0.1, 161: 1e-3, 180: 1e-3, 181: 1e-5, 200: 1e-5}
 RATES = {
+    **dict.fromkeys(["balanced-softmax", "cpmix", "cpmix-class-uniform", "cpmix-random"], TABLE_6),
+    **dict.fromkeys(["cpmix-on-lade", "cpmix-on-ldam-drw"], TABLE_6),
+    **dict.fromkeys(["cross-entropy", "crt", "logit-adjusted-posthoc", "lws", "tau-norm"], TABLE_6),
     **dict.fromkeys(["class-balanced", "class-balanced-focal", "focal", "ldam-drw", "unimix"], SHELL),
-    **dict.fromkeys(["cmo", "cmo-balanced-softmax", "cmo-ldam-drw"], SHELL),
+    **dict.fromkeys(["cmo", "cmo-balanced-softmax", "cmo-ldam-drw", "cifar10-lt/remix-drw"], SHELL),
     "lade": {1: 0.04, 5: 0.2, 120: 0.2, 121: 2e-3, 161: 2e-5, 200: 2e-5},
     "logit-adjusted": {1: 0.1 / 22, 22: 0.1, 691: 0.1, 692: 1e-2, 1060: 1e-3, 1291: 1e-4, 1419: 1e-4},
+    "cifar10-lt/logit-adjusted": {1: 0.005, 20: 0.1, 604: 0.1, 605: 1e-2, 927: 1e-3, 1129: 1e-4, 1241: 1e-4},
     "mixup": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
     "remix": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
     "remix-drw": {1: 0.02, 150: 0.1, 151: 1e-2, 251: 1e-3, 300: 1e-3},
@@ -290,14 +297,131 @@ RATES = {
     "otmix-ride": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
     "mislas": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
 }
+"""Epoch -> rate; what stands for CIFAR-10-LT alone under its name."""
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", METHODS)
 def test_published_schedules(name: str) -> None:
-    recipe = load(f"cifar100-lt/{name}")
-    rates = {e: learning_rate(recipe.optimizer.lr, recipe.schedule, e, 0, 75) for e in RATES[name]}
-    assert rates == pytest.approx(RATES[name])
-    assert recipe.schedule.epochs == recipe.schedule.stage1_epochs == max(RATES[name])
+    recipe = load(name)
+    expected = RATES.get(name) or RATES[name.split("/")[1]]
+    rates = {e: learning_rate(recipe.optimizer.lr, recipe.schedule, e, 0, 75) for e in expected}
+    assert rates == pytest.approx(expected)
+    assert recipe.schedule.epochs == max(expected)
+    assert recipe.schedule.stage1_epochs == (200 if recipe.stage2 else max(expected))
+
+
+ERM = "stage1.terms.erm"
+NATURAL = {"draw": "natural", "loss": "cross-entropy", "partner": None, "reweight": None, "weight": 1.0}
+BALANCED = {"loss": "balanced-softmax"}
+EFFECTIVE = {"reweight": "effective-number", "beta": 0.9999, "reweight_after": 0, "reweight_norm": "count"}
+DRW = {**EFFECTIVE, "reweight_after": 160, "reweight_norm": "batch-sum"}
+LDAM = {"loss": "ldam", "max_margin": 0.5, "scale": 30.0}
+COSINE = {"head": "cosine", "head_scale": 30.0}
+LADE = {"loss": "lade", "lader_weight": 0.1, "remine": 0.01}
+ALWAYS = {"match": None, "per_sample": False, "probability": 1.0, "unmixed_first": 0, "unmixed_last": 0}
+MIXUP = {"partner": "permutation", "ratio": "beta", "alpha": 1.0, "mix": "linear", "label": "lambda", **ALWAYS}
+REMIX = {**MIXUP, "label": "remix", "min_ratio": 3.0, "threshold": 0.5}
+GATED = {"probability": 0.5, "unmixed_first": 4, "unmixed_last": 3}
+CMO = {**MIXUP, "partner": "frequency-power", "power": 0.0, "mix": "box", **GATED}
+UNIMIX = {**MIXUP, **BALANCED, "partner": "frequency-power", "power": -1.0, "ratio": "unimix", "alpha": 0.8}
+OTMIX = {**CMO, **BALANCED, "alpha": 4.0, "match": "transport", "match_power": 1.0}
+EQ_9 = {**MIXUP, "alpha": 1.5, "label": "imbalance-aware", "t": 0.5, "loss": "cross-entropy", "weight": 2.5}
+CP = {**EQ_9, "draw": "class-uniform", "partner": "confusion"}
+CPMIX: dict[str, dict[str, Any]] = {
+    ERM: BALANCED,
+    "stage2": {"forward": "joint"},
+    "stage2.terms.erm": {**NATURAL, **BALANCED},
+    "stage2.terms.cp": CP,
+    "stage2.terms.mix": {**EQ_9, "draw": "natural"},
+}
+SGD = {"momentum": 0.9, "nesterov": False, "batch_size": 128}
+HEAD = {"kind": "cosine", "head": "keep", "train": ["head"], "batchnorm": "frozen"}
+CRT = {"epochs": 10, "lr": 0.2, "weight_decay": 5e-4, "batch_size": 512, "head": "reinit"}
+COMMON: dict[str, dict[str, Any]] = {
+    "data": {"augment": "crop-flip", "padding": 4, "normalisation": "cifar10"},
+    "model": {"name": "resnet32", "head": "linear", "head_bias": "drawn"},
+    "optimizer": {**SGD, "kind": "sgd", "weight_decay": 2e-4, "groups": []},
+    "confusion": {"start_epoch": 1, "decay": 1.0, "source": "train"},
+    "stage1": {"forward": "joint"},
+    ERM: NATURAL,
+    "finetune": {**SGD, **HEAD, "epochs": 30, "lr": 0.5, "weight_decay": 0.0},
+    "finetune.terms.erm": {**NATURAL, "draw": "class-uniform"},
+    "evaluation": {"logit_adjustment": 0.0, "tau_norm": 0.0},
+}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "cifar100-lt": {},
+    "cifar10-lt": {"finetune": {"lr": 0.1}},
+    "balanced-softmax": {ERM: BALANCED, "stage2.terms.erm": {**NATURAL, **BALANCED}},
+    "class-balanced": {ERM: EFFECTIVE},
+    "class-balanced-focal": {
+        "model": {"head_bias": "rare"},
+        "optimizer": {"groups": [{"prefix": "head.bias", "lr_factor": 1.0, "weight_decay": 0.0}]},
+        ERM: {**EFFECTIVE, "loss": "sigmoid-focal", "gamma": 1.0},
+    },
+    "cmo": {ERM: CMO},
+    "cmo-balanced-softmax": {ERM: {**CMO, **BALANCED}},
+    "cmo-ldam-drw": {"model": COSINE, ERM: {**CMO, **LDAM, **DRW}},
+    "cpmix": CPMIX,
+    "cpmix-class-uniform": {**CPMIX, "stage2.terms.cp": {**CP, "partner": "class-uniform"}},
+    "cpmix-on-lade": {**CPMIX, ERM: LADE, "stage2.terms.erm": {**NATURAL, **LADE}},
+    "cpmix-on-ldam-drw": {
+        **CPMIX,
+        "model": COSINE,
+        ERM: LDAM,
+        "stage2.terms.erm": {**NATURAL, **LDAM, **DRW, "reweight_after": 260},
+    },
+    "cpmix-random": {**CPMIX, "stage2.terms.cp": {**CP, "partner": "random"}},
+    "cross-entropy": {},
+    "crt": {"finetune": CRT},
+    "cutmix": {"optimizer": {"nesterov": True, "weight_decay": 1e-4}, ERM: {**MIXUP, "mix": "box", "probability": 0.5}},
+    "focal": {ERM: {"loss": "focal", "gamma": 1.0}},
+    "lade": {"optimizer": {"weight_decay": 5e-4, "batch_size": 256}, ERM: LADE},
+    "ldam-drw": {"model": COSINE, ERM: {**LDAM, **DRW}},
+    "logit-adjusted": {"optimizer": {"nesterov": True}, ERM: {"loss": "logit-adjusted", "tau": 1.0}},
+    "logit-adjusted-posthoc": {"evaluation": {"logit_adjustment": 1.0}},
+    "lws": {"finetune": {**CRT, "epochs": 5, "head": "scale", "train": ["head.scale"]}},
+    "mislas": {
+        ERM: MIXUP,
+        "finetune": {"epochs": 10, "lr": 0.1, "weight_decay": 2e-4, "head": "scale", "batchnorm": "shift"},
+        "finetune.terms.erm": {"loss": "label-aware-smoothing"},
+    },
+    "cifar10-lt/mislas": {"finetune": {"batchnorm": "frozen"}},
+    "mixup": {ERM: MIXUP},
+    "otmix": {ERM: {**OTMIX, "feature_weight": 0.05, "regularisation": 0.01}},
+    "regmixup": {
+        "optimizer": {"nesterov": True, "weight_decay": 5e-4},
+        "stage1.terms.mix": {**MIXUP, "draw": "natural", "alpha": 10.0, "loss": "cross-entropy", "weight": 1.0},
+    },
+    "cifar10-lt/regmixup": {"stage1.terms.mix": {"alpha": 20.0}},
+    "remix": {ERM: REMIX},
+    "remix-drw": {ERM: {**REMIX, **EFFECTIVE, "reweight_after": 250}},
+    "cifar10-lt/remix-drw": {ERM: {"reweight_after": 160}},
+    "tau-norm": {"evaluation": {"tau_norm": 1.0}},  # its paper chooses it on held-out images
+    "unimix": {"optimizer": {"batch_size": 64}, ERM: {**UNIMIX, "per_sample": True}},
+}
+"""Data set, method, or both -> table -> its keys, each over COMMON; reference/methods_*.md have the values."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_settings(name: str) -> None:
+    data, method = name.split("/")
+    expected: dict[str, dict[str, Any]] = {}
+    for layer in (COMMON, SETTINGS[data], SETTINGS[method], SETTINGS.get(name, {})):
+        for table, keys in layer.items():
+            expected[table] = expected.get(table, {}) | keys
+    recipe = load(name).tables()
+    if "evaluation" in SETTINGS[method]:  # post hoc: a finetune is no part of the method
+        for tables in (recipe, expected):
+            for table in [t for t in tables if t.startswith("finetune")]:
+                del tables[table]
+    stages = ("stage1", "stage2", "finetune")
+    terms = {f"{stage}.terms.{term}" for stage in stages if stage in recipe for term in recipe[stage]["terms"]}
+    assert terms == {table for table in expected if ".terms." in table}
+    for table, keys in expected.items():
+        found = recipe
+        for part in table.split("."):
+            found = found[part]
+        assert {key: found.get(key) for key in keys} == keys, table
 
 
 @pytest.mark.parametrize(
@@ -319,5 +443,3 @@ def test_mislas_by_rho(data: str, rho: float, smooth: tuple[float, float], facto
     parameters = finetune.terms["erm"].parameters
     assert (parameters["smooth_head"], parameters["smooth_tail"]) == smooth
     assert [(g.prefix, g.lr_factor) for g in finetune.groups] == [("head.scale", 1.0), ("head", factor)]
-    assert finetune.batchnorm == ("shift" if data == "cifar100-lt" else "frozen")
-    assert (finetune.epochs, finetune.lr, finetune.weight_decay, finetune.head) == (10, 0.1, 2e-4, "scale")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_engine import COUNTS, CP, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
 from test_losses import slow_loss
 from torch import Tensor
@@ -42,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "regmixup": {"erm": NATURAL, "mix": {**NATURAL, "partner": "permutation", **LINEAR, "alpha": 10.0}},
     "remix-drw": {"erm": {**NATURAL, "partner": "permutation", **LINEAR, "label": "remix", **DRW}},
     "cmo": {"erm": {**NATURAL, **CMO}},
+    "cmo, labels of Eq. 9": {"erm": {**NATURAL, **CMO, "label": "imbalance-aware", "t": 0.5}},
     "cmo-ldam-drw": {"erm": {**NATURAL, **LDAM, **CMO, **DRW}},
     "unimix": {"erm": {**NATURAL, "partner": "frequency-power", "power": -1.0, **UNIMIX}},
     "unimix, as its code": {"erm": {**NATURAL, "partner": "unimix", "sample_tau": -0.1, **UNIMIX}},
@@ -227,14 +229,30 @@ class Loop:
 
 @pytest.mark.parametrize("tables", METHODS.values(), ids=list(METHODS))
 def test_one_step_is_that_of_loops(tables: dict[str, Any]) -> None:
-    """Epochs 1, 3 and 4: before and after what DRW, windows and chance change."""
+    """Epochs on both sides of what DRW, windows and chance change; epoch 2 is the last without the weights of DRW."""
     gates = set()
-    for epoch in (1, 3, 4):
+    for epoch in (1, 2, 3, 4):
         state = started(tables, epoch)
         loop = Loop(tables, epoch, state.confusion.clone(), copy.deepcopy(state.model))
         check_against_loop(state, terms_of(**tables), loop)
         gates |= {float(g) for n, g in loop.draws.items() if n.endswith("/gate")}
     assert not gates or gates == {0.0, 1.0}
+
+
+def test_regmixup_of_its_code_is_the_mean_over_both_batches() -> None:
+    """Cross entropy over 2 B images [x; x_mix], labels [y; y] and [y; y_partner]: both terms at half their weight."""
+    tables = {name: {**table, "weight": 0.5} for name, table in METHODS["regmixup"].items()}
+    state = started(tables, 1)
+    loop = Loop(tables, 1, state.confusion.clone(), state.model)
+
+    def mean(model: Classifier) -> Tensor:
+        clean, y, _, _ = loop.batch("erm", tables["erm"])
+        mixed, _, partners, (lam, *_) = loop.batch("mix", tables["mix"])
+        logits = model(torch.stack(clean + mixed))
+        first, second = (F.cross_entropy(logits, torch.tensor(y + other)) for other in (y, partners))
+        return lam * first + (1 - lam) * second
+
+    check_against_loop(state, terms_of(**tables), mean)
 
 
 def test_windows_and_chance_of_cmo() -> None:

@@ -205,6 +205,16 @@ def test_frequency_power(power: float, shares: tuple[float, ...], generator: tor
     assert (torch.bincount(found, minlength=3) / 30_000).tolist() == pytest.approx(list(shares), abs=0.015)
 
 
+def test_few_classes_are_most_partners_at_power_minus_1() -> None:
+    """CIFAR-100-LT, rho 100: three in four of UniMix's partners are of the 30 classes with fewer than 20 images."""
+    counts = [int(500 * 100 ** (-c / 99)) for c in range(100)]
+    share = sum(1 / n for n in counts if n < 20) / sum(1 / n for n in counts)
+    assert share == pytest.approx(0.768, abs=5e-4)
+    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    chosen = frequency_power(uniforms, torch.zeros(10_000, dtype=torch.int64), state(counts), power=-1.0)
+    assert (torch.tensor(counts)[chosen] < 20).double().mean().item() == pytest.approx(share, abs=1e-3)
+
+
 def test_transport_without_features_takes_the_most_confused(generator: torch.Generator) -> None:
     """Six classes, one image of each on both sides: each is sent to the class it is confused with most."""
     mixing = state([10] * 6)

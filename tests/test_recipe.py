@@ -26,21 +26,6 @@ def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path:
         assert load(str(path)) == recipe
 
 
-def test_table_6() -> None:
-    recipe = load("cifar100-lt/cpmix", rho=200)
-    s, o = recipe.schedule, recipe.optimizer
-    assert (s.epochs, s.stage1_epochs, s.warmup_epochs, s.kind) == (300, 200, 10, "multistep")
-    assert (s.milestones, s.decay) == ([260, 280], 0.01)
-    assert (o.kind, o.lr, o.momentum, o.weight_decay, o.batch_size) == ("sgd", 0.1, 0.9, 2e-4, 128)
-    assert recipe.stage2 is not None
-    assert recipe.finetune is not None
-    for name in ("cp", "mix"):
-        term = recipe.stage2.terms[name]
-        assert (term.weight, term.alpha, term.parameters) == (2.5, 1.5, {"t": 0.5})
-    f = recipe.finetune
-    assert (f.epochs, f.lr, f.momentum, f.weight_decay) == (30, 0.5, 0.9, 0.0)
-
-
 def test_all_faults_are_listed_at_once_with_the_nearest_name() -> None:
     settings = [
         "optimizer.lrr=0.1",

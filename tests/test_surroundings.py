@@ -198,6 +198,8 @@ def test_a_dry_run_takes_a_step_of_every_phase(digits: Path, digits_run: Path, t
     result = cpmix("train-stage1", *flags, "--set", "stage2.terms.cp.weight=1e39")
     assert result.code == 5
     assert "needed by: stage2" in result.stderr
+    result = cpmix("train-stage1", *flags, "--set", "optimizer.lr=1e300")
+    assert (result.code, "optimizer.lr = 1e+300: Input should be less than" in result.stderr) == (2, True)
     for command in ("train-stage2", "finetune"):
         result = must(command, "--from", digits_run, "--overwrite", "--dry-run")
         assert "all checks passed, a step of" in result.stdout

@@ -1,6 +1,5 @@
 """Reading a data set folder that build-lt wrote."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def open_dataset(folder: Path, *, needed_by: str) -> Dataset:
     Raises:
         InputError: no data set there, or its record or class counts are damaged.
     """
-    if not os.path.lexists(folder / artifacts.DATASET):
+    if not artifacts.is_there(folder / artifacts.DATASET):
         raise InputError(
             f"no data set in {folder} ({artifacts.DATASET} is missing)",
             needed_by=needed_by,

@@ -1,6 +1,5 @@
 """build-lt: a long-tailed data set folder from a source."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,7 @@ def run(options: Options) -> None:
         "image_size": size if source.own else None,
         "listing": source.own.listing if source.own else None,
     }
-    if not options.overwrite and os.path.lexists(folder / artifacts.DATASET):
+    if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):
         _report_existing(folder, made_from)
         return
 
@@ -79,7 +78,7 @@ def run(options: Options) -> None:
     counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
     artifacts.check_place(folder, 0)
     with locks.hold(folder, wait=True) as lock:
-        if not options.overwrite and os.path.lexists(folder / artifacts.DATASET):  # while this one waited
+        if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):  # while this one waited
             _report_existing(folder, made_from)
             return
         splits = _load(source, parts)

@@ -60,7 +60,7 @@ def run(options: Options) -> None:
         dataset.num_classes,
     )
     pairs = confused_pairs(matrix.numpy(), dataset.class_counts)
-    accuracies = accuracy_rows(evaluations)
+    accuracies = accuracy_rows(evaluations, evaluation.name)
 
     folder, index = out / "confusion" / source.phase, out / "confusion" / "index.html"
     made_from = {

@@ -386,11 +386,21 @@ MARK = " (!)"
 """Behind the name of an evaluation whose network was trained with the test split's labels."""
 
 
-def accuracy_rows(evaluations: Path) -> list[list[str]]:
-    """A table row for each finished evaluation of a run, in the order of its phases."""
+def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
+    """A table row for each finished evaluation of a run, in the order of its phases.
+
+    Raises:
+        InputError: the evaluation in the folder named `own` is damaged; of another that is, a warning tells.
+    """
     rows = []
     for path in sorted(evaluations.glob(f"*/{artifacts.RUN}"), key=lambda p: _place(p.parent.name)):
-        n = read_numbers(path.parent)
+        try:
+            n = read_numbers(path.parent)
+        except InputError as fault:
+            if path.parent.name == own:
+                raise
+            console.warn(f"left out: {fault.message}")
+            continue
         mark = MARK if n.get("confusion_source") == "test_legacy" else ""
         rows.append(accuracy_row(path.parent.name + mark, n))
     return rows
@@ -447,7 +457,7 @@ def _place(name: str) -> tuple[int, str]:
 def report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
     numbers = read_numbers(folder)
-    rows = accuracy_rows(folder.parent)
+    rows = accuracy_rows(folder.parent, folder.name)
     experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers["experts"], start=1)]
     console.result(
         {"command": "evaluate", "status": status, "folder": str(folder), **numbers},

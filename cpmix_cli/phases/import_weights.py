@@ -71,6 +71,7 @@ def run(options: Options) -> None:
         status = "up to date"
     else:
         artifacts.make_folder(out.parent)
+        artifacts.sweep(out)
         artifacts.publish(out, converted)
     values = sum(t.numel() for t in tensors.values())
     sha = artifacts.sha256(converted)

@@ -68,6 +68,7 @@ def run(options: Options) -> None:
     }
     if options.out is not None:
         artifacts.make_folder(options.out.parent)
+        artifacts.sweep(options.out)
         artifacts.publish_table(options.out, artifacts.PREDICTED_IMAGES_SCHEMA, columns)
     report(options, source.phase, [str(path) for path in paths], predicted, confidence, classes)
 

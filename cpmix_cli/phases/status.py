@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpmix_cli import artifacts, console, runs
+from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.errors import EXIT_INTERRUPTED, InputError
 from cpmix_cli.phases.evaluate import MARK, legend, read_numbers
 from cpmix_cli.recipe import Recipe
@@ -17,7 +17,8 @@ class PhaseStatus:
 
     phase: str
     status: str
-    """done, stale, interrupted, absent, or elsewhere: done in the run that this one started from."""
+    """done, stale, interrupted, absent; running: another process writes it now; or elsewhere: done in the run that this
+    one started from."""
     epochs: int
     total_epochs: int
     top1: float | None
@@ -25,7 +26,7 @@ class PhaseStatus:
     leaked: bool
     """Test labels took part in the training, see evaluate.MARK."""
     because: str | None
-    """Why it no longer belongs to its input, or where else it is."""
+    """Why it no longer belongs to its input, where else it is, or who writes it."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,16 @@ def inspect(folder: Path) -> RunStatus:
     for phase in PHASES:
         at = PhaseFolder(root, phase)
         if PHASES.index(phase) < PHASES.index(begun[0].phase):
-            if totals[phase]:
+            if totals[phase] and place:
                 phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, False, place))
+            elif totals[phase]:  # it was here, and is gone
+                phases.append(inspect_phase(at, totals[phase]))
         elif totals[phase] or at in begun:
             phases.append(inspect_phase(at, totals[phase]))
     unfinished = [p.phase for p in phases if p.status not in ("done", "elsewhere") and totals[p.phase]]
     following = to_continue(PhaseFolder(root, unfinished[0]), recipe) if unfinished else to_finish(root, last)
+    if any(p.status == "running" for p in phases):
+        following = None  # it would be refused
     return RunStatus(str(folder), "continue" if unfinished else "done", phases, following)
 
 
@@ -114,14 +119,16 @@ def epochs_of(recipe: Recipe) -> dict[str, int]:
 def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
     """The state of one phase folder; `total` epochs are to be where it is absent, else it says so itself."""
     status = folder.status()
+    writer = locks.holder(folder.path) if status in ("absent", "interrupted") else None
+    shown, because = ("running", f"by {writer.name}") if writer else (status, None)
     if status == "absent":
-        return PhaseStatus(folder.phase, status, 0, total, None, False, None)
-    because = folder.stale_because()
+        return PhaseStatus(folder.phase, shown, 0, total, None, False, because)
+    because = because or folder.stale_because()
     if status == "interrupted":
         tensors, _ = runs.read_state(folder.path / artifacts.TRAINING_STATE)  # whole: what is damaged cannot go on
         epochs = len(tensors.get("history", ()))
         total = epochs_of(folder.recipe())[folder.phase]
-        return PhaseStatus(folder.phase, status, epochs, total, None, False, because)
+        return PhaseStatus(folder.phase, shown, epochs, total, None, False, because)
     epochs = folder.record()["epochs"]
     leaked = folder.recipe().confusion.source == "test_legacy"
     return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), leaked, because)
@@ -143,6 +150,8 @@ def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     root, phase, status = folder.run, folder.phase, folder.status()
     if status == "absent":
         before = [p for p in PHASES[: PHASES.index(phase)] if PhaseFolder(root, p).status() != "absent"]
+        if not before:
+            return runs.remake(root, "stage1", "absent")
         return runs.next_command(root, before[-1], recipe)
     begun, origin = folder.begun(), folder.origin()
     again = folder.stale_because() is not None

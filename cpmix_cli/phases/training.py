@@ -114,25 +114,30 @@ def train(
         **{flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
     asked = Asked(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
-    if asked.decide() == "done":
+    how = asked.decide()
+    if how == "done":
         locks.tidy(folder.path)
         report(folder, recipe, "up to date")
     elif options.dry_run:
         locks.refuse_if_held(folder.path)
-        started = start(asked)
+        started = start(asked, how)
         report_dry_run(asked, started, rehearse(started))
     else:
         artifacts.check_place(folder.path, 0)
         with locks.hold(folder.path) as lock:
             status = "up to date"
-            if asked.decide() != "done":  # another process may have come first
-                finish(asked, start(asked), lock)
+            if (how := asked.decide()) != "done":  # another process may have come first
+                finish(asked, start(asked, how), lock)
                 status = "done"
             report(folder, recipe, status)
 
 
-def start(asked: Asked) -> Started:
+def start(asked: Asked, how: str) -> Started:
     """Read and check all that a phase needs; writes nothing.
+
+    Args:
+        asked: the phase.
+        how: what asked.decide() said: "fresh" or "resume".
 
     Raises:
         EnvironmentFault, InputError: see train().
@@ -142,7 +147,7 @@ def start(asked: Asked) -> Started:
     threads = torch.get_num_threads()
     tensors: dict[str, torch.Tensor] = {}
     begun: dict[str, Any] | None = None
-    if asked.decide() == "resume":
+    if how == "resume":
         tensors, begun = runs.read_state(folder.path / artifacts.TRAINING_STATE)
         signals.state_is_saved()
     earlier = begun or (source.record() if source is not None else None)
@@ -168,7 +173,9 @@ def start(asked: Asked) -> Started:
         measure_confusion = confusion_on(dataset, split, recipe, state.model, device)
         if split == "test":
             console.warn("confusion is taken from the test split: labels leak, and the results are marked")
-    artifacts.check_place(folder.path, needed_bytes(state))
+    weights, saved = sizes(state)
+    there = sum(path.stat().st_size for path in folder.files(artifacts.MODEL, artifacts.TRAINING_STATE))
+    artifacts.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     return Started(plan, state, data, setting, begun, measure_confusion)
 
 
@@ -206,13 +213,20 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
         origin = {"run": place, "phase": source.phase, "sha256": asked.made_from["source"]}
     # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
-    if not started.begun:
-        runs.clear(folder.path)
     recorder = runs.Recorder(folder.path, folder.phase, asked.made_from, lock)
-    # Written first: it says what the folder is for, whatever happens to the run.
-    recipe_sha = recorder.publish(artifacts.RECIPE, asked.recipe.to_toml().encode())
+    recipe = asked.recipe.to_toml().encode()
+    # What is to be overwritten stays until something can take its place: this run may diverge, or find no room.
+    overwrites = folder.is_begun and not started.begun
+    if not overwrites:
+        # Written first: it says what the folder is for, whatever happens to the run.
+        recorder.publish(artifacts.RECIPE, recipe)
 
     def publish_state() -> None:
+        nonlocal overwrites
+        if overwrites:
+            runs.clear(folder.path)
+            recorder.publish(artifacts.RECIPE, recipe)
+            overwrites = False
         tensors = engine.state_tensors(state)
         metadata = {
             "format": artifacts.FORMAT,
@@ -227,7 +241,7 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
             "source": origin,
             "dataset": runs.dataset_entry(dataset, folder.run),
             "inputs": {flag: str(path.resolve()) for flag, path in asked.inputs.items()},
-            "recipe_sha256": recipe_sha,
+            "recipe_sha256": artifacts.sha256(recipe),
         }
         # No record holds a hash of it before the phase is done.
         recorder.publish_tensors(artifacts.TRAINING_STATE, tensors, artifacts.sealed_metadata(tensors, metadata))
@@ -246,7 +260,7 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
             measure_confusion=started.measure_confusion,
         )
     except Diverged as fault:
-        raise with_last_good_state(fault, folder) from fault
+        raise with_last_good_state(fault, folder, source, overwrites) from fault
     if started.begun:  # it may have stopped after its last epoch, with only the derived files missing
         publish_state()
     publish_results(plan, state, dataset, recorder)
@@ -267,14 +281,31 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
     recorder.finish()
 
 
-def with_last_good_state(fault: Diverged, folder: PhaseFolder) -> Diverged:
-    """The error, with what is left to go on with."""
+def with_last_good_state(
+    fault: Diverged, folder: PhaseFolder, source: PhaseFolder | None, overwrites: bool
+) -> Diverged:
+    """The error, with what is left to go on with.
+
+    Args:
+        fault: what happened.
+        folder: of the phase.
+        source: the phase that it started from.
+        overwrites: what the folder holds is of a run before this one.
+    """
     path = folder.path / artifacts.TRAINING_STATE
-    kept = "no state was saved before"
-    if path.exists():
+    fix = fault.fix
+    if path.exists() and not overwrites:
         begun = folder.begun()
         kept = f"the last good state is kept: epoch {begun['epoch']}, step {begun['step']}, in {path}"
-    return Diverged(f"{fault.message}; {kept}", needed_by=fault.needed_by, fix=fault.fix)
+    elif source is not None:
+        kept = f"the last good state is that of {source.phase}, in {source.path / artifacts.TRAINING_STATE}"
+        if folder.phase == "stage2":  # whose rate is that of stage 1
+            fix = f"lower the weights of its terms, or train {source.phase} again with a lower optimizer.lr"
+    else:
+        kept = "no state was saved before"
+    if overwrites:
+        kept += f"; {folder.path} is left as it was"
+    return Diverged(f"{fault.message}; {kept}", needed_by=fault.needed_by, fix=fix)
 
 
 def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
@@ -335,12 +366,13 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     recorder.publish_table(artifacts.METRICS, schema, columns)
 
 
-def needed_bytes(state: TrainingState) -> int:
-    """Room that a phase takes: the weights, the training state, and the state's successor while it is published."""
+def sizes(state: TrainingState) -> tuple[int, int]:
+    """Bytes of the weights and of a training state. A phase takes room for the weights, a state, and its successor
+    while that is published.
+    """
     weights: int = sum(t.numel() * t.element_size() for t in state.model.state_dict().values())
     slots = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
-    saved = weights * (1 + slots) + state.confusion.numel() * state.confusion.element_size()
-    return weights + 2 * saved
+    return weights, weights * (1 + slots) + state.confusion.numel() * state.confusion.element_size()
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -358,6 +390,7 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
 def report_dry_run(asked: Asked, started: Started, phases: list[str]) -> None:
     """What a run would do."""
     path, plan = asked.folder.path, started.plan
+    weights, saved = sizes(started.state)
     fields = {
         "command": runs.COMMANDS[asked.folder.phase],
         "status": "dry run",
@@ -365,7 +398,7 @@ def report_dry_run(asked: Asked, started: Started, phases: list[str]) -> None:
         "epochs": plan.last_epoch - plan.first_epoch + 1,
         "steps_per_epoch": plan.num_steps(len(started.data.labels)),
         "phases_tried": phases,
-        "needed_bytes": needed_bytes(started.state),
+        "needed_bytes": weights + 2 * saved,
     }
     tried = f"a step of {', '.join(phases)} taken, loss and gradient finite"
     console.result(fields, lines=[f"dry run: {path} would be written; all checks passed, {tried}"])
