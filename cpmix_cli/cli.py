@@ -201,6 +201,10 @@ def train_stage1(
         Path | None,
         typer.Option("--init", help="Start from these weights (safetensors, torchvision's names); the head is new."),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="Run whose network the terms with a teacher learn from (distillation)."),
+    ] = None,
     recipe: RecipeName = None,
     settings: Set = None,
     epochs: Epochs = None,
@@ -221,7 +225,7 @@ def train_stage1(
     options = Options(
         recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
     )
-    phase.run(options, out, init)
+    phase.run(options, out, init, teacher)
 
 
 @command("train-stage2", "cpmix train-stage2 --from ckpt/digits")

@@ -11,7 +11,11 @@ treats experts differently (ENSEMBLE_LOSSES) has logits [E, B, C]. A regulariser
 
     regulariser(logits [E, B, C], class_counts [C], reweighting [1], *, parameters) -> scalar
 
-`reweighting` is 1 in epochs whose class weights count, else 0. Class weights are
+`reweighting` is 1 in epochs whose class weights count, else 0. What a teacher says is learnt by
+
+    distillation(logits [E, B, C], teacher [B, C], *, parameters) -> scalar
+
+which is added once too. Class weights are
 
     class_weights(class_counts [C], *, parameters) -> [C], of mean 1
 
@@ -269,6 +273,34 @@ def expert_diversity(
     return -diversity * temperature.mean() ** 2 * divergence
 
 
+# -- what a teacher says -----------------------------------------------------------------------------------------------
+
+
+def distillation(
+    logits: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Positive = 1.5,
+    factor: NonNegative = 1.0,
+    of: Literal["experts", "mean"] = "experts",
+) -> Tensor:
+    """factor T^2 sum_e KL(q || p_e), q and p_e the softmax of the teacher's and each expert's logits over T.
+
+    Args:
+        temperature: T.
+        factor: 0 learns nothing from the teacher.
+        of: Differs: the released code has KL(q || p) of the experts' mean logits, E times, and with it E times its own
+            loss: "mean", without the latter.
+
+    Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the teacher is in eval mode; the code leaves it in
+    training mode, so that its statistics drift.
+    """
+    target = F.log_softmax(teacher / temperature, 1)
+    taken = logits if of == "experts" else logits.mean(0).expand_as(logits)
+    log_p = F.log_softmax(taken / temperature, 2)
+    return factor * temperature**2 * (target.exp() * (target - log_p)).sum(2).mean(1).sum()
+
+
 # -- class weights -----------------------------------------------------------------------------------------------------
 
 
@@ -294,4 +326,5 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 ENSEMBLE_LOSSES: dict[str, Callable[..., Tensor]] = {"sade": sade, "ace": ace}
 REGULARISERS: dict[str, Callable[..., Tensor]] = {"expert-diversity": expert_diversity}
+DISTILLATIONS: dict[str, Callable[..., Tensor]] = {"distillation": distillation}
 CLASS_WEIGHTS: dict[str, Callable[..., Tensor]] = {"effective-number": effective_number}

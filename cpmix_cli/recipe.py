@@ -208,6 +208,8 @@ class Term(BaseModel):
     """A key of losses.LOSSES, of each expert and summed; or of losses.ENSEMBLE_LOSSES."""
     regulariser: str | None = None
     """A key of losses.REGULARISERS: what is added once, whatever the labels are."""
+    teacher: str | None = None
+    """A key of losses.DISTILLATIONS: what is learnt of the network that `train-stage1 --teacher RUN` names."""
     reweight: str | None = None
     """A key of losses.CLASS_WEIGHTS."""
     reweight_after: float = Field(default=0.0, ge=0)
@@ -332,6 +334,8 @@ class Recipe(Table):
                     f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
                     f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
                 )
+            if term.teacher is not None and not name.startswith("stage1."):
+                raise ValueError(f"{name}.teacher: only stage1 has one")
             if term.loss == "sade" and self.model.experts != 3:
                 raise ValueError(f'{name}.loss = "sade" is one of 3 experts: model.experts = {self.model.experts}')
             if term.loss == "ace" and self.model.experts < 2:

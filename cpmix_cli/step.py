@@ -66,6 +66,8 @@ class Plan:
     confusion_decay: float = 1.0
     confusion_of_each: bool = False
     """Of several experts, every one's errors are counted and not those of their mean."""
+    teacher: Classifier | None = None
+    """Whose logits the terms that are taught learn from; in eval mode, and never trained."""
     precision: str = "fp32"
 
     def num_steps(self, num_samples: int) -> int:
@@ -208,6 +210,9 @@ class Step:
         inputs = {name: values.index_select(0, self._number)[0] for name, values in self._inputs.items()}
         rate, collects = inputs.pop("learning_rate"), inputs.pop("collects")
         parts = self._term_batches({name: values[:size] for name, values in inputs.items()})
+        for term, part in zip(plan.terms, parts, strict=True):
+            if term.taught:
+                part.teacher = self._taught(part.x)
         with torch.autocast(collects.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
             if plan.joint_forward:
                 joint = state.model.expert_logits(torch.cat([part.x for part in parts]))
@@ -252,6 +257,14 @@ class Step:
             term.batch(draws, (natural, labels), data.batches, self._pool, self._mixing, term.name in self._matching)
             for term in self._plan.terms
         ]
+
+    @torch.no_grad()
+    def _taught(self, x: Tensor) -> Tensor:
+        teacher = self._plan.teacher
+        assert teacher is not None  # train_stage1 sees to it
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
+            logits: Tensor = teacher(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class TermBatch:
     """[C]; None where all count alike."""
     reweighting: Tensor | None = None
     """1 in epochs whose class weights count, else 0; [1] float64. None where there are none."""
+    teacher: Tensor | None = None
+    """The teacher's logits [B, C] on x; None where the term has none."""
 
 
 class Term:
@@ -64,6 +66,7 @@ class Term:
         self.in_batch = recipe.partner in BATCH_PARTNERS
         self.matched = recipe.match is not None
         self.across_experts = recipe.loss in ENSEMBLE_LOSSES
+        self.taught = recipe.teacher is not None
         self.gated = recipe.probability < 1 or recipe.unmixed_first > 0 or recipe.unmixed_last > 0
         self._recipe = recipe
         self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
@@ -196,6 +199,8 @@ class Term:
         if "regulariser" in self._functions:
             reweighting = logits.new_zeros(1) if batch.reweighting is None else batch.reweighting
             total = total + self._functions["regulariser"](logits, class_counts, reweighting)
+        if batch.teacher is not None:
+            total = total + self._functions["teacher"](logits, batch.teacher)
         return total
 
 

@@ -26,6 +26,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "label": ("mixing", ("LABELS",)),
     "loss": ("losses", ("LOSSES", "ENSEMBLE_LOSSES")),
     "regulariser": ("losses", ("REGULARISERS",)),
+    "teacher": ("losses", ("DISTILLATIONS",)),
     "reweight": ("losses", ("CLASS_WEIGHTS",)),
     "model": ("models", ("MODELS",)),
 }

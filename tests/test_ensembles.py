@@ -14,7 +14,7 @@ from cpmix_cli import artifacts
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.ensembles import combined, target_classes, weakly_changed, weights_of_agreement
 from cpmix_cli.evaluation import shifted_profile, summary
-from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, expert_diversity, sade
+from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, sade
 from cpmix_cli.models import Classifier, Looped, build_model
 from cpmix_cli.plans import Setting, fresh_state
 from cpmix_cli.recipe import Model, load
@@ -252,6 +252,23 @@ def test_mixed_ride_of_equal_labels_is_ride() -> None:
     torch.testing.assert_close(term(**LDAM, **DIVERSE, **mixed).loss(logits, batch(labels, labels, lam), N), plain)
 
 
+@pytest.mark.parametrize("of", ["experts", "mean"])
+def test_distillation_is_that_of_loops(of: str) -> None:
+    logits, _, _ = drawn(3)
+    teacher = drawn(4)[0][0]
+    t = [1.5] * 4
+    total = 0.0
+    for b in range(12):
+        q = softmax(teacher[b].tolist(), t)
+        if of == "experts":
+            total += sum(slow_kl(q, softmax(logits[e, b].tolist(), t)) for e in range(3))
+        else:
+            total += 3 * slow_kl(q, softmax(logits[:, b].mean(0).tolist(), t))
+    found = distillation(logits, teacher, temperature=1.5, factor=0.5, of=of)  # type: ignore[arg-type]
+    assert float(found) == pytest.approx(0.5 * 1.5**2 * total / 12)
+    assert float(distillation(teacher.expand(3, -1, -1), teacher)) == pytest.approx(0)
+
+
 def test_the_three_losses_of_sade() -> None:
     """Hand-made: priors 40, 30, 30, 10 reversed by rank are 10, 30, 30, 40, equal ones in the order of their ids."""
     counts = torch.tensor([40, 30, 30, 10])
@@ -460,6 +477,43 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     assert result.code == 2
     assert "--ratio is that of a --test-distribution" in result.stderr
     assert cpmix("evaluate", "--from", tmp_path, "--test-distribution", "sideways").code == 2
+
+
+def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
+    """It learns from the teacher alone, on the images that the teacher was trained on."""
+    plain = ["train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", "--epochs", 20]
+    must(*plain, "--out", tmp_path / "teacher")
+    taught = [*plain, "--set", "model.experts=2", "--set", "stage1.terms.erm.teacher=distillation"]
+    taught += ["--set", "stage1.terms.erm.factor=2.0", "--seed", 1]
+    must(*taught, "--teacher", tmp_path / "teacher", "--out", tmp_path / "student")
+    must(*plain, "--set", "model.experts=2", "--seed", 1, "--out", tmp_path / "alone")
+    logits = {}
+    for run in ("teacher", "student", "alone"):
+        must("evaluate", "--from", tmp_path / run, "--phase", "stage1")
+        tensors, _ = artifacts.read_tensors(tmp_path / run / "evaluation" / "stage1" / "logits.safetensors")
+        logits[run] = tensors["logits"].log_softmax(1)
+    apart = {
+        run: F.kl_div(logits[run], logits["teacher"], reduction="batchmean", log_target=True)
+        for run in ("student", "alone")
+    }
+    assert apart["student"] < 0.5 * apart["alone"]
+    before = (tmp_path / "teacher" / "stage1" / "model.safetensors").read_bytes()
+    result = must(
+        *taught, "--teacher", tmp_path / "teacher" / "stage1" / "model.safetensors", "--out", tmp_path / "student"
+    )
+    assert "up to date" in result.stdout
+    assert (tmp_path / "teacher" / "stage1" / "model.safetensors").read_bytes() == before
+    out = ("--out", tmp_path / "no")
+    result = cpmix(*taught, *out)
+    assert (result.code, "stage1.terms.erm learns from a teacher" in result.stderr) == (2, True)
+    result = cpmix(*plain, "--teacher", tmp_path / "teacher", *out)
+    assert (result.code, "no term of the recipe learns from a teacher" in result.stderr) == (2, True)
+    must("build-lt", "digits", "--rho", 5, "--out", tmp_path / "other")
+    result = cpmix(*taught, "--data", tmp_path / "other", "--teacher", tmp_path / "teacher", *out)
+    assert (result.code, "was not trained on digits-lt-rho5" in result.stderr) == (3, True)
+    result = cpmix("bench", "--data", digits, *taught[3:5], "--set", "stage1.terms.erm.teacher=distillation")
+    assert (result.code, "which bench has not" in result.stderr) == (2, True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_rates_of_ace(digits: Path) -> None:

@@ -29,7 +29,7 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.engine import synchronize
-from cpmix_cli.errors import InputError
+from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.randomness import torch_generator
@@ -92,6 +92,8 @@ def run(options: Options) -> None:
     name = options.recipe or dataset.record["recipe"]
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape)
+    if any(term.teacher is not None for term in recipe.stage1.terms.values()):
+        raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
     setting = Setting(recipe, dataset, device, precision, {})

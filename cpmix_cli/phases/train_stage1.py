@@ -1,15 +1,17 @@
 """train-stage1: epochs 1 to E_cp on the natural batches, collecting confusion pairs. Paper: Algorithm 1, first part."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from cpmix_cli import artifacts, console
+from cpmix_cli import artifacts, console, runs
 from cpmix_cli import recipe as recipes
-from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import take_over
+from cpmix_cli.phases.evaluate import read_model
 from cpmix_cli.phases.training import Options, train
 from cpmix_cli.plans import Setting, fresh_state, stage_plan
 from cpmix_cli.runs import PhaseFolder
@@ -17,11 +19,12 @@ from cpmix_cli.step import Plan, TrainingState
 from cpmix_cli.terms import check_fits
 
 
-def run(options: Options, out: Path, init: Path | None) -> None:
+def run(options: Options, out: Path, init: Path | None, teacher: Path | None) -> None:
     """Train from fresh weights (or those of --init) to the end of stage 1.
 
     Raises:
-        InputError: the --init file is damaged or of another network.
+        UsageError: a --teacher that no term listens to, or a term that wants one.
+        InputError: the --init file is damaged or of another network; the --teacher was trained on other data.
         CpmixError: see phases.training.train().
     """
     if options.data is None:
@@ -39,17 +42,59 @@ def run(options: Options, out: Path, init: Path | None) -> None:
         rho=dataset.record["rho"],
     )
     check_fits(recipe, dataset.num_classes, dataset.shape)
+    source = None if teacher is None else choose_teacher(teacher, dataset)
+    check_teacher(recipe, source)
     inputs = {} if init is None else {"init": init}
-    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init), inputs)
+    if source is not None:
+        inputs["teacher"] = source.path / artifacts.MODEL
+    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init, source), inputs)
 
 
-def prepare(init: Path | None, setting: Setting) -> tuple[Plan, TrainingState]:
+def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
+    """The phase of --teacher RUN: the last one done; RUN may be a phase's folder, or its model.safetensors.
+
+    Raises:
+        InputError: none is done, or it was trained on other data.
+    """
+    root, named = runs.locate(run.parent if run.is_file() else run)
+    source = runs.choose_phase(root, named, runs.PHASES, needed_by="--teacher")
+    if source.record()["dataset"]["fingerprint"] != dataset.fingerprint:
+        raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
+    return source
+
+
+def check_teacher(recipe: recipes.Recipe, source: PhaseFolder | None) -> None:
+    """Terms that are taught and a teacher go together.
+
+    Raises:
+        UsageError: one is without the other.
+    """
+    taught = [name for name, term in recipe.stage1.terms.items() if term.teacher is not None and term.weight > 0]
+    if taught and source is None:
+        raise UsageError(
+            f"stage1.terms.{taught[0]} learns from a teacher",
+            needed_by="train-stage1",
+            fix="name its run: --teacher RUN",
+        )
+    if source is not None and not taught:
+        raise UsageError(
+            "no term of the recipe learns from a teacher",
+            needed_by="--teacher",
+            fix="--set stage1.terms.erm.teacher=distillation",
+        )
+
+
+def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
     state = fresh_state(setting)
     if init is not None:
         taken = take_over(state.model, read_weights(init, setting.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
-    return stage_plan(setting, "stage1"), state
+    plan = stage_plan(setting, "stage1")
+    if teacher is not None:
+        model = read_model(teacher, teacher.recipe(), setting.dataset.num_classes, setting.dataset.shape)
+        plan = replace(plan, teacher=model.to(setting.device).eval().requires_grad_(False))
+    return plan, state
 
 
 def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
