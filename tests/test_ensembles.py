@@ -480,9 +480,9 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
 
 
 def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
-    """It learns from the teacher alone, on the images that the teacher was trained on."""
+    """To one that is seldom sure of anything."""
     plain = ["train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", "--epochs", 20]
-    must(*plain, "--out", tmp_path / "teacher")
+    must(*plain[:-1], 3, "--out", tmp_path / "teacher")
     taught = [*plain, "--set", "model.experts=2", "--set", "stage1.terms.erm.teacher=distillation"]
     taught += ["--set", "stage1.terms.erm.factor=2.0", "--seed", 1]
     must(*taught, "--teacher", tmp_path / "teacher", "--out", tmp_path / "student")
