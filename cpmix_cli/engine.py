@@ -382,12 +382,18 @@ def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:
 
 
 @torch.no_grad()
-def predict(model: Classifier, batches: Batches, num_samples: int, batch_size: int) -> Tensor:
+def predict(
+    model: Classifier,
+    batches: Batches,
+    num_samples: int,
+    batch_size: int,
+    of: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Raw logits of each expert [E, N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no
-    augmentation.
+    augmentation. With `of` what that function gives of the inputs, images along its second axis.
     """
     model.eval()
     device = next(model.parameters()).device
     indices = torch.arange(num_samples, device=device)
-    parts = torch.split(indices, batch_size)
-    return torch.cat([model.expert_logits(batches.plain(part)).cpu() for part in parts], 1)
+    function = of or model.expert_logits
+    return torch.cat([function(batches.plain(part)).cpu() for part in torch.split(indices, batch_size)], 1)

@@ -46,21 +46,36 @@ def combined(
     Args:
         logits: raw.
         how: `evaluation.aggregate`: "mean"; "targets", with heads scaled to the size of the first and, for each class,
-            the mean over the experts that answer for it; or "test-time", with these weights.
+            the mean over the experts that answer for it; else with these weights, where there are.
         model: whose head weights have the sizes.
         class_counts: [C].
-        weights: of the experts [E].
+        weights: of the experts, [E] or for each image [E, N].
 
     Source of "targets": Cai et al., ACE, from its description: z_k |W_1|^2 / |W_k|^2.
     """
     if weights is not None:
-        return torch.einsum("e,enc->nc", weights, logits)
+        return (weights.view(len(logits), -1, 1) * logits).sum(0)
     if how != "targets":
         return logits.mean(0)
     sizes = torch.stack([head.weight.detach().square().sum().cpu() for head in model.heads])  # type: ignore[operator]
     own = target_classes(class_counts, len(logits)).to(logits.dtype)[:, None]
     scaled = logits * (sizes[0] / sizes)[:, None, None]
     return (scaled * own).sum(0) / own.sum(0)
+
+
+def routed_weights(routes: Tensor, threshold: float) -> Tensor:
+    """The weights of the experts for each image [E, N]: equal ones of those that it goes through.
+
+    Args:
+        routes: logits of the routers [E - 1, N].
+        threshold: an image goes on while the chance is above it; 0 lets every image through all experts, 1 through none
+            but the first.
+
+    Source: Wang et al., RIDE, Sec. 3.4.
+    """
+    goes_on = (routes.sigmoid() > threshold) | (threshold == 0)  # a chance may round to 0
+    through = torch.cat([torch.ones_like(routes[:1]), goes_on.to(routes.dtype).cumprod(0)])
+    return through / through.sum(0)
 
 
 def weights_of_agreement(

@@ -5,16 +5,17 @@ recall 0 and loses confidence 1.0 from the calibration error (reference/ecosyste
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.batches import Batches, make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS, exponential_counts
 from cpmix_cli.engine import predict
-from cpmix_cli.ensembles import combined
+from cpmix_cli.ensembles import combined, routed_weights
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Evaluation, Recipe
 
@@ -105,14 +106,42 @@ def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
 
 
-def post_hoc(
-    expert_logits: Tensor, model: Classifier, class_counts: Tensor, recipe: Evaluation, weights: Tensor | None = None
-) -> Tensor:
-    """The logits [N, C] that are evaluated, as [evaluation] says, from those of each expert [E, N, C], with learnt
-    weights [E] where there are.
+@dataclass(frozen=True)
+class Predicted:
+    """What a network makes of N images."""
+
+    logits: Tensor
+    """[N, C], as [evaluation] says."""
+    experts: Tensor
+    """Raw ones of each expert [E, N, C]."""
+    weights: Tensor | None
+    """Of the experts, [E] or for each image [E, N]; None where there are none."""
+
+
+def predicted(
+    model: Classifier,
+    batches: Batches,
+    num_samples: int,
+    class_counts: Tensor,
+    recipe: Evaluation,
+    weights: Tensor | None = None,
+) -> Predicted:
+    """Predict N images, and combine, adjust and scale the experts' logits.
+
+    Args:
+        model: the network.
+        batches: the images.
+        num_samples: N.
+        class_counts: [C].
+        recipe: [evaluation].
+        weights: of the experts [E], learnt beforehand.
     """
-    logits = combined(expert_logits, recipe.aggregate, model, class_counts, weights)
-    return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
+    experts = predict(model, batches, num_samples, recipe.batch_size)
+    if recipe.aggregate == "routed" and model.routers is not None:
+        routes = predict(model, batches, num_samples, recipe.batch_size, lambda x: model.routed(x)[1])
+        weights = routed_weights(routes, recipe.routing_threshold)
+    logits = combined(experts, recipe.aggregate, model, class_counts, weights)
+    return Predicted(adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature, experts, weights)
 
 
 def tau_normalised(model: Classifier, tau: float) -> None:

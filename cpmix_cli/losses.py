@@ -15,7 +15,11 @@ treats experts differently (ENSEMBLE_LOSSES) has logits [E, B, C]. A regulariser
 
     distillation(logits [E, B, C], teacher [B, C], *, parameters) -> scalar
 
-which is added once too. Class weights are
+which is added once too. Routers (models.Routers) are trained by a loss that has their logits [E - 1, B] as well:
+
+    routing(logits [E, B, C], routes [E - 1, B], labels [B], *, parameters) -> scalar
+
+Class weights are
 
     class_weights(class_counts [C], *, parameters) -> [C], of mean 1
 
@@ -273,6 +277,23 @@ def expert_diversity(
     return -diversity * temperature.mean() ** 2 * divergence
 
 
+def routing(logits: Tensor, routes: Tensor, labels: Tensor, *, pos_weight: Positive = 100.0) -> Tensor:
+    """Sigmoid cross entropy of the routers: after expert i an image wants the next where the mean of the experts so far
+    is wrong, and that with some later ones is right.
+
+    Args:
+        pos_weight: factor of those images.
+
+    Source: Wang et al., RIDE, Sec. 3.4 and its code.
+    """
+    so_far = logits.cumsum(0)  # the mean has the same largest class
+    right = (so_far.argmax(2) == labels).long()  # [E, B]
+    later = right.flip(0).cumsum(0).flip(0)[1:] > 0
+    wanted = (later & (right[:-1] == 0)).to(routes.dtype)
+    factor = torch.where(wanted > 0, pos_weight, 1.0)
+    return F.binary_cross_entropy_with_logits(routes, wanted, factor)
+
+
 # -- what a teacher says -----------------------------------------------------------------------------------------------
 
 
@@ -325,6 +346,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "label-aware-smoothing": label_aware_smoothing,
 }
 ENSEMBLE_LOSSES: dict[str, Callable[..., Tensor]] = {"sade": sade, "ace": ace}
+ROUTING_LOSSES: dict[str, Callable[..., Tensor]] = {"routing": routing}
 REGULARISERS: dict[str, Callable[..., Tensor]] = {"expert-diversity": expert_diversity}
 DISTILLATIONS: dict[str, Callable[..., Tensor]] = {"distillation": distillation}
 CLASS_WEIGHTS: dict[str, Callable[..., Tensor]] = {"effective-number": effective_number}

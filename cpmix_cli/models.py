@@ -25,6 +25,12 @@ class Classifier(nn.Module):
     """Features and a head; subclasses define features() and begin with a linear head."""
 
     head: nn.Module
+    routers: "Routers | None"
+    """Of several experts: which images want the next one; see add_routers()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = None
 
     def features(self, x: Tensor) -> Tensor:
         """Inputs -> [B, D]; of experts [B, E D]."""
@@ -34,6 +40,13 @@ class Classifier(nn.Module):
         """Inputs -> raw logits of each expert [E, B, C]."""
         logits: Tensor = self.head(self.features(x))
         return logits if isinstance(self.head, ExpertHeads) else logits[None]
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs -> raw logits of each expert [E, B, C], and the routers' [E - 1, B]."""
+        assert self.routers is not None
+        features = self.features(x)
+        logits: Tensor = self.head(features)
+        return logits, self.routers(features, logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs -> raw logits [B, C], the mean over the experts."""
@@ -87,6 +100,32 @@ class ScaledHead(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
         return self.scale * super().forward(features)
+
+
+class Routers(nn.Module):
+    """After each expert but the last: does this image want the next one? A logit, from the largest logits of the
+    experts so far and 16 units over the expert's direction of features.
+
+    Source: Wang et al., RIDE, Sec. 3.4 and its code.
+    """
+
+    NUM_UNITS = 16
+
+    def __init__(self, num_experts: int, num_features: int, num_classes: int, top: int) -> None:
+        super().__init__()
+        self.top = min(top, num_classes)
+        self.units = nn.ModuleList(nn.Linear(num_features, self.NUM_UNITS) for _ in range(num_experts - 1))
+        self.decide = nn.Linear(self.top + self.NUM_UNITS, 1)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """[B, E D] and [E, B, C] -> [E - 1, B]."""
+        found = []
+        parts = features.chunk(len(self.units) + 1, 1)
+        for k, units in enumerate(self.units):
+            largest = logits[: k + 1].mean(0).topk(self.top, 1).values
+            seen = F.relu(units(F.normalize(parts[k].to(largest.dtype), dim=1)))
+            found.append(self.decide(torch.cat([largest, seen], 1)).squeeze(1))
+        return torch.stack(found)
 
 
 class BasicBlock(nn.Module):
@@ -419,7 +458,13 @@ def _kind(tensor: Tensor) -> str:
 
 
 def build_model(
-    recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator, *, scaled: bool = False
+    recipe: Model,
+    num_classes: int,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    *,
+    scaled: bool = False,
+    router_top: int = 0,
 ) -> Classifier:
     """The network of a recipe, its weights drawn from `generator`.
 
@@ -429,6 +474,7 @@ def build_model(
         shape: of one image (H, W, channels) or point (2,).
         generator: for the weights.
         scaled: with a ScaledHead, as `finetune.head = "scale"` leaves it.
+        router_top: with routers, as `finetune.head = "routers"` leaves it; see add_routers(). 0: without.
 
     Raises:
         ValueError: the network cannot take such samples.
@@ -443,9 +489,20 @@ def build_model(
             nn.init.constant_(head.bias, -math.log(max(num_classes - 1, 1)))
     if scaled:
         add_scale(model)
+    if router_top:
+        add_routers(model, num_classes, router_top, generator)
     return model
 
 
 def add_scale(model: Classifier) -> None:
     """Put a learnable scale behind each linear head."""
     model.replace_heads(ScaledHead)
+
+
+def add_routers(model: Classifier, num_classes: int, top: int, generator: torch.Generator) -> None:
+    """Give experts routers that look at so many of the largest logits."""
+    weight = model.heads[0].weight
+    assert isinstance(weight, Tensor)
+    routers = Routers(len(model.heads), weight.shape[1], num_classes, top)
+    initialise(routers, generator)
+    model.routers = routers.to(next(model.parameters()).device)

@@ -273,8 +273,11 @@ class Finetune(Stage):
     batch_size: int = Field(default=128, ge=1)
     kind: Literal["cosine", "constant"] = "cosine"
     """Schedule of the rate; cosine falls to 0 over the steps."""
-    head: Literal["keep", "reinit", "scale"] = "keep"
-    """Start from the trained head, from a fresh one (cRT), or put a learnable scale a class behind it (LWS)."""
+    head: Literal["keep", "reinit", "scale", "routers"] = "keep"
+    """Start from the trained head, from a fresh one (cRT), put a learnable scale a class behind it (LWS), or add
+    routers that choose how many experts an image gets (RIDE)."""
+    router_top: int = Field(default=30, ge=1)
+    """Largest logits that routers look at."""
     train: list[str] = Field(default=["head"], min_length=1)
     """Parameter-name prefixes that are trained."""
     groups: list[ParameterGroup] = []
@@ -291,10 +294,13 @@ class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
 
     batch_size: int = Field(default=500, ge=1)
-    aggregate: Literal["mean", "targets", "test-time"] = "mean"
+    aggregate: Literal["mean", "targets", "test-time", "routed"] = "mean"
     """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
     class the mean over the experts that answer for it (ACE); test-time: with weights under which predictions of two
-    views of a test image agree, learnt without labels by `evaluate` (SADE), else their mean."""
+    views of a test image agree, learnt without labels by `evaluate` (SADE), else their mean; routed: the mean of the
+    first ones, as many as the routers say (RIDE), else of all."""
+    routing_threshold: float = Field(default=0.5, ge=0, le=1)
+    """A router's chance above which an image goes on to the next expert."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, for calibration; to be chosen on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0)
@@ -320,6 +326,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _stages_fit(self) -> "Recipe":
         scaled = self.finetune is not None and self.finetune.head == "scale"
+        routed = self.finetune is not None and self.finetune.head == "routers"
         if self.model.head == "cosine" and (scaled or self.model.head_bias == "rare" or self.evaluation.tau_norm):
             raise ValueError(
                 'model.head = "cosine" has no bias and no norms: it goes without model.head_bias = "rare", '
@@ -334,12 +341,16 @@ class Recipe(Table):
                     f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
                     f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
                 )
+            if (term.loss == "routing") != (routed and name.startswith("finetune.")):
+                raise ValueError(f'{name}: loss = "routing" and finetune.head = "routers" go together')
             if term.teacher is not None and not name.startswith("stage1."):
                 raise ValueError(f"{name}.teacher: only stage1 has one")
             if term.loss == "sade" and self.model.experts != 3:
                 raise ValueError(f'{name}.loss = "sade" is one of 3 experts: model.experts = {self.model.experts}')
             if term.loss == "ace" and self.model.experts < 2:
                 raise ValueError(f'{name}.loss = "ace" is one of several experts: model.experts = 1')
+        if routed and self.model.experts < 2:
+            raise ValueError('finetune.head = "routers" needs several experts')
         if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
             raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
         if self.model.experts == 1 and self.confusion.predictions != "ensemble":

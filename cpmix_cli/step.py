@@ -214,7 +214,12 @@ class Step:
             if term.taught:
                 part.teacher = self._taught(part.x)
         with torch.autocast(collects.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
-            if plan.joint_forward:
+            if state.model.routers is not None:
+                logits = []
+                for part in parts:
+                    z, part.routes = state.model.routed(part.x)
+                    logits.append(z)
+            elif plan.joint_forward:
                 joint = state.model.expert_logits(torch.cat([part.x for part in parts]))
                 logits = list(torch.split(joint, size, 1))
             else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
 from cpmix_cli.errors import EnvironmentFault, UsageError
-from cpmix_cli.losses import ENSEMBLE_LOSSES
+from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
 from cpmix_cli.models import MODELS
 from cpmix_cli.randomness import stream
@@ -48,6 +48,8 @@ class TermBatch:
     """1 in epochs whose class weights count, else 0; [1] float64. None where there are none."""
     teacher: Tensor | None = None
     """The teacher's logits [B, C] on x; None where the term has none."""
+    routes: Tensor | None = None
+    """The routers' logits [E - 1, B] on x; None where there are none."""
 
 
 class Term:
@@ -66,6 +68,7 @@ class Term:
         self.in_batch = recipe.partner in BATCH_PARTNERS
         self.matched = recipe.match is not None
         self.across_experts = recipe.loss in ENSEMBLE_LOSSES
+        self.routing = recipe.loss in ROUTING_LOSSES
         self.taught = recipe.teacher is not None
         self.gated = recipe.probability < 1 or recipe.unmixed_first > 0 or recipe.unmixed_last > 0
         self._recipe = recipe
@@ -183,6 +186,10 @@ class Term:
             class_counts: [C].
         """
 
+        if self.routing:
+            routed: Tensor = self._functions["loss"](logits, batch.routes, batch.y1)
+            return routed
+
         def share(labels: Tensor, lam: Tensor) -> Tensor:
             """L(labels, lam), summed over the experts."""
             if batch.class_weights is not None:
@@ -291,7 +298,7 @@ def _prefix_faults(recipe: Recipe, names: list[str]) -> list[str]:
     wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
     if (finetune := recipe.finetune) is not None:
         scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
-        own = [*names, *scales] if finetune.head == "scale" else names
+        own = names + {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])
         wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
         wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
     return [

@@ -24,7 +24,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ratio": ("mixing", ("RATIOS",)),
     "mix": ("mixing", ("MIXES",)),
     "label": ("mixing", ("LABELS",)),
-    "loss": ("losses", ("LOSSES", "ENSEMBLE_LOSSES")),
+    "loss": ("losses", ("LOSSES", "ENSEMBLE_LOSSES", "ROUTING_LOSSES")),
     "regulariser": ("losses", ("REGULARISERS",)),
     "teacher": ("losses", ("DISTILLATIONS",)),
     "reweight": ("losses", ("CLASS_WEIGHTS",)),

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cpmix_cli import artifacts
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.ensembles import combined, target_classes, weakly_changed, weights_of_agreement
+from cpmix_cli.ensembles import combined, routed_weights, target_classes, weakly_changed, weights_of_agreement
 from cpmix_cli.evaluation import shifted_profile, summary
-from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, sade
-from cpmix_cli.models import Classifier, Looped, build_model
+from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
+from cpmix_cli.models import Classifier, Looped, add_routers, build_model
 from cpmix_cli.plans import Setting, fresh_state
 from cpmix_cli.recipe import Model, load
 from cpmix_cli.terms import Term, TermBatch
@@ -331,6 +331,60 @@ def test_logits_of_experts_combined() -> None:
     torch.testing.assert_close(found[:, 2:], (a + b + c)[:, 2:] / 3)
 
 
+# -- routers -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_routers_are_to_say() -> None:
+    """Three experts, four images of class 0: right at once; right with the second; with the third; never."""
+
+    def one(c: int, height: float) -> list[float]:
+        return [height if k == c else 0.0 for k in range(3)]
+
+    logits = torch.tensor(
+        [
+            [one(0, 9), one(1, 1), one(1, 1), one(1, 9)],
+            [one(0, 1), one(0, 2), one(1, 1), one(1, 1)],
+            [one(0, 1), one(1, 9), one(0, 9), one(2, 1)],
+        ]
+    )
+    wanted = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    routes = torch.tensor([[-2.0, 0.5, 1.0, 3.0], [0.1, -0.3, 2.0, -1.0]])
+    total = 0.0
+    for r, y in zip(routes.flatten().tolist(), wanted.flatten().tolist(), strict=True):
+        p = 1 / (1 + math.exp(-r))
+        total += -100 * math.log(p) if y else -math.log(1 - p)
+    assert float(routing(logits, routes, torch.zeros(4, dtype=torch.int64))) == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_thresholds_of_routing() -> None:
+    routes = torch.tensor([[-300.0, 2.0, 2.0, 0.0], [5.0, -3.0, 1.0, 9.0]])
+    assert routed_weights(routes, 0.0).allclose(torch.full((3, 4), 1 / 3))  # the full ensemble
+    assert routed_weights(routes, 1.0).tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]  # the first expert
+    half = routed_weights(routes, 0.5)
+    third = pytest.approx(1 / 3)
+    assert half.tolist() == [[1.0, 0.5, third, 1.0], [0.0, 0.5, third, 0.0], [0.0, 0.0, third, 0.0]]
+    logits = drawn(3, batch=4)[0].float()
+    found = combined(logits, "routed", network(experts=3), N, half)
+    torch.testing.assert_close(found[0], logits[0, 0])
+    torch.testing.assert_close(found[1], logits[:2, 1].mean(0))
+    torch.testing.assert_close(found[2], logits[:, 2].mean(0))
+
+
+def test_routers_see_the_experts_so_far(generator: torch.Generator) -> None:
+    model = network(experts=3).eval()
+    add_routers(model, 4, 30, generator)  # of four classes, four
+    x = torch.randn(2, 1, 8, 8, generator=generator)
+    logits, routes = model.routed(x)
+    torch.testing.assert_close(logits, model.expert_logits(x))
+    parts = model.features(x).chunk(3, 1)
+    routers = model.routers
+    assert routers is not None
+    for k in range(2):
+        largest = logits[: k + 1].mean(0).sort(1, descending=True).values
+        units = routers.units[k](parts[k] / parts[k].norm(dim=1, keepdim=True)).clamp(min=0)
+        torch.testing.assert_close(routes[k], routers.decide(torch.cat([largest, units], 1))[:, 0])
+
+
 # -- test sets of another distribution ---------------------------------------------------------------------------------
 
 
@@ -514,6 +568,37 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     result = cpmix("bench", "--data", digits, *taught[3:5], "--set", "stage1.terms.erm.teacher=distillation")
     assert (result.code, "which bench has not" in result.stderr) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "routed.toml"
+    recipe.write_text(
+        'extends = "digits/cross-entropy"\n[model]\nexperts = 3\n[finetune]\nhead = "routers"\ntrain = ["routers"]\n'
+        'lr = 0.05\n[finetune.terms.erm]\nloss = "routing"\n[evaluation]\naggregate = "routed"\n'
+    )
+    run = tmp_path / "run"
+    must("train-stage1", "--data", digits, "--recipe", recipe, "--epochs", 12, "--out", run)
+    stage1 = must("evaluate", "--from", run, "--phase", "stage1", "--json").json
+    assert (stage1["experts_used"], stage1["expert_weights"]) == (3.0, None)  # it has no routers yet
+    must("finetune", "--from", run)
+    before, after = (artifacts.read_tensors(run / p / "model.safetensors")[0] for p in ("stage1", "finetune"))
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"routers"}
+    found = must("evaluate", "--from", run, "--json").json
+    assert 1 <= found["experts_used"] <= 3
+    for threshold, same in (("0", stage1), ("1", stage1["experts"][0])):
+        flags = ["--set", f"evaluation.routing_threshold={threshold}.0", "--label", threshold, "--json"]
+        other = must("evaluate", "--from", run, *flags).json
+        assert [other[key] for key in ("top1", "ece")] == [same[key] for key in ("top1", "ece")]
+    must("confusion-report", "--from", run)
+    for settings, message in (
+        (["finetune.head=routers"], 'finetune.terms.erm: loss = "routing" and finetune.head = "routers" go together'),
+        (["stage1.terms.erm.loss=routing"], "go together"),
+        (["finetune.head=routers", "finetune.terms.erm.loss=routing"], "needs several experts"),
+    ):
+        flags = [flag for setting in settings for flag in ("--set", setting)]
+        result = cpmix("train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", *flags, "--out", run)
+        assert (result.code, message in result.stderr) == (2, True), result.stderr
 
 
 def test_rates_of_ace(digits: Path) -> None:

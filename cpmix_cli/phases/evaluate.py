@@ -24,7 +24,15 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.ensembles import weakly_changed, weights_of_agreement
 from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix, post_hoc, shifted_profile, summary, tau_normalised
+from cpmix_cli.evaluation import (
+    Predicted,
+    class_accuracy,
+    confusion_matrix,
+    predicted,
+    shifted_profile,
+    summary,
+    tau_normalised,
+)
 from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
@@ -79,20 +87,6 @@ class TestSet:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """What a checkpoint makes of a test set."""
-
-    logits: torch.Tensor
-    """[N, C], as they are evaluated."""
-    experts: torch.Tensor
-    """Raw ones of each expert [E, N, C]."""
-    weights: torch.Tensor | None
-    """Of the experts [E], where they were learnt."""
-    profile: torch.Tensor | None
-    """Test images that each class counts as [C], where that is not how many there are."""
-
-
 def run(options: Options) -> None:
     """Predict the test samples and publish what follows from it.
 
@@ -141,17 +135,17 @@ def run(options: Options) -> None:
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
     # As in training: what a test set's own mean would do to it, the network has not seen.
     batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
-    experts = engine.predict(model, batches, len(tests.labels), recipe.evaluation.batch_size)
     profile = requested_profile(options, dataset, tests.labels)
     weights = None
     if recipe.evaluation.aggregate == "test-time":
         weights = learnt_weights(model, tests, recipe, dataset, profile, device)
-    logits = post_hoc(experts, model, torch.tensor(dataset.class_counts), recipe.evaluation, weights)
-    artifacts.check_place(folder, 2 * experts.numel() * experts.element_size() + 100 * len(logits))
+    counts = torch.tensor(dataset.class_counts)
+    found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
+    artifacts.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
         runs.clear(folder)
         recorder = runs.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        publish(recorder, source, recipe, dataset, Predicted(logits, experts, weights, profile), tests, options, sha)
+        publish(recorder, source, recipe, dataset, found, profile, tests, options, sha)
         if not options.is_plain:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
@@ -314,7 +308,10 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
     tensors, _ = artifacts.read_tensors(path, sha)
     generator = torch_generator(recipe.seed, "weights")
     scaled = source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "scale"
-    model = build_model(recipe.model, num_classes, shape, generator, scaled=scaled)
+    top = 0
+    if source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "routers":
+        top = recipe.finetune.router_top
+    model = build_model(recipe.model, num_classes, shape, generator, scaled=scaled, router_top=top)
     engine.load_model(model, tensors, path)
     if recipe.evaluation.tau_norm:
         tau_normalised(model, recipe.evaluation.tau_norm)
@@ -326,20 +323,26 @@ def publish(
     source: PhaseFolder,
     recipe: Recipe,
     dataset: Dataset,
-    predicted: Predicted,
+    found: Predicted,
+    profile: torch.Tensor | None,
     tests: TestSet,
     options: Options,
     checkpoint: str,
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
-    labels, logits, experts, profile = tests.labels, predicted.logits, predicted.experts, predicted.profile
+    labels, logits, experts, weights = tests.labels, found.logits, found.experts, found.weights
     groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
+    shares, used = None, float(len(experts))
+    if weights is not None:
+        shares = [round(share, 4) for share in weights.view(len(experts), -1).mean(1).tolist()]
+        used = round(float((weights > 0).double().sum(0).mean()), 3)
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups, profile),
         "test_distribution": options.distribution,
         "num_experts": len(experts),
-        "expert_weights": None if predicted.weights is None else [round(w, 4) for w in predicted.weights.tolist()],
+        "expert_weights": shares,
+        "experts_used": used,
         "experts": [summary(z, labels, groups, profile) for z in experts] if len(experts) > 1 else [],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
         "confusion_source": recipe.confusion.source,

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cpmix_cli import artifacts, console, engine, runs
+from cpmix_cli import artifacts, console, runs
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.errors import EnvironmentFault, InputError
-from cpmix_cli.evaluation import post_hoc
+from cpmix_cli.evaluation import predicted
 from cpmix_cli.hardware import use_device
 from cpmix_cli.phases.evaluate import read_model
 from cpmix_cli.runs import PHASES
@@ -53,24 +53,24 @@ def run(options: Options) -> None:
     model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
     inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
     batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
-    logits = engine.predict(model, batches, len(paths), recipe.evaluation.batch_size)
-    logits = post_hoc(logits, model, torch.tensor(counts["num_train"].to_numpy()), recipe.evaluation)
-    confidence, predicted = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
+    class_counts = torch.tensor(counts["num_train"].to_numpy())
+    logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
+    confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
 
     kept = confidence.shape[1]
     columns = {
         # A table holds UTF-8 alone; a file name may hold any bytes.
         "path": np.repeat([str(path).encode("utf-8", "backslashreplace").decode() for path in paths], kept),
         "rank": np.tile(np.arange(1, kept + 1), len(paths)),
-        "class_id": predicted.flatten().numpy(),
-        "class_name": [classes[c] for c in predicted.flatten().tolist()],
+        "class_id": classified.flatten().numpy(),
+        "class_name": [classes[c] for c in classified.flatten().tolist()],
         "confidence": confidence.flatten().numpy(),
     }
     if options.out is not None:
         artifacts.make_folder(options.out.parent)
         artifacts.sweep(options.out)
         artifacts.publish_table(options.out, artifacts.PREDICTED_IMAGES_SCHEMA, columns)
-    report(options, source.phase, [str(path) for path in paths], predicted, confidence, classes)
+    report(options, source.phase, [str(path) for path in paths], classified, confidence, classes)
 
 
 def report(
