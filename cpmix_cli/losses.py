@@ -216,26 +216,33 @@ def sade(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, 
 
 
 def ace(
-    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, interference: NonNegative = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    interference: NonNegative = 1.0,
+    measure: Literal["norm", "squares"] = "norm",
 ) -> Tensor:
-    """For each expert, over the images of the classes that it answers for: cross entropy, and the squared logits of the
-    other classes, which it is not to be confident of.
+    """For each expert, over the images of the classes that it answers for: cross entropy, and the size of its logits of
+    the other classes, which it is not to be confident of.
 
     Args:
         logits: [E, B, C], E >= 2.
-        interference: factor of the squared logits.
+        interference: factor of that size.
+        measure: the L2 norm, or the sum of squares, whose slope has no bound: at a rate of 0.1 it diverges.
 
     Source: Cai et al., ACE, from its description; the code is not at hand. Which classes are whose: see
-    ensembles.target_classes(). Differs: the form and factor of the second part are not settled; third-party code has
-    the norm and not its square.
+    ensembles.target_classes(). Differs: form and factor of the second part are not settled; third-party code has the
+    norm.
     """
     targets = target_classes(class_counts, len(logits))
     total = logits.new_zeros(())
     for z, own in zip(logits, targets, strict=True):
         chosen = weights * own[labels].to(weights.dtype)
         losses = F.cross_entropy(z, labels, reduction="none")
-        squares = (z**2 * ~own).sum(1)
-        total = total + (chosen * (losses + interference * squares)).sum() / own[labels].sum().clamp(min=1)
+        others = torch.linalg.vector_norm(z * ~own, dim=1) if measure == "norm" else (z**2 * ~own).sum(1)
+        total = total + (chosen * (losses + interference * others)).sum() / own[labels].sum().clamp(min=1)
     return total
 
 

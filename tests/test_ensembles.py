@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -299,7 +300,8 @@ def test_classes_that_experts_answer_for() -> None:
     assert target_classes(groups, 2).tolist() == [[True] * 6, [False, True, False, False, True, True]]
 
 
-def test_ace_is_that_of_loops() -> None:
+@pytest.mark.parametrize("measure", ["norm", "squares"])
+def test_ace_is_that_of_loops(measure: Any) -> None:
     counts = torch.tensor([300, 60, 15, 4])
     logits, labels, weights = drawn(3)
     total = 0.0
@@ -309,9 +311,14 @@ def test_ace_is_that_of_loops() -> None:
         for b in members:
             z = logits[e, b].tolist()
             loss = -z[int(labels[b])] + math.log(sum(math.exp(v) for v in z))
-            loss += 0.7 * sum(v * v for c, v in enumerate(z) if c not in own)
+            squares = sum(v * v for c, v in enumerate(z) if c not in own)
+            loss += 0.7 * (math.sqrt(squares) if measure == "norm" else squares)
             total += float(weights[b]) * loss / len(members)
-    assert float(ace(logits, labels, weights, counts, interference=0.7)) == pytest.approx(total)
+    z = logits.clone().requires_grad_()
+    found = ace(z, labels, weights, counts, interference=0.7, measure=measure)
+    assert found.item() == pytest.approx(total)
+    found.backward()
+    assert z.grad is not None and z.grad.isfinite().all()  # the first expert has no other classes
     none = torch.zeros(12, dtype=torch.int64)  # no image for the later experts
     alone = cross_entropy(logits[0], none, weights, counts)
     torch.testing.assert_close(ace(logits, none, weights, counts), alone)

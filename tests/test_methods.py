@@ -417,7 +417,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "ace": {
         "model": {"experts": 3, "shared_stages": 2},
         "optimizer": {"expert_rates": "target-share"},
-        ERM: {"loss": "ace", "interference": 1.0},
+        ERM: {"loss": "ace", "interference": 1.0, "measure": "norm"},
         "evaluation": {"aggregate": "targets"},
     },
     "cmo-ride": {**RIDE, "model": THREE, ERM: {**CMO, **RIDE[ERM]}},
