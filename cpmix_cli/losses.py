@@ -246,6 +246,23 @@ def ace(
     return total
 
 
+def routing(logits: Tensor, routes: Tensor, labels: Tensor, *, pos_weight: Positive = 100.0) -> Tensor:
+    """Sigmoid cross entropy of the routers: after expert i an image wants the next where the mean of the experts so far
+    is wrong, and that with some later ones is right.
+
+    Args:
+        pos_weight: factor of those images.
+
+    Source: Wang et al., RIDE, Sec. 3.4 and its code.
+    """
+    so_far = logits.cumsum(0)  # the mean has the same largest class
+    right = (so_far.argmax(2) == labels).long()  # [E, B]
+    later = right.flip(0).cumsum(0).flip(0)[1:] > 0
+    wanted = (later & (right[:-1] == 0)).to(routes.dtype)
+    factor = torch.where(wanted > 0, pos_weight, 1.0)
+    return F.binary_cross_entropy_with_logits(routes, wanted, factor)
+
+
 # -- regularisers ------------------------------------------------------------------------------------------------------
 
 
@@ -282,23 +299,6 @@ def expert_diversity(
         pairs = (log_p.exp()[:, None] * (log_p[:, None] - log_p[None])).sum(3).mean(2)  # KL(p_e || p_j) [E, E]
         divergence = pairs.sum() / max(len(logits) - 1, 1)
     return -diversity * temperature.mean() ** 2 * divergence
-
-
-def routing(logits: Tensor, routes: Tensor, labels: Tensor, *, pos_weight: Positive = 100.0) -> Tensor:
-    """Sigmoid cross entropy of the routers: after expert i an image wants the next where the mean of the experts so far
-    is wrong, and that with some later ones is right.
-
-    Args:
-        pos_weight: factor of those images.
-
-    Source: Wang et al., RIDE, Sec. 3.4 and its code.
-    """
-    so_far = logits.cumsum(0)  # the mean has the same largest class
-    right = (so_far.argmax(2) == labels).long()  # [E, B]
-    later = right.flip(0).cumsum(0).flip(0)[1:] > 0
-    wanted = (later & (right[:-1] == 0)).to(routes.dtype)
-    factor = torch.where(wanted > 0, pos_weight, 1.0)
-    return F.binary_cross_entropy_with_logits(routes, wanted, factor)
 
 
 # -- what a teacher says -----------------------------------------------------------------------------------------------
