@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
@@ -341,7 +342,7 @@ def _record_bytes(sealed: Any) -> bytes:
 
 LATE_SECONDS = 5.0
 """How long a file may take to appear that its record says is there: network file systems show some late."""
-MAX_RECORD = 100_000_000  # bytes; that of a data set of ten thousand classes has half a million
+MAX_RECORD = 2_000_000  # bytes; that of a data set of ten thousand classes has half a million
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -503,18 +504,47 @@ def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = No
     """
     data = read_bytes(path, sha)
     try:
-        source = pq.ParquetFile(io.BytesIO(data))
-        if schema is not None and not source.schema_arrow.equals(schema):
-            raise InputError(f"{path} has columns {_columns(source.schema_arrow)}; expected {_columns(schema)}")
-        # A few bytes can spell a million equal rows; none of our columns is that regular.
-        if source.metadata.num_rows > 8 * len(data):
-            raise InputError(f"{path} says it has {source.metadata.num_rows:,} rows in {len(data):,} bytes")
-        table: pd.DataFrame = source.read().to_pandas()
+        found = pq.read_schema(io.BytesIO(data))
+        if schema is not None and not found.equals(schema):
+            raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}")
+        texts = [field.name for field in found if pa.types.is_string(field.type)]
+        # As a dictionary: a word that stands there a million times stays one.
+        source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
+        fixed = sum(4 if field.name in texts else _width(field) for field in found) * source.metadata.num_rows
+        _refuse_size(path, data, fixed)
+        columns = source.read()
+        for name in texts:
+            fixed += sum(_text_bytes(chunk) for chunk in columns[name].chunks)
+            _refuse_size(path, data, fixed)
+            columns = columns.set_column(columns.schema.get_field_index(name), name, columns[name].cast(pa.string()))
+        table: pd.DataFrame = columns.to_pandas()
     except InputError:
         raise
     except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
         raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
     return table
+
+
+def _width(field: pa.Field) -> int:
+    """Bytes of a value."""
+    width: int = -(-field.type.bit_width // 8)
+    return width
+
+
+def _text_bytes(chunk: pa.DictionaryArray) -> int:
+    """Bytes of all words of a column, one that stands there twice counted twice."""
+    lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+    return int(pc.sum(lengths).as_py() or 0)
+
+
+def _refuse_size(path: Path, data: bytes, unpacked: int) -> None:
+    """A few bytes can spell a million equal rows, or names; none of our tables is that regular.
+
+    Raises:
+        InputError: it is.
+    """
+    if unpacked > 10 * len(data) + 2**20:
+        raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
@@ -141,6 +141,10 @@ class PhaseFolder:
         return "interrupted" if self.is_begun else "absent"
 
 
+TrainingPhase = Literal["stage1", "stage2", "finetune"]
+FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
+
+
 class DatasetEntry(BaseModel):
     """How a record names its data set; see dataset_entry()."""
 
@@ -160,9 +164,9 @@ class SourceEntry(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    phase: str
+    phase: TrainingPhase
     sha256: str
-    run: str = "."
+    run: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4096)] = "."
 
 
 class RunEntry(BaseModel):
@@ -172,15 +176,16 @@ class RunEntry(BaseModel):
 
     phase: str
     made_from: dict[str, Any]
-    outputs: dict[Annotated[str, StringConstraints(pattern=r"^[^/\\]+$")], str]
+    outputs: dict[FileName, str]
 
 
 class PhaseEntry(RunEntry):
     """What readers of a training phase's run.json count on."""
 
+    phase: TrainingPhase
     source: SourceEntry | None
     dataset: DatasetEntry
-    precision: str
+    precision: Literal["fp32", "bf16"]
     num_parameters: int
     epochs: int
     training_seconds: float
@@ -206,12 +211,12 @@ class StateEntry(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    phase: str
+    phase: TrainingPhase
     made_from: dict[str, Any]
-    precision: str
+    precision: Literal["fp32", "bf16"]
     threads: int
-    epoch: int
-    step: int
+    epoch: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
     columns: list[str]
     source: SourceEntry | None
     dataset: DatasetEntry

@@ -319,8 +319,27 @@ def test_a_table_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     columns = {name: np.zeros(2_000_000, dtype=np.int64) for name in PAIRS}
     artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
-    with pytest.raises(InputError, match=r"says it has 2,000,000 rows in [\d,]+ bytes"):
+    with pytest.raises(InputError, match=r"would unpack its [\d,]+ bytes to 32,000,000"):
         artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+
+
+def test_a_name_that_stands_there_many_times_is_refused(tmp_path: Path) -> None:
+    """50 kilobytes that would be 600 megabytes of text."""
+    path = tmp_path / "class_counts.parquet"
+    columns = {"class_id": range(600), "class_name": ["n" * 1_000_000] * 600, "group": ["few"] * 600}
+    artifacts.publish_table(
+        path, artifacts.CLASS_COUNTS_SCHEMA, {**columns, "num_train": [1] * 600, "num_test": [1] * 600}
+    )
+    assert path.stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"class_counts.parquet would unpack its [\d,]+ bytes to 600,"):
+        artifacts.read_table(path, artifacts.CLASS_COUNTS_SCHEMA)
+
+
+def test_a_record_is_not_read_beyond_its_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("[" + "[]," * 1_000_000 + "[]]")
+    with pytest.raises(InputError, match="a file of its kind has at most 2,000,000"):
+        artifacts.read_record(path)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,12 @@ def test_images_turn_as_torchvision_turns_them(generator: torch.Generator) -> No
             torch.testing.assert_close(found, expected)
 
 
+def test_a_channel_that_is_the_same_everywhere_is_left_undivided() -> None:
+    images = torch.full((2, 3, 3, 1), 51, dtype=torch.uint8)
+    found = ImageBatches(images, Data(padding=0), [0.2], [0.0]).plain(torch.tensor([0, 1]))
+    torch.testing.assert_close(found, torch.zeros(2, 1, 3, 3))
+
+
 def test_plain_images_are_whole_and_unflipped(generator: torch.Generator) -> None:
     images = torch.randint(0, 256, (4, 3, 3, 1), dtype=torch.uint8, generator=generator)
     batches = ImageBatches(images, Data(padding=1), [0.0], [1.0])

@@ -305,6 +305,50 @@ def test_a_newer_format(toy: Path, toy_run: Path, tmp_path: Path, name: str) -> 
     assert f"{path} has format 2, this cpmix reads format 1" in result.stderr
 
 
+PLACES_OF_STATES: dict[str, dict[str, object]] = {
+    "step -1": {"step": -1},
+    "step 10**9": {"step": 10**9},
+    "step 3": {"step": 3},
+    "epoch 0": {"epoch": 0},
+    "epoch 99": {"epoch": 99},
+    "precision": {"precision": "fp64"},
+    "phase": {"phase": "stage3"},
+    "columns": {"columns": ["epoch"]},
+    "source": {"source": {"phase": "nope", "sha256": "0", "run": "."}},
+    "run": {"source": {"phase": "stage1", "sha256": "0", "run": "a\x00b"}},
+}
+
+
+@pytest.mark.parametrize("edit", PLACES_OF_STATES)
+def test_a_state_sealed_by_hand(digits_run: Path, edit: str) -> None:
+    """Interrupted after its last epoch, and then made to say that it stands elsewhere."""
+    interrupt(digits_run / "stage2")
+    path = digits_run / "stage2" / artifacts.TRAINING_STATE
+    tensors, metadata = artifacts.read_tensors(path)
+    metadata.pop("digest")
+    artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {**metadata, **PLACES_OF_STATES[edit]}))
+    result = cpmix("train-stage2", "--from", digits_run)
+    assert (result.code, str(path) in result.stderr) == (3, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mean": [0.1, 0.2]},
+        {"shape": [8, -8, 1]},
+        {"shape": [8, 8]},
+        {"groups": {}},
+        {"recipe": "r" * 400},
+        {"files": {"../../etc/passwd": "0" * 64}},
+    ],
+)
+def test_a_data_set_sealed_by_hand(digits: Path, tmp_path: Path, edit: dict[str, object]) -> None:
+    path = Path(shutil.copytree(digits, tmp_path / "data")) / artifacts.DATASET
+    artifacts.publish_record(path, {**artifacts.read_record(path), **edit})
+    result = cpmix("train-stage1", "--data", path.parent, "--out", tmp_path / "run")
+    assert (result.code, f"{path} is no such record" in result.stderr) == (3, True), result.stderr
+
+
 # -- of another data set, subset or recipe -----------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ class ImageBatches:
         if recipe.normalisation != "dataset":
             neither = (0.0,) * self._channels, (1.0,) * self._channels
             mean, std = PUBLISHED.get(recipe.normalisation, neither)
+        std = [s or 1.0 for s in std]  # a channel that is the same everywhere: there is nothing to divide
         device = images.device
         # For a whole row of pixels, so that arithmetic runs over long stretches of memory and not over three channels.
         self._offset = torch.tensor(mean, dtype=torch.float32, device=device).repeat(self._width) * 255

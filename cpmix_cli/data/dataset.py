@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from torch import Tensor
 
 from cpmix_cli import artifacts
@@ -26,14 +26,23 @@ class Entry(BaseModel):
     classes: list[str]
     num_train: int
     num_test: int
-    shape: list[int]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
     mean: list[float]
     std: list[float]
-    groups: dict[str, int]
-    recipe: str
-    files: dict[str, str]
+    groups: dict[Literal["many", "medium", "few"], int]
+    recipe: Annotated[str, Field(max_length=200)]
+    files: dict[Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)], str]
     data_root: str | None
     fingerprint: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Entry":
+        channels = self.shape[-1] if len(self.shape) == 3 else 0
+        if len(self.shape) == 2 or {len(self.mean), len(self.std)} != {channels}:
+            raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
+        if len(self.groups) != 3:
+            raise ValueError("groups are many, medium and few")
+        return self
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def start(asked: Asked, how: str) -> Started:
     setting = Setting(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
     plan, state = asked.prepare(setting)
     if begun:
-        restore(plan, state, tensors, begun, folder)
+        restore(plan, state, tensors, begun, plan.num_steps(len(data.labels)), folder)
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
         if begun["threads"] != threads:
             console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
@@ -331,9 +331,10 @@ def restore(
     state: TrainingState,
     tensors: dict[str, torch.Tensor],
     saved: dict[str, Any],
+    num_steps: int,
     folder: PhaseFolder,
 ) -> None:
-    """Bring a state to where its training_state.safetensors left it.
+    """Bring a state to where its training_state.safetensors left it; `num_steps` are those of an epoch.
 
     Raises:
         InputError: the file does not fit the network or the plan.
@@ -341,11 +342,15 @@ def restore(
     path = folder.path / artifacts.TRAINING_STATE
     sums, history = tensors.pop("sums", torch.empty(0)), tensors.pop("history", torch.empty(0))
     engine.load_state(state, tensors, path)
-    if len(sums) != len(sum_names(plan.terms)) or history.numel() != len(history) * len(saved["columns"]):
+    columns = artifacts.metrics_schema([term.name for term in plan.terms]).names if len(history) else []
+    if len(sums) != len(sum_names(plan.terms)) or sorted(saved["columns"]) != sorted(columns):
         raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
     state.epoch, state.step = saved["epoch"], saved["step"]
-    if not (plan.first_epoch <= state.epoch <= plan.last_epoch and state.step >= 0):
-        raise InputError(f"{path} stands at epoch {state.epoch}, which is none of {plan.phase}")
+    if not (plan.first_epoch <= state.epoch <= plan.last_epoch and state.step <= num_steps):
+        raise InputError(f"{path} stands at epoch {state.epoch}, step {state.step}, which is none of {plan.phase}")
+    finished = state.epoch - plan.first_epoch + (state.step == num_steps)
+    if len(history) != finished or history.numel() != finished * len(columns):
+        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
     state.sums = sums.to(state.confusion.device)
     state.history = [
         {k: None if v != v else v for k, v in zip(saved["columns"], row, strict=True)} for row in history.tolist()
