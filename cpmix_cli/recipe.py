@@ -473,6 +473,10 @@ def _parse(text: str) -> dict[str, Any]:
         tables = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # of int(), which reads some thousand digits and no more
+        raise ValueError("it has an integer of more than 64 bits") from None
     rest: list[tuple[Any, int]] = [(tables, 0)]
     while rest:
         value, depth = rest.pop()
@@ -560,6 +564,8 @@ def resolve(
     tables = dict(tables)
     tables.pop("about", None)
     by_rho = tables.pop("by_rho", {})
+    if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
+        raise UsageError(f"recipe {origin}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
     if rho is not None and f"{rho:g}" in by_rho:
         tables = _merged(tables, by_rho[f"{rho:g}"])
     for setting in settings:
