@@ -1,19 +1,25 @@
 """`cpmix`, which is also `python -m cpmix_cli`."""
 
-from cpmix_cli import console, signals
+from cpmix_cli import signals
 
 
 def main() -> None:
-    """Run one command line. The signals are taken over before anything slow is imported."""
+    """Run one command line. The signals are taken over before anything else is imported."""
     signals.install()
-    console.set_up()
     try:
+        from cpmix_cli import console
+
+        console.set_up()
         from cpmix_cli.cli import app
 
         app(prog_name="cpmix")
     except signals.Stopped as stop:
+        from cpmix_cli import console
+
         console.error(str(signals.interrupted("what was published stays")), int(str(stop.code)))
         raise
+    finally:
+        signals.ignore()
 
 
 if __name__ == "__main__":

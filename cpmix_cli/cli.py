@@ -3,17 +3,42 @@
 Errors become exit codes here and nowhere else.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from cpmix_cli import __version__, console
-from cpmix_cli.errors import CpmixError
+from cpmix_cli import __version__, console, signals
+from cpmix_cli.errors import CpmixError, EnvironmentFault
 
 PIPELINE, HELPERS = "Commands", "Helpers"
+PHASES = ("stage1", "stage2", "finetune")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns user errors into their lines on stderr and the exit code of their kind."""
+    try:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as fault:  # of a path that no file can have, or of a place that may not be looked at
+            if isinstance(fault.filename, str | bytes):
+                raise EnvironmentFault(f"{os.fsdecode(fault.filename)}: {fault.strerror}") from fault
+            console.flush()  # the help, maybe, to a full disk
+            raise EnvironmentFault(f"reading or writing failed: {fault.strerror or fault}") from fault
+    except CpmixError as fault:
+        console.error(str(fault), fault.exit_code)
+        raise typer.Exit(fault.exit_code) from fault
+    except BrokenPipeError:  # the reader went away (cpmix ... | head)
+        with suppress(BrokenPipeError):
+            console.flush()
+        raise typer.Exit(0) from None
 
 
 class Commands(TyperGroup):
@@ -33,15 +58,25 @@ class Commands(TyperGroup):
                 with formatter.section(panel):
                     formatter.write_dl([(n.ljust(width), str(c.help).splitlines()[0]) for n, c in commands.items()])
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the flags; --help and --version write."""
+        with _explained():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
+        with _explained():
+            _check_working_directory()
             return super().invoke(ctx)
-        except CpmixError as fault:
-            console.error(str(fault), fault.exit_code)
-            raise typer.Exit(fault.exit_code) from fault
-        except BrokenPipeError:  # the reader went away (cpmix ... | head)
-            raise typer.Exit(0) from None
+
+
+def _check_working_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"the working directory is not there any more: {fault.strerror}", fix="cd to a folder that is there"
+        ) from fault
 
 
 app = typer.Typer(
@@ -100,7 +135,7 @@ Set = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1),
+    typer.Option(help="Rescale every epoch count so that both stages last this long.", min=1, max=1_000_000),
 ]
 Seed = Annotated[int | None, typer.Option(help="Replace the recipe's seed.", min=0)]
 DryRun = Annotated[
@@ -142,11 +177,20 @@ def _check_recipe(
         check_request(recipe, settings or [], epochs, data=data, phases=phases)
 
 
+def _look_for_state(phase: str, out: Path | None, from_folder: Path | None = None, *, overwrite: bool) -> None:
+    """Ctrl-C means "goes on" from here if the phase's state is on disk already, while torch is still to be imported."""
+    run = out
+    if run is None and from_folder is not None:
+        run = from_folder.parent if from_folder.name in PHASES else from_folder
+    if run is not None and not overwrite and os.path.lexists(run / phase / "training_state.safetensors"):
+        signals.state_is_saved()
+
+
 def _sources(from_folder: Path, *phases: str) -> list[Path]:
     """Phase folders that --from may mean, the likeliest first."""
     if from_folder.name in phases:
         return [from_folder]
-    root = from_folder.parent if from_folder.name in ("stage1", "stage2", "finetune") else from_folder
+    root = from_folder.parent if from_folder.name in PHASES else from_folder
     return [root / phase for phase in phases]
 
 
@@ -166,11 +210,15 @@ def build_lt(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Data set folder. Default: data/NAME.")] = None,
     data_root: DataRoot = None,
-    subset_seed: Annotated[int, typer.Option(help="Which images; 0 is the published subset.", min=0)] = 0,
-    val_per_class: Annotated[int, typer.Option(help="Training images of each class held out as val.", min=0)] = 0,
+    subset_seed: Annotated[
+        int, typer.Option(help="Which images; 0 is the published subset.", min=0, max=2**32 - 1)
+    ] = 0,
+    val_per_class: Annotated[
+        int, typer.Option(help="Training images of each class held out as val.", min=0, max=1_000_000)
+    ] = 0,
     test_per_class: Annotated[
         int | None,
-        typer.Option(help="Test images a class, for sources without a test split.", min=1),
+        typer.Option(help="Test images a class, for sources without a test split.", min=1, max=1_000_000),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -219,6 +267,7 @@ def train_stage1(
     """Train on the natural batches and collect confusion pairs."""
     device = _checked_device(device)
     _check_recipe(recipe, settings, epochs, data)
+    _look_for_state("stage1", out, overwrite=overwrite)
     from cpmix_cli.phases import train_stage1 as phase
     from cpmix_cli.phases.training import Options
 
@@ -247,6 +296,7 @@ def train_stage2(
     """Go on from stage 1 with mixed confusion pairs."""
     device = _checked_device(device)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, "stage1"))
+    _look_for_state("stage2", out, from_folder, overwrite=overwrite)
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
@@ -276,6 +326,7 @@ def finetune(
     """Train the head on class-balanced draws, the rest frozen."""
     device = _checked_device(device)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, *([phase] if phase else ["stage2", "stage1"])))
+    _look_for_state("finetune", out, from_folder, overwrite=overwrite)
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 

@@ -11,8 +11,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cpmix_cli.errors import EnvironmentFault
@@ -49,10 +49,27 @@ def _out(text: str) -> None:
         BrokenPipeError: the reader left.
         EnvironmentFault: it cannot be written.
     """
-    if sys.stdout is None:
-        return
+    if sys.stdout is not None:
+        with _writing():
+            print(text, flush=True)
+
+
+def flush() -> None:
+    """What others (click's help) could not write to stdout.
+
+    Raises:
+        BrokenPipeError, EnvironmentFault: see _out().
+    """
+    if sys.stdout is not None:
+        with _writing():
+            sys.stdout.flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """While something is written to stdout; raises what _out() says."""
     try:
-        print(text, flush=True)
+        yield
     except OSError as fault:
         # Python flushes stdout once more at exit: give what is left somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

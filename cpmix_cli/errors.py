@@ -4,7 +4,6 @@ A CpmixError is something the user can mend: it is shown as three lines (what is
 fixes it) and never as a traceback. A ValueError is a wrong call from Python, an assert our own invariant.
 """
 
-import difflib
 from collections.abc import Iterable
 
 EXIT_BUG = 1
@@ -72,6 +71,8 @@ class Interrupted(CpmixError):
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """' Did you mean "x"?' for the nearest known name, and the list of all of them if they are not too many."""
+    import difflib  # not while signals.py is imported, which must take no time
+
     names = sorted(known)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
     hint = f' Did you mean "{near[0]}"?' if near else ""

@@ -5,7 +5,10 @@ what comes out is written beside each phase's output as a recipe that is itself 
 (folders, device) is a flag and never stands in a recipe. Imports nothing heavy.
 """
 
+import hashlib
 import json
+import os
+import stat
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,11 +36,17 @@ PHASE_TABLES: dict[str, tuple[str, ...]] = {
     "finetune": (*TRAINING_TABLES, "stage1", "stage2", "finetune"),
 }
 
+MAX_BYTES = 4_000_000  # of a recipe and of a record looked at here; the record of 10,000 classes has half a million
+MAX_DEPTH = 16  # of tables in tables; a recipe has 4
+MAX_EXTENDS = 16
+MAX_EPOCHS = 1_000_000
+MAX_BATCH = 1_000_000
+
 
 class Table(BaseModel):
-    """A TOML table: unknown keys are faults, and no type is coerced but int to float."""
+    """A TOML table: unknown keys are faults, no type is coerced but int to float, and inf and nan are no numbers."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Data(Table):
@@ -45,7 +54,7 @@ class Data(Table):
 
     augment: Literal["crop-flip-rotate", "crop-flip", "crop", "none"] = "crop-flip"
     """Training augmentation: random crop from `padding` pixels of black, horizontal flip, turn of up to 15 degrees."""
-    padding: int = Field(default=4, ge=0)
+    padding: int = Field(default=4, ge=0, le=1024)
     """Black pixels on each side before the crop."""
     normalisation: Literal["cifar10", "imagenet", "dataset", "none"] = "dataset"
     """Mean and deviation a channel: the published ones of CIFAR-10 or ImageNet, the training set's own, or 0 and 1."""
@@ -64,7 +73,7 @@ class Model(Table):
     """Of a cosine head."""
     head_bias: Literal["drawn", "rare"] = "drawn"
     """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
-    experts: int = Field(default=1, ge=1)
+    experts: int = Field(default=1, ge=1, le=100)
     """Branches of the network, each with a head of its own; the logits are their mean."""
     shared_stages: int = Field(default=1, ge=1)
     """Stages that all experts share, after the stem; the rest each has for itself."""
@@ -123,7 +132,7 @@ class Optimizer(Table):
     nesterov: bool = False
     """SGD only."""
     weight_decay: float = Field(default=2e-4, ge=0)
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
     groups: list[ParameterGroup] = []
     expert_rates: Literal["equal", "target-share"] = "equal"
     """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
@@ -137,9 +146,9 @@ class Optimizer(Table):
 class Schedule(Table):
     """One schedule over all epochs; stage 2 continues where stage 1 ends."""
 
-    epochs: int = Field(default=300, ge=1)
+    epochs: int = Field(default=300, ge=1, le=MAX_EPOCHS)
     """E, both stages together."""
-    stage1_epochs: int = Field(default=200, ge=1)
+    stage1_epochs: int = Field(default=200, ge=1, le=MAX_EPOCHS)
     """E_cp of Algorithm 1; equal to `epochs` in a single-stage recipe."""
     warmup_epochs: float = Field(default=10, ge=0)
     """Epoch e (from 1) runs at lr * min(1, e / warmup_epochs)."""
@@ -172,7 +181,7 @@ class Term(BaseModel):
     Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
         "partner": (
             *("match", "ratio", "alpha", "per_sample", "mix", "label"),
@@ -265,18 +274,18 @@ class Stage(Table):
 class Finetune(Stage):
     """Training of the head on a trained network."""
 
-    epochs: int = Field(default=30, ge=1)
+    epochs: int = Field(default=30, ge=1, le=MAX_EPOCHS)
     lr: float = Field(default=0.5, gt=0, le=1e30)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
     kind: Literal["cosine", "constant"] = "cosine"
     """Schedule of the rate; cosine falls to 0 over the steps."""
     head: Literal["keep", "reinit", "scale", "routers"] = "keep"
     """Start from the trained head, from a fresh one (cRT), put a learnable scale a class behind it (LWS), or add
     routers that choose how many experts an image gets (RIDE)."""
-    router_top: int = Field(default=30, ge=1)
+    router_top: int = Field(default=30, ge=1, le=10_000)
     """Largest logits that routers look at."""
     train: list[str] = Field(default=["head"], min_length=1)
     """Parameter-name prefixes that are trained."""
@@ -293,7 +302,7 @@ class Finetune(Stage):
 class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
 
-    batch_size: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=500, ge=1, le=MAX_BATCH)
     aggregate: Literal["mean", "targets", "test-time", "routed"] = "mean"
     """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
     class the mean over the experts that answer for it (ACE); test-time: with weights under which predictions of two
@@ -303,16 +312,16 @@ class Evaluation(Table):
     """A router's chance above which an image goes on to the next expert."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, for calibration; to be chosen on held-out images."""
-    logit_adjustment: float = Field(default=0.0, ge=0)
+    logit_adjustment: float = Field(default=0.0, ge=0, le=100)
     """tau of the post-hoc logit adjustment, z - tau log(class frequency); 0 leaves the logits."""
-    tau_norm: float = Field(default=0.0, ge=0)
+    tau_norm: float = Field(default=0.0, ge=0, le=100)
     """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
 
 
 class Recipe(Table):
     """A whole recipe."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     data: Data = Data()
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
@@ -413,14 +422,17 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by name.
 
     Raises:
-        UsageError: neither a file nor a known name.
+        UsageError: neither a file nor a known name, or a name that no file can have.
     """
     path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
-        return path
-    for folder in recipe_folders():
-        if (found := folder / f"{name}.toml").is_file():
-            return found
+    try:
+        if path.suffix == ".toml" and path.is_file():
+            return path
+        for folder in recipe_folders():
+            if (found := folder / f"{name}.toml").is_file():
+                return found
+    except OSError as fault:  # too long a name, a folder that may not be looked into
+        raise UsageError(f'recipe "{name}": {fault.strerror}', needed_by="--recipe") from fault
     if path.suffix == ".toml":
         raise UsageError(f"no file {path}", needed_by="--recipe")
     raise UsageError(
@@ -461,11 +473,13 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         above: files that extend it.
 
     Raises:
-        UsageError: a file is not there, is no TOML, extends itself, or goes without what is not there.
+        UsageError: a file is not there, is no TOML, extends itself or too many, or goes without what is not there.
     """
+    if len(above) > MAX_EXTENDS:
+        raise UsageError(f"{above[-1]} extends more than {MAX_EXTENDS} recipes, one on the other", needed_by="--recipe")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as fault:
+        tables = _parse(_read_small(path).decode())
+    except (ValueError, OSError) as fault:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
     without = tables.pop("without", [])
     if (base := tables.pop("extends", None)) is None:
@@ -483,6 +497,57 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     for key in without if isinstance(without, list) else [without]:
         _take_away(below, key, path)
     return _merged(below, tables)
+
+
+def _read_small(path: Path) -> bytes:
+    """The bytes of a small file; artifacts.py has what reads large ones, and imports torch.
+
+    Raises:
+        OSError: it is missing, unreadable, a folder, pipe or device, or has more than MAX_BYTES.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{path} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        return file.read(MAX_BYTES)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A small JSON file's object with its numbers as floats; None where that cannot be read or is none."""
+    try:
+        found = json.loads(_read_small(path), parse_int=float)  # an int may be too large for a float
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The tables of TOML text.
+
+    Raises:
+        ValueError: it is none, or holds what would break those who walk, show or write it: tables too deep in each
+            other, an integer of more than 64 bits (which TOML does not promise either).
+    """
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # of int(), which reads some thousand digits and no more
+        raise ValueError("it has an integer of more than 64 bits") from None
+    rest: list[tuple[Any, int]] = [(tables, 0)]
+    while rest:
+        value, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("it has an integer of more than 64 bits")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        rest += [(held, depth + 1) for held in inner]
+    return tables
 
 
 def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
@@ -518,19 +583,33 @@ def check_request(
     """
     rho = None
     if data is not None:
-        try:
-            record = json.loads((data / "dataset.json").read_bytes())
-            own, rho = record["recipe"], record["rho"]
-        except (OSError, ValueError, TypeError, KeyError):
+        record = _read_json(data / "dataset.json")
+        if record is None or not {"recipe", "rho"} <= record.keys():
             return
-        if own not in recipe_names() or not isinstance(rho, int | float | None):
+        own, rho = record["recipe"], record["rho"]
+        if own not in recipe_names() or not isinstance(rho, float | None):
             return
         name = name or own
     if name is None:
-        name = next((str(folder / "recipe.toml") for folder in phases if (folder / "run.json").is_file()), None)
+        finished = next((folder for folder in phases if (folder / "run.json").is_file()), None)
+        name = None if finished is None else _own_recipe(finished)
     if name is None or (rho is None and "by_rho" in read_tables(find_recipe(name))):
         return
     load(name, settings=settings, epochs=epochs, rho=rho)
+
+
+def _own_recipe(phase: Path) -> str | None:
+    """The recipe of a finished phase, if it is the one that its record names; no user's --recipe is at fault for
+    another.
+    """
+    path = phase / "recipe.toml"
+    record = _read_json(phase / "run.json")
+    outputs = record.get("outputs") if record is not None else None
+    try:
+        sha = hashlib.sha256(_read_small(path)).hexdigest()
+    except OSError:
+        return None
+    return str(path) if isinstance(outputs, dict) and outputs.get(path.name) == sha else None
 
 
 def resolve(
@@ -546,6 +625,8 @@ def resolve(
     tables = dict(tables)
     tables.pop("about", None)
     by_rho = tables.pop("by_rho", {})
+    if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
+        raise UsageError(f"recipe {origin}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
     if rho is not None and f"{rho:g}" in by_rho:
         tables = _merged(tables, by_rho[f"{rho:g}"])
     for setting in settings:
@@ -668,12 +749,18 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise UsageError(f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05")
+    parts = key.strip().split(".")
     value: Any
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        if len(parts) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        value = _parse(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    for part in reversed(key.strip().split(".")):
+    except ValueError as fault:
+        shown = setting if len(setting) <= 80 else f"{setting[:80]}..."
+        raise UsageError(f'--set "{shown}": {fault}') from fault
+    for part in reversed(parts):
         value = {part: value}
     return dict(value)
 

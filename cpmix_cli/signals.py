@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: they set a flag that the training loop looks at between steps.
 
-Installed before torch is imported, so that a job preempted while it starts also ends cleanly. Exit 75 says that the
-same command goes on; 130 is left for Ctrl-C where there is nothing yet to go on with.
+Installed before all else is imported, so that a job preempted while it starts also ends cleanly; so nothing slow is
+imported here. Exit 75 says that the same command goes on; 130 is left for Ctrl-C where there is nothing yet to go on
+with.
 """
 
 import os
@@ -25,6 +26,12 @@ def install() -> None:
     """Take over the signals of HANDLED."""
     for number in HANDLED:
         signal.signal(number, _handle)
+
+
+def ignore() -> None:
+    """The command is over: its exit code stands, whatever comes while Python takes itself down."""
+    for number in HANDLED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def state_is_saved() -> None:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cpmix_cli.errors import suggest
 
@@ -109,7 +109,7 @@ def bind(
                 continue
             keys.add(key)
             if key in given:
-                checker: TypeAdapter[Any] = TypeAdapter(parameter.annotation)
+                checker: TypeAdapter[Any] = TypeAdapter(parameter.annotation, config=ConfigDict(allow_inf_nan=False))
                 try:
                     values[key] = checker.validate_python(given[key], strict=True)
                 except ValidationError as fault:

@@ -110,6 +110,26 @@ def test_a_stage_1_that_cannot_be_continued(digits_run: Path, toy_run: Path, tmp
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate"])
+@pytest.mark.parametrize("damage", ["other", "no toml", "missing", "folder", "device"])
+def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, command: str, damage: str) -> None:
+    path = digits_run / ("stage1" if command == "train-stage2" else "stage2") / "recipe.toml"
+    text = path.read_text()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "device":
+        path.symlink_to("/dev/zero")
+    elif damage != "missing":
+        path.write_text(text.replace("alpha = ", "alpha = 9") if damage == "other" else "[")
+    key = "evaluation.tau_norm=1" if command == "evaluate" else "finetune.terms.erm.weight=2"
+    more = ["--phase", "stage2"] if command == "evaluate" else ["--epochs", 6]
+    result = cpmix(command, "--from", digits_run, "--out", digits_run.parent / "out", "--set", key, *more)
+    assert result.code == 3, result.stderr
+    assert str(path) in result.stderr
+    assert not (digits_run.parent / "out").exists()
+
+
 def test_weights_of_other_classes_under_the_right_hash(digits_run: Path, toy_run: Path) -> None:
     """A record made by hand does not get a foreign network through."""
     tensors, _ = artifacts.read_tensors(toy_run / "stage2" / "model.safetensors")

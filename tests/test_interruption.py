@@ -251,3 +251,23 @@ def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: 
     must(*command)
     must("train-stage1", "--data", digits, "--out", tmp_path / "whole", "--epochs", 6)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 75), (["--overwrite"], 130)])
+def test_ctrl_c_while_torch_is_imported_for_a_begun_phase(tmp_path: Path, flags: list[str], code: int) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "training_state.safetensors").touch()
+    hook = on_event("import", "args[0] == 'torch'", signal.SIGINT)
+    assert hooked(hook, "train-stage1", "--data", "x", "--out", tmp_path, *flags).returncode == code
+
+
+def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
+    hook = "import atexit\natexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    result = hooked(hook, "--version")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_ctrl_c_while_the_first_modules_are_imported() -> None:
+    result = hooked(on_event("import", "args[0] == 'cpmix_cli.console'", signal.SIGINT), "--version")
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr

@@ -1,11 +1,12 @@
 """Recipes: every file that comes with cpmix, strictness, --set, --epochs."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cpmix_cli.errors import UsageError
-from cpmix_cli.recipe import load, recipe_names
+from cpmix_cli.recipe import check_request, load, recipe_names
 from cpmix_cli.terms import check_fits
 
 DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
@@ -233,3 +234,97 @@ def test_faults_of_the_keys_that_methods_need(settings: list[str], message: str)
     with pytest.raises(UsageError) as caught:
         load("cifar100-lt/cpmix", settings=settings)
     assert message in str(caught.value)
+
+
+DEEP = 100_000
+ODD_TEXTS = {
+    "arrays": ("optimizer.lr = " + "[" * DEEP + "]" * DEEP, "nested too deeply"),
+    "dotted keys": (".".join("a" * 2000) + " = 1", "nested too deeply"),
+    "a parameter": ("stage2.terms.cp.t." + ".".join("a" * 50) + " = 1", "nested too deeply"),
+    "digits": ("seed = " + "9" * 5000, "more than 64 bits"),
+    "hexadecimal": ("seed = 0x" + "f" * 5000, "more than 64 bits"),
+    "by_rho": ("by_rho = 3", "by_rho holds a table"),
+    "by_rho.20": ("by_rho.20 = 3", "by_rho holds a table"),
+    "extends": ("", 'recipe "nnn'),
+    "large": ("#" * 5_000_000, "at most 4,000,000 are read"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TEXTS)
+def test_texts_that_no_recipe_has(name: str, tmp_path: Path) -> None:
+    text, message = ODD_TEXTS[name]
+    base = "n" * 300 if name == "extends" else "digits/cpmix"
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "{base}"\n{text}\n')
+    with pytest.raises(UsageError, match=message) as caught:
+        load(str(path), rho=20)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed=" + "9" * 5000, "more than 64 bits"),
+        ("seed=0x" + "f" * 5000, "more than 64 bits"),
+        (".".join("a" * 5000) + "=1", "nested too deeply"),
+        ("optimizer.lr=" + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+)
+def test_settings_that_no_recipe_has(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load("digits/cpmix", settings=[setting])
+    assert caught.value.message.startswith(f'--set "{setting[:80]}...": ')
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".toml", "n/" * 3000 + "n.toml"])
+def test_names_longer_than_a_file_can_have(name: str) -> None:
+    with pytest.raises(UsageError, match="too long"):
+        load(name)
+
+
+def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
+    for i in range(50):
+        (tmp_path / f"{i}.toml").write_text(f'extends = "{tmp_path}/{i + 1}.toml"\n')
+    with pytest.raises(UsageError, match=r"0\.toml extends more than 16 recipes"):
+        load(str(tmp_path / "0.toml"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.lr=inf", "optimizer.lr = inf: Input should be a finite number"),
+        ("stage2.terms.cp.weight=nan", "stage2.terms.cp.weight = nan: Input should be a finite number"),
+        ("stage2.terms.cp.gamma=inf", "stage2.terms.cp.gamma = inf: Input should be a finite number"),
+        ("schedule.milestones=[inf]", "schedule.milestones.0 = inf: Input should be a finite number"),
+        ("optimizer.batch_size=1000001", "Input should be less than or equal to 1000000"),
+        ("finetune.batch_size=1000001", "Input should be less than or equal to 1000000"),
+        ("evaluation.batch_size=1000001", "Input should be less than or equal to 1000000"),
+        ("evaluation.logit_adjustment=101", "Input should be less than or equal to 100"),
+        ("evaluation.tau_norm=101", "Input should be less than or equal to 100"),
+        ("schedule.epochs=1000001", "Input should be less than or equal to 1000000"),
+    ],
+)
+def test_numbers_without_bounds(setting: str, message: str) -> None:
+    settings = ["stage2.terms.cp.loss=focal", setting] if "gamma" in setting else [setting]
+    with pytest.raises(UsageError) as caught:
+        load("digits/cpmix", settings=settings)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("damage", ["pipe", "device", "folder", "deep", "huge", "digits", "list"])
+def test_the_quick_check_passes_over_records_that_are_none(damage: str, tmp_path: Path) -> None:
+    """It neither waits for them nor reads on and on; the phase says what is wrong."""
+    path = tmp_path / "dataset.json"
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "device":
+        path.symlink_to("/dev/zero")
+    elif damage == "folder":
+        path.mkdir()
+    else:
+        rho = "9" * {"huge": 5_000_000, "digits": 5000}.get(damage, 1)
+        text = {"deep": "[" * DEEP, "list": "[1]"}.get(damage, f'{{"recipe": "digits/cpmix", "rho": {rho}}}')
+        path.write_text(text)
+    check_request("digits/cpmix", ["optimizer.lr=0.2"], None, data=tmp_path)
+    (tmp_path / "run.json").symlink_to(path)
+    check_request(None, ["optimizer.lr=0.2"], None, phases=[tmp_path])

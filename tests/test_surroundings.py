@@ -205,3 +205,26 @@ def test_a_dry_run_takes_a_step_of_every_phase(digits: Path, digits_run: Path, t
         assert "all checks passed, a step of" in result.stdout
     assert contents(digits_run) == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", ["--help", "--version", "methods", "train-stage1 --help"])
+def test_help_and_version_that_nobody_reads(flags: str) -> None:
+    result = shell("{cpmix} {flags} | head -0", flags=flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = shell("{cpmix} {flags} >/dev/full", flags=flags)
+    assert result.returncode == 4
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
+    result = shell("cd {gone} && rmdir {gone} && PYTHONPATH={here} {cpmix} methods", gone=tmp_path, here=Path.cwd())
+    assert result.returncode == 4
+    assert "the working directory is not there any more" in result.stderr
+
+
+@pytest.mark.parametrize("line", ["train-stage2 --from", "status", "build-lt toy --out"])
+def test_a_name_longer_than_a_file_can_have(line: str, tmp_path: Path) -> None:
+    result = cpmix(*line.split(), tmp_path / ("n" * 300))
+    assert result.code in (3, 4)
+    assert "nnn" in result.stdout + result.stderr

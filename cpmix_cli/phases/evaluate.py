@@ -280,12 +280,14 @@ def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
 
     Raises:
         UsageError: a setting reaches into what was trained.
+        InputError: the checkpoint's recipe is missing or damaged.
     """
+    own = source.recipe()  # verified, before settings are laid over it
     if not options.settings:
-        return source.recipe()
+        return own
     path = source.output(artifacts.RECIPE)[0]
     recipe = recipes.load(str(path), settings=options.settings)
-    trained = {k: v for k, v in source.recipe().tables().items() if k != "evaluation"}
+    trained = {k: v for k, v in own.tables().items() if k != "evaluation"}
     asked = {k: v for k, v in recipe.tables().items() if k != "evaluation"}
     if changed := recipes.differences(trained, asked):
         raise UsageError(f"evaluate --set changes what was trained: {'; '.join(changed)}")

@@ -47,9 +47,15 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
 
 
 def requested_recipe(options: Options, source: PhaseFolder, rho: float | None) -> recipes.Recipe:
-    """The recipe that the flags ask for; without any, the one the source was trained with."""
+    """The recipe that the flags ask for; without any, the one the source was trained with.
+
+    Raises:
+        InputError: the source's own is missing or damaged.
+        UsageError: what the flags ask for is wrong.
+    """
+    own = source.recipe()  # flags that change it are no reason to take it unverified
     if not options.changes_recipe:
-        return source.recipe()
+        return own
     name = options.recipe or str(source.output(artifacts.RECIPE)[0])
     return recipes.load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=rho)
 
