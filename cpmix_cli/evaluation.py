@@ -33,14 +33,15 @@ def class_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().double() / matrix.sum(1).double()
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Mean |accuracy - confidence| over 15 equal bins (0, 1/15], ..., weighted by their images; a fraction.
 
     Args:
         logits: [N, C]; the confidence is the largest softmax probability.
         labels: [N].
-        weights: how many images each one stands for [N] float64.
+        weights: how many images each one stands for [N] float64; None: one.
     """
+    weights = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights
     confidence, predicted = logits.double().softmax(1).max(1)
     right = (predicted == labels).double()
     bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
