@@ -47,10 +47,11 @@ def test_the_flags_are_those_of_the_contract() -> None:
     expected = {
         "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --image-size --download "
         "--overwrite --json",
-        "train-stage1": f"--out --init {training}",
+        "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
-        "evaluate": "--from --out --phase --set --label --split --test-data --few-inclusive --device --data --overwrite"
+        "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio --few-inclusive "
+        "--device --data --overwrite"
         " --json",
         "confusion-report": "--from --out --phase --data --overwrite --json",
         "status": "--json",
