@@ -225,7 +225,7 @@ def ace(
     measure: Literal["norm", "squares"] = "norm",
 ) -> Tensor:
     """For each expert, over the images of the classes that it answers for: cross entropy, and the size of its logits of
-    the other classes, which it is not to be confident of.
+    the other classes, which it is not to be confident of; divided by all images of the batch.
 
     Args:
         logits: [E, B, C], E >= 2.
@@ -234,7 +234,7 @@ def ace(
 
     Source: Cai et al., ACE, from its description; the code is not at hand. Which classes are whose: see
     ensembles.target_classes(). Differs: form and factor of the second part are not settled; third-party code has the
-    norm.
+    norm. Divided by its own images alone, two or three rare ones would move the shared stages as much as a whole batch.
     """
     targets = target_classes(class_counts, len(logits))
     total = logits.new_zeros(())
@@ -242,7 +242,7 @@ def ace(
         chosen = weights * own[labels].to(weights.dtype)
         losses = F.cross_entropy(z, labels, reduction="none")
         others = torch.linalg.vector_norm(z * ~own, dim=1) if measure == "norm" else (z**2 * ~own).sum(1)
-        total = total + (chosen * (losses + interference * others)).sum() / own[labels].sum().clamp(min=1)
+        total = total + (chosen * (losses + interference * others)).mean()
     return total
 
 

@@ -50,9 +50,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
-        "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio --few-inclusive "
-        "--device --data --overwrite"
-        " --json",
+        "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio "
+        "--few-inclusive --device --data --overwrite --json",
         "confusion-report": "--from --out --phase --data --overwrite --json",
         "status": "--json",
         "recipes": "--set --epochs --seed --rho --budget --json",

@@ -226,6 +226,11 @@ def learnt_weights(
     rate = recipe.optimizer.lr
     weights = weights_of_agreement(views, chosen, recipe.model.experts, rate, recipe.seed)
     console.note(f"evaluate: weights of the experts, learnt without labels: {', '.join(f'{w:.3f}' for w in weights)}")
+    if weights.max() > 0.5:
+        console.warn(
+            "one expert has more than half of the weight: an expert that gives every image the same few classes agrees "
+            'with itself too; compare with evaluation.aggregate = "mean"'
+        )
     return weights
 
 
