@@ -343,6 +343,10 @@ def _record_bytes(sealed: Any) -> bytes:
 LATE_SECONDS = 5.0
 """How long a file may take to appear that its record says is there: network file systems show some late."""
 MAX_RECORD = 2_000_000  # bytes; that of a data set of ten thousand classes has half a million
+UNPACKS = 10
+"""How many times its bytes a table may have in memory. A split's list of a million images has 4 times."""
+UNPACKS_REGULAR = 128
+"""The same for one whose rows are bounded otherwise: all pairs of 256 classes, each confused once, have 101 times."""
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -496,11 +500,19 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
         raise InputError(f"{path} is not a valid safetensors file") from fault
 
 
-def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = None) -> pd.DataFrame:
+def read_table(
+    path: Path, schema: pa.Schema | None = None, sha: str | None = None, *, max_rows: int | None = None
+) -> pd.DataFrame:
     """A Parquet table, its schema checked exactly.
 
+    Args:
+        path: of the file.
+        schema: what it is to have; None takes any columns.
+        sha: the recorded sha256.
+        max_rows: what its content can have at most, where that is known: it may then be more regular than others.
+
     Raises:
-        InputError: missing, damaged, or with other columns.
+        InputError: missing, damaged, with other columns, or made to fill the memory.
     """
     data = read_bytes(path, sha)
     try:
@@ -510,12 +522,17 @@ def read_table(path: Path, schema: pa.Schema | None = None, sha: str | None = No
         texts = [field.name for field in found if pa.types.is_string(field.type)]
         # As a dictionary: a word that stands there a million times stays one.
         source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
-        fixed = sum(4 if field.name in texts else _width(field) for field in found) * source.metadata.num_rows
-        _refuse_size(path, data, fixed)
+        num_rows = source.metadata.num_rows
+        if max_rows is not None and num_rows > max_rows:
+            raise InputError(f"{path} says it has {num_rows:,} rows; it can have {max_rows:,}")
+        _refuse_codecs(path, source.metadata)
+        times = UNPACKS if max_rows is None else UNPACKS_REGULAR
+        fixed = sum(4 if field.name in texts else _width(field) for field in found) * num_rows
+        _refuse_size(path, data, fixed, times)
         columns = source.read()
         for name in texts:
             fixed += sum(_text_bytes(chunk) for chunk in columns[name].chunks)
-            _refuse_size(path, data, fixed)
+            _refuse_size(path, data, fixed, times)
             columns = columns.set_column(columns.schema.get_field_index(name), name, columns[name].cast(pa.string()))
         table: pd.DataFrame = columns.to_pandas()
     except InputError:
@@ -537,14 +554,27 @@ def _text_bytes(chunk: pa.DictionaryArray) -> int:
     return int(pc.sum(lengths).as_py() or 0)
 
 
-def _refuse_size(path: Path, data: bytes, unpacked: int) -> None:
+def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
     """A few bytes can spell a million equal rows, or names; none of our tables is that regular.
 
     Raises:
         InputError: it is.
     """
-    if unpacked > 10 * len(data) + 2**20:
+    if unpacked > times * len(data) + 2**20:
         raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
+
+
+def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
+    """Snappy makes 64 bytes of 3 at most, whatever the footer says; one page of gzip or Zstandard can fill the memory
+    before anything of it is counted.
+
+    Raises:
+        InputError: another codec than we write.
+    """
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    used = {group.column(i).compression for group in groups for i in range(group.num_columns)}
+    if others := sorted(used - {"SNAPPY", "UNCOMPRESSED"}):
+        raise InputError(f"{path} is compressed with {', '.join(others)}; cpmix writes SNAPPY")
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -582,7 +612,7 @@ def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
     Raises:
         InputError: missing, damaged, or not so.
     """
-    table = read_table(path, CONFUSION_SCHEMA, sha)
+    table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
     for name in ("true_class", "predicted_class"):
         refuse_outside(path, table, name, num_classes)
     refuse(path, table, table["count"] < 1, "a pair is there because it was counted")

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
-from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.dataset import Dataset, Shaped, open_dataset
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
 from cpmix_cli.locks import Lock
 from cpmix_cli.recipe import Recipe, differences, load
@@ -142,21 +142,17 @@ class PhaseFolder:
 
 
 TrainingPhase = Literal["stage1", "stage2", "finetune"]
+Place = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4096)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 
 
-class DatasetEntry(BaseModel):
+class DatasetEntry(Shaped):
     """How a record names its data set; see dataset_entry()."""
 
-    model_config = ConfigDict(strict=True)
-
     name: str
-    relative: str
-    absolute: str
+    relative: Place
+    absolute: Place
     fingerprint: str
-    shape: list[int]
-    mean: list[float]
-    std: list[float]
 
 
 class SourceEntry(BaseModel):
@@ -166,7 +162,7 @@ class SourceEntry(BaseModel):
 
     phase: TrainingPhase
     sha256: str
-    run: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4096)] = "."
+    run: Place = "."
 
 
 class RunEntry(BaseModel):
@@ -196,7 +192,7 @@ class EvaluationEntry(RunEntry):
 
     source: SourceEntry
     dataset: DatasetEntry
-    data_root: str | None = None
+    data_root: Place | None = None
 
 
 class ReportEntry(RunEntry):

@@ -335,6 +335,31 @@ def test_a_name_that_stands_there_many_times_is_refused(tmp_path: Path) -> None:
         artifacts.read_table(path, artifacts.CLASS_COUNTS_SCHEMA)
 
 
+@pytest.mark.parametrize(("num_classes", "largest"), [(256, 1), (400, 8), (1000, 200)])
+def test_a_network_that_confuses_every_class_with_every_other(
+    tmp_path: Path, num_classes: int, largest: int, generator: torch.Generator
+) -> None:
+    """The most regular table that we write is read, and no larger one."""
+    path = tmp_path / "pairs.parquet"
+    counts = torch.randint(1, largest + 1, (num_classes, num_classes), generator=generator).fill_diagonal_(0)
+    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, artifacts.confusion_columns(counts))
+    table = artifacts.read_confusions(path, sha, num_classes)
+    assert artifacts.confusion_tensor(table, num_classes).equal(counts)
+    with pytest.raises(InputError, match=r"pairs.parquet says it has [\d,]+ rows; it can have 81"):
+        artifacts.read_confusions(path, sha, 9)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "gzip"])
+def test_a_page_that_unpacks_without_end_is_refused(tmp_path: Path, codec: str) -> None:
+    """One class name of 100 megabytes in a few kilobytes: counted only after it was unpacked."""
+    path = tmp_path / "class_counts.parquet"
+    row = {"class_id": [0], "class_name": ["n" * 100_000_000], "num_train": [1], "num_test": [1], "group": ["few"]}
+    pq.write_table(pa.table(row, schema=artifacts.CLASS_COUNTS_SCHEMA), path, compression=codec)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(InputError, match=f"class_counts.parquet is compressed with {codec.upper()}"):
+        artifacts.read_table(path, artifacts.CLASS_COUNTS_SCHEMA)
+
+
 def test_a_record_is_not_read_beyond_its_bounds(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text("[" + "[]," * 1_000_000 + "[]]")

@@ -335,6 +335,43 @@ def test_a_state_sealed_by_hand(digits_run: Path, edit: str) -> None:
     "edit",
     [
         {"mean": [0.1, 0.2]},
+        {"std": []},
+        {"shape": [8, 8]},
+        {"shape": [2]},
+        {"shape": [0, 8, 1]},
+        {"relative": "a\x00b"},
+        {"absolute": "/a" * 3000},
+    ],
+)
+def test_what_a_run_says_of_its_data_set_sealed_by_hand(
+    digits_run: Path, tmp_path: Path, edit: dict[str, object]
+) -> None:
+    """`predict` goes by it alone."""
+    path = digits_run / "finetune" / artifacts.RUN
+    record = artifacts.read_record(path)
+    artifacts.publish_record(path, {**record, "dataset": {**record["dataset"], **edit}})
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    for command in (("predict", "--from", digits_run, tmp_path / "x.png"), ("evaluate", "--from", digits_run)):
+        result = cpmix(*command)
+        assert (result.code, f"{path} is no such record" in result.stderr) == (3, True), result.stderr
+
+
+def test_a_data_set_for_a_recipe_that_is_not_there(toy: Path, tmp_path: Path) -> None:
+    """It is not the command line that is wrong."""
+    path = Path(shutil.copytree(toy, tmp_path / "data")) / artifacts.DATASET
+    artifacts.publish_record(path, {**artifacts.read_record(path), "recipe": "toy/cpmx"})
+    command = ("train-stage1", "--data", path.parent, "--out", tmp_path / "run", "--dry-run")
+    result = cpmix(*command)
+    assert (result.code, f'{path}: no recipe "toy/cpmx"' in result.stderr) == (3, True), result.stderr
+    must(*command, "--recipe", "toy/cpmix")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mean": [0.1, 0.2]},
+        {"std": [-1.0]},
+        {"mean": [float("nan")]},
         {"shape": [8, -8, 1]},
         {"shape": [8, 8]},
         {"groups": {}},

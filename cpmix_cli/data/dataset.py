@@ -12,13 +12,29 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from torch import Tensor
 
 from cpmix_cli import artifacts
-from cpmix_cli.errors import InputError
+from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.recipe import find_recipe
 
 
-class Entry(BaseModel):
-    """What readers of a dataset.json count on."""
+class Shaped(BaseModel):
+    """The part of a record that says what a network takes: images with their statistics, or points."""
 
     model_config = ConfigDict(strict=True)
+
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]]
+    std: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+    @model_validator(mode="after")
+    def _statistics_fit(self) -> "Shaped":
+        channels = self.shape[-1] if len(self.shape) == 3 else 0
+        if len(self.shape) == 2 or {len(self.mean), len(self.std)} != {channels}:
+            raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
+        return self
+
+
+class Entry(Shaped):
+    """What readers of a dataset.json count on."""
 
     name: str
     source: str
@@ -26,9 +42,6 @@ class Entry(BaseModel):
     classes: list[str]
     num_train: int
     num_test: int
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
-    mean: list[float]
-    std: list[float]
     groups: dict[Literal["many", "medium", "few"], int]
     recipe: Annotated[str, Field(max_length=200)]
     files: dict[Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)], str]
@@ -36,10 +49,7 @@ class Entry(BaseModel):
     fingerprint: str
 
     @model_validator(mode="after")
-    def _fits(self) -> "Entry":
-        channels = self.shape[-1] if len(self.shape) == 3 else 0
-        if len(self.shape) == 2 or {len(self.mean), len(self.std)} != {channels}:
-            raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
+    def _groups_are_all(self) -> "Entry":
         if len(self.groups) != 3:
             raise ValueError("groups are many, medium and few")
         return self
@@ -74,6 +84,19 @@ class Dataset:
     def shape(self) -> list[int]:
         """Shape of one image (H, W, channels) or point (2,)."""
         return list(self.record["shape"])
+
+    def recipe(self) -> str:
+        """Name of the recipe for this data where none is asked for.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        name = str(self.record["recipe"])
+        try:
+            find_recipe(name)
+        except UsageError as fault:  # nobody's --recipe: the data set says it
+            raise InputError(f"{self.folder / artifacts.DATASET}: {fault.message}", fix="name one: --recipe") from fault
+        return name
 
     def read(self, split: str) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64, of train, val or test.

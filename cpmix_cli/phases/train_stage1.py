@@ -35,7 +35,7 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
         )
     dataset = open_dataset(options.data, needed_by="train-stage1")
     recipe = recipes.load(
-        options.recipe or dataset.record["recipe"],
+        options.recipe or dataset.recipe(),
         settings=options.settings,
         epochs=options.epochs,
         seed=options.seed,
