@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
@@ -142,7 +142,16 @@ class PhaseFolder:
 
 
 TrainingPhase = Literal["stage1", "stage2", "finetune"]
-Place = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4096)]
+
+
+def _place(path: str) -> str:
+    """A path as it may be; checked here and not by a pattern, which takes no bytes that are not UTF-8."""
+    if not path or "\0" in path or len(path) > 4096:
+        raise ValueError("no path")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_place)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 
 
