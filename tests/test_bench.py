@@ -51,6 +51,19 @@ def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
     assert "1 round, " in result.stderr
 
 
+def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
+    flags = ("--data", digits, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--set", "model.precision=fp32")
+    measured = must("bench", "--recipe", "digits/cross-entropy", "--set", "model.experts=2", *flags, "--json").json
+    rounds = measured["images_per_second_by_round"]
+    names = {"loop": "network_stage1_fp32", "fused": "experts_fused"}
+    assert measured["ratio_to_one_expert"] == {
+        layout: median(a / b for a, b in zip(rounds[name], rounds["one_expert"], strict=True))
+        for layout, name in names.items()
+    }
+    plain = must("bench", "--recipe", "digits/cross-entropy", *flags, "--json").json
+    assert plain["ratio_to_one_expert"] == {}
+
+
 def test_bench_needs_images(toy: Path) -> None:
     result = cpmix("bench", "--data", toy)
     assert result.code == 3
