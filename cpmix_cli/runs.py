@@ -15,20 +15,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pyarrow as pa
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
-from cpmix_cli.data.dataset import Dataset, Shaped, open_dataset
+from cpmix_cli.data.dataset import Dataset, FileName, Shaped, open_dataset
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
 from cpmix_cli.locks import Lock
 from cpmix_cli.recipe import Recipe, differences, load
 
-PHASES = ("stage1", "stage2", "finetune")
+TrainingPhase = Literal["stage1", "stage2", "finetune"]
+PHASES: tuple[str, ...] = get_args(TrainingPhase)
 COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
 
 Status = Literal["absent", "interrupted", "done", "stale"]
@@ -141,9 +142,6 @@ class PhaseFolder:
         return "interrupted" if self.is_begun else "absent"
 
 
-TrainingPhase = Literal["stage1", "stage2", "finetune"]
-
-
 def _place(path: str) -> str:
     """A path as it may be; checked here and not by a pattern, which takes no bytes that are not UTF-8."""
     if not path or "\0" in path or len(path) > 4096:
@@ -152,7 +150,6 @@ def _place(path: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_place)]
-FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 
 
 class DatasetEntry(Shaped):

@@ -594,8 +594,8 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
     found = must("evaluate", "--from", run, "--json").json
     assert 1 <= found["experts_used"] <= 3
     for threshold, same in (("0", stage1), ("1", stage1["experts"][0])):
-        flags = ["--set", f"evaluation.routing_threshold={threshold}.0", "--label", threshold, "--json"]
-        other = must("evaluate", "--from", run, *flags).json
+        other = must("evaluate", "--from", run, "--set", f"evaluation.routing_threshold={threshold}.0", "--json").json
+        assert other["folder"].endswith(f"finetune-routing-threshold-{threshold}")
         assert [other[key] for key in ("top1", "ece")] == [same[key] for key in ("top1", "ece")]
     must("confusion-report", "--from", run)
     for settings, message in (

@@ -15,6 +15,9 @@ from cpmix_cli import artifacts
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.recipe import find_recipe
 
+FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
+"""Of a file in the record's own folder."""
+
 
 class Shaped(BaseModel):
     """The part of a record that says what a network takes: images with their statistics, or points."""
@@ -44,7 +47,7 @@ class Entry(Shaped):
     num_test: int
     groups: dict[Literal["many", "medium", "few"], int]
     recipe: Annotated[str, Field(max_length=200)]
-    files: dict[Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)], str]
+    files: dict[FileName, str]
     data_root: str | None
     fingerprint: str
 

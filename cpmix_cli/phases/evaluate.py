@@ -39,7 +39,7 @@ from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PHASES, PhaseFolder
 
-POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "temperature")
+POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")
 """Keys of [evaluation] under which the same network gives other logits."""
 
 
