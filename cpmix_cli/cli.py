@@ -387,6 +387,15 @@ def confusion_report(
     from_folder: From,
     out: Out = None,
     phase: Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--compare", help="Another run's folder, shown beside it with the difference. Repeatable.", metavar="RUN"
+        ),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(help="How many misclassified test images the page carries at most.", min=0, max=20_000)
+    ] = 1500,
     data: Data = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -394,7 +403,7 @@ def confusion_report(
     """Confusion matrix, most confused pairs, pictures, one page."""
     from cpmix_cli.phases import confusion_report as reporting
 
-    reporting.run(reporting.Options(from_folder, out, phase, data, overwrite))
+    reporting.run(reporting.Options(from_folder, out, phase, compare or [], images, data, overwrite))
 
 
 Phase = Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")]

@@ -33,21 +33,34 @@ def class_accuracy(matrix: Tensor) -> Tensor:
     return matrix.diagonal().double() / matrix.sum(1).double()
 
 
+def reliability(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Images, mean confidence and share that is right in 15 equal bins (0, 1/15], ... [15, 3]; NaN in empty ones.
+
+    Args:
+        confidence: the largest softmax probability [N] float64.
+        right: where the prediction is [N].
+        weights: how many images each one stands for [N] float64; None: one.
+    """
+    weights = torch.ones(len(confidence), dtype=torch.float64) if weights is None else weights
+    bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
+    columns = torch.stack([weights, weights * confidence, weights * right], 1)
+    images, confidences, rights = (
+        torch.zeros(NUM_ECE_BINS, 3, dtype=torch.float64).index_add(0, bins, columns).unbind(1)
+    )
+    return torch.stack([images, confidences / images, rights / images], 1)
+
+
 def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """Mean |accuracy - confidence| over 15 equal bins (0, 1/15], ..., weighted by their images; a fraction.
+    """Mean |accuracy - confidence| over the bins of reliability(), weighted by their images; a fraction.
 
     Args:
         logits: [N, C]; the confidence is the largest softmax probability.
         labels: [N].
-        weights: how many images each one stands for [N] float64; None: one.
+        weights: see reliability().
     """
-    weights = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights
     confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
-    zeros = torch.zeros(NUM_ECE_BINS, dtype=torch.float64)
-    gap = zeros.index_add(0, bins, weights * (right - confidence))
-    return float(gap.abs().sum() / weights.sum())
+    images, confidences, accuracies = reliability(confidence, predicted == labels, weights).unbind(1)
+    return float((images * (accuracies - confidences).abs()).nansum() / images.sum())
 
 
 def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, ratio: float) -> Tensor:

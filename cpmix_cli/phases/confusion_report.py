@@ -14,13 +14,15 @@ import torch
 from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import InputError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix
+from cpmix_cli.evaluation import class_accuracy, confusion_matrix, reliability
 from cpmix_cli.phases.evaluate import ACCURACY_HEADER, accuracy_rows, legend, read_model
 from cpmix_cli.report import figures
-from cpmix_cli.report.page import render_page
-from cpmix_cli.report.pairs import confused_pairs
+from cpmix_cli.report.images import Sheet, most_confused, sheet
+from cpmix_cli.report.page import ShownRun, render_page
+from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 from cpmix_cli.runs import PHASES, PhaseFolder
 
+DECISION_REGIONS = "decision_regions.png"
 GRID = 400  # points along each axis of a decision-region picture
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
@@ -33,50 +35,103 @@ class Options:
     from_folder: Path
     out: Path | None
     phase: str | None
+    compare: list[Path]
+    images: int
     data: Path | None
     overwrite: bool
+
+
+@dataclass(frozen=True)
+class Reported:
+    """An evaluated phase; C classes."""
+
+    root: Path
+    source: PhaseFolder
+    dataset: Dataset
+    evaluation: Path
+    predictions: pd.DataFrame
+    sha: str
+    """Of the predictions."""
+    matrix: torch.Tensor
+    """Test images [C, C]."""
+    confusions: np.ndarray[Any, Any] | None
+    """K [C, C]; None where training collected none."""
 
 
 def run(options: Options) -> None:
     """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
 
     Raises:
-        InputError: the phase was not evaluated, or files are damaged.
+        InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
-    root, named = runs.locate(options.from_folder)
-    source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="confusion-report")
-    out = options.out or root
-    evaluations = out / "evaluation"  # what evaluate --out wrote comes before what stands in the run itself
+    own = read_reported(options.from_folder, options.phase, options.out, options.data)
+    others = [read_reported(folder, None, None, None) for folder in options.compare]
+    for other in others:
+        if other.dataset.class_names != own.dataset.class_names:
+            raise InputError(f"{other.root} has other classes than {own.root}", needed_by="confusion-report --compare")
+    reported = [own, *others]
+    pairs = confused_pairs(own.matrix.numpy(), own.dataset.class_counts)
+    accuracies = [accuracy_rows(run.evaluation.parent, run.evaluation.name) for run in reported]
+
+    out = options.out or own.root
+    folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"
+    made_from = {
+        "recipe": {"images": options.images},
+        "predictions": own.sha,
+        "dataset": own.dataset.fingerprint,
+        "accuracies": artifacts.digest(accuracies),  # of other evaluations of the run too: the page shows them
+        "compared": [
+            [name, run.sha, run.dataset.fingerprint] for name, run in zip(names(reported), reported, strict=True)
+        ],
+    }
+    again = options.overwrite or not is_own_page(index, folder)
+    status = runs.decide(folder, made_from, overwrite=again, refresh=True)
+    if status == "fresh":
+        write(folder, index, made_from, reported, pairs, accuracies, options.images)
+    else:
+        locks.tidy(folder)
+        locks.tidy(index.parent)
+    report(folder, index, own, pairs, accuracies[0], status)
+
+
+def read_reported(given: Path, phase: str | None, out: Path | None, data: Path | None) -> Reported:
+    """An evaluated phase of a run.
+
+    Args:
+        given: run folder, or a phase's folder in it.
+        phase: of the run; None: the last one done.
+        out: where evaluate --out wrote; what is there comes before what stands in the run itself.
+        data: data set folder; None: where the run recorded it.
+
+    Raises:
+        InputError: no such run, it was not evaluated, or files are damaged.
+    """
+    root, named = runs.locate(given)
+    source = runs.choose_phase(root, phase or named, PHASES, needed_by="confusion-report")
+    evaluations = (out or root) / "evaluation"
     if not (evaluations / source.phase / artifacts.RUN).is_file():
         evaluations = root / "evaluation"
-    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="confusion-report")
+    dataset = runs.find_dataset(root, source.record(), data, needed_by="confusion-report")
     evaluation = evaluations / source.phase
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
-
     matrix = confusion_matrix(
         torch.tensor(predictions["label"].to_numpy(), dtype=torch.int64),
         torch.tensor(predictions["predicted"].to_numpy(), dtype=torch.int64),
         dataset.num_classes,
     )
-    pairs = confused_pairs(matrix.numpy(), dataset.class_counts)
-    accuracies = accuracy_rows(evaluations, evaluation.name)
+    table = artifacts.read_confusions(*source.output(artifacts.CONFUSION_PAIRS), dataset.num_classes)
+    confusions = artifacts.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
+    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions)
 
-    folder, index = out / "confusion" / source.phase, out / "confusion" / "index.html"
-    made_from = {
-        "recipe": {},
-        "predictions": sha,
-        "dataset": dataset.fingerprint,
-        "accuracies": artifacts.digest(accuracies),  # of other evaluations of the run too: the page shows them
-    }
-    again = options.overwrite or not is_own_page(index, folder)
-    status = runs.decide(folder, made_from, overwrite=again, refresh=True)
-    if status == "fresh":
-        write(folder, index, made_from, source, dataset, matrix, pairs, accuracies)
-    else:
-        locks.tidy(folder)
-        locks.tidy(index.parent)
-    report(folder, index, source, dataset, matrix, pairs, accuracies, status)
+
+def names(reported: list[Reported]) -> list[str]:
+    """What to call each run on a page: its folder's name; more of its path, or its phase, where two would be alike."""
+    for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
+        found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{run.root.name} {run.source.phase}" for run in reported]
 
 
 def is_own_page(index: Path, folder: Path) -> bool:
@@ -90,27 +145,22 @@ def write(
     folder: Path,
     index: Path,
     made_from: dict[str, Any],
-    source: PhaseFolder,
-    dataset: Dataset,
-    matrix: torch.Tensor,
+    reported: list[Reported],
     pairs: pd.DataFrame,
-    accuracies: list[list[str]],
+    accuracies: list[list[list[str]]],
+    num_images: int,
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
-    pictures = draw(source, dataset, matrix.numpy(), class_accuracy(matrix).numpy() * 100)
-    page = render_page(
-        title=f"Confusion of {dataset.name}, {source.phase}",
-        facts=[*facts(source, dataset, matrix), *(("Note", line) for line in legend(accuracies))],
-        accuracy=pd.DataFrame(accuracies, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
-        pairs=with_names(pairs, dataset).head(NUM_ON_PAGE),
-        figures=[(caption, png) for _, caption, png in pictures],
-    )
+    own = reported[0]
+    source, dataset = own.source, own.dataset
+    pictures = draw(source, dataset, own.matrix.numpy(), class_accuracy(own.matrix).numpy() * 100)
+    page = make_page(reported, pairs, accuracies, pictures, num_images)
     artifacts.check_place(folder, len(page))
     # The page is that of all phases' reports: one at a time.
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
         runs.clear(folder)
         recorder = runs.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
-        cells = artifacts.confusion_columns(matrix)
+        cells = artifacts.confusion_columns(own.matrix)
         recorder.publish_table(artifacts.CONFUSION_MATRIX, artifacts.CONFUSION_SCHEMA, cells)
         columns = {str(name): column for name, column in pairs.items()}
         recorder.publish_table(artifacts.CONFUSED_PAIRS, artifacts.CONFUSED_PAIRS_SCHEMA, columns)
@@ -118,6 +168,67 @@ def write(
             recorder.publish(name, png)
         recorder.set(page=artifacts.publish(index, page.encode()), picture=pictures[0][0])
         recorder.finish()
+
+
+def make_page(
+    reported: list[Reported],
+    pairs: pd.DataFrame,
+    accuracies: list[list[list[str]]],
+    pictures: list[tuple[str, str, bytes]],
+    num_images: int,
+) -> str:
+    """The page of a run and those that it is compared with."""
+    own, called = reported[0], names(reported)
+    title = f"Confusion of {own.dataset.name}, {own.source.phase}"
+    if len(reported) > 1:
+        title = f"Confusion of {', '.join(called)}"
+        both = sum(run.matrix.numpy() for run in reported)
+        pairs = confused_pairs(both, own.dataset.class_counts)  # type: ignore[arg-type]
+    rows = [
+        [f"{name}: {row[0]}" if len(reported) > 1 else row[0], *row[1:]]
+        for name, table in zip(called, accuracies, strict=True)
+        for row in table
+    ]
+    shown = [shown_run(run, name) for run, name in zip(reported, called, strict=True)]
+    return render_page(
+        title=title,
+        runs=shown,
+        class_names=own.dataset.class_names,
+        notes=legend(rows),
+        accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
+        pairs=pairs,
+        named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
+        clustered=clustered_order(own.matrix.numpy()),
+        images=thumbnails(own, num_images),
+        pictures=[(caption, f"{own.source.phase}/{name}") for name, caption, _ in pictures],
+        embedded=[(caption, png) for name, caption, png in pictures if name == DECISION_REGIONS],
+    )
+
+
+def shown_run(run: Reported, name: str) -> ShownRun:
+    """What the page has of a run."""
+    confidence = torch.tensor(run.predictions["confidence"].to_numpy(), dtype=torch.float64)
+    right = torch.tensor((run.predictions["label"] == run.predictions["predicted"]).to_numpy())
+    return ShownRun(
+        name=name,
+        facts=facts(run.source, run.dataset, run.matrix),
+        class_counts=run.dataset.class_counts,
+        matrix=run.matrix.numpy(),
+        confusions=run.confusions,
+        reliability=reliability(confidence, right).numpy(),
+        relation=relation(run.confusions, run.matrix.numpy()) if run.confusions is not None else {},
+    )
+
+
+def thumbnails(run: Reported, limit: int) -> Sheet | None:
+    """The wrong test images that the page carries; None without any."""
+    if len(run.dataset.shape) != 3:
+        return None
+    chosen = most_confused(run.predictions, limit)
+    if not len(chosen):
+        return None
+    images, _ = run.dataset.read("test")
+    return sheet(images.numpy(), chosen)
 
 
 def read_predictions(
@@ -187,7 +298,7 @@ def draw(
         pictures.insert(
             0,
             (
-                "decision_regions.png",
+                DECISION_REGIONS,
                 "Decision regions over the training points, as in Fig. 2 of the paper.",
                 decision_regions(source, dataset, title),
             ),
@@ -258,15 +369,14 @@ def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
 def report(
     folder: Path,
     index: Path,
-    source: PhaseFolder,
-    dataset: Dataset,
-    matrix: torch.Tensor,
+    own: Reported,
     pairs: pd.DataFrame,
     accuracies: list[list[str]],
     status: str,
 ) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
+    source, dataset, matrix = own.source, own.dataset, own.matrix
     picture = folder / runs.read_run(folder, runs.ReportEntry)["picture"]
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     top = pairs.head(NUM_SHOWN)

@@ -1,72 +1,203 @@
-"""The page of confusion-report: one self-contained HTML file, no script, nothing fetched."""
+"""The page of confusion-report: one self-contained HTML file that fetches nothing.
+
+page.html is its frame; page.js draws the matrices and plots from the page's data, and sorts its tables. A policy in
+the page allows its own script and style and nothing else, so that no name in the data can run or load anything.
+"""
 
 import base64
+import hashlib
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html import escape
+from importlib import resources
+from typing import Any
 
+import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex
+from numpy.typing import NDArray
 
-STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --soft: #f4f4f6; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #202226; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
-td.number, th.number { text-align: right; }
-thead th { background: var(--soft); vertical-align: bottom; }
-figure { margin: 1.5rem 0; overflow-x: auto; }
-figure img { max-width: 100%; background: #fff; }
+from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.report.images import COLUMNS, Sheet
 
-figcaption { margin-top: .4rem; }
-"""
+Array = NDArray[Any]
+
+COLOUR_MAPS = {
+    "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},
+    "difference": {"light": ("PuOr", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
+}
+"""Perceptually uniform or diverging, all colour-blind safe. On dark pages viridis leaves out what is nearly black: a
+cell with few images is not one without any."""
+NUM_COLOURS = 64
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """What the page has of one run; C classes."""
+
+    name: str
+    facts: list[tuple[str, str]]
+    """Name and value of what it is."""
+    class_counts: Array
+    """Training images [C]."""
+    matrix: Array
+    """Test images [C, C]."""
+    confusions: Array | None
+    """K, the confusion pairs of its training [C, C]; None where none were collected."""
+    reliability: Array
+    """Images, mean confidence, share right [15, 3]."""
+    relation: dict[str, Any] = field(default_factory=dict)
+    """See pairs.relation(); empty without confusions."""
 
 
 def render_page(
     *,
     title: str,
-    facts: list[tuple[str, str]],
+    runs: list[ShownRun],
+    class_names: list[str],
+    notes: list[str],
     accuracy: pd.DataFrame,
     pairs: pd.DataFrame,
-    figures: list[tuple[str, bytes]],
+    named_pairs: pd.DataFrame,
+    clustered: Array,
+    images: Sheet | None,
+    pictures: list[tuple[str, str]],
+    embedded: list[tuple[str, bytes]],
 ) -> str:
     """The page as HTML text; every word of the data is escaped.
 
     Args:
         title: heading.
-        facts: name and value of what the page is about.
+        runs: the run, and those that it is compared with.
+        class_names: C.
+        notes: below the facts.
         accuracy: one row an evaluation.
-        pairs: the most confused pairs, columns as they are to be read.
-        figures: caption and PNG.
+        pairs: see pairs.confused_pairs(), of all runs.
+        named_pairs: the first of them as they are to be read, for those without scripts.
+        clustered: class ids in an order in which confused ones stand together [C].
+        images: thumbnails of the first run's cells.
+        pictures: caption and address of the picture files, seen from the page.
+        embedded: caption and PNG.
     """
-    listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
-    shown = "".join(_figure(caption, png) for caption, png in figures)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<h1>{escape(title)}</h1><dl>{listed}</dl>"
-        f"<h2>Accuracy</h2>{_table(accuracy, 'Accuracy in per cent')}"
-        f"<h2>Pictures</h2>{shown}"
-        f"<h2>Most confused pairs</h2>{_table(pairs, 'Pairs of classes, most confused first')}"
-        f"</main></body></html>\n"
+    package = resources.files("cpmix_cli.report")
+    frame, script, style = ((package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css"))
+    data = {
+        "names": class_names,
+        "runs": [_run_data(run) for run in runs],
+        "pairs": {name: _int32(pairs[name]) for name in ("rarer_class", "commoner_class")},
+        "clustered": _int32(clustered),
+        "images": None if images is None else _sheet_data(images),
+        "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in COLOUR_MAPS.items()},
+    }
+    sources = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
+    several = len(runs) > 1
+    return string.Template(frame).substitute(
+        policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
+        title=escape(title),
+        style=style,
+        facts="\n".join(_facts(run, named=several) for run in runs),
+        accuracy=_table(accuracy, "Per cent", "accuracy"),
+        notes="".join(f"<p>{escape(note)}</p>" for note in notes),
+        difference='<span><canvas id="scale-difference"></canvas>difference in points</span>' if several else "",
+        pairs=_table(named_pairs, "Pairs of classes with any confusion", "pairs"),
+        classes=_table(pd.DataFrame({"class": []}), "Classes", "classes"),
+        relation="" if runs[0].confusions is None else _relation(runs[0].relation),
+        reliability=escape("; ".join(_reliability_in_words(run) for run in runs)),
+        embedded="".join(_picture(caption, png) for caption, png in embedded),
+        pictures="\n".join(f'<li><a href="{escape(place)}">{escape(caption)}</a></li>' for caption, place in pictures),
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        script=script,
     )
 
 
-def _figure(caption: str, png: bytes) -> str:
+def _hash(text: str) -> str:
+    """As a content security policy names an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _int32(values: Any) -> str:
+    """Whole numbers as base64 of little-endian int32."""
+    return base64.b64encode(np.asarray(values, dtype="<i4").tobytes()).decode()
+
+
+def _cells(matrix: Array) -> dict[str, str]:
+    """Cells that are not zero."""
+    true, predicted = np.nonzero(matrix)
+    columns = {"true_class": true, "predicted_class": predicted, "count": matrix[true, predicted]}
+    return {name: _int32(values) for name, values in columns.items()}
+
+
+def _run_data(run: ShownRun) -> Mapping[str, Any]:
+    images, confidence, accuracy = np.nan_to_num(run.reliability).T.tolist()
+    return {
+        "name": run.name,
+        "train_counts": _int32(run.class_counts),
+        "groups": _int32([GROUPS.index(group_of(int(n))) for n in run.class_counts]),
+        "matrix": _cells(run.matrix),
+        "confusion_pairs": None if run.confusions is None else _cells(run.confusions),
+        "calibration": {"images": images, "confidence": confidence, "accuracy": accuracy},
+    }
+
+
+def _sheet_data(sheet: Sheet) -> Mapping[str, Any]:
+    return {
+        "true_class": _int32(sheet.chosen["true_class"]),
+        "predicted_class": _int32(sheet.chosen["predicted_class"]),
+        "confidence": [round(100 * value) for value in sheet.chosen["confidence"].tolist()],
+        "side": sheet.side,
+        "columns": COLUMNS,
+        "width": sheet.size[0],
+        "height": sheet.size[1],
+        "sprite": sheet.url,
+    }
+
+
+def _stops(name: str, low: float, high: float) -> list[str]:
+    """Colours of a map, from little to much."""
+    colours = matplotlib.colormaps[name]
+    return [to_hex(colours(low + (high - low) * k / (NUM_COLOURS - 1))) for k in range(NUM_COLOURS)]
+
+
+def _facts(run: ShownRun, *, named: bool) -> str:
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in run.facts)
+    return f"{f'<h3>{escape(run.name)}</h3>' if named else ''}<dl>{listed}</dl>"
+
+
+def _relation(found: dict[str, Any]) -> str:
+    """The plot of training confusions against those of the test, and what pairs.relation() says of them."""
+    words = (
+        f"Of the {found['num_top']:,} most confused ordered pairs of the test, {found['top_in_training']:,} were "
+        f"confused in training. For {found['same_first']:,} of {found['num_classes']:,} classes the most frequent "
+        "confusion is the same."
+    )
+    if found["overlap"] is not None:
+        words += f" What a class is taken for in training and test overlaps by {100 * found['overlap']:.0f} per cent."
+    return (
+        "<figure><h3>Confusion pairs of training (CP) and confusions of the test</h3>"
+        f'<canvas id="plot-relation" role="img" aria-label="{words}"></canvas><figcaption>{words}</figcaption></figure>'
+    )
+
+
+def _reliability_in_words(run: ShownRun) -> str:
+    images, confidence, accuracy = run.reliability[run.reliability[:, 0] > 0].T
+    mean = 100 * np.average(np.stack([confidence, accuracy]), axis=1, weights=images)
+    return f"{run.name}: mean confidence {mean[0]:.1f} per cent, {mean[1]:.1f} per cent right"
+
+
+def _picture(caption: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>\n"
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(table: pd.DataFrame, caption: str) -> str:
-    numeric = [_is_number(table[name]) for name in table.columns]
-    kinds = [' class="number"' if n else "" for n in numeric]
+def _table(table: pd.DataFrame, caption: str, name: str) -> str:
+    kinds = [' class="number"' if _is_number(table[name]) else "" for name in table.columns]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(str(name).strip())}</th>'
-        for name, kind in zip(table.columns, kinds, strict=True)
+        f'<th scope="col"{kind}>{escape(str(column).strip())}</th>'
+        for column, kind in zip(table.columns, kinds, strict=True)
     )
     body = ""
     for row in table.itertuples(index=False):
@@ -74,7 +205,7 @@ def _table(table: pd.DataFrame, caption: str) -> str:
         cells[0] = f'<th scope="row">{escape(str(row[0]))}</th>'
         body += f"<tr>{''.join(cells)}</tr>\n"
     return (
-        f'<div class="wide"><table><caption>{escape(caption)}</caption>'
+        f'<div class="wide"><table id="{name}" data-caption="{escape(caption)}"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
@@ -82,4 +213,4 @@ def _table(table: pd.DataFrame, caption: str) -> str:
 def _is_number(column: "pd.Series[str]") -> bool:
     """Every cell is a number, a share or a dash."""
     text = column.astype(str).str.replace(r"[ ,.%\-]", "", regex=True)
-    return bool(text.str.fullmatch(r"\d*").all())
+    return bool(len(text)) and bool(text.str.fullmatch(r"\d*").all())

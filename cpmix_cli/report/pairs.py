@@ -1,10 +1,14 @@
-"""Which classes are confused with each other, and in which direction."""
+"""Which classes are confused with each other: pairs and their direction, an order of classes, training against test.
+
+C classes; matrices have true classes in rows and predictions in columns.
+"""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import cluster, spatial
 
 
 def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataFrame:
@@ -25,17 +29,75 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     # Rank 0 is the commonest class; a stable sort keeps smaller ids first.
     rank = np.empty(len(class_counts), dtype=np.int64)
     rank[np.argsort(-class_counts, kind="stable")] = np.arange(len(class_counts))
-    rarer, commoner = np.nonzero(rank[:, None] > rank[None, :])
-    table = pd.DataFrame(
+    true, predicted = np.nonzero(matrix)
+    images = matrix[true, predicted].astype(np.int64)
+    true_is_rarer = rank[true] > rank[predicted]
+    cells = pd.DataFrame(
         {
-            "rarer_class": rarer.astype(np.int32),
-            "commoner_class": commoner.astype(np.int32),
-            "rarer_as_commoner": matrix[rarer, commoner].astype(np.int64),
-            "commoner_as_rarer": matrix[commoner, rarer].astype(np.int64),
+            "rarer_class": np.where(true_is_rarer, true, predicted).astype(np.int32),
+            "commoner_class": np.where(true_is_rarer, predicted, true).astype(np.int32),
+            "rarer_as_commoner": np.where(true_is_rarer, images, 0),
+            "commoner_as_rarer": np.where(true_is_rarer, 0, images),
         }
-    )
+    )[true != predicted]
+    table = cells.groupby(["rarer_class", "commoner_class"], as_index=False).sum()
     table["count"] = table["rarer_as_commoner"] + table["commoner_as_rarer"]
-    table = table[table["count"] > 0]
     table["minority_share"] = table["rarer_as_commoner"] / table["count"]
     order = ["count", "rarer_class", "commoner_class"]
-    return table.sort_values(order, ascending=[False, True, True], ignore_index=True)
+    ranked: pd.DataFrame = table.sort_values(order, ascending=[False, True, True], ignore_index=True)
+    return ranked
+
+
+def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
+    """Class ids in an order in which classes confused with each other stand together [C].
+
+    The leaves of average-linkage clustering; two classes are the closer, the larger the shares of their test images
+    that are taken for the other. At 8,142 classes: 3 s and 1.2 GB on one core.
+
+    Args:
+        matrix: test images [C, C].
+    """
+    size = len(matrix)
+    if size < 3:
+        return np.arange(size, dtype=np.int32)
+    share = matrix.astype(np.float32) / np.maximum(matrix.sum(1, keepdims=True), 1).astype(np.float32)
+    share += share.T.copy()
+    np.fill_diagonal(share, 0)
+    distance = spatial.distance.squareform(share.max() - share, checks=False)
+    leaves: NDArray[np.int32] = cluster.hierarchy.leaves_list(cluster.hierarchy.linkage(distance, "average"))
+    return leaves.astype(np.int32)
+
+
+def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 100) -> dict[str, Any]:
+    """How the confusion pairs of training foretell those of the test.
+
+    Args:
+        confusions: K, the multiset CP as counts [C, C], diagonal zero.
+        matrix: test images [C, C], diagonal ignored.
+        num_top: of the most confused ordered test pairs, how many are looked up in CP.
+
+    Returns:
+        num_top (fewer where there are fewer), top_in_training: those of them that CP has; num_classes: those with
+        confusions in both; same_first: of these, where a most frequent one is the same; overlap: their mean
+        sum_j min(p_j, q_j), p and q what the class is taken for in training and test, None without such classes.
+
+    Paper: Sec. 4.1 takes training confusions for an estimate of those to come.
+    """
+    tested = matrix * ~np.eye(len(matrix), dtype=bool)
+    true, predicted = np.nonzero(tested)
+    # By share and not by images: classes may have unequally many test images.
+    share = tested[true, predicted] / matrix.sum(1)[true]
+    most = np.argsort(-share, kind="stable")[:num_top]
+    both = np.flatnonzero((tested.sum(1) > 0) & (confusions.sum(1) > 0))
+    same_first, overlap = 0, 0.0
+    for c in both:  # row by row: the matrices may be large
+        p, q = confusions[c] / confusions[c].sum(), tested[c] / tested[c].sum()
+        same_first += int(((p == p.max()) & (q == q.max())).any())
+        overlap += float(np.minimum(p, q).sum())
+    return {
+        "num_top": len(most),
+        "top_in_training": int((confusions[true[most], predicted[most]] > 0).sum()),
+        "num_classes": len(both),
+        "same_first": same_first,
+        "overlap": overlap / len(both) if len(both) else None,
+    }

@@ -1,0 +1,72 @@
+"""Test images of the most confused cells, small, on one sheet for the page."""
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+MAX_A_CELL = 8
+LARGEST_SIDE = 48
+"""Pixels; larger images are shrunk."""
+COLUMNS = 40
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """N thumbnails, COLUMNS in a row."""
+
+    chosen: pd.DataFrame
+    """true_class, predicted_class, confidence and sample_id of each thumbnail."""
+    side: int
+    """Pixels of a thumbnail, which is square."""
+    size: tuple[int, int]
+    """Width and height of the sheet."""
+    url: str
+    """data: URL, WebP."""
+
+
+def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """The wrong test images to show: most confused cells first, in a cell the most confident, MAX_A_CELL of each.
+
+    Args:
+        predictions: sample_id, label, predicted, confidence of each test image.
+        limit: how many at most.
+    """
+    wrong = predictions[predictions["label"] != predictions["predicted"]]
+    cells = wrong.groupby(["label", "predicted"])["confidence"]
+    ranked = wrong.assign(
+        images=cells.transform("size"),
+        place=cells.rank(method="first", ascending=False),
+    )
+    ranked = ranked[ranked["place"] <= MAX_A_CELL]
+    keys = ["images", "label", "predicted", "place"]
+    ranked = ranked.sort_values(keys, ascending=[False, True, True, True]).head(limit)
+    chosen = ranked.rename(columns={"label": "true_class", "predicted": "predicted_class"})
+    return chosen[["true_class", "predicted_class", "confidence", "sample_id"]].reset_index(drop=True)
+
+
+def sheet(images: NDArray[Any], chosen: pd.DataFrame) -> Sheet:
+    """One picture of the chosen images.
+
+    Args:
+        images: all test images [N, H, W, 1 or 3] uint8, by sample_id.
+        chosen: see most_confused(), one at least.
+    """
+    side = min(LARGEST_SIDE, max(images.shape[1:3]))
+    rows = -(-len(chosen) // COLUMNS)
+    width, height = side * min(COLUMNS, len(chosen)), side * rows
+    page = Image.new("RGB", (width, height))
+    for number, index in enumerate(chosen["sample_id"]):
+        pixels = images[index]
+        thumbnail = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
+        if thumbnail.size != (side, side):
+            thumbnail = thumbnail.resize((side, side), Image.Resampling.BOX)
+        page.paste(thumbnail, (number % COLUMNS * side, number // COLUMNS * side))
+    buffer = io.BytesIO()
+    page.save(buffer, "WEBP", quality=85)
+    url = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Sheet(chosen, side, (width, height), url)
