@@ -1,5 +1,6 @@
-"""Pictures, the pair table and the page."""
+"""Pictures, the pair table, an order of classes, thumbnails. The page: test_page.py."""
 
+import base64
 import io
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cpmix_cli.report import figures
-from cpmix_cli.report.page import render_page
-from cpmix_cli.report.pairs import confused_pairs
+from cpmix_cli.report.images import most_confused, sheet
+from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 
 
 def test_pairs_by_hand() -> None:
@@ -107,17 +108,50 @@ def test_decision_regions_show_the_classes_of_the_grid() -> None:
     assert changed[:, : middle - 60].sum() == 0
 
 
-def test_page_is_self_contained_and_escapes_every_word() -> None:
-    evil = '<script>alert("x")</script>'
-    page = render_page(
-        title=evil,
-        facts=[(evil, evil)],
-        accuracy=pd.DataFrame({evil: [evil], "top-1": ["12.50"]}),
-        pairs=pd.DataFrame({"rarer class": [evil], "confusions": [3]}),
-        figures=[(evil, b"\x89PNG")],
+def test_classes_confused_with_each_other_stand_together() -> None:
+    matrix = np.diag([50] * 6)
+    for a, b in ((0, 3), (1, 4), (2, 5)):
+        matrix[a, b] = matrix[b, a] = 20
+    order = clustered_order(matrix).tolist()
+    assert sorted(order) == list(range(6))
+    assert {frozenset(order[k : k + 2]) for k in (0, 2, 4)} == {frozenset(p) for p in ((0, 3), (1, 4), (2, 5))}
+
+
+@pytest.mark.parametrize("matrix", [np.diag([3, 2]), np.array([[0, 5], [0, 0]]), np.zeros((4, 4)), np.diag([1] * 5)])
+def test_an_order_without_confusions_is_an_order(matrix: np.ndarray) -> None:
+    assert sorted(clustered_order(matrix).tolist()) == list(range(len(matrix)))
+
+
+def test_relation_of_training_to_test_by_hand() -> None:
+    confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]])
+    matrix = np.array([[90, 10, 0], [5, 85, 10], [0, 30, 70]])
+    # Class 0: training 3/4, 1/4, test 1, 0: overlap 3/4, the same first. Class 1: none in training. Class 2: training
+    # 1/2, 1/2, test 0, 1: overlap 1/2, one of its two firsts is the same. Test pairs: 0-1, 1-0, 1-2, 2-1; training has
+    # two of them.
+    found = relation(confusions, matrix)
+    assert found == {"num_top": 4, "top_in_training": 2, "num_classes": 2, "same_first": 2, "overlap": 0.625}
+    assert relation(confusions, matrix, num_top=1)["top_in_training"] == 1  # 2 taken for 1
+    assert relation(confusions, np.diag([1, 1, 1]))["overlap"] is None
+
+
+def test_thumbnails_are_of_the_most_confused_cells_first() -> None:
+    wrong = [(0, 1, 0.5), (0, 1, 0.9), (2, 1, 0.99), (0, 1, 0.7), (1, 1, 1.0)]
+    table = pd.DataFrame(
+        [(i, *row) for i, row in enumerate(wrong)], columns=["sample_id", "label", "predicted", "confidence"]
     )
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 9
-    assert "http" not in page
-    assert 'src="data:image/png;base64,iVBORw=="' in page
-    assert '<td class="number">3</td>' in page
+    assert most_confused(table, 3)["sample_id"].tolist() == [1, 3, 0]
+    assert most_confused(table, 9)["sample_id"].tolist() == [1, 3, 0, 2]
+    assert len(most_confused(table, 0)) == 0
+    many = pd.DataFrame({"sample_id": range(20), "label": 0, "predicted": 1, "confidence": np.linspace(0, 1, 20)})
+    assert most_confused(many, 100)["sample_id"].tolist() == list(range(19, 11, -1))
+
+
+@pytest.mark.parametrize(("shape", "side"), [((8, 8, 1), 8), ((32, 32, 3), 32), ((64, 48, 3), 48)])
+def test_a_sheet_has_each_image_in_its_place(shape: tuple[int, ...], side: int) -> None:
+    images = np.stack([np.full(shape, 40 * k, dtype=np.uint8) for k in range(6)])
+    chosen = pd.DataFrame({"true_class": 0, "predicted_class": 1, "confidence": 0.5, "sample_id": [5, 0, 3]})
+    made = sheet(images, chosen)
+    kind, data = made.url.split(",")
+    assert (kind, made.side, made.size) == ("data:image/webp;base64", side, (3 * side, side))
+    values = pixels(base64.b64decode(data)).mean((0, 2)).reshape(3, side).mean(1)
+    assert np.abs(values - [200, 0, 120]).max() < 3

@@ -77,13 +77,12 @@ def run(options: Options) -> None:
     out = options.out or own.root
     folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"
     made_from = {
-        "recipe": {"images": options.images},
+        "recipe": {},
+        "images": options.images,
         "predictions": own.sha,
         "dataset": own.dataset.fingerprint,
         "accuracies": artifacts.digest(accuracies),  # of other evaluations of the run too: the page shows them
-        "compared": [
-            [name, run.sha, run.dataset.fingerprint] for name, run in zip(names(reported), reported, strict=True)
-        ],
+        "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
     again = options.overwrite or not is_own_page(index, folder)
     status = runs.decide(folder, made_from, overwrite=again, refresh=True)

@@ -91,8 +91,8 @@ function layout(orderName, grouping) {
 }
 
 function groupLabel(classes, orderName, grouping) {
-  if (classes.length === 1) return data.names[classes[0]];
   if (grouping === "groups") return GROUPS[runs[0].groups[classes[0]]];
+  if (classes.length === 1) return data.names[classes[0]];
   const counts = classes.map((c) => runs[0].trainCounts[c]);
   if (orderName === "count") return `${number(Math.max(...counts))} to ${number(Math.min(...counts))}`;
   return `${data.names[classes[0]]} … ${data.names[classes[classes.length - 1]]}`;
@@ -134,7 +134,7 @@ class HeatMap {
     this.canvas = element("canvas", { tabIndex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": `${title}. Arrow keys move from cell to cell, plus and minus zoom, 0 shows all, Enter keeps the cell.` });
     this.figure = element("figure", {}, ...(runs.length > 1 ? [element("h3", { textContent: title })] : []), this.canvas);
     this.canvas.addEventListener("pointermove", (event) => this.moved(event));
-    this.canvas.addEventListener("pointerleave", () => { hideTip(); if (!state.pinned) { state.cursor = null; redraw(); } });
+    this.canvas.addEventListener("pointerleave", () => { hideTip(); if (!state.pinned) { state.cursor = null; redraw(); showCell(); } });
     this.canvas.addEventListener("pointerdown", (event) => { this.dragged = { x: event.clientX, y: event.clientY, row0: state.row0, column0: state.column0, far: false }; });
     this.canvas.addEventListener("click", (event) => this.clicked(event));
     this.canvas.addEventListener("dblclick", (event) => { const cell = this.at(event); if (cell) zoom(0.5, cell); });
