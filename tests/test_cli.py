@@ -52,7 +52,7 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio "
         "--few-inclusive --device --data --overwrite --json",
-        "confusion-report": "--from --out --phase --data --overwrite --json",
+        "confusion-report": "--from --out --phase --compare --images --data --overwrite --json",
         "status": "--json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
