@@ -115,7 +115,13 @@ def result(
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """A table on stdout, columns padded with spaces; plain text, so that logs and pipes stay readable.
+    """A table on stdout, see table_lines()."""
+    for line in table_lines(header, rows, title=title):
+        _out(line)
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> list[str]:
+    """A table as lines, columns padded with spaces; plain text, so that logs and pipes stay readable.
 
     The terminal's width is not consulted: a folded number is worse than a long line.
     """
@@ -124,16 +130,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
     # A line end within a cell would break the table.
     cells = [named, *[[printable(str(cell)).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    if title:
-        _out(printable(title))
+    lines = [printable(title)] if title else []
     for number, row in enumerate(cells):
         padded = [
             cell.rjust(width) if is_right else cell.ljust(width)
             for cell, width, is_right in zip(row, widths, right, strict=True)
         ]
-        _out("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
         if number == 0:
-            _out("  ".join("-" * width for width in widths))
+            lines.append("  ".join("-" * width for width in widths))
+    return lines
 
 
 def error(text: str, exit_code: int) -> None:

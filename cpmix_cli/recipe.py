@@ -709,17 +709,21 @@ def rescaled(recipe: Recipe, epochs: int) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """'table.key: old -> new' for each key in which two nested dictionaries differ."""
-    lines = []
+    return [f"{key}: {_shown(a)} -> {_shown(b)}" for key, a, b in changed(old, new)]
+
+
+def changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """('table.key', old, new) for each key in which two nested dictionaries differ; None where one has no such key."""
+    found: list[tuple[str, Any, Any]] = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        name = f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{name}.")
+            found += changed(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{name}: {_shown(a)} -> {_shown(b)}")
-    return lines
+            found.append((f"{prefix}{key}", a, b))
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -187,10 +187,13 @@ class PhaseEntry(RunEntry):
     phase: TrainingPhase
     source: SourceEntry | None
     dataset: DatasetEntry
+    device: str
     precision: Literal["fp32", "bf16"]
+    threads: int
     num_parameters: int
     epochs: int
     training_seconds: float
+    gpu_hours: float
 
 
 class EvaluationEntry(RunEntry):
@@ -284,6 +287,18 @@ def locate(source: Path) -> tuple[Path, str | None]:
     if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
         return source.parent, source.resolve().name
     return source, None
+
+
+def begun_phases(run: Path, *, needed_by: str) -> list[PhaseFolder]:
+    """The phases of a run that are done, stale or interrupted, in their order.
+
+    Raises:
+        InputError: there are none, or a record is damaged.
+    """
+    begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
+    if not begun:
+        raise InputError(f"{run} holds no phase of a run", needed_by=needed_by, fix=remake(run, "stage1", "absent"))
+    return begun
 
 
 def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, needed_by: str) -> PhaseFolder:

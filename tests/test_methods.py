@@ -145,12 +145,12 @@ def test_every_recipe_of_cifar_says_what_it_is_about() -> None:
 
 def test_a_wrong_about_names_its_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('[about]\nkind = "magic"\ncells = { 300 = 1.0, 10 = "high" }\ncopied = "yes"\nauthor = "me"\n')
+    path.write_text('[about]\nkind = "magic"\ncells = { 200 = 1.0 }\nauthor = "me"\n')
     with pytest.raises(UsageError) as caught:
         read_about(path)
     text = str(caught.value)
     assert str(path) in text
-    for key in ("about.method", "about.kind", "about.cells.300", "about.cells.10", "about.copied", "about.author"):
+    for key in ("about.method", "about.kind", "about.cells", "about.author"):
         assert f"{key}" in text
     path.write_text("seed = 1\n")
     assert read_about(path) is None

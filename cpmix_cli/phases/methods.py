@@ -1,16 +1,17 @@
 """methods: every method that has a recipe, with its kind, paper, needs, and its cells in the tables of CP-Mix's paper.
 
-A recipe says it in its [about] table, which no training looks at. Reads TOML alone.
+A recipe says it in its [about] table, which no training looks at; paper.py has the cells. Reads TOML alone.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from cpmix_cli import console
 from cpmix_cli.errors import UsageError
+from cpmix_cli.paper import COPIED, TABLES
 from cpmix_cli.recipe import Table, find_recipe, read_tables, recipe_names
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
@@ -18,11 +19,11 @@ KINDS = get_args(Kind)
 """In the order of the list."""
 SHOWN = "cifar100-lt"
 """The data set whose recipes have the cells that are shown."""
-LARGE = ("imagenet-lt", "places-lt", "inaturalist2018")
+LARGE = tuple(column.data for column in TABLES["table2"].columns)
 
 
 class About(Table):
-    """[about] of a recipe: where its method comes from, and what CP-Mix's paper prints for it."""
+    """[about] of a recipe: where its method comes from."""
 
     method: str
     """Its name, as in the paper's tables where it is there. The recipes of a method share it."""
@@ -32,15 +33,21 @@ class About(Table):
     """Authors, title, venue, year."""
     needs: str = ""
     """What it takes beside images and labels."""
-    cells: dict[
-        Literal["200", "100", "50", "10", "table3", "imagenet-lt", "places-lt", "inaturalist2018", "table4"], float
-    ] = Field(default_factory=dict)
-    """Accuracy by rho in Table 1, for this data set, or in Table 3, which is at rho 200. A recipe of CIFAR-100-LT has
-    those of the large data sets too: Table 2, or Table 4, which is on ImageNet-LT."""
-    copied: bool = False
-    """Its authors copied the cells from other papers."""
     note: str = ""
-    """What to know of the cells."""
+    """What else to know of it."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What CP-Mix's paper prints for the method of a recipe."""
+
+    cells: dict[str, str]
+    """Accuracy by rho in Table 1, for its data set, or in Table 3, which is at rho 200. A recipe of CIFAR-100-LT has
+    those of the large data sets too: Table 2, or Table 4, which is on ImageNet-LT."""
+    copied: bool
+    """Its authors copied them from other papers."""
+    note: str
+    """What to know of them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def run() -> None:
         rows=large,
         title="\non large data sets (Table 2; ablations: Table 4)",
         lines=[
-            "* copied there from other papers: other epochs, best epoch on the test set, for OTmix its confusions too",
+            f"* {COPIED}",
             "all but ablations stand for cifar10-lt too",
             f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
         ],
@@ -134,12 +141,33 @@ def citation(paper: str) -> str:
     return ", ".join([parts[0], parts[-1]]) if len(parts) > 1 else paper
 
 
+def printed(name: str) -> Printed:
+    """What the paper has for the recipe of this name."""
+    family, _, method = name.rpartition("/")
+    cells: dict[str, str] = {}
+    copied, notes = False, []
+    for key in ("table1", "table2", "table3", "table4"):
+        for row in TABLES[key].rows:
+            found = {
+                column.data.rpartition("-rho")[2] if key == "table1" else column.data if key == "table2" else key: cell
+                for column, cell in zip(TABLES[key].columns, row.cells, strict=True)
+                if cell and (column.family == family if key == "table1" else family == SHOWN)
+            }
+            if row.recipe == method and found:
+                cells |= found
+                copied = copied or row.copied
+                notes.append(row.name if key in ("table3", "table4") else row.note)
+    return Printed(cells, copied, "; ".join(dict.fromkeys(filter(None, notes))))
+
+
 def told(method: Method) -> list[dict[str, Any]]:
     """Its recipes as plain values."""
-    return [
-        {"name": name, "cells": about.cells, "copied": about.copied, "note": about.note}
-        for name, about in method.recipes.items()
-    ]
+    listed = []
+    for name, about in method.recipes.items():
+        found = printed(name)
+        cells = {key: float(cell) for key, cell in found.cells.items()}
+        listed.append({"name": name, "cells": cells, "copied": found.copied, "note": found.note or about.note})
+    return listed
 
 
 def small_cells(method: Method) -> list[str]:
@@ -154,7 +182,6 @@ def large_cells(method: Method) -> list[str]:
 
 def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
     """A cell a column, the first of its keys that the method has; copied ones with a star."""
-    about = method.recipes.get(f"{SHOWN}/{stem(next(iter(method.recipes)))}", About(method=method.name))
-    known: dict[str, float] = {str(key): cell for key, cell in about.cells.items()}
-    found = [next((known[key] for key in keys if key in known), None) for keys in columns]
-    return ["" if cell is None else f"{cell:.2f}{'*' if about.copied else ' '}" for cell in found]
+    known = printed(f"{SHOWN}/{stem(next(iter(method.recipes)))}")
+    found = [next((known.cells[key] for key in keys if key in known.cells), None) for keys in columns]
+    return ["" if cell is None else f"{float(cell):.2f}{'*' if known.copied else ' '}" for cell in found]

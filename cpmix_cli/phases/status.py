@@ -76,13 +76,7 @@ def inspect(folder: Path) -> RunStatus:
         InputError: it holds no phase, or a record is damaged.
     """
     root, _ = runs.locate(folder)
-    begun = [f for f in (PhaseFolder(root, phase) for phase in PHASES) if f.status() != "absent"]
-    if not begun:
-        raise InputError(
-            f"{root} holds no phase of a run",
-            needed_by="status",
-            fix=runs.remake(root, "stage1", "absent"),
-        )
+    begun = runs.begun_phases(root, needed_by="status")
     # After stage 1 was trained by another recipe, the stale phases' recipe is no longer the run's.
     last = ([f for f in begun if not f.stale_because()] or begun)[-1]
     recipe = last.recipe()

@@ -1,0 +1,191 @@
+"""The tables of CP-Mix's paper, number by number as they are printed there. Imports nothing heavy.
+
+Source: Yoon et al., Mix from Failure: Confusion-Pairing Mixup for Long-Tailed Recognition, arXiv 2024: Tables 1 to 4,
+and 7 to 9 of the appendix. Its Tables 5 and 6 are settings, which the recipes have.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers."""
+
+    header: str
+    """As printed; with the data set where a table has several."""
+    data: str
+    """The data set, by the name that build-lt gives it."""
+    measure: str = "top1"
+    """A key of an evaluation's metrics.json, per cent."""
+
+    @property
+    def family(self) -> str:
+        """The folder of the recipes for it: cifar100-lt of cifar100-lt-rho200."""
+        return self.data.partition("-rho")[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: a method and its numbers."""
+
+    name: str
+    """As printed; of an ablation, what its ticks say."""
+    recipe: str
+    """The last part of the name of the recipes for it, such as cpmix."""
+    printed: str
+    """Its numbers in the order of the columns, as printed; - where there is none."""
+    finetuned: bool = False
+    """With the finetune that the recipe has. The paper finetunes CP-Mix, and MiSLAS is a finetune; recipes of others
+    have one to be compared on equal terms, and the row is what comes before it."""
+    copied: bool = False
+    """Copied there from other papers: no dagger, and not CP-Mix."""
+    note: str = ""
+    """What to know of the numbers."""
+
+    @property
+    def cells(self) -> list[str | None]:
+        """Numbers as printed, one a column."""
+        return [None if cell == "-" else cell for cell in self.printed.split()]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+    def values(self, recipe: str, *, finetuned: bool) -> dict[Column, float]:
+        """The numbers of one method.
+
+        Args:
+            recipe: last part of its recipe's name.
+            finetuned: see Row.
+        """
+        rows = [row for row in self.rows if row.recipe == recipe and row.finetuned == finetuned]
+        return {c: float(cell) for row in rows for c, cell in zip(self.columns, row.cells, strict=True) if cell}
+
+
+COPIED = "copied there from other papers: other epochs, best epoch on the test set, for OTmix its confusions too"
+"""Why copied rows are not comparable."""
+OWN_BEST = "the best epoch on the test set"
+OTMIX = "confusions of the test set, and the best epoch on it"
+THREE = "three experts; CP-Mix + RIDE has six"
+FOUR = "marked as reproduced, but these are the published numbers of four experts with distillation"
+REMIX = "mixes variants: on CIFAR-100-LT it looks like Remix, on CIFAR-10-LT like Remix-DRW"
+UNIMIX = "its released settings are not those of its paper"
+OLDER = "marked as reproduced, but CIFAR at rho 200 and 100 equals older publications to the last digit"
+GROUPS = tuple((key.capitalize(), key) for key in ("many", "medium", "few"))
+
+
+def _by_group(data: str) -> tuple[Column, ...]:
+    return (*(Column(header, data, key) for header, key in GROUPS), Column("All", data))
+
+
+def _ablation(printed: str) -> tuple[Row, ...]:
+    """Rows of Tables 3 and 4, which have the same ticks."""
+    ticks = [
+        *("CE", "BS", "BS + L_mix, lambda", "BS + L_mix, Eq. 9", "BS + L_CP, lambda", "BS + L_CP + L_mix, lambda"),
+        *("BS + L_CP, Eq. 9", "BS + L_CP + L_mix, Eq. 9", "the same + finetune"),
+    ]
+    numbered = enumerate(zip(ticks, printed.split(), strict=True), start=1)
+    return tuple(Row(name, f"ablation-{n}", cell, finetuned=n == len(ticks)) for n, (name, cell) in numbered)
+
+
+TICKS = "the ticks of rows 5 and 6 are lost in our copy of the paper; read as without and with L_mix"
+
+TABLES: dict[str, PaperTable] = {
+    "table1": PaperTable(
+        "Table 1: top-1 accuracy on CIFAR-LT by rho",
+        tuple(Column(f"CIFAR{n}-LT {rho}", f"cifar{n}-lt-rho{rho}") for n in (100, 10) for rho in (200, 100, 50, 10)),
+        (
+            Row("Cross Entropy", "cross-entropy", "34.84 38.32 43.26 57.00 65.68 70.36 77.10 86.89", note=OLDER),
+            Row("LDAM-DRW", "ldam-drw", "39.03 43.64 47.31 56.90 76.14 79.58 82.96 87.48"),
+            Row("Balanced Softmax", "balanced-softmax", "38.01 42.71 46.68 58.34 74.48 77.20 81.26 87.46"),
+            Row("MiSLAS", "mislas", "- 47.0 52.3 63.2 - 82.1 85.7 90.0", True, True, OWN_BEST),
+            Row("Remix", "remix", "36.99 41.94 46.21 59.36 - 79.76 - 89.02", False, True, REMIX),
+            Row("CMO", "cmo", "- 43.9 48.3 59.5 - - - -", False, True, OWN_BEST),
+            Row("UniMix", "unimix", "42.07 45.45 51.11 61.25 78.48 82.75 84.32 89.66", False, True, UNIMIX),
+            Row("OTmix (BS)", "otmix", "- 46.8 52.3 62.3 - 84.0 86.5 90.2", False, True, OTMIX),
+            Row("ACE", "ace", "- 49.6 51.9 - - 81.4 84.9 -", False, True, "of ACE's own code"),
+            Row("RIDE", "ride", "46.34 49.83 52.73 59.30 79.16 82.31 84.61 87.19"),
+            Row("CMO+RIDE", "cmo-ride", "- 50.0 53.0 60.2 - - - -", False, True, THREE),
+            Row("SADE", "sade", "- 49.8 53.9 63.6 - - - -", False, True, f"images turned, {OWN_BEST}"),
+            Row("OTMix+RIDE", "otmix-ride", "- 50.7 53.8 60.8 - 82.7 85.2 88.7", False, True, f"{THREE}; {OTMIX}"),
+            Row("CP-Mix", "cpmix", "43.56 48.20 52.12 61.91 78.34 82.44 85.08 89.87", True),
+            Row("CP-Mix + RIDE", "cpmix-ride", "47.37 51.40 55.77 62.17 79.67 81.56 84.23 86.70"),
+        ),
+    ),
+    "table2": PaperTable(
+        "Table 2: top-1 accuracy on large data sets",
+        (
+            Column("ImageNet-LT", "imagenet-lt"),
+            Column("Places-LT", "places-lt"),
+            Column("iNaturalist 2018", "inaturalist2018"),
+        ),
+        (
+            Row("Cross Entropy", "cross-entropy", "45.5 32.3 64.5"),
+            Row("Balanced Softmax", "balanced-softmax", "50.6 39.3 69.9"),
+            Row("LADE", "lade", "- 39.2 69.3", False, True, "not the figures of LADE's own paper"),
+            Row("LDAM-DRW", "ldam-drw", "50.3 - 66.9"),
+            Row("MiSLAS", "mislas", "52.7 40.4 71.6", True, True, OWN_BEST),
+            Row("Remix", "remix", "48.6 - 70.5", False, True),
+            Row("UniMix", "unimix", "48.6 - 70.5", False, True, "the row repeats that of Remix"),
+            Row("OTmix (BS)", "otmix", "55.6 - 71.5", False, True, OTMIX),
+            Row("ACE", "ace", "54.7 - 72.9", False, True, "of ACE's own code"),
+            Row("RIDE", "ride", "55.4 40.3 72.6", note=FOUR),
+            Row("CMO+RIDE", "cmo-ride", "56.2 - 72.8", False, True),
+            Row("SADE", "sade", "- 40.9 72.9", False, True),
+            Row("OTmix+RIDE", "otmix-ride", "57.3 - 73.0", False, True, OTMIX),
+            Row("CP-Mix", "cpmix", "53.9 42.3 72.3", True),
+            Row("CP-Mix+RIDE", "cpmix-ride", "56.6 - 73.7"),
+        ),
+    ),
+    "table3": PaperTable(
+        "Table 3: ablation on CIFAR100-LT at rho 200",
+        (Column("Top-1 accuracy", "cifar100-lt-rho200"),),
+        _ablation("34.84 38.01 36.48 37.21 41.28 41.26 40.26 42.77 43.56"),
+        TICKS,
+    ),
+    "table4": PaperTable(
+        "Table 4: ablation on ImageNet-LT",
+        (Column("Top-1 accuracy", "imagenet-lt"),),
+        _ablation("45.5 50.6 46.8 48.9 51.8 51.9 52.3 52.9 53.9"),
+        TICKS,
+    ),
+    "table7": PaperTable(
+        "Table 7: accuracy on ImageNet-LT by group",
+        _by_group("imagenet-lt"),
+        (
+            Row("Cross Entropy", "cross-entropy", "65.9 37.6 9.1 44.6"),
+            Row("LDAM-DRW", "ldam-drw", "62.1 46.4 30.1 50.3"),
+            Row("Balanced Softmax", "balanced-softmax", "61.6 48.1 30.3 50.9"),
+            Row("MiSLAS", "mislas", "61.7 51.3 35.8 52.7", True, True, "by groups of its own"),
+            Row("CP-Mix", "cpmix", "59.3 53.5 39.7 53.9", True),
+        ),
+        "Cross Entropy and Balanced Softmax have other numbers in Table 2: other runs",
+    ),
+    "table8": PaperTable(
+        "Table 8: accuracy on Places-LT by group",
+        _by_group("places-lt"),
+        (
+            Row("Cross Entropy", "cross-entropy", "46.7 28.5 15.5 32.3"),
+            Row("Balanced Softmax", "balanced-softmax", "43.2 40.2 31.1 39.3"),
+            Row("MiSLAS", "mislas", "39.6 43.3 36.1 40.4", True, True),
+            Row("CP-Mix", "cpmix", "45.4 42.7 36.1 42.3", True),
+        ),
+        "its groups are those of evaluate --few-inclusive: classes of exactly 20 images are few",
+    ),
+    "table9": PaperTable(
+        "Table 9: accuracy on iNaturalist 2018 by group",
+        _by_group("inaturalist2018"),
+        (
+            Row("Cross Entropy", "cross-entropy", "76.4 66.4 59.1 64.5"),
+            Row("LDAM-DRW", "ldam-drw", "68.3 67.3 66.4 66.9"),
+            Row("Balanced Softmax", "balanced-softmax", "68.8 70.3 69.7 69.9"),
+            Row("CP-Mix", "cpmix", "57.9 72.9 75.3 72.3", True),
+        ),
+    ),
+}
