@@ -334,6 +334,11 @@ def publish_record(path: Path, record: Mapping[str, Any]) -> str:
     return publish(path, _record_bytes({**record, "digest": digest(dict(record))}))
 
 
+def json_text(value: Any) -> str:
+    """A JSON value for people and programs to read."""
+    return _unicode(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
 def _record_bytes(sealed: Any) -> bytes:
     return (_unicode(json.dumps(sealed, indent=1, ensure_ascii=False)) + "\n").encode()
 

@@ -420,6 +420,38 @@ def status(
     raise typer.Exit(showing.run(folders))
 
 
+@command("compare", "cpmix compare ckpt/* --paper table1", HELPERS)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or phases' folders in them.", metavar="RUN...")],
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            help="Laid out as a table of the paper: table1, table2, table3, table4, table7, table8 or table9.",
+            metavar="TABLE",
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="table, csv, markdown, latex or json (as --json).", metavar="FORMAT")
+    ] = "table",
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file, not to stdout.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Runs in one table, beside the paper's numbers."""
+    from cpmix_cli.errors import UsageError
+    from cpmix_cli.paper import TABLES
+
+    form = _checked("--format", form, ("table", "csv", "markdown", "latex", "json"))
+    if json and form not in ("table", "json"):
+        raise UsageError(f"--json and --format {form}: give one of the two")
+    console.as_json = json or form == "json"
+    if paper is not None:
+        paper = _checked("--paper", paper, tuple(TABLES))
+    from cpmix_cli.phases import compare as comparing
+
+    comparing.run(comparing.Options(folders, paper, "table" if console.as_json else form, out, overwrite))
+
+
 @command("recipes", "cpmix recipes digits/cpmix digits/cross-entropy", HELPERS)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to show; none lists all.", metavar="[NAME]")] = None,

@@ -12,7 +12,7 @@ import pytest
 from conftest import cpmix, files, must
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "recipes", "methods", "predict", "misclassified", "import-weights", "bench"]
+HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -54,6 +54,7 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "--few-inclusive --device --data --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --overwrite --json",
         "status": "--json",
+        "compare": "--paper --format --out --overwrite --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",
@@ -81,6 +82,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         ("recipes toy/cpmix digits/cpmix --seed 3", 0),
         ("recipes --budget", 0),
         ("methods", 0),
+        ("compare {run} --format yaml", 2),
+        ("compare {run} --paper table5", 2),
         ("train-stage1 --data {data} --recipe toy/cpmux", 2),
         ("train-stage1 --data {data} --recipe toy/cpmix --set optimizer.lrr=1", 2),
         ("train-stage1 --data {data} --set optimizer.lr=fast", 2),

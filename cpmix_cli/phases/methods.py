@@ -1,9 +1,12 @@
 """methods: every method that has a recipe, with its kind, paper, needs, and its cells in the tables of CP-Mix's paper.
 
-A recipe says it in its [about] table, which no training looks at; paper.py has the cells. Reads TOML alone.
+A recipe says it in its [about] table, which no training looks at; paper.py has the cells. recognised() says which
+method a trained recipe is. Reads TOML alone.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +15,7 @@ from pydantic import ValidationError
 from cpmix_cli import console
 from cpmix_cli.errors import UsageError
 from cpmix_cli.paper import COPIED, TABLES
-from cpmix_cli.recipe import Table, find_recipe, read_tables, recipe_names
+from cpmix_cli.recipe import PHASE_TABLES, Recipe, Table, changed, find_recipe, load, read_tables, recipe_names
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
 KINDS = get_args(Kind)
@@ -185,3 +188,59 @@ def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
     known = printed(f"{SHOWN}/{stem(next(iter(method.recipes)))}")
     found = [next((known.cells[key] for key in keys if key in known.cells), None) for keys in columns]
     return ["" if cell is None else f"{float(cell):.2f}{'*' if known.copied else ' '}" for cell in found]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Which method a trained recipe is."""
+
+    method: str
+    """Of the nearest recipe."""
+    recipe: str
+    """Its name."""
+    changed: dict[str, Any]
+    """Keys in which the trained one differs, with its values; None where it has no such key."""
+    exact: tuple[str, ...]
+    """All recipes that say the same about the phase: CP-Mix, and the last two rows of Table 3."""
+    order: int
+    """Place in the list of methods."""
+
+
+def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
+    """Compare a resolved recipe with all that come with cpmix, at its epochs and rho. Only what the phase depends on
+    counts, and neither the seed nor the precision; the rest of the recipe tells those apart that are equal in it.
+
+    Args:
+        recipe: as recorded.
+        phase: whose checkpoint it is.
+        family: folder of the recipes for its data set, which come first.
+        rho: of the data set.
+    """
+    names = (*PHASE_TABLES[phase], "evaluation")
+    own = _told_apart(recipe)
+    found = []
+    for order, (method, name, theirs) in enumerate(_candidates(recipe.schedule.epochs, rho)):
+        differing = changed(theirs, own)
+        near = [entry for entry in differing if entry[0].partition(".")[0] in names]
+        found.append((len(near), len(differing), name.rpartition("/")[0] != family, order, method, name, near))
+    *_, order, method, name, near = min(found)
+    exact = tuple(entry[5] for entry in found if entry[0] == 0)
+    return Recognised(method, name, {key: value for key, _, value in near}, exact, order)
+
+
+@cache
+def _candidates(epochs: int, rho: float | None) -> list[tuple[str, str, dict[str, Any]]]:
+    """Method, name and tables of every recipe that can last so many epochs."""
+    found = []
+    for method in all_methods():
+        for name in method.recipes:
+            with suppress(UsageError):  # one epoch is none for two stages
+                found.append((method.name, name, _told_apart(load(name, epochs=epochs, rho=rho))))
+    return found
+
+
+def _told_apart(recipe: Recipe) -> dict[str, Any]:
+    """The tables by which methods are told apart."""
+    tables = recipe.tables()
+    model = {key: value for key, value in tables["model"].items() if key != "precision"}
+    return {key: value for key, value in tables.items() if key != "seed"} | {"model": model}
