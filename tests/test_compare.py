@@ -16,17 +16,8 @@ from conftest import cpmix, files, must
 from test_build_lt import write_cifar
 
 from cpmix_cli.paper import TABLES
-from cpmix_cli.phases.compare import (
-    Cost,
-    Measured,
-    Row,
-    accuracy_lines,
-    cost_sheet,
-    evaluations_of,
-    letter_of,
-    listed,
-    paper_sheet,
-)
+from cpmix_cli.phases.compare import accuracy_lines, cost_sheet, letter_of, listed, paper_sheet
+from cpmix_cli.phases.measured import Cost, Measured, Row, evaluations_of
 from cpmix_cli.phases.methods import recognised
 from cpmix_cli.recipe import load, recipe_names
 from cpmix_cli.report.tables import Sheet, csv_text, latex, markdown, plain
