@@ -272,8 +272,8 @@ def beside(run: Path, relative: str) -> Path:
     return typed if typed.resolve() == real else real
 
 
-def locate(source: Path) -> tuple[Path, str | None]:
-    """--from FOLDER -> run folder, and the phase where FOLDER is a phase's own folder.
+def locate(source: Path, *, needed_by: str = "--from") -> tuple[Path, str | None]:
+    """FOLDER -> run folder, and the phase where FOLDER is a phase's own folder.
 
     Raises:
         InputError: FOLDER does not exist.
@@ -281,7 +281,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
     if not source.is_dir():
         raise InputError(
             f"no run folder {source}",
-            needed_by="--from",
+            needed_by=needed_by,
             fix=remake(source, "stage1", "absent"),
         )
     if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:

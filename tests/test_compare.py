@@ -16,7 +16,7 @@ from conftest import cpmix, files, must
 from test_build_lt import write_cifar
 
 from cpmix_cli.paper import TABLES
-from cpmix_cli.phases.compare import accuracy_lines, cost_sheet, letter_of, listed, paper_sheet
+from cpmix_cli.phases.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
 from cpmix_cli.phases.measured import Cost, Measured, Row, evaluations_of
 from cpmix_cli.phases.methods import recognised
 from cpmix_cli.recipe import load, recipe_names
@@ -71,7 +71,7 @@ def test_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
         *("2", "Cross Entropy", "after", "1"),
         *(f"{after[key]:.2f}" for key in ("top1", "many", "medium", "few", "ece")),
     ]
-    assert lines[5:7] == ["n: runs; +-: sample standard deviation over them; of other columns in --format csv", ""]
+    assert lines[5:7] == ["+-: sample standard deviation of n runs (other columns: --format csv)", ""]
     assert all(len(line) <= 100 for line in lines)
 
     result = must("compare", *seeds, "--json").json
@@ -202,6 +202,9 @@ def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path:
     shutil.copytree(seeds[0], tmp_path / "inclusive")
     shutil.rmtree(tmp_path / "inclusive" / "evaluation")
     shutil.copytree(tmp_path / "few" / "evaluation", tmp_path / "inclusive" / "evaluation")
+    result = cpmix("compare", tmp_path / "few")
+    assert result.code == 3
+    assert f"{tmp_path / 'few'} holds evaluations, but not the run that they are of" in result.stderr
     result = must("compare", *runs, tmp_path / "inclusive", "--json").json
     rows = {Path(row["runs"][0]).name: number for number, row in enumerate(result["rows"], start=1)}
     assert len(rows) == len(result["rows"]) == 5
@@ -236,10 +239,12 @@ def test_other_test_images_and_labels_stand_apart(seeds: list[Path], tmp_path: P
 
 def test_one_run_given_twice_counts_once(seeds: list[Path], tmp_path: Path) -> None:
     twin = shutil.copytree(seeds[0], tmp_path / "twin")
-    result = must("compare", seeds[0], f"{seeds[0]}/", twin, seeds[2], "--json")
+    result = must("compare", seeds[0], f"{seeds[0]}/", twin, seeds[2], seeds[2] / "stage1", "--json")
     assert [row["n"] for row in result.json["rows"]] == [2]
     assert f"compare: {seeds[0]} is given twice, and counted once" in result.stderr
-    assert f"compare: {twin} and {seeds[0]} hold the same checkpoint (before): counted once" in result.stderr
+    what = "(Cross Entropy, finetune before): counted once"
+    assert f"compare: {twin} holds a checkpoint of {seeds[0]} {what}" in result.stderr
+    assert f"compare: {seeds[2]} is given twice {what}" in result.stderr
 
 
 def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
@@ -247,7 +252,7 @@ def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
     row = Row([measured, replace(measured, checkpoint="other")])
     lines = accuracy_lines([(4, row)], with_deviations=True)
     assert lines == [
-        "n: runs; +-: sample standard deviation over them",
+        "+-: sample standard deviation of n runs",
         "row 4 has several runs of seed 0: its +- is not that of 2 seeds",
     ]
 
@@ -288,6 +293,7 @@ def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: lis
         result = cpmix("compare", seeds[0], folder, "--json")
         assert result.code == 3
         assert message in result.json["error"]
+        assert "needed by: compare" in result.json["error"]
     shutil.rmtree(toy_run / "evaluation")
     result = cpmix("compare", toy_run / "stage2")
     assert result.code == 3
@@ -385,6 +391,18 @@ def test_beside_the_paper(cifar: Path) -> None:
     row = must("compare", cifar, "--json").json["rows"][1]
     assert (row["paper"], row["paper_copied"], row["epochs"], row["full_epochs"]) == (89.87, False, [2, 1, 1], 300)
     assert row["difference"] == pytest.approx(top1 - 89.87)
+
+
+def test_copied_numbers_are_marked(cifar: Path) -> None:
+    (_, measured), _ = sorted_evaluations(cifar)
+    method = replace(measured.method, exact=("cifar10-lt/mislas",))
+    row = Row([replace(measured, method=method, numbers=measured.numbers | {"top1": 90.5})])
+    assert accuracy_sheet("data", [(1, row)], with_deviations=False).rows[0][-2:] == ["90.0*", "+0.50"]
+    assert accuracy_lines([(1, row)], with_deviations=False)[1].startswith("* copied there from other papers: ")
+    early = Row([replace(row.first, forms=frozenset({False}))])  # the paper's MiSLAS is the finetuned one
+    assert early.published() is None
+    other = Row([replace(row.first, data="cifar10-lt-rho10-seed1")])
+    assert other.published() is None
 
 
 def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) -> None:

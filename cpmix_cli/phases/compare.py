@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     left_out: list[str] = []
     seen: set[tuple[Path, str | None]] = set()
     for folder in options.folders:
-        root, phase = runs.locate(folder)
+        root, phase = runs.locate(folder, needed_by="compare")
         if (root.resolve(), phase) in seen:
             console.note(f"compare: {folder} is given twice, and counted once")
         else:
@@ -225,8 +225,8 @@ def accuracy_lines(numbered: Sequence[tuple[int, Row]], with_deviations: bool) -
     rows = [row for _, row in numbered]
     lines = legend([[MARK] for row in rows if row.leaked])
     if any(len(row.runs) > 1 for row in rows):
-        rest = "" if with_deviations else "; of other columns in --format csv"
-        lines.append(f"n: runs; +-: sample standard deviation over them{rest}")
+        rest = "" if with_deviations else " (other columns: --format csv)"
+        lines.append(f"+-: sample standard deviation of n runs{rest}")
     for number, row in numbered:
         seeds = [r.seed for r in row.runs]
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
@@ -282,7 +282,8 @@ def cost_sheet(numbered: Sequence[tuple[int, Row]]) -> Sheet:
     width = len(header) - 1
     table = [[listed(numbers), *key[-width:]] for key, numbers in same.items()]
     lines = [
-        "of all phases that lead to the checkpoint, a shared stage 1 in each row; a mean over n",
+        "summed over all phases that lead to the checkpoint, wherever they are",
+        "(a stage 1 that several share: in each of their rows); means over n",
         "images/s: through the network, an image once for each term",
     ]
     if any(cost["device"] is None for cost in costs.values()):

@@ -16,7 +16,7 @@ from cpmix_cli.phases.evaluate import read_numbers
 from cpmix_cli.phases.methods import Recognised, recognised
 from cpmix_cli.phases.status import epochs_of
 from cpmix_cli.recipe import Evaluation, Recipe, recipe_names
-from cpmix_cli.runs import PhaseFolder
+from cpmix_cli.runs import PHASES, PhaseFolder
 
 MAX_NAMED = 3
 """Changed keys with which a method still goes by its name."""
@@ -131,9 +131,16 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[
     Raises:
         InputError: no phase, no such evaluation, or a damaged record.
     """
+    paths = sorted((root / "evaluation").glob(f"*/{artifacts.RUN}"))
+    if paths and not any(PhaseFolder(root, name).is_begun for name in PHASES):
+        raise InputError(
+            f"{root} holds evaluations, but not the run that they are of",
+            needed_by="compare",
+            fix="give a run folder; evaluate without --out writes into it",
+        )
     runs.begun_phases(root, needed_by="compare")
     found, left_out = [], []
-    for path in sorted((root / "evaluation").glob(f"*/{artifacts.RUN}")):
+    for path in paths:
         folder = path.parent
         record = runs.read_run(folder, runs.EvaluationEntry)
         if record["phase"] != f"evaluation/{folder.name}":
@@ -358,7 +365,8 @@ def in_rows(measured: Sequence[Measured]) -> list[Row]:
     for run in measured:
         group = grouped.setdefault(run.key, {})
         if (twin := group.get(run.checkpoint)) is not None:
-            console.note(f"compare: {run.run} and {twin.run} hold the same checkpoint ({run.stage}): counted once")
+            what = "is given twice" if run.run.resolve() == twin.run.resolve() else f"holds a checkpoint of {twin.run}"
+            console.note(f"compare: {run.run} {what} ({run.name}, finetune {run.stage}): counted once")
         group.setdefault(run.checkpoint, run)
     rows = [Row(list(group.values())) for group in grouped.values()]
     # Of one method in the order of training.

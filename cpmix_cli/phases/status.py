@@ -75,7 +75,7 @@ def inspect(folder: Path) -> RunStatus:
     Raises:
         InputError: it holds no phase, or a record is damaged.
     """
-    root, _ = runs.locate(folder)
+    root, _ = runs.locate(folder, needed_by="status")
     begun = runs.begun_phases(root, needed_by="status")
     # After stage 1 was trained by another recipe, the stale phases' recipe is no longer the run's.
     last = ([f for f in begun if not f.stale_because()] or begun)[-1]
