@@ -146,6 +146,10 @@ EvalEvery = Annotated[
     int,
     typer.Option(help="Test accuracy every N epochs, into metrics.parquet; selects nothing.", min=0),
 ]
+Tracker = Annotated[
+    str | None,
+    typer.Option(help="tensorboard: also write the curves of metrics.parquet for it.", metavar="NAME"),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(
@@ -166,6 +170,10 @@ def _checked(flag: str, value: str, choices: tuple[str, ...]) -> str:
 
 def _checked_device(device: str) -> str:
     return _checked("--device", device, ("auto", "cpu", "cuda"))
+
+
+def _checked_tracker(tracker: str | None) -> str | None:
+    return tracker and _checked("--tracker", tracker, ("tensorboard",))
 
 
 def _check_recipe(
@@ -260,19 +268,21 @@ def train_stage1(
     device: Device = "auto",
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
+    tracker: Tracker = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Train on the natural batches and collect confusion pairs."""
-    device = _checked_device(device)
+    device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, data)
     _look_for_state("stage1", out, overwrite=overwrite)
     from cpmix_cli.phases import train_stage1 as phase
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(eval_every, checkpoint_every, tracker),
     )
     phase.run(options, out, init, teacher)
 
@@ -289,19 +299,21 @@ def train_stage2(
     data: Data = None,
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
+    tracker: Tracker = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Go on from stage 1 with mixed confusion pairs."""
-    device = _checked_device(device)
+    device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, "stage1"))
     _look_for_state("stage2", out, from_folder, overwrite=overwrite)
     from cpmix_cli.phases import train_stage2 as phase
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(eval_every, checkpoint_every, tracker),
     )
     phase.run(options, from_folder, out)
 
@@ -319,19 +331,21 @@ def finetune(
     data: Data = None,
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
+    tracker: Tracker = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Train the head on class-balanced draws, the rest frozen."""
-    device = _checked_device(device)
+    device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, *([phase] if phase else ["stage2", "stage1"])))
     _look_for_state("finetune", out, from_folder, overwrite=overwrite)
     from cpmix_cli.phases import finetune as finetuning
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        recipe, settings or [], epochs, seed, device, data, overwrite, dry_run, eval_every, checkpoint_every
+        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(eval_every, checkpoint_every, tracker),
     )
     finetuning.run(options, from_folder, out, phase)
 

@@ -1,8 +1,8 @@
 """Everything cpmix shows; the only file that prints.
 
 stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one
-plain line at a time; a progress bar replaces the lines of an epoch only where stderr is a terminal. Control codes that
-stand in a file's or a class's name are shown, never obeyed.
+plain line at a time; a live view of the training stands below the lines only where stderr is a terminal. Control codes
+that stand in a file's or a class's name are shown, never obeyed.
 """
 
 import json
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from cpmix_cli.errors import EnvironmentFault
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.console import RenderableType
+    from rich.live import Live
 
 as_json = False  # set by the command line, before a phase runs
 
@@ -33,6 +34,11 @@ def set_up() -> None:
 def printable(text: str) -> str:
     """Text with its control codes spelled out, but for line ends and tabs."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _on_a_line(text: str) -> str:
+    """Text for a cell of a table, which a line end would break."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def note(text: str) -> None:
@@ -127,8 +133,7 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     """
     right = [name.startswith(">") for name in header]
     named = [name.removeprefix(">") for name in header]
-    # A line end within a cell would break the table.
-    cells = [named, *[[printable(str(cell)).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]]
+    cells = [named, *[[_on_a_line(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [printable(title)] if title else []
     for number, row in enumerate(cells):
@@ -175,9 +180,10 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
 
 
 class EpochProgress:
-    """Progress of a training phase: a bar on a terminal, one line an epoch everywhere.
+    """Progress of a training phase: one line an epoch everywhere, and below the lines a live view on a terminal.
 
-    The projected time is printed once, when enough steps have been timed.
+    The projected time is printed once, when enough steps have been timed. The view is drawn once a second, and less
+    often where that would take more than VIEW_SHARE of the time.
 
     Args:
         phase: its name.
@@ -188,6 +194,12 @@ class EpochProgress:
     """
 
     TIMED_STEPS = 5
+    VIEW_SECONDS = 1.0
+    VIEW_SHARE = 0.01
+    WIDTH = 76
+
+    look: Callable[[], Sequence[Sequence[str]]]
+    """Gives the rows of the view, the heading first and the most telling next; wanted where has_view."""
 
     def __init__(
         self, phase: str, num_steps: int, first_step: int, warm_up: int, synchronize: Callable[[], None]
@@ -198,27 +210,17 @@ class EpochProgress:
         self._warm_up = warm_up
         self._synchronize = synchronize
         self._started = time.perf_counter()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if sys.stderr is not None and sys.stderr.isatty():
-            import rich.console
-            import rich.progress as bars
+        self._lines: list[str] = []
+        self._next_view = 0.0
+        self._live = _live_view()
 
-            self._bar = bars.Progress(
-                bars.TextColumn("{task.description}"),
-                bars.BarColumn(),
-                bars.MofNCompleteColumn(),
-                bars.TimeRemainingColumn(),
-                console=rich.console.Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(phase, total=num_steps, completed=first_step)
-            self._bar.start()
+    @property
+    def has_view(self) -> bool:
+        """stderr is a terminal that can show it."""
+        return self._live is not None
 
     def step(self, done: int) -> None:
         """`done` steps of the phase are finished (counted from its first epoch)."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done)
         timed = done - self._first_step - self._warm_up
         if timed == 0:
             self._synchronize()
@@ -231,17 +233,100 @@ class EpochProgress:
                 f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
                 f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
+        if self._live is not None and time.perf_counter() >= self._next_view:
+            self._synchronize()  # waiting for the steps is no cost of the view
+            began = time.perf_counter()
+            mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
+            self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
+            ended = time.perf_counter()
+            self._next_view = ended + max(self.VIEW_SECONDS, (ended - began) / self.VIEW_SHARE)
 
     def line(self, text: str) -> None:
-        """One plain line, above the bar where there is one."""
-        if self._bar is not None:
-            with suppress(OSError):  # the terminal is gone; the run is not
-                self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-        else:
+        """One plain line, above the view where there is one: with its next drawing, if that is a moment away."""
+        if self._live is None:
             note(text)
+            return
+        self._lines.append(printable(text))
+        if time.perf_counter() >= self._next_view:
+            self._draw()
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            with suppress(OSError):
-                self._bar.stop()
+        """Take the view away."""
+        if self._live is not None:
+            self._draw()
+            self._drop_view()
+
+    def _draw(self, bar: tuple[str, int, int, float | None] | None = None) -> None:
+        """Print the lines that wait, and draw the view anew if there is a bar for it."""
+        assert self._live is not None
+        rows = self.look() if bar is not None else ()
+        lines, self._lines = self._lines, []
+        try:
+            with self._live.console as screen:
+                if lines:
+                    screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+                if bar is not None:
+                    self._live.update(_view(screen.size, bar, rows), refresh=True)
+        except (OSError, ValueError):  # the terminal is gone; the run is not
+            self._drop_view()
+
+    def _drop_view(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with suppress(OSError, ValueError):
+                live.stop()
+
+
+def _live_view() -> "Live | None":
+    """An empty place at the foot of the terminal that stderr is; None where it is none, or can only print lines."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.live import Live
+
+    screen = Console(stderr=True)
+    if not screen.is_interactive:
+        return None
+    # Drawn by the training loop alone: a thread of rich's would take its time whenever it likes.
+    live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
+    try:
+        live.start()
+        screen.show_cursor(True)  # a process that is killed could not give it back
+    except OSError:
+        return None
+    return live
+
+
+def _view(
+    size: tuple[int, int], bar: tuple[str, int, int, float | None], rows: Sequence[Sequence[str]]
+) -> "RenderableType":
+    """A bar, and under it as many rows as there is room for.
+
+    Args:
+        size: columns and lines of the terminal.
+        bar: the phase, its steps done, all of them, and the seconds left, None where nobody knows yet.
+        rows: cells; the first row is the heading, the first column a label.
+    """
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    phase, done, num_steps, seconds_left = bar
+    left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+    top = Table.grid(padding=(0, 1))
+    top.add_column(no_wrap=True)
+    top.add_column(ratio=1)
+    top.add_column(no_wrap=True)
+    top.add_row(Text(phase), ProgressBar(num_steps, done), Text(f"{done}/{num_steps}{left}"))
+    shown = list(rows[: max(0, size[1] - 3)])  # the bar, a line of the log and the cursor's have theirs
+    while shown and not any(shown[-1][1:]):  # a heading whose rows have none
+        shown.pop()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for _ in rows[0][1:] if rows else ():
+        table.add_column(justify="right", no_wrap=True)
+    for number, row in enumerate(shown):
+        table.add_row(*(Text(_on_a_line(cell)) for cell in row), style="" if number else "bold")
+    top.width = table.width = min(size[0], EpochProgress.WIDTH)
+    return Group(top, table)

@@ -6,7 +6,7 @@ from. What a step computes is in step.py; here are its epochs, what is read from
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from cpmix_cli import console, signals
 from cpmix_cli.data.batches import Batches
 from cpmix_cli.errors import Diverged, InputError, Interrupted
+from cpmix_cli.live import LiveView
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Optimizer
 from cpmix_cli.step import EAGER_STEPS, Plan, Step, TrainingData, TrainingState, own_stream, sum_names
@@ -167,6 +168,7 @@ def fit(
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 0,
     measure_confusion: Callable[[], Tensor] | None = None,
+    class_names: Sequence[str] = (),
 ) -> float:
     """Train from where `state` stands to the end of the plan's last epoch.
 
@@ -179,6 +181,7 @@ def fit(
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
         measure_confusion: [C, C], takes the place of the counts after each epoch; None to count in training.
+        class_names: by class id, for the live view.
 
     Returns:
         Seconds of the training that went into recording CUDA graphs.
@@ -203,6 +206,9 @@ def fit(
     try:
         with signals.in_loop(), own_stream(device):
             step = Step(plan, data, state)
+            view = LiveView(plan, data, state, step, class_names) if progress.has_view else None
+            if view:
+                progress.look = view.table
             while True:
                 started = time.perf_counter()
                 for _ in epoch_steps(plan, step, state, steps):
@@ -214,6 +220,8 @@ def fit(
                         raise _interrupted(plan, state)
                 state.sums[-2] += time.perf_counter() - started
                 row = _metrics_row(plan, state, len(data.labels))
+                if view:
+                    view.end_epoch()
                 if test_accuracy and eval_every and state.epoch % eval_every == 0:
                     row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)

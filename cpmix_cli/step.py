@@ -74,6 +74,10 @@ class Plan:
         """Steps of an epoch over so many images; the last one takes what is left."""
         return -(-num_samples // self.batch_size)
 
+    def counts_errors(self, epoch: int) -> bool:
+        """Whether the errors of this epoch's batches go into the confusion counts."""
+        return self.collect_confusion and self.counted_term is not None and epoch >= self.confusion_start
+
     @property
     def measured_terms(self) -> list[Term]:
         """The unmixed terms whose predictions make the training accuracy: up to the first natural one, which sees
@@ -181,8 +185,7 @@ class Step:
         steps = plan.num_steps(num_samples)
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
         inputs["learning_rate"] = torch.tensor(rates, dtype=torch.float64)
-        collects = plan.collect_confusion and epoch >= plan.confusion_start
-        inputs["collects"] = torch.full((steps,), float(collects), dtype=torch.float64)
+        inputs["collects"] = torch.full((steps,), float(plan.counts_errors(epoch)), dtype=torch.float64)
         for name, values in inputs.items():
             if name in self._inputs:
                 self._inputs[name].copy_(values)
@@ -194,6 +197,20 @@ class Step:
         size = min(self._plan.batch_size, len(self._data.labels) - number * self._plan.batch_size)
         self._number.fill_(number)
         self._take(size)
+
+    def counted_images(self, since: int) -> Tensor:
+        """Images of each class [C] float64 that the epoch has taken where their errors are counted, from step `since`
+        on. No work of a step: for those who look on.
+        """
+        size, term = self._plan.batch_size, self._plan.counted_term
+        order = self._inputs["order"]
+        counted = torch.ones(len(order), dtype=torch.float64, device=order.device)
+        if term is not None and term.mixed:  # in the batches that it leaves unmixed
+            counted -= self._inputs[f"{term.name}/gate"][:, 0]
+        taken = slice(since * size, min(self._state.step * size, len(self._data.labels)))
+        labels = self._data.labels[order.flatten()[taken]]
+        images = torch.zeros(len(self._data.class_counts), dtype=torch.float64, device=order.device)
+        return images.index_add_(0, labels, counted.repeat_interleave(size)[taken])
 
     @property
     def capture_seconds(self) -> float:

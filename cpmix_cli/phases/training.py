@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cpmix_cli import artifacts, console, engine, hardware, locks, runs, signals
+from cpmix_cli import artifacts, console, engine, hardware, locks, runs, signals, tracker
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import Diverged, InputError
@@ -39,6 +39,7 @@ class Options:
     dry_run: bool
     eval_every: int
     checkpoint_every: int
+    tracker: str | None
 
     @property
     def changes_recipe(self) -> bool:
@@ -79,6 +80,7 @@ class Started:
     begun: dict[str, Any] | None
     """Metadata of the state that it goes on from."""
     measure_confusion: Callable[[], torch.Tensor] | None
+    curves: tracker.Tracker | None
 
 
 def train(
@@ -176,7 +178,8 @@ def start(asked: Asked, how: str) -> Started:
     weights, saved = sizes(state)
     there = sum(path.stat().st_size for path in folder.files(artifacts.MODEL, artifacts.TRAINING_STATE))
     artifacts.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
-    return Started(plan, state, data, setting, begun, measure_confusion)
+    curves = tracker.Tracker(folder.path) if asked.options.tracker else None
+    return Started(plan, state, data, setting, begun, measure_confusion, curves)
 
 
 def rehearse(started: Started) -> list[str]:
@@ -225,6 +228,7 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         nonlocal overwrites
         if overwrites:
             runs.clear(folder.path)
+            tracker.forget(folder.path)
             recorder.publish(artifacts.RECIPE, recipe)
             overwrites = False
         tensors = engine.state_tensors(state)
@@ -246,6 +250,8 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         # No record holds a hash of it before the phase is done.
         recorder.publish_tensors(artifacts.TRAINING_STATE, tensors, artifacts.sealed_metadata(tensors, metadata))
         signals.state_is_saved()
+        if started.curves:
+            started.curves.write(state.history)
 
     test = accuracy_on_test(dataset, asked.recipe, state.model, setting.device) if options.eval_every else None
     try:
@@ -258,6 +264,7 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
             test_accuracy=test,
             eval_every=options.eval_every,
             measure_confusion=started.measure_confusion,
+            class_names=dataset.class_names,
         )
     except Diverged as fault:
         raise with_last_good_state(fault, folder, source, overwrites) from fault
