@@ -264,7 +264,7 @@ class EpochProgress:
         try:
             with self._live.console as screen:
                 if lines:
-                    screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+                    screen.print("\n".join(lines), markup=False, emoji=False, highlight=False, soft_wrap=True)
                 if bar is not None:
                     self._live.update(_view(screen.size, bar, rows), refresh=True)
         except (OSError, ValueError):  # the terminal is gone; the run is not

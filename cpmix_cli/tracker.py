@@ -34,7 +34,8 @@ class Tracker:
             import tensorboard.compat.proto.event_pb2
             import tensorboard.summary.writer.record_writer  # noqa: F401
         except ModuleNotFoundError as fault:
-            self._give_up(f"{fault.name} is not installed (pip install 'cpmix[tensorboard]')")
+            missing = (fault.name or "tensorboard").partition(".")[0]
+            self._give_up(f"{missing} is not installed (pip install 'cpmix[tensorboard]')")
         except Exception as fault:  # protobuf and numpy raise all kinds where versions do not fit
             self._give_up(f"tensorboard cannot be imported: {fault}")
 

@@ -43,7 +43,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_the_flags_are_those_of_the_contract() -> None:
     """Scripts depend on them: one may be added here, none may go."""
     training = "--recipe --set --epochs --seed --device --data --overwrite --dry-run --eval-every "
-    training += "--checkpoint-every --json"
+    training += "--checkpoint-every --tracker --json"
     expected = {
         "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --image-size --download "
         "--overwrite --json",
