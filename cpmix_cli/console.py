@@ -195,7 +195,7 @@ class EpochProgress:
 
     TIMED_STEPS = 5
     VIEW_SECONDS = 1.0
-    VIEW_SHARE = 0.01
+    VIEW_SHARE = 0.005
     WIDTH = 76
 
     look: Callable[[], Sequence[Sequence[str]]]
@@ -242,13 +242,11 @@ class EpochProgress:
             self._next_view = ended + max(self.VIEW_SECONDS, (ended - began) / self.VIEW_SHARE)
 
     def line(self, text: str) -> None:
-        """One plain line, above the view where there is one: with its next drawing, if that is a moment away."""
+        """One plain line; where there is a view, above it and with its next drawing."""
         if self._live is None:
             note(text)
-            return
-        self._lines.append(printable(text))
-        if time.perf_counter() >= self._next_view:
-            self._draw()
+        else:
+            self._lines.append(printable(text))
 
     def close(self) -> None:
         """Take the view away."""

@@ -1,31 +1,39 @@
 """The live view: what a terminal shows of the training under way, the last epoch beside the one that runs.
 
-A look reads from the device between two steps, never inside one, and changes nothing. The errors of an epoch are what
-the confusion counts K have grown by since it began: by row they give the accuracy of classes, by cell the pairs. So
+It reads from the device between two steps, never inside one, and changes nothing. The errors of an epoch are what the
+confusion counts K have grown by since it began: by row they give the accuracy of classes, by cell the pairs. So
 training sums nothing for it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
 from cpmix_cli.step import Plan, Step, TrainingData, TrainingState, sum_names
 
 NUM_PAIRS = 5
 
+Cells = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""K without its zeros, as that of many classes nearly is: true class * C + predicted class, and the count."""
+
 
 @dataclass(frozen=True)
-class Look:
-    """An epoch, or what is done of it."""
+class Reading:
+    """What is read of an epoch; to be made sense of only when it is shown."""
 
-    title: str
-    numbers: dict[str, str]
-    """Label of a row -> what stands there."""
-    confusions: "pd.Series[float]"
-    """Errors by true class * C + predicted class; none where they are not counted."""
+    epoch: int
+    step: int
+    sums: list[float]
+    began: Cells
+    """K at the beginning of the epoch, or of this run's part of it."""
+    cells: Cells
+    images: NDArray[np.float64]
+    """Of each class [C], since then, whose errors are counted."""
 
 
 class LiveView:
@@ -43,69 +51,79 @@ class LiveView:
         self, plan: Plan, data: TrainingData, state: TrainingState, step: Step, class_names: Sequence[str]
     ) -> None:
         self._plan = plan
-        self._data = data
+        self._num_samples = len(data.labels)
         self._state = state
         self._step = step
         self._names = class_names or [str(c) for c in range(len(data.class_counts))]
         self._groups = np.array([group_of(n) for n in data.class_counts.tolist()])
-        self._before: Look | None = None
-        self._begin(state.epoch, state.step)
+        self._before: Reading | None = None
+        self._begin(state.epoch, state.step, self._cells())
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of a label, the last epoch and the one under way, the heading first and the most telling next."""
-        looks = [look for look in (self._before, self._look()) if look is not None]
-        rows = [("", *(look.title for look in looks))]
-        for label in looks[-1].numbers:
-            rows.append((label, *(look.numbers.get(label, "") for look in looks)))
-        total = pd.concat([look.confusions for look in looks]).groupby(level=0).sum()
-        most = total[total > 0].nlargest(NUM_PAIRS)
-        if len(most):
-            rows.append(("images of a class taken for another", *("" for _ in looks)))
-        for pair in most.index:
+        epochs = [reading for reading in (self._before, self._read()) if reading is not None]
+        rows = [("", *map(self._title, epochs))]
+        confusions = [self._confusions(reading) for reading in epochs]
+        numbers = [self._numbers(*each) for each in zip(epochs, confusions, strict=True)]
+        rows += [(label, *(found.get(label, "") for found in numbers)) for label in numbers[-1]]
+        pairs = pd.concat(confusions, axis=1).fillna(0)
+        pairs = pairs.loc[pairs.sum(axis=1).nlargest(NUM_PAIRS).index]
+        if len(pairs):
+            rows.append(("images of a class taken for another", *("" for _ in epochs)))
+        for pair, counts in zip(pairs.index, pairs.to_numpy(), strict=True):
             true, predicted = divmod(int(pair), len(self._names))
-            counts = (f"{look.confusions.get(pair, 0):.0f}" for look in looks)
-            rows.append((f"  {self._names[true]} as {self._names[predicted]}", *counts))
+            rows.append((f"  {self._names[true]} as {self._names[predicted]}", *(f"{count:.0f}" for count in counts)))
         return rows
 
     def end_epoch(self) -> None:
         """The epoch under way is complete, and its sums and counts are still there."""
-        self._before = self._look()
-        self._begin(self._state.epoch + 1, 0)
+        self._before = self._read()
+        self._begin(self._state.epoch + 1, 0, self._before.cells)
 
-    def _begin(self, epoch: int, step: int) -> None:
+    def _begin(self, epoch: int, step: int, cells: Cells) -> None:
         """From this step on the growth of K is looked at."""
         self._since = step
-        self._base = self._counts()
-        if step == 0 and epoch > self._plan.confusion_start:  # the epoch will begin with it
-            self._base *= self._plan.confusion_decay
+        fades = step == 0 and epoch > self._plan.confusion_start  # the epoch will begin with it
+        self._began = (cells[0], cells[1] * self._plan.confusion_decay) if fades else cells
 
-    def _counts(self) -> "pd.Series[float]":
-        """K without its zeros: that of many classes is nearly empty."""
+    def _cells(self) -> Cells:
         counts = self._state.confusion.flatten()
         where = counts.nonzero()[:, 0]
-        return pd.Series(counts[where].cpu().numpy(), index=where.cpu().numpy())
+        return where.cpu().numpy(), counts[where].cpu().numpy()
 
-    def _look(self) -> Look:
-        plan, state = self._plan, self._state
-        num_samples = len(self._data.labels)
-        sums = dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
-        numbers = {"loss": f"{sums['loss'] / state.step:.4f}"}
-        if len(plan.terms) > 1:
-            numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / state.step:.4f}" for term in plan.terms}
-        if seen := min(state.step * plan.batch_size, num_samples) * len(plan.measured_terms):
-            numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
-        confusions: pd.Series[float] = pd.Series(dtype=np.float64)
-        if plan.counts_errors(state.epoch):
-            confusions = self._counts().sub(self._base, fill_value=0).round()
-            if not plan.confusion_of_each:  # then an image has an error of every expert
-                numbers |= self._group_accuracy(confusions)
-        title = f"epoch {state.epoch}"
-        whole = state.step == plan.num_steps(num_samples)
-        return Look(title if whole else f"{title} so far", numbers, confusions)
-
-    def _group_accuracy(self, confusions: "pd.Series[float]") -> dict[str, str]:
-        """Mean accuracy of the classes of each group, as `evaluate` means it; of those that were seen."""
+    def _read(self) -> Reading:
+        state = self._state
         images = self._step.counted_images(self._since).cpu().numpy()
+        return Reading(state.epoch, state.step, state.sums.tolist(), self._began, self._cells(), images)
+
+    def _title(self, reading: Reading) -> str:
+        whole = reading.step == self._plan.num_steps(self._num_samples)
+        return f"epoch {reading.epoch}" + ("" if whole else " so far")
+
+    def _confusions(self, reading: Reading) -> "pd.Series[float]":
+        """Errors by true class * C + predicted class; none where they are not counted."""
+        if not self._plan.counts_errors(reading.epoch):
+            return pd.Series(dtype=np.float64)
+        now, began = (pd.Series(counts, index=where) for where, counts in (reading.cells, reading.began))
+        grown = now.sub(began, fill_value=0).round()
+        return grown[grown > 0]
+
+    def _numbers(self, reading: Reading, confusions: "pd.Series[float]") -> dict[str, str]:
+        """Label of a row -> what stands there."""
+        plan = self._plan
+        sums = dict(zip(sum_names(plan.terms), reading.sums, strict=True))
+        numbers = {"loss": f"{sums['loss'] / reading.step:.4f}"}
+        if len(plan.terms) > 1:
+            numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / reading.step:.4f}" for term in plan.terms}
+        if seen := min(reading.step * plan.batch_size, self._num_samples) * len(plan.measured_terms):
+            numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
+        # Where the errors of every expert are counted, an image has several.
+        if plan.counts_errors(reading.epoch) and not plan.confusion_of_each:
+            numbers |= self._group_accuracy(confusions, reading.images)
+        return numbers
+
+    def _group_accuracy(self, confusions: "pd.Series[float]", images: NDArray[Any]) -> dict[str, str]:
+        """Mean accuracy of the classes of each group, as `evaluate` means it; of those that were seen."""
         errors = np.bincount(confusions.index // len(images), confusions, len(images))
         accuracy = 1 - errors / np.where(images > 0, images, np.nan)
         found = {group: accuracy[(self._groups == group) & (images > 0)] for group in GROUPS}

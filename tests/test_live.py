@@ -1,9 +1,11 @@
 """The live view: its numbers against those of a whole epoch, and what a person sees on a real pseudo-terminal."""
 
+import codecs
 import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -184,17 +186,27 @@ class Terminal:
 
     def __init__(self, columns: int, lines: int) -> None:
         self.screen = Screen(columns)
+        self.sent = b""
+        self._seen = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
         self._person, self.program = pty.openpty()
         fcntl.ioctl(self.program, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def look(self) -> list[str]:
         """What stands on the screen, when all that was sent has come."""
-        os.set_blocking(self._person, False)
-        while True:
+        while select.select([self._person], [], [], 0.02)[0]:
             try:
-                self.screen.write(os.read(self._person, 1 << 20).decode())
-            except (BlockingIOError, OSError):  # nothing more; nobody has it open any more
-                return self.screen.text
+                self.sent += os.read(self._person, 1 << 20)
+            except OSError:  # nobody has it open any more
+                break
+        # A letter or a control sequence may have come in part.
+        self._text += self._decoder.decode(self.sent[self._seen :])
+        self._seen = len(self.sent)
+        whole = len(self._text) - len(re.search(r"(\x1b(\[[?\d;]*)?)?\Z", self._text)[0])  # type: ignore[index]
+        self.screen.write(self._text[:whole])
+        self._text = self._text[whole:]
+        return self.screen.text
 
     def hang_up(self) -> None:
         """The person closes the window."""
@@ -298,8 +310,8 @@ def test_no_colour_where_none_is_wanted(terminal: Callable[..., Terminal], monke
             monkeypatch.setenv("NO_COLOR", "1")
         shown = progress()
         shown.step(1)
-        sent = os.read(found._person, 1 << 20).decode()
-        assert bool(re.search(r"\x1b\[[\d;]*(3[0-8]|9[0-7])[;m]", sent)) == wanted
+        found.look()
+        assert bool(re.search(rb"\x1b\[[\d;]*(3[0-8]|9[0-7])[;m]", found.sent)) == wanted
         shown.close()
 
 
