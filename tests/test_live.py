@@ -194,8 +194,9 @@ class Terminal:
         fcntl.ioctl(self.program, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def look(self) -> list[str]:
-        """What stands on the screen, when all that was sent has come."""
-        while select.select([self._person], [], [], 0.02)[0]:
+        """What stands on the screen when nothing more comes, or after half a second."""
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until and select.select([self._person], [], [], 0.02)[0]:
             try:
                 self.sent += os.read(self._person, 1 << 20)
             except OSError:  # nobody has it open any more
@@ -404,8 +405,8 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
     seen = set()
     while process.poll() is None:
         seen |= set(found.look())
-        time.sleep(0.005)
-    screen = found.look()
+    while (screen := found.look()) != found.look():
+        pass
     assert process.returncode == 0, screen
     for phase in ("stage1", "stage2", "finetune"):
         assert contents(run / phase) == contents(digits_run / phase)
@@ -424,12 +425,13 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
 
 def test_a_signal_leaves_the_terminal_clean(digits: Path, tmp_path: Path) -> None:
     found = Terminal(90, 40)
-    process = started(found, ("train-stage1", "--data", digits, "--out", tmp_path / "run"))
+    process = started(found, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
     while not any("so far" in line for line in found.look()) and process.poll() is None:
-        time.sleep(0.005)
+        pass
     assert found.screen.cursor  # a second signal or a SIGKILL leaves it no time
     process.send_signal(signal.SIGINT)
-    process.wait()
+    while process.poll() is None:  # a terminal that nobody reads would hold it up
+        found.look()
     screen = found.look()
     assert "interrupted: SIGINT received; stage1 is saved at epoch" in "".join(screen), screen
     assert not [line for line in screen if "so far" in line or "━" in line]
