@@ -239,7 +239,10 @@ class EpochProgress:
             mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
             self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
             ended = time.perf_counter()
-            self._next_view = ended + max(self.VIEW_SECONDS, (ended - began) / self.VIEW_SHARE)
+            pause = (
+                (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
+            )  # the first drawing loads what it draws with
+            self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
     def line(self, text: str) -> None:
         """One plain line; where there is a view, above it and with its next drawing."""
