@@ -211,7 +211,7 @@ class EpochProgress:
         self._synchronize = synchronize
         self._started = time.perf_counter()
         self._lines: list[str] = []
-        self._next_view = 0.0
+        self._next_view = self._next_lines = 0.0
         self._live = _live_view()
 
     @property
@@ -233,19 +233,24 @@ class EpochProgress:
                 f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
                 f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
-        if self._live is not None and time.perf_counter() >= self._next_view:
-            self._synchronize()  # waiting for the steps is no cost of the view
-            began = time.perf_counter()
-            mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
-            self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
-            ended = time.perf_counter()
-            pause = (
-                (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
-            )  # the first drawing loads what it draws with
-            self._next_view = ended + max(self.VIEW_SECONDS, pause)
+        if self._live is not None:
+            if time.perf_counter() >= self._next_view:
+                self._look_and_draw(done, timed)
+            elif self._lines and time.perf_counter() >= self._next_lines:
+                self._draw()
+
+    def _look_and_draw(self, done: int, timed: int) -> None:
+        self._synchronize()  # waiting for the steps is no cost of the view
+        began = time.perf_counter()
+        mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
+        self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
+        ended = time.perf_counter()
+        # The first drawing also loads what it draws with.
+        pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
+        self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
     def line(self, text: str) -> None:
-        """One plain line; where there is a view, above it and with its next drawing."""
+        """One plain line; where there is a view, above it and within a second."""
         if self._live is None:
             note(text)
         else:
@@ -260,6 +265,7 @@ class EpochProgress:
     def _draw(self, bar: tuple[str, int, int, float | None] | None = None) -> None:
         """Print the lines that wait, and draw the view anew if there is a bar for it."""
         assert self._live is not None
+        self._next_lines = time.perf_counter() + self.VIEW_SECONDS
         rows = self.look() if bar is not None else ()
         lines, self._lines = self._lines, []
         try:
