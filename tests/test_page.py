@@ -63,7 +63,7 @@ def test_page_fetches_nothing_and_escapes_every_word() -> None:
         title=evil,
         notes=[evil],
         accuracy=pd.DataFrame({evil: [evil], "top-1": ["12.50"]}),
-        pictures=[(evil, "stage1/a.png")],
+        pictures=[(evil, ["stage1/a.png"])],
         embedded=[(evil, b"\x89PNG")],
     )
     assert page.count("<script") == 2 and page.count("</script>") == 2

@@ -29,11 +29,15 @@ EVALUATION = [
 ]
 REPORT = [
     "class_accuracy.png",
+    "class_accuracy.svg",
     "confused_pairs.parquet",
     "confusion_histogram.png",
+    "confusion_histogram.svg",
     "confusion_matrix.parquet",
     "confusion_matrix.png",
+    "confusion_matrix.svg",
     "confusion_matrix_grouped.png",
+    "confusion_matrix_grouped.svg",
     "run.json",
 ]
 
@@ -48,7 +52,7 @@ def test_digits_leaves_exactly_these_files(digits_run: Path) -> None:
 def test_toy_leaves_exactly_these_files(toy_run: Path) -> None:
     expected = [f"{phase}/{name}" for phase in ("stage1", "stage2") for name in TRAINING]
     expected += [f"evaluation/stage2/{name}" for name in EVALUATION]
-    expected += [f"confusion/stage2/{name}" for name in [*REPORT, "decision_regions.png"]]
+    expected += [f"confusion/stage2/{name}" for name in [*REPORT, "decision_regions.png", "decision_regions.svg"]]
     assert files(toy_run) == sorted([*expected, "confusion/index.html"])
 
 

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cpmix_cli.report import figures
@@ -46,6 +47,10 @@ def example(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]
     return matrix, counts, [f"class_{c}" for c in range(size)]
 
 
+def drawn(*pictures: Figure) -> list[bytes]:
+    return [figures.encode(picture, "png") for picture in pictures]
+
+
 def pixels(png: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB"))
@@ -58,12 +63,12 @@ def test_every_picture_at_every_size(size: int) -> None:
         accuracy = 100 * matrix.diagonal() / matrix.sum(1)
         accuracy[-1] = np.nan
         made = [
-            [
+            drawn(
                 figures.confusion_heat_map(matrix, names, counts, title="t"),
                 figures.grouped_heat_map(matrix, counts, title="t"),
                 figures.class_accuracy(accuracy, names, counts, title="t"),
                 figures.confusion_histogram(matrix, title="t"),
-            ]
+            )
             for _ in range(1 if size > 10 else 2)
         ]
         assert made[0] == made[-1]  # equal arrays, equal bytes
@@ -75,18 +80,42 @@ def test_every_picture_at_every_size(size: int) -> None:
 
 def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
     matrix = np.array([[1000, 0], [1, 999]])
-    picture = pixels(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), title=""))
+    picture = pixels(*drawn(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), title="")))
     height, width = picture.shape[:2]
     column = picture[:, width // 3]  # runs through the left column of cells
     assert (column == 255).all(1).any()
     other = np.array([[1000, 0], [0, 1000]])
-    empty = pixels(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), title=""))
+    empty = pixels(*drawn(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), title="")))
     assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
+
+
+def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
+    matrix, counts, names = example(100)
+    for kind in ("svg", "pdf"):
+        first, second = (
+            figures.encode(figures.confusion_heat_map(matrix, names, counts, title="t"), kind) for _ in range(2)
+        )
+        assert first == second
+        assert len(first) < 600_000
+        assert b"CreationDate" not in first
+        assert b"<dc:date>" not in first
+    assert b"/FontFile2" in first
+    assert b"/Type3" not in first
+
+
+def test_values_of_whole_images_fall_into_whole_bins() -> None:
+    """Of 4 test images each, every value is a multiple of 25 per cent; 1, 2 and 4 pairs have one, two and no image."""
+    matrix = np.array([[2, 2, 0], [0, 3, 1], [1, 0, 3]])
+    axes = Figure().add_subplot()
+    figures.draw_histograms(axes, [matrix], [{}])
+    heights = {round(b.get_x() + b.get_width(), 1): b.get_height() for b in axes.patches if b.get_height() > 0}
+    assert heights == {25.2: 2, 50.2: 1}
+    assert sorted(figures.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
 
 
 def test_a_perfect_classifier_has_pictures_too() -> None:
     matrix, counts, names = np.diag([4, 5, 6]), np.array([9, 5, 1]), ["a", "b", "c"]
-    for png in (
+    for png in drawn(
         figures.confusion_heat_map(matrix, names, counts, title="t"),
         figures.grouped_heat_map(matrix, counts, title="t"),
         figures.class_accuracy(np.full(3, 100.0), names, counts, title="t"),
@@ -100,9 +129,9 @@ def test_decision_regions_show_the_classes_of_the_grid() -> None:
     halves = np.broadcast_to((axis > 0).astype(int), (20, 20))
     points = np.array([[-0.5, 0.0], [0.5, 0.0], [0.6, 0.1]])
     arguments = (points, np.array([0, 1, 1]), ["left", "right"])
-    split = figures.decision_regions(axis, axis, halves, *arguments, title="t")
-    whole = figures.decision_regions(axis, axis, np.zeros((20, 20), int), *arguments, title="t")
-    changed = (pixels(split) != pixels(whole)).any(axis=2)
+    split = figures.decision_regions(axis, halves, *arguments, title="t")
+    whole = figures.decision_regions(axis, np.zeros((20, 20), int), *arguments, title="t")
+    changed = (pixels(*drawn(split)) != pixels(*drawn(whole))).any(axis=2)
     middle = changed.shape[1] // 2
     assert changed[:, middle + 60 :].sum() > 50_000
     assert changed[:, : middle - 60].sum() == 0

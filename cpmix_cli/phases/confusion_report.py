@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
@@ -22,7 +23,7 @@ from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 from cpmix_cli.runs import PHASES, PhaseFolder
 
-DECISION_REGIONS = "decision_regions.png"
+DECISION_REGIONS = "decision_regions"
 GRID = 400  # points along each axis of a decision-region picture
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
@@ -163,9 +164,10 @@ def write(
         recorder.publish_table(artifacts.CONFUSION_MATRIX, artifacts.CONFUSION_SCHEMA, cells)
         columns = {str(name): column for name, column in pairs.items()}
         recorder.publish_table(artifacts.CONFUSED_PAIRS, artifacts.CONFUSED_PAIRS_SCHEMA, columns)
-        for name, _, png in pictures:
-            recorder.publish(name, png)
-        recorder.set(page=artifacts.publish(index, page.encode()), picture=pictures[0][0])
+        for name, _, files in pictures:
+            for kind, data in files.items():
+                recorder.publish(f"{name}.{kind}", data)
+        recorder.set(page=artifacts.publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
         recorder.finish()
 
 
@@ -173,7 +175,7 @@ def make_page(
     reported: list[Reported],
     pairs: pd.DataFrame,
     accuracies: list[list[list[str]]],
-    pictures: list[tuple[str, str, bytes]],
+    pictures: list[tuple[str, str, dict[str, bytes]]],
     num_images: int,
 ) -> str:
     """The page of a run and those that it is compared with."""
@@ -199,8 +201,10 @@ def make_page(
         named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
         clustered=clustered_order(own.matrix.numpy()),
         images=thumbnails(own, num_images),
-        pictures=[(caption, f"{own.source.phase}/{name}") for name, caption, _ in pictures],
-        embedded=[(caption, png) for name, caption, png in pictures if name == DECISION_REGIONS],
+        pictures=[
+            (caption, [f"{own.source.phase}/{name}.{kind}" for kind in files]) for name, caption, files in pictures
+        ],
+        embedded=[(caption, files["png"]) for name, caption, files in pictures if name == DECISION_REGIONS],
     )
 
 
@@ -266,29 +270,29 @@ def draw(
     dataset: Dataset,
     matrix: np.ndarray[Any, Any],
     accuracy: np.ndarray[Any, Any],
-) -> list[tuple[str, str, bytes]]:
-    """File name, caption and PNG of each picture."""
+) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
+    """File name without its ending, caption, and PNG and SVG of each picture."""
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
     pictures = [
         (
-            "confusion_matrix.png",
+            "confusion_matrix",
             "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
             "classes by training images, most first.",
             figures.confusion_heat_map(matrix, names, counts, title=title),
         ),
         (
-            "confusion_matrix_grouped.png",
+            "confusion_matrix_grouped",
             "The same in groups of neighbouring classes (test images a cell), as in Fig. 3 of the paper.",
             figures.grouped_heat_map(matrix, counts, title=title),
         ),
         (
-            "class_accuracy.png",
+            "class_accuracy",
             "Accuracy of each class over its number of training images.",
             figures.class_accuracy(accuracy, names, counts, title=title),
         ),
         (
-            "confusion_histogram.png",
+            "confusion_histogram",
             "How often confusion values occur between two classes.",
             figures.confusion_histogram(matrix, title=title),
         ),
@@ -302,27 +306,30 @@ def draw(
                 decision_regions(source, dataset, title),
             ),
         )
-    return pictures
+    return [
+        (name, caption, {kind: figures.encode(figure, kind) for kind in ("png", "svg")})
+        for name, caption, figure in pictures
+    ]
 
 
-def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> bytes:
+def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> Figure:
     """The picture of a classifier of points in the plane."""
     points, labels = dataset.read("train")
+    axis, classes = predicted_regions(source, dataset, points)
+    return figures.decision_regions(axis, classes, points.numpy(), labels.numpy(), dataset.class_names, title=title)
+
+
+def predicted_regions(
+    source: PhaseFolder, dataset: Dataset, points: torch.Tensor
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What a classifier of the plane says on a square grid around points: coordinates [G], classes [G, G] (row: y)."""
     edge = float(points.abs().max()) + 0.2
     axis = torch.linspace(-edge, edge, GRID)
     grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
     model = read_model(source, source.recipe(), dataset.num_classes, dataset.shape).eval()
     with torch.no_grad():
         classes = model(torch.stack([grid_x.flatten(), grid_y.flatten()], 1)).argmax(1)
-    return figures.decision_regions(
-        axis.numpy(),
-        axis.numpy(),
-        classes.view(GRID, GRID).numpy(),
-        points.numpy(),
-        labels.numpy(),
-        dataset.class_names,
-        title=title,
-    )
+    return axis.numpy(), classes.view(GRID, GRID).numpy()
 
 
 def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The pictures of confusion-report, as PNG bytes.
+"""What pictures are drawn from, and the pictures of confusion-report, as matplotlib Figures; paper.py has the paper's.
 
 Confusion matrices have true classes in rows and predictions in columns; classes stand in the order of their training
 images, most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without
@@ -6,36 +6,233 @@ images is white, so zero differs from little. Equal arrays give equal bytes.
 """
 
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, LogNorm, PowerNorm
+from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
 
 Array = NDArray[Any]
+Kind = Literal["png", "svg", "pdf"]
 
 DPI = 150
 GROUP_COLOURS = {"many": "#dbe9f6", "medium": "#fdebd0", "few": "#f6dbe4"}
 MAX_NAMES = 150
 MAX_NUMBERS = 12
+NUM_GROUPS = 10
+MAX_BINS = 60
+PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
+
+_METADATA: dict[Kind, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}
+"""Without dates."""
 
 
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
+def encode(figure: Figure, kind: Kind, *, dpi: float = DPI) -> bytes:
+    """A Figure as the bytes of a file; a PDF carries its fonts (TrueType), an SVG its letters as outlines.
+
+    Args:
+        figure: drawn by a function of this module or of paper.py.
+        kind: png, svg or pdf.
+        dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
 
 
-def _by_count(class_counts: Array) -> Array:
+# -- parts of pictures -------------------------------------------------------------------------------------------------
+
+
+def by_count(class_counts: Array) -> Array:
     """Class ids, most training images first, ties by id."""
     return np.argsort(-class_counts, kind="stable")
+
+
+def neighbours(class_counts: Array, num_groups: int = NUM_GROUPS) -> list[Array]:
+    """Class ids in groups of (nearly) equal size along the classes by training images; at most one a class."""
+    order = by_count(class_counts)
+    return np.array_split(order, min(num_groups, len(order)))
+
+
+def consolidated(matrix: Array, parts: Sequence[Array]) -> Array:
+    """Test images [C, C] summed over groups of classes [G, G]."""
+    return np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
+
+
+def range_labels(class_counts: Array, parts: Sequence[Array]) -> list[str]:
+    """Each group by the training images of its classes: "500 to 310"."""
+    ends = [(int(class_counts[part].max()), int(class_counts[part].min())) for part in parts]
+    return [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
+
+
+def row_percent(matrix: Array) -> Array:
+    """Per cent of each true class's test images [C, C]; 0 for a class without."""
+    percent: Array = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    return percent
+
+
+def percent_norm() -> PowerNorm:
+    """Colours of 0 to 100 per cent on a square-root scale."""
+    return PowerNorm(0.5, vmin=0, vmax=100)
+
+
+def count_norm(*cells: Array) -> LogNorm:
+    """Colours of counts on a logarithmic scale, the same for several matrices."""
+    together = np.concatenate([c.ravel() for c in cells])
+    return LogNorm(vmin=min(together[together > 0]), vmax=max(10, together.max()))
+
+
+def draw_cells(
+    axes: Axes, values: Array, norm: Normalize, *, numbers: Sequence[Sequence[str]] | None = None, fontsize: float = 9
+) -> AxesImage:
+    """Coloured cells, zero ones white.
+
+    Args:
+        axes: where.
+        values: rows from the top, columns from the left [R, S].
+        norm: value -> colour.
+        numbers: what stands in each cell; None: nothing.
+        fontsize: of the numbers, in points.
+    """
+    image = axes.imshow(np.ma.masked_equal(values, 0), cmap="viridis_r", norm=norm)
+    for i, row in enumerate(numbers or []):
+        for j, number in enumerate(row):
+            dark = values[i, j] > 0 and norm(values[i, j]) > 0.55
+            axes.text(j, i, number, ha="center", va="center", fontsize=fontsize, color="w" if dark else "k")
+    return image
+
+
+def whole_percent(percent: Array) -> list[list[str]]:
+    """Numbers of cells: none at zero, <1 below one."""
+    return [[f"{v:.0f}" if v >= 1 else "<1" if v > 0 else "" for v in row] for row in percent]
+
+
+def draw_group_means(axes: Axes, accuracy: Array, parts: Sequence[Array], **style: Any) -> None:
+    """Mean accuracy of each group of classes, a point each joined by a line; groups without test images are left out.
+
+    Args:
+        axes: where.
+        accuracy: per cent [C]; NaN where a class has no test image.
+        parts: class ids, group by group.
+        style: of the line.
+    """
+    means = np.array([np.nanmean(accuracy[p]) if not np.isnan(accuracy[p]).all() else np.nan for p in parts])
+    axes.plot(np.arange(len(parts)), means, **style)
+
+
+def confusion_values(matrix: Array) -> Array:
+    """Per cent of the true class's test images taken for the other class, of each ordered pair [C * (C - 1)]."""
+    return row_percent(matrix)[~np.eye(len(matrix), dtype=bool)]
+
+
+def draw_histograms(axes: Axes, matrices: Sequence[Array], styles: Sequence[dict[str, Any]]) -> None:
+    """How many ordered pairs of classes have which confusion value, for one or several classifiers; zeros undrawn.
+
+    Args:
+        axes: where.
+        matrices: test images [C, C] of each.
+        styles: of each one's bars.
+    """
+    values = [confusion_values(m) for m in matrices]
+    largest = max(v.max(initial=0) for v in values)
+    top = max(5.0, float(np.ceil(largest / 5) * 5))
+    # Values are whole images: bins of equally many of them, each with its upper end.
+    image = 100 / max(1, *(m.sum(1).max() for m in matrices))
+    width = image * np.ceil(top / image / MAX_BINS)
+    edges = np.arange(0, top + width, width) + image / 100
+    for value, style in zip(values, styles, strict=True):
+        axes.hist(value[value > 0], bins=[0, *edges[1:]], **style)
+    if largest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, None)
+    axes.set_xlim(0, top)
+    axes.set_xlabel("confusion value: % of the true class's test images taken for the other class")
+    axes.set_ylabel("ordered class pairs (log)")
+
+
+REGION_COLOURS = (
+    "#d62728",
+    "#9467bd",
+    "#7f7f7f",
+    "#e0a800",
+    "#1f77b4",
+    "#2ca02c",
+    "#8c564b",
+    "#17becf",
+)
+POINT_MARKERS = "oD^sPvX*"
+"""Beside the colours, for those who cannot tell them apart."""
+
+
+def class_style(number: int) -> tuple[str, str]:
+    """Colour and marker of a class of points."""
+    return REGION_COLOURS[number % len(REGION_COLOURS)], POINT_MARKERS[number % len(POINT_MARKERS)]
+
+
+def draw_regions(axes: Axes, axis: Array, classes: Array) -> None:
+    """Where a classifier of the plane says what.
+
+    Args:
+        axes: where.
+        axis: ascending, of both directions [G].
+        classes: class at (row of y, column of x) [G, G].
+    """
+    axes.imshow(
+        classes % len(REGION_COLOURS),
+        origin="lower",
+        extent=(axis[0], axis[-1], axis[0], axis[-1]),
+        cmap=ListedColormap(REGION_COLOURS),
+        vmin=-0.5,
+        vmax=len(REGION_COLOURS) - 0.5,
+        alpha=0.28,
+        interpolation="nearest",
+    )
+
+
+def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[str], *, size: float) -> None:
+    """Points of the plane, rarer classes larger, edged and on top.
+
+    Args:
+        axes: where.
+        points: [N, 2].
+        labels: [N].
+        class_names: C names; the label of a class says how many points it has.
+        size: of a commoner class's point, in square points.
+    """
+    counts = np.bincount(labels, minlength=len(class_names))
+    for c in by_count(counts):
+        few = counts[c] < counts.max() / 2
+        colour, marker = class_style(c)
+        chosen = points[labels == c]
+        axes.scatter(
+            chosen[:, 0],
+            chosen[:, 1],
+            s=3.5 * size if few else size,
+            color=colour,
+            marker=marker,
+            edgecolors="k" if few else "none",
+            linewidths=0.6 if few else 0,
+            alpha=1.0 if few else 0.6,
+            label=f"{class_names[c]} ({counts[c]:,})",
+            rasterized=True,
+        )
+    axes.set_aspect("equal")
+
+
+# -- pictures of confusion-report --------------------------------------------------------------------------------------
 
 
 def _group_spans(sorted_counts: Array) -> list[tuple[str, int, int]]:
@@ -44,7 +241,7 @@ def _group_spans(sorted_counts: Array) -> list[tuple[str, int, int]]:
     return [(g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names]
 
 
-def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Array, *, title: str) -> bytes:
+def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Array, *, title: str) -> Figure:
     """The whole matrix in per cent of each true class's test images, square-root scale; thin lines part the groups.
 
     Up to 12 classes every cell carries its number, up to 150 every class its name.
@@ -57,20 +254,14 @@ def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Arra
 
     Paper: Fig. 1(b), 5, 6.
     """
-    order = _by_count(class_counts)
+    order = by_count(class_counts)
     size = len(order)
-    totals = np.maximum(matrix.sum(1, keepdims=True), 1)
-    percent = (100 * matrix / totals)[np.ix_(order, order)]
+    percent = row_percent(matrix)[np.ix_(order, order)]
     side = 6.5 if size <= MAX_NUMBERS else min(16.0, 7 + 0.08 * size)
     figure = Figure(figsize=(side * 1.12, side), layout="constrained")
     axes = figure.add_subplot()
-    norm = PowerNorm(0.5, vmin=0, vmax=100)
-    image = axes.imshow(np.ma.masked_equal(percent, 0), cmap="viridis_r", norm=norm)
-    if size <= MAX_NUMBERS:
-        for i, j in np.argwhere(percent > 0):
-            dark = norm(percent[i, j]) > 0.55
-            text = f"{percent[i, j]:.0f}" if percent[i, j] >= 1 else "<1"
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if dark else "k")
+    numbers = whole_percent(percent) if size <= MAX_NUMBERS else None
+    image = draw_cells(axes, percent, percent_norm(), numbers=numbers)
     names = [class_names[c] for c in order]
     if size <= MAX_NAMES:
         font = 10 if size <= 20 else max(4.5, 8 - size / 30)
@@ -86,12 +277,12 @@ def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Arra
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title, pad=24)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=PERCENT_TICKS)
     bar.set_label("% of the true class's test images (white: none)")
-    return _png(figure)
+    return figure
 
 
-def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = 10, title: str) -> bytes:
+def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = NUM_GROUPS, title: str) -> Figure:
     """Neighbouring classes consolidated, with the number of test images in each cell.
 
     Args:
@@ -102,35 +293,30 @@ def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = 10
 
     Paper: Fig. 3(a, b), 4(a).
     """
-    order = _by_count(class_counts)
-    parts = np.array_split(order, min(num_groups, len(order)))
-    cells = np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
+    parts = neighbours(class_counts, num_groups)
+    cells = consolidated(matrix, parts)
     figure = Figure(figsize=(7.2, 6.4), layout="constrained")
     axes = figure.add_subplot()
-    norm = LogNorm(vmin=min(cells[cells > 0]), vmax=max(10, cells.max()))
-    image = axes.imshow(np.ma.masked_equal(cells, 0), cmap="viridis_r", norm=norm)
-    for i, j in np.ndindex(*cells.shape):
-        dark = cells[i, j] > 0 and norm(cells[i, j]) > 0.55
-        colour = "w" if dark else "k"
-        axes.text(j, i, f"{cells[i, j]:,}", ha="center", va="center", fontsize=9, color=colour)
-    labels = [_range_label(class_counts[part]) for part in parts]
+    image = draw_cells(axes, cells, count_norm(cells), numbers=[[f"{n:,}" for n in row] for row in cells])
+    labels = range_labels(class_counts, parts)
     axes.set_xticks(range(len(parts)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(parts)), labels)
     axes.set_xlabel("predicted class, by its training images")
     axes.set_ylabel("true class, by its training images")
     axes.set_title(title)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}")
+    add_count_bar(figure, image, axes)
+    return figure
+
+
+def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
+    """The colour bar of count_norm()."""
+    place = {"shrink": 0.8, **place}
+    bar = figure.colorbar(image, ax=axes, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}", **place)
     bar.minorticks_off()
     bar.set_label("test images (white: none)")
-    return _png(figure)
 
 
-def _range_label(counts: Array) -> str:
-    low, high = int(counts.min()), int(counts.max())
-    return f"{high}" if low == high else f"{high} to {low}"
-
-
-def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array, *, title: str) -> bytes:
+def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array, *, title: str) -> Figure:
     """Accuracy of each class, and the curve of training images over the same classes.
 
     Above 20 classes each class is a dot and ten groups of neighbours are lines.
@@ -143,7 +329,7 @@ def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array,
 
     Paper: Fig. 4(b, c).
     """
-    order = _by_count(class_counts)
+    order = by_count(class_counts)
     counts = class_counts[order]
     place = np.arange(len(order))
     figure = Figure(figsize=(9, 4.8), layout="constrained")
@@ -169,7 +355,7 @@ def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array,
     lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     names = [*axes.get_legend_handles_labels()[1], *right.get_legend_handles_labels()[1]]
     figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
 
 
 def _accuracy_curve(axes: Axes, place: Array, accuracy: Array) -> None:
@@ -186,7 +372,7 @@ def _accuracy_curve(axes: Axes, place: Array, accuracy: Array) -> None:
         axes.plot(edges, [np.nanmean(inside)] * 2, color="C0", linewidth=2.5, label=label)
 
 
-def confusion_histogram(matrix: Array, *, title: str) -> bytes:
+def confusion_histogram(matrix: Array, *, title: str) -> Figure:
     """How many ordered pairs of classes have which confusion value; pairs without any are named, not drawn.
 
     Args:
@@ -195,53 +381,30 @@ def confusion_histogram(matrix: Array, *, title: str) -> bytes:
 
     Paper: Fig. 3(c).
     """
-    off = ~np.eye(len(matrix), dtype=bool)
-    percent = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    values = percent[off]
-    positive = values[values > 0]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    top = max(5.0, float(np.ceil(positive.max() / 5) * 5)) if len(positive) else 5.0
-    axes.hist(positive, bins=np.linspace(0, top, 41).tolist(), color="#31688e", edgecolor="w", linewidth=0.4)
-    if len(positive):
-        axes.set_yscale("log")
-        axes.set_ylim(0.7, None)
-    axes.set_xlim(0, top)
-    axes.set_xlabel("confusion value: % of the true class's test images taken for the other class")
-    axes.set_ylabel("ordered class pairs (log)")
-    largest = f"largest {positive.max():.0f} %" if len(positive) else "no confusion"
-    axes.set_title(f"{title}\n{len(values) - len(positive):,} of {len(values):,} pairs at zero, {largest}")
-    return _png(figure)
-
-
-REGION_COLOURS = (
-    "#d62728",
-    "#9467bd",
-    "#7f7f7f",
-    "#e0a800",
-    "#1f77b4",
-    "#2ca02c",
-    "#8c564b",
-    "#17becf",
-)
+    draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
+    values = confusion_values(matrix)
+    zeros, largest = int((values == 0).sum()), values.max(initial=0)
+    told = f"largest {largest:.0f} %" if largest > 0 else "no confusion"
+    axes.set_title(f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {told}")
+    return figure
 
 
 def decision_regions(
-    grid_x: Array,
-    grid_y: Array,
+    axis: Array,
     grid_classes: Array,
     points: Array,
     labels: Array,
     class_names: list[str],
     *,
     title: str,
-) -> bytes:
+) -> Figure:
     """Where a classifier of the plane says what, under the training points; rarer classes are drawn on top.
 
     Args:
-        grid_x: ascending [G].
-        grid_y: ascending [G].
-        grid_classes: class at (row of grid_y, column of grid_x) [G, G].
+        axis: ascending, of both directions [G].
+        grid_classes: class at (row of y, column of x) [G, G].
         points: [N, 2].
         labels: [N].
         class_names: C names.
@@ -249,35 +412,10 @@ def decision_regions(
 
     Paper: Fig. 2(b-d).
     """
-    colours = [REGION_COLOURS[c % len(REGION_COLOURS)] for c in range(len(class_names))]
     figure = Figure(figsize=(6.4, 6.6), layout="constrained")
     axes = figure.add_subplot()
-    extent = (grid_x[0], grid_x[-1], grid_y[0], grid_y[-1])
-    axes.imshow(
-        grid_classes,
-        origin="lower",
-        extent=extent,
-        cmap=ListedColormap(colours),
-        vmin=-0.5,
-        vmax=len(colours) - 0.5,
-        alpha=0.28,
-        interpolation="nearest",
-    )
-    counts = np.bincount(labels, minlength=len(class_names))
-    for c in _by_count(counts):
-        few = counts[c] < counts.max() / 2
-        chosen = points[labels == c]
-        axes.scatter(
-            chosen[:, 0],
-            chosen[:, 1],
-            s=26 if few else 7,
-            color=colours[c],
-            edgecolors="k" if few else "none",
-            linewidths=0.6,
-            alpha=1.0 if few else 0.6,
-            label=f"{class_names[c]} ({counts[c]:,})",
-        )
-    axes.set_aspect("equal")
+    draw_regions(axes, axis, grid_classes)
+    draw_points(axes, points, labels, class_names, size=7)
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+    return figure

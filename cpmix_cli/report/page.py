@@ -64,7 +64,7 @@ def render_page(
     named_pairs: pd.DataFrame,
     clustered: Array,
     images: Sheet | None,
-    pictures: list[tuple[str, str]],
+    pictures: list[tuple[str, list[str]]],
     embedded: list[tuple[str, bytes]],
 ) -> str:
     """The page as HTML text; every word of the data is escaped.
@@ -79,7 +79,7 @@ def render_page(
         named_pairs: the first of them as they are to be read, for those without scripts.
         clustered: class ids in an order in which confused ones stand together [C].
         images: thumbnails of the first run's cells.
-        pictures: caption and address of the picture files, seen from the page.
+        pictures: caption and addresses of the picture files, seen from the page.
         embedded: caption and PNG.
     """
     package = resources.files("cpmix_cli.report")
@@ -107,7 +107,7 @@ def render_page(
         relation="" if runs[0].confusions is None else _relation(runs[0].relation),
         reliability=escape("; ".join(_reliability_in_words(run) for run in runs)),
         embedded="".join(_picture(caption, png) for caption, png in embedded),
-        pictures="\n".join(f'<li><a href="{escape(place)}">{escape(caption)}</a></li>' for caption, place in pictures),
+        pictures="\n".join(_links(caption, places) for caption, places in pictures),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         script=script,
     )
@@ -185,6 +185,11 @@ def _reliability_in_words(run: ShownRun) -> str:
     images, confidence, accuracy = run.reliability[run.reliability[:, 0] > 0].T
     mean = 100 * np.average(np.stack([confidence, accuracy]), axis=1, weights=images)
     return f"{run.name}: mean confidence {mean[0]:.1f} per cent, {mean[1]:.1f} per cent right"
+
+
+def _links(caption: str, places: list[str]) -> str:
+    links = (f'<a href="{escape(place)}">{escape(place.rpartition("/")[2])}</a>' for place in places)
+    return f"<li>{escape(caption)} {', '.join(links)}</li>"
 
 
 def _picture(caption: str, png: bytes) -> str:
