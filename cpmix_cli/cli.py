@@ -531,6 +531,29 @@ def misclassified(
     listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data))
 
 
+@command("figure", "cpmix figure 3 ckpt/c100-ce ckpt/c100-mixup ckpt/c100-balanced --out figure3.pdf", HELPERS)
+def figure(
+    number: Annotated[int, typer.Argument(help="1 to 6, as in the paper.", metavar="N", min=1, max=6)],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders, or a phase's folder in them, in any order.", metavar="RUN...")
+    ],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", help="A .pdf, .svg or .png file. Repeatable. Default: figureN.pdf."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="Data set folder, where it is not where a run recorded it. Repeatable."),
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """A figure of the paper from your runs."""
+    from cpmix_cli.phases import figure as drawing
+
+    drawing.run(drawing.Options(number, folders, out or [], data or [], overwrite))
+
+
 @command("import-weights", "cpmix import-weights resnet50-11ad3fa6.pth --sha256 11ad3fa6", HELPERS)
 def import_weights(
     file: Annotated[Path, typer.Argument(help="A PyTorch checkpoint.", metavar="FILE")],

@@ -91,6 +91,8 @@ def digits(data_root: Path | None, image_size: int) -> Source:
 TOY_NAMES = ["red", "purple", "grey", "yellow"]
 TOY_CENTRES = np.array([[0, 1], [1, 0], [-1, 0], [0, -1]], dtype=np.float64)
 TOY_DEVIATION = 0.4
+TOY_SIMILAR = {2: 0, 3: 1}
+"""Minority -> the majority beside it."""
 TOY_POINTS = 1000
 
 

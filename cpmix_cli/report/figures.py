@@ -47,6 +47,9 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = DPI) -> bytes:
         kind: png, svg or pdf.
         dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
     """
+    if figure.get_layout_engine() is not None:  # once: laid out again for each kind, it would move a little
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])

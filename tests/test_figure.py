@@ -1,0 +1,367 @@
+"""The paper's figures from run folders: which run goes where, what is drawn, what is refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import cpmix, must
+from PIL import Image
+
+from cpmix_cli import artifacts
+from cpmix_cli.data.sources import TOY_SIMILAR
+from cpmix_cli.phases.figure import METHODS, method_of
+from cpmix_cli.recipe import load
+from cpmix_cli.report import paper
+
+MIXUP = [
+    arg
+    for key in ("partner=permutation", "ratio=beta", "alpha=1.0", "mix=linear", "label=lambda")
+    for arg in ("--set", f"stage1.terms.erm.{key}")
+]
+
+
+def trained(data: Path, recipe: str, run: Path, *flags: object) -> Path:
+    """A run of one stage, evaluated."""
+    must("train-stage1", "--data", data, "--recipe", recipe, "--out", run, *flags)
+    must("evaluate", "--from", run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def toys(toy: Path, _toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on the toy data: the figure's four methods at rho 20, ERM once more with another seed and once at rho 5."""
+    folder = tmp_path_factory.mktemp("toys")
+    shutil.copytree(_toy_run, folder / "cpmix")
+    for recipe in ("cross-entropy", "mixup", "fixed-pairs"):
+        trained(toy, f"toy/{recipe}", folder / recipe)
+    trained(toy, "toy/cross-entropy", folder / "cross-entropy-1", "--seed", 1)
+    must("build-lt", "toy", "--rho", 5, "--out", folder / "data-rho5")
+    trained(folder / "data-rho5", "toy/cross-entropy", folder / "cross-entropy-rho5")
+    return folder
+
+
+TOYS = ("cross-entropy", "cross-entropy-1", "cross-entropy-rho5", "mixup", "fixed-pairs", "cpmix")
+
+
+@pytest.fixture(scope="module")
+def hand(digits: Path, _digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short runs on handwritten digits: four methods at rho 20 (cpmix/stage1 is one), ERM without imbalance."""
+    folder = tmp_path_factory.mktemp("hand")
+    shutil.copytree(_digits_run, folder / "cpmix")
+    must("evaluate", "--from", folder / "cpmix", "--phase", "stage1")
+    trained(digits, "digits/cross-entropy", folder / "cross-entropy", "--epochs", 2)
+    trained(digits, "digits/cross-entropy", folder / "mixup", "--epochs", 2, *MIXUP)
+    must("build-lt", "digits", "--rho", 1, "--out", folder / "data-rho1")
+    trained(folder / "data-rho1", "digits/cross-entropy", folder / "balanced", "--epochs", 1)
+    return folder
+
+
+def matrix_of(run: Path, phase: str, num_classes: int) -> np.ndarray:
+    """Counted anew from the evaluation's predictions."""
+    table = pd.read_parquet(run / "evaluation" / phase / "predictions.parquet")
+    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(matrix, (table["label"], table["predicted"]), 1)
+    return matrix
+
+
+# -- what a run is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "phase", "method"),
+    [
+        ("toy/cross-entropy", "stage1", "ERM"),
+        ("toy/mixup", "stage1", "Mixup"),
+        ("toy/fixed-pairs", "stage1", "similar-pair mixup"),
+        ("toy/cpmix", "stage2", "CP-Mix"),
+        ("toy/cpmix", "stage1", "Balanced Softmax"),  # its first stage is nothing else
+        ("cifar100-lt/cpmix", "finetune", "CP-Mix"),
+        ("cifar10-lt/mixup", "finetune", "Mixup"),
+        ("cifar100-lt/balanced-softmax", "stage2", "Balanced Softmax"),
+        ("fashion-mnist-lt/cross-entropy", "stage1", "ERM"),
+        ("cifar100-lt/crt", "stage1", "ERM"),
+        ("cifar100-lt/crt", "finetune", None),
+        ("cifar100-lt/logit-adjusted-posthoc", "stage1", None),
+        ("cifar100-lt/cpmix-random", "stage2", None),
+        ("cifar100-lt/cpmix-on-lade", "stage2", None),
+        ("cifar100-lt/ablation-6", "stage2", None),
+        ("cifar100-lt/class-balanced", "stage1", None),
+        ("cifar100-lt/ride", "stage1", None),
+        ("cifar100-lt/remix", "stage1", None),
+    ],
+)
+def test_a_method_is_what_its_phase_minimises(recipe: str, phase: str, method: str | None) -> None:
+    assert method_of(load(recipe), phase) == method
+
+
+def test_confusions_of_the_test_split_are_not_called_cp_mix() -> None:
+    assert method_of(load("toy/cpmix", settings=["confusion.source=test_legacy"]), "stage2") is None
+
+
+def test_a_term_of_no_weight_makes_no_other_method() -> None:
+    settings = [f"stage2.terms.{name}.weight=0" for name in ("cp", "mix")]
+    assert method_of(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"
+
+
+def test_the_pairs_mixed_are_the_pairs_counted() -> None:
+    pairs = load("toy/fixed-pairs").stage1.terms["pairs"].parameters["pairs"]
+    assert sorted(map(sorted, pairs)) == sorted(sorted(pair) for pair in TOY_SIMILAR.items())
+
+
+def test_every_method_has_a_style() -> None:
+    assert paper.METHOD_STYLES.keys() == METHODS.keys()
+    for key in ("color", "marker"):
+        assert len({style[key] for style in paper.METHOD_STYLES.values()}) == len(METHODS)
+
+
+# -- figure 2 ----------------------------------------------------------------------------------------------------------
+
+
+def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> None:
+    runs = [toys / name for name in TOYS]
+    out, again = tmp_path / "new" / "f.pdf", tmp_path / "again.svg"
+    told = must("figure", 2, *runs, "--out", out, "--out", tmp_path / "f.svg", "--json").json
+    assert {key: told[key] for key in ("command", "status", "figure")} == {
+        "command": "figure",
+        "status": "done",
+        "figure": 2,
+    }
+    assert told["files"] == [str(out), str(tmp_path / "f.svg")]
+    assert [(r["panel"], r["method"], r["rho"], r["seed"], r["phase"]) for r in told["runs"]] == [
+        ("(e)", "ERM", 5, 0, "stage1"),
+        ("(b, e)", "ERM", 20, 0, "stage1"),
+        ("(e)", "ERM", 20, 1, "stage1"),
+        ("(c, e)", "Mixup", 20, 0, "stage1"),
+        ("(d, e)", "similar-pair mixup", 20, 0, "stage1"),
+        ("(f, e)", "CP-Mix", 20, 0, "stage2"),
+    ]
+    matrix = matrix_of(toys / "mixup", "stage1", 4)
+    assert told["runs"][3]["top1"] == round(100 * matrix.trace() / 4000, 2)
+
+    result = must("figure", 2, *reversed(runs), "--out", again)
+    assert again.read_bytes() == (tmp_path / "f.svg").read_bytes()
+    assert result.stdout.endswith(f"\ndone: {again}\n")
+    result = must("figure", 2, *runs, "--out", again)
+    assert result.stdout.endswith(f"\nup to date: {again}\n")
+
+    pdf = out.read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+    assert len(pdf) < 1_000_000
+
+
+def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def spy(*args: object, **kwargs: object) -> object:
+        seen.update(regions=args[3], curves=args[4])
+        return draw(*args, **kwargs)
+
+    draw = paper.toy_example
+    monkeypatch.setattr(paper, "toy_example", spy)
+    monkeypatch.chdir(toys)
+    must("figure", 2, *TOYS, "--out", "spied.png")
+    matrices = {name: matrix_of(toys / name, "stage2" if name == "cpmix" else "stage1", 4) for name in TOYS}
+    confusion = {name: int(m[2, 0] + m[3, 1]) for name, m in matrices.items()}
+    assert [r.confusion for r in seen["regions"]] == [
+        confusion[name] for name in ("cross-entropy", "mixup", "fixed-pairs", "cpmix")
+    ]
+    erm = seen["curves"][0]
+    assert (erm.method, erm.rhos) == ("ERM", [5, 20])
+    assert erm.confusions == [
+        [confusion["cross-entropy-rho5"]],
+        [confusion["cross-entropy"], confusion["cross-entropy-1"]],
+    ]
+    assert erm.accuracies[1][1] == pytest.approx(100 * matrices["cross-entropy-1"].trace() / 4000)
+    # The paper's finding: mixing the similar pairs takes confusion away.
+    assert confusion["fixed-pairs"] < confusion["cross-entropy"]
+
+
+def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f.pdf"
+    result = cpmix("figure", 2, toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix", "--out", out)
+    assert (result.code, result.stdout) == (3, "")
+    assert result.stderr.endswith(
+        "error: figure 2 needs a run of Mixup at rho 20\n"
+        "  needed by: figure 2\n"
+        f"  fix: cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup and what it says next; "
+        "then give that folder too\n"
+    )
+    assert not out.exists()
+
+
+def test_figure_2_is_of_the_toy_data(toys: Path, hand: Path) -> None:
+    result = cpmix("figure", 2, toys / "cross-entropy", hand / "mixup")
+    assert result.code == 3
+    assert f"error: {hand / 'mixup'} is of digits-lt-rho20, and not of the toy data\n" in result.stderr
+
+
+def test_two_runs_of_one_seed_are_refused(toys: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(toys / "mixup", tmp_path / "copy")
+    result = cpmix("figure", 2, *(toys / name for name in TOYS), copy)
+    assert result.code == 3
+    assert f"{toys / 'mixup' / 'stage1'} and {copy / 'stage1'} are both Mixup, rho 20, seed 0" in result.stderr
+
+
+def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_path: Path) -> None:
+    must("build-lt", "toy", "--subset-seed", 1, "--out", tmp_path / "data")
+    other = tmp_path / "other"
+    must("train-stage1", "--data", tmp_path / "data", "--recipe", "toy/cross-entropy", "--seed", 2, "--out", other)
+    result = cpmix("figure", 2, *(toys / name for name in TOYS), other)
+    assert result.code == 3
+    assert f" and {other} are of different subsets of toy-LT-20\n" in result.stderr
+
+
+def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(toys / "mixup", tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
+    result = cpmix("figure", 2, *(toys / name for name in TOYS if name != "mixup"), bare)
+    assert result.code == 3
+    assert result.stderr.endswith(
+        f"error: no evaluation {bare / 'evaluation' / 'stage1'}\n"
+        "  needed by: figure 2\n"
+        f"  fix: cpmix evaluate --from {bare} --phase stage1\n"
+    )
+
+
+def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    must(
+        "train-stage1",
+        "--data",
+        toy,
+        "--recipe",
+        "toy/cross-entropy",
+        "--out",
+        other,
+        "--set",
+        "stage1.terms.erm.draw=class-uniform",
+    )
+    result = must(
+        "figure", 2, *(toys / name for name in TOYS), other, toys / "cpmix" / "stage1", "--out", tmp_path / "f.svg"
+    )
+    assert f"warning: {other / 'stage1'} is not used: its recipe is none of ERM, Mixup, " in result.stderr
+    told = f"warning: {toys / 'cpmix' / 'stage1'} is not used: figure 2 has no place for Balanced Softmax on toy-LT-20"
+    assert told in result.stderr
+
+
+# -- figures of images -------------------------------------------------------------------------------------------------
+
+
+def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = paper.class_distribution
+    monkeypatch.setattr(paper, "class_distribution", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
+    told = must("figure", 1, hand / "cross-entropy", "--out", tmp_path / "f.png", "--json").json
+    assert [(r["panel"], r["method"], r["dataset"]) for r in told["runs"]] == [("(a, b)", "ERM", "digits-lt-rho20")]
+    left, right = drawn[0].axes[:2]
+    assert (right.get_xlabel(), right.get_ylabel()) == ("true class", "predicted class")
+    matrix = matrix_of(hand / "cross-entropy", "stage1", 10)
+    np.testing.assert_array_equal(right.images[0].get_array().filled(0), matrix.T)
+    numbers = np.array([t.get_text() or "0" for t in right.texts]).reshape(10, 10).astype(int)
+    np.testing.assert_array_equal(numbers, matrix.T)
+    assert [bar.get_height() for bar in left.patches] == [124, 88, 63, 45, 32, 23, 16, 12, 8, 6]
+    with Image.open(tmp_path / "f.png") as image:
+        assert image.size == (2925, 1417)
+
+
+def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path) -> None:
+    runs = [hand / name for name in ("balanced", "mixup", "cross-entropy")]
+    told = must("figure", 3, *runs, "--out", tmp_path / "f.pdf", "--json").json
+    assert [(r["panel"], r["method"], Path(r["run"]).name) for r in told["runs"]] == [
+        ("(a, c)", "ERM", "cross-entropy"),
+        ("(b)", "Mixup", "mixup"),
+        ("(c)", "ERM", "balanced"),
+    ]
+    result = cpmix("figure", 3, *runs[1:])
+    assert result.code == 3
+    assert "error: figure 3 needs a run of ERM on balanced digits-lt-rho20\n" in result.stderr
+    assert "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1, then train" in result.stderr
+    result = cpmix("figure", 3, runs[0], hand / "cpmix")
+    assert result.code == 3
+    assert "is a run of ERM or Mixup on long-tailed data\n" in result.stderr
+    assert "fix: see recipes/figures/figure3.sh" in result.stderr
+
+
+def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path) -> None:
+    runs = [hand / name for name in ("cpmix", "mixup", "cpmix/stage1", "cross-entropy")]
+    told = must("figure", 4, *runs, "--out", tmp_path / "f.pdf", "--json").json
+    assert [(r["panel"], r["method"]) for r in told["runs"]] == [
+        ("(b)", "ERM"),
+        ("(b)", "Mixup"),
+        ("(b)", "Balanced Softmax"),
+        ("(a, b)", "CP-Mix"),
+    ]
+    result = cpmix("figure", 4, *runs[:2], runs[3])
+    assert result.code == 3
+    assert "error: figure 4 needs a run of Balanced Softmax on digits-lt-rho20\n" in result.stderr
+    assert "--recipe digits/balanced-softmax --out ckpt/balanced-softmax and what it says next" in result.stderr
+    result = cpmix("figure", 4, *runs, runs[2])
+    assert result.code == 3
+    assert "are both Balanced Softmax on digits-lt-rho20\n" in result.stderr
+
+
+@pytest.mark.parametrize("number", [5, 6])
+def test_figures_5_and_6_place_what_is_given(number: int, hand: Path, tmp_path: Path) -> None:
+    runs = [hand / name for name in ("balanced", "cpmix", "cross-entropy")]
+    told = must("figure", number, *runs, "--out", tmp_path / "f.pdf", "--json").json
+    assert [(r["panel"], r["method"], r["rho"]) for r in told["runs"]] == [
+        ("(a)", "ERM", 20),
+        ("(b)", "CP-Mix", 20),
+        ("(c)", "ERM", 1),
+    ]
+
+
+def test_figure_1_is_of_one_data_set(hand: Path) -> None:
+    result = cpmix("figure", 1, hand / "cross-entropy", hand / "balanced")
+    assert result.code == 3
+    assert "error: the runs are of 2 data sets: " in result.stderr
+
+
+def test_a_finetuned_run_is_shown_as_its_method(digits_run: Path, tmp_path: Path) -> None:
+    told = must("figure", 6, digits_run, "--out", tmp_path / "f.pdf", "--json").json
+    assert [(r["method"], r["phase"]) for r in told["runs"]] == [("CP-Mix", "finetune")]
+
+
+def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(hand / "cross-entropy", tmp_path / "run")
+    record = json.loads((run / "stage1" / "run.json").read_text())
+    record["dataset"] |= {"relative": "gone", "absolute": "/gone"}
+    del record["digest"]
+    artifacts.publish_record(run / "stage1" / "run.json", record)
+    result = cpmix("figure", 1, run, "--out", tmp_path / "f.svg")
+    assert result.code == 3
+    assert "fix: give its folder with --data FOLDER\n" in result.stderr
+    must("figure", 1, run, "--out", tmp_path / "f.svg", "--data", hand / "data-rho1", "--data", digits)
+
+
+# -- where it goes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_another_is_kept(hand: Path, tmp_path: Path) -> None:
+    out = tmp_path / "thesis.pdf"
+    out.write_text("two years of work")
+    result = cpmix("figure", 1, hand / "cross-entropy", "--out", tmp_path / "f.svg", "--out", out)
+    assert (result.code, result.stdout) == (4, "")
+    assert f"error: {out} exists and is not this figure\n" in result.stderr
+    assert out.read_text() == "two years of work"
+    assert not (tmp_path / "f.svg").exists()
+    must("figure", 1, hand / "cross-entropy", "--out", out, "--overwrite")
+    assert out.read_bytes().startswith(b"%PDF")
+
+
+def test_the_default_name_and_wrong_ones(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = must("figure", 1, hand / "cross-entropy")
+    assert re.search(r"^\(a, b\)  ERM     digits-lt-rho20     0  stage1       2 ", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith("\ndone: figure1.pdf\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["figure1.pdf"]
+    assert cpmix("figure", 1, hand / "cross-entropy", "--out", "f.jpg").code == 2
+    assert cpmix("figure", 7, hand / "cross-entropy").code == 2
+    assert cpmix("figure", 1).code == 2
+    assert cpmix("figure", 1, tmp_path / "nowhere").code == 3
