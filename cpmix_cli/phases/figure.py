@@ -41,7 +41,13 @@ METHODS: dict[str, tuple[str, list[dict[str, str]]]] = {
 """Method -> its recipe of each data set; draw and functions of each term that it minimises, whatever their parameters.
 """
 
-SOURCE_TITLES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "Fashion-MNIST", "toy": "toy"}
+SOURCE_TITLES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion-mnist": "Fashion-MNIST",
+    "digits": "digits",
+    "toy": "toy",
+}
 TOY_RHO = 20.0  # of the paper's panels: 1,000 and 50 points
 
 
@@ -106,11 +112,11 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The data set as the paper writes it: CIFAR100-LT-200."""
+        """The data set as the paper writes it: CIFAR100-LT-200, balanced CIFAR100."""
         title = SOURCE_TITLES.get(self.dataset.record["source"])
         if title is None:
             return self.dataset.name
-        return title if is_balanced(self) else f"{title}-LT-{self.rho:g}"
+        return f"balanced {title}" if is_balanced(self) else f"{title}-LT-{self.rho:g}"
 
 
 @dataclass(frozen=True)
@@ -442,11 +448,13 @@ def figure3(options: Options, found: list[Run]) -> Drawn:
         source = erm.dataset.record["source"]
         build = console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1")
         raise InputError(
-            f"{options.name} needs a run of ERM on balanced {erm.data.partition('-LT')[0]}",
+            f"{options.name} needs a run of ERM on balanced {SOURCE_TITLES.get(source, source)}",
             needed_by=options.name,
             fix=f"{build}, then train and evaluate ERM on it",
         )
-    figure = paper.long_tailed_confusion(erm.cells, mixup.cells, balanced.cells, erm.counts, data=erm.data)
+    figure = paper.long_tailed_confusion(
+        erm.cells, mixup.cells, balanced.cells, erm.counts, data=erm.data, balanced_data=balanced.data
+    )
     return Drawn(figure, [("(a, c)", erm), ("(b)", mixup), ("(c)", balanced)])
 
 

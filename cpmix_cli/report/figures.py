@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
@@ -161,6 +161,9 @@ def draw_histograms(axes: Axes, matrices: Sequence[Array], styles: Sequence[dict
     if largest > 0:
         axes.set_yscale("log")
         axes.set_ylim(0.7, None)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes.get_ylim()[1] < 100 else (1,)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0, top)
     axes.set_xlabel("confusion value: % of the true class's test images taken for the other class")
     axes.set_ylabel("ordered class pairs (log)")
@@ -420,5 +423,7 @@ def decision_regions(
     draw_regions(axes, axis, grid_classes)
     draw_points(axes, points, labels, class_names, size=7)
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    handles: list[Any] = figure.legend(loc="outside lower center", ncols=4, frameon=False).legend_handles
+    for handle in handles:  # a common class's points are too small to tell their marker
+        handle.set(sizes=[30], alpha=1)
     return figure

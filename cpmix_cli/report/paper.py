@@ -87,6 +87,11 @@ def _name_axes(axes: Axes, what: str = "class") -> None:
     axes.set_ylabel(f"predicted {what}")
 
 
+def _turn(names: Sequence[str]) -> int:
+    """Degrees by which names below an axis are turned, so that they do not run into each other."""
+    return 90 if max(map(len, names)) > 3 else 0
+
+
 def panel_letters() -> Iterator[str]:
     """a to z, then aa, ab, ..."""
     yield from ascii_lowercase
@@ -112,7 +117,7 @@ def class_distribution(matrix: Array, class_names: Sequence[str], class_counts: 
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     bars = left.bar(place, class_counts[order], color="#31688e")
     left.bar_label(bars, [f"{n:,}" for n in class_counts[order]], fontsize=6, padding=1)
-    left.set_xticks(place, names, rotation=90)
+    left.set_xticks(place, names, rotation=_turn(names))
     left.set_ylabel("training images")
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.margins(x=0.03, y=0.08)
@@ -122,7 +127,7 @@ def class_distribution(matrix: Array, class_names: Sequence[str], class_counts: 
     norm = PowerNorm(0.5, vmin=0, vmax=cells.max())
     numbers = [[f"{n:,}" if n else "" for n in row] for row in cells]
     image = draw_cells(right, cells, norm, numbers=numbers, fontsize=6)
-    right.set_xticks(place, names, rotation=90)
+    right.set_xticks(place, names, rotation=_turn(names))
     right.set_yticks(place, names)
     _name_axes(right)
     _letter(right, "b", f"predictions of ERM on {data}")
@@ -250,7 +255,9 @@ def _over_rho(axes: Axes, curves: Sequence[Curve], values: Sequence[list[list[fl
 
 
 @_styled
-def long_tailed_confusion(erm: Array, mixup: Array, balanced: Array, class_counts: Array, *, data: str) -> Figure:
+def long_tailed_confusion(
+    erm: Array, mixup: Array, balanced: Array, class_counts: Array, *, data: str, balanced_data: str
+) -> Figure:
     """Figure 3: matrices of ERM and Mixup in ten groups of classes, and confusion values of ERM on balanced data.
 
     Args:
@@ -259,6 +266,7 @@ def long_tailed_confusion(erm: Array, mixup: Array, balanced: Array, class_count
         balanced: the same classes, trained on as many images of each.
         class_counts: training images of the long-tailed data [C].
         data: its name.
+        balanced_data: name of the balanced data.
     """
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
@@ -273,9 +281,7 @@ def long_tailed_confusion(erm: Array, mixup: Array, balanced: Array, class_count
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4},
     ]
-    for style, name, matrix in zip(
-        styles, (data, f"balanced {data.partition('-LT')[0]}"), (erm, balanced), strict=True
-    ):
+    for style, name, matrix in zip(styles, (data, balanced_data), (erm, balanced), strict=True):
         style["label"] = f"{name}, largest {confusion_values(matrix).max():.0f} %"
     draw_histograms(panels["c"], [erm, balanced], styles)
     panels["c"].legend(frameon=False, loc="upper right")
@@ -290,7 +296,7 @@ def _grouped(axes: Axes, matrix: Array, class_counts: Array, norm: Any) -> Any:
     cells = consolidated(matrix, parts).T
     image = draw_cells(axes, cells, norm, numbers=[[f"{n:,}" for n in row] for row in cells], fontsize=6)
     labels = range_labels(class_counts, parts)
-    axes.set_xticks(range(len(parts)), labels, rotation=90)
+    axes.set_xticks(range(len(parts)), labels, rotation=_turn(labels))
     axes.set_yticks(range(len(parts)), labels)
     _name_axes(axes, "class, by its training images")
     return image
@@ -339,7 +345,7 @@ def _accuracies(axes: Axes, panel: ClassAccuracies) -> None:
         draw_group_means(axes, accuracy, parts, clip_on=False, **METHOD_STYLES[method])
     single = all(len(part) == 1 for part in parts)
     labels = [panel.class_names[part[0]] for part in parts] if single else range_labels(panel.class_counts, parts)
-    axes.set_xticks(place, labels, rotation=90)
+    axes.set_xticks(place, labels, rotation=_turn(labels))
     axes.set_xlabel("class" if single else "class, by its training images")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 100)
@@ -365,9 +371,8 @@ def matrices_over_rho(
         methods: columns.
         class_names: written on the axes, and per cents in the cells; None for more classes than one can read.
     """
-    figure = Figure(
-        figsize=(WIDTH, 0.7 + (0.35 if class_names is not None else 0) + 2.0 * len(rows)), layout="constrained"
-    )
+    width, height = WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
+    figure = Figure(figsize=(width, height if class_names is None else height + 0.35), layout="constrained")
     grid = figure.subplots(len(rows), len(methods), squeeze=False)
     shown = np.array([[method in matrices for method in methods] for _, _, matrices in rows])
     letters = panel_letters()
@@ -383,7 +388,7 @@ def matrices_over_rho(
             percent = row_percent(matrices[method])[np.ix_(order, order)].T
             numbers = whole_percent(np.where(percent >= 1, percent, 0)) if class_names is not None else None
             image = draw_cells(axes, percent, percent_norm(), numbers=numbers, fontsize=5.5)
-            axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=90 if class_names else 0)
+            axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=_turn(names))
             axes.set_yticks(ticks, names if not shown[r, :c].any() else [])
             _letter(axes, next(letters), f"{method}, {data}")
     figure.supxlabel("true class, most training images first", fontsize=7.5)
@@ -391,5 +396,5 @@ def matrices_over_rho(
     bar = figure.colorbar(
         image, ax=grid, location="top", ticks=PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
     )
-    bar.set_label("% of the true class's test images (white: none)")
+    bar.set_label("% of the true class (white: none)")
     return figure
