@@ -12,7 +12,7 @@ import pytest
 from conftest import cpmix, files, must
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "import-weights", "bench"]
+HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -59,6 +59,7 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --json",
+        "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --out --overwrite --json",
         "bench": "--recipe --set --epochs --data --device --rounds --seconds --json",
     }

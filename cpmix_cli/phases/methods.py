@@ -88,7 +88,7 @@ def run() -> None:
         title="\non large data sets (Table 2; ablations: Table 4)",
         lines=[
             f"* {COPIED}",
-            "all but ablations stand for cifar10-lt too",
+            "all but ablations and fixed-pairs (toy) stand for cifar10-lt too",
             f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
         ],
     )
