@@ -288,7 +288,10 @@ def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path)
     assert "fix: see recipes/figures/figure3.sh" in result.stderr
 
 
-def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path) -> None:
+def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = paper.class_accuracies
+    monkeypatch.setattr(paper, "class_accuracies", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
     runs = [hand / name for name in ("cpmix", "mixup", "cpmix/stage1", "cross-entropy")]
     told = must("figure", 4, *runs, "--out", tmp_path / "f.pdf", "--json").json
     assert [(r["panel"], r["method"]) for r in told["runs"]] == [
@@ -297,6 +300,10 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path) -> None:
         ("(b)", "Balanced Softmax"),
         ("(a, b)", "CP-Mix"),
     ]
+    legend = [text.get_text() for text in drawn[0].subfigs[1].legends[0].get_texts()]
+    assert legend == ["ERM", "Mixup", "Balanced Softmax", "CP-Mix, finetuned"]
+    matrix, line = matrix_of(hand / "mixup", "stage1", 10), drawn[0].subfigs[1].axes[0].lines[1]
+    np.testing.assert_allclose(line.get_ydata(), 100 * matrix.diagonal() / matrix.sum(1))
     result = cpmix("figure", 4, *runs[:2], runs[3])
     assert result.code == 3
     assert "error: figure 4 needs a run of Balanced Softmax on digits-LT-20\n" in result.stderr

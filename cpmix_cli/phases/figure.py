@@ -476,6 +476,7 @@ def figure4(options: Options, found: list[Run]) -> Drawn:
             one["ERM"].dataset.class_names,
             one["ERM"].counts,
             {method: class_accuracy(run.matrix).numpy() * 100 for method, run in one.items()},
+            {method for method, run in one.items() if run.source.phase == "finetune"},
         )
         for one in chosen
     ]

@@ -312,6 +312,8 @@ class ClassAccuracies:
     """Training images [C]."""
     accuracies: dict[str, Array]
     """Method -> per cent of each class's test images [C]; NaN where it has none."""
+    finetuned: set[str]
+    """Methods of whose networks the head was trained once more; the legend says so."""
 
 
 @_styled
@@ -333,7 +335,11 @@ def class_accuracies(cpmix: Array, panels: Sequence[ClassAccuracies]) -> Figure:
     for letter, place, panel in zip("bc", below, panels, strict=False):
         _accuracies(place, panel)
         _letter(place, letter, panel.data)
-    lines = [Line2D([], [], label=method, **METHOD_STYLES[method]) for method in panels[0].accuracies]
+    lines = []
+    for method in panels[0].accuracies:
+        where = [letter for letter, panel in zip("bc", panels, strict=False) if method in panel.finetuned]
+        told = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
+        lines.append(Line2D([], [], label=method + told, **METHOD_STYLES[method]))
     right.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
