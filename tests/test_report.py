@@ -99,6 +99,7 @@ def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
         assert len(first) < 600_000
         assert b"CreationDate" not in first
         assert b"<dc:date>" not in first
+    assert b"/SMask" not in first  # nothing is see-through
     assert b"/FontFile2" in first
     assert b"/Type3" not in first
 

@@ -29,6 +29,8 @@ MAX_NAMES = 150
 MAX_NUMBERS = 12
 NUM_GROUPS = 10
 MAX_BINS = 60
+COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
+"""White, and not see-through: PDF viewers draw dark seams between cells that are and cells that are not."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
 
 _METADATA: dict[Kind, dict[str, None]] = {
@@ -110,7 +112,7 @@ def draw_cells(
         numbers: what stands in each cell; None: nothing.
         fontsize: of the numbers, in points.
     """
-    image = axes.imshow(np.ma.masked_equal(values, 0), cmap="viridis_r", norm=norm)
+    image = axes.imshow(np.ma.masked_equal(values, 0), cmap=COLOURS, norm=norm)
     for i, row in enumerate(numbers or []):
         for j, number in enumerate(row):
             dark = values[i, j] > 0 and norm(values[i, j]) > 0.55
