@@ -15,7 +15,7 @@ from cpmix_cli import artifacts
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.phases.figure import METHODS, method_of
 from cpmix_cli.recipe import load
-from cpmix_cli.report import paper
+from cpmix_cli.report import paper_figures
 
 MIXUP = [
     arg
@@ -113,9 +113,9 @@ def test_the_pairs_mixed_are_the_pairs_counted() -> None:
 
 
 def test_every_method_has_a_style() -> None:
-    assert paper.METHOD_STYLES.keys() == METHODS.keys()
+    assert paper_figures.METHOD_STYLES.keys() == METHODS.keys()
     for key in ("color", "marker"):
-        assert len({style[key] for style in paper.METHOD_STYLES.values()}) == len(METHODS)
+        assert len({style[key] for style in paper_figures.METHOD_STYLES.values()}) == len(METHODS)
 
 
 # -- figure 2 ----------------------------------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, mo
         seen.update(regions=args[3], curves=args[4])
         return draw(*args, **kwargs)
 
-    draw = paper.toy_example
-    monkeypatch.setattr(paper, "toy_example", spy)
+    draw = paper_figures.toy_example
+    monkeypatch.setattr(paper_figures, "toy_example", spy)
     monkeypatch.chdir(toys)
     must("figure", 2, *TOYS, "--out", "spied.png")
     matrices = {name: matrix_of(toys / name, "stage2" if name == "cpmix" else "stage1", 4) for name in TOYS}
@@ -255,8 +255,8 @@ def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_p
 
 def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    draw = paper.class_distribution
-    monkeypatch.setattr(paper, "class_distribution", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
+    draw = paper_figures.class_distribution
+    monkeypatch.setattr(paper_figures, "class_distribution", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
     told = must("figure", 1, hand / "cross-entropy", "--out", tmp_path / "f.png", "--json").json
     assert [(r["panel"], r["method"], r["dataset"]) for r in told["runs"]] == [("(a, b)", "ERM", "digits-lt-rho20")]
     left, right = drawn[0].axes[:2]
@@ -290,8 +290,8 @@ def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path)
 
 def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    draw = paper.class_accuracies
-    monkeypatch.setattr(paper, "class_accuracies", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
+    draw = paper_figures.class_accuracies
+    monkeypatch.setattr(paper_figures, "class_accuracies", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
     runs = [hand / name for name in ("cpmix", "mixup", "cpmix/stage1", "cross-entropy")]
     told = must("figure", 4, *runs, "--out", tmp_path / "f.pdf", "--json").json
     assert [(r["panel"], r["method"]) for r in told["runs"]] == [

@@ -175,7 +175,7 @@ def make_page(
     reported: list[Reported],
     pairs: pd.DataFrame,
     accuracies: list[list[list[str]]],
-    pictures: list[tuple[str, str, dict[str, bytes]]],
+    pictures: list[tuple[str, str, dict[figures.Kind, bytes]]],
     num_images: int,
 ) -> str:
     """The page of a run and those that it is compared with."""

@@ -21,7 +21,7 @@ from cpmix_cli.evaluation import class_accuracy, confusion_matrix
 from cpmix_cli.phases.confusion_report import predicted_regions, read_predictions
 from cpmix_cli.phases.evaluate import POST_HOC
 from cpmix_cli.recipe import Evaluation, Recipe, Stage, recipe_names
-from cpmix_cli.report import paper
+from cpmix_cli.report import paper_figures
 from cpmix_cli.report.figures import MAX_NUMBERS, Array, Kind, encode
 from cpmix_cli.runs import PHASES, PhaseFolder
 
@@ -333,7 +333,7 @@ def figure1(options: Options, found: list[Run]) -> Drawn:
     one = all_of(groups[0], ["ERM"])["ERM"]
     if one.dataset.num_classes > MAX_NUMBERS:
         raise too_many_classes(one)
-    figure = paper.class_distribution(one.cells, one.dataset.class_names, one.counts, data=one.data)
+    figure = paper_figures.class_distribution(one.cells, one.dataset.class_names, one.counts, data=one.data)
     return Drawn(figure, [("(a, b)", one)])
 
 
@@ -393,9 +393,9 @@ def figure2(options: Options, found: list[Run]) -> Drawn:
             raise missing(method, at_rho[0].dataset, f"at rho {rho:g}", options.name)
         one = shown[method]
         axis, classes = predicted_regions(one.source, one.dataset, points[0])
-        regions.append(paper.Regions(method, axis, classes, one.accuracy, similar_confusion(one)))
+        regions.append(paper_figures.Regions(method, axis, classes, one.accuracy, similar_confusion(one)))
     test = at_rho[0].dataset.read("test")
-    figure = paper.toy_example(
+    figure = paper_figures.toy_example(
         (points[0].numpy(), points[1].numpy()),
         (test[0].numpy(), test[1].numpy()),
         at_rho[0].dataset.class_names,
@@ -418,13 +418,13 @@ def similar_confusion(one: Run) -> int:
     return sum(int(one.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
 
 
-def curve(method: str, placed: dict[tuple[str, float, int], Run]) -> paper.Curve:
+def curve(method: str, placed: dict[tuple[str, float, int], Run]) -> paper_figures.Curve:
     """Accuracy and confusion of a method's runs over rho."""
     by_rho: dict[float, list[Run]] = {}
     for (m, rho, _), one in sorted(placed.items()):
         if m == method:
             by_rho.setdefault(rho, []).append(one)
-    return paper.Curve(
+    return paper_figures.Curve(
         method,
         list(by_rho),
         [[one.accuracy for one in seeds] for seeds in by_rho.values()],
@@ -452,7 +452,7 @@ def figure3(options: Options, found: list[Run]) -> Drawn:
             needed_by=options.name,
             fix=f"{build}, then train and evaluate ERM on it",
         )
-    figure = paper.long_tailed_confusion(
+    figure = paper_figures.long_tailed_confusion(
         erm.cells, mixup.cells, balanced.cells, erm.counts, data=erm.data, balanced_data=balanced.data
     )
     return Drawn(figure, [("(a, c)", erm), ("(b)", mixup), ("(c)", balanced)])
@@ -471,7 +471,7 @@ def figure4(options: Options, found: list[Run]) -> Drawn:
     groups.sort(key=lambda group: -group[0].dataset.num_classes)
     chosen = [all_of(group, ACCURACY_METHODS) for group in groups]
     accuracies = [
-        paper.ClassAccuracies(
+        paper_figures.ClassAccuracies(
             one["ERM"].data,
             one["ERM"].dataset.class_names,
             one["ERM"].counts,
@@ -480,7 +480,7 @@ def figure4(options: Options, found: list[Run]) -> Drawn:
         )
         for one in chosen
     ]
-    figure = paper.class_accuracies(chosen[0]["CP-Mix"].cells, accuracies)
+    figure = paper_figures.class_accuracies(chosen[0]["CP-Mix"].cells, accuracies)
     panels = [
         ("(a, b)" if letter == "b" and method == "CP-Mix" else f"({letter})", one)
         for letter, of_data in zip("bc", chosen, strict=False)
@@ -511,9 +511,11 @@ def figure5(options: Options, found: list[Run]) -> Drawn:
         (group[0].data, group[0].counts, {method: one.cells for method, one in of_data.items()})
         for group, of_data in zip(groups, chosen, strict=True)
     ]
-    figure = paper.matrices_over_rho(rows, methods, names if numbered else None)
+    figure = paper_figures.matrices_over_rho(rows, methods, names if numbered else None)
     placed = [one for of_data in chosen for one in of_data.values()]
-    return Drawn(figure, [(f"({letter})", one) for letter, one in zip(paper.panel_letters(), placed, strict=False)])
+    return Drawn(
+        figure, [(f"({letter})", one) for letter, one in zip(paper_figures.panel_letters(), placed, strict=False)]
+    )
 
 
 FIGURES: dict[int, Callable[[Options, list[Run]], Drawn]] = {
