@@ -42,11 +42,11 @@ class Classifier(nn.Module):
         return logits if isinstance(self.head, ExpertHeads) else logits[None]
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs -> raw logits of each expert [E, B, C], and the routers' [E - 1, B]."""
+        """Inputs -> raw logits of each expert [E, B, C], and the routers' [E - 1, B], which move nothing but these."""
         assert self.routers is not None
         features = self.features(x)
         logits: Tensor = self.head(features)
-        return logits, self.routers(features, logits)
+        return logits, self.routers(features.detach(), logits.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs -> raw logits [B, C], the mean over the experts."""

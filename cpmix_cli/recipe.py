@@ -360,6 +360,8 @@ class Recipe(Table):
                 raise ValueError(f'{name}.loss = "ace" is one of several experts: model.experts = 1')
         if routed and self.model.experts < 2:
             raise ValueError('finetune.head = "routers" needs several experts')
+        if self.finetune is not None and routed and not all(p.startswith("routers") for p in self.finetune.train):
+            raise ValueError('finetune.head = "routers" trains nothing else: it wants finetune.train = ["routers"]')
         if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
             raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
         if self.model.experts == 1 and self.confusion.predictions != "ensemble":

@@ -390,6 +390,9 @@ def test_routers_see_the_experts_so_far(generator: torch.Generator) -> None:
         largest = logits[: k + 1].mean(0).sort(1, descending=True).values
         units = routers.units[k](parts[k] / parts[k].norm(dim=1, keepdim=True)).clamp(min=0)
         torch.testing.assert_close(routes[k], routers.decide(torch.cat([largest, units], 1))[:, 0])
+    routes.sum().backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {"routers"}
 
 
 # -- test sets of another distribution ---------------------------------------------------------------------------------
@@ -602,6 +605,10 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
         (["finetune.head=routers"], 'finetune.terms.erm: loss = "routing" and finetune.head = "routers" go together'),
         (["stage1.terms.erm.loss=routing"], "go together"),
         (["finetune.head=routers", "finetune.terms.erm.loss=routing"], "needs several experts"),
+        (
+            ["model.experts=2", "finetune.head=routers", "finetune.terms.erm.loss=routing"],
+            'it wants finetune.train = ["routers"]',
+        ),
     ):
         flags = [flag for setting in settings for flag in ("--set", setting)]
         result = cpmix("train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", *flags, "--out", run)
