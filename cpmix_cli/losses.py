@@ -318,10 +318,10 @@ def distillation(
         temperature: T.
         factor: 0 learns nothing from the teacher.
         of: Differs: the released code has KL(q || p) of the experts' mean logits, E times, and with it E times its own
-            loss: "mean", without the latter.
+            loss: that is "mean" with factor = 1 / E, in a term of weight = E.
 
     Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the teacher is in eval mode; the code leaves it in
-    training mode, so that its statistics drift.
+    training mode, so that its statistics drift. On purpose no key brings that back.
     """
     target = F.log_softmax(teacher / temperature, 1)
     taken = logits if of == "experts" else logits.mean(0).expand_as(logits)

@@ -67,7 +67,7 @@ class Plan:
     confusion_of_each: bool = False
     """Of several experts, every one's errors are counted and not those of their mean."""
     teacher: Classifier | None = None
-    """Whose logits the terms that are taught learn from; in eval mode, and never trained."""
+    """Whose logits, the mean of its experts, the terms that are taught learn from; in eval mode, and never trained."""
     precision: str = "fp32"
 
     def num_steps(self, num_samples: int) -> int:

@@ -1,5 +1,6 @@
 """Several experts: the network, its losses and regulariser against loops and limits, and all phases on digits."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,21 @@ from test_engine import COUNTS, terms_of
 from torch import Tensor
 
 from cpmix_cli import artifacts
+from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.ensembles import combined, routed_weights, target_classes, weakly_changed, weights_of_agreement
 from cpmix_cli.evaluation import shifted_profile, summary
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
 from cpmix_cli.models import Classifier, Looped, add_routers, build_model
+from cpmix_cli.phases.train_stage1 import prepare
+from cpmix_cli.phases.training import training_data
 from cpmix_cli.plans import Setting, fresh_state
 from cpmix_cli.recipe import Model, load
-from cpmix_cli.terms import Term, TermBatch
+from cpmix_cli.runs import PhaseFolder
+from cpmix_cli.step import Plan, Step, TrainingState, sum_names
+from cpmix_cli.terms import Term, TermBatch, draw_epoch
 
+CPU = torch.device("cpu")
 CIFAR = (32, 32, 3)
 RIDE = {"head": "cosine", "experts": 6, "expert_width": 0.75}
 
@@ -561,12 +568,10 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
         for run in ("student", "alone")
     }
     assert apart["student"] < 0.5 * apart["alone"]
-    before = (tmp_path / "teacher" / "stage1" / "model.safetensors").read_bytes()
     result = must(
         *taught, "--teacher", tmp_path / "teacher" / "stage1" / "model.safetensors", "--out", tmp_path / "student"
     )
     assert "up to date" in result.stdout
-    assert (tmp_path / "teacher" / "stage1" / "model.safetensors").read_bytes() == before
     out = ("--out", tmp_path / "no")
     result = cpmix(*taught, *out)
     assert (result.code, "stage1.terms.erm learns from a teacher" in result.stderr) == (2, True)
@@ -575,9 +580,49 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     must("build-lt", "digits", "--rho", 5, "--out", tmp_path / "other")
     result = cpmix(*taught, "--data", tmp_path / "other", "--teacher", tmp_path / "teacher", *out)
     assert (result.code, "was not trained on digits-lt-rho5" in result.stderr) == (3, True)
+    result = cpmix(*taught, "--set", "data.normalisation=none", "--teacher", tmp_path / "teacher", *out)
+    assert result.code == 3
+    assert 'learnt from images of data.normalisation = "dataset", the recipe has "none"' in result.stderr
+    assert "--set data.normalisation=dataset" in result.stderr
     result = cpmix("bench", "--data", digits, *taught[3:5], "--set", "stage1.terms.erm.teacher=distillation")
     assert (result.code, "which bench has not" in result.stderr) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+def first_step(setting: Setting, plan: Plan, state: TrainingState) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Take the first step of an epoch of one natural term; its images, their labels, and the sums."""
+    data = training_data(setting.dataset, setting.recipe, setting.device)
+    size = min(plan.batch_size, len(data.labels))
+    draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, (plan.seed, plan.phase), 1, plan.num_epochs)
+    chosen = draws["order"][0, :size]
+    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+    step = Step(plan, data, state)
+    step.begin_epoch(1)
+    x = data.batches.batch(chosen, draws["augment"][0, :size])
+    step(0)
+    return x, data.labels[chosen], dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
+
+
+def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path, tmp_path: Path) -> None:
+    """In eval mode: the step moves none of its running statistics; without the normalised heads of its evaluation."""
+    recipe = ["--recipe", "digits/cross-entropy", "--set", "model.experts=2", "--set", "evaluation.tau_norm=1.0"]
+    must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
+    settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
+    setting = Setting(
+        load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "fp32", {}
+    )
+    plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), setting)
+    assert plan.teacher is not None and not plan.teacher.training
+    saved, _ = artifacts.read_tensors(tmp_path / "stage1" / "model.safetensors")
+    student = copy.deepcopy(state.model).train()
+    x, labels, sums = first_step(setting, plan, state)
+    assert all(tensor.equal(saved[name]) for name, tensor in plan.teacher.state_dict().items())
+    teacher = build_model(Model(name="resnet8", experts=2), 10, (8, 8, 1), torch.Generator()).eval()
+    teacher.load_state_dict(saved)
+    with torch.no_grad():
+        logits = student(x)
+        expected = F.cross_entropy(logits, labels) + distillation(logits[None], teacher.expert_logits(x).mean(0))
+    assert sums["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
@@ -617,12 +662,10 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
 
 def test_rates_of_ace(digits: Path) -> None:
     """Expert k learns at lr times its share of the training images, in its stages and its head."""
-    from cpmix_cli.data.dataset import open_dataset
-
     settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "optimizer.expert_rates=target-share"]
     recipe = load("digits/cross-entropy", settings=settings)
     dataset = open_dataset(digits, needed_by="a test")
-    state = fresh_state(Setting(recipe, dataset, torch.device("cpu"), "fp32", {}))
+    state = fresh_state(Setting(recipe, dataset, CPU, "fp32", {}))
     n = dataset.class_counts
     shares = [1.0, n[n <= 100].sum() / n.sum(), n[n < 20].sum() / n.sum()]
     factors = {id(p): g["lr_factor"] for g in state.optimizer.param_groups for p in g["params"]}

@@ -24,7 +24,8 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
 
     Raises:
         UsageError: a --teacher that no term listens to, or a term that wants one.
-        InputError: the --init file is damaged or of another network; the --teacher was trained on other data.
+        InputError: the --init file is damaged or of another network; the --teacher was trained on other data, or sees
+            images normalised differently.
         CpmixError: see phases.training.train().
     """
     if options.data is None:
@@ -64,10 +65,11 @@ def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
 
 
 def check_teacher(recipe: recipes.Recipe, source: PhaseFolder | None) -> None:
-    """Terms that are taught and a teacher go together.
+    """Terms that are taught and a teacher go together, and both networks see the same inputs.
 
     Raises:
         UsageError: one is without the other.
+        InputError: the teacher learnt from images normalised differently.
     """
     taught = [name for name, term in recipe.stage1.terms.items() if term.teacher is not None and term.weight > 0]
     if taught and source is None:
@@ -82,6 +84,13 @@ def check_teacher(recipe: recipes.Recipe, source: PhaseFolder | None) -> None:
             needed_by="--teacher",
             fix="--set stage1.terms.erm.teacher=distillation",
         )
+    if source is not None and (own := source.recipe().data.normalisation) != recipe.data.normalisation:
+        raise InputError(
+            f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has '
+            f'"{recipe.data.normalisation}"',
+            needed_by="--teacher",
+            fix=f"--set data.normalisation={own}",
+        )
 
 
 def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) -> tuple[Plan, TrainingState]:
@@ -92,7 +101,9 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) ->
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     plan = stage_plan(setting, "stage1")
     if teacher is not None:
-        model = read_model(teacher, teacher.recipe(), setting.dataset.num_classes, setting.dataset.shape)
+        # As it was trained: what its [evaluation] does to weights is for its own evaluations.
+        trained = teacher.recipe().model_copy(update={"evaluation": recipes.Evaluation()})
+        model = read_model(teacher, trained, setting.dataset.num_classes, setting.dataset.shape)
         plan = replace(plan, teacher=model.to(setting.device).eval().requires_grad_(False))
     return plan, state
 
