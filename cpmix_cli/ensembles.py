@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpmix_cli.data.longtail import FEW_BELOW, MANY_ABOVE
 from cpmix_cli.models import Classifier
+from cpmix_cli.recipe import Optimizer
 
 TEST_TIME_EPOCHS = 5
 TEST_TIME_BATCH = 128
@@ -78,8 +79,30 @@ def routed_weights(routes: Tensor, threshold: float) -> Tensor:
     return through / through.sum(0)
 
 
+def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Positions of the test images that weights are learnt from, in random order: all, or so many of each class.
+
+    Args:
+        labels: [N]; which class an image is of is looked at for its number alone.
+        profile: images a class [C], as many as there are at most; None for all.
+        generator: of the order, and of which images of a class they are.
+    """
+    chosen = torch.randperm(len(labels), generator=generator)
+    if profile is None:
+        return chosen
+    rank = torch.zeros_like(chosen)
+    for c in range(len(profile)):
+        own = chosen[labels[chosen] == c]
+        rank[own] = torch.arange(len(own))
+    return chosen[rank[chosen] < profile[labels[chosen]]]
+
+
 def weights_of_agreement(
-    views: Callable[[Tensor, int], tuple[Tensor, Tensor]], chosen: Tensor, num_experts: int, rate: float, seed: int
+    views: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    chosen: Tensor,
+    num_experts: int,
+    recipe: Optimizer,
+    seed: int,
 ) -> Tensor:
     """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most. No label
     is looked at.
@@ -88,14 +111,17 @@ def weights_of_agreement(
         views: positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C].
         chosen: positions of the test images.
         num_experts: E.
-        rate: of SGD with momentum 0.9 and Nesterov, on weights that go through a softmax.
+        recipe: [optimizer]: rate, momentum, Nesterov and weight decay of SGD on weights that go through a softmax.
         seed: of the order.
 
     Source: Zhang et al., SADE, Sec. 4.2, and its code: mean cosine of the two softmaxes, 5 epochs, batches of 128.
+    Differs: SGD also where the recipe's kind is another.
     """
     generator = torch.Generator().manual_seed(seed)
     free = torch.zeros(num_experts, requires_grad=True)
-    optimizer = torch.optim.SGD([free], lr=rate, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        [free], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
+    )
     call = 0
     for _ in range(TEST_TIME_EPOCHS):
         for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], TEST_TIME_BATCH):

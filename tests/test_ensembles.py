@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,27 @@ from torch import Tensor
 from cpmix_cli import artifacts
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.ensembles import combined, routed_weights, target_classes, weakly_changed, weights_of_agreement
+from cpmix_cli.ensembles import (
+    combined,
+    images_to_learn_from,
+    routed_weights,
+    target_classes,
+    weakly_changed,
+    weights_of_agreement,
+)
 from cpmix_cli.evaluation import shifted_profile, summary
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
 from cpmix_cli.models import Classifier, Looped, add_routers, build_model
 from cpmix_cli.phases.train_stage1 import prepare
 from cpmix_cli.phases.training import training_data
 from cpmix_cli.plans import Setting, fresh_state
-from cpmix_cli.recipe import Model, load
+from cpmix_cli.recipe import Model, Optimizer, load
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, Step, TrainingState, sum_names
 from cpmix_cli.terms import Term, TermBatch, draw_epoch
 
 CPU = torch.device("cpu")
+Views = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 CIFAR = (32, 32, 3)
 RIDE = {"head": "cosine", "experts": 6, "expert_width": 0.75}
 
@@ -441,14 +450,52 @@ def test_the_expert_that_agrees_with_itself_gets_the_weight() -> None:
         second = torch.stack([sure, sure.roll(2, 1), sure.roll(2, 1)]).expand(-1, len(batch), -1)
         return first, second
 
-    weights = weights_of_agreement(views, torch.arange(300), 3, rate=0.1, seed=0)
+    def learnt(views: Views, rate: float) -> Tensor:
+        return weights_of_agreement(views, torch.arange(300), 3, Optimizer(lr=rate, nesterov=True), seed=0)
+
+    weights = learnt(views, 0.1)
     assert float(weights.sum()) == pytest.approx(1)
     assert weights[0] > 0.5
     assert weights[1] == pytest.approx(float(weights[2]))
-    again = weights_of_agreement(views, torch.arange(300), 3, rate=1000.0, seed=0)
+    again = learnt(views, 1000.0)
     assert again.min() < 0.05  # and there it ended: the next step would have found no slope to come back on
-    alike = weights_of_agreement(lambda b, c: (views(b, c)[0][:1].expand(3, -1, -1),) * 2, torch.arange(300), 3, 0.1, 0)
+    alike = learnt(lambda b, c: (views(b, c)[0][:1].expand(3, -1, -1),) * 2, 0.1)
     torch.testing.assert_close(alike, torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_weights_are_learnt_as_the_recipe_trains(nesterov: bool) -> None:
+    """Three images, so one step an epoch: five steps of SGD by hand."""
+    first, second = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    recipe = Optimizer(lr=0.5, momentum=0.6, nesterov=nesterov, weight_decay=0.2)
+    free, moved = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for _ in range(5):
+        own = free.clone().requires_grad_()
+        p, q = (torch.einsum("e,ebc->bc", own.softmax(0), z).softmax(1) for z in (first, second))
+        loss = -((p * q).sum(1) / p.norm(dim=1) / q.norm(dim=1)).mean()
+        (slope,) = torch.autograd.grad(loss, own)
+        slope = slope + 0.2 * free
+        moved = 0.6 * moved + slope
+        free = free - 0.5 * (slope + 0.6 * moved if nesterov else moved)
+    assert (free.softmax(0) - 0.5).abs().max() > 0.01
+    found = weights_of_agreement(
+        lambda b, c: (first[:, b].float(), second[:, b].float()), torch.arange(3), 2, recipe, 0
+    )
+    torch.testing.assert_close(found, free.softmax(0).float())
+
+
+def test_images_that_weights_are_learnt_from(generator: torch.Generator) -> None:
+    """As many of each class as the profile says, none twice, other ones of another order; without a profile all."""
+    labels = torch.arange(3).repeat(40)
+    everything = images_to_learn_from(labels, None, generator)
+    assert everything.sort().values.tolist() == list(range(120)) and everything.tolist() != list(range(120))
+    profile = torch.tensor([40, 7, 2])
+    taken = [images_to_learn_from(labels, profile, generator) for _ in range(2)]
+    for chosen in taken:
+        assert labels[chosen].bincount().tolist() == [40, 7, 2]
+        assert len(set(chosen.tolist())) == 49
+    rare = [set(chosen[labels[chosen] > 0].tolist()) for chosen in taken]
+    assert rare[0] != rare[1]
 
 
 def test_views_are_random_by_image_and_repeatable() -> None:
@@ -544,6 +591,10 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     assert (
         must("evaluate", "--from", tmp_path, *flags, "--overwrite").json["expert_weights"] == learnt["expert_weights"]
     )
+    uniform = must("evaluate", "--from", tmp_path, *flags[:2], "--json").json
+    assert uniform["folder"].endswith("stage1-aggregate-test-time")
+    assert sum(uniform["expert_weights"]) == pytest.approx(1, abs=1e-3)
+    assert uniform["expert_weights"] != learnt["expert_weights"]
     result = cpmix("evaluate", "--from", tmp_path, "--ratio", 10)
     assert result.code == 2
     assert "--ratio is that of a --test-distribution" in result.stderr

@@ -22,7 +22,7 @@ from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.ensembles import weakly_changed, weights_of_agreement
+from cpmix_cli.ensembles import images_to_learn_from, weakly_changed, weights_of_agreement
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.evaluation import (
     Predicted,
@@ -206,14 +206,7 @@ def learnt_weights(
     """
     if len(dataset.shape) != 3:
         raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
-    order = torch_generator(recipe.seed, "test-time")
-    chosen = torch.randperm(len(tests.labels), generator=order)
-    if profile is not None:
-        rank = torch.zeros_like(chosen)
-        for c in range(dataset.num_classes):
-            own = chosen[tests.labels[chosen] == c]
-            rank[own] = torch.arange(len(own))
-        chosen = chosen[rank[chosen] < profile[tests.labels[chosen]]]
+    chosen = images_to_learn_from(tests.labels, profile, torch_generator(recipe.seed, "test-time"))
 
     def views(batch: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = []
@@ -223,8 +216,7 @@ def learnt_weights(
             found.append(engine.predict(model, batches, len(batch), recipe.evaluation.batch_size))
         return found[0], found[1]
 
-    rate = recipe.optimizer.lr
-    weights = weights_of_agreement(views, chosen, recipe.model.experts, rate, recipe.seed)
+    weights = weights_of_agreement(views, chosen, recipe.model.experts, recipe.optimizer, recipe.seed)
     console.note(f"evaluate: weights of the experts, learnt without labels: {', '.join(f'{w:.3f}' for w in weights)}")
     if weights.max() > 0.5:
         console.warn(
