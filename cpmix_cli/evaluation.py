@@ -79,6 +79,19 @@ def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, r
     return torch.empty_like(profile).scatter(0, order, profile)
 
 
+def stands_for(labels: Tensor, profile: Tensor | None) -> Tensor:
+    """How many images of a test set each one of N stands for [N] float64: one, or its part of those of its class.
+
+    Args:
+        labels: [N].
+        profile: as if each class had so many test images [C] (see shifted_profile()): what is expected of a random
+            subset; None for the images that there are.
+    """
+    if profile is None:
+        return torch.ones(len(labels), dtype=torch.float64)
+    return (profile / torch.bincount(labels, minlength=len(profile)))[labels].double()
+
+
 def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor | None = None) -> dict[str, Any]:
     """The numbers of metrics.json: percent, null for a group without classes.
 
@@ -86,17 +99,14 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor |
         logits: raw, [N, C].
         labels: [N].
         groups: many, medium or few for each class [C].
-        profile: as if each class had so many test images [C] (see shifted_profile()): what is expected of a random
-            subset; None for the images that there are.
+        profile: see stands_for().
 
     Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
     """
     matrix = confusion_matrix(labels, logits.argmax(1), len(groups))
     accuracy = class_accuracy(matrix)
     tested = ~accuracy.isnan()
-    weights = torch.ones(len(labels), dtype=torch.float64)
-    if profile is not None:
-        weights = (profile / matrix.sum(1))[labels].double()
+    weights = stands_for(labels, profile)
     right = (logits.argmax(1) == labels).double()
 
     def mean(chosen: Tensor) -> float | None:
@@ -118,6 +128,11 @@ def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     adjustment.
     """
     return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
+
+
+def post_hoc(logits: Tensor, class_counts: Tensor, recipe: Evaluation) -> Tensor:
+    """Logits [N, C], of an expert or of all, adjusted and scaled as [evaluation] says."""
+    return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ def predicted(
         routes = predict(model, batches, num_samples, recipe.batch_size, lambda x: model.routed(x)[1])
         weights = routed_weights(routes, recipe.routing_threshold)
     logits = combined(experts, recipe.aggregate, model, class_counts, weights)
-    return Predicted(adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature, experts, weights)
+    return Predicted(post_hoc(logits, class_counts, recipe), experts, weights)
 
 
 def tau_normalised(model: Classifier, tau: float) -> None:

@@ -569,11 +569,14 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     must("train-stage1", "--data", digits, *flags, "--epochs", 4, "--out", tmp_path)
     plain = must("evaluate", "--from", tmp_path, "--json").json
     assert (plain["test_distribution"], plain["temperature"]) == ("uniform", 1.0)
+    assert (plain["num_test"], plain["num_test_profile"]) == (500, None)
     found = {}
     for way in ("forward", "backward"):
         shifted = must("evaluate", "--from", tmp_path, "--test-distribution", way, "--ratio", 20, "--json").json
         assert shifted["folder"] == str(tmp_path / "evaluation" / f"stage1-{way}-20")
         assert shifted["test_distribution"] == f"{way}-20"
+        # 50 images a class at most, then 50 / 20 ** (c / 9), cut to whole ones.
+        assert (shifted["num_test"], shifted["num_test_profile"]) == (500, 50 + 35 + 25 + 18 + 13 + 9 + 6 + 4 + 3 + 2)
         assert shifted["balanced_accuracy"] == plain["balanced_accuracy"]
         found[way] = [n["top1"] for n in (shifted, *shifted["experts"])]
     assert found["forward"] != found["backward"]
@@ -581,6 +584,17 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     warm = must("evaluate", "--from", tmp_path, "--set", "evaluation.temperature=2.5", "--json").json
     assert warm["folder"].endswith("stage1-temperature-2.5")
     assert (warm["top1"], warm["ece"] != plain["ece"]) == (plain["top1"], True)
+    # Each expert is measured as their mean is; what is saved is raw.
+    flags = ["--set", "evaluation.temperature=2.5", "--set", "evaluation.logit_adjustment=1.0", "--json"]
+    changed = must("evaluate", "--from", tmp_path, *flags).json
+    tensors, _ = artifacts.read_tensors(Path(changed["folder"]) / "logits.safetensors")
+    raw, _ = artifacts.read_tensors(tmp_path / "evaluation" / "stage1" / "logits.safetensors")
+    assert tensors["expert_logits"].equal(raw["expert_logits"])
+    prior = open_dataset(digits, needed_by="a test").class_counts / 614
+    for z, expert in zip(raw["expert_logits"], changed["experts"], strict=True):
+        again = summary((z - torch.tensor(prior).log()) / 2.5, raw["labels"], ["many"] * 10)
+        assert [expert[key] for key in ("top1", "ece")] == [again[key] for key in ("top1", "ece")]
+    assert [expert["top1"] for expert in changed["experts"]] != [expert["top1"] for expert in plain["experts"]]
     flags = ["--set", "evaluation.aggregate=test-time", "--test-distribution", "backward", "--json"]
     learnt = must("evaluate", "--from", tmp_path, *flags).json
     assert learnt["folder"].endswith("stage1-backward-50-aggregate-test-time")
@@ -598,6 +612,15 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     result = cpmix("evaluate", "--from", tmp_path, "--ratio", 10)
     assert result.code == 2
     assert "--ratio is that of a --test-distribution" in result.stderr
+    result = cpmix("evaluate", "--from", tmp_path, "--test-distribution", "forward", "--ratio", "inf")
+    assert (result.code, "--ratio inf: no number that a class can be larger by" in result.stderr) == (2, True)
+    for way in ("forward", "backward"):
+        result = cpmix("evaluate", "--from", tmp_path, "--test-distribution", way, "--ratio", 51)
+        assert (result.code, "--ratio 51 leaves 1 class without a test image: the largest has 50" in result.stderr) == (
+            3,
+            True,
+        )
+        assert "fix: --ratio 50, or less" in result.stderr
     assert cpmix("evaluate", "--from", tmp_path, "--test-distribution", "sideways").code == 2
 
 
@@ -692,6 +715,18 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"routers"}
     found = must("evaluate", "--from", run, "--json").json
     assert 1 <= found["experts_used"] <= 3
+    shifted = must("evaluate", "--from", run, "--test-distribution", "backward", "--json").json
+    tensors, _ = artifacts.read_tensors(Path(shifted["folder"]) / "logits.safetensors")
+    logits, experts, labels = tensors["logits"], tensors["expert_logits"], tensors["labels"]
+    so_far = experts.cumsum(0) / torch.arange(1, 4)[:, None, None]
+    used = (so_far - logits).abs().sum(2).argmin(0) + 1.0
+    by_class = torch.stack([used[labels == c].double().mean() for c in range(10)])
+    profile = torch.from_numpy(exponential_counts(50, 10, 50)).flip(0).double()  # digits' classes stand by their size
+    assert shifted["experts_used"] == pytest.approx(float(by_class @ profile / profile.sum()), abs=1e-3)
+    assert abs(shifted["experts_used"] - found["experts_used"]) > 0.005
+    weight = sum((used >= k).double() / used for k in range(1, 2))
+    by_class = torch.stack([weight[labels == c].mean() for c in range(10)])
+    assert shifted["expert_weights"][0] == pytest.approx(float(by_class @ profile / profile.sum()), abs=1e-3)
     for threshold, same in (("0", stage1), ("1", stage1["experts"][0])):
         other = must("evaluate", "--from", run, "--set", f"evaluation.routing_threshold={threshold}.0", "--json").json
         assert other["folder"].endswith(f"finetune-routing-threshold-{threshold}")

@@ -5,6 +5,7 @@ of the same classes.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +29,10 @@ from cpmix_cli.evaluation import (
     Predicted,
     class_accuracy,
     confusion_matrix,
+    post_hoc,
     predicted,
     shifted_profile,
+    stands_for,
     summary,
     tau_normalised,
 )
@@ -103,6 +106,8 @@ def run(options: Options) -> None:
         )
     if options.test_distribution == "uniform" and options.ratio != 50:
         raise UsageError("--ratio is that of a --test-distribution: forward or backward", needed_by="evaluate")
+    if not math.isfinite(options.ratio):
+        raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by", needed_by="evaluate")
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
@@ -180,14 +185,27 @@ def requested_profile(options: Options, dataset: Dataset, labels: torch.Tensor) 
     """What --test-distribution asks for [C].
 
     Raises:
-        InputError: a class has no test image.
+        InputError: a class has no test image, or would have none under this ratio.
     """
     if options.test_distribution == "uniform":
         return None
     num_test = torch.bincount(labels, minlength=dataset.num_classes)
     if empty := int((num_test == 0).sum()):
         raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
-    return shifted_profile(torch.tensor(dataset.class_counts), num_test, options.test_distribution, options.ratio)
+    counts, most = torch.tensor(dataset.class_counts), int(num_test.min())
+    profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
+    if not profile.all():
+        # The number of images itself, or the one below: a quotient may come out short of 1.
+        ratios = range(most, 0, -1)
+        highest = next(r for r in ratios if shifted_profile(counts, num_test, options.test_distribution, r).all())
+        num_empty = int((profile == 0).sum())
+        raise InputError(
+            f"--ratio {options.ratio:g} leaves {num_empty} class{'es' if num_empty > 1 else ''} without a test image: "
+            f"the largest has {most}",
+            needed_by=f"evaluate --test-distribution {options.test_distribution}",
+            fix=f"--ratio {highest}, or less",
+        )
+    return profile
 
 
 def learnt_weights(
@@ -333,16 +351,22 @@ def publish(
     groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
     shares, used = None, float(len(experts))
     if weights is not None:
-        shares = [round(share, 4) for share in weights.view(len(experts), -1).mean(1).tolist()]
-        used = round(float((weights > 0).double().sum(0).mean()), 3)
+        by_image = weights.view(len(experts), -1).double().expand(-1, len(labels))
+        share_of_images = stands_for(labels, profile)
+        share_of_images /= share_of_images.sum()
+        shares = [round(share, 4) for share in (by_image @ share_of_images).tolist()]
+        used = round(float((by_image > 0).double().sum(0) @ share_of_images), 3)
+    counts = torch.tensor(dataset.class_counts)
+    own = [post_hoc(z, counts, recipe.evaluation) for z in experts] if len(experts) > 1 else []
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups, profile),
         "test_distribution": options.distribution,
+        "num_test_profile": None if profile is None else int(profile.sum()),
         "num_experts": len(experts),
         "expert_weights": shares,
         "experts_used": used,
-        "experts": [summary(z, labels, groups, profile) for z in experts] if len(experts) > 1 else [],
+        "experts": [summary(z, labels, groups, profile) for z in own],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
         "confusion_source": recipe.confusion.source,
         "checkpoint_sha256": checkpoint,
