@@ -187,12 +187,18 @@ def tau_normalised(model: Classifier, tau: float) -> None:
 def predictions_of(
     dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that gives labels [N] and predictions [N] of the model as it is then, on a split held ready."""
+    """A function that gives labels [N] and predictions [N] of the model as it is then, on a split held ready.
+
+    As [evaluation] says, but for two of its keys: without weights learnt at test time experts are averaged, as are all
+    of them before there are routers; and tau_norm changes weights, so a network in training goes without.
+    """
     inputs, labels = dataset.read(split)
     batches = make_batches(inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
 
+    counts = torch.tensor(dataset.class_counts)
+
     def measure() -> tuple[Tensor, Tensor]:
-        return labels, predict(model, batches, len(labels), recipe.evaluation.batch_size).mean(0).argmax(1)
+        return labels, predicted(model, batches, len(labels), counts, recipe.evaluation).logits.argmax(1)
 
     return measure
 

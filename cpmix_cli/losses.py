@@ -272,7 +272,7 @@ def expert_diversity(
     reweighting: Tensor,
     *,
     diversity: float,
-    temperature_spread: Fraction,
+    temperature_spread: Fraction = 0.0,
     against: Literal["mean", "others"] = "mean",
 ) -> Tensor:
     """- diversity mean(T)^2 sum_e KL(q || p_e): experts that differ from their mean are rewarded.
@@ -282,7 +282,7 @@ def expert_diversity(
 
     Args:
         diversity: lambda; below 0 experts are drawn together.
-        temperature_spread: s.
+        temperature_spread: s; 0 where no class weights come, and T stays 1.
         against: Differs: the paper has the mean over the other experts of KL(p_e || p_j), and the released code, which
             its numbers come from, the mean expert: "others" and "mean".
 

@@ -174,6 +174,12 @@ class Confusion(Table):
     predictions: Literal["ensemble", "each-expert"] = "ensemble"
     """Of several experts: what their mean takes for what, or each of them, all in one bag. source = "train" only."""
 
+    @model_validator(mode="after")
+    def _each_expert_in_training(self) -> "Confusion":
+        if self.predictions == "each-expert" and self.source != "train":
+            raise ValueError(f'predictions = "each-expert" is of source = "train", not of "{self.source}"')
+        return self
+
 
 class Term(BaseModel):
     """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
@@ -317,6 +323,12 @@ class Evaluation(Table):
     tau_norm: float = Field(default=0.0, ge=0, le=100)
     """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
 
+    @model_validator(mode="after")
+    def _threshold_is_of_routers(self) -> "Evaluation":
+        if self.routing_threshold != 0.5 and self.aggregate != "routed":
+            raise ValueError('routing_threshold needs aggregate = "routed"')
+        return self
+
 
 class Recipe(Table):
     """A whole recipe."""
@@ -352,6 +364,10 @@ class Recipe(Table):
                 )
             if (term.loss == "routing") != (routed and name.startswith("finetune.")):
                 raise ValueError(f'{name}: loss = "routing" and finetune.head = "routers" go together')
+            if term.parameters.get("temperature_spread") and term.reweight is None:
+                raise ValueError(
+                    f"{name}.temperature_spread is of the epochs whose class weights count: needs reweight"
+                )
             if term.teacher is not None and not name.startswith("stage1."):
                 raise ValueError(f"{name}.teacher: only stage1 has one")
             if term.loss == "sade" and self.model.experts != 3:
@@ -368,6 +384,13 @@ class Recipe(Table):
             raise ValueError('confusion.predictions = "each-expert" needs several experts')
         if self.model.experts == 1 and self.evaluation.aggregate != "mean":
             raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
+        if self.evaluation.aggregate == "routed" and not routed:
+            raise ValueError('evaluation.aggregate = "routed" needs finetune.head = "routers"')
+        if self.evaluation.aggregate == "targets" and self.model.head == "cosine":
+            raise ValueError(
+                'evaluation.aggregate = "targets" scales heads to one size, which says nothing of the logits of '
+                'model.head = "cosine"'
+            )
         s = self.schedule
         if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
             raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
@@ -396,6 +419,8 @@ class Recipe(Table):
         """The tables that a phase's numbers depend on."""
         tables = self.tables()
         names = PHASE_TABLES.get(phase, ("evaluation",))
+        if phase in ("stage1", "stage2") and self.confusion.source != "train":
+            names = (*names, "evaluation")  # it says how experts become the one that confuses
         return {name: tables[name] for name in names if name in tables}
 
     def to_toml(self) -> str:

@@ -143,6 +143,21 @@ def test_fused_experts_are_looped_experts() -> None:
         (["optimizer.expert_rates=target-share"], "needs several experts"),
         (["confusion.predictions=each-expert"], "needs several experts"),
         (["evaluation.aggregate=targets"], "needs several experts"),
+        (
+            ["model.experts=2", "model.head=cosine", "evaluation.aggregate=targets"],
+            'says nothing of the logits of model.head = "cosine"',
+        ),
+        (["model.experts=2", "evaluation.aggregate=routed"], 'needs finetune.head = "routers"'),
+        (["model.experts=2", "evaluation.routing_threshold=0.3"], 'routing_threshold needs aggregate = "routed"'),
+        (
+            ["model.experts=2", "confusion.predictions=each-expert", "confusion.source=heldout"],
+            'predictions = "each-expert" is of source = "train", not of "heldout"',
+        ),
+        (
+            [f"stage1.terms.erm.{key}" for key in ("regulariser=expert-diversity", "diversity=1.0")]
+            + ["stage1.terms.erm.temperature_spread=0.05"],
+            "stage1.terms.erm.temperature_spread is of the epochs whose class weights count: needs reweight",
+        ),
         (["model.experts=3", "model.shared_stages=3"], "it has 3 stages, and an expert needs one of its own"),
         (["model.experts=3", "model.expert_width=0.77"], "gives channels that no shortcut joins: [16, 25, 49]"),
         (["model.experts=3", "model.name=one-hidden-layer"], "it has no stages to share"),
@@ -525,7 +540,6 @@ loss = "ldam"
 scale = 30.0
 regulariser = "expert-diversity"
 diversity = 0.45
-temperature_spread = 0.05
 [stage2.terms.erm]
 loss = "ldam"
 scale = 30.0
@@ -622,6 +636,30 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
         )
         assert "fix: --ratio 50, or less" in result.stderr
     assert cpmix("evaluate", "--from", tmp_path, "--test-distribution", "sideways").code == 2
+
+
+def test_predictions_in_training_are_those_of_evaluate(digits: Path, tmp_path: Path) -> None:
+    settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "evaluation.aggregate=targets"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    flags += ["--recipe", "digits/cross-entropy", "--epochs", 3, "--eval-every", 3]
+    must("train-stage1", "--data", digits, *flags, "--out", tmp_path)
+    curve = artifacts.read_table(tmp_path / "stage1" / "metrics.parquet")["test_accuracy"]
+    found = must("evaluate", "--from", tmp_path, "--json").json
+    assert round(100 * curve.iloc[-1], 2) == found["top1"]
+    assert (
+        must("evaluate", "--from", tmp_path, "--set", "evaluation.aggregate=mean", "--json").json["top1"]
+        != found["top1"]
+    )
+
+
+def test_confusions_of_another_split_depend_on_the_evaluation() -> None:
+    """Its key says which predictions are counted, so phases of one are not those of the other."""
+    for source, alike in (("train", True), ("heldout", False)):
+        flags = ["model.experts=3", f"confusion.source={source}"]
+        mean = load("digits/cpmix", settings=flags)
+        targets = load("digits/cpmix", settings=[*flags, "evaluation.aggregate=targets"])
+        for phase in ("stage1", "stage2"):
+            assert (mean.tables_of(phase) == targets.tables_of(phase)) == alike
 
 
 def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
