@@ -25,7 +25,8 @@ def target_classes(class_counts: Tensor, num_experts: int) -> Tensor:
     Three experts take all, medium and few, few, where all three groups have classes; otherwise expert k of E takes the
     (E - k) / E rarest classes, k from 0.
 
-    Source: Cai et al., ACE, from its description.
+    Source: Cai et al., ACE, from its description. Differs: for other numbers than three it is not known where the
+    splits lie, so they are equal shares of the classes by rank, whatever the groups are.
     """
     num_classes = len(class_counts)
     rank = class_counts.argsort(descending=True, stable=True).argsort(stable=True)  # 0 is the commonest

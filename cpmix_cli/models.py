@@ -9,7 +9,7 @@ business: see build_model().
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,23 +199,45 @@ def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0, groups: 
 
 
 class Looped(nn.ModuleList):
-    """Experts one after the other, each on the same maps."""
+    """Experts one after the other, each on the same maps.
+
+    Args:
+        experts: the stages of each.
+        detached: no gradient goes back into the maps but the first expert's.
+    """
+
+    def __init__(self, experts: Iterable[nn.Module], *, detached: bool) -> None:
+        super().__init__(experts)
+        self.detached = detached
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, E D, H', W']."""
-        return torch.cat([expert(x) for expert in self], 1)
+        first, *later = self
+        others = x.detach() if self.detached else x
+        return torch.cat([first(x), *(expert(others) for expert in later)], 1)
 
 
 class Fused(nn.Sequential):
-    """Experts at once, as groups of channels."""
+    """Experts at once, as groups of channels.
 
-    def __init__(self, num_experts: int, *blocks: BasicBlock) -> None:
+    Args:
+        num_experts: E.
+        blocks: of E groups.
+        detached: as of Looped.
+    """
+
+    def __init__(self, num_experts: int, *blocks: BasicBlock, detached: bool) -> None:
         super().__init__(*blocks)
         self.num_experts = num_experts
+        self.detached = detached
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, E D, H', W']."""
-        out: Tensor = super().forward(x.repeat(1, self.num_experts, 1, 1))  # type: ignore[no-untyped-call]
+        if self.detached:
+            maps = torch.cat([x, x.detach().repeat(1, self.num_experts - 1, 1, 1)], 1)
+        else:
+            maps = x.repeat(1, self.num_experts, 1, 1)
+        out: Tensor = super().forward(maps)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -243,9 +265,11 @@ class CifarExperts(Classifier):
             )
         self.experts: nn.Module
         if recipe.expert_layout == "fused":
-            self.experts = Fused(experts, *basic_stages(own, blocks, first=shared, groups=experts))
+            grouped = basic_stages(own, blocks, first=shared, groups=experts)
+            self.experts = Fused(experts, *grouped, detached=recipe.detached_experts)
         else:
-            self.experts = Looped(nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
+            stages = (nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
+            self.experts = Looped(stages, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1], num_classes) for _ in range(experts))
 
     def features(self, x: Tensor) -> Tensor:
@@ -309,7 +333,8 @@ class ImageNetExperts(Classifier):
         num_in = planes[shared - 1] * block.expansion
         own = [round(recipe.expert_width * p) for p in planes[shared:]]
         lengths = [len(stage) for stage in stages[shared:]]
-        self.experts = Looped(_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
+        branches = (_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
+        self.experts = Looped(branches, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
 
     def features(self, x: Tensor) -> Tensor:

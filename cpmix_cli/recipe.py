@@ -76,11 +76,14 @@ class Model(Table):
     experts: int = Field(default=1, ge=1, le=100)
     """Branches of the network, each with a head of its own; the logits are their mean."""
     shared_stages: int = Field(default=1, ge=1)
-    """Stages that all experts share, after the stem; the rest each has for itself."""
+    """Stages that all experts share, after the stem; the rest each has for itself. RIDE has 1 on the CIFAR networks,
+    which have three, and 2 on torchvision's."""
     expert_width: float = Field(default=1.0, gt=0, le=1)
     """Channels of an expert's own stages, as a share of the network's."""
     expert_layout: Literal["loop", "fused"] = "loop"
     """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
+    detached_experts: bool = False
+    """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
 
     @field_validator("name")
     @classmethod
@@ -89,7 +92,7 @@ class Model(Table):
             raise ValueError(f"unknown.{suggest(name, known('model'))}")
         return name
 
-    _of_experts: ClassVar[tuple[str, ...]] = ("shared_stages", "expert_width", "expert_layout")
+    _of_experts: ClassVar[tuple[str, ...]] = ("shared_stages", "expert_width", "expert_layout", "detached_experts")
 
     @model_validator(mode="after")
     def _has_experts(self) -> "Model":

@@ -104,7 +104,8 @@ def test_each_expert_is_the_plain_network_with_its_own_stages() -> None:
 def fused_twin(model: Classifier) -> Classifier:
     """The same network in the other layout: experts' channels side by side."""
     assert isinstance(model.experts, Looped)
-    twin = network(experts=len(model.experts), expert_width=0.75, expert_layout="fused").to(torch.float64)
+    keys = {"expert_layout": "fused", "detached_experts": model.experts.detached}
+    twin = network(experts=len(model.experts), expert_width=0.75, **keys).to(torch.float64)
     weights = model.state_dict()
     fused = {}
     for name, own in twin.state_dict().items():
@@ -117,9 +118,10 @@ def fused_twin(model: Classifier) -> Classifier:
     return twin
 
 
-def test_fused_experts_are_looped_experts() -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_fused_experts_are_looped_experts(detached: bool) -> None:
     """In training mode: logits, gradients and running statistics."""
-    looped = network(experts=3, expert_width=0.75).to(torch.float64).train()
+    looped = network(experts=3, expert_width=0.75, detached_experts=detached).to(torch.float64).train()
     fused = fused_twin(looped).train()
     x = torch.randn(6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for model in (looped, fused):
@@ -134,9 +136,32 @@ def test_fused_experts_are_looped_experts() -> None:
     torch.testing.assert_close(looped.conv1.weight.grad, fused.conv1.weight.grad)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("layout", ["loop", "fused"])
+def test_detached_experts_leave_the_shared_stages_to_the_first(layout: str) -> None:
+    """The same logits; later experts move only what is theirs, and the first moves what it does in any case."""
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    models = [network(experts=3, expert_layout=layout, detached_experts=detached).train() for detached in (False, True)]
+    attached, detached = ([z.square().sum() for z in model.expert_logits(x)] for model in models)
+    assert [loss.item() for loss in attached] == pytest.approx([loss.item() for loss in detached])
+    shared = [(model.conv1.weight, *model.shared.parameters()) for model in models]  # type: ignore[union-attr, operator]
+    for k in range(3):
+        moved, left = (
+            torch.autograd.grad(losses[k], parameters, retain_graph=True, allow_unused=True)
+            for losses, parameters in zip((attached, detached), shared, strict=True)
+        )
+        for a, b in zip(moved, left, strict=True):
+            assert a.any()
+            torch.testing.assert_close(
+                b if b is not None else torch.zeros_like(a), a if k == 0 else torch.zeros_like(a)
+            )
+        head = models[1].heads[k].weight
+        assert torch.autograd.grad(detached[k], head, retain_graph=True)[0].any()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["model.detached_experts=true"], "detached_experts needs experts = 2 or more"),
         (["model.expert_width=0.75"], "expert_width needs experts = 2 or more"),
         (["model.experts=2", "stage1.terms.erm.loss=sade"], "is one of 3 experts: model.experts = 2"),
         (["stage1.terms.erm.loss=ace"], "is one of several experts: model.experts = 1"),
