@@ -234,14 +234,15 @@ class Step:
             if state.model.routers is not None:
                 logits = []
                 for part in parts:
-                    z, part.routes = state.model.routed(part.x)
+                    z, routes = state.model.routed(part.x)
+                    part.routes = _at_least_fp32(routes)
                     logits.append(z)
             elif plan.joint_forward:
                 joint = state.model.expert_logits(torch.cat([part.x for part in parts]))
                 logits = list(torch.split(joint, size, 1))
             else:
                 logits = [state.model.expert_logits(part.x) for part in parts]
-        logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+        logits = [_at_least_fp32(z) for z in logits]
         losses = [term.loss(z, part, class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
         total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
         state.optimizer.zero_grad(set_to_none=True)
@@ -262,8 +263,9 @@ class Step:
             if term is counted:
                 weight = collects if part.unmixed is None else collects * part.unmixed[0]
                 for seen in z.detach() if plan.confusion_of_each else z.detach().mean(0)[None]:
-                    count_confusions(state.confusion, part.y1, seen.argmax(1), weight)
-                errors = (size - right) * weight
+                    predicted = seen.argmax(1)
+                    count_confusions(state.confusion, part.y1, predicted, weight)
+                    errors = errors + (size - (predicted == part.y1).sum()) * weight
         values = [total, *losses, norm, correct, errors]
         state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])
         # A sum that is not finite never is again: this one counts the steps before the first that was not.
@@ -286,7 +288,7 @@ class Step:
         assert teacher is not None  # train_stage1 sees to it
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
             logits: Tensor = teacher(x)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _at_least_fp32(logits)
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
@@ -296,6 +298,10 @@ class Step:
             found = model.features(x).float()
         model.train(self._plan.train_mode)
         return found
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @cache

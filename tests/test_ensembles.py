@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation,
 from cpmix_cli.models import Classifier, Looped, add_routers, build_model
 from cpmix_cli.phases.train_stage1 import prepare
 from cpmix_cli.phases.training import training_data
-from cpmix_cli.plans import Setting, fresh_state
+from cpmix_cli.plans import Setting, fresh_state, prepared
 from cpmix_cli.recipe import Model, Optimizer, load
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, Step, TrainingState, sum_names
@@ -595,12 +596,11 @@ def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
         assert expert["top1"] == round(100 * float((z.argmax(1) == tensors["labels"]).double().mean()), 2)
         assert expert["num_test"] == 500
     must("confusion-report", "--from", run)
-    # Each expert's errors are counted: more of them in the pairs than the ensemble made in all epochs.
+    # Each expert's errors are counted: all that go into the pairs, and more than the ensemble made.
     pairs = artifacts.read_table(run / "stage2" / "confusion_pairs.parquet")
-    made = sum(
-        artifacts.read_table(run / phase / "metrics.parquet")["num_confusions"].sum() for phase in ("stage1", "stage2")
-    )
-    assert pairs["count"].sum() > 1.5 * made
+    epochs = pd.concat([artifacts.read_table(run / phase / "metrics.parquet") for phase in ("stage1", "stage2")])
+    assert pairs["count"].sum() == epochs["num_confusions"].sum()
+    assert epochs["num_confusions"].sum() > 1.5 * (417 * (1 - epochs["train_accuracy"])).sum()
 
 
 def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> None:
@@ -807,6 +807,23 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
         flags = [flag for setting in settings for flag in ("--set", setting)]
         result = cpmix("train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", *flags, "--out", run)
         assert (result.code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_routers_learn_in_fp32(digits: Path) -> None:
+    """Under bf16 autocast too: their loss is that of their logits in full, as the experts' is."""
+    settings = ["model.experts=3", "finetune.head=routers", 'finetune.train=["routers"]']
+    settings += [f"finetune.terms.erm.{key}" for key in ("loss=routing", "draw=natural")]
+    setting = Setting(
+        load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "bf16", {}
+    )
+    plan, state = prepared(setting, "finetune")
+    state.model.train(plan.train_mode)
+    model = copy.deepcopy(state.model)
+    x, labels, sums = first_step(setting, plan, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, routes = model.routed(x)
+    assert routes.dtype == torch.bfloat16
+    assert sums["loss"] == routing(logits.float(), routes.float(), labels).item()
 
 
 def test_rates_of_ace(digits: Path) -> None:
