@@ -53,15 +53,21 @@ def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
 
 def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
     flags = ("--data", digits, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--set", "model.precision=fp32")
-    measured = must("bench", "--recipe", "digits/cross-entropy", "--set", "model.experts=2", *flags, "--json").json
+    idle = ("draw=natural", "loss=cross-entropy", "teacher=distillation", "weight=0")  # it does not count
+    settings = ("model.experts=2", "model.expert_width=0.75", *(f"stage1.terms.idle.{key}" for key in idle))
+    command = ("bench", "--recipe", "digits/cross-entropy", *(f for s in settings for f in ("--set", s)), *flags)
+    measured = must(*command, "--json").json
     rounds = measured["images_per_second_by_round"]
     names = {"loop": "network_stage1_fp32", "fused": "experts_fused"}
-    assert measured["ratio_to_one_expert"] == {
-        layout: median(a / b for a, b in zip(rounds[name], rounds["one_expert"], strict=True))
+    assert measured["ratio_to_plain_network"] == {
+        layout: median(a / b for a, b in zip(rounds[name], rounds["plain"], strict=True))
         for layout, name in names.items()
     }
+    table = must(*command).stdout
+    assert "network alone, plain, fp32 " in table and "network alone, experts fused, fp32 " in table
+    assert "experts to the plain network of full width, each alone, images/s: loop " in table
     plain = must("bench", "--recipe", "digits/cross-entropy", *flags, "--json").json
-    assert plain["ratio_to_one_expert"] == {}
+    assert plain["ratio_to_plain_network"] == {}
 
 
 def test_bench_needs_images(toy: Path) -> None:

@@ -35,7 +35,7 @@ from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.runs import PHASES
 from cpmix_cli.step import TrainingData
-from cpmix_cli.terms import check_fits
+from cpmix_cli.terms import check_fits, compile_stage
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
 MIN_STEPS = 3  # of a contender in a round
@@ -92,7 +92,7 @@ def run(options: Options) -> None:
     name = options.recipe or dataset.record["recipe"]
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape)
-    if any(term.teacher is not None for term in recipe.stage1.terms.values()):
+    if any(term.taught for term in compile_stage(recipe.stage1)):
         raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
@@ -121,7 +121,7 @@ def run(options: Options) -> None:
     # Each phase stands beside the network it is compared with.
     contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
     if recipe.model.experts > 1:
-        contenders["one expert"] = partial(other_network, experts=1)
+        contenders["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
         other = "loop" if recipe.model.expert_layout == "fused" else "fused"
         with suppress(ValueError), torch.device("meta"):  # a network without that layout
             changed = recipe.model.model_copy(update={"expert_layout": other})
@@ -168,13 +168,13 @@ def run(options: Options) -> None:
         **{f"network_{p}_images_per_second": network[p].median if p in phases else None for p in PHASES},
         "ratio_to_reference": {p: timings[p].ratio_to(timings["reference"]) for p in phases},
         "ratio_to_network": {p: timings[p].ratio_to(network[p]) for p in phases},
-        "ratio_to_one_expert": {
-            layout: timing.ratio_to(timings["one expert"])
+        "ratio_to_plain_network": {
+            layout: timing.ratio_to(timings["plain"])
             for layout, timing in (
                 (recipe.model.expert_layout, network["stage1"]),
                 *((name.split()[1], timing) for name, timing in timings.items() if name.startswith("experts ")),
             )
-            if "one expert" in timings
+            if "plain" in timings
         },
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
@@ -331,7 +331,7 @@ def report(
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
         rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
     for name, timing in timings.items():
-        if name == "one expert" or name.startswith("experts "):
+        if name == "plain" or name.startswith("experts "):
             rows.append(row(f"network alone, {name}, {fields['precision']}", timing))
     for phase in phases:
         title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"
@@ -341,10 +341,10 @@ def report(
     parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
     without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
-    ratios = [f"{layout} {ratio:.2f}" for layout, ratio in fields["ratio_to_one_expert"].items()]
+    ratios = [f"{layout} {ratio:.2f}" for layout, ratio in fields["ratio_to_plain_network"].items()]
     lines = [
         "",
-        *([f"experts to one expert, the network alone, images/s: {', '.join(ratios)}"] if ratios else []),
+        *([f"experts to the plain network of full width, each alone, images/s: {', '.join(ratios)}"] if ratios else []),
         f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}"
         f"{without}",
         f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",

@@ -16,7 +16,7 @@ from cpmix_cli.phases.training import Options, train
 from cpmix_cli.plans import Setting, fresh_state, stage_plan
 from cpmix_cli.runs import PhaseFolder
 from cpmix_cli.step import Plan, TrainingState
-from cpmix_cli.terms import check_fits
+from cpmix_cli.terms import check_fits, compile_stage
 
 
 def run(options: Options, out: Path, init: Path | None, teacher: Path | None) -> None:
@@ -71,7 +71,7 @@ def check_teacher(recipe: recipes.Recipe, source: PhaseFolder | None) -> None:
         UsageError: one is without the other.
         InputError: the teacher learnt from images normalised differently.
     """
-    taught = [name for name, term in recipe.stage1.terms.items() if term.teacher is not None and term.weight > 0]
+    taught = [term.name for term in compile_stage(recipe.stage1) if term.taught]
     if taught and source is None:
         raise UsageError(
             f"stage1.terms.{taught[0]} learns from a teacher",
