@@ -124,10 +124,10 @@ def transport(
     regularisation: Positive = 0.01,
 ) -> Tensor:
     """The image that optimal transport sends each partner to: argmax_j T_kj of the entropic plan between partners k and
-    images j, at cost w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(j's class | k's class)), P the rows of the confusions.
+    images j, at cost w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(j's class | k's class)), w the feature_weight, P the rows
+    of the confusions.
 
     Args:
-        feature_weight: w.
         regularisation: of the entropy.
 
     Source: Gao et al., OTmix. Differs: features are pooled, in eval mode and without a gradient; the

@@ -328,7 +328,8 @@ class Evaluation(Table):
 
     @model_validator(mode="after")
     def _threshold_is_of_routers(self) -> "Evaluation":
-        if self.routing_threshold != 0.5 and self.aggregate != "routed":
+        usual = type(self).model_fields["routing_threshold"].default
+        if self.routing_threshold != usual and self.aggregate != "routed":
             raise ValueError('routing_threshold needs aggregate = "routed"')
         return self
 

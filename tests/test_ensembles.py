@@ -648,6 +648,8 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     assert uniform["folder"].endswith("stage1-aggregate-test-time")
     assert sum(uniform["expert_weights"]) == pytest.approx(1, abs=1e-3)
     assert uniform["expert_weights"] != learnt["expert_weights"]
+    result = cpmix("evaluate", "--from", tmp_path, "--set", "evaluation.aggregate=routed")
+    assert (result.code, 'needs finetune.head = "routers"' in result.stderr) == (2, True)
     result = cpmix("evaluate", "--from", tmp_path, "--ratio", 10)
     assert result.code == 2
     assert "--ratio is that of a --test-distribution" in result.stderr
