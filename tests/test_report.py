@@ -114,6 +114,23 @@ def test_values_of_whole_images_fall_into_whole_bins() -> None:
     assert sorted(figures.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
 
 
+def test_single_cells_of_a_large_matrix_are_seen() -> None:
+    values = np.zeros((7, 5))
+    values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1
+    assert figures.largest_of_blocks(values, 2).tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 3]]
+    matrix = np.diag([100] * 2400)
+    matrix[2000, 300] = 40
+    picture = {}
+    for name, cells in (("one", matrix), ("none", np.diag([100] * 2400))):
+        names = [str(c) for c in range(2400)]
+        counts = np.arange(2400, 0, -1)
+        picture[name] = pixels(figures.encode(figures.confusion_heat_map(cells, names, counts, title=""), "png"))
+    changed = np.argwhere((picture["one"] != picture["none"]).any(2))
+    assert len(changed) >= 1
+    spread = changed.max(0) - changed.min(0)
+    assert (spread <= 6).all()  # a cell, in one place
+
+
 def test_a_perfect_classifier_has_pictures_too() -> None:
     matrix, counts, names = np.diag([4, 5, 6]), np.array([9, 5, 1]), ["a", "b", "c"]
     for png in drawn(

@@ -1,4 +1,4 @@
-"""What pictures are drawn from, and the pictures of confusion-report, as matplotlib Figures; paper.py has the paper's.
+"""What pictures are drawn from, and those of confusion-report, as matplotlib Figures; paper_figures.py has the paper's.
 
 Confusion matrices have true classes in rows and predictions in columns; classes stand in the order of their training
 images, most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without
@@ -26,6 +26,7 @@ Kind = Literal["png", "svg", "pdf"]
 DPI = 150
 GROUP_COLOURS = {"many": "#dbe9f6", "medium": "#fdebd0", "few": "#f6dbe4"}
 MAX_NAMES = 150
+MAX_CELLS = 1000  # a side: more than a picture has pixels for
 MAX_NUMBERS = 12
 NUM_GROUPS = 10
 MAX_BINS = 60
@@ -45,7 +46,7 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = DPI) -> bytes:
     """A Figure as the bytes of a file; a PDF carries its fonts (TrueType), an SVG its letters as outlines.
 
     Args:
-        figure: drawn by a function of this module or of paper.py.
+        figure: drawn by a function of this module or of paper_figures.py.
         kind: png, svg or pdf.
         dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
     """
@@ -100,10 +101,22 @@ def count_norm(*cells: Array) -> LogNorm:
     return LogNorm(vmin=min(together[together > 0]), vmax=max(10, together.max()))
 
 
+def largest_of_blocks(values: Array, block: int) -> Array:
+    """The largest value of each block of cells; a mean would fade single ones, which are most of a large matrix.
+
+    Args:
+        values: not below 0 [R, S].
+        block: cells along a side of a block; the last ones may have fewer.
+    """
+    starts = [np.arange(0, size, block) for size in values.shape]
+    largest: Array = np.maximum.reduceat(np.maximum.reduceat(values, starts[0], axis=0), starts[1], axis=1)
+    return largest
+
+
 def draw_cells(
     axes: Axes, values: Array, norm: Normalize, *, numbers: Sequence[Sequence[str]] | None = None, fontsize: float = 9
 ) -> AxesImage:
-    """Coloured cells, zero ones white.
+    """Coloured cells, zero ones white; beyond MAX_CELLS a side, blocks of them in the colour of their largest value.
 
     Args:
         axes: where.
@@ -112,7 +125,11 @@ def draw_cells(
         numbers: what stands in each cell; None: nothing.
         fontsize: of the numbers, in points.
     """
-    image = axes.imshow(np.ma.masked_equal(values, 0), cmap=COLOURS, norm=norm)
+    block = -(-max(values.shape) // MAX_CELLS)
+    shown = largest_of_blocks(values, block) if block > 1 else values
+    right, bottom = block * shown.shape[1] - 0.5, block * shown.shape[0] - 0.5
+    image = axes.imshow(np.ma.masked_equal(shown, 0), cmap=COLOURS, norm=norm, extent=(-0.5, right, bottom, -0.5))
+    axes.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5))
     for i, row in enumerate(numbers or []):
         for j, number in enumerate(row):
             dark = values[i, j] > 0 and norm(values[i, j]) > 0.55
