@@ -36,7 +36,7 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def _on_a_line(text: str) -> str:
+def on_a_line(text: str) -> str:
     """Text for a cell of a table, which a line end would break."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
@@ -133,7 +133,7 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     """
     right = [name.startswith(">") for name in header]
     named = [name.removeprefix(">") for name in header]
-    cells = [named, *[[_on_a_line(cell) for cell in row] for row in rows]]
+    cells = [named, *[[on_a_line(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [printable(title)] if title else []
     for number, row in enumerate(cells):
@@ -334,6 +334,6 @@ def _view(
     for _ in rows[0][1:] if rows else ():
         table.add_column(justify="right", no_wrap=True)
     for number, row in enumerate(shown):
-        table.add_row(*(Text(_on_a_line(cell)) for cell in row), style="" if number else "bold")
+        table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
     top.width = table.width = min(size[0], EpochProgress.WIDTH)
     return Group(top, table)

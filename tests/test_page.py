@@ -1,10 +1,12 @@
 """The page of confusion-report, in a real browser where there is one (Debian's chromium), and as text."""
 
+import base64
 import html
 import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import pandas as pd
 import pytest
 from conftest import cpmix, must
 
+from cpmix_cli.data.longtail import group_of
+from cpmix_cli.phases.confusion_report import read_reported, shown_run
+from cpmix_cli.report.images import Sheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 
@@ -26,7 +31,8 @@ def shown(matrix: np.ndarray, counts: np.ndarray, name: str = "run", confusions:
     reliability[:, 0] = 0
     reliability[3], reliability[14] = (40, 0.25, 0.5), (60, 0.99, 0.9)
     related = {} if confusions is None else relation(confusions, matrix)
-    return ShownRun(name, [("Data", "by hand")], counts, matrix, confusions, reliability, related)
+    groups = [group_of(int(n)) for n in counts]
+    return ShownRun(name, [("Data", "by hand")], counts, groups, matrix, confusions, reliability, related)
 
 
 def rendered(runs: list[ShownRun], names: list[str], *, order: np.ndarray | None = None, **more: Any) -> str:
@@ -47,6 +53,7 @@ def rendered(runs: list[ShownRun], names: list[str], *, order: np.ndarray | None
     )
 
 
+PNG = (Path(__file__).parents[1] / ".readme" / "report.png").read_bytes()
 HAND = np.array([[90, 10, 0], [5, 85, 10], [0, 30, 70]])
 COUNTS = np.array([500, 50, 5])
 NAMES = ["cat", "dog", "wolf"]
@@ -69,7 +76,10 @@ def test_page_fetches_nothing_and_escapes_every_word() -> None:
     assert page.count("<script") == 2 and page.count("</script>") == 2
     assert "<img src=x" not in page
     assert not re.search(r"https?://|//cdn|@import|\bfetch\(|XMLHttpRequest", page)
-    assert "default-src 'none'" in page and "unsafe" not in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)  # type: ignore[union-attr]
+    assert re.sub(r"'sha256-[^']+'", "HASH", policy) == (
+        "default-src 'none'; script-src HASH; style-src HASH; img-src data:; base-uri 'none'; form-action 'none'"
+    )
     assert 'src="data:image/png;base64,iVBORw=="' in page
     assert '<td class="number">12.50</td>' in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page).group(1))  # type: ignore[union-attr]
@@ -93,7 +103,12 @@ def test_page_of_8142_classes_is_small() -> None:
     np.add.at(matrix, (np.repeat(np.arange(size), 3), generator.integers(0, size, 3 * size)), 1)  # nothing is right
     counts = np.maximum(2, (1000 * 500 ** (-np.arange(size) / size)).astype(np.int64))
     names = [f"Genus{c} species-{c}" for c in range(size)]
-    assert len(rendered([shown(matrix, counts)], names, order=np.arange(size))) < 3_000_000
+    # K of a whole training: nearly two million pairs.
+    confusions = np.zeros((size, size), dtype=np.float32)
+    np.add.at(confusions, (generator.integers(0, size, 2_000_000), generator.integers(0, size, 2_000_000)), 1)
+    np.fill_diagonal(confusions, 0)
+    run = replace(shown(matrix, counts), confusions=confusions, relation=relation(confusions[:3, :3], matrix[:3, :3]))
+    assert len(rendered([run], names, order=np.arange(size))) < 5_000_000
 
 
 # -- in the browser ----------------------------------------------------------------------------------------------------
@@ -198,8 +213,23 @@ def test_groups_are_the_sums_of_their_classes(opened: Any) -> None:
     assert shows.point(2, 1) == "few taken for medium\n30 of 100 test images (30.0 %)"
     two = opened(rendered([shown(HAND, np.array([500, 400, 5]))], NAMES))
     two.page.select_option("#grouping", "groups")
-    assert two.point(0, 0) == "many, right\n190 of 200 test images (95.0 %)"
+    assert two.point(0, 0) == (
+        "many taken for a class of the same group\n190 of 200 test images (95.0 %), 175 of them right"
+    )
+    two.page.uncheck("#diagonal")  # the confusions within the group stay
+    assert two.page.evaluate("maps[0].value(0)") == 7.5
+    assert two.point(0, 0).endswith("190 of 200 test images (95.0 %), 175 of them right")
     assert two.point(0, 1) == "many taken for few\n10 of 200 test images (5.0 %)"
+
+
+def test_cells_have_their_numbers(opened: Any) -> None:
+    shows = opened(rendered([shown(2 * HAND, COUNTS)], NAMES))
+    pictures = []
+    for numbers in ("percent", "images", "percent"):
+        shows.page.select_option("#numbers", numbers)
+        shows.page.wait_for_timeout(100)
+        pictures.append(shows.page.evaluate("maps[0].canvas.toDataURL()"))
+    assert pictures[0] == pictures[2] != pictures[1]
 
 
 def test_orders(opened: Any) -> None:
@@ -296,11 +326,177 @@ def test_zoom_keeps_the_cell_and_shows_names(opened: Any) -> None:
     assert shows.point(200, 201).startswith("class 200 taken for class 201")
     page.get_by_role("button", name="whole").click()
     assert page.evaluate("state.span") == size
-    find = page.get_by_role("combobox", name="Class").first
-    find.fill("class 250")
+    find = page.get_by_role("combobox", name="Find a class")
+    find.fill("CLASS 250")
     find.press("Enter")
+    assert page.locator("#spoken").inner_text().startswith("class 250, right")
     assert page.evaluate("state.cursor") == {"row": 250, "column": 250}
     assert page.evaluate("state.span") == 12
+    page.select_option("#numbers", "images")
+    assert page.evaluate("[state.span, state.pinned]") == [12, True]  # what is looked at stays
+    find.fill("nothing like it")
+    find.press("Enter")
+    assert find.get_attribute("aria-invalid") == "true"
+    assert page.evaluate("state.cursor") == {"row": 250, "column": 250}
+
+
+def test_dragging_wheel_and_double_click_move_the_view(opened: Any) -> None:
+    size = 60
+    shows = opened(rendered([shown(np.diag([9] * size), np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))
+    page, canvas = shows.page, shows.page.locator("#maps canvas")
+    page.evaluate("look(20, 20, 20)")
+    page.wait_for_timeout(100)
+    cell = page.evaluate("maps[0].cell")
+    box = canvas.bounding_box()
+    x, y = shows.cell(30, 30)
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + x + 3 * cell, box["y"] + y + 2 * cell, steps=4)
+    page.mouse.up()
+    assert page.evaluate("[state.row0, state.column0].map(Math.round)") == [18, 17]
+    assert page.evaluate("state.pinned") is False  # a drag is no click
+    page.mouse.wheel(0, -100)
+    assert page.evaluate("state.span") == 20  # the page scrolls
+    canvas.scroll_into_view_if_needed()
+    x, y = shows.cell(25, 25)
+    canvas.hover(position={"x": x, "y": y})
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(100)
+    assert page.evaluate("state.span") == 16
+    x, y = shows.cell(25, 25)
+    canvas.dblclick(position={"x": x, "y": y})
+    assert page.evaluate("state.span") == 8
+
+
+def test_every_cell_with_images_can_be_pointed_at(opened: Any) -> None:
+    size = 200
+    matrix = np.diag([50] * size) + np.eye(size, k=1, dtype=int)
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
+    assert 2 < shows.page.evaluate("maps[0].cell") < 5
+    assert shows.point(100, 101).startswith("class 100 taken for class 101\n1 of 51")
+    assert shows.point(100, 100).startswith("class 100, right")
+    assert shows.point(100, 102).startswith("class 101, right")  # empty: the largest within reach
+
+
+def test_the_browsers_own_keys_stay_its_own(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
+    shows.page.locator("#maps canvas").focus()
+    shows.page.evaluate("addEventListener('keydown', (event) => { window.taken = event.defaultPrevented; })")
+    for key, taken in (("Control+0", False), ("Alt+ArrowLeft", False), ("Control+Minus", False), ("0", True)):
+        shows.page.keyboard.press(key)
+        assert shows.page.evaluate("taken") is taken, key
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
+    runs = [shown(HAND, COUNTS, name) for name in ("plain", "mixed")]
+    shows = opened(rendered(runs, NAMES, embedded=[("picture", PNG)]))
+    shows.page.set_viewport_size({"width": width, "height": 800})
+    shows.page.wait_for_timeout(200)
+    assert shows.page.evaluate("document.documentElement.scrollWidth") == width
+    for number in range(3):
+        shows.page.locator("#maps canvas").nth(number).scroll_into_view_if_needed()
+        shows.point(2, 2, number)
+        box = shows.page.locator("#tip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_every_number_by_hand(opened: Any) -> None:
+    """A page of three classes: tables, panel, plots and thumbnails against what HAND says."""
+    chosen = pd.DataFrame(
+        {"true_class": [2, 2], "predicted_class": [1, 1], "confidence": [0.9, 0.6], "sample_id": [7, 8]}
+    )
+    images = Sheet(chosen, 8, (16, 8), f"data:image/png;base64,{base64.b64encode(PNG).decode()}")
+    confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 6, 0]])
+    shows = opened(rendered([shown(HAND, COUNTS, confusions=confusions)], NAMES, images=images))
+    page = shows.page
+
+    def rows(table: str) -> list[list[str]]:
+        lines = page.locator(f"#{table} tbody tr").all()
+        return [line.locator("th, td").all_inner_texts() for line in lines]
+
+    assert page.locator("#pairs thead th").all_inner_texts() == [
+        *("rarer class", "training images", "commoner class", "its training images", "confusions"),
+        *("rarer as commoner", "rarer as commoner, share", "in training"),
+    ]
+    assert rows("pairs") == [
+        ["wolf", "5", "dog", "50", "40", "30", "75 %", "6"],
+        ["dog", "50", "cat", "500", "15", "5", "33 %", "3"],
+    ]
+    assert rows("classes") == [
+        ["cat", "many", "500", "100", "90.0 %", "94.7 %", "dog", "10"],
+        ["dog", "medium", "50", "100", "85.0 %", "68.0 %", "wolf", "10"],
+        ["wolf", "few", "5", "100", "70.0 %", "87.5 %", "dog", "30"],
+    ]
+    x, y = shows.cell(2, 1)
+    page.locator("#maps canvas").click(position={"x": x, "y": y})
+    assert page.locator("#cell dl").inner_text().split("\n") == [
+        *("the other way round", "10 of 100", "in training", "6 of 8 confusions of the class")
+    ]
+    assert "the 2 most confident of 30 images:" in page.locator("#cell").inner_text()
+    thumbs = page.locator(".thumb")
+    assert thumbs.all()[1].get_attribute("aria-label") == "test image: wolf taken for dog, confidence 0.60"
+    places = thumbs.evaluate_all("found => found.map((e) => e.style.backgroundPosition)")
+    assert places == ["0px 0px", "-64px 0px"]
+    x, y = shows.cell(1, 1)
+    page.locator("#maps canvas").click(position={"x": x, "y": y})
+    assert page.locator("#cell dl").inner_text().split("\n") == ["taken for it", "40 images of other classes"]
+
+    relation_, accuracy, histogram, calibration = (page.evaluate(f"plots[{k}].spec") for k in range(4))
+    assert sorted((p["x"], p["y"]) for p in relation_["points"]) == [(25, 0), (25, 0), (75, 10), (75, 30)]
+    assert [(p["x"], p["y"]) for p in accuracy["points"]] == [(500, 90), (50, 85), (5, 70)]
+    assert sum(bar["y"] for bar in histogram["bars"]) == 4
+    assert [bar["y"] for bar in histogram["bars"] if bar["from"] <= 10 < bar["to"]] == [2]
+    assert [(p["x"], p["y"]) for p in calibration["points"]] == [(0.25, 0.5), (0.99, 0.9)]
+    assert calibration["points"][1]["size"] > calibration["points"][0]["size"]
+    label = page.locator("#plot-calibration").get_attribute("aria-label")
+    assert label == "run: mean confidence 69.4 per cent, 74.0 per cent right"
+    words = page.locator("#plot-relation").get_attribute("aria-label")
+    assert words == (
+        "Training confused 4 of 6 ordered pairs of classes; of the test's 4 most confused ones, 2. For 2 of 2 classes "
+        "the most frequent confusion is the same. What a class is taken for in training and test overlaps by 75 per "
+        "cent."
+    )
+
+
+def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> None:
+    matrix = np.array([[5, 5, 0], [0, 0, 0], [0, 1, 9]])
+    shows = opened(rendered([shown(matrix, COUNTS)], NAMES))
+    shows.page.select_option("#order", "accuracy")
+    assert shows.page.evaluate("places.labels") == ["wolf", "cat", "dog"]
+    header = shows.page.locator("#classes").get_by_role("button", name="accuracy")
+    for _ in range(2):
+        header.click()
+        assert shows.page.locator("#classes tbody tr").last.locator("th").inner_text() == "dog"
+    assert "-" in shows.page.locator("#classes tbody tr").last.locator("td").all_inner_texts()
+
+
+def test_of_equally_large_classes_none_is_the_rarer(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, np.array([50, 50, 50]))], NAMES))
+    assert {line.locator("td").all_inner_texts()[5] for line in shows.page.locator("#pairs tbody tr").all()} == {"-"}
+
+
+def test_runs_of_other_imbalance_have_their_own_places_in_the_plot(opened: Any) -> None:
+    other = np.array([2, 900, 30])
+    shows = opened(rendered([shown(HAND, COUNTS, "a"), shown(HAND, other, "b")], NAMES))
+    spec = shows.page.evaluate("plots.find((p) => p.canvas.id === 'plot-accuracy').spec")
+    assert [p["x"] for p in spec["points"]] == [500, 50, 5, 900, 30, 2]
+    assert spec["x"]["low"] < 2 and spec["x"]["high"] > 900
+
+
+def test_long_tables_come_in_parts(opened: Any) -> None:
+    size = 130
+    matrix = np.diag([5] * size)
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))
+    rows = shows.page.locator("#classes tbody tr")
+    assert rows.count() == 100
+    more = shows.page.get_by_role("button", name="Show more (100 of 130)")
+    more.click()
+    assert rows.count() == size
+    assert more.is_hidden()
+    assert shows.page.evaluate("document.activeElement.id") == "classes"
 
 
 def test_tables_sort_filter_and_lead_to_the_cell(opened: Any) -> None:
@@ -386,6 +582,9 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     must("confusion-report", "--from", digits_run)
     assert len(page_data(digits_run)["runs"]) == 1
 
+    refused = cpmix("confusion-report", "--from", digits_run, "--compare", digits_run)
+    assert refused.code == 2
+    assert "is given twice" in refused.stderr
     refused = cpmix("confusion-report", "--from", digits_run, "--compare", toy_run)
     assert refused.code == 3
     assert f"{toy_run} has other classes than {digits_run}" in refused.stderr
@@ -408,3 +607,14 @@ def test_the_toys_page_has_its_regions(toy_run: Path) -> None:
     text = (toy_run / "confusion" / "index.html").read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 1
     assert "Decision regions" in html.unescape(text)
+
+
+def test_groups_are_those_of_the_evaluation(digits_run: Path) -> None:
+    must("evaluate", "--from", digits_run, "--few-inclusive", "--overwrite")
+    must("confusion-report", "--from", digits_run)
+    read = read_reported(digits_run, None, None, None)
+    assert read.few_inclusive
+    counts = np.array([200, 20, 19, *[50] * 7])
+    run = replace(read, dataset=replace(read.dataset, class_counts=counts))
+    assert shown_run(run, "run").groups[:4] == ["many", "few", "few", "medium"]
+    assert shown_run(replace(run, few_inclusive=False), "run").groups[:4] == ["many", "medium", "few", "medium"]

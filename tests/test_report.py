@@ -11,7 +11,7 @@ from PIL import Image
 
 from cpmix_cli.report import figures
 from cpmix_cli.report.images import most_confused, sheet
-from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
+from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, telling
 
 
 def test_pairs_by_hand() -> None:
@@ -176,9 +176,25 @@ def test_relation_of_training_to_test_by_hand() -> None:
     # 1/2, 1/2, test 0, 1: overlap 1/2, one of its two firsts is the same. Test pairs: 0-1, 1-0, 1-2, 2-1; training has
     # two of them.
     found = relation(confusions, matrix)
-    assert found == {"num_top": 4, "top_in_training": 2, "num_classes": 2, "same_first": 2, "overlap": 0.625}
+    assert found == {
+        "num_pairs": 4,
+        "num_top": 4,
+        "top_in_training": 2,
+        "num_classes": 2,
+        "same_first": 2,
+        "overlap": 0.625,
+    }
     assert relation(confusions, matrix, num_top=1)["top_in_training"] == 1  # 2 taken for 1
     assert relation(confusions, np.diag([1, 1, 1]))["overlap"] is None
+
+
+def test_the_most_telling_confusions_of_training_are_kept() -> None:
+    confusions = np.array([[0.0, 5, 4, 3], [1, 0, 2, 0], [0, 0, 0, 0], [9, 8, 7, 0]])
+    matrix = np.array([[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 1, 8]])
+    # The largest of each row, and 3-2 and 2-3, which the test confuses.
+    kept = [[0, 5, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0], [9, 0, 7, 0]]
+    assert telling(confusions, matrix, num_largest=1).tolist() == kept
+    assert telling(confusions, matrix).tolist() == confusions.tolist()
 
 
 def test_thumbnails_are_of_the_most_confused_cells_first() -> None:
@@ -193,7 +209,19 @@ def test_thumbnails_are_of_the_most_confused_cells_first() -> None:
     assert most_confused(many, 100)["sample_id"].tolist() == list(range(19, 11, -1))
 
 
-@pytest.mark.parametrize(("shape", "side"), [((8, 8, 1), 8), ((32, 32, 3), 32), ((64, 48, 3), 48)])
+def test_thumbnails_keep_their_proportions() -> None:
+    tall = np.full((1, 96, 48, 3), 255, dtype=np.uint8)
+    chosen = pd.DataFrame({"true_class": [0], "predicted_class": [1], "confidence": [0.5], "sample_id": [0]})
+    picture = pixels(base64.b64decode(sheet(tall, chosen).url.split(",")[1]))
+    assert picture[:, 13:35].min() > 245 and picture[:, [2, -2]].max() < 10
+
+
+def test_as_many_thumbnails_as_the_flag_allows_fit() -> None:
+    chosen = pd.DataFrame({"true_class": 0, "predicted_class": 1, "confidence": 0.5, "sample_id": [0] * 20_000})
+    assert max(sheet(np.zeros((1, 48, 48, 1), np.uint8), chosen).size) <= 16_383
+
+
+@pytest.mark.parametrize(("shape", "side"), [((8, 8, 1), 8), ((32, 32, 3), 32), ((64, 64, 3), 48)])
 def test_a_sheet_has_each_image_in_its_place(shape: tuple[int, ...], side: int) -> None:
     images = np.stack([np.full(shape, 40 * k, dtype=np.uint8) for k in range(6)])
     chosen = pd.DataFrame({"true_class": 0, "predicted_class": 1, "confidence": 0.5, "sample_id": [5, 0, 3]})

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 
 from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.errors import InputError
+from cpmix_cli.data.longtail import group_of
+from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix, reliability
 from cpmix_cli.phases.evaluate import ACCURACY_HEADER, accuracy_rows, legend, read_model
 from cpmix_cli.report import figures
 from cpmix_cli.report.images import Sheet, most_confused, sheet
-from cpmix_cli.report.page import ShownRun, render_page
+from cpmix_cli.report.page import ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 from cpmix_cli.runs import PHASES, PhaseFolder
 
@@ -57,12 +58,15 @@ class Reported:
     """Test images [C, C]."""
     confusions: np.ndarray[Any, Any] | None
     """K [C, C]; None where training collected none."""
+    few_inclusive: bool
+    """Classes of exactly 20 training images are few, as the evaluation has it."""
 
 
 def run(options: Options) -> None:
     """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
 
     Raises:
+        UsageError: a run is to be compared with itself.
         InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
@@ -72,6 +76,9 @@ def run(options: Options) -> None:
         if other.dataset.class_names != own.dataset.class_names:
             raise InputError(f"{other.root} has other classes than {own.root}", needed_by="confusion-report --compare")
     reported = [own, *others]
+    places = [run.evaluation.resolve() for run in reported]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise UsageError(f"{twice} is given twice", needed_by="confusion-report --compare")
     pairs = confused_pairs(own.matrix.numpy(), own.dataset.class_counts)
     accuracies = [accuracy_rows(run.evaluation.parent, run.evaluation.name) for run in reported]
 
@@ -83,6 +90,7 @@ def run(options: Options) -> None:
         "predictions": own.sha,
         "dataset": own.dataset.fingerprint,
         "accuracies": artifacts.digest(accuracies),  # of other evaluations of the run too: the page shows them
+        "page": page_digest(),
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
     again = options.overwrite or not is_own_page(index, folder)
@@ -122,16 +130,21 @@ def read_reported(given: Path, phase: str | None, out: Path | None, data: Path |
     )
     table = artifacts.read_confusions(*source.output(artifacts.CONFUSION_PAIRS), dataset.num_classes)
     confusions = artifacts.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
-    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions)
+    record = runs.read_run(evaluation, runs.EvaluationEntry)
+    few_inclusive = bool(record["made_from"]["recipe"].get("few_inclusive", False))
+    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, few_inclusive)
 
 
 def names(reported: list[Reported]) -> list[str]:
     """What to call each run on a page: its folder's name; more of its path, or its phase, where two would be alike."""
+    if len(reported) == 1:
+        return [reported[0].source.phase]
     for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
         found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
         if len(set(found)) == len(found):
             return found
-    return [f"{run.root.name} {run.source.phase}" for run in reported]
+    # Phases of one run, maybe among others.
+    return [f"{'/'.join(run.root.resolve().parts[-2:])} {run.source.phase}" for run in reported]
 
 
 def is_own_page(index: Path, folder: Path) -> bool:
@@ -152,8 +165,8 @@ def write(
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
     own = reported[0]
-    source, dataset = own.source, own.dataset
-    pictures = draw(source, dataset, own.matrix.numpy(), class_accuracy(own.matrix).numpy() * 100)
+    source = own.source
+    pictures = draw(own)
     page = make_page(reported, pairs, accuracies, pictures, num_images)
     artifacts.check_place(folder, len(page))
     # The page is that of all phases' reports: one at a time.
@@ -180,11 +193,13 @@ def make_page(
 ) -> str:
     """The page of a run and those that it is compared with."""
     own, called = reported[0], names(reported)
-    title = f"Confusion of {own.dataset.name}, {own.source.phase}"
+    title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
     if len(reported) > 1:
         title = f"Confusion of {', '.join(called)}"
         both = sum(run.matrix.numpy() for run in reported)
-        pairs = confused_pairs(both, own.dataset.class_counts)  # type: ignore[arg-type]
+        shown_pairs = confused_pairs(both, own.dataset.class_counts)  # type: ignore[arg-type]
+        if any((run.dataset.class_counts != own.dataset.class_counts).any() for run in reported):
+            notes = [f"The runs have other training images: orders, groups and rarer classes are those of {called[0]}."]
     rows = [
         [f"{name}: {row[0]}" if len(reported) > 1 else row[0], *row[1:]]
         for name, table in zip(called, accuracies, strict=True)
@@ -195,9 +210,9 @@ def make_page(
         title=title,
         runs=shown,
         class_names=own.dataset.class_names,
-        notes=legend(rows),
+        notes=[*legend(rows), *notes],
         accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
-        pairs=pairs,
+        pairs=shown_pairs,
         named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
         clustered=clustered_order(own.matrix.numpy()),
         images=thumbnails(own, num_images),
@@ -216,6 +231,7 @@ def shown_run(run: Reported, name: str) -> ShownRun:
         name=name,
         facts=facts(run.source, run.dataset, run.matrix),
         class_counts=run.dataset.class_counts,
+        groups=[group_of(int(n), few_inclusive=run.few_inclusive) for n in run.dataset.class_counts],
         matrix=run.matrix.numpy(),
         confusions=run.confusions,
         reliability=reliability(confidence, right).numpy(),
@@ -265,21 +281,18 @@ def read_predictions(
     return table, sha
 
 
-def draw(
-    source: PhaseFolder,
-    dataset: Dataset,
-    matrix: np.ndarray[Any, Any],
-    accuracy: np.ndarray[Any, Any],
-) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
+def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
     """File name without its ending, caption, and PNG and SVG of each picture."""
+    source, dataset, matrix, inclusive = run.source, run.dataset, run.matrix.numpy(), run.few_inclusive
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
+    accuracy = class_accuracy(run.matrix).numpy() * 100
     pictures = [
         (
             "confusion_matrix",
             "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
             "classes by training images, most first.",
-            figures.confusion_heat_map(matrix, names, counts, title=title),
+            figures.confusion_heat_map(matrix, names, counts, title=title, few_inclusive=inclusive),
         ),
         (
             "confusion_matrix_grouped",
@@ -289,7 +302,7 @@ def draw(
         (
             "class_accuracy",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, names, counts, title=title),
+            figures.class_accuracy(accuracy, names, counts, title=title, few_inclusive=inclusive),
         ),
         (
             "confusion_histogram",
@@ -345,7 +358,10 @@ def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
             "confusions": pairs["count"],
             "rarer taken for commoner": pairs["rarer_as_commoner"],
             "commoner taken for rarer": pairs["commoner_as_rarer"],
-            "minority taken for majority": (100 * pairs["minority_share"]).round().map("{:.0f} %".format),
+            "minority taken for majority": [
+                f"{100 * share:.0f} %" if few < many else "-"  # of two equally large classes none is the minority
+                for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[commoner], strict=True)
+            ],
         }
     )
 

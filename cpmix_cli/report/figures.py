@@ -260,13 +260,15 @@ def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[
 # -- pictures of confusion-report --------------------------------------------------------------------------------------
 
 
-def _group_spans(sorted_counts: Array) -> list[tuple[str, int, int]]:
+def _group_spans(sorted_counts: Array, few_inclusive: bool) -> list[tuple[str, int, int]]:
     """(group, first, one past last) of the groups that have classes, in sorted order."""
-    names = [group_of(int(n)) for n in sorted_counts]
+    names = [group_of(int(n), few_inclusive=few_inclusive) for n in sorted_counts]
     return [(g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names]
 
 
-def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Array, *, title: str) -> Figure:
+def confusion_heat_map(
+    matrix: Array, class_names: list[str], class_counts: Array, *, title: str, few_inclusive: bool = False
+) -> Figure:
     """The whole matrix in per cent of each true class's test images, square-root scale; thin lines part the groups.
 
     Up to 12 classes every cell carries its number, up to 150 every class its name.
@@ -276,6 +278,7 @@ def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Arra
         class_names: C names.
         class_counts: training images [C].
         title: above the picture.
+        few_inclusive: classes of exactly 20 training images are few.
 
     Paper: Fig. 1(b), 5, 6.
     """
@@ -293,10 +296,10 @@ def confusion_heat_map(matrix: Array, class_names: list[str], class_counts: Arra
         axes.set_xticks(range(size), names, rotation=90, fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
         axes.tick_params(length=0 if size > 20 else 3)
-    for _, first, _ in _group_spans(class_counts[order])[1:]:
+    for _, first, _ in _group_spans(class_counts[order], few_inclusive)[1:]:
         axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
         axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
-    for group, first, last in _group_spans(class_counts[order]):
+    for group, first, last in _group_spans(class_counts[order], few_inclusive):
         middle = (first + last - 1) / 2
         axes.annotate(group, (middle, -0.5), (0, 4), textcoords="offset points", ha="center", va="bottom")
     axes.set_xlabel("predicted class")
@@ -341,7 +344,9 @@ def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes],
     bar.set_label("test images (white: none)")
 
 
-def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array, *, title: str) -> Figure:
+def class_accuracy(
+    accuracy: Array, class_names: list[str], class_counts: Array, *, title: str, few_inclusive: bool = False
+) -> Figure:
     """Accuracy of each class, and the curve of training images over the same classes.
 
     Above 20 classes each class is a dot and ten groups of neighbours are lines.
@@ -351,6 +356,7 @@ def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array,
         class_names: C names, written on the axis up to 20 classes.
         class_counts: training images [C].
         title: above the picture.
+        few_inclusive: classes of exactly 20 training images are few.
 
     Paper: Fig. 4(b, c).
     """
@@ -359,7 +365,7 @@ def class_accuracy(accuracy: Array, class_names: list[str], class_counts: Array,
     place = np.arange(len(order))
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    for group, first, last in _group_spans(counts):
+    for group, first, last in _group_spans(counts, few_inclusive):
         axes.axvspan(first - 0.5, last - 0.5, color=GROUP_COLOURS[group], linewidth=0)
         values = accuracy[order[first:last]]
         mean = f"{np.nanmean(values):.1f} %" if not np.isnan(values).all() else "-"

@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_A_CELL = 8
 LARGEST_SIDE = 48
 """Pixels; larger images are shrunk."""
-COLUMNS = 40
+COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sheet(images: NDArray[Any], chosen: pd.DataFrame) -> Sheet:
         pixels = images[index]
         thumbnail = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
         if thumbnail.size != (side, side):
-            thumbnail = thumbnail.resize((side, side), Image.Resampling.BOX)
+            thumbnail = ImageOps.pad(thumbnail, (side, side), Image.Resampling.BOX)
         page.paste(thumbnail, (number % COLUMNS * side, number // COLUMNS * side))
     buffer = io.BytesIO()
     page.save(buffer, "WEBP", quality=85)

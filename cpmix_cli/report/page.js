@@ -56,7 +56,7 @@ for (const run of runs) {
   run.count = lookup(run.cells);
   run.accuracy = Array.from(run.testCounts, (total, c) => (total ? (100 * run.count(c, c)) / total : NaN));
   if (run.confused) {
-    run.errors = sums(run.confused, run.confused.rows);
+    run.errors = decode(run.errors);
     run.trainedOn = lookup(run.confused);
   }
 }
@@ -67,7 +67,10 @@ const ids = Array.from({ length: numClasses }, (_, c) => c);
 const ORDERS = {
   count: () => ids.slice().sort((a, b) => runs[0].trainCounts[b] - runs[0].trainCounts[a] || a - b),
   confusion: () => Array.from(decode(data.clustered)),
-  accuracy: () => ids.slice().sort((a, b) => runs[0].accuracy[b] - runs[0].accuracy[a] || a - b),
+  accuracy: () => { // classes without test images last
+    const of = (c) => (runs[0].testCounts[c] ? runs[0].accuracy[c] : -1);
+    return ids.slice().sort((a, b) => of(b) - of(a) || a - b);
+  },
   name: () => ids.slice().sort((a, b) => data.names[a].localeCompare(data.names[b], "en", { numeric: true }) || a - b),
 };
 
@@ -106,6 +109,7 @@ function laidOut(run, places) {
   run.testCounts.forEach((total, c) => (totals[placeOf[c]] += total));
   const { rows, columns, counts } = run.cells;
   for (let i = 0; i < counts.length; i++) {
+    if (!state.diagonal && rows[i] === columns[i]) continue; // of a group, its confusions within itself stay
     const key = placeOf[rows[i]] * size + placeOf[columns[i]];
     found.set(key, (found.get(key) || 0) + counts[i]);
   }
@@ -135,7 +139,7 @@ class HeatMap {
     this.figure = element("figure", {}, ...(runs.length > 1 ? [element("h3", { textContent: title })] : []), this.canvas);
     this.canvas.addEventListener("pointermove", (event) => this.moved(event));
     this.canvas.addEventListener("pointerleave", () => { hideTip(); if (!state.pinned) { state.cursor = null; redraw(); showCell(); } });
-    this.canvas.addEventListener("pointerdown", (event) => { this.dragged = { x: event.clientX, y: event.clientY, row0: state.row0, column0: state.column0, far: false }; });
+    this.canvas.addEventListener("pointerdown", (event) => this.pressed(event));
     this.canvas.addEventListener("click", (event) => this.clicked(event));
     this.canvas.addEventListener("dblclick", (event) => { const cell = this.at(event); if (cell) zoom(0.5, cell); });
     this.canvas.addEventListener("wheel", (event) => this.wheeled(event), { passive: false });
@@ -209,7 +213,6 @@ class HeatMap {
     context.textBaseline = "middle";
     for (const { row, column, value } of this.sorted) {
       if (row < state.row0 - 1 || row > state.row0 + state.span || column < state.column0 - 1 || column > state.column0 + state.span) continue;
-      if (row === column && !state.diagonal) continue;
       const share = this.other ? 0.5 + (Math.sign(value) * place(value)) / 2 : place(value);
       const fill = this.other ? diverging(share) : sequential(share);
       context.fillStyle = fill;
@@ -298,27 +301,34 @@ class HeatMap {
 
   at(event) {
     const box = this.canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left - this.margin) / this.cell + state.column0);
-    const row = Math.floor((event.clientY - box.top - this.margin) / this.cell + state.row0);
-    const inside = event.clientX - box.left >= this.margin && event.clientY - box.top >= this.margin && row < places.size && column < places.size;
-    return inside ? this.nearest(row, column) : null;
+    const [x, y] = [event.clientX - box.left - this.margin, event.clientY - box.top - this.margin];
+    if (x < 0 || y < 0 || x >= this.side || y >= this.side) return null;
+    return this.nearest(Math.floor(y / this.cell + state.row0), Math.floor(x / this.cell + state.column0));
   }
 
-  // Where cells are smaller than a pointer, the largest one under it.
+  // Of cells smaller than a pointer, the one under it if it has images, else the largest within reach.
   nearest(row, column) {
-    const reach = this.cell >= 5 ? 0 : Math.ceil(3 / this.cell);
+    const seen = this.cell >= 2 && this.value(row * places.size + column); // drawn in its own size
+    const reach = this.cell >= 5 || seen ? 0 : Math.ceil(3 / this.cell);
     let best = { row, column }, most = -1;
     for (let r = Math.max(0, row - reach); reach && r <= Math.min(places.size - 1, row + reach); r++)
       for (let c = Math.max(0, column - reach); c <= Math.min(places.size - 1, column + reach); c++) {
-        const value = r === c && !state.diagonal ? 0 : Math.abs(this.value(r * places.size + c));
+        const value = Math.abs(this.value(r * places.size + c));
         if (value > most) [best, most] = [{ row: r, column: c }, value];
       }
     return best;
   }
 
+  pressed(event) {
+    if (event.button) return;
+    this.canvas.setPointerCapture(event.pointerId); // a drag may leave the map
+    this.dragged = { x: event.clientX, y: event.clientY, row0: state.row0, column0: state.column0, far: false };
+  }
+
   moved(event) {
     const from = this.dragged;
-    if (from && event.buttons) {
+    if (this.canvas.hasPointerCapture(event.pointerId)) {
+      hideTip();
       from.far ||= Math.hypot(event.clientX - from.x, event.clientY - from.y) > 4;
       if (!from.far) return;
       look(from.row0 - (event.clientY - from.y) / this.cell, from.column0 - (event.clientX - from.x) / this.cell, state.span);
@@ -344,8 +354,8 @@ class HeatMap {
   }
 
   wheeled(event) {
-    // As in maps: the page keeps scrolling, unless Ctrl is held (a pinch sends it) or the map has the focus.
-    if (!event.ctrlKey && !event.metaKey && document.activeElement !== this.canvas) return;
+    // As in maps: the page keeps scrolling, unless Ctrl is held (a pinch sends it).
+    if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
     const cell = this.at(event);
     if (cell) zoom(event.deltaY > 0 ? 1.25 : 0.8, cell);
@@ -363,8 +373,9 @@ function groupSpans() {
 }
 
 function fitted(context, text, room) {
-  if (context.measureText(text).width <= room) return text;
-  let length = text.length;
+  const width = context.measureText(text).width;
+  if (width <= room) return text;
+  let length = Math.ceil((text.length * room) / width); // about; names may be very long
   while (length > 1 && context.measureText(text.slice(0, length) + "…").width > room) length--;
   return text.slice(0, length) + "…";
 }
@@ -383,7 +394,9 @@ function look(row0, column0, span) {
 }
 
 function zoom(factor, cell) {
-  const { row, column } = cell || state.cursor || { row: state.row0 + state.span / 2, column: state.column0 + state.span / 2 };
+  const inView = (at, from) => at + 1 > from && at < from + state.span;
+  const seen = state.cursor && inView(state.cursor.row, state.row0) && inView(state.cursor.column, state.column0);
+  const { row, column } = cell || (seen && state.cursor) || { row: state.row0 + state.span / 2, column: state.column0 + state.span / 2 };
   const span = Math.max(Math.min(3, places.size), Math.min(places.size, state.span * factor));
   const kept = span / state.span; // the cell stays where it is
   look(row - (row - state.row0) * kept, column - (column - state.column0) * kept, span);
@@ -397,23 +410,24 @@ function goTo(row, column) {
   if (column < column0 || column >= column0 + span) column0 = column - span / 2;
   look(row0, column0, span);
   showCell();
+  $("spoken").textContent = describe(state.cursor);
 }
 
 function pressed(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own: zoom, back
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
   const last = places.size - 1;
   const { row, column } = state.cursor || { row: Math.floor(state.row0), column: Math.floor(state.column0) };
   if (moves[event.key]) {
     const [down, right] = state.cursor ? moves[event.key] : [0, 0];
     goTo(Math.max(0, Math.min(last, row + down)), Math.max(0, Math.min(last, column + right)));
-    $("spoken").textContent = describe(state.cursor);
   } else if (event.key === "Home") goTo(row, 0);
   else if (event.key === "End") goTo(row, last);
   else if (event.key === "+" || event.key === "=") zoom(0.6);
   else if (event.key === "-") zoom(1 / 0.6);
   else if (event.key === "0") look(0, 0, places.size);
   else if (event.key === "Enter") { state.pinned = true; showCell(); }
-  else if (event.key === "Escape") { state.pinned = false; state.cursor = null; redraw(); showCell(); }
+  else if (event.key === "Escape") { state.pinned = false; state.cursor = null; hideTip(); redraw(); showCell(); }
   else return;
   event.preventDefault();
 }
@@ -434,14 +448,22 @@ function rearrange() {
   showCell();
 }
 
+// A name written from right to left must not turn the sentence around it.
+const isolated = (name) => (/[\u0590-\u08ff]/.test(name) ? `\u2068${name}\u2069` : name);
+
 // -- one cell in words ------------------------------------------------------------------------------------------------
 
 function describe({ row, column }) {
   const key = row * places.size + column;
-  const verb = row === column ? `${places.labels[row]}, right` : `${places.labels[row]} taken for ${places.labels[column]}`;
+  const same = row === column;
+  const [from, to] = [isolated(places.labels[row]), isolated(places.labels[column])];
+  const verb = !same ? `${from} taken for ${to}` : places.single ? `${from}, right` : `${from} taken for a class of the same group`;
   const lines = runs.map((run, r) => {
-    const map = maps[r];
-    const text = `${number(map.own.found.get(key) || 0)} of ${number(map.own.totals[row])} test images (${percent(map.own.percent(key))})`;
+    const { own } = maps[r];
+    const right = same ? places.members[row].reduce((sum, c) => sum + run.count(c, c), 0) : 0;
+    const images = (own.found.get(key) || 0) + (same && !state.diagonal ? right : 0);
+    const share = percent((100 * images) / Math.max(1, own.totals[row]));
+    const text = `${number(images)} of ${number(own.totals[row])} test images (${share})${same && !places.single ? `, ${number(right)} of them right` : ""}`;
     return runs.length > 1 ? `${run.name}: ${text}` : text;
   });
   return [verb, ...lines, ...(places.single ? [trainingLine(places.members[row][0], places.members[column][0])] : [])].join("\n");
@@ -457,11 +479,17 @@ function showTip(event, text) {
   tip.textContent = text;
   tip.hidden = false;
   const right = event.pageX + 14 + tip.offsetWidth > document.documentElement.clientWidth;
-  tip.style.left = `${right ? event.pageX - 14 - tip.offsetWidth : event.pageX + 14}px`;
+  tip.style.left = `${Math.max(4, right ? event.pageX - 14 - tip.offsetWidth : event.pageX + 14)}px`;
   tip.style.top = `${event.pageY + 14}px`;
 }
 
 function hideTip() { $("tip").hidden = true; }
+
+function trainingConfusions(run, a, b) {
+  const count = run.trainedOn(a, b);
+  if (run.trimmed && !count && !run.count(a, b) && !run.count(b, a)) return "not among the class's ten largest";
+  return `${number(count)} of ${number(run.errors[a])} confusions of the class`;
+}
 
 const imagesOf = new Map(); // thumbnails of a cell, of the first run
 if (data.images) {
@@ -476,7 +504,7 @@ if (data.images) {
 function showCell() {
   const panel = $("cell");
   if (!state.cursor) {
-    panel.replaceChildren(element("h3", { textContent: "A cell" }), element("p", { className: "quiet", textContent: "Point at a cell to read it; click keeps it, and shows its test images where they are at hand." }));
+    panel.replaceChildren(element("h3", { textContent: "A cell" }), element("p", { className: "quiet", textContent: "Point at a cell to read it, and to see test images of it where they are at hand. A click keeps it; another, or Escape, lets it go." }));
     return;
   }
   const { row, column } = state.cursor;
@@ -493,12 +521,16 @@ function showCell() {
   for (const run of runs) {
     const name = runs.length > 1 ? run.name : "";
     if (a !== b) fact(name ? `${name}, other way` : "the other way round", `${number(run.count(b, a))} of ${number(run.testCounts[b])}`);
-    if (a !== b && run.confused) fact(name ? `${name}, training` : "in training", `${number(run.trainedOn(a, b))} of ${number(run.errors[a])} confusions of the class`);
+    if (a !== b && run.confused) fact(name ? `${name}, training` : "in training", trainingConfusions(run, a, b));
     if (a === b) fact(name || "taken for it", `${number(run.predicted[a] - run.count(a, a))} images of other classes`);
   }
   panel.append(list);
   const found = imagesOf.get(a * numClasses + b) || [];
-  if (found.length) panel.append(element("div", { className: "thumbs" }, ...found.map((i) => thumbnail(i, verb))));
+  if (found.length) {
+    const all = runs[0].count(a, b);
+    const which = `${found.length < all ? `the ${found.length} most confident of ${number(all)} images` : "its images"}${runs.length > 1 ? ` of ${runs[0].name}` : ""}:`;
+    panel.append(element("p", { className: "quiet", textContent: which }), element("div", { className: "thumbs" }, ...found.map((i) => thumbnail(i, verb))));
+  }
   else if (a !== b && runs[0].count(a, b) && data.images) panel.append(element("p", { className: "quiet", textContent: "Its images are not in the page: those of the most confused cells are." }));
 }
 
@@ -513,16 +545,17 @@ function thumbnail(index, words) {
 
 // -- tables that sort -------------------------------------------------------------------------------------------------
 
-// columns: {name, of(row) -> string or number, text?(value) -> string}. Long tables show their first rows, and more on request.
+// columns: {name, of(row) -> string or number, numeric?, text?(value) -> string, left?: a number that stands for words}.
+// Long tables show their first rows, and more on request.
 function sortable(table, columns, rows, matches, search, by, step = 100) {
   const state = { by, down: true, shown: step };
   const body = table.tBodies[0];
   const more = element("button", { type: "button" });
   table.parentElement.after(more);
-  table.tHead.replaceChildren(element("tr", {}, ...columns.map(({ name, numeric }, i) => {
+  table.tHead.replaceChildren(element("tr", {}, ...columns.map(({ name, numeric, left }, i) => {
     const button = element("button", { type: "button", textContent: name });
     button.addEventListener("click", () => { state.down = state.by === i ? !state.down : numeric; state.by = i; fill(); });
-    return element("th", { scope: "col", className: numeric ? "number" : "" }, button);
+    return element("th", { scope: "col", className: numeric && !left ? "number" : "" }, button);
   })));
   const fill = () => {
     const wanted = search.value.trim().toLowerCase();
@@ -535,10 +568,13 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
       return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y);
     });
     body.replaceChildren(...chosen.slice(0, state.shown).map((row) => {
-      const line = element("tr", {}, ...columns.map(({ of, text, numeric }, i) => {
+      const line = element("tr", {}, ...columns.map(({ of, text, numeric, left }, i) => {
         const value = of(row);
-        const cell = element(i ? "td" : "th", { className: numeric ? "number" : "", textContent: text ? text(value) : numeric ? number(value) : value });
-        if (!i) cell.setAttribute("scope", "row");
+        const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "", textContent: text ? text(value) : numeric ? number(value) : value });
+        if (!i) {
+          cell.setAttribute("scope", "row");
+          cell.replaceChildren(element("button", { type: "button", textContent: cell.textContent })); // its click is the row's
+        }
         return cell;
       }));
       line.addEventListener("click", () => row.show?.());
@@ -551,8 +587,13 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
     more.textContent = `Show more (${number(Math.min(state.shown, chosen.length))} of ${number(chosen.length)})`;
     table.caption.textContent = `${table.dataset.caption}: ${number(chosen.length)}`;
   };
-  more.addEventListener("click", () => { state.shown += step * 4; fill(); });
-  search.addEventListener("input", fill);
+  more.addEventListener("click", () => {
+    state.shown += step * 4;
+    fill();
+    if (more.hidden) table.focus(); // or the focus would be nowhere
+  });
+  table.tabIndex = -1;
+  search.addEventListener("input", () => { fill(); $("spoken").textContent = table.caption.textContent; });
   fill();
 }
 
@@ -578,15 +619,17 @@ function pairTable() {
     const name = runs.length > 1 ? `, ${run.name}` : "";
     columns.push({ name: `confusions${name}`, of: both(run), numeric: true });
     columns.push({ name: `rarer as commoner${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
-    columns.push({ name: `share of it${name}`, of: (row) => (both(run)(row) ? (100 * run.count(row.r, row.c)) / both(run)(row) : NaN), text: dash((v) => `${v.toFixed(0)} %`), numeric: true });
+    // Where training images are equal neither class is the rarer.
+    const share = ({ r, c }) => (runs[0].trainCounts[r] < runs[0].trainCounts[c] ? (100 * run.count(r, c)) / both(run)({ r, c }) : NaN);
+    columns.push({ name: `rarer as commoner, share${name}`, of: share, text: dash((v) => `${v.toFixed(0)} %`), numeric: true });
     if (run.confused) columns.push({ name: `in training${name}`, of: ({ r, c }) => run.trainedOn(r, c) + run.trainedOn(c, r), numeric: true });
   }
-  if (runs.length > 1) columns.push({ name: `change, ${runs[1].name}`, of: (row) => both(runs[1])(row) - both(runs[0])(row), text: (v) => (v > 0 ? "+" : "") + number(v), numeric: true });
+  for (const run of runs.slice(1)) columns.push({ name: `change, ${run.name}`, of: (row) => both(run)(row) - both(runs[0])(row), text: (v) => (v > 0 ? "+" : "") + number(v), numeric: true });
   sortable($("pairs"), columns, rows, ({ r, c }) => `${data.names[r]} ${data.names[c]}`, $("pairs-search"), 4);
 }
 
 function classTable() {
-  const run = runs[0];
+  const run = runs[0], of = runs.length > 1 ? `, ${run.name}` : "";
   const taken = new Array(numClasses).fill(null); // what a class is most often taken for
   for (let i = 0; i < run.cells.counts.length; i++) {
     const [row, column, count] = [run.cells.rows[i], run.cells.columns[i], run.cells.counts[i]];
@@ -594,13 +637,13 @@ function classTable() {
   }
   const columns = [
     { name: "class", of: ({ c }) => data.names[c] },
-    { name: "group", of: ({ c }) => GROUPS[run.groups[c]] },
+    { name: "group", of: ({ c }) => run.groups[c], text: (v) => GROUPS[v], numeric: true, left: true },
     { name: "training images", of: ({ c }) => run.trainCounts[c], numeric: true },
     { name: "test images", of: ({ c }) => run.testCounts[c], numeric: true },
     ...runs.map((r) => ({ name: runs.length > 1 ? `accuracy, ${r.name}` : "accuracy", of: ({ c }) => r.accuracy[c], text: dash(percent), numeric: true })),
-    { name: "right among those predicted", of: ({ c }) => (run.predicted[c] ? (100 * run.count(c, c)) / run.predicted[c] : NaN), text: dash(percent), numeric: true },
-    { name: "most often taken for", of: ({ c }) => (taken[c] ? data.names[taken[c].column] : "-") },
-    { name: "so often", of: ({ c }) => (taken[c] ? taken[c].count : 0), numeric: true },
+    { name: `right among those predicted${of}`, of: ({ c }) => (run.predicted[c] ? (100 * run.count(c, c)) / run.predicted[c] : NaN), text: dash(percent), numeric: true },
+    { name: `most often taken for${of}`, of: ({ c }) => (taken[c] ? data.names[taken[c].column] : "-") },
+    { name: `so often${of}`, of: ({ c }) => (taken[c] ? taken[c].count : 0), numeric: true },
   ];
   const rows = ids.map((c) => ({ c, show: () => showInMap(c, taken[c] ? taken[c].column : c) }));
   sortable($("classes"), columns, rows, ({ c }) => data.names[c], $("classes-search"), 2);
@@ -695,9 +738,9 @@ class Plot {
 
 function accuracyPlot() {
   const points = [], lines = [];
-  const counts = runs[0].trainCounts;
-  const order = ORDERS.count();
+  const counts = runs.flatMap((run) => Array.from(run.trainCounts));
   runs.forEach((run, r) => {
+    const order = ids.slice().sort((a, b) => run.trainCounts[b] - run.trainCounts[a] || a - b);
     const paint = colour(`run${r % 6}`);
     order.forEach((c) => {
       if (!Number.isNaN(run.accuracy[c])) points.push({ x: run.trainCounts[c], y: run.accuracy[c], colour: paint, text: () => `${data.names[c]}${runs.length > 1 ? `, ${run.name}` : ""}\n${percent(run.accuracy[c])} of ${number(run.testCounts[c])} test images\n${number(run.trainCounts[c])} training images` });
@@ -800,24 +843,30 @@ function start() {
   maps = runs.map((run) => new HeatMap(run.name, run, null));
   for (const other of runs.slice(1)) maps.push(new HeatMap(`${other.name} less ${runs[0].name}`, other, runs[0]));
   $("maps").replaceChildren(...maps.map((map) => map.figure));
-  const change = (id, key, value) => $(id).addEventListener("change", () => { state[key] = value($(id)); rearrange(); });
+  const again = () => { maps.forEach((map) => map.prepare()); redraw(); showCell(); };
+  const change = (id, key, value, then = rearrange) => $(id).addEventListener("change", () => { state[key] = value($(id)); then(); });
   change("order", "order", (e) => e.value);
   change("grouping", "grouping", (e) => e.value);
-  change("diagonal", "diagonal", (e) => e.checked);
-  change("numbers", "numbers", (e) => e.value);
+  change("diagonal", "diagonal", (e) => e.checked, again);
+  change("numbers", "numbers", (e) => e.value, again);
   $("zoom-in").addEventListener("click", () => zoom(0.6));
   $("zoom-out").addEventListener("click", () => zoom(1 / 0.6));
   $("zoom-all").addEventListener("click", () => look(0, 0, places.size));
   $("find").addEventListener("focus", () => { // the list is long, and seldom asked for
     if (!$("names").childElementCount) $("names").append(...data.names.map((name) => element("option", { value: name })));
   });
-  $("find").addEventListener("change", () => {
-    const found = data.names.indexOf($("find").value);
-    if (found < 0) return;
+  const find = () => {
+    const wanted = $("find").value.trim().toLowerCase();
+    let found = data.names.findIndex((name) => name.toLowerCase() === wanted);
+    if (found < 0) found = data.names.findIndex((name) => name.toLowerCase().includes(wanted));
+    $("find").setAttribute("aria-invalid", found < 0);
+    if (found < 0 || !wanted) return;
     const p = places.placeOf[found];
     look(p - 6, p - 6, Math.min(places.size, 12));
     goTo(p, p);
-  });
+  };
+  $("find").addEventListener("change", find);
+  $("find").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });
   if (runs.length > 1) {
     for (const legend of document.querySelectorAll(".legend")) legend.append(...runs.flatMap((run, r) => [element("span", { className: `key run${r % 6}` }), run.name]));
   }

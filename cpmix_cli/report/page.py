@@ -20,18 +20,21 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.console import on_a_line
+from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.images import COLUMNS, Sheet
+from cpmix_cli.report.pairs import telling
 
 Array = NDArray[Any]
 
 COLOUR_MAPS = {
     "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},
-    "difference": {"light": ("PuOr", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
+    "difference": {"light": ("coolwarm_r", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
 }
 """Perceptually uniform or diverging, all colour-blind safe. On dark pages viridis leaves out what is nearly black: a
 cell with few images is not one without any."""
 NUM_COLOURS = 64
+MAX_PAIRS = 200_000
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,13 @@ class ShownRun:
     """Name and value of what it is."""
     class_counts: Array
     """Training images [C]."""
+    groups: list[str]
+    """many, medium or few [C]."""
     matrix: Array
     """Test images [C, C]."""
     confusions: Array | None
-    """K, the confusion pairs of its training [C, C]; None where none were collected."""
+    """K, the confusion pairs of its training [C, C]; None where none were collected. Beyond MAX_PAIRS the page has
+    those of pairs.telling()."""
     reliability: Array
     """Images, mean confidence, share right [15, 3]."""
     relation: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +79,7 @@ def render_page(
         title: heading.
         runs: the run, and those that it is compared with.
         class_names: C.
-        notes: below the facts.
+        notes: below the accuracies.
         accuracy: one row an evaluation.
         pairs: see pairs.confused_pairs(), of all runs.
         named_pairs: the first of them as they are to be read, for those without scripts.
@@ -85,7 +91,7 @@ def render_page(
     package = resources.files("cpmix_cli.report")
     frame, script, style = ((package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css"))
     data = {
-        "names": class_names,
+        "names": [on_a_line(name) for name in class_names],
         "runs": [_run_data(run) for run in runs],
         "pairs": {name: _int32(pairs[name]) for name in ("rarer_class", "commoner_class")},
         "clustered": _int32(clustered),
@@ -104,13 +110,19 @@ def render_page(
         difference='<span><canvas id="scale-difference"></canvas>difference in points</span>' if several else "",
         pairs=_table(named_pairs, "Pairs of classes with any confusion", "pairs"),
         classes=_table(pd.DataFrame({"class": []}), "Classes", "classes"),
-        relation="" if runs[0].confusions is None else _relation(runs[0].relation),
+        relation="" if runs[0].confusions is None else _relation(runs[0], named=several),
         reliability=escape("; ".join(_reliability_in_words(run) for run in runs)),
         embedded="".join(_picture(caption, png) for caption, png in embedded),
         pictures="\n".join(_links(caption, places) for caption, places in pictures),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         script=script,
     )
+
+
+def page_digest() -> str:
+    """Of what all pages have in common: another one, and a page is made again."""
+    package = resources.files("cpmix_cli.report")
+    return _hash("".join((package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css")))
 
 
 def _hash(text: str) -> str:
@@ -132,12 +144,17 @@ def _cells(matrix: Array) -> dict[str, str]:
 
 def _run_data(run: ShownRun) -> Mapping[str, Any]:
     images, confidence, accuracy = np.nan_to_num(run.reliability).T.tolist()
+    kept = run.confusions
+    if kept is not None and np.count_nonzero(kept) > MAX_PAIRS:
+        kept = telling(kept, run.matrix)
     return {
         "name": run.name,
         "train_counts": _int32(run.class_counts),
-        "groups": _int32([GROUPS.index(group_of(int(n))) for n in run.class_counts]),
+        "groups": _int32([GROUPS.index(group) for group in run.groups]),
         "matrix": _cells(run.matrix),
-        "confusion_pairs": None if run.confusions is None else _cells(run.confusions),
+        "confusion_pairs": None if kept is None else _cells(kept),
+        "errors": None if run.confusions is None else _int32(run.confusions.sum(1)),
+        "trimmed": kept is not run.confusions,
         "calibration": {"images": images, "confidence": confidence, "accuracy": accuracy},
     }
 
@@ -163,18 +180,22 @@ def _stops(name: str, low: float, high: float) -> list[str]:
 
 def _facts(run: ShownRun, *, named: bool) -> str:
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in run.facts)
-    return f"{f'<h3>{escape(run.name)}</h3>' if named else ''}<dl>{listed}</dl>"
+    return f"{f'<h2>{escape(run.name)}</h2>' if named else ''}<dl>{listed}</dl>"
 
 
-def _relation(found: dict[str, Any]) -> str:
+def _relation(run: ShownRun, *, named: bool) -> str:
     """The plot of training confusions against those of the test, and what pairs.relation() says of them."""
-    words = (
-        f"Of the {found['num_top']:,} most confused ordered pairs of the test, {found['top_in_training']:,} were "
-        f"confused in training. For {found['same_first']:,} of {found['num_classes']:,} classes the most frequent "
-        "confusion is the same."
-    )
-    if found["overlap"] is not None:
-        words += f" What a class is taken for in training and test overlaps by {100 * found['overlap']:.0f} per cent."
+    found, size = run.relation, len(run.class_counts)
+    words = f"Training confused {found['num_pairs']:,} of {size * (size - 1):,} ordered pairs of classes"
+    if found["num_top"]:
+        words += f"; of the test's {found['num_top']:,} most confused ones, {found['top_in_training']:,}"
+    words += "."
+    if found["num_classes"]:
+        words += (
+            f" For {found['same_first']:,} of {found['num_classes']:,} classes the most frequent confusion is the same."
+            f" What a class is taken for in training and test overlaps by {100 * found['overlap']:.0f} per cent."
+        )
+    words = escape(f"{run.name}: {words}" if named else words)
     return (
         "<figure><h3>Confusion pairs of training (CP) and confusions of the test</h3>"
         f'<canvas id="plot-relation" role="img" aria-label="{words}"></canvas><figcaption>{words}</figcaption></figure>'
