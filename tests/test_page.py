@@ -389,6 +389,14 @@ def test_the_browsers_own_keys_stay_its_own(opened: Any) -> None:
         assert shows.page.evaluate("taken") is taken, key
 
 
+def test_a_name_of_any_length_leaves_the_tables_readable(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], ["x" * 3000, "dog", "grey_wolf"]))
+    cells = shows.page.locator("#classes tbody th").all()
+    widths = [cell.bounding_box()["width"] for cell in cells]
+    assert widths[0] <= 24 * 16 + 1
+    assert max(cell.bounding_box()["height"] for cell in cells) < 40  # one line
+
+
 @pytest.mark.parametrize("width", [400, 1300])
 def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
     runs = [shown(HAND, COUNTS, name) for name in ("plain", "mixed")]
