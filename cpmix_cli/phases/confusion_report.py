@@ -5,12 +5,11 @@ Reads an evaluation's predictions; trains and predicts nothing (but the decision
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from cpmix_cli import artifacts, console, locks, runs
 from cpmix_cli.data.dataset import Dataset
@@ -23,6 +22,9 @@ from cpmix_cli.report.images import Sheet, most_confused, sheet
 from cpmix_cli.report.page import ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 from cpmix_cli.runs import PHASES, PhaseFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
 
 DECISION_REGIONS = "decision_regions"
 GRID = 400  # points along each axis of a decision-region picture
@@ -325,7 +327,7 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
     ]
 
 
-def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> Figure:
+def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> "Figure":
     """The picture of a classifier of points in the plane."""
     points, labels = dataset.read("train")
     axis, classes = predicted_regions(source, dataset, points)

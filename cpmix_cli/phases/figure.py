@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.data.dataset import Dataset, open_dataset
@@ -24,6 +23,9 @@ from cpmix_cli.recipe import Evaluation, Recipe, Stage, recipe_names
 from cpmix_cli.report import paper_figures
 from cpmix_cli.report.figures import MAX_NUMBERS, Array, Kind, encode
 from cpmix_cli.runs import PHASES, PhaseFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
 
 KINDS: tuple[Kind, ...] = ("pdf", "svg", "png")
 DPI = 450  # of a PNG, and of the pixels within the others
@@ -123,7 +125,7 @@ class Run:
 class Drawn:
     """A figure and the runs in it."""
 
-    figure: Figure
+    figure: "Figure"
     panels: list[tuple[str, Run]]
     """What each run is shown as: letter, or "(e)" for all of a curve."""
 

@@ -1,4 +1,4 @@
-"""Pictures, tables and the page of confusion-report; pure functions of arrays."""
+"""Pictures, tables and pages of confusion-report, figure and compare; pure functions of arrays and text."""
 
 import logging
 
