@@ -535,17 +535,19 @@ def misclassified(
 def figure(
     number: Annotated[int, typer.Argument(help="1 to 6, as in the paper.", metavar="N", min=1, max=6)],
     folders: Annotated[
-        list[Path], typer.Argument(help="Run folders, or a phase's folder in them, in any order.", metavar="RUN...")
+        list[Path], typer.Argument(help="Run folders, or phases' folders in them, in any order.", metavar="RUN...")
     ],
     out: Annotated[
         list[Path] | None,
-        typer.Option("--out", help="A .pdf, .svg or .png file. Repeatable. Default: figureN.pdf."),
+        typer.Option("--out", help="A .pdf, .svg or .png file. Repeatable. Default: figureN.pdf.", metavar="FILE"),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", help="Data set folder, where it is not where a run recorded it. Repeatable."),
+        typer.Option(
+            "--data", help="Data set folder, where it is not where a run recorded it. Repeatable.", metavar="DIR"
+        ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the files of --out hold.")] = False,
     json: Json = False,
 ) -> None:
     """A figure of the paper from your runs."""
