@@ -274,8 +274,8 @@ def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path
     assert f"warning: {evaluation}/stage1 is left out: it is of an older checkpoint of stage1" in result.stderr
     why = "finetune is stale (stage1 was trained again since)"
     assert f"warning: {evaluation}/finetune is left out: {why}" in result.stderr
-    assert f"error: {digits_run} holds no evaluation of use\n" in result.stderr
-    assert f"fix: cpmix evaluate --from {digits_run}\n" in result.stderr
+    assert f"error: no evaluation of use in {digits_run}\n" in result.stderr
+    assert f"fix: cpmix status {digits_run} says what to type next\n" in result.stderr
     must("evaluate", "--from", digits_run, "--phase", "stage1")
     result = must("compare", digits_run, "--json")
     assert [row["finetune"] for row in result.json["rows"]] == ["before stage 2"]
@@ -298,9 +298,13 @@ def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: lis
     result = cpmix("compare", toy_run / "stage2")
     assert result.code == 3
     assert result.stderr == (
-        f"error: {toy_run} holds no evaluation of stage2\n  needed by: compare\n"
-        f"  fix: cpmix evaluate --from {toy_run} --phase stage2\n"
+        f"warning: {toy_run} is left out: it holds no evaluation of stage2\n"
+        f"error: no evaluation of use in {toy_run / 'stage2'}\n  needed by: compare\n"
+        f"  fix: cpmix status {toy_run / 'stage2'} says what to type next\n"
     )
+    result = must("compare", seeds[0], toy_run, "--json")  # one that is not evaluated does not take the others away
+    assert result.json["left_out"] == [f"{toy_run} is left out: it holds no evaluation"]
+    assert {run for row in result.json["rows"] for run in row["runs"]} == {str(seeds[0])}
 
 
 def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:

@@ -114,6 +114,15 @@ def test_values_of_whole_images_fall_into_whole_bins() -> None:
     assert sorted(figures.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
 
 
+def test_names_are_no_formulas() -> None:
+    matrix, counts, _ = example(3)
+    for names in (["$a^$", "$5^ to $10", "\\frac"],):
+        for kind in ("png", "svg", "pdf"):
+            figure = figures.confusion_heat_map(matrix, names, counts, title="$x^$")
+            assert figures.encode(figure, kind)
+        assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
+
+
 def test_single_cells_of_a_large_matrix_are_seen() -> None:
     values = np.zeros((7, 5))
     values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1

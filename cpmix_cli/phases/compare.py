@@ -11,7 +11,7 @@ from typing import Any
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.data.longtail import GROUPS
-from cpmix_cli.errors import EnvironmentFault
+from cpmix_cli.errors import EnvironmentFault, InputError
 from cpmix_cli.paper import COPIED, TABLES, Column, PaperTable
 from cpmix_cli.paper import Row as PaperRow
 from cpmix_cli.phases.evaluate import MARK, legend
@@ -68,6 +68,12 @@ def run(options: Options) -> None:
             found, others = evaluations_of(root, phase)
             measured += found
             left_out += others
+    if not measured:
+        raise InputError(
+            f"no evaluation of use in {', '.join(map(str, options.folders))}",
+            needed_by="compare",
+            fix=console.typed("status", *options.folders) + " says what to type next",
+        )
     rows = in_rows(measured)
     if options.paper is None:
         fields: dict[str, Any] = {"rows": [told(row) for row in rows], "differences": differences_of(rows)}
@@ -105,7 +111,7 @@ def publish(
 
 
 def difference_lines(rows: Sequence[Row]) -> list[str]:
-    """The same as lines."""
+    """What differences_of() finds, as lines."""
     lines = []
     for entry in differences_of(rows):
         keys = [f"{key}: {', '.join(map(shown, values))}" for key, values in entry["keys"].items()]
@@ -245,6 +251,8 @@ def accuracy_lines(numbered: Sequence[tuple[int, Row]], with_deviations: bool) -
         lines.append("paper: top-1 in its Tables 1 to 4")
     if any(found[0].copied for *_, found in known):
         lines.append(f"* {COPIED}")
+    if given := [number for number, row, _ in known if row.first.conditions["init"] != "none"]:
+        lines.append(f"row{'s' * (len(given) > 1)} {listed(given)}: started from given weights (--init)")
     fewer: dict[str, list[int]] = {}
     for number, row, _ in known:
         if row.first.full_epochs is not None:
@@ -335,6 +343,8 @@ def paper_sheet(table: PaperTable, rows: Sequence[Row]) -> Sheet:
         few = row.first.conditions["few_inclusive"]
         if column.measure in GROUPS and few != table.few_inclusive:
             note += ", classes of 20 images are few" if few else ", classes of 20 images are medium"
+        if row.first.conditions["init"] != "none":
+            note += f", started from weights {row.first.conditions['init']}"
         if beside > 1:
             note += f", {row.first.run}"
         letter = letters.setdefault(note, letter_of(len(letters)))

@@ -19,7 +19,8 @@ from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix
 from cpmix_cli.phases.confusion_report import predicted_regions, read_predictions
 from cpmix_cli.phases.evaluate import POST_HOC
-from cpmix_cli.recipe import Evaluation, Recipe, Stage, recipe_names
+from cpmix_cli.phases.measured import epochs_to
+from cpmix_cli.recipe import Evaluation, Recipe, Stage, changed, recipe_names
 from cpmix_cli.report import paper_figures
 from cpmix_cli.report.figures import MAX_NUMBERS, Array, Kind, encode
 from cpmix_cli.runs import PHASES, PhaseFolder
@@ -172,13 +173,15 @@ def read_runs(options: Options) -> list[Run]:
     """
     found = []
     for folder in options.folders:
-        root, named = runs.locate(folder)
+        root, named = runs.locate(folder, needed_by=options.name)
         source = runs.choose_phase(root, named, PHASES, needed_by=options.name)
         recipe = source.recipe()
         method = method_of(recipe, source.phase)
         if method is None:
-            console.warn(f"{source.path} is not used: its recipe is none of {', '.join(METHODS)}")
+            console.warn(f"{source.path} is not used: it is none of {', '.join(METHODS)}")
             continue
+        if source.phase == "finetune" and method != "CP-Mix":
+            console.warn(f"{source.path} is finetuned, which the paper's {method} is not: {root}/PHASE names a phase")
         found.append(Run(source, method, recipe, find_dataset(options, source), options.name))
     return found
 
@@ -186,10 +189,13 @@ def read_runs(options: Options) -> list[Run]:
 def method_of(recipe: Recipe, phase: str) -> str | None:
     """The method of METHODS by which a phase's network was trained, or None.
 
-    A finetune of CP-Mix's kind is of the method that it took; another kind (cRT) makes another method, and so do
-    several experts, an evaluation after the fact, and confusions of other images than the training batches'.
+    A finetune of CP-Mix's kind is of the method that it took; another kind (cRT) makes another method, and so do the
+    first of two stages, several experts, an evaluation after the fact, and confusions of other images than the training
+    batches'.
     """
     plain = Evaluation()
+    if phase == "stage1" and recipe.stage2 is not None:
+        return None
     if recipe.model.experts > 1 or recipe.confusion.source != "train":
         return None
     if any(getattr(recipe.evaluation, key) != getattr(plain, key) for key in POST_HOC):
@@ -198,7 +204,7 @@ def method_of(recipe: Recipe, phase: str) -> str | None:
         tuned = recipe.finetune
         if tuned is None or (tuned.head, tuned.batchnorm, signature(tuned)) != ("keep", "frozen", FINETUNE):
             return None
-    stage = recipe.stage2 if recipe.stage2 is not None and phase != "stage1" else recipe.stage1
+    stage = recipe.stage2 if recipe.stage2 is not None else recipe.stage1
     return next((name for name, (_, terms) in METHODS.items() if signature(stage) == in_order(terms)), None)
 
 
@@ -382,6 +388,16 @@ def figure2(options: Options, found: list[Run]) -> Drawn:
     if not placed:
         raise nothing_given(options, "a run on the toy data")
     by_data(list(placed.values()))
+    alike: dict[str, Run] = {}
+    for one in placed.values():
+        other = alike.setdefault(one.method, one)
+        if differing := [key for key, *_ in changed(settings_of(other), settings_of(one))]:
+            raise InputError(
+                f"{other.source.path} and {one.source.path} are both {one.method}, and differ in "
+                f"{', '.join(differing)}",
+                needed_by=options.name,
+                fix="give runs that differ in seed and rho alone",
+            )
     rhos = sorted({rho for _, rho, _ in placed})
     rho = TOY_RHO if TOY_RHO in rhos else rhos[-1]
     at_rho = [one for (_, r, _), one in sorted(placed.items()) if r == rho]
@@ -408,6 +424,11 @@ def figure2(options: Options, found: list[Run]) -> Drawn:
     letters = dict(zip(TOY_METHODS, ("(b, e)", "(c, e)", "(d, e)", "(f, e)"), strict=True))
     panels = [(letters[m] if one is shown[m] else "(e)", one) for (m, _, _), one in sorted(placed.items(), key=_place)]
     return Drawn(figure, panels)
+
+
+def settings_of(one: Run) -> dict[str, Any]:
+    """What the phase depends on but for the seed."""
+    return {key: value for key, value in one.recipe.tables_of(one.source.phase).items() if key != "seed"}
 
 
 def _place(item: tuple[tuple[str, float, int], Run]) -> tuple[int, float, int]:
@@ -540,7 +561,7 @@ def report(options: Options, drawn: Drawn, outs: list[Path], status: str) -> Non
             "rho": one.rho,
             "seed": one.recipe.seed,
             "phase": one.source.phase,
-            "epochs": one.recipe.schedule.epochs,
+            "epochs": "+".join(map(str, epochs_to(one.source, one.recipe))),
             "top1": round(one.accuracy, 2),
             "run": str(one.source.run),
         }

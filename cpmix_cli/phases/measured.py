@@ -44,6 +44,8 @@ class Measured:
     """Of its method, with the keys that were changed."""
     method: Recognised
     data: str
+    label: str
+    """Of the evaluation; empty without one."""
     stage: str
     """before or after the finetune, none where the recipe has none, or before stage 2; and the evaluation's label."""
     forms: frozenset[bool]
@@ -153,13 +155,9 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[
             console.warn(left_out[-1])
         else:
             found.append(measured_in(folder, record, source))
-    if not found:
-        flags = ["--phase", phase] if phase else []
-        raise InputError(
-            f"{root} holds no evaluation" + (f" of {phase}" if phase else "") + (" of use" if left_out else ""),
-            needed_by="compare",
-            fix=console.typed("evaluate", "--from", root, *flags),
-        )
+    if not found and not left_out:
+        left_out.append(f"{root} is left out: it holds no evaluation" + (f" of {phase}" if phase else ""))
+        console.warn(left_out[-1])
     return found, left_out
 
 
@@ -198,6 +196,7 @@ def measured_in(folder: Path, record: dict[str, Any], source: PhaseFolder) -> Me
         name=name_of(method, leading),
         method=method,
         data=data,
+        label=label,
         stage=f"{stage}, {label}" if label else stage,
         forms=forms if usual and not label else frozenset(),
         seed=recipe.seed,
@@ -379,7 +378,9 @@ def differences_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, row in enumerate(rows):
         run = row.first
-        alike.setdefault((run.method.method, split_name(run.data), run.stage), []).append(number)
+        alike.setdefault(
+            (run.method.method, split_name(run.data), run.stage.removesuffix(f", {run.label}")), []
+        ).append(number)
     found = []
     for numbers in alike.values():
         if len(numbers) > 1:
@@ -392,6 +393,8 @@ def differences_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
                 kept |= {key for key in differing if key.partition(".")[0] not in RESCALED}
                 differing = {key: found for key, found in differing.items() if key in kept}
+            if not differing:  # of one evaluation under two labels
+                continue
             found.append({"rows": [number + 1 for number in numbers], "keys": differing})
     return found
 

@@ -23,6 +23,8 @@ from cpmix_cli.data.longtail import GROUPS, group_of
 Array = NDArray[Any]
 Kind = Literal["png", "svg", "pdf"]
 
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are no formulas
+
 DPI = 150
 GROUP_COLOURS = {"many": "#dbe9f6", "medium": "#fdebd0", "few": "#f6dbe4"}
 MAX_NAMES = 150
@@ -51,7 +53,8 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = DPI) -> bytes:
         dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
     """
     if figure.get_layout_engine() is not None:  # once: laid out again for each kind, it would move a little
-        figure.draw_without_rendering()
+        for _ in range(2):  # axes that the first laid out smaller may have other ticks, whose labels want other room
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
@@ -96,9 +99,9 @@ def percent_norm() -> PowerNorm:
 
 
 def count_norm(*cells: Array) -> LogNorm:
-    """Colours of counts on a logarithmic scale, the same for several matrices."""
+    """Colours of counts of images on a logarithmic scale, the same for several matrices."""
     together = np.concatenate([c.ravel() for c in cells])
-    return LogNorm(vmin=min(together[together > 0]), vmax=max(10, together.max()))
+    return LogNorm(vmin=1, vmax=max(10, together.max()))  # from one image on: the same in every picture
 
 
 def largest_of_blocks(values: Array, block: int) -> Array:
@@ -381,6 +384,9 @@ def class_accuracy(
     right = axes.twinx()
     right.plot(place, counts, color="0.35", linewidth=1, linestyle="--", label="training images")
     right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylim(max(0.8, counts.min() * 0.8), counts.max() * 1.25)
     right.set_ylabel("training images (log)")
     lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]

@@ -41,6 +41,7 @@ from cpmix_cli.report.figures import (
 )
 
 WIDTH = 6.5
+RHO = "\N{GREEK SMALL LETTER RHO}"
 STYLE: Any = {
     "font.size": 7.5,
     "axes.titlesize": 8,
@@ -197,7 +198,7 @@ def toy_example(
     }
     edge = regions[0].axis[-1]
     draw_points(panels["a"], *train, class_names, size=2.5)
-    _letter(panels["a"], "a", f"data ($\\rho$ = {rho:g})")
+    _letter(panels["a"], "a", f"data ({RHO} = {rho:g})")
     for letter, region in zip("bcdf", regions, strict=True):
         axes = panels[letter]
         draw_regions(axes, region.axis, region.classes)
@@ -237,7 +238,7 @@ def _over_rho(axes: Axes, curves: Sequence[Curve], values: Sequence[list[list[fl
     """Means over seeds as lines, plus and minus a standard deviation as bands."""
     for curve, of_seeds in zip(curves, values, strict=True):
         means = np.array([np.mean(v) for v in of_seeds])
-        spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in of_seeds])
+        spread = np.array([np.std(v, ddof=1) if len(v) > 1 else np.nan for v in of_seeds])
         style = METHOD_STYLES[curve.method]
         axes.plot(curve.rhos, means, **style)
         axes.fill_between(curve.rhos, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
@@ -246,7 +247,7 @@ def _over_rho(axes: Axes, curves: Sequence[Curve], values: Sequence[list[list[fl
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("imbalance factor $\\rho$")
+    axes.set_xlabel(f"imbalance factor {RHO}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_box_aspect(1)
 
@@ -396,7 +397,8 @@ def matrices_over_rho(
             image = draw_cells(axes, percent, percent_norm(), numbers=numbers, fontsize=5.5)
             axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=_turn(names))
             axes.set_yticks(ticks, names if not shown[r, :c].any() else [])
-            _letter(axes, next(letters), f"{method}, {data}")
+            title = f"{method}, {data}"  # beside names of classes there is room for about 20 letters
+            _letter(axes, next(letters), title if class_names is None or len(title) <= 20 else f"{method},\n{data}")
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
     bar = figure.colorbar(
