@@ -184,6 +184,11 @@ def test_a_changed_method_goes_by_its_keys_or_its_file(
     assert differ == [
         "rows 1 and 2 differ in data.augment: crop, none; optimizer.nesterov: false, true; optimizer.batch_size: 64, 32"
     ]
+    records = csv.DictReader(io.StringIO(must("compare", some, more, "--format", "csv").stdout))
+    assert [record["differs"] for record in records] == [
+        "data.augment=crop; optimizer.nesterov=false; optimizer.batch_size=64",
+        "data.augment=none; optimizer.nesterov=true; optimizer.batch_size=32",
+    ]
     assert must("compare", mine, "--json").json["rows"][0]["method"] == "mine"
 
 
@@ -533,6 +538,7 @@ def test_every_format_of_real_runs(seeds: list[Path], tmp_path: Path) -> None:
     assert [float(record["top1_mean"]) for record in records] == [row["top1"]["mean"] for row in rows]
     assert [record["top1_std"] for record in records] == [str(rows[0]["top1"]["std"]), ""]
     assert [(r["seeds"], r["epochs"], r["paper"]) for r in records] == [("0 1 2", "3", ""), ("1", "3+1", "")]
+    assert [record["differs"] for record in records] == ["", ""]  # two methods
     piped = must("compare", *seeds, "--format", "markdown").stdout.splitlines()
     first = [line for line in piped[: piped.index("**training**")] if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in first} == {10}

@@ -123,6 +123,14 @@ def test_names_are_no_formulas() -> None:
         assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
 
+def test_letters_that_the_font_lacks_are_known(recwarn: pytest.WarningsRecorder) -> None:
+    names = ["caf\u00e9", "\u72ac", "dog"]
+    assert figures.without_glyphs(names) == ["\u72ac"]
+    matrix, counts, _ = example(3)
+    assert figures.encode(figures.confusion_heat_map(matrix, names, counts, title="t"), "png")
+    assert not recwarn.list
+
+
 def test_single_cells_of_a_large_matrix_are_seen() -> None:
     values = np.zeros((7, 5))
     values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1

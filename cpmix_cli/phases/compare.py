@@ -77,7 +77,7 @@ def run(options: Options) -> None:
     rows = in_rows(measured)
     if options.paper is None:
         fields: dict[str, Any] = {"rows": [told(row) for row in rows], "differences": differences_of(rows)}
-        sheets, records = sheets_of(rows, with_deviations=options.form != "table"), [flat(row) for row in rows]
+        sheets, records = sheets_of(rows, with_deviations=options.form != "table"), records_of(rows)
     else:
         table = TABLES[options.paper]
         for other in (row.first for row in rows if not places(row, table)):
@@ -174,6 +174,16 @@ def flat(row: Row) -> dict[str, Any]:
         elif key != "conditions":
             record[key] = value
     return record
+
+
+def records_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A record for each row, for CSV; the last column says in what it differs from others of its method."""
+    records = [flat(row) | {"differs": ""} for row in rows]
+    for entry in differences_of(rows):
+        for place, number in enumerate(entry["rows"]):
+            values = (f"{key}={shown(values[place])}" for key, values in entry["keys"].items())
+            records[number - 1]["differs"] = "; ".join(values)
+    return records
 
 
 def with_deviation(row: Row, measure: str) -> str:

@@ -168,6 +168,7 @@ def write(
     """Tables, pictures, the page, and run.json last."""
     own = reported[0]
     source = own.source
+    warn_of_boxes(own.dataset.class_names)
     pictures = draw(own)
     page = make_page(reported, pairs, accuracies, pictures, num_images)
     artifacts.check_place(folder, len(page))
@@ -281,6 +282,14 @@ def read_predictions(
     for name in ("label", "predicted"):
         artifacts.refuse_outside(path, table, name, num_classes)
     return table, sha
+
+
+def warn_of_boxes(class_names: list[str]) -> None:
+    """Say that names will not be legible in pictures."""
+    if lacking := figures.without_glyphs(class_names):
+        console.warn(
+            f"the pictures' font cannot write {len(lacking)} class names, such as {lacking[0]}: boxes stand for letters"
+        )
 
 
 def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:

@@ -17,7 +17,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
 from cpmix_cli.evaluation import class_accuracy, confusion_matrix
-from cpmix_cli.phases.confusion_report import predicted_regions, read_predictions
+from cpmix_cli.phases.confusion_report import predicted_regions, read_predictions, warn_of_boxes
 from cpmix_cli.phases.evaluate import POST_HOC
 from cpmix_cli.phases.measured import epochs_to
 from cpmix_cli.recipe import Evaluation, Recipe, Stage, changed, recipe_names
@@ -144,6 +144,7 @@ def run(options: Options) -> None:
     found = read_runs(options)
     drawn = FIGURES[options.number](options, found)
     warn_unused(found, drawn.panels)
+    warn_of_boxes(drawn.panels[0][1].dataset.class_names)
     files = {out: encode(drawn.figure, kind, dpi=DPI) for out, kind in zip(outs, kinds, strict=True)}
     new = {out: data for out, data in files.items() if not out.is_file() or artifacts.read_bytes(out) != data}
     for out in new:

@@ -6,6 +6,7 @@ images is white, so zero differs from little. Equal arrays give equal bytes.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -52,14 +54,21 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = DPI) -> bytes:
         kind: png, svg or pdf.
         dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
     """
-    if figure.get_layout_engine() is not None:  # once: laid out again for each kind, it would move a little
-        for _ in range(2):  # axes that the first laid out smaller may have other ticks, whose labels want other room
-            figure.draw_without_rendering()
-        figure.set_layout_engine("none")
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # see without_glyphs()
+        if figure.get_layout_engine() is not None:  # once: laid out again for each kind, it would move a little
+            for _ in range(2):  # axes that the first laid out smaller may have other ticks, with labels of other sizes
+                figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
+
+
+def without_glyphs(names: Sequence[str]) -> list[str]:
+    """Those of the names that the pictures' font cannot write in full: boxes stand for what it lacks."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return [name for name in names if any(ord(letter) not in known for letter in name)]
 
 
 # -- parts of pictures -------------------------------------------------------------------------------------------------
