@@ -131,7 +131,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[
     each, which are warnings too.
 
     Raises:
-        InputError: no phase, no such evaluation, or a damaged record.
+        InputError: no phase, or a damaged record.
     """
     paths = sorted((root / "evaluation").glob(f"*/{artifacts.RUN}"))
     if paths and not any(PhaseFolder(root, name).is_begun for name in PHASES):
