@@ -125,11 +125,7 @@ def read_reported(given: Path, phase: str | None, out: Path | None, data: Path |
     dataset = runs.find_dataset(root, source.record(), data, needed_by="confusion-report")
     evaluation = evaluations / source.phase
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
-    matrix = confusion_matrix(
-        torch.tensor(predictions["label"].to_numpy(), dtype=torch.int64),
-        torch.tensor(predictions["predicted"].to_numpy(), dtype=torch.int64),
-        dataset.num_classes,
-    )
+    matrix = matrix_of(predictions, dataset.num_classes)
     table = artifacts.read_confusions(*source.output(artifacts.CONFUSION_PAIRS), dataset.num_classes)
     confusions = artifacts.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
     record = runs.read_run(evaluation, runs.EvaluationEntry)
@@ -282,6 +278,14 @@ def read_predictions(
     for name in ("label", "predicted"):
         artifacts.refuse_outside(path, table, name, num_classes)
     return table, sha
+
+
+def matrix_of(predictions: pd.DataFrame, num_classes: int) -> torch.Tensor:
+    """Test images of true class (row) predicted as (column) [C, C] int64, from read_predictions()."""
+    label, predicted = (
+        torch.tensor(predictions[name].to_numpy(), dtype=torch.int64) for name in ("label", "predicted")
+    )
+    return confusion_matrix(label, predicted, num_classes)
 
 
 def warn_of_boxes(class_names: list[str]) -> None:

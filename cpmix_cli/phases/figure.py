@@ -16,8 +16,8 @@ from cpmix_cli import artifacts, console, runs
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
-from cpmix_cli.evaluation import class_accuracy, confusion_matrix
-from cpmix_cli.phases.confusion_report import predicted_regions, read_predictions, warn_of_boxes
+from cpmix_cli.evaluation import class_accuracy
+from cpmix_cli.phases.confusion_report import matrix_of, predicted_regions, read_predictions, warn_of_boxes
 from cpmix_cli.phases.evaluate import POST_HOC
 from cpmix_cli.phases.measured import epochs_to
 from cpmix_cli.recipe import Evaluation, Recipe, Stage, changed, recipe_names
@@ -89,8 +89,7 @@ class Run:
         """
         evaluation = self.source.run / "evaluation" / self.source.phase
         table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes, needed_by=self.figure)
-        columns = [torch.tensor(table[name].to_numpy(), dtype=torch.int64) for name in ("label", "predicted")]
-        return confusion_matrix(columns[0], columns[1], self.dataset.num_classes)
+        return matrix_of(table, self.dataset.num_classes)
 
     @property
     def cells(self) -> Array:

@@ -794,7 +794,7 @@ function relationPlot() {
 }
 
 function calibrationPlot() {
-  const lines = [{ from: [0, 0], to: [1, 1], colour: colour("quiet"), dashed: true }], points = [], bars = [];
+  const lines = [{ from: [0, 0], to: [1, 1], colour: colour("quiet"), dashed: true }], points = [];
   runs.forEach((run, r) => {
     const { images, confidence, accuracy } = run.calibration;
     const all = images.reduce((a, b) => a + b, 0);
@@ -806,7 +806,7 @@ function calibrationPlot() {
     const filled = images.map((n, b) => b).filter((b) => images[b]);
     for (let k = 1; k < filled.length; k++) lines.push({ from: [confidence[filled[k - 1]], accuracy[filled[k - 1]]], to: [confidence[filled[k]], accuracy[filled[k]]], colour: colour(`run${r % 6}`) });
   });
-  return { x: { label: "confidence", low: 0, high: 1 }, y: { label: "share that is right", low: 0, high: 1.02 }, points, lines, bars };
+  return { x: { label: "confidence", low: 0, high: 1 }, y: { label: "share that is right", low: 0, high: 1.02 }, points, lines };
 }
 
 // -- all together -----------------------------------------------------------------------------------------------------

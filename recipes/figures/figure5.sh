@@ -3,23 +3,4 @@
 # Usage: bash recipes/figures/figure5.sh OUT EPOCHS DATA_ROOT      for example: bash recipes/figures/figure5.sh figure5 20 /data/cifar100
 # Interrupted, the same line goes on.
 set -euo pipefail
-out=$1 epochs=$2 root=$3
-
-shown=()
-for rho in 100 50 10; do
-    data=$out/data-rho$rho
-    cpmix build-lt cifar100 --rho "$rho" --data-root "$root" --out "$data"
-    for method in cross-entropy mixup; do
-        run=$out/$method-rho$rho
-        cpmix train-stage1 --data "$data" --recipe "cifar100-lt/$method" --epochs "$epochs" --out "$run"
-        cpmix evaluate --from "$run" --phase stage1
-        shown+=("$run/stage1")
-    done
-    run=$out/cpmix-rho$rho
-    cpmix train-stage1 --data "$data" --recipe cifar100-lt/cpmix --epochs "$epochs" --out "$run"
-    cpmix train-stage2 --from "$run"
-    cpmix finetune --from "$run"
-    cpmix evaluate --from "$run"
-    shown+=("$run/finetune")
-done
-cpmix figure 5 "${shown[@]}" --out "$out/figure5.pdf"
+bash "$(dirname "$0")/matrices.sh" 5 cifar100 "100 50 10" "$1" "$2" "$3"
