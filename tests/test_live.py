@@ -140,6 +140,7 @@ class Screen:
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.lines: list[str] = [""]
+        self.ever: set[str] = set()  # lines that stood here until they were rubbed out, however briefly
         self.row = self.column = 0
         self.cursor = True
 
@@ -152,6 +153,7 @@ class Screen:
                 self.row -= int(number)
                 assert self.row >= 0
             elif control == "\x1b[2K":
+                self.ever.add(self.lines[self.row])
                 self.lines[self.row] = ""
             elif number == "?25":
                 self.cursor = letter == "h"
@@ -402,9 +404,8 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
         ("finetune", "--from", run),
     ]
     process = started(found, *commands)
-    seen = set()
     while process.poll() is None:
-        seen |= set(found.look())
+        found.look()
     while (screen := found.look()) != found.look():
         pass
     assert process.returncode == 0, screen
@@ -418,7 +419,7 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
     ]
     assert not [line for line in screen if "so far" in line or "━" in line]
     assert found.screen.cursor
-    labels = {re.split(r"\s{2,}", line.strip())[0] for line in seen if line}
+    labels = {re.split(r"\s{2,}", line.strip())[0] for line in found.screen.ever}
     assert labels >= {"loss", "erm", "cp", "mix", "train accuracy, %", "many", "medium", "few"}
     assert any(re.fullmatch(r"\d as \d", label) for label in labels)
 
