@@ -47,17 +47,43 @@ class Table(BaseModel):
     """A TOML table: unknown keys are faults, no type is coerced but int to float, and inf and nan are no numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    _quiet: ClassVar[tuple[str, ...]] = ()
+    """Keys that a resolved recipe leaves out where they say what was so before there were such keys: the runs from then
+    stay what they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = {key for key in self._quiet if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in handler(self).items() if key not in idle}
 
 
 class Data(Table):
     """How images become inputs."""
 
-    augment: Literal["crop-flip-rotate", "crop-flip", "crop", "none"] = "crop-flip"
-    """Training augmentation: random crop from `padding` pixels of black, horizontal flip, turn of up to 15 degrees."""
+    augment: Literal[
+        "resized-crop-flip-jitter", "resized-crop-flip", "crop-flip-rotate", "crop-flip", "crop", "none"
+    ] = "crop-flip"
+    """Training augmentation. crop: random, from `padding` pixels of black. resized-crop: of 8 to 100 % of the image,
+    3:4 to 4:3 in shape, resized to `crop`. flip: left for right, every other time. rotate: up to 15 degrees. jitter:
+    brightness, contrast and saturation by up to 40 %."""
     padding: int = Field(default=4, ge=0, le=1024)
     """Black pixels on each side before the crop."""
-    normalisation: Literal["cifar10", "imagenet", "dataset", "none"] = "dataset"
-    """Mean and deviation a channel: the published ones of CIFAR-10 or ImageNet, the training set's own, or 0 and 1."""
+    crop: int = Field(default=0, ge=0, le=4096)
+    """Side of the square that the network sees: resized crops in training, the middle of the image in tests; 0: all of
+    the image."""
+    normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
+    """Mean and deviation a channel: the published ones of CIFAR-10, ImageNet or iNaturalist, the training set's own, or
+    0 and 1."""
+    _quiet: ClassVar[tuple[str, ...]] = ("crop",)
+
+    @model_validator(mode="after")
+    def _crops_have_a_size(self) -> "Data":
+        resized = self.augment.startswith("resized-crop")
+        if resized and not self.crop:
+            raise ValueError(f'augment = "{self.augment}" resizes to crop: crop = 0 is no size')
+        if self.crop and not resized and self.augment != "none":
+            raise ValueError(f'crop goes with a resized-crop or with "none", not with augment = "{self.augment}"')
+        return self
 
 
 class Model(Table):
@@ -84,6 +110,8 @@ class Model(Table):
     """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
     detached_experts: bool = False
     """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
+    sync_batchnorm: bool = False
+    """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
 
     @field_validator("name")
     @classmethod
@@ -104,7 +132,8 @@ class Model(Table):
     @model_serializer(mode="wrap")
     def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As a resolved recipe shows it: of a plain network, nothing of experts."""
-        dropped = ("experts", *self._of_experts) if self.experts == 1 else ()
+        dropped = ["experts", *self._of_experts] if self.experts == 1 else []
+        dropped += [] if self.sync_batchnorm else ["sync_batchnorm"]
         return {key: value for key, value in handler(self).items() if key not in dropped}
 
 
@@ -136,10 +165,15 @@ class Optimizer(Table):
     """SGD only."""
     weight_decay: float = Field(default=2e-4, ge=0)
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
+    """Of a step, over all ranks."""
+    micro_batches: int = Field(default=1, ge=1, le=10_000)
+    """Parts that each rank takes its share of the batch in, one after the other, gradients added up: less memory; batch
+    norm sees a part."""
     groups: list[ParameterGroup] = []
     expert_rates: Literal["equal", "target-share"] = "equal"
     """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
     which the expert answers for (ACE)."""
+    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "Optimizer":
@@ -176,6 +210,10 @@ class Confusion(Table):
     test_legacy: of the test split, as OTmix's released code has it (leaks test labels; the results are marked)."""
     predictions: Literal["ensemble", "each-expert"] = "ensemble"
     """Of several experts: what their mean takes for what, or each of them, all in one bag. source = "train" only."""
+    refresh: Literal["step", "epoch"] = "step"
+    """Partner classes are drawn from the counts through the step before, or from those at the beginning of the epoch:
+    then all images of an epoch are known when it begins, and are read ahead from disk."""
+    _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
 
     @model_validator(mode="after")
     def _each_expert_in_training(self) -> "Confusion":

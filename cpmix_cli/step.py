@@ -180,7 +180,8 @@ class Step:
         plan = self._plan
         num_samples = len(self._data.labels)
         key = (plan.seed, plan.phase)
-        inputs = draw_epoch(plan.terms, num_samples, plan.batch_size, key, epoch, plan.num_epochs)
+        num_uniforms = self._data.batches.num_uniforms
+        inputs = draw_epoch(plan.terms, num_samples, plan.batch_size, key, epoch, plan.num_epochs, num_uniforms)
         self._matching = matching_terms(plan.terms, key, epoch, plan.num_epochs)
         steps = plan.num_steps(num_samples)
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpmix_cli.data.batches import NUM_UNIFORMS, PUBLISHED, Batches, ClassPool
+from cpmix_cli.data.batches import PUBLISHED, Batches, ClassPool
 from cpmix_cli.errors import EnvironmentFault, UsageError
 from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
@@ -75,12 +75,13 @@ class Term:
         self._functions, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
         assert not faults, faults  # recipe.resolve() has told them
 
-    def draws(self, steps: int, batch_size: int, epoch: int, num_epochs: int) -> dict[str, "Draw"]:
+    def draws(self, steps: int, batch_size: int, num_uniforms: int, epoch: int, num_epochs: int) -> dict[str, "Draw"]:
         """Purpose -> how its numbers of an epoch are drawn.
 
         Args:
             steps: S.
             batch_size: B.
+            num_uniforms: that augment an image.
             epoch: from 1.
             num_epochs: of the whole training.
         """
@@ -91,11 +92,11 @@ class Term:
             wanted[f"{self.name}/{purpose}"] = (shape, how)
 
         if self.natural:
-            wanted["augment"] = ((*size, NUM_UNIFORMS), np.random.Generator.random)  # shared by all natural terms
+            wanted["augment"] = ((*size, num_uniforms), np.random.Generator.random)  # shared by all natural terms
         else:
             want("class", *size)
             want("image", *size)
-            want("augment", *size, NUM_UNIFORMS)
+            want("augment", *size, num_uniforms)
         if self.mixed:
             several = size if recipe.per_sample else (steps, 1)
             want("partner", *size)
@@ -103,7 +104,7 @@ class Term:
             want("box", *several, 2)
             if not self.in_batch:
                 want("partner-image", *size)
-                want("partner-augment", *size, NUM_UNIFORMS)
+                want("partner-augment", *size, num_uniforms)
         if self.gated:
             open_now = recipe.unmixed_first < epoch <= num_epochs - recipe.unmixed_last
             want("gate", steps, 1, how=lambda g, shape: (g.random(shape) < recipe.probability * open_now) * 1.0)
@@ -215,7 +216,13 @@ Draw = tuple[tuple[int, ...], Callable[[np.random.Generator, tuple[int, ...]], A
 
 
 def draw_epoch(
-    terms: list[Term], num_samples: int, batch_size: int, key: tuple[int | str, ...], epoch: int, num_epochs: int
+    terms: list[Term],
+    num_samples: int,
+    batch_size: int,
+    key: tuple[int | str, ...],
+    epoch: int,
+    num_epochs: int,
+    num_uniforms: int,
 ) -> dict[str, Tensor]:
     """All random numbers of an epoch by purpose, on the CPU; step in front, then the batch.
 
@@ -229,14 +236,15 @@ def draw_epoch(
         key: (seed, phase).
         epoch: from 1.
         num_epochs: of the whole training.
+        num_uniforms: that augment an image.
     """
     steps = -(-num_samples // batch_size)
     order = np.zeros(steps * batch_size, dtype=np.int64)
     order[:num_samples] = stream(*key, epoch, "order").permutation(num_samples)
     drawn = {"order": torch.from_numpy(order.reshape(steps, batch_size))}
-    wanted = {
-        purpose: how for term in terms for purpose, how in term.draws(steps, batch_size, epoch, num_epochs).items()
-    }
+    wanted: dict[str, Draw] = {}
+    for term in terms:
+        wanted |= term.draws(steps, batch_size, num_uniforms, epoch, num_epochs)
     for purpose, (shape, how) in wanted.items():
         drawn[purpose] = torch.from_numpy(how(stream(*key, epoch, purpose), shape))
     return drawn

@@ -129,7 +129,7 @@ def check_against_loop(
 
 def erm_loop(epoch: int) -> Callable[[Classifier], Tensor]:
     """Balanced Softmax over the samples of the epoch's one step."""
-    draws = draw_epoch(terms_of(erm=ERM), 24, 64, (11, "stage2"), epoch, 9)
+    draws = draw_epoch(terms_of(erm=ERM), 24, 64, (11, "stage2"), epoch, 9, 3)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
 
     def loop(model: Classifier) -> Tensor:
@@ -173,7 +173,7 @@ def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
     before = state.confusion.clone()
     state.epoch, state.step = 3, 0
     terms = terms_of(erm=ERM, cp=CP, mix=MIX)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 3, 9)
+    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 3, 9, 3)
     prior = [float(torch.tensor(n).log()) for n in COUNTS]
     by_class = [torch.nonzero(c == LABELS).flatten().tolist() for c in range(4)]
 
@@ -226,7 +226,7 @@ def test_confusions_are_the_errors_of_the_epoch() -> None:
     before = copy.deepcopy(state.model).train()
     terms = terms_of(erm=ERM, cp=CP)
     fit(plan_of(terms, 1), data(), state, publish=never)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 1, 9)
+    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 1, 9, 3)
     separate = fresh()
     fit(plan_of(terms, 1, joint=False), data(), separate, publish=never)
     order = draws["order"][0, :24]
@@ -295,6 +295,7 @@ class Signalling:
     def __init__(self, batches: Batches, at: int) -> None:
         self._batches = batches
         self._left = 3 * at
+        self.num_uniforms, self.device = batches.num_uniforms, batches.device
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         if self._left == 0:
@@ -304,6 +305,9 @@ class Signalling:
 
     def plain(self, indices: Tensor) -> Tensor:
         return self._batches.plain(indices)
+
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        self._batches.announce(indices, uniforms)
 
 
 def signalling(step: int) -> TrainingData:
@@ -388,13 +392,13 @@ def test_optimizer_groups_match_prefixes() -> None:
 
 def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
     terms = terms_of(erm=ERM, cp=CP)
-    first = draw_epoch(terms, 24, 8, (0, "stage2"), 5, 9)
-    alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2"), 5, 9)
+    first = draw_epoch(terms, 24, 8, (0, "stage2"), 5, 9, 3)
+    alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2"), 5, 9, 3)
     assert set(alone) < set(first)
     for purpose in alone:
         assert first[purpose].equal(alone[purpose])
     for seed, phase, epoch in ((1, "stage2", 5), (0, "stage1", 5), (0, "stage2", 6)):
-        other = draw_epoch(terms, 24, 8, (seed, phase), epoch, 9)
+        other = draw_epoch(terms, 24, 8, (seed, phase), epoch, 9, 3)
         assert not other["order"].equal(first["order"])
         assert not other["cp/class"].equal(first["cp/class"])
     assert not first["cp/image"].equal(first["cp/partner-image"])
@@ -402,11 +406,11 @@ def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
 
 def test_class_uniform_draws_reach_every_class_alike() -> None:
     terms = terms_of(cp=CP)
-    draws = draw_epoch(terms, 24, 24, (0, "stage2"), 1, 9)
+    draws = draw_epoch(terms, 24, 24, (0, "stage2"), 1, 9, 3)
     pool = ClassPool(LABELS, 4)
     found = torch.zeros(4)
     for epoch in range(400):
-        draws = draw_epoch(terms, 24, 24, (0, "stage2"), epoch, 9)
+        draws = draw_epoch(terms, 24, 24, (0, "stage2"), epoch, 9, 3)
         classes = (draws["cp/class"][0] * 4).long()
         assert (LABELS[pool.draw(classes, draws["cp/image"][0])] == classes).all()
         found += torch.bincount(classes, minlength=4)

@@ -732,7 +732,7 @@ def first_step(setting: Setting, plan: Plan, state: TrainingState) -> tuple[Tens
     """Take the first step of an epoch of one natural term; its images, their labels, and the sums."""
     data = training_data(setting.dataset, setting.recipe, setting.device)
     size = min(plan.batch_size, len(data.labels))
-    draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, (plan.seed, plan.phase), 1, plan.num_epochs)
+    draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, (plan.seed, plan.phase), 1, plan.num_epochs, 3)
     chosen = draws["order"][0, :size]
     state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
     step = Step(plan, data, state)

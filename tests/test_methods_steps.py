@@ -82,7 +82,7 @@ class Loop:
         self.epoch = epoch
         self.before = before
         self.network = network
-        self.draws = draw_epoch(terms_of(**tables), 24, 64, (11, "stage2"), epoch, epoch)
+        self.draws = draw_epoch(terms_of(**tables), 24, 64, (11, "stage2"), epoch, epoch, 3)
 
     def __call__(self, model: Classifier) -> Tensor:
         images, parts = [], []
@@ -258,7 +258,9 @@ def test_regmixup_of_its_code_is_the_mean_over_both_batches() -> None:
 def test_windows_and_chance_of_cmo() -> None:
     """Of 200 epochs those from 5 to 197 mix, half of their batches: 4 to 196 counted from 0, as published."""
     terms = terms_of(erm={**NATURAL, **CMO, "unmixed_first": 4, "unmixed_last": 3})
-    gates = [draw_epoch(terms, 64, 2, (0, "stage1"), epoch, 200)["erm/gate"].mean().item() for epoch in range(1, 201)]
+    gates = [
+        draw_epoch(terms, 64, 2, (0, "stage1"), epoch, 200, 3)["erm/gate"].mean().item() for epoch in range(1, 201)
+    ]
     mixing = [epoch for epoch, share in enumerate(gates, 1) if share > 0]
     assert mixing == list(range(5, 198))
     assert sum(gates) / len(mixing) == pytest.approx(0.5, abs=0.02)
@@ -279,7 +281,7 @@ def test_errors_are_counted_where_a_batch_goes_unmixed() -> None:
     terms = terms_of(erm={**NATURAL, **CMO, "unmixed_first": 0})
     state = fresh()
     fit(plan_of(terms, 6, batch=8), data(), state, publish=never)
-    gates = [draw_epoch(terms, 24, 8, (11, "stage2"), epoch, 6)["erm/gate"] for epoch in range(1, 7)]
+    gates = [draw_epoch(terms, 24, 8, (11, "stage2"), epoch, 6, 3)["erm/gate"] for epoch in range(1, 7)]
     unmixed = [24 - 8 * int(gate.sum()) for gate in gates]
     for row, most in zip(state.history, unmixed, strict=True):
         assert row["train_accuracy"] is None

@@ -59,7 +59,7 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
     velocity = {name: torch.zeros_like(w) for name, w in head.items()}
     for number in range(6):
         epoch, step = number // 3 + 1, number % 3
-        draws = draw_epoch(plan.terms, 24, 10, (5, "finetune"), epoch, 2)
+        draws = draw_epoch(plan.terms, 24, 10, (5, "finetune"), epoch, 2, 3)
         assert draws["erm/class"].shape == draws["erm/image"].shape == (3, 10)
         images, labels = [], []
         for b in range((10, 10, 4)[step]):
@@ -95,5 +95,5 @@ def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: in
     where = setting(load(name, rho=200), counts, [32, 32, 3])
     plan = head_plan(where, fresh_state(where))
     assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
-    draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs)
+    draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
     assert draws["erm/class"].shape == (steps, batch)

@@ -103,7 +103,7 @@ def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
         step(number)
     model, before = copy.deepcopy(state.model), state.sums.clone()
     step(2)
-    draws = draw_epoch(terms, 24, 10, (11, "stage2"), 1, 9)
+    draws = draw_epoch(terms, 24, 10, (11, "stage2"), 1, 9, 3)
     order = draws["order"].flatten()
     assert order[:24].sort().values.tolist() == list(range(24))
     last = order[20:24]
@@ -142,7 +142,7 @@ def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> N
     )
     offsets, flips = torch.zeros(9, 9), 0.0
     for epoch in range(1, 101):
-        draws = draw_epoch(terms, 128, 128, (0, "stage1"), epoch, 9)
+        draws = draw_epoch(terms, 128, 128, (0, "stage1"), epoch, 9, 3)
         x = (batches.batch(draws["order"][0], draws["augment"][0]) * 255).round()
         middle = x[:, :, 16, 15:17].long()  # inside the image whatever the crop: row + top - 3
         flipped = middle[:, 1, 0] > middle[:, 1, 1]

@@ -1,6 +1,6 @@
 """Batches from a resident data set: gather, augment and normalise as batched tensor code on the device.
 
-One interface for all data: batch(indices [B], uniforms [B, 3]) -> inputs. Images stay uint8 until a batch is made.
+One interface for all data: batch(indices [B], uniforms [B, U]) -> inputs. Images stay uint8 until a batch is made.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,32 @@ from cpmix_cli.recipe import Data
 PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inaturalist": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
 }
-NUM_UNIFORMS = 3  # a row, a column and a flip for each image; what the flip leaves of its number is an angle
 MAX_ROTATION = 15.0  # degrees
 
 
 class Batches(Protocol):
     """What the engine asks of a data set."""
 
+    num_uniforms: int
+    """Numbers of [0, 1) that decide how an image is augmented."""
+    device: torch.device
+    """Where indices and uniforms are wanted: where resident images are, the CPU for those read from disk. Inputs come
+    out on the device of the network."""
+
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Augmented training inputs of `indices` [B]; `uniforms` [B, 3] decide row, column, flip and angle."""
+        """Augmented training inputs of `indices` [B], as `uniforms` [B, num_uniforms] float64 say."""
         ...
 
     def plain(self, indices: Tensor) -> Tensor:
         """Inputs of `indices` [B] without augmentation."""
+        ...
+
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        """batch() of just these tensors' values (plain(), without uniforms) will be asked for: what is read from disk
+        begins to be read. Resident images have nothing to do.
+        """
         ...
 
 
@@ -39,6 +51,8 @@ class ImageBatches:
     """
 
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.num_uniforms = 3  # a row, a column and a flip; what the flip leaves of its number is an angle
+        self.device = images.device
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
@@ -74,6 +88,9 @@ class ImageBatches:
         middle = torch.full_like(indices, self._padding)
         return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool))
 
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        """They are there."""
+
     def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
         """[B] each; angles in degrees, against the clock."""
         device = indices.device
@@ -106,6 +123,8 @@ class PointBatches:
     """float32 points [N, D], given as they are."""
 
     def __init__(self, points: Tensor) -> None:
+        self.num_uniforms = 0
+        self.device = points.device
         self._points = points
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
@@ -115,6 +134,9 @@ class PointBatches:
     def plain(self, indices: Tensor) -> Tensor:
         """[B, D] float32."""
         return self._points[indices]
+
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        """They are there."""
 
 
 def make_batches(inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Batches:
