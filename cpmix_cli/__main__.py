@@ -1,5 +1,7 @@
 """`cpmix`, which is also `python -m cpmix_cli`."""
 
+import os
+
 from cpmix_cli import signals
 
 
@@ -7,9 +9,10 @@ def main() -> None:
     """Run one command line. The signals are taken over before anything else is imported."""
     signals.install()
     try:
-        from cpmix_cli import console
+        from cpmix_cli import console, ranks
 
         console.set_up()
+        console.mute(ranks.is_later(os.environ))
         from cpmix_cli.cli import app
 
         app(prog_name="cpmix")

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cpmix_cli import __version__, console, signals
+from cpmix_cli import __version__, console, ranks, signals
 from cpmix_cli.errors import CpmixError, EnvironmentFault
 
 PIPELINE, HELPERS = "Commands", "Helpers"
 PHASES = ("stage1", "stage2", "finetune")
+TRAINING = ("train-stage1", "train-stage2", "finetune")
 
 
 @contextmanager
@@ -100,12 +101,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave."),
     ] = False,
 ) -> None:
-    pass
+    # What does not train is one rank's work, and several would write the same files.
+    if context.invoked_subcommand not in TRAINING and ranks.is_later(os.environ):
+        raise typer.Exit
 
 
 def _set_json(wanted: bool) -> bool:
@@ -284,7 +288,8 @@ def train_stage1(
         *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
-    phase.run(options, out, init, teacher)
+    with ranks.together():
+        phase.run(options, out, init, teacher)
 
 
 @command("train-stage2", "cpmix train-stage2 --from ckpt/digits")
@@ -315,7 +320,8 @@ def train_stage2(
         *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
-    phase.run(options, from_folder, out)
+    with ranks.together():
+        phase.run(options, from_folder, out)
 
 
 @command("finetune", "cpmix finetune --from ckpt/digits")
@@ -347,7 +353,8 @@ def finetune(
         *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
-    finetuning.run(options, from_folder, out, phase)
+    with ranks.together():
+        finetuning.run(options, from_folder, out, phase)
 
 
 @command("evaluate", "cpmix evaluate --from ckpt/digits")

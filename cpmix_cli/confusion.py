@@ -8,20 +8,33 @@ zero. It is float64 so that `confusion.decay` can act on it; without decay every
 import torch
 from torch import Tensor
 
+NO_ERROR = -1
 
-def count_confusions(counts: Tensor, labels: Tensor, predictions: Tensor, weight: Tensor) -> None:
-    """Add a batch's misclassifications to the counts, in place.
+
+def confusion_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    """Misclassifications as single numbers, C true + predicted [B] int64; NO_ERROR where there is none to count.
+
+    Args:
+        labels: true classes [B] int64.
+        predictions: argmax of the raw logits [B] int64.
+        counted: whether an image's error counts, [B] or for all of them [1] or a scalar, bool.
+        num_classes: C.
+
+    Paper: Eq. (6).
+    """
+    return torch.where((labels != predictions) & counted, labels * num_classes + predictions, NO_ERROR)
+
+
+def count_confusions(counts: Tensor, codes: Tensor) -> None:
+    """Add misclassifications to the counts, in place.
 
     Args:
         counts: K [C, C] float64.
-        labels: true classes [B] int64.
-        predictions: argmax of the raw logits [B] int64.
-        weight: what each counts, scalar float64: 1, or 0 before confusions are collected.
+        codes: see confusion_codes(), [n] int64.
 
-    Paper: Eq. (6), accumulated over all epochs (Sec. 4.1).
+    Paper: accumulated over all epochs (Sec. 4.1).
     """
-    wrong = (labels != predictions) * weight
-    counts.view(-1).index_add_(0, labels * counts.shape[1] + predictions, wrong)
+    counts.view(-1).index_add_(0, codes.clamp(min=0), (codes != NO_ERROR).to(counts.dtype))
 
 
 def draw_confused(counts: Tensor, classes: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 as_json = False  # set by the command line, before a phase runs
+_muted = False
+
+
+def mute(muted: bool) -> None:
+    """Show nothing from here on, or again: of several ranks one speaks."""
+    global _muted
+    _muted = muted
 
 
 def set_up() -> None:
@@ -43,7 +50,7 @@ def on_a_line(text: str) -> str:
 
 def note(text: str) -> None:
     """One line of progress on stderr. A log that cannot be written (its reader left, its disk is full) stops no run."""
-    if sys.stderr is not None:
+    if sys.stderr is not None and not _muted:
         with suppress(OSError, ValueError):
             print(printable(text), file=sys.stderr, flush=True)
 
@@ -55,7 +62,7 @@ def _out(text: str) -> None:
         BrokenPipeError: the reader left.
         EnvironmentFault: it cannot be written.
     """
-    if sys.stdout is not None:
+    if sys.stdout is not None and not _muted:
         with _writing():
             print(text, flush=True)
 
@@ -286,7 +293,7 @@ class EpochProgress:
 
 def _live_view() -> "Live | None":
     """An empty place at the foot of the terminal that stderr is; None where it is none, or can only print lines."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or _muted or not sys.stderr.isatty():
         return None
     from rich.console import Console
     from rich.live import Live

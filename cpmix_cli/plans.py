@@ -69,6 +69,8 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
         confusion_start=recipe.confusion.start_epoch,
         confusion_decay=recipe.confusion.decay,
         confusion_of_each=recipe.confusion.predictions == "each-expert",
+        partners_ahead=recipe.confusion.refresh == "epoch",
+        micro_batches=recipe.optimizer.micro_batches,
         precision=setting.precision,
     )
 
@@ -109,6 +111,8 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
         learning_rate=partial(learning_rate, table.lr, schedule),
         train_mode=table.batchnorm == "shift",
         collect_confusion=False,
+        partners_ahead=recipe.confusion.refresh == "epoch",
+        micro_batches=recipe.optimizer.micro_batches,
         precision=setting.precision,
     )
 

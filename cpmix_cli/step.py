@@ -7,22 +7,26 @@ at the cost of one launch in place of some hundreds. The CPU runs the same code.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cpmix_cli.confusion import count_confusions
+from cpmix_cli import ranks
+from cpmix_cli.confusion import NO_ERROR, confusion_codes, count_confusions
 from cpmix_cli.data.batches import Batches, ClassPool
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
-from cpmix_cli.terms import Term, TermBatch, draw_epoch, matching_terms
+from cpmix_cli.terms import Part, Term, TermBatch, draw_epoch, matching_terms
 
 EAGER_STEPS = 3  # before a graph is recorded: the libraries choose and allocate in them
+NATURAL: tuple[str, str, str | None] = ("order", "augment", None)
+"""Names of the indices and the uniforms of the natural batch."""
 
 
 @dataclass
@@ -41,6 +45,8 @@ class TrainingState:
     """Sums of the epoch under way, in the order of sum_names()."""
     history: list[dict[str, float | None]] = field(default_factory=list)
     """Rows of metrics.parquet."""
+    epoch_confusion: Tensor | None = None
+    """K as it was when the epoch under way began, on the CPU; where its partners are drawn from that."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Plan:
     num_epochs: int
     """Of both stages together."""
     batch_size: int
+    """Of all ranks together."""
     learning_rate: Callable[[int, int, int], float]
     """(epoch, step, steps an epoch) -> rate; parameter groups scale it by their lr_factor."""
     train_mode: bool = True
@@ -66,6 +73,10 @@ class Plan:
     confusion_decay: float = 1.0
     confusion_of_each: bool = False
     """Of several experts, every one's errors are counted and not those of their mean."""
+    partners_ahead: bool = False
+    """Partners of a whole epoch are drawn when it begins."""
+    micro_batches: int = 1
+    """Parts that each rank takes its share of a batch in."""
     teacher: Classifier | None = None
     """Whose logits, the mean of its experts, the terms that are taught learn from; in eval mode, and never trained."""
     precision: str = "fp32"
@@ -153,8 +164,35 @@ def _graph_memory() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+class Pass(nn.Module):
+    """The network's forward pass over the terms of a step: what DistributedDataParallel watches.
+
+    Args:
+        model: the network.
+        joint: all terms in one forward, so that batch norm sees them together; else each in its own.
+    """
+
+    def __init__(self, model: Classifier, joint: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.joint = joint
+
+    def forward(self, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Inputs of each term [P, ...] -> raw logits [E, P, C] of each, and the routers' [E - 1, P] where there are
+        some.
+        """
+        if self.model.routers is not None:
+            return [self.model.routed(x) for x in inputs]
+        if self.joint:
+            logits = self.model.expert_logits(torch.cat(inputs))
+            return [(z, None) for z in torch.split(logits, [len(x) for x in inputs], 1)]
+        return [(self.model.expert_logits(x), None) for x in inputs]
+
+
 class Step:
     """The training step of a plan: begin_epoch(), then a call for each step of it. On CUDA, inside own_stream().
+
+    Several ranks take it together, each with its part of the batch: every draw is for all of it, and the same on each.
 
     Args:
         plan: what to run.
@@ -162,22 +200,36 @@ class Step:
         state: its network, optimizer, confusion counts and sums are changed in place.
     """
 
+    STEPS_AHEAD = 2
+    """Images that come from disk are asked for so long before they are needed."""
+
     def __init__(self, plan: Plan, data: TrainingData, state: TrainingState) -> None:
         self._plan = plan
         self._data = data
         self._state = state
+        self._ranks = ranks.current()
         self._pool = ClassPool(data.labels, len(data.class_counts))
         # A view of the last sum: partners count their fall-backs straight into it.
         self._mixing = MixingState(data.class_counts, state.confusion, state.sums[-1], self._features)
         self._matching: set[str] = set()
         self._number = torch.zeros(1, dtype=torch.int64, device=data.labels.device)
         self._inputs: dict[str, Tensor] = {}
-        record = not any(term.matched for term in plan.terms)
+        self._on_host: dict[str, Tensor] = {}
+        self._step = 0
+        self._announced = -1
+        self._network: nn.Module = Pass(state.model, plan.joint_forward)
+        if self._ranks.size > 1:
+            own_device = [self._number.device] if self._number.device.type == "cuda" else None
+            # Statistics of batch norm are each rank's own; the first one's are saved.
+            self._network = DistributedDataParallel(self._network, own_device, broadcast_buffers=False)
+        record = data.batches.resident and self._ranks.size == 1 and not any(term.matched for term in plan.terms)
         self._take = Replayed(self._run, self._number.device, record=record)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Send all that differs between the steps of an epoch to the device: random numbers and learning rates."""
-        plan = self._plan
+        """Send all that differs between the steps of an epoch to the device: random numbers, the images that they
+        choose, and learning rates.
+        """
+        plan, device, resident = self._plan, self._number.device, self._data.batches.resident
         num_samples = len(self._data.labels)
         key = (plan.seed, plan.phase)
         num_uniforms = self._data.batches.num_uniforms
@@ -187,17 +239,33 @@ class Step:
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
         inputs["learning_rate"] = torch.tensor(rates, dtype=torch.float64)
         inputs["collects"] = torch.full((steps,), float(plan.counts_errors(epoch)), dtype=torch.float64)
+        if not resident:
+            self._on_host = {name: inputs.pop(name) for name in list(inputs) if name.endswith("augment")}
+        inputs = {name: values.to(device) for name, values in inputs.items()}
+        for term in plan.terms:
+            inputs |= term.chosen(inputs, self._pool)
+        if plan.partners_ahead:
+            inputs |= self._partners_of_epoch(inputs, steps)
+        if not resident:
+            chosen = {name: values for name, values in inputs.items() if values.dtype == torch.int64}
+            self._on_host |= {name: values.to(self._data.batches.device) for name, values in chosen.items()}
         for name, values in inputs.items():
             if name in self._inputs:
                 self._inputs[name].copy_(values)
             else:
-                self._inputs[name] = values.to(self._number.device)
+                self._inputs[name] = values
+        self._announced = -1
 
     def __call__(self, number: int) -> None:
         """Take step `number` of the epoch, counted from 0."""
-        size = min(self._plan.batch_size, len(self._data.labels) - number * self._plan.batch_size)
         self._number.fill_(number)
-        self._take(size)
+        self._step = number
+        if not self._data.batches.resident:
+            last = min(number + self.STEPS_AHEAD, self._plan.num_steps(len(self._data.labels)) - 1)
+            for ahead in range(max(number, self._announced + 1), last + 1):
+                self._announce(ahead)
+            self._announced = last
+        self._take(self._size(number))
 
     def counted_images(self, since: int) -> Tensor:
         """Images of each class [C] float64 that the epoch has taken where their errors are counted, from step `since`
@@ -218,70 +286,155 @@ class Step:
         """Time spent recording CUDA graphs so far."""
         return self._take.capture_seconds
 
+    def _size(self, number: int) -> int:
+        """Images of the natural batch of a step: the last of an epoch takes what is left."""
+        return min(self._plan.batch_size, len(self._data.labels) - number * self._plan.batch_size)
+
+    def _parts(self, size: int) -> list[Part]:
+        """This rank's parts of a batch, one for each of its micro-batches."""
+        pieces = self._plan.micro_batches
+        return [Part(self._ranks.rank * pieces + i, self._ranks.size * pieces, size) for i in range(pieces)]
+
+    def _partners_of_epoch(self, inputs: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Term.partners() of all steps [S, B], from the counts at the beginning of the epoch, and "fallbacks" [S]."""
+        device, began = self._number.device, self._state.epoch_confusion
+        fallbacks = torch.zeros(steps, dtype=torch.float64, device=device)
+        confusion = self._state.confusion if began is None else began.to(device)
+        found: dict[str, Tensor] = {}
+        for number in range(steps):
+            size = self._size(number)
+            draws = {name: values[number, :size] for name, values in inputs.items() if values.dim() > 1}
+            state = MixingState(self._data.class_counts, confusion, fallbacks[number], self._features)
+            for term in self._plan.terms:
+                for name, chosen in term.partners(draws, self._data.labels, self._pool, state).items():
+                    if name not in found:
+                        found[name] = chosen.new_zeros(steps, self._plan.batch_size)
+                    found[name][number, :size] = chosen
+        return {**found, "fallbacks": fallbacks}
+
     def _run(self, size: int) -> None:
         """The step that self._number says, of `size` images.
 
         Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward the CP batch is drawn before this step's errors
         are known, so partners come from the counts through the step before.
         """
-        plan, state, class_counts = self._plan, self._state, self._data.class_counts
+        plan, state, labels = self._plan, self._state, self._data.labels
         inputs = {name: values.index_select(0, self._number)[0] for name, values in self._inputs.items()}
         rate, collects = inputs.pop("learning_rate"), inputs.pop("collects")
-        parts = self._term_batches({name: values[:size] for name, values in inputs.items()})
-        for term, part in zip(plan.terms, parts, strict=True):
-            if term.taught:
-                part.teacher = self._taught(part.x)
-        with torch.autocast(collects.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
-            if state.model.routers is not None:
-                logits = []
-                for part in parts:
-                    z, routes = state.model.routed(part.x)
-                    part.routes = _at_least_fp32(routes)
-                    logits.append(z)
-            elif plan.joint_forward:
-                joint = state.model.expert_logits(torch.cat([part.x for part in parts]))
-                logits = list(torch.split(joint, size, 1))
-            else:
-                logits = [state.model.expert_logits(part.x) for part in parts]
-        logits = [_at_least_fp32(z) for z in logits]
-        losses = [term.loss(z, part, class_counts) for term, z, part in zip(plan.terms, logits, parts, strict=True)]
-        total = torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum()
+        if plan.partners_ahead:
+            state.sums[-1] += inputs.pop("fallbacks")
+        draws = {name: values[:size] for name, values in inputs.items()}
+        if not plan.partners_ahead:
+            for term in plan.terms:
+                draws |= term.partners(draws, labels, self._pool, self._mixing)
+        parts = self._parts(size)
         state.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        values, codes = [], []
+        for part in parts:
+            batches = self._term_batches(draws, part)
+            with self._gradients_stay_here() if part is not parts[-1] else nullcontext():
+                logits = self._forward(batches)
+                losses = [
+                    term.loss(z, batch, self._data.class_counts)
+                    for term, z, batch in zip(plan.terms, logits, batches, strict=True)
+                ]
+                losses = [torch.stack([t.weight * x for t, x in zip(plan.terms, losses, strict=True)]).sum(), *losses]
+                (losses[0] / len(parts)).backward()  # type: ignore[no-untyped-call]
+            correct, wrong = self._errors(logits, batches, collects)
+            values.append(torch.stack([*(x.detach().double() / parts[0].count for x in losses), correct]))
+            codes += wrong
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
         for group in state.optimizer.param_groups:
             group["lr"].copy_(rate * group["lr_factor"])
         state.optimizer.step()
 
-        correct = errors = torch.zeros_like(rate)
-        measured, counted = plan.measured_terms, plan.counted_term
-        for term, z, part in zip(plan.terms, logits, parts, strict=True):
-            if term not in measured and term is not counted:
-                continue
-            right = (z.detach().mean(0).argmax(1) == part.y1).sum()
-            if term in measured:
-                correct = correct + right
-            if term is counted:
-                weight = collects if part.unmixed is None else collects * part.unmixed[0]
-                for seen in z.detach() if plan.confusion_of_each else z.detach().mean(0)[None]:
-                    predicted = seen.argmax(1)
-                    count_confusions(state.confusion, part.y1, predicted, weight)
-                    errors = errors + (size - (predicted == part.y1).sum()) * weight
-        values = [total, *losses, norm, correct, errors]
-        state.sums[: len(values)] += torch.stack([v.detach().double() for v in values])
+        *means, right = self._ranks.sum_(torch.stack(values).sum(0)).unbind()
+        errors = torch.zeros_like(rate)
+        if codes:
+            found = self._ranks.gather(torch.cat(codes))
+            count_confusions(state.confusion, found)
+            errors = (found != NO_ERROR).sum()
+        added = torch.stack([v.double() for v in (*means, norm, right, errors)])
+        state.sums[: len(added)] += added
         # A sum that is not finite never is again: this one counts the steps before the first that was not.
-        state.sums[len(values)] += state.sums[: len(values)].isfinite().all()
+        state.sums[len(added)] += state.sums[: len(added)].isfinite().all()
 
-    def _term_batches(self, draws: dict[str, Tensor]) -> list[TermBatch]:
-        """Each term's images of the step; the natural batch is made once for all that share it."""
-        data = self._data
-        natural, labels = torch.empty(0), data.labels[draws["order"]]
-        if any(term.natural for term in self._plan.terms):
-            natural = data.batches.batch(draws["order"], draws["augment"])
+    def _gradients_stay_here(self) -> AbstractContextManager[None]:
+        """While the parts of a batch before the last go through."""
+        return self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else nullcontext()
+
+    def _forward(self, batches: list[TermBatch]) -> list[Tensor]:
+        """Raw logits [E, P, C] of each term, in fp32 or better; what routers and teachers say goes into the batches."""
+        plan = self._plan
+        for term, batch in zip(plan.terms, batches, strict=True):
+            if term.taught:
+                batch.teacher = self._taught(batch.x)
+        with torch.autocast(self._number.device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
+            passed = self._network([batch.x for batch in batches])
+        for batch, (_, routes) in zip(batches, passed, strict=True):
+            batch.routes = None if routes is None else _at_least_fp32(routes)
+        return [_at_least_fp32(logits) for logits, _ in passed]
+
+    def _errors(self, logits: list[Tensor], batches: list[TermBatch], collects: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """How many images of a part are right where that is measured, float64 scalar, and the codes of the errors that
+        are counted.
+        """
+        plan = self._plan
+        correct, codes = collects.new_zeros(()), []
+        measured, counted = plan.measured_terms, plan.counted_term
+        for term, z, batch in zip(plan.terms, logits, batches, strict=True):
+            own = torch.ones_like(batch.y1, dtype=torch.bool) if batch.weights is None else batch.weights > 0
+            if term in measured:
+                correct = correct + ((z.detach().mean(0).argmax(1) == batch.y1) & own).sum()
+            if term is counted:
+                own = own & (collects if batch.unmixed is None else collects * batch.unmixed[0]).bool()
+                for seen in z.detach() if plan.confusion_of_each else z.detach().mean(0)[None]:
+                    codes.append(confusion_codes(batch.y1, seen.argmax(1), own, z.shape[-1]))
+        return correct, codes
+
+    def _term_batches(self, draws: Mapping[str, Tensor], part: Part) -> list[TermBatch]:
+        """Each term's images of a part of the step; the natural batch is made once for all that share it."""
+        images = partial(self._images, draws, part)
+        natural = images(*NATURAL) if any(term.natural for term in self._plan.terms) else torch.empty(0)
         return [
-            term.batch(draws, (natural, labels), data.batches, self._pool, self._mixing, term.name in self._matching)
+            term.batch(
+                *(draws, part, natural, self._data.labels, images, self._mixing),
+                matching=term.name in self._matching,
+            )
             for term in self._plan.terms
         ]
+
+    def _images(
+        self, draws: Mapping[str, Tensor], part: Part, indices: str, uniforms: str, by: str | None = None
+    ) -> Tensor:
+        """See Images; `draws` are those of the step."""
+        chosen = self._wanted(draws, self._step, part, indices, uniforms, by)
+        return self._data.batches.batch(*chosen)
+
+    def _wanted(
+        self, draws: Mapping[str, Tensor], number: int, part: Part, indices: str, uniforms: str, by: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Indices [P] and uniforms [P, U] of a part's images, where the data set wants them: images that come from disk
+        are known to the host where that is possible, and else waited for.
+        """
+
+        def named(name: str) -> Tensor:
+            if name in self._on_host:
+                return self._on_host[name][number, : part.size]
+            return draws[name].to(self._data.batches.device)
+
+        at = part.of(named(by)) if by else None
+        index, augment = named(indices), named(uniforms)
+        return (part.of(index), part.of(augment)) if at is None else (index[at], augment[at])
+
+    def _announce(self, number: int) -> None:
+        """Say which images of a step will come from disk, as far as the host knows."""
+        for part in self._parts(self._size(number)):
+            asked = [NATURAL for term in self._plan.terms if term.natural][:1]
+            asked += [names for term in self._plan.terms for names in term.wanted(part.count == 1)]
+            for names in asked:
+                if all(name is None or name in self._on_host for name in names):
+                    self._data.batches.announce(*self._wanted({}, number, part, *names))
 
     @torch.no_grad()
     def _taught(self, x: Tensor) -> Tensor:

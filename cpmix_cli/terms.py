@@ -1,21 +1,22 @@
 """Terms: from the recipe's words to what a training step computes.
 
 A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (recipe.Term).
-Here the functions are bound that a term names, and its draws of an epoch are made ahead. Shapes: S steps an epoch, B
-batch, C classes.
+Here the functions are bound that a term names, and its draws of an epoch are made ahead. Draws, partners and labels are
+those of the whole batch; images are made for a part of it, a rank's share or a piece of that. Shapes: S steps an epoch,
+B batch, P images of a part, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpmix_cli.data.batches import PUBLISHED, Batches, ClassPool
+from cpmix_cli.data.batches import PUBLISHED, ClassPool
 from cpmix_cli.errors import EnvironmentFault, UsageError
 from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
@@ -28,28 +29,73 @@ from cpmix_cli.vocabulary import TABLES, bind, known
 FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in TABLES}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count` equal ones of a batch; where they do not come out even, the last go on at the beginning
+    of the batch with images that count nothing.
+    """
+
+    number: int
+    count: int
+    size: int
+    """Images of the batch."""
+
+    @property
+    def length(self) -> int:
+        """P, the same for all parts."""
+        return -(-self.size // self.count)
+
+    def of(self, values: Tensor) -> Tensor:
+        """This part of values for the batch [B, ...]: [P, ...]."""
+        start, end = self.number * self.length, (self.number + 1) * self.length
+        if end <= self.size:
+            return values[start:end]
+        return values[torch.arange(start, end, device=values.device) % self.size]
+
+    def weights(self, device: torch.device) -> Tensor | None:
+        """What its images count in a mean over the part [P] float64, so that the mean over all parts is that over the
+        batch; None where each counts 1.
+        """
+        if self.count * self.length == self.size:
+            return None
+        places = torch.arange(self.number * self.length, (self.number + 1) * self.length, device=device)
+        return (places < self.size).double() * (self.count * self.length / self.size)
+
+
+class Images(Protocol):
+    """Makes the inputs of a part."""
+
+    def __call__(self, indices: str, uniforms: str, by: str | None = None) -> Tensor:
+        """Inputs [P, ...] of the images [B] and the uniforms [B, U] that stand under these names, or of those at the
+        positions in the batch [B] that stand under `by`.
+        """
+        ...
+
+
 @dataclass
 class TermBatch:
-    """The images of one term in one step."""
+    """The images of one term in a part of a step's batch."""
 
     x: Tensor
-    """Inputs [B, ...]."""
+    """Inputs [P, ...]."""
     y1: Tensor
-    """Labels [B] int64."""
+    """Labels [P] int64."""
     y2: Tensor | None = None
-    """Labels of the partners [B]; None where the batch is unmixed."""
+    """Labels of the partners [P]; None where the batch is unmixed."""
     lam: Tensor | None = None
-    """lambda_y [B], the weight of y1."""
+    """lambda_y [P], the weight of y1."""
     unmixed: Tensor | None = None
     """Where only some batches are mixed: 1 if this one is not, else 0; [1] float64."""
     class_weights: Tensor | None = None
     """[C]; None where all count alike."""
     reweighting: Tensor | None = None
     """1 in epochs whose class weights count, else 0; [1] float64. None where there are none."""
+    weights: Tensor | None = None
+    """Part.weights()."""
     teacher: Tensor | None = None
-    """The teacher's logits [B, C] on x; None where the term has none."""
+    """The teacher's logits [P, C] on x; None where the term has none."""
     routes: Tensor | None = None
-    """The routers' logits [E - 1, B] on x; None where there are none."""
+    """The routers' logits [E - 1, P] on x; None where there are none."""
 
 
 class Term:
@@ -124,65 +170,124 @@ class Term:
         chance = (epoch / num_epochs) ** self._recipe.match_power
         return self.matched and bool(generator.random() < chance)
 
+    def chosen(self, draws: dict[str, Tensor], pool: ClassPool) -> dict[str, Tensor]:
+        """Images of the term's own draws, whatever the network does: "NAME/first" [..., B] int64.
+
+        Args:
+            draws: random numbers by purpose; those of "NAME/class" and "NAME/image" are used up.
+            pool: the training images by class.
+        """
+        if self.natural:
+            return {}
+        classes = (draws.pop(f"{self.name}/class") * pool.num_classes).long()
+        return {self._first: pool.draw(classes, draws.pop(f"{self.name}/image"))}
+
+    def partners(
+        self, draws: Mapping[str, Tensor], labels: Tensor, pool: ClassPool, state: MixingState
+    ) -> dict[str, Tensor]:
+        """Who the images of a step are mixed with: "NAME/position" in the batch, or the image "NAME/second", [B] int64.
+
+        Args:
+            draws: the step's random numbers and chosen images, by purpose.
+            labels: class of each training image [N].
+            pool: the training images by class.
+            state: what partners look at.
+        """
+        if not self.mixed:
+            return {}
+        found = self._functions["partner"](draws[f"{self.name}/partner"], labels[draws[self._first]], state)
+        if self.in_batch:
+            return {f"{self.name}/position": found}
+        return {f"{self.name}/second": pool.draw(found, draws[f"{self.name}/partner-image"])}
+
+    def wanted(self, whole: bool) -> list[tuple[str, str, str | None]]:
+        """What batch() asks Images for, the natural batch aside: names of indices, uniforms and positions.
+
+        Args:
+            whole: the part is the whole batch.
+        """
+        asked: list[tuple[str, str, str | None]] = []
+        if not self.natural:
+            asked.append((self._first, f"{self.name}/augment", None))
+        if self.mixed and not self.in_batch:
+            asked.append((f"{self.name}/second", f"{self.name}/partner-augment", None))
+        elif self.mixed and not whole:  # the partner may be another rank's: it is made anew, as it is made there
+            own = "augment" if self.natural else f"{self.name}/augment"
+            asked.append((self._first, own, f"{self.name}/position"))
+        return asked
+
+    @property
+    def _first(self) -> str:
+        return "order" if self.natural else f"{self.name}/first"
+
     def batch(
         self,
         draws: Mapping[str, Tensor],
-        natural: tuple[Tensor, Tensor],
-        batches: Batches,
-        pool: ClassPool,
+        part: Part,
+        natural: Tensor,
+        labels: Tensor,
+        images: Images,
         state: MixingState,
         matching: bool,
     ) -> TermBatch:
-        """This term's images of one step.
+        """This term's images of a part of a step's batch.
 
         Args:
-            draws: the step's random numbers by purpose, the batch in front (a ratio for the whole batch: [1]).
-            natural: inputs and labels of the step's natural batch, already augmented.
-            batches: the training images.
-            pool: the same by class.
-            state: what partners look at.
+            draws: the step's random numbers, chosen images and partners by purpose, the batch in front (a ratio for the
+                whole batch: [1]).
+            part: which part.
+            natural: inputs of the part's natural batch [P, ...], already augmented.
+            labels: class of each training image [N].
+            images: makes the others.
+            state: what matches look at.
             matching: whether partners are matched in this epoch.
         """
 
         def drawn(purpose: str) -> Tensor:
             return draws[f"{self.name}/{purpose}"]
 
+        def per_image(purpose: str) -> Tensor:
+            return part.of(drawn(purpose)) if self._recipe.per_sample else drawn(purpose)
+
+        weights = part.weights(labels.device)
         class_weights = reweighting = None
         if "reweight" in self._functions:
             reweighting = drawn("reweight")
             class_weights = torch.where(reweighting > 0, self._functions["reweight"](state.class_counts), 1.0)
-        if self.natural:
-            x1, y1 = natural
-        else:
-            y1 = (drawn("class") * len(state.class_counts)).long()
-            x1 = batches.batch(pool.draw(y1, drawn("image")), drawn("augment"))
+        made = [images(*names) for names in self.wanted(part.count == 1)]
+        x1 = natural if self.natural else made[0]
+        y1 = part.of(labels[draws[self._first]])
         if not self.mixed:
-            return TermBatch(x1, y1, class_weights=class_weights, reweighting=reweighting)
-        partner = self._functions["partner"](drawn("partner"), y1, state)
-        if self.in_batch:
-            x2, y2 = x1[partner], y1[partner]
+            return TermBatch(x1, y1, class_weights=class_weights, reweighting=reweighting, weights=weights)
+        if not self.in_batch:
+            x2, y2 = made[-1], labels[part.of(drawn("second"))]
+        elif part.count == 1:
+            x2, y2 = x1[drawn("position")], y1[drawn("position")]
         else:
-            y2 = partner
-            x2 = batches.batch(pool.draw(y2, drawn("partner-image")), drawn("partner-augment"))
+            x2, y2 = made[-1], labels[draws[self._first][part.of(drawn("position"))]]
         gate = drawn("gate") > 0 if self.gated else None
         if matching and (gate is None or bool(gate)):
             place = self._functions["match"](x1, y1, x2, y2, state)
             x1, y1 = x1[place], y1[place]
         n1, n2 = state.class_counts[y1], state.class_counts[y2]
-        lam = self._functions["ratio"](drawn("ratio"), n1, n2)
+        lam = self._functions["ratio"](per_image("ratio"), n1, n2)
         if gate is not None:
             lam = torch.where(gate, lam, 1.0)
-        x, lam = self._functions["mix"](x1, x2, lam, drawn("box"))
+        x, lam = self._functions["mix"](x1, x2, lam, per_image("box"))
         lam = self._functions["label"](lam, n1, n2)
         if gate is None:
-            return TermBatch(x, y1, y2, lam, None, class_weights, reweighting)
-        return TermBatch(x, y1, y2, torch.where(gate, lam, 1.0), 1.0 - gate.double(), class_weights, reweighting)
+            return TermBatch(x, y1, y2, lam, None, class_weights, reweighting, weights)
+        lam = torch.where(gate, lam, 1.0)
+        return TermBatch(x, y1, y2, lam, 1.0 - gate.double(), class_weights, reweighting, weights)
 
     def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
         """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch, and the regulariser; unweighted scalar.
 
+        Where parts of a batch do not come out even, what fills the last ones up counts nothing in L, but is seen by
+        regularisers, teachers and routers.
+
         Args:
-            logits: [E, B, C] float32.
+            logits: [E, P, C] float32.
             batch: what they were computed on.
             class_counts: [C].
         """
@@ -193,6 +298,8 @@ class Term:
 
         def share(labels: Tensor, lam: Tensor) -> Tensor:
             """L(labels, lam), summed over the experts."""
+            if batch.weights is not None:
+                lam = lam * batch.weights.to(logits.dtype)
             if batch.class_weights is not None:
                 weights = batch.class_weights[labels].to(logits.dtype)
                 lam = lam * (weights / weights.mean() if self._recipe.reweight_norm == "batch-sum" else weights)

@@ -2,9 +2,9 @@
 
 import torch
 
-from cpmix_cli.confusion import count_confusions, draw_confused, draw_weighted
+from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused, draw_weighted
 
-ONE = torch.ones((), dtype=torch.float64)
+YES = torch.ones((), dtype=torch.bool)
 
 
 def test_counts_are_those_of_a_loop(generator: torch.Generator) -> None:
@@ -13,7 +13,7 @@ def test_counts_are_those_of_a_loop(generator: torch.Generator) -> None:
     counts = torch.zeros(5, 5, dtype=torch.float64)
     for batch in range(3):
         part = slice(100 * batch, 100 * batch + 100)
-        count_confusions(counts, labels[part], predictions[part], ONE)
+        count_confusions(counts, confusion_codes(labels[part], predictions[part], YES, 5))
     expected = [[0] * 5 for _ in range(5)]
     for y, p in zip(labels.tolist(), predictions.tolist(), strict=True):
         if y != p:

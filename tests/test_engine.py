@@ -295,7 +295,7 @@ class Signalling:
     def __init__(self, batches: Batches, at: int) -> None:
         self._batches = batches
         self._left = 3 * at
-        self.num_uniforms, self.device = batches.num_uniforms, batches.device
+        self.num_uniforms, self.device, self.resident = batches.num_uniforms, batches.device, True
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         if self._left == 0:

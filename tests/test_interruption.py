@@ -15,7 +15,7 @@ from PIL import Image
 
 from cpmix_cli import artifacts, signals
 from cpmix_cli.step import Step
-from cpmix_cli.terms import TermBatch
+from cpmix_cli.terms import Part, TermBatch
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
@@ -47,8 +47,8 @@ class Trace:
         self.steps: list[tuple[object, ...]] = []
         real_step, real_batches = Step.__call__, Step._term_batches
 
-        def batches(step: Step, draws: dict[str, object]) -> list[TermBatch]:
-            found = real_batches(step, draws)  # type: ignore[arg-type]
+        def batches(step: Step, draws: dict[str, object], part: Part) -> list[TermBatch]:
+            found = real_batches(step, draws, part)  # type: ignore[arg-type]
             self.steps[-1] += tuple(_listed(batch) for batch in found)
             return found
 

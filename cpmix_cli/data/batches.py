@@ -28,6 +28,8 @@ class Batches(Protocol):
     device: torch.device
     """Where indices and uniforms are wanted: where resident images are, the CPU for those read from disk. Inputs come
     out on the device of the network."""
+    resident: bool
+    """All images are there: nothing is to be announced, and a CUDA graph can hold a batch."""
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Augmented training inputs of `indices` [B], as `uniforms` [B, num_uniforms] float64 say."""
@@ -53,6 +55,7 @@ class ImageBatches:
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
         self.num_uniforms = 3  # a row, a column and a flip; what the flip leaves of its number is an angle
         self.device = images.device
+        self.resident = True
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
@@ -125,6 +128,7 @@ class PointBatches:
     def __init__(self, points: Tensor) -> None:
         self.num_uniforms = 0
         self.device = points.device
+        self.resident = True
         self._points = points
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
@@ -153,12 +157,13 @@ class ClassPool:
     """
 
     def __init__(self, labels: Tensor, num_classes: int) -> None:
+        self.num_classes = num_classes
         self._order = labels.argsort(stable=True)
         self._counts = torch.bincount(labels, minlength=num_classes)
         self._starts = self._counts.cumsum(0) - self._counts
 
     def draw(self, classes: Tensor, uniforms: Tensor) -> Tensor:
-        """One image index for each class [B], uniform within the class, from uniforms [B] float64."""
+        """One image index for each class [...], uniform within the class, from uniforms [...] float64."""
         counts = self._counts[classes]
         rank = (uniforms * counts).long().minimum(counts - 1)
         return self._order[self._starts[classes] + rank]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cpmix_cli import console, hardware
 from cpmix_cli import recipe as recipes
-from cpmix_cli.confusion import count_confusions, draw_confused
+from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
 from cpmix_cli.contenders import Contender, NetworkAlone, ReferenceLoop, TrainingLoop
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
@@ -290,7 +290,7 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
     counts.scatter_(1, classes(num_classes, 50), 1.0)
     labels, predictions = classes(batch_size), classes(batch_size)
     uniforms = torch.rand(batch_size, dtype=torch.float64, generator=generator).to(device)
-    weight = torch.ones((), dtype=torch.float64, device=device)
+    counted = torch.ones((), dtype=torch.bool, device=device)
 
     def median_of(function: Callable[[], object]) -> float:
         taken = []
@@ -302,9 +302,12 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
+    def count() -> None:
+        count_confusions(counts, confusion_codes(labels, predictions, counted, num_classes))
+
     return {
         "num_classes": num_classes,
-        "count_seconds": median_of(lambda: count_confusions(counts, labels, predictions, weight)),
+        "count_seconds": median_of(count),
         "draw_seconds": median_of(lambda: draw_confused(counts, labels, uniforms)),
     }
 
