@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpmix_cli import console, signals
+from cpmix_cli import console, ranks, signals
 from cpmix_cli.data.batches import Batches
 from cpmix_cli.errors import Diverged, InputError, Interrupted
 from cpmix_cli.live import LiveView
@@ -66,6 +66,8 @@ def _numbers(state: TrainingState) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
     tensors["confusion"] = state.confusion
+    if state.epoch_confusion is not None and state.step > 0:
+        tensors["epoch_confusion"] = state.epoch_confusion
     tensors["sums"] = state.sums
     return tensors
 
@@ -116,19 +118,24 @@ def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, 
     Raises:
         InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
     """
-    saved = {n: t for n, t in tensors.items() if n not in ("sums", "history")}
+    saved = {n: t for n, t in tensors.items() if n not in ("sums", "history", "epoch_confusion")}
     own = {f"model.{name}": t for name, t in state.model.state_dict().items()} | {"confusion": state.confusion}
     if optimizer:
         own |= _optimizer_tensors(state)
     else:  # that of another phase, over other parameters
         saved = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
+    counts = ["confusion"]
+    if optimizer and "epoch_confusion" in tensors:  # of an epoch under way
+        counts.append("epoch_confusion")
+        saved["epoch_confusion"], own["epoch_confusion"] = tensors["epoch_confusion"], state.confusion
     _check_fits(saved, own, path)
-    if (saved["confusion"] < 0).any() or saved["confusion"].diagonal().any():
+    if any((saved[name] < 0).any() or saved[name].diagonal().any() for name in counts):
         raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
     state.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
     state.confusion.copy_(saved["confusion"])
     if not optimizer:
         return
+    state.epoch_confusion = saved.get("epoch_confusion")
     for name, parameter in state.model.named_parameters():
         prefix = f"optimizer.{name}."
         values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -170,13 +177,13 @@ def fit(
     measure_confusion: Callable[[], Tensor] | None = None,
     class_names: Sequence[str] = (),
 ) -> float:
-    """Train from where `state` stands to the end of the plan's last epoch.
+    """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are.
 
     Args:
         plan: what to run.
         data: the training images.
         state: changed in place.
-        publish: writes the state to disk; called only with one that is finite.
+        publish: writes the state to disk; called only with one that is finite, and by the first rank alone.
         checkpoint_every: epochs between two saves; the last is always saved.
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
@@ -195,7 +202,7 @@ def fit(
         if state.epoch == plan.last_epoch:
             return 0.0
         state.epoch, state.step = state.epoch + 1, 0
-    device = data.labels.device
+    device, here = data.labels.device, ranks.current()
     if state.step == 0:
         state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
     done = (state.epoch - plan.first_epoch) * steps + state.step
@@ -213,10 +220,12 @@ def fit(
                 started = time.perf_counter()
                 for _ in epoch_steps(plan, step, state, steps):
                     progress.step((state.epoch - plan.first_epoch) * steps + state.step)
-                    if signals.pending() and state.step < steps:
+                    # A signal to one rank stops them all, after the same step.
+                    if signals.adopt(here.largest(signals.number())) and state.step < steps:
                         _check_finite(plan, state, steps)
                         state.sums[-2] += time.perf_counter() - started
                         _publish(publish, plan, state)
+                        here.largest(0)  # nobody leaves before it is saved: srun ends a step with its first failure
                         raise _interrupted(plan, state)
                 state.sums[-2] += time.perf_counter() - started
                 row = _metrics_row(plan, state, len(data.labels))
@@ -227,15 +236,18 @@ def fit(
                     state.model.train(plan.train_mode)
                 if measure_confusion:
                     state.confusion.copy_(measure_confusion())
+                    here.from_first_(state.confusion)
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
-                last, stop = state.epoch == plan.last_epoch, signals.pending() is not None
+                last, stop = state.epoch == plan.last_epoch, signals.adopt(here.largest(signals.number()))
                 if last or stop or state.epoch % checkpoint_every == 0:
                     _publish(publish, plan, state)
                 if stop:
+                    here.largest(0)
                     raise _interrupted(plan, state)
                 if last:
+                    here.largest(0)
                     return step.capture_seconds
                 state.epoch, state.step = state.epoch + 1, 0
     finally:
@@ -253,6 +265,8 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         state.sums.zero_()
         if state.epoch > plan.confusion_start:
             state.confusion *= plan.confusion_decay
+        if plan.partners_ahead:
+            state.epoch_confusion = state.confusion.to("cpu", copy=True)
     step.begin_epoch(state.epoch)
     reads_each = state.sums.device.type == "cpu"
     before = state.sums.tolist()
@@ -261,6 +275,8 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         state.step += 1
         if reads_each or state.step == num_steps:
             before = _check_finite(plan, state, num_steps, before if reads_each else None)
+        if state.step == num_steps:
+            state.epoch_confusion = None
         yield
 
 
@@ -324,7 +340,8 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
         Diverged: it is not.
     """
     _check_weights(plan, state)
-    publish()
+    if ranks.current().first:
+        publish()
 
 
 def _check_weights(plan: Plan, state: TrainingState) -> None:

@@ -7,11 +7,12 @@ can tell the others in the middle of anything. No pickle goes over either.
 
 import os
 import re
-import time
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpmix_cli import console, signals
@@ -25,7 +26,6 @@ JOIN_SECONDS = 300.0
 WAIT = timedelta(hours=1)
 """For the slowest rank: the first one also writes checkpoints."""
 LAST_WORD = timedelta(seconds=10)
-SURVEY_SECONDS = 2.0
 ENDED = 1000
 """Words from here on say that a rank ends; below are signals and answers."""
 
@@ -96,6 +96,9 @@ class Ranks:
 
 _current = Ranks()
 _channel: Any = None
+_num_joined = 0
+_neighbours: dict[int, int] = {}
+"""Process of each rank on this machine."""
 
 
 def current() -> Ranks:
@@ -218,22 +221,30 @@ def _join(place: Ranks) -> Any:
     import torch
     import torch.distributed as dist
 
-    global _channel
+    global _channel, _num_joined
     host, port = meeting_place(os.environ)
     try:
-        # As torch's own env:// does it: torchrun keeps the store itself, and each of its attempts has its own names.
+        # As torch's own env:// does it: torchrun keeps the store itself. Each of its attempts has names of its own, and
+        # each command of a process that runs several.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         limit = timedelta(seconds=JOIN_SECONDS)
         shared = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, place.size, place.first and not kept, limit, multi_tenant=True
         )
-        store = dist.PrefixStore(  # type: ignore[attr-defined]
-            f"cpmix-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared
-        )
+        _num_joined += 1
+        names = f"cpmix-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_num_joined}"
+        store = dist.PrefixStore(names, shared)  # type: ignore[attr-defined]
         store.set_timeout(limit)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=WAIT)
         _channel = dist.new_group(backend="gloo", timeout=WAIT)
+        store.set(f"process-{place.rank}", f"{socket.gethostname()} {os.getpid()}")
+        _neighbours.clear()
+        first = place.rank - place.local_rank
+        for rank in range(max(0, first), min(place.size, first + place.local_size)):
+            host, process = store.get(f"process-{rank}").decode().split()
+            if host == socket.gethostname():
+                _neighbours[rank] = int(process)
     except RuntimeError as fault:
         raise EnvironmentFault(
             f"rank {place.rank} of {place.size} does not meet the others at {host}:{port}: {_first_line(fault)}",
@@ -277,22 +288,28 @@ def _end_without(store: Any, place: Ranks, fault: RuntimeError) -> None:
     """
     if signals.pending():
         raise Left(EXIT_INTERRUPTED) from fault
-    try:
-        store.set(f"here-{place.rank}", "1")
-        time.sleep(SURVEY_SECONDS)
-        there = [rank for rank in range(place.size) if store.check([f"here-{rank}"])]
-    except RuntimeError:  # the first rank kept the store
-        there = list(range(1, place.size))
-    if place.rank != min(there):
+    speaker = 1
+    with suppress(RuntimeError):  # the first rank kept the store, and is gone
+        speaker = int(store.compare_set("speaker", "", str(place.rank)))
+    if place.rank != speaker:
         raise Left(EnvironmentFault.exit_code) from fault
-    gone = [str(rank) for rank in range(place.size) if rank not in there]
+    gone = [str(rank) for rank, process in _neighbours.items() if not _is_alive(process)]
+    which = f"rank {', '.join(gone)}" if gone else "a rank on another machine"
     console.mute(False)
     raise EnvironmentFault(
-        f"{'rank' if len(gone) == 1 else 'ranks'} {', '.join(gone) or '?'} of {place.size} "
-        f"{'is' if len(gone) == 1 else 'are'} gone (killed, out of memory, or for the reason given above), and the "
-        f"others cannot go on: {_first_line(fault)}",
+        f"{which} of {place.size} is gone (killed, out of memory, or for the reason given above), and the others "
+        f"cannot go on: {_first_line(fault)}",
         fix="run the same command again: it goes on from the last state that was saved",
     ) from fault
+
+
+def _is_alive(process: int) -> bool:
+    """Not ended, whether or not anybody has asked how."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _leave() -> None:

@@ -190,6 +190,7 @@ class PhaseEntry(RunEntry):
     device: str
     precision: Literal["fp32", "bf16"]
     threads: int
+    ranks: int = 1
     num_parameters: int
     epochs: int
     training_seconds: float
@@ -220,6 +221,7 @@ class StateEntry(BaseModel):
     made_from: dict[str, Any]
     precision: Literal["fp32", "bf16"]
     threads: int
+    ranks: int = 1
     epoch: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
     columns: list[str]

@@ -50,6 +50,19 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Stopped(code)
 
 
+def number() -> int:
+    """Of the signal that asked to stop; 0 without one."""
+    return 0 if _pending is None else int(_pending)
+
+
+def adopt(number: int) -> bool:
+    """Take over what came to another rank, a signal's number or 0; whether there is one now."""
+    global _pending
+    if _pending is None and number:
+        _pending = signal.Signals(number)
+    return _pending is not None
+
+
 def pending() -> str | None:
     """Name of the signal that asked to stop, if one did."""
     return _pending.name if _pending is not None else None

@@ -220,8 +220,7 @@ class Step:
         self._network: nn.Module = Pass(state.model, plan.joint_forward)
         if self._ranks.size > 1:
             own_device = [self._number.device] if self._number.device.type == "cuda" else None
-            # Statistics of batch norm are each rank's own; the first one's are saved.
-            self._network = DistributedDataParallel(self._network, own_device, broadcast_buffers=False)
+            self._network = DistributedDataParallel(self._network, own_device)
         record = data.batches.resident and self._ranks.size == 1 and not any(term.matched for term in plan.terms)
         self._take = Replayed(self._run, self._number.device, record=record)
 

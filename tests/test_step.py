@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,33 @@ def test_all_that_a_step_changes_stays_where_it_is() -> None:
     after = state_tensors(state)
     assert all(after[name].data_ptr() == address for name, (address, _) in before.items())
     assert all(not after[name].equal(values) for name, (_, values) in before.items())
+
+
+def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with() -> None:
+    """As if no error of it had been counted; the fall-backs are counted step by step."""
+    sums = []
+    for ahead in (True, False):
+        plan = replace(
+            plan_of(terms_of(erm=ERM, cp=CP, mix=MIX), 100, batch=10), partners_ahead=ahead, collect_confusion=ahead
+        )
+        state = fresh()
+        state.confusion[0, 1] = state.confusion[1, 0] = 3.0
+        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+        step, seen = Step(plan, data(), state), []
+        for epoch in (1, 2):
+            state.epoch_confusion = state.confusion.clone() if epoch == 1 else state.epoch_confusion
+            step.begin_epoch(epoch)
+            for number in range(3):
+                step(number)
+                seen.append(state.sums.clone())
+        sums.append(torch.stack(seen))
+    names = sum_names(plan.terms)
+    errors, fallbacks = names.index("errors"), names.index("fallbacks")
+    assert sums[0][-1, errors] > 0
+    assert sums[1][-1, errors] == 0
+    assert len(sums[0][:, fallbacks].unique()) > 2
+    sums[0][:, errors] = 0
+    assert sums[0].equal(sums[1])
 
 
 def test_an_epoch_ends_with_the_rest_of_its_images() -> None:

@@ -5,16 +5,17 @@ Each phase file says what is its own: the recipe it accepts, the state it starts
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cpmix_cli import artifacts, console, engine, hardware, locks, runs, signals, tracker
+from cpmix_cli import artifacts, console, engine, hardware, locks, ranks, runs, signals, tracker
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.errors import Diverged, InputError
+from cpmix_cli.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.evaluation import accuracy_on_test, confusion_on
 from cpmix_cli.locks import Lock
 from cpmix_cli.plans import Setting, prepared
@@ -65,8 +66,12 @@ class Asked:
     made_from: dict[str, Any]
 
     def decide(self) -> str:
-        """fresh, resume or done, see runs.decide()."""
-        return runs.decide(self.folder.path, self.made_from, overwrite=self.options.overwrite)
+        """fresh, resume or done, see runs.decide(): what the first rank finds."""
+        answers, here = ("done", "fresh", "resume"), ranks.current()
+        found = "done"
+        if here.first:
+            found = runs.decide(self.folder.path, self.made_from, overwrite=self.options.overwrite)
+        return answers[here.largest(answers.index(found))]
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def train(
 ) -> None:
     """Run a training phase from where its folder stands to the end, and say what came out.
 
+    Several ranks read alike and train together; the first alone holds the lock, writes and reports.
+
     Args:
         folder: where it writes.
         source: the phase whose training state it starts from.
@@ -105,7 +112,7 @@ def train(
 
     Raises:
         EnvironmentFault: the folder belongs to another recipe or is being written by another process, the device is
-            not there, the disk is full.
+            not there, the disk is full, ranks read different files.
         InputError: an input is damaged.
         Diverged, Interrupted: see engine.fit().
     """
@@ -116,22 +123,45 @@ def train(
         **{flag: artifacts.sha256(artifacts.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
     asked = Asked(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
+    here = ranks.current()
+    refuse_unlike(artifacts.digest(made_from), "the same recipe, data set and inputs")
     how = asked.decide()
     if how == "done":
-        locks.tidy(folder.path)
-        report(folder, recipe, "up to date")
+        if here.first:
+            locks.tidy(folder.path)
+            report(folder, recipe, "up to date")
     elif options.dry_run:
-        locks.refuse_if_held(folder.path)
+        if here.first:
+            locks.refuse_if_held(folder.path)
         started = start(asked, how)
         report_dry_run(asked, started, rehearse(started))
     else:
         artifacts.check_place(folder.path, 0)
-        with locks.hold(folder.path) as lock:
+        with locks.hold(folder.path) if here.first else nullcontext() as lock:
             status = "up to date"
             if (how := asked.decide()) != "done":  # another process may have come first
-                finish(asked, start(asked, how), lock)
+                started = start(asked, how)
+                if lock is None:
+                    fit(asked, started, lambda: None)
+                else:
+                    finish(asked, started, lock)
                 status = "done"
-            report(folder, recipe, status)
+            if here.first:
+                report(folder, recipe, status)
+
+
+def refuse_unlike(sha: str, what: str) -> None:
+    """Refuse ranks whose digests differ: on another machine a folder of the same name may hold something else.
+
+    Raises:
+        EnvironmentFault: they do.
+    """
+    here = ranks.current()
+    if not here.same(int(sha[:8], 16) % ranks.ENDED):
+        raise EnvironmentFault(
+            f"the {here.size} ranks do not read {what}",
+            fix="put the run folder and the data set where all machines see the same files",
+        )
 
 
 def start(asked: Asked, how: str) -> Started:
@@ -151,22 +181,40 @@ def start(asked: Asked, how: str) -> Started:
     begun: dict[str, Any] | None = None
     if how == "resume":
         tensors, begun = runs.read_state(folder.path / artifacts.TRAINING_STATE)
+        refuse_unlike(begun["tensors_digest"], f"the same {folder.path / artifacts.TRAINING_STATE}")
         signals.state_is_saved()
     earlier = begun or (source.record() if source is not None else None)
     precision = earlier["precision"] if earlier else hardware.resolve_precision(recipe.model.precision, device)
     data = training_data(dataset, recipe, device)
     setting = Setting(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
     plan, state = asked.prepare(setting)
+    here = ranks.current()
+    if recipe.model.sync_batchnorm and here.size > 1:
+        if device.type == "cpu":
+            raise UsageError("model.sync_batchnorm: torch has it on GPUs alone", fix="--set model.sync_batchnorm=false")
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     if begun:
         restore(plan, state, tensors, begun, plan.num_steps(len(data.labels)), folder)
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
         if begun["threads"] != threads:
             console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
+        if begun["ranks"] != here.size:
+            console.warn(
+                f"begun with {ranks_of(begun['ranks'])}, going on with {here.size}: the draws stay the same, but batch "
+                "norm sees other parts of a batch, and sums are not bit for bit"
+            )
     console.note(
         f"{folder.phase}: {dataset.name}, {len(data.labels):,} images, epochs {state.epoch} to {plan.last_epoch} of "
         f"{plan.num_steps(len(data.labels))} steps; {recipe.model.name}, {parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {device.type}, {precision}, {threads} threads"
     )
+    if (parts := here.size * plan.micro_batches) > 1:
+        pieces = f" and {plan.micro_batches} micro-batches each" if plan.micro_batches > 1 else ""
+        console.note(
+            f"{folder.phase}: batches of {plan.batch_size:,} over {ranks_of(here.size)}{pieces}, "
+            f"{-(-plan.batch_size // parts):,} images a forward pass and term; the learning rate is the recipe's, for "
+            f"the whole batch: {plan.learning_rate(state.epoch, 0, 1):g} now"
+        )
     for term in plan.terms:
         if (spread := term.weight_spread(data.class_counts)) < 1.05:
             console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
@@ -175,7 +223,7 @@ def start(asked: Asked, how: str) -> Started:
         measure_confusion = confusion_on(dataset, split, recipe, state.model, device)
         if split == "test":
             console.warn("confusion is taken from the test split: labels leak, and the results are marked")
-    weights, saved = sizes(state)
+    weights, saved = sizes(plan, state)
     there = sum(path.stat().st_size for path in folder.files(artifacts.MODEL, artifacts.TRAINING_STATE))
     artifacts.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     curves = tracker.Tracker(folder.path) if asked.options.tracker else None
@@ -201,6 +249,37 @@ def rehearse(started: Started) -> list[str]:
     return [started.plan.phase, *phases]
 
 
+def fit(asked: Asked, started: Started, publish: Callable[[], None]) -> float:
+    """Train to the end of the phase.
+
+    Args:
+        asked: the phase.
+        started: the same, its inputs read.
+        publish: writes the state, see engine.fit().
+
+    Returns:
+        Seconds that went into recording CUDA graphs.
+
+    Raises:
+        Diverged, Interrupted: see engine.fit().
+    """
+    dataset, options, state = asked.dataset, asked.options, started.state
+    test = None
+    if options.eval_every:
+        test = accuracy_on_test(dataset, asked.recipe, state.model, started.setting.device)
+    return engine.fit(
+        started.plan,
+        started.data,
+        state,
+        publish=publish,
+        checkpoint_every=options.checkpoint_every,
+        test_accuracy=test,
+        eval_every=options.eval_every,
+        measure_confusion=started.measure_confusion,
+        class_names=dataset.class_names,
+    )
+
+
 def finish(asked: Asked, started: Started, lock: Lock) -> None:
     """Train to the end of the phase and publish what comes out.
 
@@ -208,9 +287,9 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         EnvironmentFault: the disk is full, or the lock is lost.
         Diverged, Interrupted: see engine.fit().
     """
-    folder, source, dataset, options = asked.folder, asked.source, asked.dataset, asked.options
+    folder, source, dataset = asked.folder, asked.source, asked.dataset
     plan, state, setting = started.plan, started.state, started.setting
-    threads = torch.get_num_threads()
+    threads, here = torch.get_num_threads(), ranks.current()
     origin = None
     if source is not None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
@@ -238,6 +317,7 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
             "made_from": asked.made_from,
             "precision": setting.precision,
             "threads": threads,
+            "ranks": here.size,
             "epoch": state.epoch,
             "step": state.step,
             "columns": list(state.history[0]) if state.history else [],
@@ -253,19 +333,8 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         if started.curves:
             started.curves.write(state.history)
 
-    test = accuracy_on_test(dataset, asked.recipe, state.model, setting.device) if options.eval_every else None
     try:
-        capture_seconds = engine.fit(
-            plan,
-            started.data,
-            state,
-            publish=publish_state,
-            checkpoint_every=options.checkpoint_every,
-            test_accuracy=test,
-            eval_every=options.eval_every,
-            measure_confusion=started.measure_confusion,
-            class_names=dataset.class_names,
-        )
+        capture_seconds = fit(asked, started, publish_state)
     except Diverged as fault:
         raise with_last_good_state(fault, folder, source, overwrites) from fault
     if started.begun:  # it may have stopped after its last epoch, with only the derived files missing
@@ -279,11 +348,12 @@ def finish(asked: Asked, started: Started, lock: Lock) -> None:
         device=hardware.device_name(setting.device) if on_gpu else "cpu",
         precision=setting.precision,
         threads=threads,
+        ranks=here.size,
         num_parameters=parameters(state.model),
         epochs=len(state.history),
         training_seconds=round(seconds, 3),
         capture_seconds=round(capture_seconds, 3),
-        gpu_hours=round(seconds / 3600, 4) if on_gpu else 0.0,
+        gpu_hours=round(here.size * seconds / 3600, 4) if on_gpu else 0.0,
     )
     recorder.finish()
 
@@ -378,13 +448,19 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     recorder.publish_table(artifacts.METRICS, schema, columns)
 
 
-def sizes(state: TrainingState) -> tuple[int, int]:
+def sizes(plan: Plan, state: TrainingState) -> tuple[int, int]:
     """Bytes of the weights and of a training state. A phase takes room for the weights, a state, and its successor
     while that is published.
     """
     weights: int = sum(t.numel() * t.element_size() for t in state.model.state_dict().values())
     slots = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
-    return weights, weights * (1 + slots) + state.confusion.numel() * state.confusion.element_size()
+    counts = state.confusion.numel() * state.confusion.element_size()
+    return weights, weights * (1 + slots) + counts * (1 + plan.partners_ahead)  # those of now and of the epoch's begin
+
+
+def ranks_of(number: int) -> str:
+    """'1 rank', '2 ranks'."""
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -402,7 +478,7 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
 def report_dry_run(asked: Asked, started: Started, phases: list[str]) -> None:
     """What a run would do."""
     path, plan = asked.folder.path, started.plan
-    weights, saved = sizes(started.state)
+    weights, saved = sizes(plan, started.state)
     fields = {
         "command": runs.COMMANDS[asked.folder.phase],
         "status": "dry run",
