@@ -44,7 +44,9 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu") -> tuple[Step, TrainingState]:
+def started(
+    terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu", pieces: int = 1, ahead: bool = False
+) -> tuple[Step, TrainingState]:
     """A step at the beginning of epoch 1, on 24 images in batches of 10."""
     state = fresh()
     state.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -53,7 +55,7 @@ def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str =
     for group in state.optimizer.param_groups:
         group["fused"] = True  # as on a GPU, also where this runs on the CPU
     state.confusion = state.confusion.to(device)
-    plan = plan_of(terms, 100, batch=10, joint=joint)
+    plan = replace(plan_of(terms, 100, batch=10, joint=joint), micro_batches=pieces, partners_ahead=ahead)
     state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
     batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
     step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
@@ -70,6 +72,16 @@ def test_a_step_reads_nothing_from_the_device_and_sends_nothing(tables: Any, joi
         for number in range(3):
             step(number)
     assert operations.seen["convolution"] and operations.seen["index"]
+    assert not operations.seen.keys() & (READS | SENDS)
+
+
+@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
+def test_nor_does_one_of_uneven_parts_with_partners_drawn_ahead(tables: Any) -> None:
+    step, _ = started(terms_of(**tables), pieces=3, ahead=True)
+    with Operations() as operations:
+        for number in range(3):
+            step(number)
+    assert operations.seen["convolution"] == 3 * 3 * 7
     assert not operations.seen.keys() & (READS | SENDS)
 
 
