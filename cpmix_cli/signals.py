@@ -56,11 +56,13 @@ def number() -> int:
 
 
 def adopt(number: int) -> bool:
-    """Take over what came to another rank, a signal's number or 0; whether there is one now."""
+    """Take over the signal that the ranks agreed on, a number or 0; whether there is one. What comes to this rank after
+    it gave its own number waits for the next time.
+    """
     global _pending
     if _pending is None and number:
         _pending = signal.Signals(number)
-    return _pending is not None
+    return number > 0
 
 
 def pending() -> str | None:
