@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import must
 from equality import contents
 
 from cpmix_cli import ranks
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "recipes" / "slurm"
+
+NUMBER = 101
+"""Of the first job that is submitted."""
+EPOCHS = 30
+"""Of the toy data: long enough to be preempted."""
 
 SRUN = """
 import json, os, signal, subprocess, sys
@@ -223,36 +229,60 @@ def recorder(cluster: Cluster) -> Cluster:
 # -- real runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(
-    cluster: Cluster, digits: Path, _digits_run: Path
-) -> None:
-    command = ["bash", "recipes/slurm/pipeline.sh", str(digits), "run", "--epochs", "6"]
+def preempt(job: subprocess.Popen[str], stage1: Path, cluster: Cluster) -> str:
+    """Warn a job when it has saved an epoch; returns its log."""
+    cluster.wait_for((stage1 / "training_state.safetensors").exists)
+    job.send_signal(signal.SIGUSR1)
+    code, log = ended(job)
+    assert code == 0, log
+    assert "interrupted: SIGUSR1 received" in log
+    assert cluster.read("requeued") == [str(NUMBER)]
+    assert (stage1 / "training_state.safetensors").exists()
+    return log
+
+
+def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluster: Cluster, toy: Path) -> None:
     submitted = subprocess.run(
-        command, cwd=cluster.folder, env=cluster.environment, capture_output=True, text=True, check=True
+        ["bash", "recipes/slurm/pipeline.sh", str(toy), "run", "--epochs", str(EPOCHS)],
+        cwd=cluster.folder,
+        env={**cluster.environment, "PHASES": "train-stage2"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    names = ["train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-    assert submitted.stdout == "".join(f"{101 + i} {name}\n" for i, name in enumerate(names))
+    names = ["train-stage1", "train-stage2", "evaluate", "confusion-report"]
+    assert submitted.stdout == "".join(f"{NUMBER + i} {name}\n" for i, name in enumerate(names))
     jobs = cluster.read("sbatch")
     for (number, flags, arguments), name in zip(jobs, names, strict=True):
         assert arguments[:2] == ["recipes/slurm/one-gpu.sbatch", name]
-        after = {"--dependency": f"afterok:{number - 1}", "--kill-on-invalid-dep": "yes"} if number > 101 else {}
+        after = {"--dependency": f"afterok:{number - 1}", "--kill-on-invalid-dep": "yes"} if number > NUMBER else {}
         assert flags == {"--parsable": "", "--job-name": f"cpmix-{name}", **after}
 
     number, _, (_, *arguments) = jobs[0]
-    first = cluster.start("one-gpu.sbatch", *arguments, number=number)
-    cluster.wait_for((cluster.folder / "run" / "stage1" / "training_state.safetensors").exists)
-    first.send_signal(signal.SIGUSR1)
-    code, log = ended(first)
-    assert code == 0, log
-    assert "SIGUSR1 received" in log
-    assert cluster.read("requeued") == ["101"]
-    assert not (cluster.folder / "run" / "stage1" / "model.safetensors").exists()
-
+    preempt(cluster.start("one-gpu.sbatch", *arguments, number=number), cluster.folder / "run" / "stage1", cluster)
     for number, _, (_, *arguments) in jobs:
-        code, log = cluster.run("one-gpu.sbatch", *arguments, number=number, restarts=int(number == 101))
+        code, log = cluster.run("one-gpu.sbatch", *arguments, number=number, restarts=int(number == NUMBER))
         assert code == 0, log
-    assert cluster.read("requeued") == ["101"]
-    assert contents(cluster.folder / "run") == contents(_digits_run)
+    assert cluster.read("requeued") == [str(NUMBER)]
+
+    undisturbed = cluster.folder / "undisturbed"
+    must("train-stage1", "--data", toy, "--out", undisturbed, "--epochs", EPOCHS)
+    must("train-stage2", "--from", undisturbed)
+    must("evaluate", "--from", undisturbed)
+    must("confusion-report", "--from", undisturbed)
+    assert contents(cluster.folder / "run") == contents(undisturbed)
+
+
+@pytest.mark.parametrize("script", ["one-node.sbatch", "torchrun.sbatch"])
+def test_two_ranks_are_preempted_and_go_on(cluster: Cluster, toy: Path, script: str) -> None:
+    command = ("train-stage1", "--data", toy, "--out", "run", "--epochs", EPOCHS)
+    ranks_here = {"RUN": "run", "RANKS_PER_NODE": 2} if script == "torchrun.sbatch" else {"per_node": 2}
+    log = preempt(cluster.start(script, *command, number=NUMBER, **ranks_here), cluster.folder / "run/stage1", cluster)
+    assert log.count("over 2 ranks") == 1
+    again = must("train-stage1", "--data", toy, "--out", cluster.folder / "run", "--epochs", EPOCHS)
+    assert "goes on after epoch" in again.stderr
+    assert "begun with 2 ranks, going on with 1" in again.stderr
+    assert (cluster.folder / "run" / "stage1" / "model.safetensors").is_file()
 
 
 def test_a_phase_that_fails_ends_its_job(cluster: Cluster) -> None:
@@ -431,22 +461,18 @@ def test_a_data_set_is_copied_to_the_nodes_own_disk(recorder: Cluster) -> None:
 # -- torchrun, the real one --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "code"), [(75, 0), (0, 1)])
-def test_torchrun_hands_the_warning_on_and_the_run_says_whether_it_goes_on(
-    recorder: Cluster, status: int, code: int
-) -> None:
-    """Its ranks leave with 75, which it turns into 1."""
-    more = {"RUN": "ckpt/places", "RANKS_PER_NODE": 2, "STATUS": status, "LEAVE": "wait"}
+def test_torchrun_hands_the_warning_on_and_a_run_that_is_done_is_not_queued_again(recorder: Cluster) -> None:
+    more = {"RUN": "ckpt/places", "RANKS_PER_NODE": 2, "STATUS": 0, "LEAVE": "wait"}
     job = recorder.start("torchrun.sbatch", *TRAIN, **more)
     recorder.wait_for(lambda: len(recorder.asked()) == 2)
     found, _ = ranks_of(recorder)
     assert found == [ranks.Ranks(i, 2, i, 2) for i in range(2)]
     assert {words[1]["OMP_NUM_THREADS"] for words in recorder.read("asked")} == {"32"}
     job.send_signal(signal.SIGUSR1)
-    assert ended(job)[0] == code
+    assert ended(job)[0] == 1
     assert recorder.read("asked").count(["warned"]) == 2
     assert recorder.asked()[2:] == ["status ckpt/places"]
-    assert recorder.read("requeued") == ["7"] * (code == 0)
+    assert recorder.read("requeued") == []
 
 
 def test_torchrun_that_fails_without_a_warning_ends_the_job(recorder: Cluster) -> None:

@@ -5,7 +5,7 @@
 #   bash recipes/slurm/pipeline.sh DATA RUN [flags of train-stage1]
 #   TRAIN=recipes/slurm/one-node.sbatch bash recipes/slurm/pipeline.sh data/places-lt ckpt/places --recipe places-lt/cpmix
 #
-# Leave out the phases that the recipe has not.
+# A recipe that has not all phases: PHASES=finetune, PHASES=train-stage2 or PHASES= before the line.
 set -euo pipefail
 data=$1 run=$2
 shift 2
@@ -22,7 +22,8 @@ submit() { # SCRIPT COMMAND FLAGS...
 }
 
 submit "$train" train-stage1 --data "$data" --out "$run" "$@"
-submit "$train" train-stage2 --from "$run"
-submit "$train" finetune --from "$run"
+for phase in ${PHASES-train-stage2 finetune}; do
+    submit "$train" "$phase" --from "$run"
+done
 submit "$alone" evaluate --from "$run"
 submit "$alone" confusion-report --from "$run"
