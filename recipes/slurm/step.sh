@@ -1,7 +1,7 @@
 # What the job scripts beside this file share; they source it. Edit those, not this.
 #
-# A job that cpmix leaves with 75 is queued again under its own number, and goes on where it stopped. Any other exit code but 0 ends
-# it, and so does the hundredth time (REQUEUES).
+# A job that cpmix leaves with 75 is queued again under its own number, and goes on where it stopped; a hundred times at most
+# (REQUEUES). Every other exit code ends it.
 #
 # How the warning gets there: `#SBATCH --signal=B:USR1@120` sends USR1 to this shell alone, 120 seconds before the time limit (or up to
 # a minute earlier), and before a preemption where the cluster has preempt_send_user_signal. bash runs a trap only when the command
