@@ -394,6 +394,23 @@ def test_each_task_of_an_array_has_its_rho_and_seed(recorder: Cluster) -> None:
     assert (code, log) == (2, "task 9: there are 3 imbalances times 3 seeds\n")
 
 
+def test_the_tasks_of_an_array_build_their_data_set_once(recorder: Cluster) -> None:
+    real = f'PYTHONPATH="{REPOSITORY}" exec {sys.executable} -m cpmix_cli "$@"'
+    recorded = f'exec {sys.executable} -m cpmix_cli "$@"'
+    recorder.install("cpmix", f'#!/bin/sh\nif [ "$1" = build-lt ]; then {real}; fi\n{recorded}\n')
+    lists = {"SOURCE": "toy", "RHOS": "20", "SEEDS": "0 1", "RECIPE": "toy/cpmix", "PHASES": ""}
+    jobs = [
+        recorder.start("array.sbatch", number=40 + i, SLURM_ARRAY_JOB_ID=40, SLURM_ARRAY_TASK_ID=i, **lists)
+        for i in range(2)
+    ]
+    (first, one), (second, other) = map(ended, jobs)
+    assert first == second == 0, one + other
+    assert (one + other).count("up to date") == 1
+    train = "train-stage1 --data data/toy-lt-rho20 --recipe toy/cpmix --seed"
+    assert {f"{train} {i} --out ckpt/rho20-seed{i}" for i in range(2)} <= set(recorder.asked())
+    assert not any("train-stage2" in line for line in recorder.asked())
+
+
 def test_a_task_of_an_array_is_queued_again_alone(recorder: Cluster) -> None:
     """Its number may be the whole array's."""
     array = {"SLURM_ARRAY_JOB_ID": 40, "SLURM_ARRAY_TASK_ID": 8}
