@@ -166,9 +166,8 @@ def meeting_place(environment: Mapping[str, str]) -> tuple[str, int]:
     """
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
-    first = re.match(r"([^\[,]*)(?:\[(\d+))?", nodes)
-    assert first is not None  # it may be empty
-    host = environment.get("MASTER_ADDR") or first[1] + (first[2] or "")
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma outside brackets
+    host = environment.get("MASTER_ADDR") or re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
     return host, int(environment.get("MASTER_PORT", 20_000 + (7 * job + step) % 10_000))
 
 
@@ -209,7 +208,7 @@ def together() -> Iterator[None]:
         _end_without(store, place, fault)
     finally:
         _current = Ranks()
-    _leave()
+        _leave()
 
 
 def _join(place: Ranks) -> Any:
@@ -286,6 +285,8 @@ def _end_without(store: Any, place: Ranks, fault: RuntimeError) -> None:
         EnvironmentFault: at the rank that speaks.
         Left: at the others; and where a signal came to this one, too.
     """
+    import torch
+
     if signals.pending():
         raise Left(EXIT_INTERRUPTED) from fault
     speaker = 1
@@ -296,11 +297,15 @@ def _end_without(store: Any, place: Ranks, fault: RuntimeError) -> None:
     gone = [str(rank) for rank, process in _neighbours.items() if not _is_alive(process)]
     which = f"rank {', '.join(gone)}" if gone else "a rank on another machine"
     console.mute(False)
-    raise EnvironmentFault(
+    lost = EnvironmentFault(
         f"{which} of {place.size} is gone (killed, out of memory, or for the reason given above), and the others "
         f"cannot go on: {_first_line(fault)}",
         fix="run the same command again: it goes on from the last state that was saved",
-    ) from fault
+    )
+    if torch.cuda.is_available():  # NCCL would wait for the lost rank before it lets the program end
+        console.error(str(lost), lost.exit_code)
+        os._exit(lost.exit_code)
+    raise lost from fault
 
 
 def _is_alive(process: int) -> bool:

@@ -7,13 +7,17 @@ with.
 
 import os
 import signal
+import time
 from types import FrameType
 
 from cpmix_cli.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, Interrupted
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
+TWICE_SECONDS = 1.0
+
 _pending: signal.Signals | None = None
+_since = 0.0
 _in_loop = False
 _has_state = False
 
@@ -41,11 +45,13 @@ def state_is_saved() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _pending
+    global _pending, _since
     code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
+    if number == _pending == signal.SIGTERM and time.monotonic() - _since < TWICE_SECONDS:
+        return  # Slurm and torchrun each hand it on
     if _pending is not None:  # the second signal: leave at once, what was published stays
         os._exit(code)
-    _pending = signal.Signals(number)
+    _pending, _since = signal.Signals(number), time.monotonic()
     if not _in_loop:
         raise Stopped(code)
 

@@ -69,6 +69,7 @@ def test_variables_that_make_no_sense(changes: Mapping[str, str]) -> None:
         ({"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}, ("node7", 29500)),
         ({"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-09,12]"}, ("gpu07", 21971)),
         ({"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "gpu-a,gpu-b"}, ("gpu-a", 20021)),
+        ({"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "r[0-1,4]n[2,5]-ib,a[7]"}, ("r0n2-ib", 20021)),
         ({"SLURM_JOB_ID": "3", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}, ("10.0.0.7", 20021)),
         ({}, ("localhost", 20000)),
     ],
