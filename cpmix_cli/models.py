@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,21 @@ class Classifier(nn.Module):
     head: nn.Module
     routers: "Routers | None"
     """Of several experts: which images want the next one; see add_routers()."""
+    frozen: tuple[str, ...]
+    """Prefixes of what is never trained; see build_model()."""
 
     def __init__(self) -> None:
         super().__init__()
         self.routers = None
+        self.frozen = ()
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but that what is frozen stays in eval mode: its batch norm keeps its statistics."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if self.frozen and name.startswith(self.frozen):
+                module.training = False
+        return self
 
     def features(self, x: Tensor) -> Tensor:
         """Inputs -> [B, D]; of experts [B, E D]."""
@@ -295,10 +306,8 @@ class ImageNetResNet(Classifier):
     """torchvision's ResNet with its own parameter names, so that its published weights fit; its `fc` is our `head`."""
 
     def __init__(self, name: str, num_classes: int) -> None:
-        from torchvision import models  # a second of import that other networks do not need
-
         super().__init__()
-        network = getattr(models, name)()
+        network = _torchvision_resnet(name)
         for child, module in network.named_children():
             if child != "fc":
                 self.add_module(child, module)
@@ -320,13 +329,11 @@ class ImageNetExperts(Classifier):
     """
 
     def __init__(self, name: str, num_classes: int, recipe: Model) -> None:
-        from torchvision import models
-
         super().__init__()
         shared, experts = recipe.shared_stages, recipe.experts
         if shared > 3:
             raise ValueError(f"model.shared_stages = {shared}: it has 4 stages, and an expert needs one of its own")
-        network = getattr(models, name)()
+        network = _torchvision_resnet(name)
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
         block, planes = type(stages[0][0]), [64, 128, 256, 512]
         self.shared = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, *stages[:shared])
@@ -341,6 +348,17 @@ class ImageNetExperts(Classifier):
         """[B, 3, H, W] -> [B, E D]."""
         out: Tensor = self.experts(self.shared(x))
         return out.mean((2, 3))
+
+
+def _torchvision_resnet(name: str) -> Any:
+    """torchvision's network of that name, with torch's own initial weights. ResNet-10, which it has not, is ResNet-18
+    with one block a stage.
+    """
+    from torchvision.models import resnet  # a second of import that other networks do not need
+
+    if name == "resnet10":
+        return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    return getattr(resnet, name)()
 
 
 def _imagenet_stages(block: Any, num_in: int, planes: Sequence[int], lengths: Sequence[int]) -> nn.Sequential:
@@ -416,6 +434,30 @@ def resnet50(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifie
     return _imagenet_resnet("resnet50", num_classes, shape, recipe)
 
 
+def resnet10(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
+    """ResNet-18 with one block a stage, 4.9 million parameters. Source: the smaller network of the ImageNet-LT papers
+    (Liu et al., OLTR).
+    """
+    return _imagenet_resnet("resnet10", num_classes, shape, recipe)
+
+
+def resnet101(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
+    """torchvision's ResNet-101, 42.5 million parameters and the head."""
+    return _imagenet_resnet("resnet101", num_classes, shape, recipe)
+
+
+def resnet152(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
+    """torchvision's ResNet-152, 58.1 million parameters and the head. Paper: Places-LT."""
+    return _imagenet_resnet("resnet152", num_classes, shape, recipe)
+
+
+def resnext50(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
+    """torchvision's ResNeXt-50 32 x 4d, 23.0 million parameters and the head."""
+    if recipe.experts > 1:
+        raise ValueError(f"model.experts = {recipe.experts}: the groups of its convolutions have no narrower version")
+    return _imagenet_resnet("resnext50_32x4d", num_classes, shape, recipe)
+
+
 def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
     """100 hidden units over 2-D points. Paper: B.1."""
     _takes(shape, 1, "points")
@@ -427,8 +469,12 @@ def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> C
 MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
     "resnet32": resnet32,
     "resnet8": resnet8,
+    "resnet10": resnet10,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "resnext50": resnext50,
     "one-hidden-layer": one_hidden_layer,
 }
 
@@ -494,7 +540,7 @@ def build_model(
     """The network of a recipe, its weights drawn from `generator`.
 
     Args:
-        recipe: name and head.
+        recipe: name, head and what is frozen.
         num_classes: C.
         shape: of one image (H, W, channels) or point (2,).
         generator: for the weights.
@@ -516,6 +562,9 @@ def build_model(
         add_scale(model)
     if router_top:
         add_routers(model, num_classes, router_top, generator)
+    model.frozen = tuple(recipe.frozen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not (recipe.frozen and name.startswith(model.frozen))
     return model
 
 

@@ -88,7 +88,9 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
         generator = torch_generator(recipe.seed, "finetune", "routers")
         add_routers(state.model, setting.dataset.num_classes, table.router_top, generator)
     for name, parameter in state.model.named_parameters():
-        parameter.requires_grad = any(name.startswith(prefix) for prefix in table.train)
+        parameter.requires_grad = name.startswith(tuple(table.train)) and not name.startswith(
+            state.model.frozen or "\0"
+        )
     optimizer = Optimizer(
         lr=table.lr,
         momentum=table.momentum,

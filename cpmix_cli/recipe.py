@@ -110,6 +110,12 @@ class Model(Table):
     """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
     detached_experts: bool = False
     """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
+    init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
+    """File of published weights that stage 1 has to start from, by its publisher's name, which ends in the first digits
+    of its sha256 (torchvision's resnet152-394f9c45.pth): `train-stage1 --init` gives it, as import-weights made it. "":
+    from fresh weights, or any that --init names."""
+    frozen: list[str] = []
+    """Parameter-name prefixes that no phase trains; batch norm there keeps its statistics."""
     sync_batchnorm: bool = False
     """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
 
@@ -133,7 +139,7 @@ class Model(Table):
     def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As a resolved recipe shows it: of a plain network, nothing of experts."""
         dropped = ["experts", *self._of_experts] if self.experts == 1 else []
-        dropped += [] if self.sync_batchnorm else ["sync_batchnorm"]
+        dropped += [key for key in ("init", "frozen", "sync_batchnorm") if not getattr(self, key)]
         return {key: value for key, value in handler(self).items() if key not in dropped}
 
 

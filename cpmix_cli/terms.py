@@ -411,6 +411,7 @@ def _prefix_faults(recipe: Recipe, names: list[str]) -> list[str]:
     if recipe.model.head == "cosine":
         names = [name for name in names if name not in heads or not name.endswith("bias")]
     wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
+    wanted += [("model.frozen", prefix, names) for prefix in recipe.model.frozen]
     if (finetune := recipe.finetune) is not None:
         scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
         own = names + {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])

@@ -1,5 +1,6 @@
 """train-stage1: epochs 1 to E_cp on the natural batches, collecting confusion pairs. Paper: Algorithm 1, first part."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,40 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
     check_fits(recipe, dataset.num_classes, dataset.shape)
     source = None if teacher is None else choose_teacher(teacher, dataset)
     check_teacher(recipe, source)
+    check_init(recipe, init)
     inputs = {} if init is None else {"init": init}
     if source is not None:
         inputs["teacher"] = source.path / artifacts.MODEL
     train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init, source), inputs)
+
+
+def check_init(recipe: recipes.Recipe, init: Path | None) -> None:
+    """A recipe that starts from published weights is given these, and not others.
+
+    Raises:
+        UsageError: it is given none.
+        InputError: they are others, or nobody knows.
+    """
+    wanted = recipe.model.init
+    if not wanted:
+        return
+    sha = re.split(r"[-.]", wanted)[-2]
+    made = Path(wanted).with_suffix(".safetensors")
+    fix = (
+        f"fetch {wanted} from where it was published (torchvision's: https://download.pytorch.org/models/{wanted}), "
+        f"then: cpmix import-weights {wanted} --sha256 {sha}, and give --init {made}"
+    )
+    if init is None:
+        raise UsageError(f'model.init = "{wanted}": the recipe starts from these weights', needed_by="--init", fix=fix)
+    metadata = artifacts.read_header(init)[1] if init.suffix == ".safetensors" else None
+    found = metadata.get("sha256") if isinstance(metadata, dict) else None
+    if not isinstance(found, str) or not found.startswith(sha):
+        of = f"was made from {metadata['file']}" if found and isinstance(metadata, dict) else "does not say what of"
+        raise InputError(
+            f'{init} {of}; the recipe has model.init = "{wanted}"',
+            needed_by="--init",
+            fix=f"{fix}; or take any weights with --set model.init=",
+        )
 
 
 def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
