@@ -49,6 +49,7 @@ PER_CLASS = "per_class.parquet"
 PREDICTIONS = "predictions.parquet"
 LOGITS = "logits.safetensors"
 SAMPLES = "samples.parquet"
+HASHES = "hashes.parquet"
 CONFUSION_MATRIX = "confusion_matrix.parquet"
 CONFUSED_PAIRS = "confused_pairs.parquet"
 
@@ -73,6 +74,8 @@ def split_schema(by_path: bool) -> pa.Schema:
     return _schema(("sample_id", pa.int64()), ("label", pa.int32()), origin)
 
 
+HASHES_SCHEMA = _schema(("sample_id", pa.int64()), ("sha256", pa.binary(32)))
+"""sha256 of each packed image of a split."""
 CONFUSION_SCHEMA = _schema(
     ("true_class", pa.int32()),
     ("predicted_class", pa.int32()),

@@ -186,6 +186,53 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
     return lines
 
 
+class Progress:
+    """Progress of work on many alike things, as a context: a bar on a terminal, elsewhere a line every LINE_SECONDS.
+
+    Args:
+        doing: such as "packed train images".
+        total: of all things.
+        done: those done in an earlier run.
+    """
+
+    LINE_SECONDS = 10.0
+    VIEW_SECONDS = 0.5
+
+    def __init__(self, doing: str, total: int, done: int = 0) -> None:
+        self._doing = doing
+        self._total = total
+        self._first = self._done = done
+        self._started = time.perf_counter()
+        self._live = _live_view()
+        self._next = self._started + (self.LINE_SECONDS if self._live is None else 0.0)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            with suppress(OSError, ValueError):
+                self._live.stop()
+
+    def step(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self._done += count
+        if (now := time.perf_counter()) < self._next:
+            return
+        new = self._done - self._first
+        left = (now - self._started) / new * (self._total - self._done)
+        self._next = now + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
+        if self._live is None:
+            rate = f"{new / (now - self._started):,.0f} a second, {duration(left)} left"
+            note(f"{self._doing}: {self._done:,} of {self._total:,}, {rate}")
+            return
+        try:
+            with self._live.console as screen:
+                self._live.update(_view(screen.size, (self._doing, self._done, self._total, left), ()), refresh=True)
+        except (OSError, ValueError):  # the terminal is gone; the work is not
+            self._live = None
+
+
 class EpochProgress:
     """Progress of a training phase: one line an epoch everywhere, and below the lines a live view on a terminal.
 

@@ -12,11 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from torch import Tensor
 
 from cpmix_cli import artifacts
+from cpmix_cli.data.shards import MEND, Shards
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.recipe import find_recipe
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 """Of a file in the record's own folder."""
+
+
+Storage = Literal["tensors", "shards", "files"]
+"""Whole in memory; packed squares that are read one by one; the image files themselves, below data_root."""
 
 
 class Shaped(BaseModel):
@@ -31,7 +36,8 @@ class Shaped(BaseModel):
     @model_validator(mode="after")
     def _statistics_fit(self) -> "Shaped":
         channels = self.shape[-1] if len(self.shape) == 3 else 0
-        if len(self.shape) == 2 or {len(self.mean), len(self.std)} != {channels}:
+        # Of images that stay in their files nobody has computed them.
+        if len(self.shape) == 2 or {len(self.mean), len(self.std)} not in ({channels}, {0}):
             raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
         return self
 
@@ -50,6 +56,14 @@ class Entry(Shaped):
     files: dict[FileName, str]
     data_root: str | None
     fingerprint: str
+    storage: Storage = "tensors"
+    shard_images: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _storage_fits(self) -> "Entry":
+        if self.storage != "tensors" and (self.shape != [self.shape[0]] * 2 + [3] or self.data_root is None):
+            raise ValueError(f"{self.storage} of shape {self.shape}, data_root {self.data_root}")
+        return self
 
     @model_validator(mode="after")
     def _groups_are_all(self) -> "Entry":
@@ -67,6 +81,8 @@ class Dataset:
     class_names: list[str]
     class_counts: NDArray[np.int64]
     """Training images a class [C]."""
+    moved_to: Path | None = None
+    """Where the image files are, if not where they were when the set was built."""
 
     @property
     def fingerprint(self) -> str:
@@ -88,6 +104,17 @@ class Dataset:
         """Shape of one image (H, W, channels) or point (2,)."""
         return list(self.record["shape"])
 
+    @property
+    def storage(self) -> Storage:
+        """How images are kept, and so what gives them: read(), shards() or paths()."""
+        storage: Storage = self.record.get("storage", "tensors")
+        return storage
+
+    @property
+    def upright(self) -> bool:
+        """Whether EXIF's rotation is applied: to people's own images, see decoding.py."""
+        return bool(self.record["source"] == "image-folder")
+
     def recipe(self) -> str:
         """Name of the recipe for this data where none is asked for.
 
@@ -102,7 +129,8 @@ class Dataset:
         return name
 
     def read(self, split: str) -> tuple[Tensor, Tensor]:
-        """Images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64, of train, val or test.
+        """Images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64, of train, val or test; of
+        storage "tensors".
 
         Raises:
             InputError: a file is missing or damaged, or a label lies outside the classes.
@@ -133,7 +161,7 @@ class Dataset:
         Raises:
             InputError: it is not there.
         """
-        if f"{split}.safetensors" not in self.record["files"]:
+        if f"{split}.parquet" not in self.record["files"]:
             raise InputError(
                 f"{self.folder} has no {split} split", needed_by=needed_by, fix="cpmix build-lt ... --val-per-class K"
             )
@@ -146,6 +174,39 @@ class Dataset:
         artifacts.refuse_outside(path, table, "label", self.num_classes)
         return table
 
+    def labels(self, split: str) -> Tensor:
+        """Class of each image of a split, [N] int64."""
+        return torch.tensor(self.samples(split)["label"].to_numpy(), dtype=torch.int64)
+
+    def shards(self, split: str) -> Shards:
+        """The packed images of a split; of storage "shards".
+
+        Raises:
+            InputError: its hashes are damaged, or shards are missing or of another size.
+        """
+        shards = self.recorded_shards(split)
+        if missing := shards.missing():
+            count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"{shards.path(missing[0])}{count} missing or not whole", fix=MEND)
+        return shards
+
+    def recorded_shards(self, split: str) -> Shards:
+        """shards() as the record has them, whether they are there or not."""
+        path = self.folder / f"{split}-{artifacts.HASHES}"
+        table = artifacts.read_table(path, artifacts.HASHES_SCHEMA, self._sha(path))
+        hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
+        return Shards(self.folder, split, hashes, self.shape, self.record["shard_images"])
+
+    def paths(self, split: str) -> list[Path]:
+        """The image file of each sample of a split, below data_root; of a source whose images are files.
+
+        Raises:
+            InputError: the list is damaged.
+        """
+        root = self.data_root
+        assert root is not None  # Entry sees to it where images are read from their files
+        return [root / path for path in self.samples(split)["path"]]
+
     def _sha(self, path: Path) -> str:
         if path.name not in self.record["files"]:
             raise InputError(f"{self.folder / artifacts.DATASET} records no {path.name}")
@@ -153,13 +214,18 @@ class Dataset:
 
     @property
     def data_root(self) -> Path | None:
-        """Folder of the user's own image files; None for published sets."""
-        root = self.record.get("data_root")
+        """Folder of the image files; None for sets that come in a file of their own."""
+        root = self.moved_to or self.record.get("data_root")
         return Path(root) if root is not None else None
 
 
-def open_dataset(folder: Path, *, needed_by: str) -> Dataset:
+def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None) -> Dataset:
     """The data set in a folder.
+
+    Args:
+        folder: it.
+        needed_by: the command, for the message.
+        data_root: where its image files are, if not where its record says.
 
     Raises:
         InputError: no data set there, or its record or class counts are damaged.
@@ -181,6 +247,7 @@ def open_dataset(folder: Path, *, needed_by: str) -> Dataset:
         record=record,
         class_names=list(record["classes"]),
         class_counts=np.asarray(counts["num_train"], dtype=np.int64),
+        moved_to=data_root,
     )
 
 

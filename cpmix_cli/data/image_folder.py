@@ -1,40 +1,20 @@
-"""People's own images: class sub-folders, and files of any format Pillow reads, packed at one size.
-
-Here, and not for benchmark sets, the camera's EXIF rotation is applied: a photograph is to be seen as it was taken.
-"""
+"""People's own images: class sub-folders, and files of any format Pillow reads, packed at one size."""
 
 import os
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cpmix_cli import console
 from cpmix_cli.artifacts import digest, open_file
+from cpmix_cli.data.decoding import UnreadableImages, as_rgb, in_threads, reason, strict_warnings
 from cpmix_cli.errors import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class UnreadableImages(InputError):
-    """Image files that cannot be read.
-
-    Args:
-        lines: 'PATH: why' for every one of them.
-    """
-
-    def __init__(self, lines: list[str]) -> None:
-        count = "1 file" if len(lines) == 1 else f"{len(lines):,} files"
-        super().__init__(
-            f"{count} cannot be read as an image:\n    " + "\n    ".join(lines),
-            fix="mend, convert or delete these files",
-        )
-        self.lines = lines
 
 
 @dataclass(frozen=True)
@@ -151,18 +131,12 @@ def read_images(paths: Sequence[Path], shape: Sequence[int]) -> NDArray[np.uint8
         try:
             images[i] = _read_image(paths[i], shape)
         except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
-            faults[i] = _reason(fault)
+            faults[i] = reason(fault)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        warnings.simplefilter("ignore")  # of EXIF oddities and the like, without the file's name
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            for done, _ in enumerate(pool.map(read, range(len(paths))), 1):
-                if done % 10_000 == 0:
-                    console.note(f"read {done:,} of {len(paths):,} images")
-        except BaseException:  # a signal: leaving the pool would wait for all that is left
-            pool.shutdown(cancel_futures=True)
-            raise
+    with strict_warnings():
+        for done, _ in enumerate(in_threads(read, len(paths)), 1):
+            if done % 10_000 == 0:
+                console.note(f"read {done:,} of {len(paths):,} images")
     if faults:
         raise UnreadableImages([f"{paths[i]}: {faults[i]}" for i in sorted(faults)])
     return images
@@ -174,30 +148,9 @@ def _read_image(path: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
         # JPEG decodes at 1/2, 1/4 or 1/8 size for little; twice the size wanted leaves the scaling its say.
         image.draft(None, (2 * width, 2 * height))
         upright: Image.Image = ImageOps.exif_transpose(image)
-        pixels = ImageOps.fit(_as_rgb(upright), (width, height), Image.Resampling.BICUBIC)
+        pixels = ImageOps.fit(as_rgb(upright), (width, height), Image.Resampling.BICUBIC)
     array = np.asarray(pixels if channels == 3 else pixels.convert("L"), dtype=np.uint8)
     return array.reshape(height, width, channels)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
-        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}), whose range is not known; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    if isinstance(fault, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(fault, InputError):  # no file
-        return fault.message.partition(": ")[2]
-    return " ".join(str(getattr(fault, "strerror", None) or fault).split()) or type(fault).__name__
 
 
 def _visible_folders(folder: Path) -> list[Path]:

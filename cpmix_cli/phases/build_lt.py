@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from cpmix_cli import artifacts, console, locks
 from cpmix_cli.data.dataset import channel_statistics, open_dataset
+from cpmix_cli.data.decoding import UnreadableImages
 from cpmix_cli.data.download import download
-from cpmix_cli.data.image_folder import UnreadableImages
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
 from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES, Source, places
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError, suggest
