@@ -15,8 +15,8 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -245,15 +245,25 @@ def publish(path: Path, data: bytes) -> str:
     Raises:
         EnvironmentFault: the disk, a permission or a quota does not allow it; the temporary file is gone.
     """
+    sha = sha256(data)
+    with publishing(path, len(data)) as file:
+        file.write(data)
+    return sha
+
+
+@contextmanager
+def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
+    """A file to write `num_bytes` to, that is published whole when the context is left, and not at all by an exception;
+    see publish(). An OSError inside is taken for one of writing.
+    """
     temporary = temporary_for(path)
     before = temporary.with_name(temporary.name + "-before")
-    sha = sha256(data)
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             # Mode 0666 less the umask, as any other program would: the group can read a checkpoint.
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(OSError):  # nothing was there, or no hard links are: then there is no way back
@@ -268,12 +278,11 @@ def publish(path: Path, data: bytes) -> str:
         finally:
             os.close(folder)
     except OSError as fault:
-        raise write_fault(path, fault, needed_bytes=len(data)) from fault
+        raise write_fault(path, fault, needed_bytes=num_bytes) from fault
     finally:
         for leftover in (temporary, before):
             with suppress(OSError):
                 leftover.unlink(missing_ok=True)
-    return sha
 
 
 def sweep(path: Path) -> None:

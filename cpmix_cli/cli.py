@@ -214,7 +214,12 @@ def command(name: str, example: str, panel: str = PIPELINE) -> Callable[[Callabl
 @command("build-lt", "cpmix build-lt cifar100 --rho 200 --data-root /data/cifar100")
 def build_lt(
     source: Annotated[
-        str, typer.Argument(help="digits, toy, cifar10, cifar100, fashion-mnist or image-folder.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="digits, toy, cifar10, cifar100, fashion-mnist, imagenet-lt, places-lt, inaturalist2018 or "
+            "image-folder.",
+            metavar="SOURCE",
+        ),
     ],
     rho: Annotated[
         float | None,
@@ -222,9 +227,21 @@ def build_lt(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Data set folder. Default: data/NAME.")] = None,
     data_root: DataRoot = None,
+    list_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--list-dir",
+            help="Folder of the official lists (ImageNet_LT_train.txt, ...); with image-folder, of your own train.txt, "
+            "test.txt and val.txt. Lines: PATH LABEL, the path below --data-root.",
+        ),
+    ] = None,
     subset_seed: Annotated[
         int, typer.Option(help="Which images; 0 is the published subset.", min=0, max=2**32 - 1)
     ] = 0,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="image-folder: exponential, step, ranked (default) or pareto; with --rho.", metavar="NAME"),
+    ] = None,
     val_per_class: Annotated[
         int, typer.Option(help="Training images of each class held out as val.", min=0, max=1_000_000)
     ] = 0,
@@ -234,11 +251,32 @@ def build_lt(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="image-folder: pack images at this height and width. Default: 64.", min=8, max=1024),
+        typer.Option(
+            help="Images at this height and width. Default: 64 for image-folder, 256 where they stay in their files.",
+            min=8,
+            max=1024,
+        ),
     ] = None,
+    pack: Annotated[
+        int | None,
+        typer.Option(
+            help="Decode image files once, into shards of S x S pixels that need not fit into memory; 0: leave them in "
+            "their files. Default: 0 for official lists, one tensor for image-folder.",
+            metavar="S",
+            min=0,
+            max=1024,
+        ),
+    ] = None,
+    few_inclusive: Annotated[
+        bool,
+        typer.Option("--few-inclusive", help="Count classes of exactly 20 training images as few."),
+    ] = False,
     download: Annotated[
         bool,
         typer.Option("--download", help="Fetch the source's files into --data-root first, checked by hash."),
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every packed image back and check it; every image file, its header.")
     ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -248,7 +286,8 @@ def build_lt(
 
     phase.run(
         phase.Options(
-            source, rho, out, data_root, subset_seed, val_per_class, test_per_class, image_size, download, overwrite
+            *(source, rho, out, data_root, list_dir, subset_seed, profile, val_per_class, test_per_class),
+            *(image_size, pack, few_inclusive, download, verify, overwrite),
         )
     )
 

@@ -70,7 +70,7 @@ def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, 
 
 
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
-    source = SOURCES["digits"](None, IMAGE_SIZE)
+    source = SOURCES["digits"](None, IMAGE_SIZE, None)
     parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
     for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])

@@ -20,6 +20,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length
 """Of a file in the record's own folder."""
 
 
+SPLITS = ("train", "val", "test")
 Storage = Literal["tensors", "shards", "files"]
 """Whole in memory; packed squares that are read one by one; the image files themselves, below data_root."""
 
@@ -161,10 +162,15 @@ class Dataset:
         Raises:
             InputError: it is not there.
         """
-        if f"{split}.parquet" not in self.record["files"]:
+        if split not in self.splits:
             raise InputError(
                 f"{self.folder} has no {split} split", needed_by=needed_by, fix="cpmix build-lt ... --val-per-class K"
             )
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that there are of train, val and test."""
+        return [split for split in SPLITS if f"{split}.parquet" in self.record["files"]]
 
     def samples(self, split: str) -> pd.DataFrame:
         """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""

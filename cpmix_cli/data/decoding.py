@@ -5,6 +5,7 @@ applied (`upright`): a photograph is to be seen as it was taken.
 """
 
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +14,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cpmix_cli import console
 from cpmix_cli.artifacts import open_file
 from cpmix_cli.errors import InputError
 
 T = TypeVar("T")
 SHOWN = 20
 """Faults that a message shows where their number may be that of the images."""
+AHEAD = 4096
+"""Calls that in_threads() hands out at a time: a waiting call takes memory too."""
+IO_THREADS = 16
+STAT_BLOCK = 1000
 
 
 class UnreadableImages(InputError):
@@ -50,12 +57,6 @@ def open_rgb(path: Path, *, upright: bool) -> Image.Image:
     """
     with open_file(path) as file, Image.open(file) as image:
         return as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
-
-
-def check_header(path: Path) -> None:
-    """Read as much of a file as tells its format and size; raises as open_rgb()."""
-    with open_file(path) as file, Image.open(file):
-        pass
 
 
 def resized(width: int, height: int, size: int) -> tuple[int, int]:
@@ -124,7 +125,58 @@ def in_threads(function: Callable[[int], T], count: int, *, threads: int | None 
     """function(0), function(1), ... in their order, computed by as many threads as there are CPUs (or `threads`)."""
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         try:
-            yield from pool.map(function, range(count))
+            for first in range(0, count, AHEAD):
+                yield from pool.map(function, range(first, min(first + AHEAD, count)))
         except BaseException:  # a signal: leaving the pool would wait for all that is left
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """Bytes of each file [N], by many threads: on a network file system it is the waiting that takes the time.
+
+    Raises:
+        UnreadableImages: with every file that is missing, empty or none.
+    """
+    sizes = np.zeros(len(paths), dtype=np.int64)
+
+    def look(block: int) -> list[str]:
+        faults = []
+        for i in range(block * STAT_BLOCK, min((block + 1) * STAT_BLOCK, len(paths))):
+            try:
+                found = paths[i].stat()
+            except OSError as fault:
+                faults.append(f"{paths[i]}: {fault.strerror or fault}")
+                continue
+            sizes[i] = found.st_size
+            if not stat.S_ISREG(found.st_mode) or not found.st_size:
+                faults.append(f"{paths[i]}: {'empty' if stat.S_ISREG(found.st_mode) else 'not a file'}")
+        return faults
+
+    faults = [line for lines in in_threads(look, -(-len(paths) // STAT_BLOCK), threads=IO_THREADS) for line in lines]
+    if faults:
+        raise UnreadableImages(faults)
+    return sizes
+
+
+def check_headers(paths: Sequence[Path]) -> None:
+    """Read as much of each file as tells its format and size.
+
+    Raises:
+        UnreadableImages: with every file that is no image.
+    """
+
+    def look(i: int) -> str | None:
+        try:
+            with open_file(paths[i]) as file, Image.open(file):
+                return None
+        except Exception as fault:
+            return f"{paths[i]}: {reason(fault)}"
+
+    faults = []
+    with strict_warnings(), console.Progress("checked image files", len(paths)) as progress:
+        for line in in_threads(look, len(paths), threads=IO_THREADS):
+            progress.step()
+            faults += [line] if line is not None else []
+    if faults:
+        raise UnreadableImages(faults)

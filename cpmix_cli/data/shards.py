@@ -6,7 +6,9 @@ breaks on network file systems). An image is verified when a process first reads
 
 import os
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpmix_cli import artifacts, console
-from cpmix_cli.data.decoding import SHOWN, in_threads
+from cpmix_cli import artifacts, console, locks, signals
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, in_threads, read_square, reason, strict_warnings
 from cpmix_cli.errors import InputError
 
 SHARD_IMAGES = 2048
@@ -47,7 +49,7 @@ class Shards:
         self.shape = list(shape)
         self._folder = folder
         self._split = split
-        self._hashes = hashes
+        self.hashes = hashes
         self._shard_images = shard_images
         self._record_bytes = int(np.prod(self.shape))
         self._opening = threading.Lock()
@@ -55,7 +57,7 @@ class Shards:
 
     def __len__(self) -> int:
         """N."""
-        return len(self._hashes)
+        return len(self.hashes)
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
@@ -105,7 +107,7 @@ class Shards:
         except OSError as fault:
             raise InputError(f"cannot read {self.path(number)}: {fault.strerror or fault}", fix=MEND) from fault
         if not self._verified[index]:
-            if done < len(target) or sha256(target).digest() != self._hashes[index].tobytes():
+            if done < len(target) or sha256(target).digest() != self.hashes[index].tobytes():
                 what = "is damaged" if done == len(target) else "ends before its end"
                 raise InputError(f"{self.path(number)}: image {index} of the {self._split} split {what}", fix=MEND)
             self._verified[index] = 1
@@ -159,6 +161,162 @@ class Shards:
                 with artifacts.open_file(self.path(number)) as file:
                     self._files[number] = os.dup(file.fileno())
             return self._files[number]
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packing:
+    """Images to pack as the shards of a split.
+
+    A shard that is published has a small record beside it until the data set is finished, by which the same command
+    goes on after it was stopped.
+    """
+
+    folder: Path
+    """Of the data set."""
+    split: str
+    root: Path
+    paths: list[str]
+    """Of the image files [N], below root."""
+    sizes: NDArray[np.int64]
+    """Bytes of each file [N]: with its path, what tells whether a shard is of these very images."""
+    size: int
+    """S."""
+    upright: bool
+    """Whether EXIF's rotation is applied."""
+    shard_images: int = field(default_factory=lambda: SHARD_IMAGES)
+
+    def __post_init__(self) -> None:
+        self.hashes = np.zeros((len(self.paths), 32), dtype=np.uint8)
+        """Of the images that are packed [N, 32]."""
+        self.values = np.zeros((3, 256), dtype=np.int64)
+        """How often each value stands in each channel of them."""
+        shape = (self.size, self.size, 3)
+        self._shards = Shards(self.folder, self.split, self.hashes, shape, self.shard_images)
+        self._record_bytes = int(np.prod(shape))
+
+    def left(self) -> list[int]:
+        """Shards that are to be packed. What an earlier build finished is taken over."""
+        missing = set(self._shards.missing())
+        return [n for n in range(self._shards.num_shards) if n in missing or not self._taken_over(n)]
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation a channel of all images, on the scale 0..1."""
+        scale = np.arange(256) / 255
+        mean = self.values @ scale / self.values.sum(1)
+        variance = (self.values * (scale - mean[:, None]) ** 2).sum(1) / self.values.sum(1)
+        return mean.tolist(), np.sqrt(variance).tolist()
+
+    def num_bytes(self, shards: Sequence[int]) -> int:
+        """Room that these shards take."""
+        return sum(len(self._shards.images(number)) for number in shards) * self._record_bytes
+
+    def pack(self, shards: Sequence[int], lock: locks.Lock, *, expected: NDArray[np.uint8] | None = None) -> None:
+        """Decode, publish and hash these shards, the files of each in threads.
+
+        Args:
+            shards: left().
+            lock: of the folder.
+            expected: hashes that come out if the files are still what they were [N, 32].
+
+        Raises:
+            UnreadableImages: with every file that is no image; the shards without one are published.
+            InputError: files give other images than expected.
+            EnvironmentFault: a shard cannot be written.
+        """
+        if not shards:
+            return
+        unreadable: list[str] = []
+        count = sum(len(self._shards.images(number)) for number in shards)
+        done = len(self.paths) - count
+        if done:
+            console.note(f"{done:,} of {len(self.paths):,} {self.split} images are packed already")
+        began = time.perf_counter()
+        with strict_warnings(), console.Progress(f"packed {self.split} images", len(self.paths), done) as progress:
+            for number in shards:
+                try:
+                    self._pack(number, lock, progress, expected)
+                except UnreadableImages as fault:
+                    unreadable += fault.lines
+        if unreadable:
+            raise UnreadableImages(unreadable)
+        seconds = time.perf_counter() - began
+        rate = f"{count / seconds:,.0f} images and {self.num_bytes(shards) / seconds / 1e6:,.0f} MB a second"
+        console.note(f"packed {count:,} {self.split} images in {console.duration(seconds)} ({rate})")
+
+    def _pack(
+        self, number: int, lock: locks.Lock, progress: console.Progress, expected: NDArray[np.uint8] | None
+    ) -> None:
+        images, path = self._shards.images(number), self._shards.path(number)
+        values = np.zeros_like(self.values)
+        unreadable = []
+        lock.check()
+        self._record(number).unlink(missing_ok=True)
+        with artifacts.publishing(path, len(images) * self._record_bytes) as file:
+
+            def pack(place: int) -> tuple[bytes, NDArray[np.int64]] | str:
+                image = self.root / self.paths[images[place]]
+                try:
+                    pixels = read_square(image, self.size, upright=self.upright)
+                except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
+                    return f"{image}: {reason(fault)}"
+                data = pixels.tobytes()
+                _write_at(file.fileno(), data, place * self._record_bytes)
+                return sha256(data).digest(), np.array(pixels.histogram()).reshape(3, 256)
+
+            for place, found in enumerate(in_threads(pack, len(images))):
+                progress.step()
+                if isinstance(found, str):
+                    unreadable.append(found)
+                else:
+                    self.hashes[images[place]] = np.frombuffer(found[0], dtype=np.uint8)
+                    values += found[1]
+            if unreadable:
+                raise UnreadableImages(unreadable)
+            if expected is not None and (changed := (expected != self.hashes)[images].any(1)).any():
+                first = self.root / self.paths[images[int(changed.argmax())]]
+                raise InputError(
+                    f"{first} is not what was packed: {int(changed.sum()):,} images of {path} have changed",
+                    fix="restore the image files, or pack them all anew with --overwrite",
+                )
+        self.values += values
+        hashes = self.hashes[images].tobytes().hex()
+        artifacts.publish_record(
+            self._record(number), {"images": self._key(number), "hashes": hashes, "values": values.tolist()}
+        )
+        signals.state_is_saved()
+
+    def _taken_over(self, number: int) -> bool:
+        """Whether a shard that is there is of these images; then its hashes and values are, too."""
+        try:
+            record = artifacts.read_record(self._record(number))
+            if record["images"] != self._key(number):
+                return False
+            images = self._shards.images(number)
+            self.hashes[images] = np.frombuffer(bytes.fromhex(record["hashes"]), dtype=np.uint8).reshape(-1, 32)
+            self.values += np.array(record["values"])
+        except (InputError, KeyError, ValueError):
+            return False
+        signals.state_is_saved()
+        return True
+
+    def _key(self, number: int) -> str:
+        images = self._shards.images(number)
+        files = [[self.paths[i], int(self.sizes[i])] for i in images]
+        return artifacts.digest([self.size, self.upright, files])
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"packing-{shard_name(self.split, number)}.json"
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of it; a disk that fills up takes a part first."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def _size(path: Path) -> int:

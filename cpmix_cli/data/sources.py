@@ -1,14 +1,15 @@
 """Where images come from: add a data set here.
 
-A source is a function of the folder with its files (and the size to pack at, for images that have many) that returns a
-Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a network: see download.py.
+A source is a function of the folder with its files (and the size to pack at, for images that have many, and the folder
+with its lists) that returns a Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a network: see
+download.py.
 """
 
 import gzip
 import io
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import digest, read_bytes, sha256
-from cpmix_cli.data import cifar
+from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.cifar import Split
 from cpmix_cli.errors import InputError
@@ -27,18 +28,25 @@ DOWNLOADS = Path("data/download")
 """Default of --data-root, and where --download puts what it fetches."""
 IMAGE_SIZE = 64
 """Default of --image-size."""
+LARGE_IMAGE_SIZE = 256
+"""The same for images that stay in their files."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """A user's own files behind a source."""
+    """Image files of the user's behind a source."""
 
     root: Path
     paths: list[str]
     """Of the training pool, relative to root."""
     test_paths: list[str]
+    """Of the test images; of the pool where they are held out of it."""
     listing: str
-    """Digest of names and sizes."""
+    """Digest of names and sizes, or of the lists."""
+    name: str = ""
+    """What the data set's folder is called by, besides the source."""
+    val_paths: Sequence[str] = ()
+    """Of the val images, where the source has such a split."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Source:
     profile: str = "exponential"
     test: Split | None = None
     """The test images; None holds `test_per_class` images of each class out of the pool."""
+    val: Split | None = None
+    """The val images of a source that has some."""
     test_per_class: int | None = 0
     """Test images of a class where none are given; None: the smaller of 10 and 20 per cent."""
     files: tuple[Path, ...] = ()
@@ -63,13 +73,17 @@ class Source:
     """Set where every image is a file of the user's."""
 
 
+Reader = Callable[[Path | None, int, Path | None], Source]
+"""Reads a source: --data-root, the side of an image in pixels where images have many, and --list-dir."""
+
+
 def places(source: str, data_root: Path | None) -> list[Path]:
     """Where a source's files may lie: one --data-root may serve one source or hold a folder for each."""
     root = data_root or DOWNLOADS
     return [root / source, root]
 
 
-def digits(data_root: Path | None, image_size: int) -> Source:
+def digits(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
     """1,797 handwritten digits of 8 x 8 grey pixels, bundled with scikit-learn (UCI, test part: 13 writers).
 
     The bundle has no test split, so 50 images a class are held out; the same writers stand on both sides.
@@ -96,7 +110,7 @@ TOY_SIMILAR = {2: 0, 3: 1}
 TOY_POINTS = 1000
 
 
-def toy(data_root: Path | None, image_size: int) -> Source:
+def toy(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
     """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
 
     1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a
@@ -118,12 +132,12 @@ def toy(data_root: Path | None, image_size: int) -> Source:
     )
 
 
-def cifar10(data_root: Path | None, image_size: int) -> Source:
+def cifar10(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
     """CIFAR-10: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
     return _cifar("cifar10", data_root, cifar.CIFAR10, 10)
 
 
-def cifar100(data_root: Path | None, image_size: int) -> Source:
+def cifar100(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
     """CIFAR-100 with its 100 fine classes: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
     return _cifar("cifar100", data_root, cifar.CIFAR100, 100)
 
@@ -161,7 +175,7 @@ MAX_FASHION_FILE = 50_000_000  # bytes; the training images are 47 million
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def fashion_mnist(data_root: Path | None, image_size: int) -> Source:
+def fashion_mnist(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
     """Fashion-MNIST: 60,000 and 10,000 images of 28 x 28 grey, 10 classes, from the published IDX files (.gz or not).
 
     Found without --data-root where Debian's package dataset-fashion-mnist is installed.
@@ -209,31 +223,31 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
     return path, content
 
 
-def image_folder(data_root: Path | None, image_size: int) -> Source:
-    """The user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE; as RGB.
+def image_folder(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+    """The user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE, or wherever
+    lists say; as RGB.
 
     Kept as imbalanced as they are; with --rho, the largest exponential profile that the classes allow by rank.
 
     Raises:
-        InputError: see image_folder.scan() and image_folder.read_images().
+        InputError: see image_folder.scan(), image_folder.read_images() and lists.read_own().
     """
-    if data_root is None:
-        raise InputError(
-            "image-folder needs the folder that holds the images",
-            needed_by="cpmix build-lt image-folder",
-            fix="cpmix build-lt image-folder --data-root FOLDER   (or set CPMIX_DATA_DIR)",
-        )
+    root = _root_of("image-folder", data_root)
     shape = (image_size, image_size, 3)
-    train = folders.scan(data_root, "train" if (data_root / "train").is_dir() else "")
+    if list_dir is not None:
+        found = lists.read_own(list_dir)
+        return replace(_listed(found, root, "image-folder/cpmix", shape, list_dir.resolve().name), profile="ranked")
+    train = folders.scan(root, "train" if (root / "train").is_dir() else "")
     if len(train.class_names) < 2:
         raise InputError(
-            f'{data_root} has one class, "{train.class_names[0]}"; a classifier needs two',
+            f'{root} has one class, "{train.class_names[0]}"; a classifier needs two',
             fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
         )
     test: folders.Files | None = None
-    if (data_root / "train").is_dir() and (data_root / "test").is_dir():
-        test = folders.scan(data_root, "test", class_names=train.class_names)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        test = folders.scan(root, "test", class_names=train.class_names)
     parts = [part for part in (train, test) if part is not None]
+    listing = digest([part.listing for part in parts])
     return Source(
         class_names=train.class_names,
         pool=Split(train.labels, partial(train.read, shape=shape)),
@@ -241,15 +255,84 @@ def image_folder(data_root: Path | None, image_size: int) -> Source:
         profile="ranked",
         test=Split(test.labels, partial(test.read, shape=shape)) if test else None,
         test_per_class=None,
-        own=Own(data_root, parts[0].paths, parts[-1].paths, digest([part.listing for part in parts])),
+        own=Own(root, parts[0].paths, parts[-1].paths, listing, root.resolve().name),
     )
 
 
-SOURCES: dict[str, Callable[[Path | None, int], Source]] = {
+def _root_of(source: str, data_root: Path | None) -> Path:
+    """The folder of image files.
+
+    Raises:
+        InputError: none was given.
+    """
+    if data_root is None:
+        raise InputError(
+            f"{source} needs the folder that holds the images",
+            needed_by=f"cpmix build-lt {source}",
+            fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR)",
+        )
+    return data_root
+
+
+def _listed(found: lists.Lists, root: Path, recipe: str, shape: Sequence[int], name: str = "") -> Source:
+    """What lists say; images are read from files below `root`."""
+
+    def split(name: str) -> Split | None:
+        if (one := found.splits.get(name)) is None:
+            return None
+        files = folders.Files(root, found.class_names, one.paths, one.labels)
+        return Split(one.labels, partial(files.read, shape=shape))
+
+    pool = split("train")
+    assert pool is not None  # no lists without it
+    val = found.splits.get("val")
+    return Source(
+        class_names=found.class_names,
+        pool=pool,
+        recipe=recipe,
+        test=split("test"),
+        val=split("val"),
+        files=tuple(one.path for one in found.splits.values()),
+        own=Own(
+            root,
+            found.splits["train"].paths,
+            found.splits["test"].paths,
+            found.listing,
+            name,
+            val_paths=val.paths if val is not None else (),
+        ),
+    )
+
+
+def official(name: str, published: lists.Published) -> Reader:
+    """A source that is read from its official lists, see lists.read()."""
+
+    def read(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+        if list_dir is None:
+            raise InputError(
+                f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
+                needed_by=f"cpmix build-lt {name}",
+                fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
+            )
+        root = _root_of(name, data_root)
+        root = root / name if (root / name).is_dir() else root
+        shape = (image_size, image_size, 3)
+        return _listed(lists.read(list_dir, published), root, f"{name}/cpmix", shape)
+
+    return read
+
+
+OFFICIAL_LISTS = {
+    "imagenet-lt": lists.IMAGENET_LT,
+    "places-lt": lists.PLACES_LT,
+    "inaturalist2018": lists.INATURALIST2018,
+}
+SOURCES: dict[str, Reader] = {
     "digits": digits,
     "toy": toy,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "fashion-mnist": fashion_mnist,
+    **{name: official(name, published) for name, published in OFFICIAL_LISTS.items()},
     "image-folder": image_folder,
 }

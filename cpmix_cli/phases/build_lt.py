@@ -1,20 +1,32 @@
 """build-lt: a long-tailed data set folder from a source."""
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cpmix_cli import artifacts, console, locks
-from cpmix_cli.data.dataset import channel_statistics, open_dataset
-from cpmix_cli.data.decoding import UnreadableImages
+from cpmix_cli.data import shards
+from cpmix_cli.data.dataset import Dataset, Storage, open_dataset
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
 from cpmix_cli.data.download import download
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
-from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES, Source, places
+from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, Source, places
+from cpmix_cli.data.storage import (
+    Chosen,
+    Stored,
+    chosen,
+    clear,
+    look_for_files,
+    store_files,
+    store_shards,
+    store_tensors,
+)
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError, suggest
 from cpmix_cli.recipe import differences
 
@@ -27,12 +39,32 @@ class Options:
     rho: float | None
     out: Path | None
     data_root: Path | None
+    list_dir: Path | None
     subset_seed: int
+    profile: str | None
     val_per_class: int
     test_per_class: int | None
     image_size: int | None
+    pack: int | None
+    few_inclusive: bool
     download: bool
+    verify: bool
     overwrite: bool
+
+
+MADE_FROM = (
+    "source",
+    "rho",
+    "profile",
+    "subset_seed",
+    "val_per_class",
+    "test_per_class",
+    "image_size",
+    "listing",
+    "storage",
+    "few_inclusive",
+)
+"""Keys of dataset.json that say what a data set was asked to be; one that is not there has its default."""
 
 
 def run(options: Options) -> None:
@@ -43,62 +75,126 @@ def run(options: Options) -> None:
         InputError: source files missing or damaged, or too few images for what is asked.
         EnvironmentFault: the folder holds another data set, or cannot be written; the network, with --download.
     """
-    if options.source not in SOURCES:
-        raise UsageError(f'no source "{options.source}".{suggest(options.source, SOURCES)}', needed_by="build-lt")
-    if options.rho is not None and not options.rho >= 1:
-        raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
-    if options.image_size is not None and options.source != "image-folder":
-        raise UsageError(f"--image-size: the images of {options.source} have one size", fix="drop the flag")
+    _check_flags(options)
     if options.download:
         download(options.source, places(options.source, options.data_root)[0])
-    size = options.image_size or IMAGE_SIZE
-    source = SOURCES[options.source](options.data_root, size)
+    storage, size = how_stored(options)
+    source = SOURCES[options.source](options.data_root, size, options.list_dir)
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test is not None and options.test_per_class is not None:
         raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
+    if source.val is not None and options.val_per_class:
+        raise UsageError(f"--val-per-class: {options.source} has its own val split", fix="drop the flag")
     test_per_class = options.test_per_class or source.test_per_class
+    profile = options.profile or source.profile
 
     name = folder_name(options, source, rho)
     folder = options.out or Path("data") / name
-    made_from = {
+    made_from: dict[str, Any] = {
         "source": options.source,
         "rho": rho,
-        "profile": source.profile if rho is not None else None,
+        "profile": profile if rho is not None else None,
         "subset_seed": options.subset_seed,
         "val_per_class": options.val_per_class,
         "test_per_class": test_per_class,
         "image_size": size if source.own else None,
         "listing": source.own.listing if source.own else None,
     }
+    if storage != "tensors":
+        made_from["storage"] = storage
+    if options.few_inclusive:
+        made_from["few_inclusive"] = True
     if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):
-        _report_existing(folder, made_from)
+        _report_existing(folder, made_from, source, options)
         return
 
-    parts = choose(source, rho, options.subset_seed, options.val_per_class, test_per_class)
+    parts = choose(source, rho, options.subset_seed, options.val_per_class, test_per_class, profile)
     counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
+    splits = chosen(source, parts)
     artifacts.check_place(folder, 0)
-    with locks.hold(folder, wait=True) as lock:
-        if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):  # while this one waited
-            _report_existing(folder, made_from)
-            return
-        splits = _load(source, parts)
-        artifacts.check_place(folder, sum(inputs.nbytes + 64 * len(labels) for inputs, labels, _ in splits.values()))
-        record = _write(folder, lock, name, made_from, source, splits, counts)
-    warning = _duplicates(folder, record)
-    if warning:
-        console.warn(warning)
+    with _faults_listed_beside(folder):
+        sizes = look_for_files(source.own, splits) if source.own and storage != "tensors" else {}
+        with locks.hold(folder, wait=True) as lock:
+            if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):  # while this one waited
+                _report_existing(folder, made_from, source, options)
+                return
+            if storage == "tensors" or source.own is None:
+                stored = store_tensors(folder, splits)
+            elif storage == "shards":
+                stored = store_shards(folder, lock, splits, source.own, sizes, size, options.source == "image-folder")
+            else:
+                stored = store_files(folder, splits, source.own, size)
+            record = _write(folder, lock, name, made_from, source, splits, counts, stored)
+            dataset = open_dataset(folder, needed_by="build-lt")
+            clear(folder, dataset)
+    if shared := num_duplicates(dataset):
+        console.warn(f"{shared} of {record['num_test']} test images are identical to a training image")
+    if options.verify:
+        _verify(dataset, source)
     _show(folder, record, counts, "built")
+
+
+def _check_flags(options: Options) -> None:
+    """Refuse what can be refused without a look at any file.
+
+    Raises:
+        UsageError: see run().
+    """
+    name = options.source
+    if name not in SOURCES:
+        raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}', needed_by="build-lt")
+    if options.rho is not None and not options.rho >= 1:
+        raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
+    if options.profile is not None and options.profile not in PROFILES:
+        raise UsageError(f'--profile: no profile "{options.profile}".{suggest(options.profile, PROFILES)}')
+    drop = "drop the flag"
+    if name in OFFICIAL_LISTS:
+        if options.rho is not None:
+            raise UsageError(f"--rho: {name} is as long-tailed as its lists say", fix=drop)
+        if options.subset_seed and not options.val_per_class:
+            raise UsageError(f"--subset-seed: {name} has the images that its lists say", fix=drop)
+    elif name != "image-folder":
+        for flag, given in (("--list-dir", options.list_dir), ("--pack", options.pack)):
+            if given is not None:
+                raise UsageError(f"{flag}: {name} does not come as image files", fix=drop)
+        if options.image_size is not None:
+            raise UsageError(f"--image-size: the images of {name} have one size", fix=drop)
+    if options.profile is not None and name != "image-folder":
+        raise UsageError(f"--profile: {name} has its own", fix=drop)
+    if options.profile is not None and options.rho is None:
+        raise UsageError("--profile: without --rho all images are kept", fix="give --rho as well")
+    if options.pack and options.image_size is not None:
+        raise UsageError("--image-size: --pack says the size", fix=drop)
+    if options.pack is not None and options.pack and not 8 <= options.pack <= 1024:
+        raise UsageError(
+            f"--pack {options.pack}: packed images have 8 to 1024 pixels a side; 0 leaves them in their files"
+        )
+
+
+def how_stored(options: Options) -> tuple[Storage, int]:
+    """How images are kept, and the side of one in pixels."""
+    if options.pack:
+        return "shards", options.pack
+    if options.pack == 0 or options.source in OFFICIAL_LISTS:
+        return "files", options.image_size or LARGE_IMAGE_SIZE
+    return "tensors", options.image_size or IMAGE_SIZE
 
 
 def folder_name(options: Options, source: Source, rho: float | None) -> str:
     """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
     name = options.source
-    if source.own:
-        name += "-" + re.sub(r"[^\w.-]+", "-", source.own.root.resolve().name)
+    if source.own and source.own.name:
+        name += "-" + re.sub(r"[^\w.-]+", "-", source.own.name)
     if rho is not None:
         name += f"-lt-rho{rho:g}"
+    if options.profile not in (None, source.profile):
+        name += f"-{options.profile}"
+    if options.pack is not None:
+        name += f"-pack{options.pack}" if options.pack else "-files"
     if options.image_size is not None:
         name += f"-{options.image_size}px"
+    if options.few_inclusive:
+        name += "-few-inclusive"
     if options.subset_seed:
         name += f"-seed{options.subset_seed}"
     if options.val_per_class:
@@ -109,7 +205,12 @@ def folder_name(options: Options, source: Source, rho: float | None) -> str:
 
 
 def choose(
-    source: Source, rho: float | None, subset_seed: int, val_per_class: int, test_per_class: int | None
+    source: Source,
+    rho: float | None,
+    subset_seed: int,
+    val_per_class: int,
+    test_per_class: int | None,
+    profile: str,
 ) -> dict[str, NDArray[np.int64]]:
     """Positions in the source's pool for train, val and (where the source has no test split) test.
 
@@ -122,6 +223,7 @@ def choose(
         subset_seed: of the shuffled order.
         val_per_class: images of each class held out as val.
         test_per_class: held out as test; None: the smaller of 10 and 20 per cent, rounded.
+        profile: name of the shape that rho stretches.
 
     Returns:
         {"train": [N], "val": [...], "test": [...]}, stacked class by class.
@@ -146,7 +248,7 @@ def choose(
             f"holding out {held_test[smallest] + val_per_class} leaves none to train on",
             fix="lower --test-per-class or --val-per-class",
         )
-    counts = left if rho is None else PROFILES[source.profile](left, rho)
+    counts = left if rho is None else PROFILES[profile](left, rho)
     if counts.min() < 1:
         raise InputError(
             f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",
@@ -158,31 +260,24 @@ def choose(
     return {k: np.concatenate(v) for k, v in (("train", train), ("val", val), ("test", test))}
 
 
-Splits = dict[str, tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]]
-"""Inputs, labels and positions in the source of each split."""
+class _faults_listed_beside:
+    """While image files are read: where more are faulty than a message can show, a file beside the output has all."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._list = folder.with_name(f"{folder.name}-unreadable.txt")
 
-def _load(source: Source, parts: dict[str, NDArray[np.int64]]) -> Splits:
-    """The chosen samples.
+    def __enter__(self) -> None:
+        pass
 
-    Raises:
-        UnreadableImages: with all files of all splits that cannot be read.
-    """
-    origins = {"train": source.pool, "val": source.pool, "test": source.test or source.pool}
-    if source.test is not None:
-        parts["test"] = np.arange(len(source.test.labels))
-    splits: Splits = {}
-    unreadable: list[str] = []
-    for split, origin in origins.items():
-        positions = parts[split]
-        if len(positions) or split != "val":
-            try:
-                splits[split] = origin.load(positions), origin.labels[positions].astype(np.int64), positions
-            except UnreadableImages as fault:
-                unreadable += fault.lines
-    if unreadable:
-        raise UnreadableImages(unreadable)
-    return splits
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        if fault is None:
+            with suppress(OSError):
+                self._list.unlink(missing_ok=True)
+        if isinstance(fault, UnreadableImages) and len(fault.lines) > SHOWN:
+            artifacts.make_folder(self._list.parent)
+            artifacts.publish(self._list, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
+            raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=self._list) from fault
 
 
 def _write(
@@ -191,31 +286,25 @@ def _write(
     name: str,
     made_from: dict[str, Any],
     source: Source,
-    splits: Splits,
+    splits: Mapping[str, Chosen],
     counts: NDArray[np.int64],
+    stored: Stored,
 ) -> dict[str, Any]:
-    """All files of the data set, dataset.json last."""
-    (folder / artifacts.DATASET).unlink(missing_ok=True)
-    files: dict[str, str] = {}
+    """The lists, the class counts and, last, dataset.json."""
+    files = dict(stored.files)
     digests: dict[str, Any] = {}
-    for split, (inputs, labels, positions) in splits.items():
-        kind = "images" if inputs.dtype == np.uint8 else "points"
-        packed, listed = f"{split}.safetensors", f"{split}.parquet"
-        tensors = {kind: torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
-        files[packed] = artifacts.publish_tensors(folder / packed, tensors)
-        columns: dict[str, Any] = {"sample_id": np.arange(len(labels)), "label": labels}
-        if source.own:
-            paths = source.own.test_paths if split == "test" else source.own.paths
-            columns["path"] = [paths[i] for i in positions]
-        else:
-            columns["source_index"] = positions
+    for split, part in splits.items():
+        columns: dict[str, Any] = {"sample_id": np.arange(len(part.labels)), "label": part.labels}
+        columns["source_index" if part.paths is None else "path"] = part.positions if part.paths is None else part.paths
+        listed = f"{split}.parquet"
         files[listed] = artifacts.publish_table(folder / listed, artifacts.split_schema(bool(source.own)), columns)
         # Of the content and not of the Parquet bytes, which another pyarrow may write differently.
-        chosen = np.stack([labels, positions]).astype("<i8").tobytes()
-        digests[split] = {"list": artifacts.sha256(chosen), "packed": files[packed]}
+        pairs = np.stack([part.labels, part.positions]).astype("<i8").tobytes()
+        digests[split] = {"list": artifacts.sha256(pairs), **stored.digests[split]}
 
-    num_test = np.bincount(splits["test"][1], minlength=len(counts))
-    groups = [group_of(int(n)) for n in counts]
+    num_test = np.bincount(splits["test"].labels, minlength=len(counts))
+    few_inclusive = bool(made_from.get("few_inclusive"))
+    groups = [group_of(int(n), few_inclusive=few_inclusive) for n in counts]
     files[artifacts.CLASS_COUNTS] = artifacts.publish_table(
         folder / artifacts.CLASS_COUNTS,
         artifacts.CLASS_COUNTS_SCHEMA,
@@ -227,11 +316,6 @@ def _write(
             "group": groups,
         },
     )
-    images = splits["train"][0]
-    mean: list[float] = []
-    std: list[float] = []
-    if images.dtype == np.uint8:
-        mean, std = channel_statistics(torch.from_numpy(images))
     record = {
         "format": artifacts.FORMAT,
         "name": name,
@@ -239,12 +323,13 @@ def _write(
         "classes": source.class_names,
         "num_train": int(counts.sum()),
         "num_test": int(num_test.sum()),
-        "shape": list(images.shape[1:]),
-        "mean": mean,
-        "std": std,
+        "shape": stored.shape,
+        "mean": stored.mean,
+        "std": stored.std,
         "groups": {g: groups.count(g) for g in GROUPS},
         "recipe": source.recipe,
         "files": files,
+        **stored.keys,
         "data_root": str(source.own.root.resolve()) if source.own else None,
         "source_files": {p.name: artifacts.sha256(artifacts.read_bytes(p)) for p in source.files},
         "fingerprint": artifacts.digest({"classes": source.class_names, "splits": digests}),
@@ -254,32 +339,85 @@ def _write(
     return record
 
 
-def _report_existing(folder: Path, made_from: dict[str, Any]) -> None:
+# -- a finished data set -----------------------------------------------------------------------------------------------
+
+
+def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: Options) -> None:
     """Say up to date, or refuse a folder of another data set."""
     dataset = open_dataset(folder, needed_by="build-lt")
-    found = {key: dataset.record.get(key) for key in made_from}
-    if changed := differences(found, made_from):
+    found, wanted = ({key: record.get(key) for key in MADE_FROM} for record in (dataset.record, made_from))
+    if changed := differences(found, wanted):
         raise EnvironmentFault(
             f"{folder} holds another data set:\n    " + "\n    ".join(changed),
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
     artifacts.verify(folder, dataset.record["files"])
+    if dataset.storage == "shards":
+        _mend(dataset, source)
     locks.tidy(folder)
+    if options.verify:
+        _verify(dataset, source)
     _show(folder, dataset.record, dataset.class_counts, "up to date")
 
 
-def _duplicates(folder: Path, record: dict[str, Any]) -> str | None:
-    """A warning where test images also stand in the training set."""
-    dataset = open_dataset(folder, needed_by="build-lt")
-    train = {image.numpy().tobytes() for image in dataset.read("train")[0]}
-    shared = sum(image.numpy().tobytes() in train for image in dataset.read("test")[0])
-    if not shared:
-        return None
-    return f"{shared} of {record['num_test']} test images are identical to a training image"
+def _mend(dataset: Dataset, source: Source) -> None:
+    """Pack shards anew that are missing or not whole; the record says what has to come out.
+
+    Raises:
+        InputError: the image files have changed since.
+    """
+    assert source.own is not None  # as made_from says
+    for split in dataset.splits:
+        recorded = dataset.recorded_shards(split)
+        if not recorded.missing():
+            continue
+        paths = dataset.samples(split)["path"].tolist()
+        with _faults_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
+            missing = recorded.missing()  # another may have been at it while this one waited
+            console.note(f"packs {len(missing)} missing shards of {split} anew")
+            sizes = np.zeros(len(paths), dtype=np.int64)
+            packing = shards.Packing(
+                *(dataset.folder, split, source.own.root, paths, sizes),
+                *(dataset.shape[0], dataset.upright, dataset.record["shard_images"]),
+            )
+            packing.pack(missing, lock, expected=recorded.hashes)
+            clear(dataset.folder, dataset)
+
+
+def _verify(dataset: Dataset, source: Source) -> None:
+    """Check all that can be: every packed image, or that every image file is one.
+
+    Raises:
+        InputError: with what is damaged.
+    """
+    match dataset.storage:
+        case "shards":
+            for split in dataset.splits:
+                dataset.shards(split).verify()
+        case "files":
+            assert source.own is not None  # as made_from says
+            with _faults_listed_beside(dataset.folder):
+                check_headers(
+                    [source.own.root / path for split in dataset.splits for path in dataset.samples(split)["path"]]
+                )
+
+
+def num_duplicates(dataset: Dataset) -> int:
+    """Test images that are a training image, pixel by pixel; of images in files nobody knows."""
+    match dataset.storage:
+        case "tensors":
+            train, test = ([one.numpy().tobytes() for one in dataset.read(split)[0]] for split in ("train", "test"))
+        case "shards":
+            train, test = ([row.tobytes() for row in dataset.shards(s).hashes] for s in ("train", "test"))
+        case _:
+            return 0
+    known = set(train)
+    return sum(image in known for image in test)
 
 
 def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], status: str) -> None:
     groups = record["groups"]
+    medium, few = ("21..100", "<=20") if record.get("few_inclusive") else ("20..100", "<20")
     fields = {
         "command": "build-lt",
         "status": status,
@@ -292,13 +430,14 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
         "groups": groups,
         "fingerprint": record["fingerprint"],
     }
+    shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
     lines = [
         *console.histogram(counts.tolist(), record["classes"]),
         "",
         f"{record['name']}: {record['num_train']:,} training and {record['num_test']:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():.4g})",
-        f"groups: many (>100) {groups['many']}, medium (20..100) {groups['medium']}, few (<20) {groups['few']} classes",
+        f"groups: {shown} classes",
         f"{status}: {folder}",
     ]
     console.result(fields, lines=lines)
