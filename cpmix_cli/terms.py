@@ -367,13 +367,14 @@ def compile_stage(stage: Stage) -> list[Term]:
     return [Term(name, recipe) for name, recipe in stage.terms.items() if recipe.weight > 0]
 
 
-def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
+def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True) -> None:
     """Check a recipe against a data set, all its phases before the first has trained.
 
     Args:
         recipe: valid by itself.
         num_classes: C of the data set.
         shape: of one of its images (H, W, channels) or points (2,).
+        has_statistics: mean and deviation of its pixels are known.
 
     Raises:
         UsageError: all that does not fit.
@@ -389,6 +390,11 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> None:
     normalisation = recipe.data.normalisation
     if normalisation in PUBLISHED and len(shape) == 3 and shape[-1] != 3:
         faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
+    if normalisation == "dataset" and not has_statistics:
+        faults.append(
+            'data.normalisation = "dataset": of images that stay in their files no statistics are known; '
+            "pack them (build-lt --pack S), or name published ones"
+        )
     for table in ("stage1", "stage2", "finetune"):
         stage = getattr(recipe, table)
         if stage is not None:

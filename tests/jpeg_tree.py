@@ -13,6 +13,7 @@ class and split are different; the others are hard links to these.
 import argparse
 import colorsys
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,4 +80,4 @@ if __name__ == "__main__":
     parser.add_argument("--distinct", type=int, default=8)
     given = parser.parse_args()
     count = make(given.list_dir, given.out, given.images, given.size, given.distinct)
-    print(f"{count:,} files in {given.out / 'images'}, lists in {given.out / 'lists'}")
+    sys.stdout.write(f"{count:,} files in {given.out / 'images'}, lists in {given.out / 'lists'}\n")

@@ -125,6 +125,35 @@ def test_flags_that_do_not_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "the images of digits have one size" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("profile", "counts"),
+    [("exponential", [16, 4, 1]), ("step", [16, 16, 1]), ("ranked", [16, 4, 1]), ("pareto", [16, 3, 1])],
+)
+def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 images of each class at rho 16; the profile is in the folder's name where it is not the default."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "p" / "train", dict.fromkeys(COLOURS, 16))
+    write_images(tmp_path / "p" / "test", dict.fromkeys(COLOURS, 1))
+    command = ["build-lt", "image-folder", "--data-root", "p", "--rho", 16, "--image-size", 8, "--profile", profile]
+    numbers = must(*command, "--json").json
+    suffix = "" if profile == "ranked" else f"-{profile}"
+    assert numbers["folder"] == f"data/image-folder-p-lt-rho16{suffix}-8px"
+    dataset = open_dataset(tmp_path / numbers["folder"], needed_by="test")
+    assert (dataset.class_counts.tolist(), dataset.record["profile"]) == (counts, profile)
+    other = cpmix(*command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
+    assert (other.code, "profile: " in other.stderr) == (4, True)
+
+
+def test_profiles_that_cannot_be(tmp_path: Path) -> None:
+    command = ["build-lt", "image-folder", "--data-root", tmp_path, "--profile"]
+    result = cpmix(*command, "paretto", "--rho", 10)
+    assert (result.code, 'no profile "paretto". Did you mean "pareto"?' in result.stderr) == (2, True)
+    result = cpmix(*command, "pareto")
+    assert (result.code, "--profile: without --rho all images are kept" in result.stderr) == (2, True)
+    result = cpmix("build-lt", "digits", "--profile", "step")
+    assert (result.code, "--profile: digits has its own" in result.stderr) == (2, True)
+
+
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 

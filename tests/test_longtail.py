@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from cpmix_cli.data.longtail import exponential_counts, group_of, ranked_counts, shuffled_by_class, step_counts
+from cpmix_cli.data.longtail import (
+    exponential_counts,
+    group_of,
+    pareto_counts,
+    ranked_counts,
+    ranked_pareto_counts,
+    shuffled_by_class,
+    step_counts,
+)
 from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES
 from cpmix_cli.phases.build_lt import choose
 
@@ -123,3 +131,24 @@ def test_ranked_counts_are_the_largest_profile_that_fits() -> None:
     for rho in (1, 3, 40):
         available = np.array([3, 90, 14, 14, 55])
         assert (ranked_counts(available, rho) <= available).all()
+
+
+def test_pareto_counts_by_hand() -> None:
+    """At rho 2^7 the places run from 1 to 2, and n = n_max / x^7."""
+    # x = 1, 1.25, 1.5, 1.75, 2; x^7 = 1, 4.768, 17.086, 50.266, 128
+    assert pareto_counts(12_800, 5, 128).tolist() == [12_800, 2_684, 749, 254, 100]
+    assert pareto_counts(7, 4, 1).tolist() == [7, 7, 7, 7]
+    assert pareto_counts(500, 1, 100).tolist() == [500]
+    for num_max, num_classes, rho in ((1280, 1000, 256), (500, 10, 100), (4980, 365, 996)):
+        counts = pareto_counts(num_max, num_classes, rho)
+        assert (counts[0], counts[-1]) == (num_max, round(num_max / rho))
+        assert (np.diff(counts) <= 0).all()
+        assert (counts <= exponential_counts(num_max, num_classes, rho) + 1).all()
+    counts = pareto_counts(1280, 1000, 256)
+    assert [counts.sum(), (counts > 100).sum(), (counts < 20).sum()] == [175_036, 362, 329]
+
+
+def test_pareto_by_rank_takes_what_the_classes_allow() -> None:
+    # The smallest allows 3 x 128 at the head, the second largest 400 x 17.086, the largest 1,000.
+    assert ranked_pareto_counts(np.array([400, 3, 1000]), 128).tolist() == [22, 3, 384]
+    assert ranked_pareto_counts(np.array([50, 50, 50]), 128).tolist() == [50, 2, 0]

@@ -139,6 +139,8 @@ def test_a_recipe_that_does_not_fit_the_data() -> None:
         check_fits(load("cifar100-lt/cpmix"), 4, (2,))
     with pytest.raises(UsageError, match='"cifar10": for 3 channels, the images have 1'):
         check_fits(load("cifar100-lt/cpmix"), 10, (8, 8, 1))
+    with pytest.raises(UsageError, match='"dataset": of images that stay in their files no statistics are known'):
+        check_fits(load("image-folder/cpmix"), 10, (64, 64, 3), has_statistics=False)
     with pytest.raises(UsageError, match=r"pairs: \[0, 4\] is not two of the 4 class ids"):
         settings = ["stage2.terms.cp.partner=fixed", "stage2.terms.cp.pairs=[[0, 4]]"]
         check_fits(load("toy/cpmix", settings=settings), 4, (2,))

@@ -62,6 +62,8 @@ class Entry(Shaped):
 
     @model_validator(mode="after")
     def _storage_fits(self) -> "Entry":
+        if (not self.mean and len(self.shape) == 3) != (self.storage == "files"):
+            raise ValueError(f"{len(self.mean)} means of storage {self.storage}")
         if self.storage != "tensors" and (self.shape != [self.shape[0]] * 2 + [3] or self.data_root is None):
             raise ValueError(f"{self.storage} of shape {self.shape}, data_root {self.data_root}")
         return self
@@ -110,6 +112,11 @@ class Dataset:
         """How images are kept, and so what gives them: read(), shards() or paths()."""
         storage: Storage = self.record.get("storage", "tensors")
         return storage
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether mean and deviation of the pixels are known; points need none."""
+        return self.storage != "files"
 
     @property
     def upright(self) -> bool:

@@ -169,7 +169,8 @@ def read_list(path: Path) -> Listed:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        image, _, label = line.strip().rpartition(" ")
+        *before, label = line.strip().rsplit(None, 1)
+        image = "".join(before)
         if not image or "\x00" in image or not label.removeprefix("-").isdecimal() or len(label) > 9:
             faults[number] = f"{console.on_a_line(line)[:80]!r} is not 'PATH LABEL'"
         elif {"", ".", ".."} & set(image.split("/")):

@@ -282,10 +282,13 @@ class Packing:
                     fix="restore the image files, or pack them all anew with --overwrite",
                 )
         self.values += values
-        hashes = self.hashes[images].tobytes().hex()
-        artifacts.publish_record(
-            self._record(number), {"images": self._key(number), "hashes": hashes, "values": values.tolist()}
-        )
+        record = {
+            "format": artifacts.FORMAT,
+            "images": self._key(number),
+            "hashes": self.hashes[images].tobytes().hex(),
+            "values": values.tolist(),
+        }
+        artifacts.publish_record(self._record(number), record)
         signals.state_is_saved()
 
     def _taken_over(self, number: int) -> bool:

@@ -183,7 +183,8 @@ def clear(folder: Path, dataset: Dataset | None = None) -> None:
             recorded = dataset.recorded_shards(split)
             keep |= {recorded.path(number).name for number in range(recorded.num_shards)}
     for split in SPLITS:
-        for pattern in (f"packing-{split}-*.json", f"{split}-?????.shard", f"{split}.safetensors"):
+        images = (f"{split}-?????.shard", f"{split}-{artifacts.HASHES}", f"{split}.safetensors")
+        for pattern in (f"packing-{split}-*.json", *images):
             for path in folder.glob(pattern):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     dataset, images, labels = training_images(options.data)
     name = options.recipe or dataset.record["recipe"]
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
-    check_fits(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     if any(term.taught for term in compile_stage(recipe.stage1)):
         raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
     precision = hardware.resolve_precision(recipe.model.precision, device)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def run(options: Options) -> None:
         _report_existing(folder, made_from, source, options)
         return
 
-    parts = choose(source, rho, options.subset_seed, options.val_per_class, test_per_class, profile)
+    shaped = replace(source, profile=profile)
+    parts = choose(shaped, rho, options.subset_seed, options.val_per_class, test_per_class)
     counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
     splits = chosen(source, parts)
     artifacts.check_place(folder, 0)
@@ -205,12 +206,7 @@ def folder_name(options: Options, source: Source, rho: float | None) -> str:
 
 
 def choose(
-    source: Source,
-    rho: float | None,
-    subset_seed: int,
-    val_per_class: int,
-    test_per_class: int | None,
-    profile: str,
+    source: Source, rho: float | None, subset_seed: int, val_per_class: int, test_per_class: int | None
 ) -> dict[str, NDArray[np.int64]]:
     """Positions in the source's pool for train, val and (where the source has no test split) test.
 
@@ -223,7 +219,6 @@ def choose(
         subset_seed: of the shuffled order.
         val_per_class: images of each class held out as val.
         test_per_class: held out as test; None: the smaller of 10 and 20 per cent, rounded.
-        profile: name of the shape that rho stretches.
 
     Returns:
         {"train": [N], "val": [...], "test": [...]}, stacked class by class.
@@ -248,7 +243,7 @@ def choose(
             f"holding out {held_test[smallest] + val_per_class} leaves none to train on",
             fix="lower --test-per-class or --val-per-class",
         )
-    counts = left if rho is None else PROFILES[profile](left, rho)
+    counts = left if rho is None else PROFILES[source.profile](left, rho)
     if counts.min() < 1:
         raise InputError(
             f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",

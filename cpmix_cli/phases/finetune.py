@@ -30,7 +30,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     source = runs.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune")
     recipe = requested_recipe(options, source, dataset.record["rho"])
-    check_fits(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     runs.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
     if recipe.finetune is None:
         skip("finetune", "the recipe has no finetune", out or root)

@@ -43,7 +43,7 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
         seed=options.seed,
         rho=dataset.record["rho"],
     )
-    check_fits(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     source = None if teacher is None else choose_teacher(teacher, dataset)
     check_teacher(recipe, source)
     check_init(recipe, init)

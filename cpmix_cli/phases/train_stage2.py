@@ -31,7 +31,7 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
     record = source.record()
     dataset = runs.find_dataset(root, record, options.data, needed_by="train-stage2")
     recipe = requested_recipe(options, source, dataset.record["rho"])
-    check_fits(recipe, dataset.num_classes, dataset.shape)
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     runs.require_same_upstream(source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked")
     if recipe.stage2 is None:
         skip("train-stage2", "the recipe has no stage 2", out or root)
