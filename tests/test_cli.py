@@ -45,8 +45,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
     training = "--recipe --set --epochs --seed --device --data --overwrite --dry-run --eval-every "
     training += "--checkpoint-every --tracker --json"
     expected = {
-        "build-lt": "--rho --out --data-root --subset-seed --val-per-class --test-per-class --image-size --download "
-        "--overwrite --json",
+        "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --test-per-class "
+        "--image-size --pack --few-inclusive --download --verify --overwrite --json",
         "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",

@@ -116,18 +116,22 @@ def run(options: Options) -> None:
     with _faults_listed_beside(folder):
         sizes = look_for_files(source.own, splits) if source.own and storage != "tensors" else {}
         with locks.hold(folder, wait=True) as lock:
-            if not options.overwrite and artifacts.is_there(folder / artifacts.DATASET):  # while this one waited
-                _report_existing(folder, made_from, source, options)
-                return
-            if storage == "tensors" or source.own is None:
-                stored = store_tensors(folder, splits)
-            elif storage == "shards":
-                stored = store_shards(folder, lock, splits, source.own, sizes, size, options.source == "image-folder")
-            else:
-                stored = store_files(folder, splits, source.own, size)
-            record = _write(folder, lock, name, made_from, source, splits, counts, stored)
-            dataset = open_dataset(folder, needed_by="build-lt")
-            clear(folder, dataset)
+            # Another may have built it while this one waited.
+            is_built = not options.overwrite and artifacts.is_there(folder / artifacts.DATASET)
+            if not is_built:
+                if storage == "tensors" or source.own is None:
+                    stored = store_tensors(folder, splits)
+                elif storage == "shards":
+                    upright = options.source == "image-folder"
+                    stored = store_shards(folder, lock, splits, source.own, sizes, size, upright)
+                else:
+                    stored = store_files(folder, splits, source.own, size)
+                record = _write(folder, lock, name, made_from, source, splits, counts, stored)
+                dataset = open_dataset(folder, needed_by="build-lt")
+                clear(folder, dataset)
+    if is_built:
+        _report_existing(folder, made_from, source, options)
+        return
     if shared := num_duplicates(dataset):
         console.warn(f"{shared} of {record['num_test']} test images are identical to a training image")
     if options.verify:
