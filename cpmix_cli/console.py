@@ -204,7 +204,7 @@ class Progress:
         self._first = self._done = done
         self._started = time.perf_counter()
         self._live = _live_view()
-        self._next = self._started + (self.LINE_SECONDS if self._live is None else 0.0)
+        self._next = self._started + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
 
     def __enter__(self) -> "Progress":
         return self
