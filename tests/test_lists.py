@@ -242,6 +242,16 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
     assert (other.code, "few_inclusive: (none) -> True" in other.stderr) == (4, True)
 
 
+@pytest.mark.parametrize("pack", [0, 16])
+def test_the_fingerprint_is_of_paths_too(places: Path, pack: int) -> None:
+    first = build(places, "--pack", pack, "--out", places / "a", "--json").json["fingerprint"]
+    path = places / "lists" / "Places_LT_test.txt"
+    path.write_text(path.read_text().replace("zoo/test0001", "zoo/renamed"))
+    (places / "images" / "val" / "zoo" / "test0001.jpg").rename(places / "images" / "val" / "zoo" / "renamed.jpg")
+    assert build(places, "--pack", pack, "--out", places / "b", "--json").json["fingerprint"] != first
+    assert build(places, "--pack", pack, "--out", places / "a").code == 4
+
+
 def test_few_inclusive_is_remembered(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(places)
     result = build(places, "--few-inclusive", "--image-size", 16)

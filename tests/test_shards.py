@@ -155,6 +155,10 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
     into = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     for index in (0, 5, 7, 9):
         packed.read(index, None, into)
+    first = tmp_path / "d" / "train-00000.shard"
+    for _ in range(2):  # there and back
+        flip(first, 0)
+        packed.read(0, None, into)  # no second hash
     for _ in range(2):
         with pytest.raises(InputError) as caught:
             packed.read(6, None, into)
@@ -261,22 +265,27 @@ def run(program: str, photos: Path, out: Path) -> subprocess.CompletedProcess[by
     return subprocess.run(command(program, photos, out), capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def stops_at(event: str, name: str, number: signal.Signals) -> str:
+    """A program that gets a signal when Python opens or renames a file of that name."""
+    return (
+        "import os, sys, time\n"
+        "def hook(event, arguments):\n"
+        f"    if event == {event!r} and any(str(a).endswith({name!r}) for a in arguments):\n"
+        f"        os.kill(os.getpid(), {number.value})\n"
+        "        time.sleep(0.5)\n"
+        f"sys.addaudithook(hook)\n{MAIN}"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Just when an image of the fifth of five shards is opened; what was whole before is taken over."""
     (photos / "test" / "b" / "last.jpg").write_bytes((photos / "train" / "b" / "000.jpg").read_bytes())
     assert pack(photos, tmp_path / "whole").code == 0
     out = tmp_path / "d"
-    stopped = (
-        "import os, sys, time\n"
-        "def hook(event, arguments):\n"
-        "    if event == 'open' and str(arguments[0]).endswith('last.jpg'):\n"
-        f"        os.kill(os.getpid(), {number.value})\n"
-        "        time.sleep(0.5)\n"
-        f"sys.addaudithook(hook)\n{MAIN}"
-    )
-    process = run(stopped, photos, out)
-    assert (process.returncode, process.stdout) == (75 if number != signal.SIGKILL else -9, b"")
+    for _ in range(2):  # the second finds the same four, and has nothing of its own to go on with
+        process = run(stops_at("open", "last.jpg", number), photos, out)
+        assert (process.returncode, process.stdout) == (75 if number != signal.SIGKILL else -9, b"")
     if number != signal.SIGKILL:
         assert b"fix: run the same command again to go on" in process.stderr
         assert not list(out.glob(".cpmix-*"))
@@ -309,6 +318,21 @@ def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path:
     assert result.code == 0
     whole = pack(photos, tmp_path / "whole", "--json")
     assert open_dataset(tmp_path / "d", needed_by="t").fingerprint == whole.json["fingerprint"]
+
+
+def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp_path: Path) -> None:
+    """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
+    whole, out, path = tmp_path / "whole", tmp_path / "d", photos / "train" / "a" / "000.jpg"
+    assert pack(photos, whole).code == 0
+    assert run(stops_at("open", "test/a/000.jpg", signal.SIGTERM), photos, out).returncode == 75
+    first = path.read_bytes()
+    Image.new("RGB", (20, 20), "red").save(path)
+    place = open_dataset(whole, needed_by="test").paths("train").index(path)
+    record = f"packing-train-{place // 4:05d}.shard.json"
+    assert run(stops_at("os.rename", record, signal.SIGKILL), photos, out).returncode == -9
+    path.write_bytes(first)
+    assert pack(photos, out).code == 0
+    assert (stored(out) == stored(whole)).all()
 
 
 def test_threads_end_when_the_work_is_left() -> None:
