@@ -135,6 +135,9 @@ def test_faults_of_lines(tmp_path: Path) -> None:
         "    line 10: './d.jpg' is no plain path below the folder of the images",
         "    line 11: ' 5' is not 'PATH LABEL'",
     ]
+    path.write_text("a\x00.jpg 0\n")
+    with pytest.raises(InputError, match=r"line 1: .a.+x00.jpg 0. is not .PATH LABEL."):
+        lists.read_list(path)
     path.write_text("a/1.jpg 0\nwith space/c.jpg 1\r\n")
     found = lists.read_list(path)
     assert (found.paths, found.labels.tolist()) == (["a/1.jpg", "with space/c.jpg"], [0, 1])

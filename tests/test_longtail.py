@@ -139,7 +139,7 @@ def test_pareto_counts_by_hand() -> None:
     assert pareto_counts(12_800, 5, 128).tolist() == [12_800, 2_684, 749, 254, 100]
     assert pareto_counts(7, 4, 1).tolist() == [7, 7, 7, 7]
     assert pareto_counts(500, 1, 100).tolist() == [500]
-    for num_max, num_classes, rho in ((1280, 1000, 256), (500, 10, 100), (4980, 365, 996)):
+    for num_max, num_classes, rho in ((1280, 1000, 256), (500, 10, 100), (500, 10, 10), (4980, 365, 996)):
         counts = pareto_counts(num_max, num_classes, rho)
         assert (counts[0], counts[-1]) == (num_max, round(num_max / rho))
         assert (np.diff(counts) <= 0).all()
