@@ -2,13 +2,17 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from cpmix_cli import ranks
 from cpmix_cli.errors import EnvironmentFault
+
+RESIDENT_SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}
+"""Of the memory that is free, for images that are kept there."""
 
 
 def use_device(name: str) -> torch.device:
@@ -64,15 +68,63 @@ def num_threads(environment: Mapping[str, str], cgroup: Path, local_size: int = 
         cgroup: where the control group's files are mounted.
         local_size: ranks on this machine.
     """
+    return _cores(environment, cgroup, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
+
+
+def num_readers(environment: Mapping[str, str], cgroup: Path, local_size: int = 1) -> int:
+    """Threads that read images: as num_threads(), but for OMP_NUM_THREADS, which torchrun sets to 1."""
+    return _cores(environment, cgroup, local_size, ("SLURM_CPUS_PER_TASK",))
+
+
+def _cores(environment: Mapping[str, str], cgroup: Path, local_size: int, names: Sequence[str]) -> int:
     limits = [len(os.sched_getaffinity(0))]
     if limits[0] == os.cpu_count():
         limits.append(limits[0] // local_size)
-    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+    for name in names:
         value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may give a number for each nesting level
         if value.isdigit():
             limits.append(int(value))
     limits += [math.ceil(quota) for quota in (_quota_v2(cgroup), _quota_v1(cgroup)) if quota is not None]
     return max(1, min(limits))
+
+
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether images of so many bytes may stay on a device: RESIDENT_SHARE of what is free there holds them. On the CPU
+    the ranks of a machine share its memory.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = free_memory(Path("/proc"), Path("/sys/fs/cgroup")) // ranks.current().local_size
+    return num_bytes <= RESIDENT_SHARE[device.type] * free
+
+
+def free_memory(proc: Path, cgroup: Path) -> int:
+    """Bytes that this machine can still give, or its control group if that has less; 0 where nothing says so.
+
+    Args:
+        proc: where the kernel's files are mounted.
+        cgroup: where the control group's are.
+    """
+    free = _number_after(proc / "meminfo", "MemAvailable:")
+    free = 0 if free is None else 1024 * free
+    for place, limit, used, files in (
+        (cgroup, "memory.max", "memory.current", "inactive_file"),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):  # no such group, or no limit: "max"
+            room = int((place / limit).read_text()) - int((place / used).read_text())
+            # What was read from files counts as used, but is given up for what is needed.
+            free = min(free, room + (_number_after(place / "memory.stat", files) or 0))
+    return max(0, free)
+
+
+def _number_after(path: Path, word: str) -> int | None:
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(line[1]) for line in lines if line[0] == word), None)
 
 
 def _quota_v2(cgroup: Path) -> float | None:
