@@ -129,7 +129,7 @@ def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
         uniforms: [B, NUM_JITTER].
         orders: ORDERS on the device [6, 3].
 
-    Source: torchvision's ColorJitter(0.4, 0.4, 0.4): each is clamp(y + f (x - y)), y being black, the mean grey or grey.
+    Source: torchvision's ColorJitter(0.4, 0.4, 0.4): clamp(y + f (x - y)), where y is black, the mean grey or grey.
     """
     factors = (1 - JITTER + 2 * JITTER * uniforms[:, FACTORS:ORDER]).to(x.dtype)
     chosen = orders[(uniforms[:, ORDER] * len(ORDERS)).long()]

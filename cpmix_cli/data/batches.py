@@ -1,15 +1,23 @@
-"""Batches from a resident data set: gather, augment and normalise as batched tensor code on the device.
+"""Batches from a data set: gather, augment and normalise as batched tensor code on the device.
 
 One interface for all data: batch(indices [B], uniforms [B, U]) -> inputs. Images stay uint8 until a batch is made.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import Protocol, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cpmix_cli import hardware
+from cpmix_cli.data import augment
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.stream import FileReader, Reader, StreamedBatches, read_in_order
+from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.recipe import Data
 
 PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
@@ -46,6 +54,14 @@ class Batches(Protocol):
         ...
 
 
+class Resident(Batches, Protocol):
+    """Batches of images on a device, whose maths other images can have: those that come from disk."""
+
+    def on(self, images: Tensor) -> Self:
+        """The same of other images uint8 [n, H, W, channels], and nothing sent to the device again."""
+        ...
+
+
 class ImageBatches:
     """uint8 images [N, H, W, channels], resident on a device.
 
@@ -60,18 +76,21 @@ class ImageBatches:
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
         self._rotate = recipe.augment == "crop-flip-rotate"
-        if recipe.normalisation != "dataset":
-            neither = (0.0,) * self._channels, (1.0,) * self._channels
-            mean, std = PUBLISHED.get(recipe.normalisation, neither)
-        std = [s or 1.0 for s in std]  # a channel that is the same everywhere: there is nothing to divide
-        device = images.device
+        offset, scale = _normalisation(recipe, self._channels, mean, std, images.device)
         # For a whole row of pixels, so that arithmetic runs over long stretches of memory and not over three channels.
-        self._offset = torch.tensor(mean, dtype=torch.float32, device=device).repeat(self._width) * 255
-        self._scale = 1 / (torch.tensor(std, dtype=torch.float32, device=device).repeat(self._width) * 255)
+        self._offset, self._scale = offset.repeat(self._width), scale.repeat(self._width)
+        self._padded_height, self._padded_width = self._height + 2 * self._padding, self._width + 2 * self._padding
+        self._pixels = self._padded(images)
+
+    def on(self, images: Tensor) -> "ImageBatches":
+        """The same of other images of that shape."""
+        other = copy(self)
+        other._pixels = self._padded(images)
+        return other
+
+    def _padded(self, images: Tensor) -> Tensor:
         p = self._padding
-        padded = F.pad(images, (0, 0, p, p, p, p))
-        self._padded_height, self._padded_width = padded.shape[1:3]
-        self._pixels = padded.view(-1, self._channels)
+        return F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Random crops, flipped with probability 1/2, turned by up to MAX_ROTATION either way about the middle of the
@@ -122,6 +141,77 @@ class ImageBatches:
         return torch.where(inside, from_y, 0), torch.where(inside, from_x, 0), inside
 
 
+class CropBatches:
+    """uint8 images [N, H, W, channels], resident on a device, of which the network sees squares.
+
+    Args:
+        images: the images.
+        recipe: crop, augmentation, normalisation.
+        mean: a channel, of the data set.
+        std: the same.
+        cropped: training images come cropped and scaled, [N, crop, crop, channels].
+    """
+
+    def __init__(
+        self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float], *, cropped: bool = False
+    ) -> None:
+        self.device = images.device
+        self.resident = True
+        self._images = images
+        self._size = recipe.crop
+        self._augments = recipe.augment != "none"
+        self._jitters = recipe.augment.endswith("jitter")
+        self._cropped = cropped
+        self.num_uniforms = 0
+        if self._augments:
+            self.num_uniforms = augment.NUM_JITTER if self._jitters else augment.NUM_CROP
+        constants = _normalisation(recipe, images.shape[3], mean, std, images.device)
+        self._offset, self._scale = (values.view(1, -1, 1, 1) for values in constants)
+        self._orders = torch.tensor(augment.ORDERS, device=images.device)
+
+    def on(self, images: Tensor) -> "CropBatches":
+        """The same of other images with as many channels."""
+        other = copy(self)
+        other._images = images
+        return other
+
+    def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
+        """Random resized crops, flipped with probability 1/2, with other colours: [B, channels, crop, crop] float32,
+        channels last in memory; see augment.py.
+        """
+        if not self._augments:
+            return self.plain(indices)
+        images, flip = self._images[indices], augment.flips(uniforms)
+        if self._cropped:
+            x = augment.flipped(augment.planes(images), flip)
+        else:
+            boxes = augment.crop_boxes(uniforms, images.shape[1], images.shape[2])
+            x = augment.resized_crop(images, boxes, self._size, flip)
+        return self._normalised(augment.jittered(x, uniforms, self._orders) if self._jitters else x)
+
+    def plain(self, indices: Tensor) -> Tensor:
+        """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
+        return self._normalised(augment.planes(augment.middle(self._images[indices], self._size)))
+
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        """They are there."""
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return x.sub_(self._offset).mul_(self._scale).contiguous(memory_format=torch.channels_last)
+
+
+def _normalisation(
+    recipe: Data, num_channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What is taken off each channel of pixels 0..255, and what they are then multiplied with; float32 [channels]."""
+    if recipe.normalisation != "dataset":
+        neither = (0.0,) * num_channels, (1.0,) * num_channels
+        mean, std = PUBLISHED.get(recipe.normalisation, neither)
+    std = [s or 1.0 for s in std]  # a channel that is the same everywhere: there is nothing to divide
+    offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
+    return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
+
+
 class PointBatches:
     """float32 points [N, D], given as they are."""
 
@@ -145,7 +235,84 @@ class PointBatches:
 
 def make_batches(inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Batches:
     """Batches of resident inputs: images (uint8) or points (float32)."""
-    return ImageBatches(inputs, recipe, mean, std) if inputs.dtype == torch.uint8 else PointBatches(inputs)
+    return PointBatches(inputs) if inputs.dtype != torch.uint8 else _image_batches(inputs, recipe, mean, std)
+
+
+def _image_batches(images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Resident:
+    return (CropBatches if recipe.crop else ImageBatches)(images, recipe, mean, std)
+
+
+def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> Batches:
+    """Batches of a data set's split: resident where it is kept as tensors, or as shards that fit on the device (see
+    hardware.fits()); else read from disk as they are wanted.
+
+    Raises:
+        InputError: the split's files are missing or damaged.
+        UsageError: the recipe normalises by statistics that the data set has not.
+    """
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    if dataset.storage == "tensors":
+        return make_batches(dataset.read(split)[0].to(device), recipe, mean, std)
+    require_statistics(dataset, recipe)
+    if dataset.storage == "shards":
+        shards = dataset.shards(split)
+        if hardware.fits(shards.num_bytes, device):
+            return make_batches(shards.load_all().to(device), recipe, mean, std)
+        none = torch.empty(0, *shards.shape, dtype=torch.uint8, device=device)
+        return StreamedBatches(shards, _image_batches(none, recipe, mean, std), device)
+    return file_batches(file_reader(dataset, split, recipe), recipe, mean, std, device)
+
+
+def file_batches(
+    reader: Reader, recipe: Data, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Batches:
+    """Batches of images that a FileReader of the same recipe decodes."""
+    none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
+    maths = CropBatches(none, recipe, mean, std, cropped=True) if recipe.crop else ImageBatches(none, recipe, mean, std)
+    return StreamedBatches(reader, maths, device)
+
+
+def file_reader(dataset: Dataset, split: str, recipe: Data) -> FileReader:
+    """The image files of a split, as a recipe sees them.
+
+    Raises:
+        InputError: their list is damaged, or their folder is not there.
+    """
+    root = dataset.data_root
+    if root is None or not root.is_dir():
+        raise InputError(
+            f"no folder {root}, where the images of {dataset.name} are",
+            needed_by=f"the {split} split",
+            fix="name the folder where they are: --data-root DIR",
+        )
+    needed_by = f"the {split} split of {dataset.name}"
+    return FileReader(dataset.paths(split), dataset.shape[0], recipe, upright=dataset.upright, needed_by=needed_by)
+
+
+def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """Images of a split, one after the other, as they are stored or tested on: uint8 [H, W, channels]; raises as
+    open_batches().
+    """
+    if dataset.storage == "tensors":
+        images = dataset.read(split)[0].numpy()
+        yield from (images[i] for i in indices)
+        return
+    shards = dataset.storage == "shards"
+    reader: Reader = dataset.shards(split) if shards else file_reader(dataset, split, Data(augment="none"))
+    yield from read_in_order(reader, indices.tolist())
+
+
+def require_statistics(dataset: Dataset, recipe: Data) -> None:
+    """Check that images can be normalised as a recipe says.
+
+    Raises:
+        UsageError: by the data set's own statistics, which nobody has computed.
+    """
+    if recipe.normalisation == "dataset" and len(dataset.shape) == 3 and not dataset.record["mean"]:
+        raise UsageError(
+            f'data.normalisation = "dataset": {dataset.name} stays in its files, and has no statistics',
+            fix="--set data.normalisation=imagenet, or build-lt --pack",
+        )
 
 
 class ClassPool:
