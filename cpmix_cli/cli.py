@@ -127,6 +127,10 @@ Data = Annotated[
     Path | None,
     typer.Option("--data", help="Data set folder, where it is not where the run recorded it."),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option("--data-root", help="Folder of the image files, where it is not where build-lt found them."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the output folder holds.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
 RecipeName = Annotated[
@@ -309,6 +313,7 @@ def train_stage1(
     epochs: Epochs = None,
     seed: Seed = None,
     device: Device = "auto",
+    data_root: Images = None,
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
     tracker: Tracker = None,
@@ -324,7 +329,7 @@ def train_stage1(
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
     with ranks.together():
@@ -341,6 +346,7 @@ def train_stage2(
     seed: Seed = None,
     device: Device = "auto",
     data: Data = None,
+    data_root: Images = None,
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
     tracker: Tracker = None,
@@ -356,7 +362,7 @@ def train_stage2(
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
     with ranks.together():
@@ -374,6 +380,7 @@ def finetune(
     seed: Seed = None,
     device: Device = "auto",
     data: Data = None,
+    data_root: Images = None,
     eval_every: EvalEvery = 0,
     checkpoint_every: CheckpointEvery = 1,
     tracker: Tracker = None,
@@ -389,7 +396,7 @@ def finetune(
     from cpmix_cli.phases.training import Options
 
     options = Options(
-        *(recipe, settings or [], epochs, seed, device, data, overwrite, dry_run),
+        *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
         *(eval_every, checkpoint_every, tracker),
     )
     with ranks.together():
@@ -425,6 +432,7 @@ def evaluate(
     ] = False,
     device: Device = "auto",
     data: Data = None,
+    data_root: Images = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -437,7 +445,7 @@ def evaluate(
     evaluating.run(
         evaluating.Options(
             *(from_folder, out, phase, settings or [], label, split, test_data),
-            *(test_distribution, ratio, few_inclusive, device, data, overwrite),
+            *(test_distribution, ratio, few_inclusive, device, data, data_root, overwrite),
         )
     )
 
@@ -457,13 +465,14 @@ def confusion_report(
         int, typer.Option(help="How many misclassified test images the page carries at most.", min=0, max=20_000)
     ] = 1500,
     data: Data = None,
+    data_root: Images = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Confusion matrix, most confused pairs, pictures, one page."""
     from cpmix_cli.phases import confusion_report as reporting
 
-    reporting.run(reporting.Options(from_folder, out, phase, compare or [], images, data, overwrite))
+    reporting.run(reporting.Options(from_folder, out, phase, compare or [], images, data, data_root, overwrite))
 
 
 Phase = Annotated[str | None, typer.Option(help="stage1, stage2 or finetune; default: the last one done.")]
@@ -569,12 +578,13 @@ def misclassified(
     label: Annotated[str | None, typer.Option(help="Of evaluation/PHASE-LABEL/.")] = None,
     limit: Annotated[int, typer.Option(help="Images shown; --json gives all.", min=1)] = 20,
     data: Data = None,
+    data_root: Images = None,
     json: Json = False,
 ) -> None:
     """The wrong test images behind a confusion matrix."""
     from cpmix_cli.phases import misclassified as listing
 
-    listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data))
+    listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data, data_root))
 
 
 @command("figure", "cpmix figure 3 ckpt/c100-ce ckpt/c100-mixup ckpt/c100-balanced --out figure3.pdf", HELPERS)
@@ -629,6 +639,7 @@ def bench(
     data: Annotated[
         Path | None, typer.Option("--data", help="Data set folder. Default: random images like CIFAR-100-LT's.")
     ] = None,
+    data_root: Images = None,
     device: Device = "auto",
     rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 10,
     seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0, max=3600)] = 1.0,
@@ -639,4 +650,4 @@ def bench(
     _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
     from cpmix_cli.phases import bench as benching
 
-    benching.run(benching.Options(recipe, settings or [], epochs, data, device, rounds, seconds))
+    benching.run(benching.Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds))

@@ -7,8 +7,10 @@ the same images, at a rate too small to matter.
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +111,7 @@ class NetworkAlone(Contender):
         size = min(plan.batch_size, len(data.labels))
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
-        self._inputs = [(data.batches.plain(indices), data.labels[indices]) for indices in chosen]
+        self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
         self._step = Replayed(self._run, self.device)
 
     def _run(self, key: int) -> None:
@@ -127,6 +129,35 @@ class NetworkAlone(Contender):
         return num_steps * sum(len(x) for x, _ in self._inputs)
 
 
+class InputAlone(Contender):
+    """Images that come from disk, augmented and then not used; asked for ahead as in training.
+
+    Args:
+        data: the training images.
+        batch_size: B.
+    """
+
+    AHEAD = Step.STEPS_AHEAD
+
+    def __init__(self, data: TrainingData, batch_size: int) -> None:
+        super().__init__(data.labels.device)
+        self._batches = data.batches
+        self._size = min(batch_size, len(data.labels))
+        self._num_images = len(data.labels)
+        self._generator = torch.Generator().manual_seed(0)
+        self._coming: deque[tuple[Tensor, Tensor]] = deque()
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            while len(self._coming) <= self.AHEAD:
+                indices = torch.randint(self._num_images, (self._size,), generator=self._generator)
+                shape = (self._size, self._batches.num_uniforms)
+                self._coming.append((indices, torch.rand(shape, dtype=torch.float64, generator=self._generator)))
+                self._batches.announce(*self._coming[-1])
+            self._batches.batch(*self._coming.popleft())
+        return num_steps * self._size
+
+
 def _leave_signals(worker: int) -> None:
     """In a loader process: Ctrl-C and the rest are the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -135,18 +166,30 @@ def _leave_signals(worker: int) -> None:
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
-    """uint8 images [N, H, W, channels] as a map-style data set of PIL images, transformed one at a time."""
+    """uint8 images [N, H, W, channels], or image files, as a map-style data set of PIL images, transformed one at a
+    time; `shape` is that of a test image.
+    """
 
-    def __init__(self, images: Tensor, labels: Tensor, recipe: Data) -> None:
+    def __init__(self, images: Tensor | Sequence[Path], shape: Sequence[int], labels: Tensor, recipe: Data) -> None:
         from torchvision import transforms
 
-        self._images, self._labels = images.numpy(), labels.tolist()
-        channels = images.shape[-1]
-        crop = [transforms.RandomCrop(images.shape[1:3], padding=recipe.padding)] if recipe.augment != "none" else []
+        self._images = images.numpy() if isinstance(images, Tensor) else images
+        self._labels = labels.tolist()
+        height, width, channels = shape
+        crop: list[Any] = []
+        if recipe.augment.startswith("resized-crop"):
+            crop = [transforms.RandomResizedCrop(recipe.crop)]
+        elif not isinstance(images, Tensor):
+            crop = [transforms.Resize(height), transforms.CenterCrop(height)]
+        if recipe.augment.startswith("crop"):
+            crop.append(transforms.RandomCrop((height, width), padding=recipe.padding))
+        elif recipe.augment == "none" and recipe.crop:
+            crop.append(transforms.CenterCrop(recipe.crop))
         self._transform = transforms.Compose(
             [
                 *crop,
-                *([transforms.RandomHorizontalFlip()] if recipe.augment == "crop-flip" else []),
+                *([transforms.RandomHorizontalFlip()] if "flip" in recipe.augment else []),
+                *([transforms.ColorJitter(0.4, 0.4, 0.4)] if recipe.augment.endswith("jitter") else []),
                 transforms.ToTensor(),
                 transforms.Normalize((0.5,) * channels, (0.25,) * channels),
             ]
@@ -156,7 +199,11 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self._images[index].squeeze(-1) if self._images.shape[-1] == 1 else self._images[index])
+        found = self._images[index]
+        if isinstance(found, Path):
+            with Image.open(found) as file:
+                return self._transform(file.convert("RGB")), self._labels[index]
+        image = Image.fromarray(found.squeeze(-1) if found.shape[-1] == 1 else found)
         return self._transform(image), self._labels[index]
 
 
@@ -165,21 +212,17 @@ class ReferenceLoop(Contender):
     (TF32), the loss read at every step.
 
     Args:
-        images: [N, H, W, channels] uint8, on the CPU.
-        labels: [N].
+        data: the training images.
         model: contiguous, on its device.
-        recipe: augmentation.
         batch_size: B.
         num_workers: loader processes.
     """
 
     PREFETCH = 2  # batches a worker makes ahead, the loader's default
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, model: Classifier, recipe: Data, batch_size: int, num_workers: int
-    ) -> None:
+    def __init__(self, data: PilImages, model: Classifier, batch_size: int, num_workers: int) -> None:
         super().__init__(next(model.parameters()).device)
-        self._data = PilImages(images, labels, recipe)
+        self._data = data
         self._model = model.train()
         self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4)
         self._batch_size = batch_size

@@ -21,6 +21,9 @@ from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Optimizer
 from cpmix_cli.step import EAGER_STEPS, Plan, Step, TrainingData, TrainingState, own_stream, sum_names
 
+PREDICTED_AHEAD = 3
+"""Batches that are read from disk while another is predicted."""
+
 
 def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimizer:
     """SGD or Adam over the parameters that require a gradient, in groups with their own lr_factor and weight decay.
@@ -418,7 +421,11 @@ def predict(
     augmentation. With `of` what that function gives of the inputs, images along its second axis.
     """
     model.eval()
-    device = next(model.parameters()).device
-    indices = torch.arange(num_samples, device=device)
     function = of or model.expert_logits
-    return torch.cat([function(batches.plain(part)).cpu() for part in torch.split(indices, batch_size)], 1)
+    parts = torch.split(torch.arange(num_samples, device=batches.device), batch_size)
+    found = []
+    for number, part in enumerate(parts):
+        for coming in parts[number : number + PREDICTED_AHEAD + 1]:
+            batches.announce(coming, None)
+        found.append(function(batches.plain(part)).cpu())
+    return torch.cat(found, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpmix_cli.data.batches import Batches, make_batches
+from cpmix_cli.data.batches import Batches, open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import GROUPS, exponential_counts
 from cpmix_cli.engine import predict
@@ -192,9 +192,7 @@ def predictions_of(
     As [evaluation] says, but for two of its keys: without weights learnt at test time experts are averaged, as are all
     of them before there are routers; and tau_norm changes weights, so a network in training goes without.
     """
-    inputs, labels = dataset.read(split)
-    batches = make_batches(inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
-
+    batches, labels = open_batches(dataset, split, recipe.data, device)
     counts = torch.tensor(dataset.class_counts)
 
     def measure() -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def fresh_state(setting: Setting) -> TrainingState:
     """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
     recipe, dataset, device = setting.recipe, setting.dataset, setting.device
     generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator)
+    model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
     settings = recipe.optimizer

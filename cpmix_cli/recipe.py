@@ -85,6 +85,10 @@ class Data(Table):
             raise ValueError(f'crop goes with a resized-crop or with "none", not with augment = "{self.augment}"')
         return self
 
+    def input_shape(self, shape: Sequence[int]) -> list[int]:
+        """What the network sees of images (H, W, channels) or points (D,) of `shape`."""
+        return [self.crop, self.crop, shape[2]] if self.crop and len(shape) == 3 else list(shape)
+
 
 class Model(Table):
     """The network."""

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from cpmix_cli import __version__, artifacts, console
-from cpmix_cli.data.dataset import Dataset, FileName, Shaped, open_dataset
+from cpmix_cli.data.dataset import Dataset, FileName, Shaped, Storage, open_dataset
 from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
 from cpmix_cli.locks import Lock
 from cpmix_cli.recipe import Recipe, differences, load
@@ -159,6 +159,7 @@ class DatasetEntry(Shaped):
     relative: Place
     absolute: Place
     fingerprint: str
+    storage: Storage = "tensors"
 
 
 class SourceEntry(BaseModel):
@@ -353,11 +354,15 @@ def remake(run: Path, phase: str, status: str) -> str:
     return console.typed(COMMANDS[phase], "--from", run, *(["--overwrite"] if status == "stale" else []))
 
 
-def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, needed_by: str) -> Dataset:
-    """The data set a run was made from: --data, the recorded relative path, or the recorded absolute one.
+def find_dataset(
+    run: Path, record: dict[str, Any], given: Path | None, *, needed_by: str, data_root: Path | None = None
+) -> Dataset:
+    """The data set a run was made from: --data, the recorded relative path, or the recorded absolute one; `data_root`
+    see open_dataset().
 
     Raises:
-        InputError: none of them holds the data set with the recorded fingerprint.
+        InputError: none of them holds the data set with the recorded fingerprint, or `data_root` not its images.
+        UsageError: see open_dataset().
     """
     known = record["dataset"]
     places = [given] if given is not None else [run / known["relative"], Path(known["absolute"])]
@@ -369,7 +374,7 @@ def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, neede
             seen.append(fault.message)
             continue
         if found.fingerprint == known["fingerprint"]:
-            return found
+            return found if data_root is None else open_dataset(place, needed_by=needed_by, data_root=data_root)
         seen.append(f"{place} holds another data set ({found.name})")
     raise InputError(
         f"the data set {known['name']} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
@@ -388,6 +393,7 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
         "shape": dataset.shape,
         "mean": dataset.record["mean"],
         "std": dataset.record["std"],
+        **({} if dataset.storage == "tensors" else {"storage": dataset.storage}),
     }
 
 

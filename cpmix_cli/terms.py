@@ -383,10 +383,14 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
     faults = []
     try:
         with torch.device("meta"):
-            network = MODELS[recipe.model.name](num_classes, shape, recipe.model)
+            network = MODELS[recipe.model.name](num_classes, recipe.data.input_shape(shape), recipe.model)
         faults += _prefix_faults(recipe, [name for name, _ in network.named_parameters()])
     except ValueError as fault:
         faults.append(f'model.name = "{recipe.model.name}": {fault}')
+    if recipe.data.crop and len(shape) != 3:
+        faults.append(f"data.crop = {recipe.data.crop}: for images, the data set has points")
+    elif recipe.data.crop > min(shape[:2]):
+        faults.append(f"data.crop = {recipe.data.crop}: the images have {shape[0]} x {shape[1]} pixels")
     normalisation = recipe.data.normalisation
     if normalisation in PUBLISHED and len(shape) == 3 and shape[-1] != 3:
         faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')

@@ -42,7 +42,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 def test_the_flags_are_those_of_the_contract() -> None:
     """Scripts depend on them: one may be added here, none may go."""
-    training = "--recipe --set --epochs --seed --device --data --overwrite --dry-run --eval-every "
+    training = "--recipe --set --epochs --seed --device --data --data-root --overwrite --dry-run --eval-every "
     training += "--checkpoint-every --tracker --json"
     expected = {
         "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --test-per-class "
@@ -51,17 +51,17 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio "
-        "--few-inclusive --device --data --overwrite --json",
-        "confusion-report": "--from --out --phase --compare --images --data --overwrite --json",
+        "--few-inclusive --device --data --data-root --overwrite --json",
+        "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "status": "--json",
         "compare": "--paper --format --out --overwrite --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",
-        "misclassified": "--from --true --predicted --phase --label --limit --data --json",
+        "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --out --overwrite --json",
-        "bench": "--recipe --set --epochs --data --device --rounds --seconds --json",
+        "bench": "--recipe --set --epochs --data --data-root --device --rounds --seconds --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

@@ -242,9 +242,9 @@ def _image_batches(images: Tensor, recipe: Data, mean: Sequence[float], std: Seq
     return (CropBatches if recipe.crop else ImageBatches)(images, recipe, mean, std)
 
 
-def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> Batches:
-    """Batches of a data set's split: resident where it is kept as tensors, or as shards that fit on the device (see
-    hardware.fits()); else read from disk as they are wanted.
+def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> tuple[Batches, Tensor]:
+    """A data set's split, and the class of each image [N] int64 on the CPU. Resident where it is kept as tensors, or as
+    shards that fit on the device (see hardware.fits()); else read from disk as batches are wanted.
 
     Raises:
         InputError: the split's files are missing or damaged.
@@ -252,15 +252,17 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     """
     mean, std = dataset.record["mean"], dataset.record["std"]
     if dataset.storage == "tensors":
-        return make_batches(dataset.read(split)[0].to(device), recipe, mean, std)
+        inputs, labels = dataset.read(split)
+        return make_batches(inputs.to(device), recipe, mean, std), labels
+    labels = dataset.labels(split)
     require_statistics(dataset, recipe)
     if dataset.storage == "shards":
         shards = dataset.shards(split)
         if hardware.fits(shards.num_bytes, device):
-            return make_batches(shards.load_all().to(device), recipe, mean, std)
+            return make_batches(shards.load_all().to(device), recipe, mean, std), labels
         none = torch.empty(0, *shards.shape, dtype=torch.uint8, device=device)
-        return StreamedBatches(shards, _image_batches(none, recipe, mean, std), device)
-    return file_batches(file_reader(dataset, split, recipe), recipe, mean, std, device)
+        return StreamedBatches(shards, _image_batches(none, recipe, mean, std), device), labels
+    return file_batches(file_reader(dataset, split, recipe), recipe, mean, std, device), labels
 
 
 def file_batches(

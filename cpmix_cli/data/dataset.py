@@ -16,6 +16,9 @@ from cpmix_cli.data.shards import MEND, Shards
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.recipe import find_recipe
 
+LOOKED_FOR = 32
+"""Image files of a folder that is said to have them."""
+
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 """Of a file in the record's own folder."""
 
@@ -241,7 +244,8 @@ def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None)
         data_root: where its image files are, if not where its record says.
 
     Raises:
-        InputError: no data set there, or its record or class counts are damaged.
+        InputError: no data set there, its record or class counts are damaged, or its images are not in `data_root`.
+        UsageError: a `data_root` for a set that has no image files.
     """
     if not artifacts.is_there(folder / artifacts.DATASET):
         raise InputError(
@@ -255,13 +259,36 @@ def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None)
     counts = artifacts.read_class_counts(path, record["files"].get(path.name, ""))
     if counts["class_name"].tolist() != record["classes"]:
         raise InputError(f"{path} names other classes than {folder / artifacts.DATASET}")
-    return Dataset(
+    dataset = Dataset(
         folder=folder,
         record=record,
         class_names=list(record["classes"]),
         class_counts=np.asarray(counts["num_train"], dtype=np.int64),
         moved_to=data_root,
     )
+    if data_root is not None:
+        _check_moved(dataset, data_root)
+    return dataset
+
+
+def _check_moved(dataset: Dataset, data_root: Path) -> None:
+    """Look for some of the image files, from the first to the last."""
+    if dataset.record["data_root"] is None:
+        raise UsageError(
+            f"--data-root {data_root}: {dataset.name} has no image files, all of it is in {dataset.folder}",
+            fix="drop the flag",
+        )
+    if not data_root.is_dir():
+        raise InputError(f"no folder {data_root}", needed_by="--data-root")
+    paths = dataset.paths("train")
+    looked_for = [paths[i] for i in np.linspace(0, len(paths) - 1, min(LOOKED_FOR, len(paths)), dtype=int)]
+    if missing := [path for path in looked_for if not path.is_file()]:
+        raise InputError(
+            f"{data_root} is not the folder of {dataset.name}'s images: {len(missing)} of {len(looked_for)} that were "
+            f"looked for are not in it, such as {missing[0]}",
+            needed_by="--data-root",
+            fix=f"name the folder that takes the place of {dataset.record['data_root']}",
+        )
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

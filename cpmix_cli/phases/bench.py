@@ -24,8 +24,8 @@ from torch import Tensor
 from cpmix_cli import console, hardware
 from cpmix_cli import recipe as recipes
 from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
-from cpmix_cli.contenders import Contender, NetworkAlone, ReferenceLoop, TrainingLoop
-from cpmix_cli.data.batches import make_batches
+from cpmix_cli.contenders import Contender, InputAlone, NetworkAlone, PilImages, ReferenceLoop, TrainingLoop
+from cpmix_cli.data.batches import make_batches, open_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.engine import synchronize
@@ -50,6 +50,7 @@ class Options:
     settings: list[str]
     epochs: int | None
     data: Path | None
+    data_root: Path | None
     device: str
     rounds: int
     seconds: float
@@ -88,7 +89,7 @@ def run(options: Options) -> None:
     """
     device = hardware.use_device(options.device)
     memory = Memory(device)
-    dataset, images, labels = training_images(options.data)
+    dataset = training_set(options.data, options.data_root)
     name = options.recipe or dataset.record["recipe"]
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
@@ -97,15 +98,23 @@ def run(options: Options) -> None:
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
     setting = Setting(recipe, dataset, device, precision, {})
-    batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    images: Tensor | None
+    if options.data is None:
+        images, labels = random_images(dataset)
+        batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    else:
+        batches, labels = open_batches(dataset, "train", recipe.data, device)
+        images = dataset.read("train")[0] if dataset.storage == "tensors" else None
     data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     workers = torch.get_num_threads()
 
     def reference() -> Contender:
         generator = torch_generator(recipe.seed, "weights")
-        model = build_model(recipe.model, dataset.num_classes, dataset.shape, generator).to(device)
-        return ReferenceLoop(images, labels, model, recipe.data, recipe.optimizer.batch_size, workers)
+        model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
+        pixels = dataset.paths("train") if images is None else images
+        pictures = PilImages(pixels, dataset.shape, labels, recipe.data)
+        return ReferenceLoop(pictures, model.to(device), recipe.optimizer.batch_size, workers)
 
     def alone(phase: str, precision: str) -> Contender:
         return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
@@ -120,12 +129,14 @@ def run(options: Options) -> None:
 
     # Each phase stands beside the network it is compared with.
     contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
+    if not batches.resident:
+        contenders["input"] = partial(InputAlone, data, recipe.optimizer.batch_size)
     if recipe.model.experts > 1:
         contenders["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
         other = "loop" if recipe.model.expert_layout == "fused" else "fused"
         with suppress(ValueError), torch.device("meta"):  # a network without that layout
             changed = recipe.model.model_copy(update={"expert_layout": other})
-            MODELS[recipe.model.name](dataset.num_classes, dataset.shape, changed)
+            MODELS[recipe.model.name](dataset.num_classes, recipe.data.input_shape(dataset.shape), changed)
             contenders[f"experts {other}"] = partial(other_network, expert_layout=other)
     for phase in phases:
         for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
@@ -162,6 +173,7 @@ def run(options: Options) -> None:
         "precision": precision,
         "best_precision": best,
         "reference_images_per_second": timings["reference"].median,
+        "input_images_per_second": timings["input"].median if "input" in timings else None,
         "network_fp32_images_per_second": timings["network stage1 fp32"].median,
         "network_best_images_per_second": timings[f"network stage1 {best}"].median,
         **{f"{p}_images_per_second": timings[p].median if p in phases else None for p in PHASES},
@@ -187,26 +199,33 @@ def run(options: Options) -> None:
     report(fields, phases, timings, network, epochs)
 
 
-def training_images(folder: Path | None) -> tuple[Dataset, Tensor, Tensor]:
-    """The training images and labels of a data set folder; without one random pixels, as many as CIFAR-100-LT has at
-    rho 200.
+def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
+    """The data set of a folder; without one that of random_images().
 
     Raises:
         InputError: no data set there, damaged, or points.
+        UsageError: --data-root without --data.
     """
     if folder is not None:
-        dataset = open_dataset(folder, needed_by="bench")
+        dataset = open_dataset(folder, needed_by="bench", data_root=data_root)
         if len(dataset.shape) != 3:
             raise InputError(f"{folder} holds points; the loop to compare with takes images", needed_by="bench")
-        return dataset, *dataset.read("train")
+        return dataset
+    if data_root is not None:
+        raise UsageError("--data-root is of a data set: give --data too", needed_by="bench")
     counts = exponential_counts(500, 100, 200)
-    shape = (32, 32, 3)
-    record = {"name": "random images", "recipe": "cifar100-lt/cpmix", "rho": 200.0, "shape": shape}
+    record = {"name": "random images", "recipe": "cifar100-lt/cpmix", "rho": 200.0, "shape": (32, 32, 3)}
     record |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts)
+
+
+def random_images(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Random pixels, as many as CIFAR-100-LT has at rho 200, and labels."""
+    counts = dataset.class_counts
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (int(counts.sum()), *shape), dtype=torch.uint8, generator=generator)
-    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts), images, labels
+    shape = (int(counts.sum()), *dataset.shape)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return images, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
 def measure(
@@ -329,6 +348,8 @@ def report(
         return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
 
     rows = [row(f"released code: PIL, {fields['threads']} workers, fp32", reference)]
+    if "input" in timings:
+        rows.append(row("read from disk and augmented, no network", timings["input"]))
     networks = [name.split() for name in timings if name.startswith("network")]
     for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from cpmix_cli import artifacts, console, locks, runs
+from cpmix_cli.data.batches import pictures
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.errors import InputError, UsageError
@@ -42,6 +43,7 @@ class Options:
     compare: list[Path]
     images: int
     data: Path | None
+    data_root: Path | None
     overwrite: bool
 
 
@@ -72,7 +74,7 @@ def run(options: Options) -> None:
         InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
-    own = read_reported(options.from_folder, options.phase, options.out, options.data)
+    own = read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
     others = [read_reported(folder, None, None, None) for folder in options.compare]
     for other in others:
         if other.dataset.class_names != own.dataset.class_names:
@@ -105,7 +107,9 @@ def run(options: Options) -> None:
     report(folder, index, own, pairs, accuracies[0], status)
 
 
-def read_reported(given: Path, phase: str | None, out: Path | None, data: Path | None) -> Reported:
+def read_reported(
+    given: Path, phase: str | None, out: Path | None, data: Path | None, data_root: Path | None = None
+) -> Reported:
     """An evaluated phase of a run.
 
     Args:
@@ -113,6 +117,7 @@ def read_reported(given: Path, phase: str | None, out: Path | None, data: Path |
         phase: of the run; None: the last one done.
         out: where evaluate --out wrote; what is there comes before what stands in the run itself.
         data: data set folder; None: where the run recorded it.
+        data_root: of its image files; None: where they were when it was built.
 
     Raises:
         InputError: no such run, it was not evaluated, or files are damaged.
@@ -122,7 +127,7 @@ def read_reported(given: Path, phase: str | None, out: Path | None, data: Path |
     evaluations = (out or root) / "evaluation"
     if not (evaluations / source.phase / artifacts.RUN).is_file():
         evaluations = root / "evaluation"
-    dataset = runs.find_dataset(root, source.record(), data, needed_by="confusion-report")
+    dataset = runs.find_dataset(root, source.record(), data, needed_by="confusion-report", data_root=data_root)
     evaluation = evaluations / source.phase
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
     matrix = matrix_of(predictions, dataset.num_classes)
@@ -245,8 +250,7 @@ def thumbnails(run: Reported, limit: int) -> Sheet | None:
     chosen = most_confused(run.predictions, limit)
     if not len(chosen):
         return None
-    images, _ = run.dataset.read("test")
-    return sheet(images.numpy(), chosen)
+    return sheet(pictures(run.dataset, "test", chosen["sample_id"].to_numpy()), max(run.dataset.shape[:2]), chosen)
 
 
 def read_predictions(

@@ -7,7 +7,7 @@ of the same classes.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict
 from cpmix_cli import artifacts, console, engine, locks, runs
 from cpmix_cli import recipe as recipes
 from cpmix_cli.data import image_folder
-from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.batches import Batches, file_batches, make_batches, open_batches, pictures
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import group_of
+from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.ensembles import images_to_learn_from, weakly_changed, weights_of_agreement
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.evaluation import (
@@ -39,7 +40,7 @@ from cpmix_cli.evaluation import (
 from cpmix_cli.hardware import use_device
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.randomness import torch_generator
-from cpmix_cli.recipe import Recipe
+from cpmix_cli.recipe import Data, Recipe
 from cpmix_cli.runs import PHASES, PhaseFolder
 
 POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")
@@ -62,6 +63,7 @@ class Options:
     few_inclusive: bool
     device: str
     data: Path | None
+    data_root: Path | None
     overwrite: bool
 
     @property
@@ -79,8 +81,10 @@ class Options:
 class TestSet:
     """What a checkpoint is evaluated on: N samples with their true classes."""
 
-    inputs: torch.Tensor
-    """uint8 images [N, H, W, channels] or float32 points [N, 2]."""
+    open: Callable[[Data, torch.device], Batches]
+    """Makes their batches, as a recipe sees them on a device."""
+    pictures: Callable[[torch.Tensor], torch.Tensor]
+    """Positions [B] -> images as they are stored, uint8 [B, H, W, channels]; or points, float32 [B, 2]."""
     labels: torch.Tensor
     """[N] int64, class ids of the trained network."""
     samples: pd.DataFrame
@@ -110,7 +114,7 @@ def run(options: Options) -> None:
         raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by", needed_by="evaluate")
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
-    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate")
+    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate", data_root=options.data_root)
     recipe = requested_recipe(options, source)
     device = use_device(options.device)
     if options.test_data is None:
@@ -138,8 +142,7 @@ def run(options: Options) -> None:
         report(folder, "up to date")
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
-    # As in training: what a test set's own mean would do to it, the network has not seen.
-    batches = make_batches(tests.inputs.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    batches = tests.open(recipe.data, device)
     profile = requested_profile(options, dataset, tests.labels)
     weights = None
     if recipe.evaluation.aggregate == "test-time":
@@ -229,7 +232,7 @@ def learnt_weights(
     def views(batch: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = []
         for number in range(2):
-            changed = weakly_changed(tests.inputs[batch], torch_generator(recipe.seed, "view", call, number))
+            changed = weakly_changed(tests.pictures(batch), torch_generator(recipe.seed, "view", call, number))
             batches = make_batches(changed.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
             found.append(engine.predict(model, batches, len(batch), recipe.evaluation.batch_size))
         return found[0], found[1]
@@ -251,9 +254,28 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
         InputError: it has none, or its files are damaged.
     """
     dataset.require(split, needed_by=f"evaluate --split {split}")
-    inputs, labels = dataset.read(split)
     fingerprint = dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}"
-    return TestSet(inputs, labels, dataset.samples(split), dataset.data_root, fingerprint)
+    if dataset.storage == "tensors":
+        inputs, labels = dataset.read(split)
+        return in_memory(dataset, inputs, labels, dataset.samples(split), dataset.data_root, fingerprint)
+
+    def read(positions: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(pictures(dataset, split, positions.numpy()))))
+
+    return TestSet(
+        lambda recipe, device: open_batches(dataset, split, recipe, device)[0],
+        *(read, dataset.labels(split), dataset.samples(split), dataset.data_root, fingerprint),
+    )
+
+
+def in_memory(dataset: Dataset, inputs: torch.Tensor, *rest: Any) -> TestSet:
+    """Samples that are all read, normalised as in training: what a test set's own mean would do to it, the network of
+    `dataset` has not seen.
+    """
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    return TestSet(
+        lambda recipe, device: make_batches(inputs.to(device), recipe, mean, std), lambda at: inputs[at], *rest
+    )
 
 
 def other_tests(folder: Path, dataset: Dataset) -> TestSet:
@@ -277,17 +299,33 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
                 f"{folder} has classes that the network does not know: {', '.join(unknown)}",
                 needed_by="evaluate --test-data",
             )
-        tests = own_tests(other, "test")
+        own = {key: dataset.record[key] for key in ("mean", "std")}  # see in_memory()
+        tests = own_tests(replace(other, record=other.record | own), "test")
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
     if len(dataset.shape) != 3:
         raise InputError(f"{folder}: a network of points takes no images", needed_by="evaluate --test-data")
     files = image_folder.scan(folder, class_names=dataset.class_names)
-    inputs = files.read(np.arange(len(files.paths)), dataset.shape)
     samples = pd.DataFrame({"sample_id": np.arange(len(files.paths)), "label": files.labels, "path": files.paths})
-    fingerprint = artifacts.digest([files.paths, files.labels.tolist(), artifacts.sha256(inputs.tobytes())])
-    return TestSet(torch.from_numpy(inputs), torch.from_numpy(files.labels), samples, folder.resolve(), fingerprint)
+    labels = torch.from_numpy(files.labels)
+    if dataset.storage == "tensors":
+        inputs = files.read(np.arange(len(files.paths)), dataset.shape)
+        fingerprint = artifacts.digest([files.paths, files.labels.tolist(), artifacts.sha256(inputs.tobytes())])
+        return in_memory(dataset, torch.from_numpy(inputs), labels, samples, folder.resolve(), fingerprint)
+    paths = [folder / path for path in files.paths]
+
+    def reader(recipe: Data) -> FileReader:
+        return FileReader(paths, dataset.shape[0], recipe, upright=True, needed_by="evaluate --test-data")
+
+    def read(positions: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), positions.tolist()))))
+
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    return TestSet(
+        lambda recipe, device: file_batches(reader(recipe), recipe, mean, std, device),
+        *(read, labels, samples, folder.resolve(), artifacts.digest([files.listing, files.labels.tolist()])),
+    )
 
 
 def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
@@ -316,7 +354,7 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
         source: the phase.
         recipe: which network it is.
         num_classes: C.
-        shape: of one image (H, W, channels) or point (2,).
+        shape: of one image of the data set (H, W, channels) or point (2,).
 
     Raises:
         InputError: the weights are damaged or of another network.
@@ -328,7 +366,8 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
     top = 0
     if source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "routers":
         top = recipe.finetune.router_top
-    model = build_model(recipe.model, num_classes, shape, generator, scaled=scaled, router_top=top)
+    seen = recipe.data.input_shape(shape)
+    model = build_model(recipe.model, num_classes, seen, generator, scaled=scaled, router_top=top)
     engine.load_model(model, tensors, path)
     if recipe.evaluation.tau_norm:
         tau_normalised(model, recipe.evaluation.tau_norm)

@@ -28,7 +28,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     root, named = runs.locate(from_folder)
     phase = phase or (named if named != "finetune" else None)
     source = runs.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
-    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune")
+    dataset = runs.find_dataset(root, source.record(), options.data, needed_by="finetune", data_root=options.data_root)
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     runs.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")

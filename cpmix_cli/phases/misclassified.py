@@ -22,6 +22,7 @@ class Options:
     label: str | None
     limit: int
     data: Path | None
+    data_root: Path | None
 
 
 def run(options: Options) -> None:
@@ -81,7 +82,7 @@ def _origins(options: Options, root: Path, evaluation: Path, wrong: pd.DataFrame
         path, sha = runs.output_of(evaluation, record, artifacts.SAMPLES)
         samples = artifacts.read_table(path, schema, sha)
     else:
-        dataset = runs.find_dataset(root, record, options.data, needed_by="misclassified")
+        dataset = runs.find_dataset(root, record, options.data, needed_by="misclassified", data_root=options.data_root)
         samples, data_root = dataset.samples("test"), dataset.data_root
     if not wrong["sample_id"].isin(samples["sample_id"]).all():
         raise InputError(f"{evaluation} is of other samples than are recorded", fix="evaluate again with --overwrite")

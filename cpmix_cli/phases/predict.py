@@ -8,7 +8,8 @@ import torch
 
 from cpmix_cli import artifacts, console, runs
 from cpmix_cli.data import image_folder
-from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.batches import file_batches, make_batches
+from cpmix_cli.data.stream import FileReader
 from cpmix_cli.errors import EnvironmentFault, InputError
 from cpmix_cli.evaluation import predicted
 from cpmix_cli.hardware import use_device
@@ -51,8 +52,12 @@ def run(options: Options) -> None:
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
     model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
-    inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
-    batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
+    if seen.get("storage", "tensors") == "tensors":
+        inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
+        batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
+    else:  # as its test images were
+        reader = FileReader(paths, seen["shape"][0], recipe.data, upright=True, needed_by="predict")
+        batches = file_batches(reader, recipe.data, seen["mean"], seen["std"], device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
     confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)

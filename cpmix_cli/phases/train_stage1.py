@@ -35,7 +35,7 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
             needed_by="train-stage1",
             fix="cpmix build-lt SOURCE makes one",
         )
-    dataset = open_dataset(options.data, needed_by="train-stage1")
+    dataset = open_dataset(options.data, needed_by="train-stage1", data_root=options.data_root)
     recipe = recipes.load(
         options.recipe or dataset.recipe(),
         settings=options.settings,

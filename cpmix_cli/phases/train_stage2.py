@@ -29,7 +29,7 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
         raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"--from {root}")
     source = runs.choose_phase(root, "stage1", ("stage1",), needed_by="train-stage2")
     record = source.record()
-    dataset = runs.find_dataset(root, record, options.data, needed_by="train-stage2")
+    dataset = runs.find_dataset(root, record, options.data, needed_by="train-stage2", data_root=options.data_root)
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     runs.require_same_upstream(source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked")

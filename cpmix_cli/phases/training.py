@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cpmix_cli import artifacts, console, engine, hardware, locks, ranks, runs, signals, tracker
-from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.evaluation import accuracy_on_test, confusion_on
@@ -36,6 +36,7 @@ class Options:
     seed: int | None
     device: str
     data: Path | None
+    data_root: Path | None
     overwrite: bool
     dry_run: bool
     eval_every: int
@@ -215,6 +216,8 @@ def start(asked: Asked, how: str) -> Started:
             f"{-(-plan.batch_size // parts):,} images a forward pass and term; the learning rate is the recipe's, for "
             f"the whole batch: {plan.learning_rate(state.epoch, 0, 1):g} now"
         )
+    if not data.batches.resident:
+        console.note(f"{folder.phase}: images are read from disk as they are wanted")
     for term in plan.terms:
         if (spread := term.weight_spread(data.class_counts)) < 1.05:
             console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
@@ -386,20 +389,19 @@ def with_last_good_state(
 
 
 def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
-    """The training split on the device.
+    """The training split, on the device or on its way there.
 
     Raises:
         InputError: a file is damaged, or its labels do not give the recorded class counts.
+        UsageError: see open_batches().
     """
-    inputs, labels = dataset.read("train")
+    batches, labels = open_batches(dataset, "train", recipe.data, device)
     counts = torch.bincount(labels, minlength=dataset.num_classes)
     if counts.tolist() != dataset.class_counts.tolist():
         raise InputError(
             f"{dataset.folder}: class_counts.parquet does not count the training labels",
             fix="cpmix build-lt ... --overwrite",
         )
-    mean, std = dataset.record["mean"], dataset.record["std"]
-    batches = make_batches(inputs.to(device), recipe.data, mean, std)
     return TrainingData(batches, labels.to(device), counts.to(device))
 
 

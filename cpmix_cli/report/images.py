@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +50,19 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     return chosen[["true_class", "predicted_class", "confidence", "sample_id"]].reset_index(drop=True)
 
 
-def sheet(images: NDArray[Any], chosen: pd.DataFrame) -> Sheet:
+def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> Sheet:
     """One picture of the chosen images.
 
     Args:
-        images: all test images [N, H, W, 1 or 3] uint8, by sample_id.
+        images: those, uint8 [H, W, 1 or 3] each.
+        largest: side of an image, in pixels.
         chosen: see most_confused(), one at least.
     """
-    side = min(LARGEST_SIDE, max(images.shape[1:3]))
+    side = min(LARGEST_SIDE, largest)
     rows = -(-len(chosen) // COLUMNS)
     width, height = side * min(COLUMNS, len(chosen)), side * rows
     page = Image.new("RGB", (width, height))
-    for number, index in enumerate(chosen["sample_id"]):
-        pixels = images[index]
+    for number, pixels in enumerate(images):
         thumbnail = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
         if thumbnail.size != (side, side):
             thumbnail = ImageOps.pad(thumbnail, (side, side), Image.Resampling.BOX)
