@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cpmix_cli.errors import EnvironmentFault
-from cpmix_cli.hardware import num_threads, resolve_precision, use_device
+from cpmix_cli.hardware import fits, free_memory, num_readers, num_threads, resolve_precision, use_device
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -54,3 +54,40 @@ def test_float32_is_not_rounded_to_tf32() -> None:
     use_device("auto")
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+
+
+def test_readers_look_past_the_threads_of_the_arithmetic(tmp_path: Path) -> None:
+    assert num_readers({"OMP_NUM_THREADS": "1"}, tmp_path) == CORES
+    assert num_readers({"SLURM_CPUS_PER_TASK": "1"}, tmp_path) == 1
+    assert num_readers({}, tmp_path, local_size=CORES) == (1 if os.cpu_count() == CORES else CORES)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1_024_000),
+        ({"memory.max": "max", "memory.current": "300"}, 1_024_000),
+        ({"memory.max": "5000", "memory.current": "3000"}, 2000),
+        ({"memory.max": "5000", "memory.current": "4900", "memory.stat": "anon 7\ninactive_file 800\nfile 900"}, 900),
+        ({"memory.max": "5000", "memory.current": "6000"}, 0),
+        ({"memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "100"}, 700),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_its_control_group(
+    files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    proc, group = tmp_path / "proc", tmp_path / "group"
+    proc.mkdir()
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  1 kB\nMemAvailable:   1000 kB\n")
+    for name, text in files.items():
+        (group / name).parent.mkdir(parents=True, exist_ok=True)
+        (group / name).write_text(f"{text}\n")
+    assert free_memory(proc, group) == expected
+    assert free_memory(tmp_path / "none", group) == 0
+
+
+def test_images_stay_where_they_take_a_quarter_of_the_memory_and_no_more() -> None:
+    cpu = torch.device("cpu")
+    free = free_memory(Path("/proc"), Path("/sys/fs/cgroup"))
+    assert fits(1_000_000, cpu)
+    assert not fits(free // 2, cpu)

@@ -125,7 +125,7 @@ def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
     """Brightness, contrast and saturation times 1 - JITTER to 1 + JITTER, in an order of each image's own.
 
     Args:
-        x: float32 [B, channels, H, W]; changed in place.
+        x: float32 [B, channels, H, W].
         uniforms: [B, NUM_JITTER].
         orders: ORDERS on the device [6, 3].
 
@@ -143,5 +143,5 @@ def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
         mean = grey.mean((2, 3), keepdim=True)
         what = what.view(-1, 1, 1, 1)
         other = torch.where(what == 2, grey, torch.where(what == 1, mean, 0.0))
-        x.sub_(other).mul_(factor).add_(other).clamp_(0, 255)
+        x = torch.lerp(other, x, factor).clamp_(0, 255)
     return x

@@ -25,6 +25,8 @@ PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inaturalist": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
 }
+PIECE = 8
+"""Images that a CPU augments at a time: its caches hold so many."""
 MAX_ROTATION = 15.0  # degrees
 
 
@@ -179,25 +181,39 @@ class CropBatches:
         """Random resized crops, flipped with probability 1/2, with other colours: [B, channels, crop, crop] float32,
         channels last in memory; see augment.py.
         """
-        if not self._augments:
-            return self.plain(indices)
-        images, flip = self._images[indices], augment.flips(uniforms)
+        return self._seen(indices, uniforms if self._augments else None)
+
+    def plain(self, indices: Tensor) -> Tensor:
+        """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
+        return self._seen(indices, None)
+
+    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        """They are there."""
+
+    def _seen(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
+        count, channels = len(indices), self._images.shape[3]
+        seen = torch.empty(
+            (count, channels, self._size, self._size), device=self.device, memory_format=torch.channels_last
+        )
+        size = PIECE if self.device.type == "cpu" else max(count, 1)
+        for first in range(0, count, size):
+            piece = slice(first, first + size)
+            images = self._images[indices[piece]]
+            x = self._augmented(images, uniforms[piece]) if uniforms is not None else self._middle(images)
+            seen[piece] = x.sub_(self._offset).mul_(self._scale)
+        return seen
+
+    def _middle(self, images: Tensor) -> Tensor:
+        return augment.planes(augment.middle(images, self._size))
+
+    def _augmented(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        flip = augment.flips(uniforms)
         if self._cropped:
             x = augment.flipped(augment.planes(images), flip)
         else:
             boxes = augment.crop_boxes(uniforms, images.shape[1], images.shape[2])
             x = augment.resized_crop(images, boxes, self._size, flip)
-        return self._normalised(augment.jittered(x, uniforms, self._orders) if self._jitters else x)
-
-    def plain(self, indices: Tensor) -> Tensor:
-        """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
-        return self._normalised(augment.planes(augment.middle(self._images[indices], self._size)))
-
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """They are there."""
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        return x.sub_(self._offset).mul_(self._scale).contiguous(memory_format=torch.channels_last)
+        return augment.jittered(x, uniforms, self._orders) if self._jitters else x
 
 
 def _normalisation(

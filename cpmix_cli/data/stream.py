@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from cpmix_cli.data.batches import Resident
 
 AHEAD_BYTES = 2**30
-"""Of images read and not yet asked for, one batch apart."""
-MAX_ANNOUNCED = 256
-"""Batches that are remembered to be read, when there is room."""
+"""Images that are read before they are asked for take no more; the batch that is asked for comes on top."""
+MAX_ANNOUNCED = 10_000
+"""Batches that are remembered; only what nobody asks for ever comes to that."""
 AT_ONCE = 8
 """Images that a thread reads before it looks what is most urgent."""
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 1.0
 """For threads that read when the program ends."""
 
 
@@ -221,26 +221,28 @@ class _Job:
 
     def __init__(self, reader: Reader, key: tuple[bytes, bytes | None], pinned: bool) -> None:
         self._reader = reader
-        self._indices = np.frombuffer(key[0], dtype=np.int64).tolist()
-        # A copy: torch makes no tensors of bytes that are not to be written to.
-        self._uniforms = None if key[1] is None else np.frombuffer(key[1]).reshape(len(self._indices), -1).copy()
+        self._key = key
+        self._indices: list[int] = []
+        self._uniforms: NDArray[np.float64] | None = None
         self._pinned = pinned
         self._images: Tensor | None = None
         self._faults: dict[int, Exception] = {}
-        self._left = len(self._indices)
+        self._count = self._left = len(key[0]) // np.dtype(np.int64).itemsize
         self._done = threading.Event()
         self.dropped = False
         """Nobody waits for it any more."""
-        self.num_bytes = len(self._indices) * int(np.prod(reader.shape))
+        self.num_bytes = self._count * int(np.prod(reader.shape))
 
     def begin(self, *, urgent: bool = False) -> None:
         """Hand it to the threads, before all else if it is urgent."""
         if self._images is not None:
             return
-        self._images = torch.empty(
-            (len(self._indices), *self._reader.shape), dtype=torch.uint8, pin_memory=self._pinned
-        )
-        count = len(self._indices)
+        count = self._count
+        self._indices = np.frombuffer(self._key[0], dtype=np.int64).tolist()
+        if self._key[1] is not None:  # a copy: torch makes no tensor of bytes that are not to be written to
+            numbers = np.frombuffer(self._key[1])
+            self._uniforms = numbers.reshape(count, len(numbers) // max(count, 1)).copy()
+        self._images = torch.empty((count, *self._reader.shape), dtype=torch.uint8, pin_memory=self._pinned)
         parts = [range(first, min(first + AT_ONCE, count)) for first in range(0, count, AT_ONCE)]
         _threads.give([(self, part) for part in parts], urgent=urgent)
         if not parts:
