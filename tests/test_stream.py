@@ -27,7 +27,7 @@ from cpmix_cli.data import augment, stream
 from cpmix_cli.data.batches import CropBatches, ImageBatches, open_batches, pictures
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.stream import FileReader, StreamedBatches
-from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.errors import InputError
 from cpmix_cli.phases.bench import Memory
 from cpmix_cli.recipe import Data
 
@@ -481,11 +481,6 @@ def test_recipes_that_the_images_do_not_fit(tree: Path, toy: Path, tmp_path: Pat
     assert (result.code, "data.crop = 41: the images have 40 x 40 pixels" in result.stderr) == (2, True)
     result = cpmix(*train, toy, "--set", "data.crop=8", "--set", 'data.augment="none"')
     assert (result.code, "data.crop = 8: for images, the data set has points" in result.stderr) == (2, True)
-    result = cpmix(*train, tree / "files", *FLAGS, "--set", 'data.normalisation="dataset"')
-    assert (result.code, "has no statistics" in result.stderr) == (2, True)
-    dataset = open_dataset(tree / "files", needed_by="test")
-    with pytest.raises(UsageError, match="has no statistics"):
-        open_batches(dataset, "train", JITTER.model_copy(update={"normalisation": "dataset"}), CPU)
 
 
 def test_bench_times_what_comes_from_disk_beside_pillow_in_workers(tree: Path) -> None:

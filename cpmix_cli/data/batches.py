@@ -17,7 +17,7 @@ from cpmix_cli import hardware
 from cpmix_cli.data import augment
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.stream import FileReader, Reader, StreamedBatches, read_in_order
-from cpmix_cli.errors import InputError, UsageError
+from cpmix_cli.errors import InputError
 from cpmix_cli.recipe import Data
 
 PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
@@ -264,14 +264,12 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
 
     Raises:
         InputError: the split's files are missing or damaged.
-        UsageError: the recipe normalises by statistics that the data set has not.
     """
     mean, std = dataset.record["mean"], dataset.record["std"]
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
         return make_batches(inputs.to(device), recipe, mean, std), labels
     labels = dataset.labels(split)
-    require_statistics(dataset, recipe)
     if dataset.storage == "shards":
         shards = dataset.shards(split)
         if hardware.fits(shards.num_bytes, device):
@@ -318,19 +316,6 @@ def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterat
     shards = dataset.storage == "shards"
     reader: Reader = dataset.shards(split) if shards else file_reader(dataset, split, Data(augment="none"))
     yield from read_in_order(reader, indices.tolist())
-
-
-def require_statistics(dataset: Dataset, recipe: Data) -> None:
-    """Check that images can be normalised as a recipe says.
-
-    Raises:
-        UsageError: by the data set's own statistics, which nobody has computed.
-    """
-    if recipe.normalisation == "dataset" and len(dataset.shape) == 3 and not dataset.record["mean"]:
-        raise UsageError(
-            f'data.normalisation = "dataset": {dataset.name} stays in its files, and has no statistics',
-            fix="--set data.normalisation=imagenet, or build-lt --pack",
-        )
 
 
 class ClassPool:

@@ -393,7 +393,6 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> Tra
 
     Raises:
         InputError: a file is damaged, or its labels do not give the recorded class counts.
-        UsageError: see open_batches().
     """
     batches, labels = open_batches(dataset, "train", recipe.data, device)
     counts = torch.bincount(labels, minlength=dataset.num_classes)
