@@ -83,6 +83,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(stream, "_threads", threads)
     yield
     threads._stop()
+    assert threads._threads and not any(thread.is_alive() for thread in threads._threads)
 
 
 class Numbers:
