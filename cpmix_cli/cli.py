@@ -176,6 +176,15 @@ def _checked(flag: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _checked_world_sizes(text: str) -> list[int]:
+    from cpmix_cli.errors import UsageError
+
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) <= 1_000_000 for part in parts):
+        raise UsageError(f'--world-size "{text}": numbers of ranks, such as 1,8,64')
+    return sorted({int(part) for part in parts})
+
+
 def _checked_device(device: str) -> str:
     return _checked("--device", device, ("auto", "cpu", "cuda"))
 
@@ -643,11 +652,26 @@ def bench(
     device: Device = "auto",
     rounds: Annotated[int, typer.Option(help="Turns of each contender; medians are shown.", min=1)] = 10,
     seconds: Annotated[float, typer.Option(help="Length of a turn; three steps at least.", min=0, max=3600)] = 1.0,
+    world_size: Annotated[
+        str | None,
+        typer.Option("--world-size", help="Project the recipe to so many ranks instead: 1,8,64.", metavar="N,N,..."),
+    ] = None,
+    cores: Annotated[int, typer.Option(help="Cores that read for each rank, in that projection.", min=1, max=1024)] = 8,
+    link: Annotated[
+        float, typer.Option(help="GB a second that a rank sends, in that projection.", min=0.001, max=10_000)
+    ] = 12.5,
     json: Json = False,
 ) -> None:
-    """Training speed here, beside the usual loop's."""
+    """Training speed here, beside the usual loop's; or on more GPUs."""
     device = _checked_device(device)
     _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
+    if world_size is not None:
+        sizes = _checked_world_sizes(world_size)
+        from cpmix_cli.phases import scale
+
+        name = recipe or "imagenet-lt/cpmix"
+        scale.run(scale.Options(name, settings or [], epochs, data, device, sizes, cores, link))
+        return
     from cpmix_cli.phases import bench as benching
 
     benching.run(benching.Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds))

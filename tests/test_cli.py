@@ -61,7 +61,8 @@ def test_the_flags_are_those_of_the_contract() -> None:
         "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --out --overwrite --json",
-        "bench": "--recipe --set --epochs --data --data-root --device --rounds --seconds --json",
+        "bench": "--recipe --set --epochs --data --data-root --device --rounds --seconds --world-size --cores --link "
+        "--json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout
