@@ -662,7 +662,7 @@ def bench(
     ] = 12.5,
     json: Json = False,
 ) -> None:
-    """Training speed here, beside the usual loop's; or on more GPUs."""
+    """Training speed here, and what more GPUs would make of it."""
     device = _checked_device(device)
     _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
     if world_size is not None:

@@ -2,11 +2,15 @@
 
 import math
 import warnings
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from conftest import must
 from sklearn import metrics
 
+from cpmix_cli import artifacts
 from cpmix_cli.evaluation import (
     class_accuracy,
     confusion_matrix,
@@ -65,3 +69,13 @@ def test_full_confidence_stands_in_the_last_bin() -> None:
 def test_a_perfectly_calibrated_coin_has_no_error() -> None:
     logits = torch.zeros(10, 2)
     assert expected_calibration_error(logits, torch.tensor([0, 1] * 5)) == pytest.approx(0, abs=1e-12)
+
+
+def test_few_is_what_the_data_set_says(tmp_path: Path) -> None:
+    """124 / 6.2 = 20 training images are few without a flag of evaluate's, where build-lt was told so."""
+    run = tmp_path / "run"
+    must("build-lt", "digits", "--rho", 6.2, "--few-inclusive", "--out", tmp_path / "data")
+    must("train-stage1", "--data", tmp_path / "data", "--out", run, "--recipe", "digits/cross-entropy", "--epochs", 1)
+    must("evaluate", "--from", run)
+    last = pd.read_parquet(run / "evaluation" / "stage1" / artifacts.PER_CLASS).iloc[-1]
+    assert (last["num_train"], last["group"]) == (20, "few")

@@ -101,6 +101,11 @@ class Dataset:
         return str(self.record["name"])
 
     @property
+    def few_inclusive(self) -> bool:
+        """Classes of exactly 20 training images are few, as build-lt was told."""
+        return bool(self.record.get("few_inclusive", False))
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return len(self.class_names)

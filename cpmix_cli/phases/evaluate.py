@@ -115,6 +115,8 @@ def run(options: Options) -> None:
     root, named = runs.locate(options.from_folder)
     source = runs.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
     dataset = runs.find_dataset(root, source.record(), options.data, needed_by="evaluate", data_root=options.data_root)
+    if dataset.few_inclusive:
+        options = replace(options, few_inclusive=True)
     recipe = requested_recipe(options, source)
     device = use_device(options.device)
     if options.test_data is None:
