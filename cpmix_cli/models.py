@@ -43,6 +43,10 @@ class Classifier(nn.Module):
                 module.training = False
         return self
 
+    def places_of(self, name: str) -> list[str]:
+        """Which tensors of the network a published one is for."""
+        return [name]
+
     def features(self, x: Tensor) -> Tensor:
         """Inputs -> [B, D]; of experts [B, E D]."""
         raise NotImplementedError
@@ -343,6 +347,18 @@ class ImageNetExperts(Classifier):
         branches = (_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
         self.experts = Looped(branches, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
+        # torchvision's modules -> those here; a block of an expert's own stages is there once for each.
+        self._places = {"conv1": ["shared.0"], "bn1": ["shared.1"]}
+        self._places |= {f"layer{n}": [f"shared.{n + 3}"] for n in range(1, shared + 1)}
+        blocks = [f"layer{n}.{b}" for n, length in enumerate(lengths, shared + 1) for b in range(length)]
+        self._places |= {block: [f"experts.{e}.{i}" for e in range(experts)] for i, block in enumerate(blocks)}
+
+    def places_of(self, name: str) -> list[str]:
+        """One of torchvision's is for what is shared, or for each expert."""
+        for module, places in self._places.items():
+            if name.startswith(f"{module}."):
+                return [place + name.removeprefix(module) for place in places]
+        return [name]
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, E D]."""
@@ -482,7 +498,8 @@ MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
 def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
     """Copy given weights into all of a network but its head, whose classes are others.
 
-    `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing.
+    `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing. Experts of full width
+    all start from the same stages.
 
     Args:
         model: changed in place.
@@ -496,7 +513,8 @@ def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> i
         InputError: with every tensor that is missing, unknown, of another shape or kind of number, or not finite.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
-    given = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
+    body = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
+    given = {place: t for name, t in body.items() for place in model.places_of(name)}
     faults = []
     for name in sorted(own.keys() | given.keys()):
         if name not in own:

@@ -79,6 +79,7 @@ OTHERS = {
     "RIDE, images turned": "ensemble",
     "CP-Mix on LADE": "CP-Mix",
     "CP-Mix on LDAM-DRW": "CP-Mix",
+    "CP-Mix, last block": "CP-Mix",
     "CP-Mix, class-uniform partner": "control",
     "CP-Mix, random partner": "control",
     "Mixup of similar pairs (toy)": "control",
@@ -111,8 +112,15 @@ def test_the_methods_and_what_the_paper_has_of_them() -> None:
     lade = methods["LADE"]["recipes"][1]
     assert (lade["name"], lade["copied"]) == ("cifar100-lt/lade", True)
     assert lade["cells"] == {"places-lt": 39.2, "inaturalist2018": 69.3}
+    for name, row in TABLE_2.items():
+        recipes = {recipe["name"].split("/")[0]: recipe for recipe in methods[name]["recipes"]}
+        for data, cell in zip(LARGE, row, strict=True):
+            assert (data in recipes) == (cell is not None), (name, data)
+            if cell is not None:
+                assert (recipes[data]["cells"], recipes[data]["copied"]) == ({data: cell}, name in COPIED)
     rows_of_ablations = [{"table3": a, "table4": b} for a, b in zip(TABLE_3, TABLE_4, strict=True)]
     assert [methods[name]["recipes"][0]["cells"] for name in ablations] == rows_of_ablations
+    assert [methods[name]["recipes"][1]["cells"] for name in ablations] == [{"table4": cell} for cell in TABLE_4]
     kinds = [KINDS.index(method["kind"]) for method in listed["methods"]]
     assert kinds == sorted(kinds)
 
@@ -126,7 +134,10 @@ def test_the_table_marks_what_was_copied() -> None:
     assert [line for line in lines if line.startswith("* copied")]
     assert [line for line in lines if line.startswith("CP-Mix  ")][1].split()[1:] == ["53.90", "42.30", "72.30"]
     assert [line for line in lines if line.startswith("LADE  ")][1].split()[1:] == ["39.20*", "69.30*"]
-    assert lines[-2] == "all but ablations and fixed-pairs (toy) stand for cifar10-lt too"
+    assert lines[-3:-1] == [
+        "all but ablations, cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
+        "with a number in the second table, for that data set too; ablations for imagenet-lt",
+    ]
 
 
 def test_every_recipe_of_cifar_says_what_it_is_about() -> None:

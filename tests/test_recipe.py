@@ -10,6 +10,9 @@ from cpmix_cli.recipe import check_request, load, recipe_names
 from cpmix_cli.terms import check_fits
 
 DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
+DATA += ("imagenet-lt", "places-lt", "inaturalist2018")
+SHAPES = {"toy": (2,), "image-folder": (64, 64, 3), **dict.fromkeys(DATA[6:], (256, 256, 3))}
+"""Of one sample; (32, 32, 3) of the rest."""
 
 
 def test_every_data_set_has_the_method_and_its_baselines() -> None:
@@ -21,7 +24,7 @@ def test_every_data_set_has_the_method_and_its_baselines() -> None:
 def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path: Path) -> None:
     for rho in (None, 10, 50, 100, 200):
         recipe = load(name, rho=rho)
-        check_fits(recipe, 4, {"toy": (2,), "image-folder": (64, 64, 3)}.get(name.split("/")[0], (32, 32, 3)))
+        check_fits(recipe, 4, SHAPES.get(name.split("/")[0], (32, 32, 3)))
         path = tmp_path / "resolved.toml"
         path.write_text(recipe.to_toml())
         assert load(str(path)) == recipe

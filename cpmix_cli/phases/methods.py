@@ -45,8 +45,8 @@ class Printed:
     """What CP-Mix's paper prints for the method of a recipe."""
 
     cells: dict[str, str]
-    """Accuracy by rho in Table 1, for its data set, or in Table 3, which is at rho 200. A recipe of CIFAR-100-LT has
-    those of the large data sets too: Table 2, or Table 4, which is on ImageNet-LT."""
+    """Accuracy by rho in Table 1, for its data set, or in Table 3, which is at rho 200; in Table 2 by data set, or in
+    Table 4, which is on ImageNet-LT. A recipe of CIFAR-100-LT has those of the large data sets too."""
     copied: bool
     """Its authors copied them from other papers."""
     note: str
@@ -88,7 +88,8 @@ def run() -> None:
         title="\non large data sets (Table 2; ablations: Table 4)",
         lines=[
             f"* {COPIED}",
-            "all but ablations and fixed-pairs (toy) stand for cifar10-lt too",
+            "all but ablations, cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
+            f"with a number in the second table, for that data set too; ablations for {LARGE[0]}",
             f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
         ],
     )
@@ -154,7 +155,7 @@ def printed(name: str) -> Printed:
             found = {
                 column.data.rpartition("-rho")[2] if key == "table1" else column.data if key == "table2" else key: cell
                 for column, cell in zip(TABLES[key].columns, row.cells, strict=True)
-                if cell and (column.family == family if key == "table1" else family == SHOWN)
+                if cell and family in ((column.family,) if key == "table1" else (column.family, SHOWN))
             }
             if row.recipe == method and found:
                 cells |= found
