@@ -180,7 +180,7 @@ def _checked_world_sizes(text: str) -> list[int]:
     from cpmix_cli.errors import UsageError
 
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and 0 < int(part) <= 1_000_000 for part in parts):
+    if not all(part.strip().isdecimal() and len(part) <= 8 and int(part) > 0 for part in parts):
         raise UsageError(f'--world-size "{text}": numbers of ranks, such as 1,8,64')
     return sorted({int(part) for part in parts})
 
@@ -656,22 +656,30 @@ def bench(
         str | None,
         typer.Option("--world-size", help="Project the recipe to so many ranks instead: 1,8,64.", metavar="N,N,..."),
     ] = None,
-    cores: Annotated[int, typer.Option(help="Cores that read for each rank, in that projection.", min=1, max=1024)] = 8,
+    cores: Annotated[
+        int | None,
+        typer.Option(help="Cores that read for each rank, in that projection. Default: 8.", min=1, max=1024),
+    ] = None,
     link: Annotated[
-        float, typer.Option(help="GB a second that a rank sends, in that projection.", min=0.001, max=10_000)
-    ] = 12.5,
+        float | None,
+        typer.Option(help="GB a second that a rank sends, in that projection. Default: 12.5.", min=0.001, max=10_000),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Training speed here, and what more GPUs would make of it."""
-    device = _checked_device(device)
-    _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
-    if world_size is not None:
-        sizes = _checked_world_sizes(world_size)
-        from cpmix_cli.phases import scale
+    from cpmix_cli.errors import UsageError
 
-        name = recipe or "imagenet-lt/cpmix"
-        scale.run(scale.Options(name, settings or [], epochs, data, device, sizes, cores, link))
-        return
+    device = _checked_device(device)
+    if world_size is None and (cores is not None or link is not None):
+        raise UsageError("--cores and --link are a projection's", fix="say for how many ranks: --world-size 1,8,64")
+    sizes = None if world_size is None else _checked_world_sizes(world_size)
+    _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
     from cpmix_cli.phases import bench as benching
 
-    benching.run(benching.Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds))
+    options = benching.Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds)
+    if sizes is None:
+        benching.run(options)
+    else:
+        from cpmix_cli.phases import scale as scaling
+
+        scaling.run(options, sizes, cores, link)

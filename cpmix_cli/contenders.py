@@ -1,4 +1,4 @@
-"""What `bench` times side by side: the loop of the released long-tail code, the network alone, and cpmix's own loop.
+"""What `bench` times: the loop of the released long-tail code, cpmix's own, and parts of it alone.
 
 A contender takes steps and counts the images that pass through the network, each once. All train the same network on
 the same images, at a rate too small to matter.
@@ -10,15 +10,19 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from cpmix_cli.data.batches import Batches
+from cpmix_cli.data.stream import Reader
 from cpmix_cli.engine import epoch_steps, synchronize
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import Data
@@ -99,9 +103,10 @@ class NetworkAlone(Contender):
         data: the training images.
         plan: mode, precision, and how many images go through each forward.
         state: network and optimizer.
+        record: False for no graph, as several ranks have it.
     """
 
-    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
+    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState, *, record: bool = True) -> None:
         super().__init__(data.labels.device)
         self._precision = plan.precision
         self._state = state
@@ -112,7 +117,7 @@ class NetworkAlone(Contender):
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
         self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
-        self._step = Replayed(self._run, self.device)
+        self._step = Replayed(self._run, self.device, record=record)
 
     def _run(self, key: int) -> None:
         losses = []
@@ -278,3 +283,49 @@ class ReferenceLoop(Contender):
             self._optimizer.step()
             images += len(x)
         return images
+
+
+class AugmentingAlone(Contender):
+    """Batches of resident images, augmented and then not used.
+
+    Args:
+        batches: of them.
+        device: where inputs come out.
+        num_images: N.
+        batch_size: B.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
+        super().__init__(device)
+        self._batches = batches
+        generator = torch.Generator().manual_seed(0)
+        self._indices = torch.randint(num_images, (batch_size,), generator=generator).to(device)
+        shape = (batch_size, batches.num_uniforms)
+        self._uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(device)
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._batches.batch(self._indices, self._uniforms)
+        return num_steps * len(self._indices)
+
+
+class ReadingAlone(Contender):
+    """Images that a reader gives, one at a time, in one thread; a step is one image.
+
+    Args:
+        reader: from where.
+        indices: which, in turn.
+        num_uniforms: that decide what is seen of an image.
+    """
+
+    def __init__(self, reader: Reader, indices: Sequence[int], num_uniforms: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._reader = reader
+        self._indices = cycle(indices)
+        self._uniforms = cycle(np.random.default_rng(0).random((97, num_uniforms)))  # not in step with the indices
+        self._into = np.empty(reader.shape, dtype=np.uint8)
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._reader.read(next(self._indices), next(self._uniforms), self._into)
+        return num_steps

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,8 +33,9 @@ from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.plans import Setting, prepared
 from cpmix_cli.randomness import torch_generator
+from cpmix_cli.recipe import Recipe
 from cpmix_cli.runs import PHASES
-from cpmix_cli.step import TrainingData
+from cpmix_cli.step import Plan, TrainingData
 from cpmix_cli.terms import check_fits, compile_stage
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
@@ -91,10 +92,7 @@ def run(options: Options) -> None:
     memory = Memory(device)
     dataset = training_set(options.data, options.data_root)
     name = options.recipe or dataset.record["recipe"]
-    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
-    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    if any(term.taught for term in compile_stage(recipe.stage1)):
-        raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
+    recipe = recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
     setting = Setting(recipe, dataset, device, precision, {})
@@ -156,10 +154,6 @@ def run(options: Options) -> None:
     epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
     projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
-    extra = {
-        "the matching of partners": any(term.matched for plan in plans.values() for term in plan.terms),
-        "the predictions on another split after each epoch": recipe.confusion.source != "train",
-    }
     fields: dict[str, Any] = {
         "command": "bench",
         "recipe": name,
@@ -191,12 +185,34 @@ def run(options: Options) -> None:
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
         "projected_seconds": projected | {"total": sum(projected.values())},
-        "not_projected": [what for what, there in extra.items() if there],
+        "not_projected": not_projected(recipe, plans.values()),
         "gpu_hours": hours if device.type == "cuda" else 0.0,
         "start_up_seconds": start_up,
         "pairs": costs,
     }
     report(fields, phases, timings, network, epochs)
+
+
+def recipe_for(dataset: Dataset, name: str, options: Options) -> Recipe:
+    """The recipe of that name as the flags change it.
+
+    Raises:
+        UsageError: its faults, or it does not fit the data set, or wants a teacher.
+    """
+    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    if any(term.taught for term in compile_stage(recipe.stage1)):
+        raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
+    return recipe
+
+
+def not_projected(recipe: Recipe, plans: Iterable[Plan]) -> list[str]:
+    """What a recipe also takes time for, and nothing here times."""
+    extra = {
+        "the matching of partners": any(term.matched for plan in plans for term in plan.terms),
+        "the predictions on another split after each epoch": recipe.confusion.source != "train",
+    }
+    return [what for what, there in extra.items() if there]
 
 
 def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
