@@ -646,7 +646,12 @@ def bench(
     settings: Set = None,
     epochs: Epochs = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Data set folder. Default: random images like CIFAR-100-LT's.")
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Data set folder. Default: random images like CIFAR-100-LT's; for a projection as many as the recipe's "
+            "published set has.",
+        ),
     ] = None,
     data_root: Images = None,
     device: Device = "auto",

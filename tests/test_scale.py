@@ -142,7 +142,7 @@ augment = "resized-crop-flip"
 crop = 64
 normalisation = "imagenet"
 [model]
-name = "resnet20"
+name = "resnet8"
 precision = "fp32"
 [optimizer]
 batch_size = 32
@@ -217,14 +217,16 @@ def test_a_published_set_as_json(recipe: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_tables_keep_measured_assumed_and_projected_apart(recipe: Path) -> None:
-    told = must("bench", "--recipe", recipe, *QUICK, "--world-size", "1,8", "--epochs", 2).stdout.splitlines()
+    flags = ("--world-size", "1,8", "--epochs", 2, "--set", "model.sync_batchnorm=true")
+    told = must("bench", "--recipe", recipe, *QUICK, *flags).stdout.replace(str(recipe), "own").splitlines()
     starts = [i for i, line in enumerate(told) if re.match("measured here: |assumed: |projected, not measured: ", line)]
     assert [told[i].split(":")[0] for i in starts] == ["measured here", "assumed", "projected, not measured"]
     assert "8 cores of each rank" in told[starts[1]] and "12.5 GB/s" in told[starts[1]]
     assert max(map(len, told)) <= 130
     rows = {tuple(line.split()[:3]) for line in told[starts[2] :]}
     assert {(w, kept, p) for w in ("1", "8") for kept in ("shards", "files") for p in PHASES} <= rows
-    assert told[-1] == "not projected: evaluations, checkpoints, start-up"
+    assert told[-1] == "not projected: SyncBatchNorm's own messages, evaluations, checkpoints, start-up"
+    assert "projected, not measured: own on 62,500 images in 365 classes (published)" in told
 
 
 def test_a_data_set_in_its_own_files(recipe: Path, tmp_path: Path) -> None:
