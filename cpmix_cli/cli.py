@@ -649,8 +649,8 @@ def bench(
         Path | None,
         typer.Option(
             "--data",
-            help="Data set folder. Default: random images like CIFAR-100-LT's; for a projection as many as the recipe's "
-            "published set has.",
+            help="Data set folder. Default: random images like CIFAR-100-LT's; for a projection as many as "
+            "the recipe's published set has.",
         ),
     ] = None,
     data_root: Images = None,

@@ -253,11 +253,11 @@ def run(options: bench.Options, sizes: list[int], cores: int | None, link: float
     precision = hardware.resolve_precision(recipe.model.precision, device)
     setting = Setting(recipe, dataset, device, precision, {})
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
-    batch_size = min(recipe.optimizer.batch_size, recipe.finetune.batch_size if recipe.finetune else math.inf)
-    if sizes[-1] > (most := min(int(batch_size), num_images)):
+    batches = [recipe.optimizer.batch_size, *([recipe.finetune.batch_size] if recipe.finetune else [])]
+    if sizes[-1] > (most := min(num_images, *batches)):
         raise UsageError(
             f"--world-size {sizes[-1]}: a batch of {name} has {most} images, not one for each rank",
-            fix="fewer ranks, or a larger optimizer.batch_size",
+            fix="give fewer ranks, or a larger optimizer.batch_size and finetune.batch_size",
         )
     assumed = Assumed(cores or CORES, link or LINK)
     console.note(
