@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     routers: "Routers | None"
     """Of several experts: which images want the next one; see add_routers()."""
     frozen: tuple[str, ...]
-    """Prefixes of what is never trained; see build_model()."""
+    """Modules that are never trained; see within()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
         """As any module's, but that what is frozen stays in eval mode: its batch norm keeps its statistics."""
         super().train(mode)
         for name, module in self.named_modules():
-            if self.frozen and name.startswith(self.frozen):
+            if within(name, self.frozen):
                 module.training = False
         return self
 
@@ -79,6 +79,11 @@ class Classifier(nn.Module):
             assert isinstance(head, nn.Linear)
             made.append(make(head))
         self.head = ExpertHeads(made) if isinstance(self.head, ExpertHeads) else made[0]
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter or module is one of these, or lies in one: layer3.1 holds layer3.1.conv1, not layer3.10."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 class ExpertHeads(nn.ModuleList):
@@ -582,7 +587,7 @@ def build_model(
         add_routers(model, num_classes, router_top, generator)
     model.frozen = tuple(recipe.frozen)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = not (recipe.frozen and name.startswith(model.frozen))
+        parameter.requires_grad = not within(name, model.frozen)
     return model
 
 

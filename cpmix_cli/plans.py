@@ -9,7 +9,7 @@ import torch
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.engine import make_optimizer
 from cpmix_cli.ensembles import target_classes
-from cpmix_cli.models import add_routers, add_scale, build_model, initialise
+from cpmix_cli.models import add_routers, add_scale, build_model, initialise, within
 from cpmix_cli.randomness import torch_generator
 from cpmix_cli.recipe import Optimizer, ParameterGroup, Recipe, Schedule
 from cpmix_cli.schedule import learning_rate
@@ -88,9 +88,7 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
         generator = torch_generator(recipe.seed, "finetune", "routers")
         add_routers(state.model, setting.dataset.num_classes, table.router_top, generator)
     for name, parameter in state.model.named_parameters():
-        parameter.requires_grad = name.startswith(tuple(table.train)) and not name.startswith(
-            state.model.frozen or "\0"
-        )
+        parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
     optimizer = Optimizer(
         lr=table.lr,
         momentum=table.momentum,

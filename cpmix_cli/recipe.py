@@ -119,7 +119,7 @@ class Model(Table):
     of its sha256 (torchvision's resnet152-394f9c45.pth): `train-stage1 --init` gives it, as import-weights made it. "":
     from fresh weights, or any that --init names."""
     frozen: list[str] = []
-    """Parameter-name prefixes that no phase trains; batch norm there keeps its statistics."""
+    """Modules that no phase trains, by name (layer1, layer4.0); batch norm there keeps its statistics."""
     sync_batchnorm: bool = False
     """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
 

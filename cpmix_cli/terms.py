@@ -20,7 +20,7 @@ from cpmix_cli.data.batches import PUBLISHED, ClassPool
 from cpmix_cli.errors import EnvironmentFault, UsageError
 from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
-from cpmix_cli.models import MODELS
+from cpmix_cli.models import MODELS, within
 from cpmix_cli.randomness import stream
 from cpmix_cli.recipe import Recipe, Stage
 from cpmix_cli.recipe import Term as TermRecipe
@@ -384,7 +384,7 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
     try:
         with torch.device("meta"):
             network = MODELS[recipe.model.name](num_classes, recipe.data.input_shape(shape), recipe.model)
-        faults += _prefix_faults(recipe, [name for name, _ in network.named_parameters()])
+        faults += _name_faults(recipe, [name for name, _ in network.named_parameters()])
     except ValueError as fault:
         faults.append(f'model.name = "{recipe.model.name}": {fault}')
     if recipe.data.crop and len(shape) != 3:
@@ -415,19 +415,32 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
         raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
 
 
-def _prefix_faults(recipe: Recipe, names: list[str]) -> list[str]:
-    """Prefixes in a recipe that no parameter starts with; `names` are those with a linear head."""
+def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
+    """Prefixes in a recipe that no parameter starts with, modules that are not there, and phases that are left nothing
+    to train; `names` are the parameters with a linear head.
+    """
     heads = [name for name in names if name.startswith("head.")]
     if recipe.model.head == "cosine":
         names = [name for name in names if name not in heads or not name.endswith("bias")]
     wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
-    wanted += [("model.frozen", prefix, names) for prefix in recipe.model.frozen]
+    frozen = recipe.model.frozen
+    trained = {"model.frozen": [name for name in names if not within(name, frozen)]}
     if (finetune := recipe.finetune) is not None:
         scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
         own = names + {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])
         wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
         wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
-    return [
+        matched = [name for name in own if name.startswith(tuple(finetune.train))]
+        if matched:
+            trained["finetune.train"] = [name for name in matched if not within(name, frozen)]
+    modules = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+    faults = [
+        f'model.frozen: the network has no "{module}", but {modules} and what lies in them'
+        for module in frozen
+        if not any(within(name, [module]) for name in names)
+    ]
+    faults += [f"{key}: all of it is frozen, nothing is left to train" for key, left in trained.items() if not left]
+    return faults + [
         f'{key}: no parameter of the network starts with "{prefix}"; some are {", ".join(known[:1] + known[-2:])}'
         for key, prefix, known in wanted
         if not any(name.startswith(prefix) for name in known)

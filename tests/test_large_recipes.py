@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import cpmix, must
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_weights import save
 
-from cpmix_cli.errors import InputError
+from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import MODELS, build_model, take_over
 from cpmix_cli.paper import TABLES
 from cpmix_cli.phases.compare import places
@@ -430,6 +430,41 @@ def test_what_is_frozen_stays_through_all_phases(photos: Path, published: Path, 
         before |= {n: after[n] for n in moved}
 
 
+@pytest.mark.parametrize(
+    ("name", "frozen", "message"),
+    [
+        ("cpmix", ["layer"], 'the network has no "layer", but conv1, bn1, layer1, layer2, layer3, layer4, head'),
+        ("cpmix", [""], 'the network has no "", but conv1'),
+        ("cpmix", [*LAST_BLOCK[:5], "layer4", "head"], "model.frozen: all of it is frozen, nothing is left to train"),
+        ("cpmix", ["head"], "finetune.train: all of it is frozen, nothing is left to train"),
+        ("ride", ["layer1"], 'the network has no "layer1", but shared, experts, head'),
+    ],
+)
+def test_what_is_frozen_is_there_and_leaves_something(name: str, frozen: list[str], message: str) -> None:
+    recipe = load(f"imagenet-lt/{name}", settings=[f"model.frozen={frozen}"])
+    with pytest.raises(UsageError) as fault:
+        check_fits(recipe, 1000, (224, 224, 3))
+    assert message in str(fault.value)
+    assert "1 fault:" in str(fault.value) or "all of it" in message
+
+
+def test_a_frozen_module_is_not_its_namesakes() -> None:
+    """layer3.1 of ResNet-101 is neither layer3.10 nor layer3.19."""
+    with torch.device("meta"):
+        network = MODELS["resnet101"](5, (64, 64, 3), Model(name="resnet101"))
+    network.frozen = ("layer3.1", "bn1")
+    network.train()
+    still = {name for name, module in network.named_modules() if not module.training}
+    assert {name.partition(".")[0] for name in still} == {"layer3", "bn1"}
+    assert all(name == "bn1" or name.split(".")[1] == "1" for name in still)
+    recipe = Model(name="resnet10", frozen=["layer1.0.conv1", "head.bias"])
+    small = build_model(recipe, 5, (64, 64, 3), torch.Generator().manual_seed(0))
+    assert {name for name, p in small.named_parameters() if not p.requires_grad} == {
+        "layer1.0.conv1.weight",
+        "head.bias",
+    }
+
+
 def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp_path: Path) -> None:
     name = published.with_suffix(".pth").name
     run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]
@@ -444,6 +479,17 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
     assert result.code == 3
     assert f'{other} was made from {other.stem}.pth; the recipe has model.init = "{name}"' in result.stderr
     assert "or take any weights with --set model.init=" in result.stderr
+    result = cpmix(*wanted, "--init", published.with_suffix(".pth"))
+    assert result.code == 3
+    assert "is a PyTorch checkpoint" in result.stderr
+    assert f"cpmix import-weights {published.with_suffix('.pth')} --sha256 {name[9:17]}\n" in result.stderr
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    result = cpmix(*wanted, "--init", tmp_path / "foreign.safetensors")
+    assert result.code == 3
+    assert "foreign.safetensors does not say what it was made from; the recipe has model.init" in result.stderr
+    result = cpmix(*wanted, "--init", tmp_path)
+    assert result.code == 3
+    assert f"cannot read {tmp_path}" in result.stderr
     assert must(*wanted, "--init", published, "--json").json["status"] == "dry run"
     assert must(*run, "--set", "model.init=", "--init", other, "--json").json["status"] == "dry run"
     assert must(*run, "--json").json["status"] == "dry run"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cpmix_cli.models import BasicBlock, build_model
+from cpmix_cli.models import BasicBlock, CosineHead, build_model
 from cpmix_cli.recipe import Model
 
 
@@ -48,3 +48,50 @@ def test_weights_are_kaiming_normal_and_come_from_the_generator() -> None:
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert first["head.weight"].std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
     assert first["head.bias"].abs().max() <= 64**-0.5
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50"])
+def test_imagenet_s_networks_take_any_image_of_more_than_32_pixels(name: str) -> None:
+    width = 512 if name in ("resnet10", "resnet18") else 2048
+    for side in (33, 64, 225):
+        with torch.device("meta"):
+            model = build_model(Model(name=name), 7, (side, side + 1, 3), torch.Generator())
+            assert model.features(torch.zeros(2, 3, side, side + 1)).shape == (2, width)
+    with pytest.raises(ValueError, match="more than 32 x 32 pixels"):
+        build_model(Model(name=name), 7, (32, 64, 3), torch.Generator())
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnext50"])
+def test_they_train_on_one_image_of_33_pixels_under_a_cosine_head(name: str, generator: torch.Generator) -> None:
+    model = build_model(Model(name=name, head="cosine", head_scale=5.0), 7, (33, 33, 3), generator).train()
+    logits = model(torch.randn(1, 3, 33, 33, generator=generator))
+    assert isinstance(model.head, CosineHead)
+    assert logits.shape == (1, 7)
+    assert logits.abs().max() <= 5
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_resnext_has_no_experts() -> None:
+    with pytest.raises(
+        ValueError, match=r"model\.experts = 3: the groups of its convolutions have no narrower version"
+    ):
+        build_model(Model(name="resnext50", experts=3), 7, (64, 64, 3), torch.Generator())
+
+
+def test_resnet10_is_resnet18_with_one_block_a_stage(generator: torch.Generator) -> None:
+    """Stem, BN 9,408 + 128; blocks 73,984, 230,144, 919,040 and 3,673,088; head 512 x 10 + 10."""
+    model = build_model(Model(name="resnet10"), 10, (64, 64, 3), generator)
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + parameter.numel()
+    assert sizes == {
+        "conv1": 64 * 3 * 7 * 7,
+        "bn1": 2 * 64,
+        "layer1": 2 * (64 * 64 * 9 + 2 * 64),
+        "layer2": 128 * 64 * 9 + 128 * 128 * 9 + 128 * 64 + 3 * 2 * 128,
+        "layer3": 256 * 128 * 9 + 256 * 256 * 9 + 256 * 128 + 3 * 2 * 256,
+        "layer4": 512 * 256 * 9 + 512 * 512 * 9 + 512 * 256 + 3 * 2 * 512,
+        "head": 512 * 10 + 10,
+    }

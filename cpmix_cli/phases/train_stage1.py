@@ -54,16 +54,22 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
 
 
 def check_init(recipe: recipes.Recipe, init: Path | None) -> None:
-    """A recipe that starts from published weights is given these, and not others.
+    """Weights come as safetensors; a recipe that starts from published ones is given these, and not others.
 
     Raises:
         UsageError: it is given none.
-        InputError: they are others, or nobody knows.
+        InputError: they are a PyTorch checkpoint, are others, or nobody knows.
     """
     wanted = recipe.model.init
+    sha = re.split(r"[-.]", wanted)[-2] if wanted else "HASH"
+    if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
+        raise InputError(
+            f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
+            needed_by="--init",
+            fix=f"cpmix import-weights {init} --sha256 {sha}",
+        )
     if not wanted:
         return
-    sha = re.split(r"[-.]", wanted)[-2]
     made = Path(wanted).with_suffix(".safetensors")
     fix = (
         f"fetch {wanted} from where it was published (torchvision's: https://download.pytorch.org/models/{wanted}), "
@@ -71,10 +77,10 @@ def check_init(recipe: recipes.Recipe, init: Path | None) -> None:
     )
     if init is None:
         raise UsageError(f'model.init = "{wanted}": the recipe starts from these weights', needed_by="--init", fix=fix)
-    metadata = artifacts.read_header(init)[1] if init.suffix == ".safetensors" else None
-    found = metadata.get("sha256") if isinstance(metadata, dict) else None
-    if not isinstance(found, str) or not found.startswith(sha):
-        of = f"was made from {metadata['file']}" if found and isinstance(metadata, dict) else "does not say what of"
+    metadata = artifacts.read_header(init)[1]
+    made_from = metadata if isinstance(metadata, dict) else {}
+    if not str(made_from.get("sha256", "")).startswith(sha):
+        of = f"was made from {made_from['file']}" if "file" in made_from else "does not say what it was made from"
         raise InputError(
             f'{init} {of}; the recipe has model.init = "{wanted}"',
             needed_by="--init",
@@ -145,12 +151,6 @@ def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
     Raises:
         InputError: it is not a safetensors file, or was changed in between.
     """
-    if path.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
-        raise InputError(
-            f"{path} is a PyTorch checkpoint; cpmix trains from safetensors alone",
-            needed_by="--init",
-            fix=f"cpmix import-weights {path} --sha256 HASH",
-        )
     tensors, metadata = artifacts.read_tensors(path, sha)
     if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
         artifacts.check_seal(path, metadata, tensors)
