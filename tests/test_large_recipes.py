@@ -15,13 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_weights import save
 
+from cpmix_cli import artifacts
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import MODELS, build_model, take_over
 from cpmix_cli.paper import TABLES
 from cpmix_cli.phases.compare import places
+from cpmix_cli.phases.import_weights import PUBLISHED
 from cpmix_cli.phases.measured import Measured, Row, evaluations_of
 from cpmix_cli.phases.methods import recognised
 from cpmix_cli.phases.recipes import image_passes
+from cpmix_cli.phases.train_stage1 import check_init
 from cpmix_cli.recipe import Model, changed, find_recipe, load, recipe_names
 from cpmix_cli.schedule import learning_rate
 from cpmix_cli.terms import check_fits
@@ -95,6 +98,26 @@ def test_torchvision_has_the_weights_by_these_names() -> None:
         ("resnet50-0676ba61.pth", models.ResNet50_Weights.IMAGENET1K_V1.url),
     ]:
         assert url == f"https://download.pytorch.org/models/{name}"
+        assert re.fullmatch(r"[0-9a-f]{64}", PUBLISHED[name])
+        assert PUBLISHED[name].startswith(name[-12:-4])
+
+
+def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None:
+    """Eight equal digits are not enough of a file whose 64 are known."""
+    recipe = load("places-lt/cpmix")
+    tensors = {"conv1.weight": torch.zeros(1)}
+    whole = PUBLISHED["resnet152-394f9c45.pth"]
+    for sha, fits in ((whole, True), ("394f9c45" + 56 * "0", False), (whole[:-1] + "9", False)):
+        origin = {"file": "resnet152-394f9c45.pth", "sha256": sha}
+        path = tmp_path / "w.safetensors"
+        path.write_bytes(artifacts.tensor_bytes(tensors, artifacts.sealed_metadata(tensors, origin)))
+        if fits:
+            check_init(recipe, path)
+        else:
+            with pytest.raises(
+                InputError, match=rf"was made from resnet152-394f9c45\.pth, sha256 {sha}; .* sha256 {whole}"
+            ):
+                check_init(recipe, path)
 
 
 # -- published settings ------------------------------------------------------------------------------------------------
@@ -477,7 +500,10 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
     other = imported(tmp_path / "other", seed=1)
     result = cpmix(*wanted, "--init", other)
     assert result.code == 3
-    assert f'{other} was made from {other.stem}.pth; the recipe has model.init = "{name}"' in result.stderr
+    assert re.search(
+        rf"{other} was made from {other.stem}\.pth, sha256 {other.stem[9:]}[0-9a-f]{{56}}; ", result.stderr
+    )
+    assert f'the recipe has model.init = "{name}", sha256 {name[9:17]}\n' in result.stderr
     assert "or take any weights with --set model.init=" in result.stderr
     result = cpmix(*wanted, "--init", published.with_suffix(".pth"))
     assert result.code == 3
@@ -501,7 +527,8 @@ def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> 
     result = cpmix("train-stage1", "--data", photos, "--recipe", "places-lt/cpmix", *flags, "--out", tmp_path / "r")
     assert result.code == 2
     assert "https://download.pytorch.org/models/resnet152-394f9c45.pth" in result.stderr
-    assert "cpmix import-weights resnet152-394f9c45.pth --sha256 394f9c45" in result.stderr
+    sha = PUBLISHED["resnet152-394f9c45.pth"]
+    assert f"cpmix import-weights resnet152-394f9c45.pth --sha256 {sha}, and give" in result.stderr
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3])

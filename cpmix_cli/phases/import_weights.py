@@ -21,6 +21,12 @@ WRAPPERS = ("state_dict", "model", "state_dict_ema")
 """Keys under which training scripts keep the weights beside an epoch count and an optimizer."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
+PUBLISHED = {
+    "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+    "resnet152-394f9c45.pth": "394f9c45966e3651a89bbb78a48410a6755854ce4a5ab64927cf1c7247f85e58",
+}
+"""sha256 of torchvision's files that recipes name: its IMAGENET1K_V1 of ResNet-50 and -152. It publishes the first 8
+digits, in the names; the others are as several projects that download these files have pinned them."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.errors import InputError, UsageError
 from cpmix_cli.models import take_over
 from cpmix_cli.phases.evaluate import read_model
+from cpmix_cli.phases.import_weights import PUBLISHED
 from cpmix_cli.phases.training import Options, train
 from cpmix_cli.plans import Setting, fresh_state, stage_plan
 from cpmix_cli.runs import PhaseFolder
@@ -61,7 +62,7 @@ def check_init(recipe: recipes.Recipe, init: Path | None) -> None:
         InputError: they are a PyTorch checkpoint, are others, or nobody knows.
     """
     wanted = recipe.model.init
-    sha = re.split(r"[-.]", wanted)[-2] if wanted else "HASH"
+    sha = PUBLISHED.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
     if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
         raise InputError(
             f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
@@ -78,11 +79,12 @@ def check_init(recipe: recipes.Recipe, init: Path | None) -> None:
     if init is None:
         raise UsageError(f'model.init = "{wanted}": the recipe starts from these weights', needed_by="--init", fix=fix)
     metadata = artifacts.read_header(init)[1]
-    made_from = metadata if isinstance(metadata, dict) else {}
-    if not str(made_from.get("sha256", "")).startswith(sha):
-        of = f"was made from {made_from['file']}" if "file" in made_from else "does not say what it was made from"
+    origin = metadata if isinstance(metadata, dict) else {}
+    name, found = (str(origin.get(key, "")) for key in ("file", "sha256"))
+    if not found.startswith(sha):
+        of = f"was made from {name}, sha256 {found}" if found else "does not say what it was made from"
         raise InputError(
-            f'{init} {of}; the recipe has model.init = "{wanted}"',
+            f'{init} {of}; the recipe has model.init = "{wanted}", sha256 {sha}',
             needed_by="--init",
             fix=f"{fix}; or take any weights with --set model.init=",
         )
