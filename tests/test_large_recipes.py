@@ -518,7 +518,11 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
     assert f"cannot read {tmp_path}" in result.stderr
     assert must(*wanted, "--init", published, "--json").json["status"] == "dry run"
     assert must(*run, "--set", "model.init=", "--init", other, "--json").json["status"] == "dry run"
-    assert must(*run, "--json").json["status"] == "dry run"
+    random = must(*run, "--json")
+    assert random.json["status"] == "dry run"
+    said = "without --init, conv1, bn1, layer1, layer2, layer3 stay at random weights (model.frozen)"
+    assert random.stderr.count(said) == 1
+    assert "random weights" not in must(*wanted, "--init", published).stderr
     assert not (tmp_path / "run").exists()
 
 

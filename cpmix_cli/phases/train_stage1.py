@@ -138,6 +138,9 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) ->
     if init is not None:
         taken = take_over(state.model, read_weights(init, setting.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
+    elif state.model.frozen:
+        # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
+        console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
     plan = stage_plan(setting, "stage1")
     if teacher is not None:
         # As it was trained: what its [evaluation] does to weights is for its own evaluations.
