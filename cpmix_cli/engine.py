@@ -215,6 +215,7 @@ def fit(
     state.model.train(plan.train_mode)
     try:
         with signals.in_loop(), own_stream(device):
+            here.largest(0)  # from here on whoever is missed is missed in the middle of a step
             step = Step(plan, data, state)
             view = LiveView(plan, data, state, step, class_names) if progress.has_view else None
             if view:
@@ -228,7 +229,6 @@ def fit(
                         _check_finite(plan, state, steps)
                         state.sums[-2] += time.perf_counter() - started
                         _publish(publish, plan, state)
-                        here.largest(0)  # nobody leaves before it is saved: srun ends a step with its first failure
                         raise _interrupted(plan, state)
                 state.sums[-2] += time.perf_counter() - started
                 row = _metrics_row(plan, state, len(data.labels))
@@ -247,10 +247,8 @@ def fit(
                 if last or stop or state.epoch % checkpoint_every == 0:
                     _publish(publish, plan, state)
                 if stop:
-                    here.largest(0)
                     raise _interrupted(plan, state)
                 if last:
-                    here.largest(0)
                     return step.capture_seconds
                 state.epoch, state.step = state.epoch + 1, 0
     finally:
@@ -276,6 +274,8 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
     while state.step < num_steps:
         step(state.step)
         state.step += 1
+        if state.step == num_steps:
+            ranks.current().largest(0)  # whoever is gone is missed here, and not waited for on the device
         if reads_each or state.step == num_steps:
             before = _check_finite(plan, state, num_steps, before if reads_each else None)
         if state.step == num_steps:
@@ -343,8 +343,10 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
         Diverged: it is not.
     """
     _check_weights(plan, state)
-    if ranks.current().first:
+    here = ranks.current()
+    if here.first:
         publish()
+    here.largest(0)  # nobody leaves before it is saved: srun may end a step with its first failure
 
 
 def _check_weights(plan: Plan, state: TrainingState) -> None:

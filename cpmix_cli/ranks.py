@@ -8,6 +8,7 @@ can tell the others in the middle of anything. No pickle goes over either.
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpmix_cli import console, signals
-from cpmix_cli.errors import EXIT_INTERRUPTED, CpmixError, EnvironmentFault
+from cpmix_cli.errors import EXIT_BUG, EXIT_INTERRUPTED, CpmixError, EnvironmentFault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,8 @@ JOIN_SECONDS = 300.0
 """Until all ranks have to be there."""
 WAIT = timedelta(hours=1)
 """For the slowest rank: the first one also writes checkpoints."""
-LAST_WORD = timedelta(seconds=10)
+LAST_WORD = timedelta(seconds=5)
+SURVEY_SECONDS = 2.0
 ENDED = 1000
 """Words from here on say that a rank ends; below are signals and answers."""
 
@@ -188,27 +190,34 @@ def together() -> Iterator[None]:
     store = _join(place)
     _current = place
     console.mute(not place.first)
+    done = False
     try:
-        yield
+        try:
+            yield
+        except OSError as fault:  # of one machine's file system, maybe
+            what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
+            raise EnvironmentFault(f"{what}{fault.strerror or fault}") from fault
+        done = True
     except CpmixError as fault:
-        if not _is_mine_to_say(place, fault.exit_code):
+        if not _is_mine_to_say(store, place, fault.exit_code):
             raise Left(fault.exit_code) from fault
         if not place.first:
             fault.message = f"rank {place.rank}: {fault.message}"
         console.mute(False)
         raise
     except signals.Stopped as stop:
-        if not _is_mine_to_say(place, int(str(stop.code))):
+        if not _is_mine_to_say(store, place, int(str(stop.code))):
             raise Left(stop.code) from stop
         console.mute(False)
         raise
-    except RuntimeError as fault:
+    except Exception as fault:
         if not _is_of_a_lost_rank(fault):
+            _is_mine_to_say(store, place, EXIT_BUG)  # Python says it at each
             raise
         _end_without(store, place, fault)
     finally:
         _current = Ranks()
-        _leave()
+        _leave(abort=not done)
 
 
 def _join(place: Ranks) -> Any:
@@ -245,6 +254,7 @@ def _join(place: Ranks) -> Any:
             if host == socket.gethostname():
                 _neighbours[rank] = int(process)
     except RuntimeError as fault:
+        console.mute(False)  # the first may be the one that did not come
         raise EnvironmentFault(
             f"rank {place.rank} of {place.size} does not meet the others at {host}:{port}: {_first_line(fault)}",
             fix="look why another rank did not start; or choose the place with MASTER_ADDR and MASTER_PORT",
@@ -263,23 +273,27 @@ def _tell(number: int, limit: timedelta) -> int:
     return int(told)
 
 
-def _is_mine_to_say(place: Ranks, code: int) -> bool:
+def _is_mine_to_say(store: Any, place: Ranks, code: int) -> bool:
     """Tell the others that this rank ends, and with what; of several that end at once the lowest speaks."""
+    with suppress(RuntimeError):
+        store.set("ended", str(code))  # for those who are in the middle of something else
     word = ENDED + code * place.size + place.size - 1 - place.rank
-    with suppress(RuntimeError):  # they are in the middle of something else, and will miss this rank there
+    with suppress(RuntimeError):  # they will miss this rank where they are
         return _tell(word, LAST_WORD) == word
     return True
 
 
-def _is_of_a_lost_rank(fault: RuntimeError) -> bool:
+def _is_of_a_lost_rank(fault: Exception) -> bool:
     import torch.distributed as dist
 
+    if not isinstance(fault, RuntimeError):
+        return False
     words = ("gloo", "nccl", "connection", "socket", "timed out")
     return isinstance(fault, dist.DistError) or any(word in str(fault).lower() for word in words)
 
 
-def _end_without(store: Any, place: Ranks, fault: RuntimeError) -> None:
-    """A rank is gone: say which, once, and end.
+def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
+    """A rank is gone: say which, once, and end; nothing where it said why itself.
 
     Raises:
         EnvironmentFault: at the rank that speaks.
@@ -291,11 +305,17 @@ def _end_without(store: Any, place: Ranks, fault: RuntimeError) -> None:
         raise Left(EXIT_INTERRUPTED) from fault
     speaker = 1
     with suppress(RuntimeError):  # the first rank kept the store, and is gone
+        if store.check(["ended"]):
+            raise Left(int(store.get("ended"))) from fault
         speaker = int(store.compare_set("speaker", "", str(place.rank)))
     if place.rank != speaker:
         raise Left(EnvironmentFault.exit_code) from fault
-    gone = [str(rank) for rank, process in _neighbours.items() if not _is_alive(process)]
-    which = f"rank {', '.join(gone)}" if gone else "a rank on another machine"
+    until = time.monotonic() + SURVEY_SECONDS  # a process that is killed closes its sockets a moment before it is gone
+    while not (gone := [str(rank) for rank, process in _neighbours.items() if not _is_alive(process)]):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    which = f"rank {', '.join(gone)}" if gone else "a rank"
     console.mute(False)
     lost = EnvironmentFault(
         f"{which} of {place.size} is gone (killed, out of memory, or for the reason given above), and the others "
@@ -317,11 +337,20 @@ def _is_alive(process: int) -> bool:
     return state not in "ZX"
 
 
-def _leave() -> None:
+def _leave(*, abort: bool) -> None:
+    """Close what the ranks share.
+
+    Args:
+        abort: ranks may be missing: NCCL's kernels, which would wait for them, are ended.
+    """
+    import torch
     import torch.distributed as dist
 
-    with suppress(RuntimeError):
-        dist.destroy_process_group()
+    with suppress(RuntimeError, ValueError):
+        if abort and torch.cuda.is_available():
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 def _first_line(fault: Exception) -> str:

@@ -18,6 +18,7 @@ TWICE_SECONDS = 1.0
 
 _pending: signal.Signals | None = None
 _since = 0.0
+_adopted = False
 _in_loop = False
 _has_state = False
 
@@ -45,7 +46,10 @@ def state_is_saved() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _pending, _since
+    global _pending, _since, _adopted
+    if _adopted:  # this rank's own copy of what the ranks agreed on
+        _adopted, _since = False, time.monotonic()
+        return
     code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
     if number == _pending == signal.SIGTERM and time.monotonic() - _since < TWICE_SECONDS:
         return  # Slurm and torchrun each hand it on
@@ -65,9 +69,9 @@ def adopt(number: int) -> bool:
     """Take over the signal that the ranks agreed on, a number or 0; whether there is one. What comes to this rank after
     it gave its own number waits for the next time.
     """
-    global _pending
+    global _pending, _adopted
     if _pending is None and number:
-        _pending = signal.Signals(number)
+        _pending, _adopted = signal.Signals(number), True
     return number > 0
 
 

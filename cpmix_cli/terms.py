@@ -92,6 +92,8 @@ class TermBatch:
     """1 in epochs whose class weights count, else 0; [1] float64. None where there are none."""
     weights: Tensor | None = None
     """Part.weights()."""
+    mean_weights: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Mean class weight of y1 and of y2 over the whole batch; None where the part is all of it."""
     teacher: Tensor | None = None
     """The teacher's logits [P, C] on x; None where the term has none."""
     routes: Tensor | None = None
@@ -256,15 +258,19 @@ class Term:
             class_weights = torch.where(reweighting > 0, self._functions["reweight"](state.class_counts), 1.0)
         made = [images(*names) for names in self.wanted(part.count == 1)]
         x1 = natural if self.natural else made[0]
-        y1 = part.of(labels[draws[self._first]])
+        whole_y1 = labels[draws[self._first]]
+        y1 = part.of(whole_y1)
+
+        def mean_weight(whole: Tensor) -> Tensor | None:
+            # Of matched images a rank knows its own alone.
+            wanted = class_weights is not None and part.count > 1 and not matching
+            return class_weights[whole].mean() if wanted and class_weights is not None else None
+
         if not self.mixed:
-            return TermBatch(x1, y1, class_weights=class_weights, reweighting=reweighting, weights=weights)
-        if not self.in_batch:
-            x2, y2 = made[-1], labels[part.of(drawn("second"))]
-        elif part.count == 1:
-            x2, y2 = x1[drawn("position")], y1[drawn("position")]
-        else:
-            x2, y2 = made[-1], labels[draws[self._first][part.of(drawn("position"))]]
+            mean = mean_weight(whole_y1)
+            return TermBatch(x1, y1, None, None, None, class_weights, reweighting, weights, (mean, None))
+        whole_y2 = whole_y1[drawn("position")] if self.in_batch else labels[drawn("second")]
+        x2, y2 = x1[drawn("position")] if self.in_batch and part.count == 1 else made[-1], part.of(whole_y2)
         gate = drawn("gate") > 0 if self.gated else None
         if matching and (gate is None or bool(gate)):
             place = self._functions["match"](x1, y1, x2, y2, state)
@@ -273,12 +279,13 @@ class Term:
         lam = self._functions["ratio"](per_image("ratio"), n1, n2)
         if gate is not None:
             lam = torch.where(gate, lam, 1.0)
+        means = mean_weight(whole_y1), mean_weight(whole_y2)
         x, lam = self._functions["mix"](x1, x2, lam, per_image("box"))
         lam = self._functions["label"](lam, n1, n2)
         if gate is None:
-            return TermBatch(x, y1, y2, lam, None, class_weights, reweighting, weights)
+            return TermBatch(x, y1, y2, lam, None, class_weights, reweighting, weights, means)
         lam = torch.where(gate, lam, 1.0)
-        return TermBatch(x, y1, y2, lam, 1.0 - gate.double(), class_weights, reweighting, weights)
+        return TermBatch(x, y1, y2, lam, 1.0 - gate.double(), class_weights, reweighting, weights, means)
 
     def loss(self, logits: Tensor, batch: TermBatch, class_counts: Tensor) -> Tensor:
         """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch, and the regulariser; unweighted scalar.
@@ -296,21 +303,24 @@ class Term:
             routed: Tensor = self._functions["loss"](logits, batch.routes, batch.y1)
             return routed
 
-        def share(labels: Tensor, lam: Tensor) -> Tensor:
-            """L(labels, lam), summed over the experts."""
+        def share(labels: Tensor, lam: Tensor, mean: Tensor | None) -> Tensor:
+            """L(labels, lam), summed over the experts; `mean` is that of the whole batch's class weights."""
             if batch.weights is not None:
                 lam = lam * batch.weights.to(logits.dtype)
             if batch.class_weights is not None:
                 weights = batch.class_weights[labels].to(logits.dtype)
-                lam = lam * (weights / weights.mean() if self._recipe.reweight_norm == "batch-sum" else weights)
+                if self._recipe.reweight_norm == "batch-sum":
+                    weights = weights / (weights.mean() if mean is None else mean.to(logits.dtype))
+                lam = lam * weights
             taken = [logits] if self.across_experts else list(logits)
             return torch.stack([self._functions["loss"](z, labels, lam, class_counts) for z in taken]).sum()
 
         if batch.y2 is None or batch.lam is None:
-            total = share(batch.y1, torch.ones_like(batch.y1, dtype=logits.dtype))
+            total = share(batch.y1, torch.ones_like(batch.y1, dtype=logits.dtype), batch.mean_weights[0])
         else:
             lam = batch.lam.to(logits.dtype)
-            total = share(batch.y1, lam) + share(batch.y2, 1 - lam)
+            first, second = batch.mean_weights
+            total = share(batch.y1, lam, first) + share(batch.y2, 1 - lam, second)
         if "regulariser" in self._functions:
             reweighting = logits.new_zeros(1) if batch.reweighting is None else batch.reweighting
             total = total + self._functions["regulariser"](logits, class_counts, reweighting)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -117,6 +118,14 @@ signals.install()
 from cpmix_cli import cli, console, ranks
 import os
 console.set_up()
+if "SLOW_STATE" in os.environ:  # a state that takes a second to write
+    import time
+    from cpmix_cli import artifacts
+    publish = artifacts.publish
+    def slowly(path, data):
+        time.sleep(1.0 if path.name == "training_state.safetensors" else 0.0)
+        return publish(path, data)
+    artifacts.publish = slowly
 ranks.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", 60))
 for number, line in enumerate(sys.argv[1:]):
     console.mute(ranks.is_later(os.environ))
@@ -304,6 +313,34 @@ def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, 
     assert metrics(run / "stage2")[WHOLE_NUMBERS].equals(metrics(whole / "stage2")[WHOLE_NUMBERS])
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_all_ranks_saves_though_it_comes_to_one_after_the_other(
+    number: signal.Signals, toy: Path, tmp_path: Path
+) -> None:
+    """The first rank's own comes while it writes what the second rank's asked for."""
+    words = ("train-stage1", "--data", toy, "--out", tmp_path / "run", "--epochs", 900, "--checkpoint-every", 1000)
+    launched = Launched(2, words, extra={"SLOW_STATE": "1"})
+    launched.wait_for("projected")
+    for process in reversed(launched.processes):
+        process.send_signal(number)
+        time.sleep(0.3)
+    codes, _, errs = launched.end()
+    assert codes == [75, 75], errs
+    assert f"interrupted: {number.name} received; stage1 is saved at epoch" in errs[0]
+    assert files(tmp_path / "run" / "stage1") == ["recipe.toml", "training_state.safetensors"]
+
+
+def test_class_weights_are_normed_over_the_batch_of_all_ranks(toy: Path, tmp_path: Path) -> None:
+    changes = ["stage1.terms.erm.reweight=effective-number", "stage1.terms.erm.beta=0.999"]
+    changes += ["stage1.terms.erm.loss=cross-entropy", "optimizer.batch_size=64"]
+    stage1, _ = pipeline(toy, tmp_path / "alone", *changes)
+    must(*stage1)
+    pieces, _ = pipeline(toy, tmp_path / "pieces", *changes, "optimizer.micro_batches=3")
+    must(*pieces)
+    found, expected = (metrics(tmp_path / name / "stage1") for name in ("pieces", "alone"))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("killed", [0, 1, 2])
 def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> None:
     launched = Launched(3, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
@@ -350,12 +387,13 @@ def test_ranks_that_read_different_files(digits: Path, toy: Path, tmp_path: Path
     assert sum("error: " in err for err in errs) == 1
 
 
-def test_ranks_that_never_come(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ranks_that_never_come(missing: int, digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
-    launched = Launched(2, words, without=[1], extra={"JOIN_SECONDS": "2"})
+    launched = Launched(2, words, without=[missing], extra={"JOIN_SECONDS": "2"})
     codes, _, errs = launched.end()
     assert codes == [4]
-    assert "error: rank 0 of 2 does not meet the others at 127.0.0.1:" in errs[0]
+    assert f"error: rank {1 - missing} of 2 does not meet the others at 127.0.0.1:" in errs[0]
     assert not (tmp_path / "run").exists()
 
 

@@ -125,7 +125,7 @@ def train(
     }
     asked = Asked(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
     here = ranks.current()
-    refuse_unlike(artifacts.digest(made_from), "the same recipe, data set and inputs")
+    refuse_unlike(artifacts.digest(made_from), "the recipe, the data set or the inputs that they read")
     how = asked.decide()
     if how == "done":
         if here.first:
@@ -135,6 +135,7 @@ def train(
         if here.first:
             locks.refuse_if_held(folder.path)
         started = start(asked, how)
+        here.largest(0)
         report_dry_run(asked, started, rehearse(started))
     else:
         artifacts.check_place(folder.path, 0)
@@ -142,6 +143,7 @@ def train(
             status = "up to date"
             if (how := asked.decide()) != "done":  # another process may have come first
                 started = start(asked, how)
+                here.largest(0)
                 if lock is None:
                     fit(asked, started, lambda: None)
                 else:
@@ -151,18 +153,20 @@ def train(
                 report(folder, recipe, status)
 
 
-def refuse_unlike(sha: str, what: str) -> None:
+SAME_FILES = "put the run folder and the data set where all machines see the same files"
+
+
+def refuse_unlike(sha: str, what: str, fix: str = SAME_FILES) -> None:
     """Refuse ranks whose digests differ: on another machine a folder of the same name may hold something else.
 
     Raises:
         EnvironmentFault: they do.
     """
     here = ranks.current()
-    if not here.same(int(sha[:8], 16) % ranks.ENDED):
-        raise EnvironmentFault(
-            f"the {here.size} ranks do not read {what}",
-            fix="put the run folder and the data set where all machines see the same files",
-        )
+    parts = [int(sha[i : i + 8], 16) % ranks.ENDED for i in range(0, 32, 8)]
+    same = [here.same(part) for part in parts]  # all of them at all ranks
+    if not all(same):
+        raise EnvironmentFault(f"the {here.size} ranks differ in {what}", fix=fix)
 
 
 def start(asked: Asked, how: str) -> Started:
@@ -182,10 +186,12 @@ def start(asked: Asked, how: str) -> Started:
     begun: dict[str, Any] | None = None
     if how == "resume":
         tensors, begun = runs.read_state(folder.path / artifacts.TRAINING_STATE)
-        refuse_unlike(begun["tensors_digest"], f"the same {folder.path / artifacts.TRAINING_STATE}")
+        refuse_unlike(begun["tensors_digest"], f"what they read in {folder.path / artifacts.TRAINING_STATE}")
         signals.state_is_saved()
     earlier = begun or (source.record() if source is not None else None)
     precision = earlier["precision"] if earlier else hardware.resolve_precision(recipe.model.precision, device)
+    fix = "start them on machines of one kind, or say which: --device, --set model.precision"
+    refuse_unlike(artifacts.digest([device.type, precision]), "device or precision", fix)
     data = training_data(dataset, recipe, device)
     setting = Setting(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
     plan, state = asked.prepare(setting)
