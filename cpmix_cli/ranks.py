@@ -5,6 +5,7 @@ gradients. What they agree on goes over a channel of its own, whole numbers from
 can tell the others in the middle of anything. No pickle goes over either.
 """
 
+import gc
 import os
 import re
 import socket
@@ -27,7 +28,7 @@ JOIN_SECONDS = 300.0
 WAIT = timedelta(hours=1)
 """For the slowest rank: the first one also writes checkpoints."""
 LAST_WORD = timedelta(seconds=5)
-SURVEY_SECONDS = 2.0
+SURVEY_SECONDS = 10.0
 ENDED = 1000
 """Words from here on say that a rank ends; below are signals and answers."""
 
@@ -303,19 +304,27 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
 
     if signals.pending():
         raise Left(EXIT_INTERRUPTED) from fault
-    speaker = 1
+    # What stands in the frames holds the connections open. Closed, they tell the others, while the store is there.
+    fault.__traceback__ = None
+    gc.collect()
+    _leave(abort=True)
+    speaker, code = 1, 0
     with suppress(RuntimeError):  # the first rank kept the store, and is gone
-        if store.check(["ended"]):
-            raise Left(int(store.get("ended"))) from fault
+        code = int(store.get("ended")) if store.check(["ended"]) else 0
         speaker = int(store.compare_set("speaker", "", str(place.rank)))
-    if place.rank != speaker:
-        raise Left(EnvironmentFault.exit_code) from fault
-    until = time.monotonic() + SURVEY_SECONDS  # a process that is killed closes its sockets a moment before it is gone
-    while not (gone := [str(rank) for rank, process in _neighbours.items() if not _is_alive(process)]):
-        if time.monotonic() > until:
+        store.add("heard", 1)
+    until = time.monotonic() + SURVEY_SECONDS
+    # A process that is killed closes its connections a moment before it is gone.
+    while not (gone := [rank for rank, process in _neighbours.items() if not _is_alive(process)]):
+        if code or time.monotonic() > until:
             break
         time.sleep(0.05)
-    which = f"rank {', '.join(gone)}" if gone else "a rank"
+    with suppress(RuntimeError):  # who keeps the store stays until the others have asked it
+        while place.first and store.add("heard", 0) < place.size - len(gone) and time.monotonic() < until:
+            time.sleep(0.05)
+    if code or place.rank != speaker:
+        raise Left(code or EnvironmentFault.exit_code) from fault
+    which = f"rank {', '.join(map(str, gone))}" if gone else "a rank"
     console.mute(False)
     lost = EnvironmentFault(
         f"{which} of {place.size} is gone (killed, out of memory, or for the reason given above), and the others "
@@ -346,7 +355,11 @@ def _leave(*, abort: bool) -> None:
     import torch
     import torch.distributed as dist
 
+    global _channel
+    _channel = None
     with suppress(RuntimeError, ValueError):
+        if not dist.is_initialized():
+            return
         if abort and torch.cuda.is_available():
             dist.distributed_c10d._abort_process_group()
         else:
