@@ -188,6 +188,7 @@ def together() -> Iterator[None]:
     if place.size == 1:
         yield
         return
+    signals.twice_seconds = 1.0  # Slurm and torchrun may each hand SIGTERM on
     store = _join(place)
     _current = place
     console.mute(not place.first)

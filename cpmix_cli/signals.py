@@ -14,7 +14,8 @@ from cpmix_cli.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, Interrupted
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
-TWICE_SECONDS = 1.0
+twice_seconds = 0.0
+"""In which the same SIGTERM may come again and be the same request; ranks.py sets it."""
 
 _pending: signal.Signals | None = None
 _since = 0.0
@@ -51,8 +52,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _adopted, _since = False, time.monotonic()
         return
     code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
-    if number == _pending == signal.SIGTERM and time.monotonic() - _since < TWICE_SECONDS:
-        return  # Slurm and torchrun each hand it on
+    if number == _pending == signal.SIGTERM and time.monotonic() - _since < twice_seconds:
+        return
     if _pending is not None:  # the second signal: leave at once, what was published stays
         os._exit(code)
     _pending, _since = signal.Signals(number), time.monotonic()
