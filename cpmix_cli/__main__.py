@@ -2,14 +2,14 @@
 
 import os
 
-from cpmix_cli import signals
+from cpmix_cli.runtime import signals
 
 
 def main() -> None:
     """Run one command line. The signals are taken over before anything else is imported."""
     signals.install()
     try:
-        from cpmix_cli import console, ranks
+        from cpmix_cli.runtime import console, ranks
 
         console.set_up()
         console.mute(ranks.is_later(os.environ))
@@ -17,7 +17,7 @@ def main() -> None:
 
         app(prog_name="cpmix")
     except signals.Stopped as stop:
-        from cpmix_cli import console
+        from cpmix_cli.runtime import console
 
         console.error(str(signals.interrupted("what was published stays")), int(str(stop.code)))
         raise

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cpmix_cli import __version__, console, ranks, signals
-from cpmix_cli.errors import CpmixError, EnvironmentFault
+from cpmix_cli import __version__
+from cpmix_cli.runtime import console, ranks, signals
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault
 
 PIPELINE, HELPERS = "Commands", "Helpers"
 PHASES = ("stage1", "stage2", "finetune")
@@ -169,7 +170,7 @@ DataRoot = Annotated[
 
 
 def _checked(flag: str, value: str, choices: tuple[str, ...]) -> str:
-    from cpmix_cli.errors import UsageError, suggest
+    from cpmix_cli.runtime.errors import UsageError, suggest
 
     if value not in choices:
         raise UsageError(f'{flag} "{value}".{suggest(value, choices)}')
@@ -177,7 +178,7 @@ def _checked(flag: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _checked_world_sizes(text: str) -> list[int]:
-    from cpmix_cli.errors import UsageError
+    from cpmix_cli.runtime.errors import UsageError
 
     parts = text.split(",")
     if not all(part.strip().isdecimal() and len(part) <= 8 and int(part) > 0 for part in parts):
@@ -196,7 +197,7 @@ def _checked_tracker(tracker: str | None) -> str | None:
 def _check_recipe(
     recipe: str | None, settings: list[str] | None, epochs: int | None, data: Path | None, *phases: Path
 ) -> None:
-    from cpmix_cli.recipe import check_request
+    from cpmix_cli.recipe.requests import check_request
 
     if recipe is not None or settings or epochs is not None:
         check_request(recipe, settings or [], epochs, data=data, phases=phases)
@@ -295,7 +296,7 @@ def build_lt(
     json: Json = False,
 ) -> None:
     """Build a long-tailed data set folder from a source."""
-    from cpmix_cli.phases import build_lt as phase
+    from cpmix_cli.commands import build_lt as phase
 
     phase.run(
         phase.Options(
@@ -334,8 +335,8 @@ def train_stage1(
     device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, data)
     _look_for_state("stage1", out, overwrite=overwrite)
-    from cpmix_cli.phases import train_stage1 as phase
-    from cpmix_cli.phases.training import Options
+    from cpmix_cli.commands import train_stage1 as phase
+    from cpmix_cli.training.phase import Options
 
     options = Options(
         *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
@@ -367,8 +368,8 @@ def train_stage2(
     device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, "stage1"))
     _look_for_state("stage2", out, from_folder, overwrite=overwrite)
-    from cpmix_cli.phases import train_stage2 as phase
-    from cpmix_cli.phases.training import Options
+    from cpmix_cli.commands import train_stage2 as phase
+    from cpmix_cli.training.phase import Options
 
     options = Options(
         *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
@@ -401,8 +402,8 @@ def finetune(
     device, tracker = _checked_device(device), _checked_tracker(tracker)
     _check_recipe(recipe, settings, epochs, None, *_sources(from_folder, *([phase] if phase else ["stage2", "stage1"])))
     _look_for_state("finetune", out, from_folder, overwrite=overwrite)
-    from cpmix_cli.phases import finetune as finetuning
-    from cpmix_cli.phases.training import Options
+    from cpmix_cli.commands import finetune as finetuning
+    from cpmix_cli.training.phase import Options
 
     options = Options(
         *(recipe, settings or [], epochs, seed, device, data, data_root, overwrite, dry_run),
@@ -449,7 +450,7 @@ def evaluate(
     device = _checked_device(device)
     split = _checked("--split", split, ("test", "val", "train"))
     test_distribution = _checked("--test-distribution", test_distribution, ("uniform", "forward", "backward"))
-    from cpmix_cli.phases import evaluate as evaluating
+    from cpmix_cli.commands import evaluate as evaluating
 
     evaluating.run(
         evaluating.Options(
@@ -479,7 +480,7 @@ def confusion_report(
     json: Json = False,
 ) -> None:
     """Confusion matrix, most confused pairs, pictures, one page."""
-    from cpmix_cli.phases import confusion_report as reporting
+    from cpmix_cli.commands import confusion_report as reporting
 
     reporting.run(reporting.Options(from_folder, out, phase, compare or [], images, data, data_root, overwrite))
 
@@ -493,7 +494,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Where runs stand and what to type next."""
-    from cpmix_cli.phases import status as showing
+    from cpmix_cli.commands import status as showing
 
     raise typer.Exit(showing.run(folders))
 
@@ -516,8 +517,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Runs in one table, beside the paper's numbers."""
-    from cpmix_cli.errors import UsageError
-    from cpmix_cli.paper import TABLES
+    from cpmix_cli.results.paper import TABLES
+    from cpmix_cli.runtime.errors import UsageError
 
     form = _checked("--format", form, ("table", "csv", "markdown", "latex", "json"))
     if json and form not in ("table", "json"):
@@ -525,7 +526,7 @@ def compare(
     console.as_json = json or form == "json"
     if paper is not None:
         paper = _checked("--paper", paper, tuple(TABLES))
-    from cpmix_cli.phases import compare as comparing
+    from cpmix_cli.commands import compare as comparing
 
     comparing.run(comparing.Options(folders, paper, "table" if console.as_json else form, out, overwrite))
 
@@ -544,7 +545,7 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List recipes, show one, tell two apart, or cost them."""
-    from cpmix_cli.phases import recipes as showing
+    from cpmix_cli.commands import recipes as showing
 
     showing.run(showing.Options(name, other, settings or [], epochs, seed, rho, budget))
 
@@ -552,7 +553,7 @@ def recipes(
 @command("methods", "cpmix methods --json", HELPERS)
 def methods(json: Json = False) -> None:
     """List methods: paper, recipes, published numbers."""
-    from cpmix_cli.phases import methods as listing
+    from cpmix_cli.commands import methods as listing
 
     listing.run()
 
@@ -570,7 +571,7 @@ def predict(
 ) -> None:
     """Class and confidence of your own images."""
     device = _checked_device(device)
-    from cpmix_cli.phases import predict as predicting
+    from cpmix_cli.commands import predict as predicting
 
     predicting.run(predicting.Options(images, from_folder, phase, top, out, device, overwrite))
 
@@ -591,7 +592,7 @@ def misclassified(
     json: Json = False,
 ) -> None:
     """The wrong test images behind a confusion matrix."""
-    from cpmix_cli.phases import misclassified as listing
+    from cpmix_cli.commands import misclassified as listing
 
     listing.run(listing.Options(from_folder, true, predicted, phase, label, limit, data, data_root))
 
@@ -616,7 +617,7 @@ def figure(
     json: Json = False,
 ) -> None:
     """A figure of the paper from your runs."""
-    from cpmix_cli.phases import figure as drawing
+    from cpmix_cli.commands import figure as drawing
 
     drawing.run(drawing.Options(number, folders, out or [], data or [], overwrite))
 
@@ -633,7 +634,7 @@ def import_weights(
     json: Json = False,
 ) -> None:
     """A PyTorch checkpoint as safetensors, for --init."""
-    from cpmix_cli.phases import import_weights as importing
+    from cpmix_cli.commands import import_weights as importing
 
     importing.run(importing.Options(file, sha256, out, overwrite))
 
@@ -672,19 +673,20 @@ def bench(
     json: Json = False,
 ) -> None:
     """Training speed here, and what more GPUs would make of it."""
-    from cpmix_cli.errors import UsageError
+    from cpmix_cli.runtime.errors import UsageError
 
     device = _checked_device(device)
     if world_size is None and (cores is not None or link is not None):
         raise UsageError("--cores and --link are a projection's", fix="say for how many ranks: --world-size 1,8,64")
     sizes = None if world_size is None else _checked_world_sizes(world_size)
     _check_recipe(recipe or (None if data else "cifar100-lt/cpmix"), settings, epochs, data)
-    from cpmix_cli.phases import bench as benching
+    from cpmix_cli.bench.measure import Options
+    from cpmix_cli.commands import bench as benching
 
-    options = benching.Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds)
+    options = Options(recipe, settings or [], epochs, data, data_root, device, rounds, seconds)
     if sizes is None:
         benching.run(options)
     else:
-        from cpmix_cli.phases import scale as scaling
+        from cpmix_cli.bench import projection as scaling
 
         scaling.run(options, sizes, cores, link)

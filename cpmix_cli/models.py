@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpmix_cli.errors import InputError
-from cpmix_cli.recipe import Model
+from cpmix_cli.recipe.schema import Model
+from cpmix_cli.runtime.errors import InputError
 
 
 class Classifier(nn.Module):
@@ -603,3 +603,11 @@ def add_routers(model: Classifier, num_classes: int, top: int, generator: torch.
     routers = Routers(len(model.heads), weight.shape[1], num_classes, top)
     initialise(routers, generator)
     model.routers = routers.to(next(model.parameters()).device)
+
+
+PUBLISHED = {
+    "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+    "resnet152-394f9c45.pth": "394f9c45966e3651a89bbb78a48410a6755854ce4a5ab64927cf1c7247f85e58",
+}
+"""sha256 of torchvision's files that recipes name: its IMAGENET1K_V1 of ResNet-50 and -152. It publishes the first 8
+digits, in the names; the others are as several projects that download these files have pinned them."""

@@ -12,15 +12,15 @@ import torch
 from equality import files as files
 from typer.testing import CliRunner
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import files as artifact_files
 from cpmix_cli.cli import app
-from cpmix_cli.hardware import num_threads
+from cpmix_cli.runtime.hardware import num_threads
 
 # The commands set it too; the tests compare bytes, so all of them must use the same number.
 torch.set_num_threads(num_threads(os.environ, Path("/sys/fs/cgroup")))
 
 
-artifacts.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests
+artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

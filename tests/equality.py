@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts.tensors import read_tensors
 
 CLOCK = ["seconds", "images_per_second"]
 
@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.name == "metrics.parquet":
             found[name] = pd.read_parquet(path).drop(columns=CLOCK).to_csv().encode()
         elif path.name == "training_state.safetensors":
-            tensors, _ = artifacts.read_tensors(path)
+            tensors, _ = read_tensors(path)
             kept = {n: t for n, t in tensors.items() if n not in ("history", "sums")}
             found[name] = b"".join(t.numpy().tobytes() for _, t in sorted(kept.items()))
         elif path.name != "run.json":

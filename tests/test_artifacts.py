@@ -16,17 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cpmix_cli import artifacts
-from cpmix_cli.errors import EnvironmentFault, InputError
+from cpmix_cli.artifacts import files, records, tables
+from cpmix_cli.artifacts.tensors import publish_tensors, read_header, read_tensors
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 
 def test_equal_tensors_give_equal_bytes_whatever_their_memory_order(tmp_path: Path) -> None:
     x = torch.arange(24.0).view(1, 2, 3, 4)
-    first = artifacts.publish_tensors(tmp_path / "a", {"x": x, "y": x[0, 0].clone()}, {"b": 1, "a": [2]})
+    first = publish_tensors(tmp_path / "a", {"x": x, "y": x[0, 0].clone()}, {"b": 1, "a": [2]})
     last = x.contiguous(memory_format=torch.channels_last)
-    second = artifacts.publish_tensors(tmp_path / "b", {"y": x[0, 0].clone(), "x": last}, {"a": [2], "b": 1})
+    second = publish_tensors(tmp_path / "b", {"y": x[0, 0].clone(), "x": last}, {"a": [2], "b": 1})
     assert first == second
-    tensors, metadata = artifacts.read_tensors(tmp_path / "a", first)
+    tensors, metadata = read_tensors(tmp_path / "a", first)
     assert tensors["x"].equal(x)
     assert metadata == {"a": [2], "b": 1}
 
@@ -63,52 +64,52 @@ def test_an_error_at_any_call_leaves_the_old_file_and_no_other(
     with monkeypatch.context() as patched:
         Failing(patched, call, number, code)
         with pytest.raises(EnvironmentFault, match=f"cannot write {path}: {os.strerror(code)}") as caught:
-            artifacts.publish(path, b"new" * 1000)
+            files.publish(path, b"new" * 1000)
     assert caught.value.exit_code == 4
     assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else [path.name])
     assert old is None or path.read_bytes() == old
     if code in (errno.ENOSPC, errno.EDQUOT):
         assert re.search(r"3,000 bytes are needed, [\d,]+ are free on the disk", str(caught.value))
         assert ("quota" in str(caught.value)) == (code == errno.EDQUOT)
-    artifacts.publish(path, b"new")
+    files.publish(path, b"new")
     assert path.read_bytes() == b"new"
 
 
 def test_a_file_system_without_links_and_folder_syncs_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
-    artifacts.publish(path, b"old")
+    files.publish(path, b"old")
     Failing(monkeypatch, "link", 1, errno.EPERM)
     Failing(monkeypatch, "fsync", 2, errno.EINVAL)
-    artifacts.publish(path, b"new")
+    files.publish(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
-    artifacts.publish(path, b"")
-    assert artifacts.read_bytes(path) == b""
+    files.publish(path, b"")
+    assert files.read_bytes(path) == b""
 
 
 def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    own = artifacts.temporary_for(path)
-    host, digest = own.name.removeprefix(artifacts.TEMPORARY).rsplit("-", 2)[0], own.name.rsplit("-", 1)[1]
-    dead, alive = (f"{artifacts.TEMPORARY}{host}-{pid}-{digest}" for pid in (2**22 - 1, os.getpid()))
-    other = f"{artifacts.TEMPORARY}{host}-{2**22 - 1}-00000000"
+    own = files.temporary_for(path)
+    host, digest = own.name.removeprefix(files.TEMPORARY).rsplit("-", 2)[0], own.name.rsplit("-", 1)[1]
+    dead, alive = (f"{files.TEMPORARY}{host}-{pid}-{digest}" for pid in (2**22 - 1, os.getpid()))
+    other = f"{files.TEMPORARY}{host}-{2**22 - 1}-00000000"
     for name in (dead, f"{dead}-before", alive, other):
         (tmp_path / name).write_bytes(b"half")
-    artifacts.sweep(path)
+    files.sweep(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, other])
 
 
 def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
-    artifacts.check_place(tmp_path, 1000, largest_file=1000)
+    files.check_place(tmp_path, 1000, largest_file=1000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, before[1]))
     try:
-        artifacts.check_place(tmp_path, 5000, largest_file=900)
+        files.check_place(tmp_path, 5000, largest_file=900)
         with pytest.raises(EnvironmentFault, match=r"1,000 bytes are needed, a file may have 900 here \(ulimit -f\)"):
-            artifacts.check_place(tmp_path, 5000, largest_file=1000)
+            files.check_place(tmp_path, 5000, largest_file=1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -116,7 +117,7 @@ def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
 def test_a_folder_in_the_files_place_stays(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(EnvironmentFault, match="cannot write"):
-        artifacts.publish(tmp_path / "taken", b"new")
+        files.publish(tmp_path / "taken", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
@@ -127,26 +128,26 @@ def test_a_full_tmpfs(tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount")
     try:
-        artifacts.publish(small / "x", b"old")
+        files.publish(small / "x", b"old")
         with pytest.raises(
             EnvironmentFault, match=r"No space left on device: 100,000 bytes are needed, [\d,]+ are free"
         ):
-            artifacts.publish(small / "x", bytes(100_000))
+            files.publish(small / "x", bytes(100_000))
         assert [p.read_bytes() for p in small.iterdir()] == [b"old"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_recorded_file_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "LATE_SECONDS", 10.0)
+    monkeypatch.setattr(files, "LATE_SECONDS", 10.0)
     path = tmp_path / "late"
     showing = threading.Timer(0.5, path.write_bytes, (b"here",))
     showing.start()
-    assert artifacts.read_bytes(path, artifacts.sha256(b"here")) == b"here"
+    assert files.read_bytes(path, files.sha256(b"here")) == b"here"
     showing.join()
     path.unlink()
     with pytest.raises(InputError, match="No such file"):
-        artifacts.read_bytes(path)  # no record names it: not waited for
+        files.read_bytes(path)  # no record names it: not waited for
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "loop", "dangling link"])
@@ -166,7 +167,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
                 path.symlink_to(path)
             case "dangling link":
                 path.symlink_to(tmp_path / "nowhere")
-        for read in (artifacts.read_bytes, artifacts.read_tensors, artifacts.read_header, artifacts.read_record):
+        for read in (files.read_bytes, read_tensors, read_header, records.read_record):
             with pytest.raises(InputError, match=f"cannot read {path}"):
                 read(path)
 
@@ -174,7 +175,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
 def test_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        artifacts.publish(tmp_path / "x", b"")
+        files.publish(tmp_path / "x", b"")
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
@@ -182,12 +183,12 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    sha = artifacts.publish_tensors(path, {"x": torch.ones(8)})
+    sha = publish_tensors(path, {"x": torch.ones(8)})
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
-        artifacts.read_tensors(path, sha)
+        read_tensors(path, sha)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
@@ -195,34 +196,34 @@ def test_what_is_no_safetensors_or_parquet_is_refused(tmp_path: Path, content: b
     path = tmp_path / "x"
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a valid safetensors"):
-        artifacts.read_tensors(path)
+        read_tensors(path)
     with pytest.raises(InputError, match="not a valid Parquet"):
-        artifacts.read_table(path)
+        tables.read_table(path)
 
 
 def test_an_edited_record_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    artifacts.publish_record(path, {"format": artifacts.FORMAT, "phase": "stage1"})
-    assert artifacts.read_record(path) == {"format": artifacts.FORMAT, "phase": "stage1"}
+    records.publish_record(path, {"format": records.FORMAT, "phase": "stage1"})
+    assert records.read_record(path) == {"format": records.FORMAT, "phase": "stage1"}
     path.write_text(path.read_text().replace("stage1", "stage2"))
     with pytest.raises(InputError, match="was changed"):
-        artifacts.read_record(path)
-    artifacts.publish_record(path, {"format": 99})
+        records.read_record(path)
+    records.publish_record(path, {"format": 99})
     with pytest.raises(InputError, match="format 99"):
-        artifacts.read_record(path)
+        records.read_record(path)
 
 
 def test_confusion_tables_are_sparse_and_read_back(tmp_path: Path) -> None:
     counts = torch.zeros(4, 4, dtype=torch.float64)
     counts[0, 3], counts[2, 1] = 7, 1
     path = tmp_path / "pairs.parquet"
-    columns = artifacts.confusion_columns(counts)
-    artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
-    table = artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+    columns = tables.confusion_columns(counts)
+    tables.publish_table(path, tables.CONFUSION_SCHEMA, columns)
+    table = tables.read_table(path, tables.CONFUSION_SCHEMA)
     assert table.to_numpy().tolist() == [[0, 3, 7], [2, 1, 1]]
-    assert artifacts.confusion_tensor(table, 4).equal(counts.long())
+    assert tables.confusion_tensor(table, 4).equal(counts.long())
     with pytest.raises(InputError, match="expected sample_id"):
-        artifacts.read_table(path, artifacts.split_schema(by_path=False))
+        tables.read_table(path, tables.split_schema(by_path=False))
 
 
 def raw_safetensors(header: str, data: bytes) -> bytes:
@@ -234,10 +235,10 @@ def test_a_tensor_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
     entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_safetensors(f"{{{entry}}}", bytes(4)))
-    assert artifacts.read_tensors(path)[0]["x"].tolist() == [0.0]
+    assert read_tensors(path)[0]["x"].tolist() == [0.0]
     path.write_bytes(raw_safetensors(f"{{{entry},{entry}}}", bytes(4)))
     with pytest.raises(InputError, match=r"x\.safetensors is not a valid safetensors file: .*twice"):
-        artifacts.read_tensors(path)
+        read_tensors(path)
 
 
 @pytest.mark.parametrize(
@@ -251,33 +252,33 @@ def test_a_header_that_lies_about_its_data_is_refused(
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw_safetensors(header, bytes(size)))
     with pytest.raises(InputError, match="not a valid safetensors"):
-        artifacts.read_tensors(path)
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
 def test_deep_nesting_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x"
     path.write_bytes(raw_safetensors(text, b""))
-    for read in (artifacts.read_tensors, artifacts.read_header):
+    for read in (read_tensors, read_header):
         with pytest.raises(InputError, match="not a valid safetensors"):
             read(path)
     path.write_text(text)
     with pytest.raises(InputError, match="not a cpmix record"):
-        artifacts.read_record(path)
+        records.read_record(path)
 
 
 def test_any_changed_byte_of_a_record_is_noticed(tmp_path: Path) -> None:
     """Also one that leaves the JSON equal, such as another space."""
     path = tmp_path / "run.json"
-    artifacts.publish_record(path, {"format": artifacts.FORMAT, "name": "caf\udce9", "numbers": [1, 2.5, None]})
+    records.publish_record(path, {"format": records.FORMAT, "name": "caf\udce9", "numbers": [1, 2.5, None]})
     whole = path.read_bytes()
-    assert artifacts.read_record(path)["name"] == "caf\udce9"
+    assert records.read_record(path)["name"] == "caf\udce9"
     for place in range(len(whole)):
         for value in (9, 10, 13, 32, whole[place] ^ 1, whole[place] ^ 32):
             if value != whole[place]:
                 path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
                 with pytest.raises(InputError):
-                    artifacts.read_record(path)
+                    records.read_record(path)
 
 
 PAIRS = {"true_class": [0, 1], "predicted_class": [1, 0], "count": [3, 4]}
@@ -295,44 +296,42 @@ PAIRS = {"true_class": [0, 1], "predicted_class": [1, 0], "count": [3, 4]}
 )
 def test_confusion_pairs_out_of_range(tmp_path: Path, column: str, values: list[int], message: str) -> None:
     path = tmp_path / "pairs.parquet"
-    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, {**PAIRS, column: values})
+    sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, {**PAIRS, column: values})
     with pytest.raises(InputError, match=message):
-        artifacts.read_confusions(path, sha, 2)
+        tables.read_confusions(path, sha, 2)
 
 
 def test_a_pair_that_stands_there_twice(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     columns = {"true_class": [0, 0], "predicted_class": [1, 1], "count": [3, 4]}
-    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
+    sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, columns)
     with pytest.raises(InputError, match=r"row 2 .*the pair stands there twice"):
-        artifacts.read_confusions(path, sha, 2)
+        tables.read_confusions(path, sha, 2)
 
 
 def test_a_null_is_another_schema(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({k: pa.array(v, type=pa.int64()) for k, v in {**PAIRS, "count": [3, None]}.items()}), path)
     with pytest.raises(InputError, match="expected true_class int32"):
-        artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+        tables.read_table(path, tables.CONFUSION_SCHEMA)
 
 
 def test_a_table_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     columns = {name: np.zeros(2_000_000, dtype=np.int64) for name in PAIRS}
-    artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns)
+    tables.publish_table(path, tables.CONFUSION_SCHEMA, columns)
     with pytest.raises(InputError, match=r"would unpack its [\d,]+ bytes to 32,000,000"):
-        artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+        tables.read_table(path, tables.CONFUSION_SCHEMA)
 
 
 def test_a_name_that_stands_there_many_times_is_refused(tmp_path: Path) -> None:
     """50 kilobytes that would be 600 megabytes of text."""
     path = tmp_path / "class_counts.parquet"
     columns = {"class_id": range(600), "class_name": ["n" * 1_000_000] * 600, "group": ["few"] * 600}
-    artifacts.publish_table(
-        path, artifacts.CLASS_COUNTS_SCHEMA, {**columns, "num_train": [1] * 600, "num_test": [1] * 600}
-    )
+    tables.publish_table(path, tables.CLASS_COUNTS_SCHEMA, {**columns, "num_train": [1] * 600, "num_test": [1] * 600})
     assert path.stat().st_size < 100_000
     with pytest.raises(InputError, match=r"class_counts.parquet would unpack its [\d,]+ bytes to 600,"):
-        artifacts.read_table(path, artifacts.CLASS_COUNTS_SCHEMA)
+        tables.read_table(path, tables.CLASS_COUNTS_SCHEMA)
 
 
 @pytest.mark.parametrize(("num_classes", "largest"), [(256, 1), (400, 8), (1000, 200)])
@@ -342,11 +341,11 @@ def test_a_network_that_confuses_every_class_with_every_other(
     """The most regular table that we write is read, and no larger one."""
     path = tmp_path / "pairs.parquet"
     counts = torch.randint(1, largest + 1, (num_classes, num_classes), generator=generator).fill_diagonal_(0)
-    sha = artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, artifacts.confusion_columns(counts))
-    table = artifacts.read_confusions(path, sha, num_classes)
-    assert artifacts.confusion_tensor(table, num_classes).equal(counts)
+    sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, tables.confusion_columns(counts))
+    table = tables.read_confusions(path, sha, num_classes)
+    assert tables.confusion_tensor(table, num_classes).equal(counts)
     with pytest.raises(InputError, match=r"pairs.parquet says it has [\d,]+ rows; it can have 81"):
-        artifacts.read_confusions(path, sha, 9)
+        tables.read_confusions(path, sha, 9)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "gzip"])
@@ -354,17 +353,17 @@ def test_a_page_that_unpacks_without_end_is_refused(tmp_path: Path, codec: str) 
     """One class name of 100 megabytes in a few kilobytes: counted only after it was unpacked."""
     path = tmp_path / "class_counts.parquet"
     row = {"class_id": [0], "class_name": ["n" * 100_000_000], "num_train": [1], "num_test": [1], "group": ["few"]}
-    pq.write_table(pa.table(row, schema=artifacts.CLASS_COUNTS_SCHEMA), path, compression=codec)
+    pq.write_table(pa.table(row, schema=tables.CLASS_COUNTS_SCHEMA), path, compression=codec)
     assert path.stat().st_size < 200_000
     with pytest.raises(InputError, match=f"class_counts.parquet is compressed with {codec.upper()}"):
-        artifacts.read_table(path, artifacts.CLASS_COUNTS_SCHEMA)
+        tables.read_table(path, tables.CLASS_COUNTS_SCHEMA)
 
 
 def test_a_record_is_not_read_beyond_its_bounds(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text("[" + "[]," * 1_000_000 + "[]]")
     with pytest.raises(InputError, match="a file of its kind has at most 2,000,000"):
-        artifacts.read_record(path)
+        records.read_record(path)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +378,6 @@ def test_class_counts_out_of_range(tmp_path: Path, column: str, values: list[int
     counts = {"class_id": [0, 1], "class_name": ["a", "b"], "num_train": [5, 1], "num_test": [1, 1]}
     path = tmp_path / "class_counts.parquet"
     table = {**counts, "group": ["few", "few"], column: values}
-    sha = artifacts.publish_table(path, artifacts.CLASS_COUNTS_SCHEMA, table)
+    sha = tables.publish_table(path, tables.CLASS_COUNTS_SCHEMA, table)
     with pytest.raises(InputError, match=message):
-        artifacts.read_class_counts(path, sha)
+        tables.read_class_counts(path, sha)

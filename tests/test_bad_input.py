@@ -12,8 +12,10 @@ import torch
 from conftest import cpmix, files, must
 from test_interruption import hooked
 
-from cpmix_cli import artifacts
-from cpmix_cli.errors import EnvironmentFault
+from cpmix_cli.artifacts import records
+from cpmix_cli.artifacts.files import TEMPORARY, check_place
+from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors
+from cpmix_cli.runtime.errors import EnvironmentFault
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,11 +68,11 @@ def test_a_damaged_test_split_stops_the_evaluation_alone(
 @pytest.mark.parametrize("label", [-100, -1, 10])
 def test_labels_out_of_range_in_a_data_set_made_by_hand(data: Path, tmp_path: Path, label: int) -> None:
     """The hashes are right, the labels are not."""
-    record = artifacts.read_record(data / "dataset.json")
-    tensors, _ = artifacts.read_tensors(data / "train.safetensors")
+    record = records.read_record(data / "dataset.json")
+    tensors, _ = read_tensors(data / "train.safetensors")
     tensors["labels"][3] = label
-    sha = artifacts.publish_tensors(data / "train.safetensors", tensors)
-    artifacts.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
+    sha = publish_tensors(data / "train.safetensors", tensors)
+    records.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
     result = cpmix("train-stage1", "--data", data, "--out", tmp_path / "run")
     assert result.code == 3
     low, high = min(label, 0), max(label, 9)
@@ -78,11 +80,11 @@ def test_labels_out_of_range_in_a_data_set_made_by_hand(data: Path, tmp_path: Pa
 
 
 def test_labels_that_do_not_give_the_recorded_counts(data: Path, tmp_path: Path) -> None:
-    record = artifacts.read_record(data / "dataset.json")
-    tensors, _ = artifacts.read_tensors(data / "train.safetensors")
+    record = records.read_record(data / "dataset.json")
+    tensors, _ = read_tensors(data / "train.safetensors")
     tensors["labels"][0] = 9
-    sha = artifacts.publish_tensors(data / "train.safetensors", tensors)
-    artifacts.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
+    sha = publish_tensors(data / "train.safetensors", tensors)
+    records.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
     result = cpmix("train-stage1", "--data", data, "--out", tmp_path / "run")
     assert result.code == 3
     assert "class_counts.parquet does not count the training labels" in result.stderr
@@ -132,11 +134,11 @@ def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, c
 
 def test_weights_of_other_classes_under_the_right_hash(digits_run: Path, toy_run: Path) -> None:
     """A record made by hand does not get a foreign network through."""
-    tensors, _ = artifacts.read_tensors(toy_run / "stage2" / "model.safetensors")
-    record = artifacts.read_record(digits_run / "finetune" / "run.json")
-    sha = artifacts.publish_tensors(digits_run / "finetune" / "model.safetensors", tensors)
+    tensors, _ = read_tensors(toy_run / "stage2" / "model.safetensors")
+    record = records.read_record(digits_run / "finetune" / "run.json")
+    sha = publish_tensors(digits_run / "finetune" / "model.safetensors", tensors)
     outputs = {**record["outputs"], "model.safetensors": sha}
-    artifacts.publish_record(digits_run / "finetune" / "run.json", {**record, "outputs": outputs})
+    records.publish_record(digits_run / "finetune" / "run.json", {**record, "outputs": outputs})
     result = cpmix("evaluate", "--from", digits_run)
     assert result.code == 3
     assert "does not fit the network" in result.stderr
@@ -201,7 +203,7 @@ def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
         hook = (
             "import os, pathlib\n"
             "def opened(path, *rest, real=pathlib.Path.open, **more):\n"
-            f"    if path.name.startswith({artifacts.TEMPORARY!r}): {doing}\n"
+            f"    if path.name.startswith({TEMPORARY!r}): {doing}\n"
             "    return real(path, *rest, **more)\n"
             "import cpmix_cli.artifacts\n"
             "pathlib.Path.open = opened"
@@ -220,7 +222,7 @@ def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path:
     flags = ["--data", digits, "--epochs", 200, "--seed", 3]
     command = ["train-stage1", *flags, "--out", digits_run, "--overwrite"]
     hook = (
-        "import os, signal, cpmix_cli.step as step\n"
+        "import os, signal, cpmix_cli.training.step as step\n"
         "def call(self, number, real=step.Step.__call__):\n"
         "    real(self, number)\n"
         "    if self._state.epoch == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -249,11 +251,11 @@ def test_a_full_disk_while_building(tmp_path: Path) -> None:
 
 def test_too_little_room_shows_before_the_first_batch(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    artifacts.check_place(tmp_path / "a" / "b", 1000)
+    check_place(tmp_path / "a" / "b", 1000)
     with pytest.raises(
         EnvironmentFault, match=r"cannot write .*a/b: No space left on device: .* bytes are needed, .* are free"
     ):
-        artifacts.check_place(tmp_path / "a" / "b", 2 * free)
+        check_place(tmp_path / "a" / "b", 2 * free)
     assert files(tmp_path) == []
 
 

@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2.functional import rotate
 
 from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
-from cpmix_cli.recipe import Data
+from cpmix_cli.recipe.schema import Data
 
 
 def naive(image: torch.Tensor, row: int, column: int, flip: bool, padding: int) -> torch.Tensor:

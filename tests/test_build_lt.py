@@ -15,7 +15,7 @@ import torch
 from conftest import cpmix, files, must
 from PIL import Image
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import records
 from cpmix_cli.data.dataset import open_dataset
 
 FILES = [
@@ -183,7 +183,7 @@ def test_real_cifar100_lt(tmp_path: Path) -> None:
     assert (numbers["num_train"], numbers["num_test"]) == (9502, 10000)
     assert (numbers["largest"], numbers["smallest"]) == (500, 2)
     assert numbers["groups"] == {"many": 30, "medium": 31, "few": 39}
-    record = artifacts.read_record(tmp_path / "dataset.json")
+    record = records.read_record(tmp_path / "dataset.json")
     assert record["classes"][:3] == ["apple", "aquarium_fish", "baby"]
     chosen = pd.read_parquet(tmp_path / "train.parquet")
     source = pq.read_table(next(REAL.glob("train-*.parquet")), columns=["fine_label"])

@@ -15,12 +15,12 @@ import pytest
 from conftest import cpmix, files, must
 from test_build_lt import write_cifar
 
-from cpmix_cli.paper import TABLES
-from cpmix_cli.phases.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
-from cpmix_cli.phases.measured import Cost, Measured, Row, evaluations_of
-from cpmix_cli.phases.methods import recognised
-from cpmix_cli.recipe import load, recipe_names
-from cpmix_cli.report.tables import Sheet, csv_text, latex, markdown, plain
+from cpmix_cli.commands.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
+from cpmix_cli.recipe.loading import load, recipe_names
+from cpmix_cli.results.comparison import Cost, Measured, Row, evaluations_of
+from cpmix_cli.results.methods import recognised
+from cpmix_cli.results.paper import TABLES
+from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
 
 SHORT = ("--epochs", 3)  # 2 + 1, finetune 1
 

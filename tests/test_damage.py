@@ -21,8 +21,10 @@ import torch
 from conftest import cpmix, files, must
 from PIL import Image
 
-from cpmix_cli import artifacts
-from cpmix_cli.errors import InputError
+from cpmix_cli.artifacts import records, tables
+from cpmix_cli.artifacts.files import CONFUSION_PAIRS, DATASET, MODEL, RECIPE, RUN, TRAINING_STATE, is_there, sha256
+from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors, sealed_metadata
+from cpmix_cli.runtime.errors import InputError
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) 
     shutil.copytree(toy_run / "stage1", begun / "stage1")
     interrupt(begun / "stage1")
     paths = [(folder / name, command) for folder, command in again.items() for name in files(folder)]
-    paths.append((begun / "stage1" / artifacts.TRAINING_STATE, ("train-stage1", "--data", toy, "--out", begun)))
+    paths.append((begun / "stage1" / TRAINING_STATE, ("train-stage1", "--data", toy, "--out", begun)))
     each = -(-PLACES // len(paths))
     rng = random.Random(0)
     silent, total = [], 0
@@ -86,7 +88,7 @@ def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) 
 def interrupt(phase: Path) -> None:
     """Make a finished phase one that was interrupted before its last two files, sealed as such."""
     for name in files(phase):
-        if name not in (artifacts.RECIPE, artifacts.TRAINING_STATE):
+        if name not in (RECIPE, TRAINING_STATE):
             (phase / name).unlink()
 
 
@@ -95,17 +97,17 @@ def test_the_memory_that_a_damaged_file_takes(tmp_path: Path) -> None:
     path = tmp_path / "big.safetensors"
     size = 64 * 2**20
     tensors = {f"t{i}": torch.zeros(size // 16) for i in range(4)}
-    artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {}))
+    publish_tensors(path, tensors, sealed_metadata(tensors, {}))
     whole = path.read_bytes()
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from cpmix_cli import artifacts\n"
-        "from cpmix_cli.errors import InputError\n"
+        "from cpmix_cli.artifacts import tensors as files\n"
+        "from cpmix_cli.runtime.errors import InputError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"
-        "    tensors, metadata = artifacts.read_tensors(Path(sys.argv[1]))\n"
-        "    artifacts.check_seal(Path(sys.argv[1]), metadata, tensors)\n"
+        "    tensors, metadata = files.read_tensors(Path(sys.argv[1]))\n"
+        "    files.check_seal(Path(sys.argv[1]), metadata, tensors)\n"
         "    said = 'whole'\n"
         "except InputError: said = 'refused'\n"
         "print(said, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
@@ -178,16 +180,16 @@ def test_something_else_in_a_files_place(kind: str, toy: Path, toy_run: Path, tm
 
 def republish(folder: Path, name: str, sha: str) -> None:
     """Make run.json vouch for a file, as a stranger would who knows how."""
-    record = artifacts.read_record(folder / artifacts.RUN)
-    artifacts.publish_record(folder / artifacts.RUN, {**record, "outputs": {**record["outputs"], name: sha}})
+    record = records.read_record(folder / RUN)
+    records.publish_record(folder / RUN, {**record, "outputs": {**record["outputs"], name: sha}})
 
 
 def edited_state(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    path = folder / artifacts.TRAINING_STATE
-    tensors, metadata = artifacts.read_tensors(path)
+    path = folder / TRAINING_STATE
+    tensors, metadata = read_tensors(path)
     change(tensors)
     metadata.pop("digest")
-    sha = artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, metadata))
+    sha = publish_tensors(path, tensors, sealed_metadata(tensors, metadata))
     republish(folder, path.name, sha)
     return path
 
@@ -228,10 +230,10 @@ def test_a_training_state_that_does_not_fit(edit: str, toy: Path, tmp_path: Path
 
 
 def test_weights_that_are_not_finite(toy_run: Path) -> None:
-    path = toy_run / "stage2" / artifacts.MODEL
-    tensors, _ = artifacts.read_tensors(path)
+    path = toy_run / "stage2" / MODEL
+    tensors, _ = read_tensors(path)
     tensors["head.bias"][1] = torch.nan
-    republish(path.parent, path.name, artifacts.publish_tensors(path, tensors))
+    republish(path.parent, path.name, publish_tensors(path, tensors))
     result = cpmix("evaluate", "--from", toy_run, "--overwrite")
     assert result.code == 3
     assert f"{path} holds values that are not finite: head.bias" in result.stderr
@@ -246,9 +248,9 @@ def test_weights_that_are_not_finite(toy_run: Path) -> None:
     ],
 )
 def test_pairs_out_of_range_under_the_right_hash(toy_run: Path, change: dict[str, list[int]], message: str) -> None:
-    path = toy_run / "stage2" / artifacts.CONFUSION_PAIRS
+    path = toy_run / "stage2" / CONFUSION_PAIRS
     columns = {"true_class": [0], "predicted_class": [1], "count": [3], **change}
-    republish(path.parent, path.name, artifacts.publish_table(path, artifacts.CONFUSION_SCHEMA, columns))
+    republish(path.parent, path.name, tables.publish_table(path, tables.CONFUSION_SCHEMA, columns))
     result = cpmix("train-stage2", "--from", toy_run)
     assert result.code == 3
     assert str(path) in result.stderr
@@ -259,14 +261,14 @@ def test_pairs_out_of_range_under_the_right_hash(toy_run: Path, change: dict[str
 @pytest.mark.parametrize("value", [None, 7, {"x": {}}, "gone"])
 def test_a_record_made_by_hand(toy_run: Path, key: str, value: object) -> None:
     """Its digest holds, its fields are others."""
-    path = toy_run / "stage2" / artifacts.RUN
-    record = artifacts.read_record(path)
+    path = toy_run / "stage2" / RUN
+    record = records.read_record(path)
     record[key] = value
     if value == "gone":
         del record[key]
     if (key, value) in (("epochs", 7), ("made_from", {"x": {}})):
         return  # as good as any
-    artifacts.publish_record(path, record)
+    records.publish_record(path, record)
     for command in (("evaluate", "--from", toy_run), ("status", toy_run), ("train-stage2", "--from", toy_run)):
         if key == "source" and value is None:
             continue  # a phase that started from nothing
@@ -276,9 +278,9 @@ def test_a_record_made_by_hand(toy_run: Path, key: str, value: object) -> None:
 
 
 def test_a_file_name_that_leads_out_of_the_folder(toy_run: Path) -> None:
-    path = toy_run / "stage2" / artifacts.RUN
-    record = artifacts.read_record(path)
-    artifacts.publish_record(path, {**record, "outputs": {**record["outputs"], "../../etc/passwd": "0" * 64}})
+    path = toy_run / "stage2" / RUN
+    record = records.read_record(path)
+    records.publish_record(path, {**record, "outputs": {**record["outputs"], "../../etc/passwd": "0" * 64}})
     result = cpmix("train-stage2", "--from", toy_run)
     assert result.code == 3
     assert "outputs.../../etc/passwd" in result.stderr
@@ -288,18 +290,18 @@ def test_a_file_name_that_leads_out_of_the_folder(toy_run: Path) -> None:
 def test_a_newer_format(toy: Path, toy_run: Path, tmp_path: Path, name: str) -> None:
     if name == "dataset.json":
         path = Path(shutil.copytree(toy, tmp_path / "data")) / name
-        artifacts.publish_record(path, {**artifacts.read_record(path), "format": 2})
+        records.publish_record(path, {**records.read_record(path), "format": 2})
         result = cpmix("train-stage1", "--data", path.parent, "--out", tmp_path / "o")
     elif name == "stage1/run.json":
         path = toy_run / name
-        artifacts.publish_record(path, {**artifacts.read_record(path), "format": 2})
+        records.publish_record(path, {**records.read_record(path), "format": 2})
         result = cpmix("train-stage2", "--from", toy_run)
     else:
         interrupt(toy_run / "stage1")
         path = toy_run / name
-        tensors, metadata = artifacts.read_tensors(path)
+        tensors, metadata = read_tensors(path)
         metadata.pop("digest")
-        artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {**metadata, "format": 2}))
+        publish_tensors(path, tensors, sealed_metadata(tensors, {**metadata, "format": 2}))
         result = cpmix("train-stage1", "--data", toy, "--out", toy_run)
     assert result.code == 3
     assert f"{path} has format 2, this cpmix reads format 1" in result.stderr
@@ -323,10 +325,10 @@ PLACES_OF_STATES: dict[str, dict[str, object]] = {
 def test_a_state_sealed_by_hand(digits_run: Path, edit: str) -> None:
     """Interrupted after its last epoch, and then made to say that it stands elsewhere."""
     interrupt(digits_run / "stage2")
-    path = digits_run / "stage2" / artifacts.TRAINING_STATE
-    tensors, metadata = artifacts.read_tensors(path)
+    path = digits_run / "stage2" / TRAINING_STATE
+    tensors, metadata = read_tensors(path)
     metadata.pop("digest")
-    artifacts.publish_tensors(path, tensors, artifacts.sealed_metadata(tensors, {**metadata, **PLACES_OF_STATES[edit]}))
+    publish_tensors(path, tensors, sealed_metadata(tensors, {**metadata, **PLACES_OF_STATES[edit]}))
     result = cpmix("train-stage2", "--from", digits_run)
     assert (result.code, str(path) in result.stderr) == (3, True), result.stderr
 
@@ -347,9 +349,9 @@ def test_what_a_run_says_of_its_data_set_sealed_by_hand(
     digits_run: Path, tmp_path: Path, edit: dict[str, object]
 ) -> None:
     """`predict` goes by it alone."""
-    path = digits_run / "finetune" / artifacts.RUN
-    record = artifacts.read_record(path)
-    artifacts.publish_record(path, {**record, "dataset": {**record["dataset"], **edit}})
+    path = digits_run / "finetune" / RUN
+    record = records.read_record(path)
+    records.publish_record(path, {**record, "dataset": {**record["dataset"], **edit}})
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     for command in (("predict", "--from", digits_run, tmp_path / "x.png"), ("evaluate", "--from", digits_run)):
         result = cpmix(*command)
@@ -358,8 +360,8 @@ def test_what_a_run_says_of_its_data_set_sealed_by_hand(
 
 def test_a_data_set_for_a_recipe_that_is_not_there(toy: Path, tmp_path: Path) -> None:
     """It is not the command line that is wrong."""
-    path = Path(shutil.copytree(toy, tmp_path / "data")) / artifacts.DATASET
-    artifacts.publish_record(path, {**artifacts.read_record(path), "recipe": "toy/cpmx"})
+    path = Path(shutil.copytree(toy, tmp_path / "data")) / DATASET
+    records.publish_record(path, {**records.read_record(path), "recipe": "toy/cpmx"})
     command = ("train-stage1", "--data", path.parent, "--out", tmp_path / "run", "--dry-run")
     result = cpmix(*command)
     assert (result.code, f'{path}: no recipe "toy/cpmx"' in result.stderr) == (3, True), result.stderr
@@ -380,8 +382,8 @@ def test_a_data_set_for_a_recipe_that_is_not_there(toy: Path, tmp_path: Path) ->
     ],
 )
 def test_a_data_set_sealed_by_hand(digits: Path, tmp_path: Path, edit: dict[str, object]) -> None:
-    path = Path(shutil.copytree(digits, tmp_path / "data")) / artifacts.DATASET
-    artifacts.publish_record(path, {**artifacts.read_record(path), **edit})
+    path = Path(shutil.copytree(digits, tmp_path / "data")) / DATASET
+    records.publish_record(path, {**records.read_record(path), **edit})
     result = cpmix("train-stage1", "--data", path.parent, "--out", tmp_path / "run")
     assert (result.code, f"{path} is no such record" in result.stderr) == (3, True), result.stderr
 
@@ -424,7 +426,7 @@ def test_a_phase_under_another_ones_name(digits_run: Path, done: bool) -> None:
     shutil.copytree(digits_run / "stage2", digits_run / "finetune")
     if not done:
         interrupt(digits_run / "finetune")
-    name = artifacts.RUN if done else artifacts.TRAINING_STATE
+    name = RUN if done else TRAINING_STATE
     commands = (("status", digits_run), ("evaluate", "--from", digits_run))
     for command in commands if done else commands[:1]:
         result = cpmix(*command)
@@ -434,11 +436,11 @@ def test_a_phase_under_another_ones_name(digits_run: Path, done: bool) -> None:
 
 def test_what_is_out_of_sight_is_not_taken_for_absent(tmp_path: Path) -> None:
     """As for a user who may not look into a folder: here a name that no file system takes."""
-    assert not artifacts.is_there(tmp_path / "nowhere" / "x")
+    assert not is_there(tmp_path / "nowhere" / "x")
     (tmp_path / "file").write_text("")
-    assert not artifacts.is_there(tmp_path / "file" / "x")
+    assert not is_there(tmp_path / "file" / "x")
     with pytest.raises(InputError, match="File name too long"):
-        artifacts.is_there(tmp_path / ("n" * 300))
+        is_there(tmp_path / ("n" * 300))
 
 
 def test_a_damaged_evaluation_beside_a_sound_one(digits_run: Path) -> None:
@@ -482,7 +484,7 @@ def test_canaries_never_sing(tmp_path: Path, toy: Path) -> None:
     torch.save({"w": Canary(canary)}, weights)
     renamed = tmp_path / "weights.safetensors"
     renamed.write_bytes(payload)
-    sha = artifacts.sha256(weights.read_bytes())
+    sha = sha256(weights.read_bytes())
     parquet = tmp_path / "parquet"
     parquet.mkdir()
     (parquet / "train-0.parquet").write_bytes(payload)
@@ -576,7 +578,7 @@ def test_a_hugging_face_layout_made_by_a_stranger(tmp_path: Path, changes: dict[
 def test_weights_that_rotted_since_they_were_imported(tmp_path: Path, toy: Path) -> None:
     weights = tmp_path / "w.pth"
     torch.save({"hidden.weight": torch.zeros(10, 2), "hidden.bias": torch.zeros(10)}, weights)
-    must("import-weights", weights, "--sha256", artifacts.sha256(weights.read_bytes()))
+    must("import-weights", weights, "--sha256", sha256(weights.read_bytes()))
     path = tmp_path / "w.safetensors"
     data = bytearray(path.read_bytes())
     data[-2] ^= 64
@@ -639,7 +641,7 @@ def test_image_names_that_no_table_can_hold_are_named(tmp_path: Path) -> None:
 
 
 def test_json_of_a_fault_names_the_file_too(toy_run: Path) -> None:
-    (toy_run / "stage2" / artifacts.MODEL).write_bytes(b"")
+    (toy_run / "stage2" / MODEL).write_bytes(b"")
     result = cpmix("evaluate", "--from", toy_run, "--overwrite", "--json")
     assert json.loads(result.stdout)["exit_code"] == 3
-    assert str(toy_run / "stage2" / artifacts.MODEL) in json.loads(result.stdout)["error"]
+    assert str(toy_run / "stage2" / MODEL) in json.loads(result.stdout)["error"]

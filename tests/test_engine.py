@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpmix_cli import engine, signals
 from cpmix_cli.confusion import draw_confused
 from cpmix_cli.data.batches import Batches, ClassPool, ImageBatches, PointBatches
-from cpmix_cli.engine import first_step, fit, make_optimizer
-from cpmix_cli.errors import Diverged, Interrupted
+from cpmix_cli.evaluation import prediction
 from cpmix_cli.models import Classifier, build_model
-from cpmix_cli.recipe import Data, Model, Optimizer, ParameterGroup, Stage
-from cpmix_cli.step import Plan, TrainingData, TrainingState
-from cpmix_cli.terms import Term, compile_stage, draw_epoch
+from cpmix_cli.recipe.schema import Data, Model, Optimizer, ParameterGroup, Stage
+from cpmix_cli.runtime import signals
+from cpmix_cli.runtime.errors import Diverged, Interrupted
+from cpmix_cli.training.loop import first_step, fit, load_state, make_optimizer, state_tensors
+from cpmix_cli.training.objective import Term, compile_stage, draw_epoch
+from cpmix_cli.training.step import Plan, TrainingData, TrainingState
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 2e-4
 COUNTS = [14, 6, 3, 1]
@@ -328,7 +329,7 @@ def test_stopping_at_any_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
 
         def save(state: TrainingState = first, into: dict[str, Tensor] = saved) -> None:
             into.clear()
-            into.update({n: t.clone() for n, t in engine.state_tensors(state).items()})
+            into.update({n: t.clone() for n, t in state_tensors(state).items()})
 
         monkeypatch.setattr(signals, "_pending", None)
         with pytest.raises(Interrupted, match="SIGTERM") as caught:
@@ -338,13 +339,13 @@ def test_stopping_at_any_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(signals, "_pending", None)
 
         second = fresh()
-        engine.load_state(second, saved, Path("memory"))
+        load_state(second, saved, Path("memory"))
         second.epoch, second.step = first.epoch, first.step
         second.sums, second.history = saved["sums"], list(first.history)
         fit(plan, data(), second, publish=never)
-        for name, tensor in engine.state_tensors(whole).items():
+        for name, tensor in state_tensors(whole).items():
             if name not in ("sums", "history"):  # they hold the clock
-                assert tensor.equal(engine.state_tensors(second)[name]), (stop_at, name)
+                assert tensor.equal(state_tensors(second)[name]), (stop_at, name)
         assert [without_clock(r) for r in second.history] == [without_clock(r) for r in whole.history]
     signal.signal(signal.SIGTERM, previous)
 
@@ -420,8 +421,8 @@ def test_class_uniform_draws_reach_every_class_alike() -> None:
 def test_prediction_keeps_order_and_ignores_batch_size() -> None:
     model = build_model(Model(name="resnet8"), 4, (8, 8, 1), torch.Generator().manual_seed(0))
     batches = data().batches
-    whole = engine.predict(model, batches, 24, 24)
-    parts = engine.predict(model, batches, 24, 5)
+    whole = prediction.predict(model, batches, 24, 24)
+    parts = prediction.predict(model, batches, 24, 5)
     torch.testing.assert_close(whole, parts)
     assert whole.shape == (1, 24, 4)
     one = F.softmax(model(batches.plain(torch.tensor([3]))), 1)

@@ -14,27 +14,23 @@ from conftest import cpmix, must
 from test_engine import COUNTS, terms_of
 from torch import Tensor
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import tables
+from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.commands.train_stage1 import prepare
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.ensembles import (
-    combined,
-    images_to_learn_from,
-    routed_weights,
-    target_classes,
-    weakly_changed,
-    weights_of_agreement,
-)
-from cpmix_cli.evaluation import shifted_profile, summary
+from cpmix_cli.evaluation.accuracy import shifted_profile, summary
+from cpmix_cli.evaluation.agreement import images_to_learn_from, weakly_changed, weights_of_agreement
+from cpmix_cli.experts import combined, routed_weights, target_classes
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
 from cpmix_cli.models import Classifier, Looped, add_routers, build_model
-from cpmix_cli.phases.train_stage1 import prepare
-from cpmix_cli.phases.training import training_data
-from cpmix_cli.plans import Setting, fresh_state, prepared
-from cpmix_cli.recipe import Model, Optimizer, load
-from cpmix_cli.runs import PhaseFolder
-from cpmix_cli.step import Plan, Step, TrainingState, sum_names
-from cpmix_cli.terms import Term, TermBatch, draw_epoch
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Model, Optimizer
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.training.objective import Term, TermBatch, draw_epoch
+from cpmix_cli.training.phase import training_data
+from cpmix_cli.training.plan import Setting, fresh_state, prepared
+from cpmix_cli.training.step import Plan, Step, TrainingState, sum_names
 
 CPU = torch.device("cpu")
 Views = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -590,15 +586,15 @@ def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
     assert [row for row in rows if row[:1] == ["expert"]] == [["expert", "1"], ["expert", "2"], ["expert", "3"]]
     numbers = must("evaluate", "--from", run, "--json").json
     assert numbers["num_experts"] == len(numbers["experts"]) == 3
-    tensors, _ = artifacts.read_tensors(run / "evaluation" / "stage2" / "logits.safetensors")
+    tensors, _ = read_tensors(run / "evaluation" / "stage2" / "logits.safetensors")
     torch.testing.assert_close(tensors["logits"], tensors["expert_logits"].mean(0))
     for z, expert in zip(tensors["expert_logits"], numbers["experts"], strict=True):
         assert expert["top1"] == round(100 * float((z.argmax(1) == tensors["labels"]).double().mean()), 2)
         assert expert["num_test"] == 500
     must("confusion-report", "--from", run)
     # Each expert's errors are counted: all that go into the pairs, and more than the ensemble made.
-    pairs = artifacts.read_table(run / "stage2" / "confusion_pairs.parquet")
-    epochs = pd.concat([artifacts.read_table(run / phase / "metrics.parquet") for phase in ("stage1", "stage2")])
+    pairs = tables.read_table(run / "stage2" / "confusion_pairs.parquet")
+    epochs = pd.concat([tables.read_table(run / phase / "metrics.parquet") for phase in ("stage1", "stage2")])
     assert pairs["count"].sum() == epochs["num_confusions"].sum()
     assert epochs["num_confusions"].sum() > 1.5 * (417 * (1 - epochs["train_accuracy"])).sum()
 
@@ -626,8 +622,8 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     # Each expert is measured as their mean is; what is saved is raw.
     flags = ["--set", "evaluation.temperature=2.5", "--set", "evaluation.logit_adjustment=1.0", "--json"]
     changed = must("evaluate", "--from", tmp_path, *flags).json
-    tensors, _ = artifacts.read_tensors(Path(changed["folder"]) / "logits.safetensors")
-    raw, _ = artifacts.read_tensors(tmp_path / "evaluation" / "stage1" / "logits.safetensors")
+    tensors, _ = read_tensors(Path(changed["folder"]) / "logits.safetensors")
+    raw, _ = read_tensors(tmp_path / "evaluation" / "stage1" / "logits.safetensors")
     assert tensors["expert_logits"].equal(raw["expert_logits"])
     prior = open_dataset(digits, needed_by="a test").class_counts / 614
     for z, expert in zip(raw["expert_logits"], changed["experts"], strict=True):
@@ -638,7 +634,7 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     learnt = must("evaluate", "--from", tmp_path, *flags).json
     assert learnt["folder"].endswith("stage1-backward-50-aggregate-test-time")
     assert sum(learnt["expert_weights"]) == pytest.approx(1, abs=1e-3)
-    tensors, _ = artifacts.read_tensors(Path(learnt["folder"]) / "logits.safetensors")
+    tensors, _ = read_tensors(Path(learnt["folder"]) / "logits.safetensors")
     mean = torch.einsum("e,enc->nc", torch.tensor(learnt["expert_weights"]), tensors["expert_logits"])
     torch.testing.assert_close(tensors["logits"], mean, atol=2e-3, rtol=1e-2)  # weights are told with four digits
     assert (
@@ -670,7 +666,7 @@ def test_predictions_in_training_are_those_of_evaluate(digits: Path, tmp_path: P
     flags = [flag for setting in settings for flag in ("--set", setting)]
     flags += ["--recipe", "digits/cross-entropy", "--epochs", 3, "--eval-every", 3]
     must("train-stage1", "--data", digits, *flags, "--out", tmp_path)
-    curve = artifacts.read_table(tmp_path / "stage1" / "metrics.parquet")["test_accuracy"]
+    curve = tables.read_table(tmp_path / "stage1" / "metrics.parquet")["test_accuracy"]
     found = must("evaluate", "--from", tmp_path, "--json").json
     assert round(100 * curve.iloc[-1], 2) == found["top1"]
     assert (
@@ -700,7 +696,7 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     logits = {}
     for run in ("teacher", "student", "alone"):
         must("evaluate", "--from", tmp_path / run, "--phase", "stage1")
-        tensors, _ = artifacts.read_tensors(tmp_path / run / "evaluation" / "stage1" / "logits.safetensors")
+        tensors, _ = read_tensors(tmp_path / run / "evaluation" / "stage1" / "logits.safetensors")
         logits[run] = tensors["logits"].log_softmax(1)
     apart = {
         run: F.kl_div(logits[run], logits["teacher"], reduction="batchmean", log_target=True)
@@ -752,7 +748,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     )
     plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), setting)
     assert plan.teacher is not None and not plan.teacher.training
-    saved, _ = artifacts.read_tensors(tmp_path / "stage1" / "model.safetensors")
+    saved, _ = read_tensors(tmp_path / "stage1" / "model.safetensors")
     student = copy.deepcopy(state.model).train()
     x, labels, sums = first_step(setting, plan, state)
     assert all(tensor.equal(saved[name]) for name, tensor in plan.teacher.state_dict().items())
@@ -775,13 +771,13 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
     stage1 = must("evaluate", "--from", run, "--phase", "stage1", "--json").json
     assert (stage1["experts_used"], stage1["expert_weights"]) == (3.0, None)  # it has no routers yet
     must("finetune", "--from", run)
-    before, after = (artifacts.read_tensors(run / p / "model.safetensors")[0] for p in ("stage1", "finetune"))
+    before, after = (read_tensors(run / p / "model.safetensors")[0] for p in ("stage1", "finetune"))
     assert all(after[name].equal(tensor) for name, tensor in before.items())
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"routers"}
     found = must("evaluate", "--from", run, "--json").json
     assert 1 <= found["experts_used"] <= 3
     shifted = must("evaluate", "--from", run, "--test-distribution", "backward", "--json").json
-    tensors, _ = artifacts.read_tensors(Path(shifted["folder"]) / "logits.safetensors")
+    tensors, _ = read_tensors(Path(shifted["folder"]) / "logits.safetensors")
     logits, experts, labels = tensors["logits"], tensors["expert_logits"], tensors["labels"]
     so_far = experts.cumsum(0) / torch.arange(1, 4)[:, None, None]
     used = (so_far - logits).abs().sum(2).argmin(0) + 1.0
@@ -849,4 +845,4 @@ def test_the_same_command_gives_the_same_bytes(digits: Path, tmp_path: Path) -> 
     must("train-stage1", *flags, "--out", tmp_path / "b")
     first, second = (tmp_path / run / "stage1" / "model.safetensors" for run in "ab")
     assert first.read_bytes() == second.read_bytes()
-    assert artifacts.read_tensors(first)[0].keys() >= {"experts.1.0.conv1.weight", "head.1.bias"}
+    assert read_tensors(first)[0].keys() >= {"experts.1.0.conv1.weight", "head.1.bias"}

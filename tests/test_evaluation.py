@@ -10,13 +10,8 @@ import torch
 from conftest import must
 from sklearn import metrics
 
-from cpmix_cli import artifacts
-from cpmix_cli.evaluation import (
-    class_accuracy,
-    confusion_matrix,
-    expected_calibration_error,
-    summary,
-)
+from cpmix_cli.artifacts import files
+from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, expected_calibration_error, summary
 
 
 def test_matrix_and_class_accuracy_agree_with_scikit_learn(generator: torch.Generator) -> None:
@@ -77,5 +72,5 @@ def test_few_is_what_the_data_set_says(tmp_path: Path) -> None:
     must("build-lt", "digits", "--rho", 6.2, "--few-inclusive", "--out", tmp_path / "data")
     must("train-stage1", "--data", tmp_path / "data", "--out", run, "--recipe", "digits/cross-entropy", "--epochs", 1)
     must("evaluate", "--from", run)
-    last = pd.read_parquet(run / "evaluation" / "stage1" / artifacts.PER_CLASS).iloc[-1]
+    last = pd.read_parquet(run / "evaluation" / "stage1" / files.PER_CLASS).iloc[-1]
     assert (last["num_train"], last["group"]) == (20, "few")

@@ -11,10 +11,10 @@ import pytest
 from conftest import cpmix, must
 from PIL import Image
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import records
+from cpmix_cli.commands.figure import METHODS, method_of
 from cpmix_cli.data.sources import TOY_SIMILAR
-from cpmix_cli.phases.figure import METHODS, method_of
-from cpmix_cli.recipe import load
+from cpmix_cli.recipe.loading import load
 from cpmix_cli.report import paper_figures
 
 MIXUP = [
@@ -341,7 +341,7 @@ def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: P
     record = json.loads((run / "stage1" / "run.json").read_text())
     record["dataset"] |= {"relative": "gone", "absolute": "/gone"}
     del record["digest"]
-    artifacts.publish_record(run / "stage1" / "run.json", record)
+    records.publish_record(run / "stage1" / "run.json", record)
     result = cpmix("figure", 1, run, "--out", tmp_path / "f.svg")
     assert result.code == 3
     assert "fix: give its folder with --data FOLDER\n" in result.stderr

@@ -13,10 +13,11 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpmix_cli import artifacts
-from cpmix_cli import recipe as recipes
-from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.terms import compile_stage
+from cpmix_cli.artifacts import tensors
+from cpmix_cli.artifacts.tables import CONFUSION_SCHEMA, read_table, table_bytes
+from cpmix_cli.recipe import loading as recipes
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.objective import compile_stage
 
 settings.register_profile("cpmix", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cpmix")
@@ -117,7 +118,7 @@ def test_any_header_of_safetensors(header: Any, data: bytes, off: int) -> None:
     text = json.dumps(header).encode()
     size = max(0, len(text) + (off if off % 3 == 0 else 0)).to_bytes(8, "little")
     with file_of(size + text + data, "x.safetensors") as path:
-        for read in (artifacts.read_tensors, artifacts.read_header):
+        for read in (tensors.read_tensors, tensors.read_header):
             try:
                 read(path)
             except InputError as fault:
@@ -129,13 +130,13 @@ def test_any_header_of_safetensors(header: Any, data: bytes, off: int) -> None:
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
 )
 def test_any_damage_to_parquet(edits: list[tuple[float, bytes]]) -> None:
-    columns = {name: np.arange(50) % 7 + 1 for name in artifacts.CONFUSION_SCHEMA.names}
-    data = bytearray(artifacts.table_bytes(artifacts.CONFUSION_SCHEMA, columns))
+    columns = {name: np.arange(50) % 7 + 1 for name in CONFUSION_SCHEMA.names}
+    data = bytearray(table_bytes(CONFUSION_SCHEMA, columns))
     for place, new in edits:
         at = int(place * len(data))
         data[at : at + len(new)] = new
     with file_of(bytes(data), "x.parquet") as path:
         try:
-            artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+            read_table(path, CONFUSION_SCHEMA)
         except InputError as fault:
             assert str(path) in fault.message

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpmix_cli.errors import EnvironmentFault
-from cpmix_cli.hardware import fits, free_memory, num_readers, num_threads, resolve_precision, use_device
+from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime.hardware import fits, free_memory, num_readers, num_threads, resolve_precision, use_device
 
 CORES = len(os.sched_getaffinity(0))
 

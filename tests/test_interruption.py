@@ -13,9 +13,11 @@ from conftest import cpmix, files, must
 from equality import contents
 from PIL import Image
 
-from cpmix_cli import artifacts, signals
-from cpmix_cli.step import Step
-from cpmix_cli.terms import Part, TermBatch
+from cpmix_cli.artifacts import files as artifacts
+from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for
+from cpmix_cli.runtime import signals
+from cpmix_cli.training.objective import Part, TermBatch
+from cpmix_cli.training.step import Step
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
@@ -113,11 +115,11 @@ def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
     real = artifacts.publish
 
     def publish(path: Path, data: bytes) -> str:
-        if path.name == artifacts.TRAINING_STATE:
+        if path.name == TRAINING_STATE:
             saved.append(path.parent.name)
         return real(path, data)
 
-    monkeypatch.setattr(artifacts, "publish", publish)
+    monkeypatch.setattr(files, "publish", publish)
     for name, flags in (("each", []), ("third", ["--checkpoint-every", 3])):
         must("train-stage1", "--data", toy, "--out", tmp_path / name, "--epochs", 20, *flags)
         must("train-stage2", "--from", tmp_path / name, *flags)
@@ -203,7 +205,7 @@ def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     hook = (
-        "import cpmix_cli.step as step\n"
+        "import cpmix_cli.training.step as step\n"
         "def call(self, number, real=step.Step.__call__):\n"
         f"    os.kill(os.getpid(), {int(number)}); os.kill(os.getpid(), {int(number)})\n"
         "    raise AssertionError('still here')\n"
@@ -235,7 +237,7 @@ def test_a_signal_to_the_whole_group_while_images_are_read(tmp_path: Path) -> No
 def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: Path) -> None:
     """The derived files are missing; the same command makes them from the state."""
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
-    hash_of_name = artifacts.temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
+    hash_of_name = temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
     result = hooked(on_event("open", f"{hash_of_name!r} in str(args[0])", signal.SIGINT), *command)
     assert result.returncode == 75, result.stderr
     assert files(tmp_path / "run") == [
@@ -268,6 +270,6 @@ def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
 
 
 def test_ctrl_c_while_the_first_modules_are_imported() -> None:
-    result = hooked(on_event("import", "args[0] == 'cpmix_cli.console'", signal.SIGINT), "--version")
+    result = hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version")
     assert result.returncode == 130
     assert "Traceback" not in result.stderr

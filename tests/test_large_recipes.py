@@ -15,19 +15,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_weights import save
 
-from cpmix_cli import artifacts
-from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.models import MODELS, build_model, take_over
-from cpmix_cli.paper import TABLES
-from cpmix_cli.phases.compare import places
-from cpmix_cli.phases.import_weights import PUBLISHED
-from cpmix_cli.phases.measured import Measured, Row, evaluations_of
-from cpmix_cli.phases.methods import recognised
-from cpmix_cli.phases.recipes import image_passes
-from cpmix_cli.phases.train_stage1 import check_init
-from cpmix_cli.recipe import Model, changed, find_recipe, load, recipe_names
-from cpmix_cli.schedule import learning_rate
-from cpmix_cli.terms import check_fits
+from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
+from cpmix_cli.commands.compare import places
+from cpmix_cli.commands.recipes import image_passes
+from cpmix_cli.commands.train_stage1 import check_init
+from cpmix_cli.models import MODELS, PUBLISHED, build_model, take_over
+from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
+from cpmix_cli.recipe.schema import Model, changed
+from cpmix_cli.results.comparison import Measured, Row, evaluations_of
+from cpmix_cli.results.methods import recognised
+from cpmix_cli.results.paper import TABLES
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.objective import check_fits
+from cpmix_cli.training.schedule import learning_rate
 
 CLASSES = {"imagenet-lt": 1000, "places-lt": 365, "inaturalist2018": 8142}
 IMAGES = {"imagenet-lt": 115_846, "places-lt": 62_500, "inaturalist2018": 437_513}
@@ -110,7 +110,7 @@ def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None
     for sha, fits in ((whole, True), ("394f9c45" + 56 * "0", False), (whole[:-1] + "9", False)):
         origin = {"file": "resnet152-394f9c45.pth", "sha256": sha}
         path = tmp_path / "w.safetensors"
-        path.write_bytes(artifacts.tensor_bytes(tensors, artifacts.sealed_metadata(tensors, origin)))
+        path.write_bytes(tensor_bytes(tensors, sealed_metadata(tensors, origin)))
         if fits:
             check_init(recipe, path)
         else:

@@ -11,10 +11,10 @@ from conftest import Result, cpmix, files, must
 from jpeg_tree import make
 from PIL import Image
 
-from cpmix_cli import console
 from cpmix_cli.data import lists, sources
 from cpmix_cli.data.dataset import open_dataset
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
 
 SPLITS = Path(os.environ.get("CPMIX_SPLITS", Path(__file__).parents[2] / "shared" / "data" / "splits"))
 real = pytest.mark.skipif(not SPLITS.is_dir(), reason="no official lists at hand")

@@ -23,9 +23,9 @@ import torch
 from equality import contents
 from test_engine import COUNTS, CP, ERM, LABELS, MIX, data, fresh, plan_of, terms_of
 
-from cpmix_cli.console import EpochProgress, warn
-from cpmix_cli.live import LiveView
-from cpmix_cli.step import Step, TrainingData, TrainingState, sum_names
+from cpmix_cli.runtime.console import EpochProgress, warn
+from cpmix_cli.training.live import LiveView
+from cpmix_cli.training.step import Step, TrainingData, TrainingState, sum_names
 
 # -- its numbers -------------------------------------------------------------------------------------------------------
 
@@ -370,9 +370,10 @@ def test_it_is_drawn_now_and_then(terminal: Callable[..., Terminal], monkeypatch
 
 RUN = """
 import sys
-from cpmix_cli import signals
+from cpmix_cli.runtime import signals
 signals.install()
-from cpmix_cli import cli, console
+from cpmix_cli import cli
+from cpmix_cli.runtime import console
 console.set_up()
 console.EpochProgress.VIEW_SECONDS, console.EpochProgress.VIEW_SHARE = 0.0, float("inf")
 for line in sys.argv[1:]:

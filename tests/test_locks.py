@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import cpmix, files, must
 
-from cpmix_cli import artifacts, locks
-from cpmix_cli.errors import EnvironmentFault
-from cpmix_cli.locks import LOCK, Owner, hold
+from cpmix_cli.artifacts import locks
+from cpmix_cli.artifacts.files import TEMPORARY
+from cpmix_cli.artifacts.locks import LOCK, Owner, hold
+from cpmix_cli.runtime.errors import EnvironmentFault
 
 
 def owner(**changes: object) -> Owner:
@@ -104,7 +105,7 @@ def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: s
 
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"whole")
-    (tmp_path / f"{artifacts.TEMPORARY}elsewhere-1-abc").write_bytes(b"half")
+    (tmp_path / f"{TEMPORARY}elsewhere-1-abc").write_bytes(b"half")
     (tmp_path / f"{LOCK}-elsewhere-1-1").write_text(json.dumps(asdict(owner(pid=DEAD))))
     waiting = f"{LOCK}-elsewhere-2-1"  # of a process that is just about to ask
     (tmp_path / waiting).write_text(json.dumps(asdict(owner(host="elsewhere"))))
@@ -136,7 +137,7 @@ def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 CONTEND = """
 import sys, time
 from pathlib import Path
-from cpmix_cli.locks import hold
+from cpmix_cli.artifacts.locks import hold
 folder = Path(sys.argv[1])
 for _ in range(25):
     with hold(folder, wait=True) as lock:
@@ -175,7 +176,7 @@ def test_a_writer_that_leaves_nothing_leaves_those_who_wait_a_folder(tmp_path: P
 WAIT = """
 import sys
 from pathlib import Path
-from cpmix_cli.locks import hold
+from cpmix_cli.artifacts.locks import hold
 with hold(Path(sys.argv[1]), wait=True) as lock:
     lock.check()
     print("held")

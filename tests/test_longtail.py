@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from cpmix_cli.commands.build_lt import choose
 from cpmix_cli.data.longtail import (
     exponential_counts,
     group_of,
@@ -15,7 +16,6 @@ from cpmix_cli.data.longtail import (
     step_counts,
 )
 from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES
-from cpmix_cli.phases.build_lt import choose
 
 CIFAR10 = np.tile(np.arange(10), 5000)
 CIFAR100 = np.tile(np.arange(100), 500)

@@ -8,12 +8,13 @@ import pytest
 from conftest import cpmix, must
 from test_build_lt import write_cifar
 
+from cpmix_cli.commands.methods import LARGE
+from cpmix_cli.commands.recipes import image_passes
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.errors import UsageError
-from cpmix_cli.phases.methods import KINDS, LARGE, all_methods, read_about
-from cpmix_cli.phases.recipes import image_passes
-from cpmix_cli.recipe import find_recipe, load, recipe_names
-from cpmix_cli.schedule import learning_rate
+from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
+from cpmix_cli.results.methods import KINDS, all_methods, read_about
+from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.training.schedule import learning_rate
 
 CIFAR = [name for name in recipe_names() if name.startswith("cifar")]
 METHODS = [name for name in CIFAR if "ablation" not in name]

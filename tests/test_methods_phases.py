@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import cpmix, files, must
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import tables, tensors
 from cpmix_cli.models import build_model
-from cpmix_cli.recipe import Model, load
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Model
 
 SMOOTHING = ("loss=label-aware-smoothing", "smooth_head=0.3", "smooth_tail=0.1")
 
@@ -20,7 +21,7 @@ def setting(table: str, *values: str) -> list[str]:
 
 
 def weights(run: Path, phase: str) -> dict[str, torch.Tensor]:
-    return artifacts.read_tensors(run / phase / "model.safetensors")[0]
+    return tensors.read_tensors(run / phase / "model.safetensors")[0]
 
 
 def test_mislas_finetune(digits_run: Path, tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_lws_finetune_learns_scales_alone(digits_run: Path, tmp_path: Path) -> N
     plain = must("evaluate", "--from", digits_run, "--phase", "stage2", "--json").json
     scaled = must("evaluate", "--from", tmp_path, "--json").json
     assert scaled["phase"] == "finetune"
-    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, scaled)]
+    logits = [tensors.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, scaled)]
     torch.testing.assert_close(logits[1], logits[0] * after["head.scale"])
 
 
@@ -60,7 +61,7 @@ def test_logit_adjustment_after_training(digits_run: Path) -> None:
     adjusted = must("evaluate", "--from", digits_run, *flags, "--json").json
     assert Path(adjusted["folder"]) == digits_run / "evaluation" / "finetune-logit-adjustment-1.5"
     assert (plain["logit_adjustment"], adjusted["logit_adjustment"]) == (0.0, 1.5)
-    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, adjusted)]
+    logits = [tensors.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, adjusted)]
     counts = torch.tensor([124, 88, 63, 45, 32, 23, 16, 12, 8, 6.0])
     torch.testing.assert_close(logits[1], logits[0] - 1.5 * (counts / 417).log())
     assert must("evaluate", "--from", digits_run, *flags, "--json").json["status"] == "up to date"
@@ -74,7 +75,7 @@ def test_tau_norm_after_training(digits_run: Path) -> None:
     normed = must("evaluate", "--from", digits_run, *flags).json
     assert Path(normed["folder"]).name == "stage2-tau-norm-0.5"
     head = weights(digits_run, "stage2")
-    logits = [artifacts.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, normed)]
+    logits = [tensors.read_tensors(Path(r["folder"]) / "logits.safetensors")[0]["logits"] for r in (plain, normed)]
     norms = head["head.weight"].norm(dim=1)
     expected = (logits[0] - head["head.bias"]) / norms.sqrt() + head["head.bias"]
     torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-4)
@@ -88,15 +89,15 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
     found = must(*command, "--set", "evaluation.tau_norm=1", "--json").json
     assert Path(found["folder"]) == run / "evaluation" / "stage1-val-tau-norm-1"
     assert found["num_test"] == 30
-    labels = artifacts.read_tensors(data / "val.safetensors")[0]["labels"]
-    assert artifacts.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["labels"].equal(labels)
+    labels = tensors.read_tensors(data / "val.safetensors")[0]["labels"]
+    assert tensors.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["labels"].equal(labels)
     plain = must(*command, "--json").json
     assert (Path(plain["folder"]).name, plain["status"]) == ("stage1-val", "done")
     assert must(*command, "--json").json["status"] == "up to date"
     train = must("evaluate", "--from", run, "--split", "train", "--json").json
     assert (Path(train["folder"]).name, train["num_test"]) == (
         "stage1-train",
-        len(artifacts.read_tensors(data / "train.safetensors")[0]["labels"]),
+        len(tensors.read_tensors(data / "train.safetensors")[0]["labels"]),
     )
     wrong = must("misclassified", "--from", run, "--label", "val", "--json").json
     assert wrong["num_images"] == round(30 * (1 - plain["top1"] / 100))
@@ -164,7 +165,7 @@ def test_ldam_trains_a_cosine_head(digits: Path, tmp_path: Path) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path, *flags)
     must("finetune", "--from", tmp_path)
     found = must("evaluate", "--from", tmp_path, "--json").json
-    logits = artifacts.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["logits"]
+    logits = tensors.read_tensors(Path(found["folder"]) / "logits.safetensors")[0]["logits"]
     assert logits.abs().max() <= 30.001
     assert {name for name in weights(tmp_path, "finetune") if name.startswith("head")} == {"head.weight"}
     assert found["top1"] > 40
@@ -179,12 +180,12 @@ def test_confusion_of_the_held_out_split(digits: Path, tmp_path: Path) -> None:
     assert not run.exists()
     must("build-lt", "digits", "--val-per-class", 2, "--out", data)
     must("train-stage1", "--data", data, "--out", run, *held_out)
-    pairs = artifacts.read_table(run / "stage1" / "confusion_pairs.parquet")
+    pairs = tables.read_table(run / "stage1" / "confusion_pairs.parquet")
     # What the network gets wrong on val at the end, and nothing of earlier epochs.
     recipe = load(str(run / "stage1" / "recipe.toml"))
     model = build_model(recipe.model, 10, (8, 8, 1), torch.Generator())
     model.load_state_dict(weights(run, "stage1"))
-    val = artifacts.read_tensors(data / "val.safetensors")[0]
+    val = tensors.read_tensors(data / "val.safetensors")[0]
     record = json.loads((data / "dataset.json").read_text())
     x = (val["images"].permute(0, 3, 1, 2) / 255 - record["mean"][0]) / record["std"][0]
     predicted = model.eval()(x).argmax(1)

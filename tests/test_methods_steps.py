@@ -13,11 +13,11 @@ from test_losses import slow_loss
 from torch import Tensor
 
 from cpmix_cli.confusion import draw_confused
-from cpmix_cli.engine import make_optimizer
 from cpmix_cli.models import Classifier, build_model
-from cpmix_cli.recipe import Model, Optimizer
-from cpmix_cli.step import TrainingState
-from cpmix_cli.terms import draw_epoch
+from cpmix_cli.recipe.schema import Model, Optimizer
+from cpmix_cli.training.loop import make_optimizer
+from cpmix_cli.training.objective import draw_epoch
+from cpmix_cli.training.step import TrainingState
 
 NATURAL = {"draw": "natural", "loss": "cross-entropy"}
 LINEAR = {"ratio": "beta", "alpha": 1.0, "mix": "linear", "label": "lambda"}
@@ -276,7 +276,7 @@ def test_epochs_match_more_and_more_often() -> None:
 def test_errors_are_counted_where_a_batch_goes_unmixed() -> None:
     from test_engine import data, never, plan_of
 
-    from cpmix_cli.engine import fit
+    from cpmix_cli.training.loop import fit
 
     terms = terms_of(erm={**NATURAL, **CMO, "unmixed_first": 0})
     state = fresh()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cpmix_cli.models import BasicBlock, CosineHead, build_model
-from cpmix_cli.recipe import Model
+from cpmix_cli.recipe.schema import Model
 
 
 @pytest.mark.parametrize(

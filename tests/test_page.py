@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from conftest import cpmix, must
 
+from cpmix_cli.commands.confusion_report import read_reported, shown_run
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.phases.confusion_report import read_reported, shown_run
 from cpmix_cli.report.images import Sheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation

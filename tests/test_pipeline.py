@@ -9,7 +9,9 @@ import pytest
 from conftest import cpmix, files, must
 from equality import contents
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import tables
+from cpmix_cli.artifacts.files import sha256
+from cpmix_cli.artifacts.tensors import read_tensors
 
 TRAINING = [
     "class_counts.parquet",
@@ -91,18 +93,18 @@ def test_evaluation_json_and_files_agree(digits: Path, digits_run: Path) -> None
     stored = json.loads((folder / "metrics.json").read_text())
     assert {k: numbers[k] for k in stored} == stored
     weights = (digits_run / "finetune" / "model.safetensors").read_bytes()
-    assert numbers["checkpoint_sha256"] == artifacts.sha256(weights)
+    assert numbers["checkpoint_sha256"] == sha256(weights)
 
-    table = artifacts.read_table(folder / "predictions.parquet", artifacts.PREDICTIONS_SCHEMA)
+    table = tables.read_table(folder / "predictions.parquet", tables.PREDICTIONS_SCHEMA)
     assert numbers["num_test"] == len(table) == 500
     right = table["label"] == table["predicted"]
     assert numbers["top1"] == pytest.approx(100 * right.mean(), abs=0.005)
-    classes = artifacts.read_table(folder / "per_class.parquet", artifacts.PER_CLASS_SCHEMA)
+    classes = tables.read_table(folder / "per_class.parquet", tables.PER_CLASS_SCHEMA)
     assert classes["num_correct"].tolist() == right.groupby(table["label"]).sum().tolist()
     for group in ("many", "medium", "few"):
         chosen = classes["accuracy"][classes["group"] == group]
         assert numbers[group] == pytest.approx(chosen.mean(), abs=0.005)
-    tensors, _ = artifacts.read_tensors(folder / "logits.safetensors")
+    tensors, _ = read_tensors(folder / "logits.safetensors")
     assert tensors["logits"].argmax(1).tolist() == table["predicted"].tolist()
     counts = (digits_run / "finetune" / "class_counts.parquet").read_bytes()
     assert counts == (digits / "class_counts.parquet").read_bytes()
@@ -112,7 +114,7 @@ def test_report_matrix_is_that_of_the_predictions(digits_run: Path) -> None:
     table = pd.read_parquet(digits_run / "evaluation" / "finetune" / "predictions.parquet")
     expected = table.groupby(["label", "predicted"]).size()
     path = digits_run / "confusion" / "finetune" / "confusion_matrix.parquet"
-    matrix = artifacts.read_table(path, artifacts.CONFUSION_SCHEMA)
+    matrix = tables.read_table(path, tables.CONFUSION_SCHEMA)
     assert matrix["count"].tolist() == expected.tolist()
     assert list(zip(matrix["true_class"], matrix["predicted_class"], strict=True)) == list(expected.index)
     result = must("confusion-report", "--from", digits_run, "--json")
@@ -148,8 +150,8 @@ def test_metrics_and_pairs_of_the_stages(digits_run: Path) -> None:
 
 
 def test_nothing_but_the_head_moves_in_finetune(digits_run: Path) -> None:
-    before, _ = artifacts.read_tensors(digits_run / "stage2" / "model.safetensors")
-    after, _ = artifacts.read_tensors(digits_run / "finetune" / "model.safetensors")
+    before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
+    after, _ = read_tensors(digits_run / "finetune" / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved == {"head.weight", "head.bias"}
 
@@ -157,8 +159,8 @@ def test_nothing_but_the_head_moves_in_finetune(digits_run: Path) -> None:
 def test_shifted_batch_norm_moves_running_statistics_only(digits_run: Path, tmp_path: Path) -> None:
     flags = ("--set", "finetune.batchnorm=shift", "--out", tmp_path / "shift")
     must("finetune", "--from", digits_run, *flags)
-    before, _ = artifacts.read_tensors(digits_run / "stage2" / "model.safetensors")
-    after, _ = artifacts.read_tensors(tmp_path / "shift" / "finetune" / "model.safetensors")
+    before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
+    after, _ = read_tensors(tmp_path / "shift" / "finetune" / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
     kinds = {name.rsplit(".", 1)[1] for name in moved if not name.startswith("head")}
     assert kinds == {"running_mean", "running_var", "num_batches_tracked"}
@@ -167,8 +169,8 @@ def test_shifted_batch_norm_moves_running_statistics_only(digits_run: Path, tmp_
 def test_head_can_be_drawn_again(digits_run: Path, tmp_path: Path) -> None:
     flags = ("--set", "finetune.head=reinit", "--set", "finetune.lr=1e-9")
     must("finetune", "--from", digits_run, *flags, "--out", tmp_path / "crt")
-    before, _ = artifacts.read_tensors(digits_run / "stage2" / "model.safetensors")
-    after, _ = artifacts.read_tensors(tmp_path / "crt" / "finetune" / "model.safetensors")
+    before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
+    after, _ = read_tensors(tmp_path / "crt" / "finetune" / "model.safetensors")
     assert (before["head.weight"] - after["head.weight"]).abs().mean() > 0.05
 
 

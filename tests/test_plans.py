@@ -12,11 +12,12 @@ from test_engine import COUNTS, IMAGES, LABELS, STD, fresh, never
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.engine import fit
-from cpmix_cli.plans import Setting, fresh_state, head_plan
-from cpmix_cli.recipe import Data, Recipe, load
-from cpmix_cli.step import TrainingData
-from cpmix_cli.terms import draw_epoch
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Data, Recipe
+from cpmix_cli.training.loop import fit
+from cpmix_cli.training.objective import draw_epoch
+from cpmix_cli.training.plan import Setting, fresh_state, head_plan
+from cpmix_cli.training.step import TrainingData
 
 FINETUNE = {
     "epochs": 2,

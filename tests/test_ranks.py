@@ -16,10 +16,13 @@ import torch
 from conftest import must
 from equality import files
 
-from cpmix_cli import artifacts, ranks
-from cpmix_cli.errors import EnvironmentFault
-from cpmix_cli.ranks import Ranks, find, meeting_place
-from cpmix_cli.terms import Part
+from cpmix_cli.artifacts import files as artifacts
+from cpmix_cli.artifacts import records, tensors
+from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
+from cpmix_cli.runtime import ranks
+from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime.ranks import Ranks, find, meeting_place
+from cpmix_cli.training.objective import Part
 
 # -- who and where -----------------------------------------------------------------------------------------------------
 
@@ -113,19 +116,20 @@ def test_what_fills_a_part_up_comes_from_the_beginning() -> None:
 
 RUN = """
 import sys
-from cpmix_cli import signals
+from cpmix_cli.runtime import signals
 signals.install()
-from cpmix_cli import cli, console, ranks
+from cpmix_cli import cli
+from cpmix_cli.runtime import console, ranks
 import os
 console.set_up()
 if "SLOW_STATE" in os.environ:  # a state that takes a second to write
     import time
-    from cpmix_cli import artifacts
-    publish = artifacts.publish
+    from cpmix_cli.artifacts import files
+    publish = files.publish
     def slowly(path, data):
         time.sleep(1.0 if path.name == "training_state.safetensors" else 0.0)
         return publish(path, data)
-    artifacts.publish = slowly
+    files.publish = slowly
 ranks.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", 60))
 for number, line in enumerate(sys.argv[1:]):
     console.mute(ranks.is_later(os.environ))
@@ -217,7 +221,7 @@ def must_run(size: int, *commands: Sequence[object], srun: bool = False) -> str:
 
 
 def metrics(phase: Path) -> pd.DataFrame:
-    return pd.read_parquet(phase / artifacts.METRICS).drop(columns=["seconds", "images_per_second"])
+    return pd.read_parquet(phase / METRICS).drop(columns=["seconds", "images_per_second"])
 
 
 WHOLE_NUMBERS = ["epoch", "train_accuracy", "num_confusions", "num_fallbacks"]
@@ -252,9 +256,9 @@ def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: 
             found = metrics(tmp_path / name / phase)
             assert found[WHOLE_NUMBERS].equals(expected[WHOLE_NUMBERS])
             pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
-            own = tmp_path / name / phase / artifacts.CONFUSION_PAIRS
-            assert own.read_bytes() == (alone / artifacts.CONFUSION_PAIRS).read_bytes()
-    record = artifacts.read_record(tmp_path / "three" / "stage2" / artifacts.RUN)
+            own = tmp_path / name / phase / CONFUSION_PAIRS
+            assert own.read_bytes() == (alone / CONFUSION_PAIRS).read_bytes()
+    record = records.read_record(tmp_path / "three" / "stage2" / artifacts.RUN)
     assert record["ranks"] == 3
 
 
@@ -304,7 +308,7 @@ def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, 
     assert errs[0].startswith("interrupted: SIGTERM received; stage2 is saved at epoch ")
     assert not any(errs[1:])
     assert files(run / "stage2") == ["recipe.toml", "training_state.safetensors"]
-    state, _ = artifacts.read_tensors(run / "stage2" / artifacts.TRAINING_STATE)
+    state, _ = tensors.read_tensors(run / "stage2" / TRAINING_STATE)
     assert ("epoch_confusion" in state) == (refresh == "epoch")
     found = must(*stage2)
     assert "begun with 4 ranks, going on with 1: the draws stay the same" in found.stderr

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from cpmix_cli.errors import UsageError
-from cpmix_cli.recipe import check_request, load, recipe_names
-from cpmix_cli.terms import check_fits
+from cpmix_cli.recipe.loading import load, recipe_names
+from cpmix_cli.recipe.requests import check_request
+from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.training.objective import check_fits
 
 DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
 DATA += ("imagenet-lt", "places-lt", "inaturalist2018")

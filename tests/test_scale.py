@@ -9,7 +9,7 @@ import pytest
 from conftest import cpmix, files, must
 from PIL import Image
 
-from cpmix_cli.phases.scale import Assumed, Kept, Load, Measured, project, share
+from cpmix_cli.bench.projection import Assumed, Kept, Load, Measured, project, share
 
 LOAD = Load(
     epochs=60,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from cpmix_cli.recipe import Schedule
-from cpmix_cli.schedule import learning_rate
+from cpmix_cli.recipe.schema import Schedule
+from cpmix_cli.training.schedule import learning_rate
 
 
 def test_warmup_and_drops_of_table_6() -> None:

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.decoding import in_threads, read_square, resized
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime.errors import InputError
 
 SIZE = 16
 FILES = ["class_counts.parquet", "dataset.json"] + [
@@ -251,7 +251,7 @@ def test_another_storage_takes_the_folder_over(photos: Path, tmp_path: Path) -> 
 # -- interruption ------------------------------------------------------------------------------------------------------
 
 MAIN = (
-    "import sys; from cpmix_cli import signals; from cpmix_cli.data import shards; shards.SHARD_IMAGES = 4; "
+    "import sys; from cpmix_cli.runtime import signals; from cpmix_cli.data import shards; shards.SHARD_IMAGES = 4; "
     "from cpmix_cli.__main__ import main; main()"
 )
 

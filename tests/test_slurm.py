@@ -21,7 +21,7 @@ import pytest
 from conftest import must
 from equality import contents
 
-from cpmix_cli import ranks
+from cpmix_cli.runtime import ranks
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "recipes" / "slurm"

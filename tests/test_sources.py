@@ -19,7 +19,7 @@ from conftest import cpmix, files, must
 from cpmix_cli.data import cifar
 from cpmix_cli.data.download import REMOTES, Remote, download
 from cpmix_cli.data.sources import DEBIAN_FASHION, FASHION_NAMES
-from cpmix_cli.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 NAMES = ["cat", "dog"]
 

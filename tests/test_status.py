@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import cpmix, files, must
 
-from cpmix_cli.recipe import load, recipe_names
+from cpmix_cli.recipe.loading import load, recipe_names
 
 
 def follow(command: str) -> None:

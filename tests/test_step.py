@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpmix_cli.data.batches import ImageBatches
-from cpmix_cli.engine import fit, make_optimizer, state_tensors
-from cpmix_cli.recipe import Data, Optimizer, load
-from cpmix_cli.step import Step, TrainingData, TrainingState, own_stream, sum_names
-from cpmix_cli.terms import compile_stage, draw_epoch
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Data, Optimizer
+from cpmix_cli.training.loop import fit, make_optimizer, state_tensors
+from cpmix_cli.training.objective import compile_stage, draw_epoch
+from cpmix_cli.training.step import Step, TrainingData, TrainingState, own_stream, sum_names
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "unique_dim"}
 SENDS = {"lift_fresh", "lift_fresh_copy"}  # torch.tensor(number): on a GPU, a copy from the host's memory
@@ -224,7 +225,7 @@ def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
     """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
     states = []
     for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
-        monkeypatch.setattr("cpmix_cli.step.EAGER_STEPS", eager)
+        monkeypatch.setattr("cpmix_cli.training.step.EAGER_STEPS", eager)
         with own_stream(torch.device(device)):
             step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
             for epoch in range(1, 9):

@@ -22,14 +22,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
-from cpmix_cli import hardware, signals
+from cpmix_cli.bench.measure import Memory
 from cpmix_cli.data import augment, stream
 from cpmix_cli.data.batches import CropBatches, ImageBatches, open_batches, pictures
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.stream import FileReader, StreamedBatches
-from cpmix_cli.errors import InputError
-from cpmix_cli.phases.bench import Memory
-from cpmix_cli.recipe import Data
+from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime import hardware, signals
+from cpmix_cli.runtime.errors import InputError
 
 CPU = torch.device("cpu")
 SIZE, CROP = 40, 24
@@ -295,7 +295,7 @@ def test_the_end_of_the_program_waits_for_no_reader() -> None:
 import time, torch
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.data.stream import StreamedBatches
-from cpmix_cli.recipe import Data
+from cpmix_cli.recipe.schema import Data
 
 class Slow:
     shape = [2, 2, 3]

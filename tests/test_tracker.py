@@ -19,8 +19,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from test_interruption import handlers as handlers
 from test_interruption import run_to_the_end
 
-from cpmix_cli import engine, signals
-from cpmix_cli.tracker import EVENTS, Tracker
+from cpmix_cli.runtime import signals
+from cpmix_cli.training import loop
+from cpmix_cli.training.tracker import EVENTS, Tracker
 
 TRACKED = ("--tracker", "tensorboard")
 
@@ -71,7 +72,7 @@ def test_the_curves_are_the_metrics_and_all_else_is_as_without(digits: Path, dig
 def test_a_run_that_goes_on_has_each_epoch_once(
     handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, taken = engine.epoch_line, []
+    real, taken = loop.epoch_line, []
 
     def stops(plan: Any, row: dict[str, Any]) -> str:
         taken.append(int(row["epoch"]))
@@ -79,7 +80,7 @@ def test_a_run_that_goes_on_has_each_epoch_once(
             signals._handle(signals.HANDLED[0], None)
         return real(plan, row)
 
-    monkeypatch.setattr(engine, "epoch_line", stops)
+    monkeypatch.setattr(loop, "epoch_line", stops)
     command = ("train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 15, "--checkpoint-every", 4)
     assert run_to_the_end(*command, *TRACKED) == 3
     assert taken == list(range(1, len(taken) + 1))

@@ -16,11 +16,11 @@ from conftest import cpmix, files, must
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cpmix_cli.engine import load_model
-from cpmix_cli.errors import InputError
+from cpmix_cli.commands.train_stage1 import read_weights
 from cpmix_cli.models import build_model, take_over
-from cpmix_cli.phases.train_stage1 import read_weights
-from cpmix_cli.recipe import Model
+from cpmix_cli.recipe.schema import Model
+from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.loop import load_model
 
 
 class Canary:

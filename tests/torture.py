@@ -36,13 +36,14 @@ import matplotlib.figure
 import sklearn.datasets  # noqa: F401
 from equality import contents, files
 
-import cpmix_cli.phases.confusion_report
-import cpmix_cli.phases.finetune
-import cpmix_cli.phases.train_stage1
-import cpmix_cli.phases.train_stage2  # noqa: F401
-from cpmix_cli import artifacts, signals
+import cpmix_cli.commands.confusion_report
+import cpmix_cli.commands.finetune
+import cpmix_cli.commands.train_stage1
+import cpmix_cli.commands.train_stage2  # noqa: F401
+from cpmix_cli.artifacts.files import TEMPORARY
 from cpmix_cli.cli import app
-from cpmix_cli.step import Step
+from cpmix_cli.runtime import signals
+from cpmix_cli.training.step import Step
 
 PIPELINES = {
     "digits": [
@@ -138,7 +139,7 @@ def hook_calls(notify: Callable[[bytes], None], fatal: int) -> None:
     def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         file = real_open(path, mode, *args, **kwargs)
-        if path.name.startswith(artifacts.TEMPORARY) and mode == "wb":
+        if path.name.startswith(TEMPORARY) and mode == "wb":
             count += 1
             notify(b"c")
             if count == fatal:

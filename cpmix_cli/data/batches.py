@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpmix_cli import hardware
 from cpmix_cli.data import augment
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.stream import FileReader, Reader, StreamedBatches, read_in_order
-from cpmix_cli.errors import InputError
-from cpmix_cli.recipe import Data
+from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime import hardware
+from cpmix_cli.runtime.errors import InputError
 
 PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpmix_cli.artifacts import read_bytes, sha256
-from cpmix_cli.errors import InputError
+from cpmix_cli.artifacts.files import read_bytes, sha256
+from cpmix_cli.runtime.errors import InputError
 
 Images = NDArray[np.uint8]
 SHAPE = (32, 32, 3)

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from torch import Tensor
 
-from cpmix_cli import artifacts
+from cpmix_cli.artifacts import records, tables
+from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
+from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.shards import MEND, Shards
-from cpmix_cli.errors import InputError, UsageError
-from cpmix_cli.recipe import find_recipe
+from cpmix_cli.recipe.loading import find_recipe
+from cpmix_cli.runtime.errors import InputError, UsageError
 
 LOOKED_FOR = 32
 """Image files of a folder that is said to have them."""
@@ -141,7 +143,7 @@ class Dataset:
         try:
             find_recipe(name)
         except UsageError as fault:  # nobody's --recipe: the data set says it
-            raise InputError(f"{self.folder / artifacts.DATASET}: {fault.message}", fix="name one: --recipe") from fault
+            raise InputError(f"{self.folder / DATASET}: {fault.message}", fix="name one: --recipe") from fault
         return name
 
     def read(self, split: str) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,7 @@ class Dataset:
             InputError: a file is missing or damaged, or a label lies outside the classes.
         """
         path = self.folder / f"{split}.safetensors"
-        tensors, _ = artifacts.read_tensors(path, self._sha(path))
+        tensors, _ = read_tensors(path, self._sha(path))
         labels = tensors.pop("labels", torch.empty(0))
         inputs = tensors.pop("images" if len(self.shape) == 3 else "points", torch.empty(0))
         dtype = torch.uint8 if len(self.shape) == 3 else torch.float32
@@ -190,9 +192,9 @@ class Dataset:
     def samples(self, split: str) -> pd.DataFrame:
         """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
         path = self.folder / f"{split}.parquet"
-        schema = artifacts.split_schema(self.data_root is not None)
-        table = artifacts.read_table(path, schema, self._sha(path))
-        artifacts.refuse_outside(path, table, "label", self.num_classes)
+        schema = tables.split_schema(self.data_root is not None)
+        table = tables.read_table(path, schema, self._sha(path))
+        tables.refuse_outside(path, table, "label", self.num_classes)
         return table
 
     def labels(self, split: str) -> Tensor:
@@ -213,8 +215,8 @@ class Dataset:
 
     def recorded_shards(self, split: str) -> Shards:
         """shards() as the record has them, whether they are there or not."""
-        path = self.folder / f"{split}-{artifacts.HASHES}"
-        table = artifacts.read_table(path, artifacts.HASHES_SCHEMA, self._sha(path))
+        path = self.folder / f"{split}-{HASHES}"
+        table = tables.read_table(path, tables.HASHES_SCHEMA, self._sha(path))
         hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
         return Shards(self.folder, split, hashes, self.shape, self.record["shard_images"])
 
@@ -230,7 +232,7 @@ class Dataset:
 
     def _sha(self, path: Path) -> str:
         if path.name not in self.record["files"]:
-            raise InputError(f"{self.folder / artifacts.DATASET} records no {path.name}")
+            raise InputError(f"{self.folder / DATASET} records no {path.name}")
         return str(self.record["files"][path.name])
 
     @property
@@ -252,18 +254,18 @@ def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None)
         InputError: no data set there, its record or class counts are damaged, or its images are not in `data_root`.
         UsageError: a `data_root` for a set that has no image files.
     """
-    if not artifacts.is_there(folder / artifacts.DATASET):
+    if not is_there(folder / DATASET):
         raise InputError(
-            f"no data set in {folder} ({artifacts.DATASET} is missing)",
+            f"no data set in {folder} ({DATASET} is missing)",
             needed_by=needed_by,
             fix="cpmix build-lt SOURCE, then --data FOLDER",
         )
-    path = folder / artifacts.DATASET
-    record = artifacts.checked(path, Entry, artifacts.read_record(path))
-    path = folder / artifacts.CLASS_COUNTS
-    counts = artifacts.read_class_counts(path, record["files"].get(path.name, ""))
+    path = folder / DATASET
+    record = records.checked(path, Entry, records.read_record(path))
+    path = folder / CLASS_COUNTS
+    counts = tables.read_class_counts(path, record["files"].get(path.name, ""))
     if counts["class_name"].tolist() != record["classes"]:
-        raise InputError(f"{path} names other classes than {folder / artifacts.DATASET}")
+        raise InputError(f"{path} names other classes than {folder / DATASET}")
     dataset = Dataset(
         folder=folder,
         record=record,

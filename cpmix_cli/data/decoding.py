@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cpmix_cli import console
-from cpmix_cli.artifacts import open_file
-from cpmix_cli.errors import InputError
+from cpmix_cli.artifacts.files import open_file
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
 
 T = TypeVar("T")
 SHOWN = 20

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpmix_cli import artifacts, console
+from cpmix_cli.artifacts import files
 from cpmix_cli.data.cifar import CIFAR10, CIFAR100, Published
-from cpmix_cli.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
 TIMEOUT = 60  # seconds without a byte
 
@@ -74,7 +75,7 @@ def download(source: str, folder: Path, remotes: Mapping[str, Sequence[Remote]] 
     import pooch
     import requests
 
-    artifacts.make_folder(folder)
+    files.make_folder(folder)
     pooch.get_logger().setLevel("ERROR")  # it would print; what is fetched is said here
     for remote in remotes[source]:
         if not (folder / remote.name).is_file():
@@ -94,7 +95,7 @@ def download(source: str, folder: Path, remotes: Mapping[str, Sequence[Remote]] 
                 fix=f"check the network, or put {remote.name} into {folder} yourself",
             ) from fault
         except OSError as fault:
-            raise artifacts.write_fault(folder / remote.name, fault) from fault
+            raise files.write_fault(folder / remote.name, fault) from fault
         except ValueError as fault:
             raise InputError(
                 f"{remote.url} is not the published file (sha256 {remote.sha256})",

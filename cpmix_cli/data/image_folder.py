@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cpmix_cli import console
-from cpmix_cli.artifacts import digest, open_file
+from cpmix_cli.artifacts.files import digest, open_file
 from cpmix_cli.data.decoding import UnreadableImages, as_rgb, in_threads, reason, strict_warnings
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 

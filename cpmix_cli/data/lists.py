@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cpmix_cli import console
-from cpmix_cli.artifacts import digest, read_bytes
+from cpmix_cli.artifacts.files import digest, read_bytes
 from cpmix_cli.data.decoding import SHOWN
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
 
 MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
 

@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpmix_cli import artifacts, console, locks, signals
+from cpmix_cli.artifacts import locks, records
+from cpmix_cli.artifacts.files import digest, open_file, publishing, wait_for
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, in_threads, read_square, reason, strict_warnings
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime import console, signals
+from cpmix_cli.runtime.errors import InputError
 
 SHARD_IMAGES = 2048
 """Images of a new shard: at 256 x 256 it has 403 MB, and iNaturalist 2018 has 226 of them."""
@@ -157,8 +159,8 @@ class Shards:
             return descriptor
         with self._opening:
             if number not in self._files:
-                artifacts.wait_for(self.path(number))
-                with artifacts.open_file(self.path(number)) as file:
+                wait_for(self.path(number))
+                with open_file(self.path(number)) as file:
                     self._files[number] = os.dup(file.fileno())
             return self._files[number]
 
@@ -254,7 +256,7 @@ class Packing:
         unreadable = []
         lock.check()
         self._record(number).unlink(missing_ok=True)
-        with artifacts.publishing(path, len(images) * self._record_bytes) as file:
+        with publishing(path, len(images) * self._record_bytes) as file:
 
             def pack(place: int) -> tuple[bytes, NDArray[np.int64]] | str:
                 image = self.root / self.paths[images[place]]
@@ -283,18 +285,18 @@ class Packing:
                 )
         self.values += values
         record = {
-            "format": artifacts.FORMAT,
+            "format": records.FORMAT,
             "images": self._key(number),
             "hashes": self.hashes[images].tobytes().hex(),
             "values": values.tolist(),
         }
-        artifacts.publish_record(self._record(number), record)
+        records.publish_record(self._record(number), record)
         signals.state_is_saved()
 
     def _taken_over(self, number: int) -> bool:
         """Whether a shard that is there is of these images; then its hashes and values are, too."""
         try:
-            record = artifacts.read_record(self._record(number))
+            record = records.read_record(self._record(number))
             if record["images"] != self._key(number):
                 return False
             images = self._shards.images(number)
@@ -308,7 +310,7 @@ class Packing:
     def _key(self, number: int) -> str:
         images = self._shards.images(number)
         files = [[self.paths[i], int(self.sizes[i])] for i in images]
-        return artifacts.digest([self.size, self.upright, files])
+        return digest([self.size, self.upright, files])
 
     def _record(self, number: int) -> Path:
         return self.folder / f"packing-{shard_name(self.split, number)}.json"

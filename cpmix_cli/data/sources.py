@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpmix_cli.artifacts import digest, read_bytes, sha256
+from cpmix_cli.artifacts.files import digest, read_bytes, sha256
 from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.cifar import Split
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime.errors import InputError
 
 Array = NDArray[Any]
 DOWNLOADS = Path("data/download")

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpmix_cli import artifacts, locks
+from cpmix_cli.artifacts import locks, tables
+from cpmix_cli.artifacts.files import DATASET, HASHES, check_place, digest, is_there, sha256
+from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
 from cpmix_cli.data.cifar import Split
 from cpmix_cli.data.dataset import SPLITS, Dataset, channel_statistics
 from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes
 from cpmix_cli.data.sources import Own, Source
-from cpmix_cli.errors import InputError
+from cpmix_cli.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ def store_tensors(folder: Path, splits: Mapping[str, Chosen]) -> Stored:
             unreadable += fault.lines
     if unreadable:
         raise UnreadableImages(unreadable)
-    artifacts.check_place(folder, sum(loaded[s].nbytes + 64 * len(part.labels) for s, part in splits.items()))
-    (folder / artifacts.DATASET).unlink(missing_ok=True)
+    check_place(folder, sum(loaded[s].nbytes + 64 * len(part.labels) for s, part in splits.items()))
+    (folder / DATASET).unlink(missing_ok=True)
     files: dict[str, str] = {}
     for split, part in splits.items():
         kind = "images" if loaded[split].dtype == np.uint8 else "points"
         tensors = {kind: torch.from_numpy(loaded[split]), "labels": torch.from_numpy(part.labels)}
-        files[f"{split}.safetensors"] = artifacts.publish_tensors(folder / f"{split}.safetensors", tensors)
+        files[f"{split}.safetensors"] = publish_tensors(folder / f"{split}.safetensors", tensors)
     images = loaded["train"]
     mean, std = channel_statistics(torch.from_numpy(images)) if images.dtype == np.uint8 else ([], [])
     digests = {split: {"packed": files[f"{split}.safetensors"]} for split in splits}
@@ -125,15 +127,15 @@ def store_shards(
     Raises:
         UnreadableImages: with all files of all splits that are no images.
     """
-    if artifacts.is_there(folder / artifacts.DATASET):  # to be replaced: its room is needed
-        (folder / artifacts.DATASET).unlink()
+    if is_there(folder / DATASET):  # to be replaced: its room is needed
+        (folder / DATASET).unlink()
         clear(folder)
     packings = {
         split: shards.Packing(folder, split, own.root, part.paths or [], sizes[split], size, upright)
         for split, part in splits.items()
     }
     left = {split: packing.left() for split, packing in packings.items()}
-    artifacts.check_place(
+    check_place(
         folder,
         sum(packing.num_bytes(left[split]) + 512 * len(packing.paths) for split, packing in packings.items()),
         largest_file=max(packing.num_bytes([0]) for packing in packings.values()),
@@ -149,10 +151,10 @@ def store_shards(
     files, digests = {}, {}
     for split, packing in packings.items():
         columns = {"sample_id": np.arange(len(packing.paths)), "sha256": [row.tobytes() for row in packing.hashes]}
-        name = f"{split}-{artifacts.HASHES}"
-        files[name] = artifacts.publish_table(folder / name, artifacts.HASHES_SCHEMA, columns)
-        hashes = artifacts.sha256(packing.hashes.tobytes())
-        digests[split] = {"packed": hashes, "paths": artifacts.digest(packing.paths)}
+        name = f"{split}-{HASHES}"
+        files[name] = tables.publish_table(folder / name, tables.HASHES_SCHEMA, columns)
+        hashes = sha256(packing.hashes.tobytes())
+        digests[split] = {"packed": hashes, "paths": digest(packing.paths)}
     mean, std = packings["train"].statistics()
     keys = {"shard_images": packings["train"].shard_images}
     return Stored([size, size, 3], mean, std, files, digests, keys)
@@ -165,8 +167,8 @@ def store_files(folder: Path, splits: Mapping[str, Chosen], own: Own, size: int)
         UnreadableImages: with all that are no images.
     """
     check_headers([own.root / path for part in splits.values() for path in part.paths or ()])
-    (folder / artifacts.DATASET).unlink(missing_ok=True)
-    digests = {split: {"paths": artifacts.digest(part.paths)} for split, part in splits.items()}
+    (folder / DATASET).unlink(missing_ok=True)
+    digests = {split: {"paths": digest(part.paths)} for split, part in splits.items()}
     return Stored([size, size, 3], [], [], {}, digests, {})
 
 
@@ -183,7 +185,7 @@ def clear(folder: Path, dataset: Dataset | None = None) -> None:
             recorded = dataset.recorded_shards(split)
             keep |= {recorded.path(number).name for number in range(recorded.num_shards)}
     for split in SPLITS:
-        images = (f"{split}-?????.shard", f"{split}-{artifacts.HASHES}", f"{split}.safetensors")
+        images = (f"{split}-?????.shard", f"{split}-{HASHES}", f"{split}.safetensors")
         for pattern in (f"packing-{split}-*.json", *images):
             for path in folder.glob(pattern):
                 if path.name not in keep:

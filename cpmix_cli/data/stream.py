@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cpmix_cli import hardware, ranks
 from cpmix_cli.data import augment
 from cpmix_cli.data.decoding import open_rgb, reason, square
-from cpmix_cli.errors import InputError
-from cpmix_cli.recipe import Data
+from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime import hardware, ranks
+from cpmix_cli.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from cpmix_cli.data.batches import Resident

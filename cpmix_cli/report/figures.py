@@ -21,6 +21,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.runtime import console
 
 Array = NDArray[Any]
 Kind = Literal["png", "svg", "pdf"]
@@ -467,3 +468,11 @@ def decision_regions(
     for handle in handles:  # a common class's points are too small to tell their marker
         handle.set(sizes=[30], alpha=1)
     return figure
+
+
+def warn_of_boxes(class_names: list[str]) -> None:
+    """Say that names will not be legible in pictures."""
+    if lacking := without_glyphs(class_names):
+        console.warn(
+            f"the pictures' font cannot write {len(lacking)} class names, such as {lacking[0]}: boxes stand for letters"
+        )

@@ -20,10 +20,10 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
-from cpmix_cli.console import on_a_line
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.images import COLUMNS, Sheet
 from cpmix_cli.report.pairs import telling
+from cpmix_cli.runtime.console import on_a_line
 
 Array = NDArray[Any]
 

@@ -1,0 +1,301 @@
+"""Files on disk: names, schemas, atomic publishing, hashes.
+
+Every file is published whole (temporary file in the same folder, fsync, rename, fsync of the folder) and verified by
+hash when it is read. Tensors are safetensors, tables are Parquet, records are JSON with a digest of their own
+content. Never pickle.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+
+DATASET = "dataset.json"
+RUN = "run.json"
+RECIPE = "recipe.toml"
+MODEL = "model.safetensors"
+TRAINING_STATE = "training_state.safetensors"
+CONFUSION_PAIRS = "confusion_pairs.parquet"
+CLASS_COUNTS = "class_counts.parquet"
+METRICS = "metrics.parquet"
+EVALUATION = "metrics.json"
+PER_CLASS = "per_class.parquet"
+PREDICTIONS = "predictions.parquet"
+LOGITS = "logits.safetensors"
+SAMPLES = "samples.parquet"
+HASHES = "hashes.parquet"
+CONFUSION_MATRIX = "confusion_matrix.parquet"
+CONFUSED_PAIRS = "confused_pairs.parquet"
+
+
+# -- hashes ------------------------------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal content, equal text. File names that are no UTF-8 are escaped."""
+    return _unicode(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def _unicode(text: str) -> str:
+    """JSON text whose lone surrogates (bytes of a file name that are no UTF-8) are escaped, as JSON itself would."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON value's canonical text."""
+    return sha256(canonical_json(value).encode())
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+TEMPORARY = ".cpmix-tmp-"
+
+
+def temporary_for(path: Path) -> Path:
+    """Where a file is written before it is renamed to `path`: a name of this process's own in the same folder.
+
+    Short: the name of `path` may be as long as a name can be.
+    """
+    return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{sha256(os.fsencode(path.name))[:8]}")
+
+
+def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> EnvironmentFault:
+    """The error for a file or folder that cannot be written: why, what was needed and what is free."""
+    reason = fault.strerror or str(fault)
+    fix = "choose a folder you can write to with --out"
+    if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        room = f"{shutil.disk_usage(_existing(path)).free:,} are free on the disk"
+        fix = f"free at least {needed_bytes:,} bytes there"
+        if fault.errno == errno.EFBIG:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+            room = f"a file may have {limit:,} here (ulimit -f)" if limit >= 0 else "the file system takes less"
+            fix = "raise the limit, or choose another folder with --out"
+        elif fault.errno == errno.EDQUOT:
+            room += ", but your quota is used up (see: quota -s)"
+        reason += f": {needed_bytes:,} bytes are needed, {room}"
+        fix += ", then run the same command again"
+    return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there, or the path itself."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> None:
+    """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
+
+    Args:
+        folder: it, or where it will be.
+        needed_bytes: in all, beyond what is there.
+        largest_file: its bytes, which `ulimit -f` may forbid.
+
+    Raises:
+        EnvironmentFault: with the reason. A quota shows only when it is hit.
+    """
+    place = _existing(folder)
+    code = 0
+    if not place.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+    elif shutil.disk_usage(place).free < needed_bytes:
+        code = errno.ENOSPC
+    elif 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < largest_file:
+        code, needed_bytes = errno.EFBIG, largest_file
+    if code:
+        raise write_fault(folder, OSError(code, os.strerror(code)), needed_bytes=needed_bytes)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        EnvironmentFault: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise write_fault(path, fault, needed_bytes=4096) from fault
+
+
+def publish(path: Path, data: bytes) -> str:
+    """Write a file whole: after this call `path` holds `data`; if it fails, what it held before.
+
+    Returns:
+        The sha256 of `data`.
+
+    Raises:
+        EnvironmentFault: the disk, a permission or a quota does not allow it; the temporary file is gone.
+    """
+    sha = sha256(data)
+    with publishing(path, len(data)) as file:
+        file.write(data)
+    return sha
+
+
+@contextmanager
+def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
+    """A file to write `num_bytes` to, that is published whole when the context is left, and not at all by an exception;
+    see publish(). An OSError inside is taken for one of writing.
+    """
+    temporary = temporary_for(path)
+    before = temporary.with_name(temporary.name + "-before")
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            # Mode 0666 less the umask, as any other program would: the group can read a checkpoint.
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(OSError):  # nothing was there, or no hard links are: then there is no way back
+                os.link(path, before)
+            temporary.replace(path)
+            try:
+                os.fsync(folder)
+            except OSError as fault:
+                if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that know no fsync of folders
+                    before.replace(path) if before.exists() else path.unlink()
+                    raise
+        finally:
+            os.close(folder)
+    except OSError as fault:
+        raise write_fault(path, fault, needed_bytes=num_bytes) from fault
+    finally:
+        for leftover in (temporary, before):
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes of this machine left that died while they published this very file: for one outside a
+    locked folder, whose sweep sees to the rest.
+    """
+    *_, name = temporary_for(path).name.rpartition("-")
+    for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
+        pid = left.name.removesuffix("-before").split("-")[-2]
+        if not Path(f"/proc/{pid}").exists():
+            with suppress(OSError):
+                left.unlink()
+
+
+def json_text(value: Any) -> str:
+    """A JSON value for people and programs to read."""
+    return _unicode(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _record_bytes(sealed: Any) -> bytes:
+    return (_unicode(json.dumps(sealed, indent=1, ensure_ascii=False)) + "\n").encode()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+LATE_SECONDS = 5.0
+"""How long a file may take to appear that its record says is there: network file systems show some late."""
+MAX_RECORD = 2_000_000  # bytes; that of a data set of ten thousand classes has half a million
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading that is one: no folder, no pipe that would wait for ever, no device without an end.
+
+    Raises:
+        InputError: it is none, missing, or unreadable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as fault:
+        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"cannot read {path}: it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name, be it a link to nowhere.
+
+    Raises:
+        InputError: that cannot be seen: what is out of sight is not taken for what is not there.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as fault:
+        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    return True
+
+
+def wait_for(path: Path) -> None:
+    """Give a file that has to be there some seconds to show, LATE_SECONDS at most; none where its folder is not."""
+    until = time.monotonic() + LATE_SECONDS
+    while not os.path.lexists(path) and path.parent.is_dir() and time.monotonic() < until:
+        time.sleep(0.1)
+        with suppress(OSError), os.scandir(path.parent) as entries:  # makes NFS look again
+            next(entries, None)
+
+
+def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) -> bytes:
+    """The bytes of a file, checked against the hash that its record gives.
+
+    Args:
+        path: of the file; one with a hash is waited for, LATE_SECONDS at most.
+        sha: the recorded sha256.
+        limit: refuse a file with more bytes.
+
+    Raises:
+        InputError: it is missing, unreadable, no file, too large, or its bytes are not those that were published.
+    """
+    if sha is not None:
+        wait_for(path)
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise InputError(f"{path} has {size:,} bytes; a file of its kind has at most {limit:,}")
+        try:
+            data = file.read()
+        except OSError as fault:
+            raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    if sha is not None and sha256(data) != sha:
+        raise InputError(
+            f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...",
+            fix="make it again with --overwrite, or restore it from a copy",
+        )
+    return data
+
+
+def verify(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Check the files of a folder against their recorded hashes.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    for name, sha in hashes.items():
+        read_bytes(folder / name, sha)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; a second of the same name would silently take the place of the first."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return members

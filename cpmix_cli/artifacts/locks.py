@@ -1,0 +1,289 @@
+"""One writer a folder: a lock file that names who writes, and that outlives no process for long.
+
+The lock is made whole under another name and linked into place, so that it is never half there, on network file systems
+too. A writer on this machine is looked up among the processes; of one elsewhere the heartbeat (the lock file's time,
+by the file system's own clock) is all that can be seen.
+"""
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+
+LOCK = ".cpmix-lock"
+HEARTBEAT_SECONDS = 30.0
+STALE_SECONDS = 300.0
+"""A writer elsewhere that has been silent for so long is dead."""
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, as others can tell it from all others."""
+
+    host: str
+    pid: int
+    kernel: str
+    """Boot id and pid namespace: within one, a pid means the same to all."""
+    started: str
+    """Start of the process in clock ticks since boot; a pid that is used again has another."""
+    slurm_job: str
+    slurm_task: str
+    """Step and task, which two tasks of one `srun` do not share."""
+    serial: int
+    """Of the locks that this process has taken."""
+
+    @property
+    def name(self) -> str:
+        """Host, pid and job, for the message."""
+        return f"{self.host}, pid {self.pid}" + (f", Slurm job {self.slurm_job}" if self.slurm_job else "")
+
+    def is_alive(self, silent_seconds: float, asking: "Owner") -> bool:
+        """Whether it may still write.
+
+        Args:
+            silent_seconds: since its last heartbeat.
+            asking: who wants the lock. A requeued Slurm job has its old number: what stands in a lock under that
+                number is its own earlier life, unless it is another task of the same step.
+        """
+        if self.host == asking.host and self.kernel == asking.kernel:
+            return _start_of(self.pid) == self.started
+        if self.slurm_job and self.slurm_job == asking.slurm_job and not self._is_sibling(asking):
+            return False
+        return silent_seconds < STALE_SECONDS
+
+    def _is_sibling(self, other: "Owner") -> bool:
+        (step, task), (step_, task_) = (o.slurm_task.rsplit(".", 1) for o in (self, other))
+        return step == step_ and task != task_
+
+
+def _start_of(pid: int) -> str:
+    """Start time of a process of this machine; "" where there is none (a zombie is none)."""
+    try:
+        # The name, in brackets, may hold anything; state and start time are the 3rd and the 22nd field.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@cache
+def _kernel() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    return ""
+
+
+_serial = 0
+
+
+def _this_process() -> Owner:
+    global _serial
+    _serial += 1
+    env = os.environ
+    step = f"{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '')}.{env.get('SLURM_PROCID', '')}"
+    pid = os.getpid()
+    return Owner(socket.gethostname(), pid, _kernel(), _start_of(pid), env.get("SLURM_JOB_ID", ""), step, _serial)
+
+
+class Lock:
+    """A folder held for writing, as a context; see hold()."""
+
+    def __init__(self, folder: Path, owner: Owner, made: list[Path]) -> None:
+        self._path = folder / LOCK
+        self._owner = owner
+        self._made = made
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="cpmix-heartbeat", daemon=True)
+
+    def __enter__(self) -> "Lock":
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._released.set()
+        with suppress(OSError):
+            if self._is_own():
+                self._path.unlink()
+            for folder in reversed(self._made):  # nothing was written: leave nothing
+                folder.rmdir()
+
+    def check(self) -> None:
+        """Call before anything is written: this process may have been stopped for longer than a lock lasts.
+
+        Raises:
+            EnvironmentFault: another process has taken the folder over.
+        """
+        if not self._is_own():
+            found = _read(self._path)
+            raise EnvironmentFault(
+                f"{self._path.parent} was taken over by {found.name if found else 'another process'}; "
+                "nothing more is written",
+                fix="let that process finish, or stop it and run the same command again",
+            )
+
+    def _is_own(self) -> bool:
+        return _read(self._path) == self._owner
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):
+                if self._is_own():
+                    os.utime(self._path)
+
+
+def hold(folder: Path, *, wait: bool = False) -> Lock:
+    """Take a folder for writing (it is made where it is missing), and sweep what dead writers left unfinished in it.
+
+    Args:
+        folder: of one phase, evaluation, report or data set.
+        wait: for a writer to finish; else be refused.
+
+    Raises:
+        EnvironmentFault: another process holds it, or the folder cannot be written.
+    """
+    made = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
+    owner = _this_process()
+    waits_for = ""
+    while (held_by := _try(folder, owner)) is not None:
+        if not wait:
+            raise _refusal(folder, held_by)
+        if held_by.name != waits_for:
+            console.note(f"{folder}: waits for {held_by.name}")
+            waits_for = held_by.name
+        time.sleep(POLL_SECONDS)
+    _sweep(folder, owner)
+    return Lock(folder, owner, made)
+
+
+def _sweep(folder: Path, owner: Owner) -> None:
+    """Remove what writers left that did not live to finish."""
+    now = (folder / LOCK).stat().st_mtime
+    for path in folder.glob(f"{LOCK}-*"):
+        found, silence = _read(path), _silence(path, now)
+        if not (found.is_alive(silence, owner) if found is not None else silence < STALE_SECONDS):
+            with suppress(OSError):
+                path.unlink()
+    for path in folder.glob(f"{files.TEMPORARY}*"):  # nobody else writes here
+        with suppress(OSError):  # another user's, in a folder that lets nobody else remove it
+            path.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Sweep a finished folder whose writer died before it could; where that cannot be, it does no harm."""
+    if next(folder.glob(".cpmix-*"), None) is not None:
+        with suppress(EnvironmentFault, OSError), hold(folder):
+            pass
+
+
+def refuse_if_held(folder: Path) -> None:
+    """What hold() would say, without taking anything.
+
+    Raises:
+        EnvironmentFault: another process holds the folder.
+    """
+    if (found := holder(folder)) is not None:
+        raise _refusal(folder, found)
+
+
+def holder(folder: Path) -> Owner | None:
+    """The living process that writes a folder, if one does."""
+    path = folder / LOCK
+    found = _read(path)
+    alive = found is not None and found.is_alive(_silence(path, time.time()), _this_process())
+    return found if alive else None
+
+
+def _refusal(folder: Path, held_by: Owner) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{folder} is being written by another process ({held_by.name})",
+        fix="wait until it has finished, or write elsewhere with --out FOLDER",
+    )
+
+
+def _try(folder: Path, owner: Owner) -> Owner | None:
+    """Take the lock, from a dead owner too.
+
+    Returns:
+        None, or the living owner.
+    """
+    files.make_folder(folder)  # each time: a writer that wrote nothing takes it away when it leaves
+    lock = folder / LOCK
+    candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
+    try:
+        candidate.write_text(json.dumps(asdict(owner)))
+        now = candidate.stat().st_mtime  # by the clock of the file system, which is the lock's too
+        while True:
+            if _place(candidate, lock):
+                return None
+            found, silence = _read(lock), _silence(lock, now)
+            if found is not None and found.is_alive(silence, owner):
+                return found
+            if found is None and lock.exists() and silence < STALE_SECONDS:  # damaged, or of another version
+                return Owner("an unknown process", 0, "", "", "", "", 0)
+            _set_aside(lock, found)
+    except FileNotFoundError:  # such a writer left just now
+        return _try(folder, owner)
+    except OSError as fault:
+        raise files.write_fault(lock, fault, needed_bytes=4096) from fault
+    finally:
+        with suppress(OSError):
+            candidate.unlink()
+
+
+def _place(candidate: Path, lock: Path) -> bool:
+    """Put the lock there unless one is; False if one is."""
+    try:
+        os.link(candidate, lock)
+    except FileExistsError:
+        return False
+    except OSError as fault:
+        if fault.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}:
+            raise
+        try:  # no hard links here
+            with lock.open("x") as file:
+                file.write(candidate.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _set_aside(lock: Path, dead: Owner | None) -> None:
+    """Remove a dead owner's lock, and no other's that took its place in between."""
+    aside = lock.with_name(f"{LOCK}-dead-{socket.gethostname()}-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        lock.rename(aside)
+        if _read(aside) != dead:
+            with suppress(FileExistsError):
+                os.link(aside, lock)
+        aside.unlink()
+
+
+def _read(lock: Path) -> Owner | None:
+    """Who holds a lock; None where there is none, or one that cannot be read."""
+    try:
+        owner = Owner(**json.loads(files.read_bytes(lock)))
+    except (InputError, ValueError, TypeError):
+        return None
+    return owner if all(type(v) is Owner.__annotations__[k] for k, v in asdict(owner).items()) else None
+
+
+def _silence(lock: Path, now: float) -> float:
+    """Seconds since the last heartbeat."""
+    try:
+        return now - lock.stat().st_mtime
+    except OSError:
+        return STALE_SECONDS

@@ -1,0 +1,285 @@
+"""Tables on disk: Parquet files with exact schemas, checked when they are read."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from cpmix_cli.artifacts.files import publish, read_bytes
+from cpmix_cli.runtime.errors import InputError
+
+
+def _schema(*fields: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
+    """(name, type) or (name, type, nullable) triples; columns are not nullable unless said."""
+    return pa.schema([pa.field(f[0], f[1], nullable=len(f) == 3 and bool(f[2])) for f in fields])
+
+
+CLASS_COUNTS_SCHEMA = _schema(
+    ("class_id", pa.int32()),
+    ("class_name", pa.string()),
+    ("num_train", pa.int64()),
+    ("num_test", pa.int64()),
+    ("group", pa.string()),
+)
+
+
+def split_schema(by_path: bool) -> pa.Schema:
+    """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
+    origin = ("path", pa.string()) if by_path else ("source_index", pa.int64())
+    return _schema(("sample_id", pa.int64()), ("label", pa.int32()), origin)
+
+
+HASHES_SCHEMA = _schema(("sample_id", pa.int64()), ("sha256", pa.binary(32)))
+"""sha256 of each packed image of a split."""
+CONFUSION_SCHEMA = _schema(
+    ("true_class", pa.int32()),
+    ("predicted_class", pa.int32()),
+    ("count", pa.int64()),
+)
+
+
+PER_CLASS_SCHEMA = _schema(
+    ("class_id", pa.int32()),
+    ("class_name", pa.string()),
+    ("group", pa.string()),
+    ("num_train", pa.int64()),
+    ("num_test", pa.int64()),
+    ("num_correct", pa.int64()),
+    ("accuracy", pa.float64(), True),
+)
+
+
+PREDICTIONS_SCHEMA = _schema(
+    ("sample_id", pa.int64()),
+    ("label", pa.int32()),
+    ("predicted", pa.int32()),
+    ("confidence", pa.float32()),
+)
+
+
+CONFUSED_PAIRS_SCHEMA = _schema(
+    ("rarer_class", pa.int32()),
+    ("commoner_class", pa.int32()),
+    ("rarer_as_commoner", pa.int64()),
+    ("commoner_as_rarer", pa.int64()),
+    ("count", pa.int64()),
+    ("minority_share", pa.float64()),
+)
+
+
+PREDICTED_IMAGES_SCHEMA = _schema(
+    ("path", pa.string()),
+    ("rank", pa.int64()),
+    ("class_id", pa.int32()),
+    ("class_name", pa.string()),
+    ("confidence", pa.float32()),
+)
+
+
+METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
+    "epoch",
+    "learning_rate",
+    "loss",
+    "gradient_norm",
+    "train_accuracy",
+    "num_confusions",
+    "num_fallbacks",
+    "test_accuracy",
+    "images_per_second",
+    "seconds",
+)
+
+
+def metrics_schema(terms: list[str]) -> pa.Schema:
+    """Schema of metrics.parquet for a phase with these terms, one row an epoch.
+
+    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps;
+    train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
+    null but for --eval-every; images_per_second counts an image each time it passes through the network.
+    """
+    integers = {"epoch", "num_confusions", "num_fallbacks"}
+    nullable = {"train_accuracy", "num_confusions", "test_accuracy"}
+    names: list[str] = []
+    for name in METRICS_COLUMNS:
+        names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
+    return _schema(*((n, pa.int64() if n in integers else pa.float64(), n in nullable) for n in names))
+
+
+def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:
+    """Columns as the bytes of a Parquet file with exactly this schema."""
+    arrays = [pa.array(columns[f.name], type=f.type, from_pandas=True) for f in schema]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
+    return buffer.getvalue()
+
+
+def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> str:
+    """Publish columns as Parquet; see table_bytes()."""
+    return publish(path, table_bytes(schema, columns))
+
+
+UNPACKS = 10
+"""How many times its bytes a table may have in memory. A split's list of a million images has 4 times."""
+UNPACKS_REGULAR = 128
+"""The same for one whose rows are bounded otherwise: all pairs of 256 classes, each confused once, have 101 times."""
+
+
+def read_table(
+    path: Path, schema: pa.Schema | None = None, sha: str | None = None, *, max_rows: int | None = None
+) -> pd.DataFrame:
+    """A Parquet table, its schema checked exactly.
+
+    Args:
+        path: of the file.
+        schema: what it is to have; None takes any columns.
+        sha: the recorded sha256.
+        max_rows: what its content can have at most, where that is known: it may then be more regular than others.
+
+    Raises:
+        InputError: missing, damaged, with other columns, or made to fill the memory.
+    """
+    data = read_bytes(path, sha)
+    try:
+        found = pq.read_schema(io.BytesIO(data))
+        if schema is not None and not found.equals(schema):
+            raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}")
+        texts = [field.name for field in found if pa.types.is_string(field.type)]
+        # As a dictionary: a word that stands there a million times stays one.
+        source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
+        num_rows = source.metadata.num_rows
+        if max_rows is not None and num_rows > max_rows:
+            raise InputError(f"{path} says it has {num_rows:,} rows; it can have {max_rows:,}")
+        _refuse_codecs(path, source.metadata)
+        times = UNPACKS if max_rows is None else UNPACKS_REGULAR
+        fixed = sum(4 if field.name in texts else _width(field) for field in found) * num_rows
+        _refuse_size(path, data, fixed, times)
+        columns = source.read()
+        for name in texts:
+            fixed += sum(_text_bytes(chunk) for chunk in columns[name].chunks)
+            _refuse_size(path, data, fixed, times)
+            columns = columns.set_column(columns.schema.get_field_index(name), name, columns[name].cast(pa.string()))
+        table: pd.DataFrame = columns.to_pandas()
+    except InputError:
+        raise
+    except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
+        raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
+    return table
+
+
+def _width(field: pa.Field) -> int:
+    """Bytes of a value."""
+    width: int = -(-field.type.bit_width // 8)
+    return width
+
+
+def _text_bytes(chunk: pa.DictionaryArray) -> int:
+    """Bytes of all words of a column, one that stands there twice counted twice."""
+    lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+    return int(pc.sum(lengths).as_py() or 0)
+
+
+def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
+    """A few bytes can spell a million equal rows, or names; none of our tables is that regular.
+
+    Raises:
+        InputError: it is.
+    """
+    if unpacked > times * len(data) + 2**20:
+        raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
+
+
+def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
+    """Snappy makes 64 bytes of 3 at most, whatever the footer says; one page of gzip or Zstandard can fill the memory
+    before anything of it is counted.
+
+    Raises:
+        InputError: another codec than we write.
+    """
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    used = {group.column(i).compression for group in groups for i in range(group.num_columns)}
+    if others := sorted(used - {"SNAPPY", "UNCOMPRESSED"}):
+        raise InputError(f"{path} is compressed with {', '.join(others)}; cpmix writes SNAPPY")
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
+
+
+def refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str) -> None:
+    """Refuse a table for its first row that is wrong.
+
+    Raises:
+        InputError: with that row.
+    """
+    if wrong.any():
+        first = int(wrong.to_numpy().argmax())
+        row = ", ".join(f"{name} {value}" for name, value in table.iloc[first].items())
+        raise InputError(f"{path}, row {first + 1} ({row}): {what}", fix="make it again with --overwrite")
+
+
+def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
+    """class_counts.parquet: classes 0 to C - 1 in order, each with a training image.
+
+    Raises:
+        InputError: missing, damaged, or not so.
+    """
+    table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
+    refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
+    refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
+    refuse(path, table, table["num_test"] < 0, "no class has fewer than 0 test images")
+    return table
+
+
+def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
+    """confusion_pairs.parquet: ordered pairs of different classes, each once, with a count.
+
+    Raises:
+        InputError: missing, damaged, or not so.
+    """
+    table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
+    for name in ("true_class", "predicted_class"):
+        refuse_outside(path, table, name, num_classes)
+    refuse(path, table, table["count"] < 1, "a pair is there because it was counted")
+    refuse(path, table, table["true_class"] == table["predicted_class"], "a class is not confused with itself")
+    twice = table.duplicated(["true_class", "predicted_class"])
+    refuse(path, table, twice, "the pair stands there twice")
+    return table
+
+
+def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
+    """Refuse class ids outside 0 to num_classes - 1.
+
+    Raises:
+        InputError: with the first row that has one.
+    """
+    classes = table[column]
+    refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
+
+
+def confusion_columns(counts: Tensor) -> dict[str, Any]:
+    """Confusion counts [C, C] as the sparse columns of CONFUSION_SCHEMA, in row order, no zero rows."""
+    counts = counts.detach().cpu().round().to(torch.int64)
+    true_class, predicted_class = counts.nonzero(as_tuple=True)
+    return {
+        "true_class": true_class.numpy(),
+        "predicted_class": predicted_class.numpy(),
+        "count": counts[true_class, predicted_class].numpy(),
+    }
+
+
+def confusion_tensor(table: pd.DataFrame, num_classes: int) -> Tensor:
+    """The dense int64 counts [C, C] of a sparse confusion table."""
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    counts[
+        torch.tensor(table["true_class"].to_numpy(), dtype=torch.int64),
+        torch.tensor(table["predicted_class"].to_numpy(), dtype=torch.int64),
+    ] = torch.tensor(table["count"].to_numpy(), dtype=torch.int64)
+    return counts

@@ -1,0 +1,340 @@
+"""What `bench` times: the loop of the released long-tail code, cpmix's own, and parts of it alone.
+
+A contender takes steps and counts the images that pass through the network, each once. All train the same network on
+the same images, at a rate too small to matter.
+"""
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from cpmix_cli.data.batches import Batches
+from cpmix_cli.data.stream import Reader
+from cpmix_cli.models import Classifier
+from cpmix_cli.recipe.schema import Data
+from cpmix_cli.training.loop import epoch_steps, synchronize
+from cpmix_cli.training.step import (
+    EAGER_STEPS,
+    Plan,
+    Replayed,
+    Step,
+    TrainingData,
+    TrainingState,
+    own_stream,
+    sum_names,
+)
+
+RATE = 1e-5
+
+
+class Contender(ABC):
+    """Something that trains.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @abstractmethod
+    def take(self, num_steps: int) -> int:
+        """Take so many steps; returns the images that went through the network."""
+
+    def warm_up(self) -> None:
+        """Steps after which nothing is chosen, allocated or recorded any more."""
+        with own_stream(self.device):
+            self.take(EAGER_STEPS + 1)
+            synchronize(self.device)
+
+    def timed(self, num_steps: int) -> tuple[float, int]:
+        """Seconds of so many steps, until the device is done, and their images."""
+        with own_stream(self.device):
+            synchronize(self.device)
+            started = time.perf_counter()
+            images = self.take(num_steps)
+            synchronize(self.device)
+            return time.perf_counter() - started, images
+
+
+class TrainingLoop(Contender):
+    """cpmix: a phase's own epochs, but for the disk and the console."""
+
+    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
+        super().__init__(data.labels.device)
+        self._data, self._state = data, state
+        self._plan = replace(plan, learning_rate=lambda *_: RATE)
+        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=self.device)
+        state.model.train(plan.train_mode)
+        self._step = Step(self._plan, data, state)
+        self._num_steps = plan.num_steps(len(data.labels))
+        self._steps = self._endless()
+
+    def _endless(self) -> Iterator[None]:
+        while True:
+            self._state.step = 0
+            yield from epoch_steps(self._plan, self._step, self._state, self._num_steps)
+
+    def warm_up(self) -> None:
+        with own_stream(self.device):
+            self._step.begin_epoch(self._state.epoch)
+            for number in {0, self._num_steps - 1}:  # the two sizes of a batch
+                for _ in range(EAGER_STEPS + 1):
+                    self._step(number)
+            synchronize(self.device)
+
+    def take(self, num_steps: int) -> int:
+        images = 0
+        for _ in range(num_steps):
+            next(self._steps)
+            taken = (self._state.step - 1) * self._plan.batch_size
+            images += min(self._plan.batch_size, len(self._data.labels) - taken) * len(self._plan.terms)
+        return images
+
+
+class NetworkAlone(Contender):
+    """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it.
+
+    Args:
+        data: the training images.
+        plan: mode, precision, and how many images go through each forward.
+        state: network and optimizer.
+        record: False for no graph, as several ranks have it.
+    """
+
+    def __init__(self, data: TrainingData, plan: Plan, state: TrainingState, *, record: bool = True) -> None:
+        super().__init__(data.labels.device)
+        self._precision = plan.precision
+        self._state = state
+        state.model.train(plan.train_mode)
+        for group in state.optimizer.param_groups:
+            group["lr"].fill_(RATE)
+        size = min(plan.batch_size, len(data.labels))
+        wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
+        chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
+        self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
+        self._step = Replayed(self._run, self.device, record=record)
+
+    def _run(self, key: int) -> None:
+        losses = []
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+            for x, labels in self._inputs:
+                losses.append(F.cross_entropy(self._state.model(x).float(), labels))
+        self._state.optimizer.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        self._state.optimizer.step()
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._step(0)
+        return num_steps * sum(len(x) for x, _ in self._inputs)
+
+
+class InputAlone(Contender):
+    """Images that come from disk, augmented and then not used; asked for ahead as in training.
+
+    Args:
+        data: the training images.
+        batch_size: B.
+    """
+
+    AHEAD = Step.STEPS_AHEAD
+
+    def __init__(self, data: TrainingData, batch_size: int) -> None:
+        super().__init__(data.labels.device)
+        self._batches = data.batches
+        self._size = min(batch_size, len(data.labels))
+        self._num_images = len(data.labels)
+        self._generator = torch.Generator().manual_seed(0)
+        self._coming: deque[tuple[Tensor, Tensor]] = deque()
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            while len(self._coming) <= self.AHEAD:
+                indices = torch.randint(self._num_images, (self._size,), generator=self._generator)
+                shape = (self._size, self._batches.num_uniforms)
+                self._coming.append((indices, torch.rand(shape, dtype=torch.float64, generator=self._generator)))
+                self._batches.announce(*self._coming[-1])
+            self._batches.batch(*self._coming.popleft())
+        return num_steps * self._size
+
+
+def _leave_signals(worker: int) -> None:
+    """In a loader process: Ctrl-C and the rest are the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """uint8 images [N, H, W, channels], or image files, as a map-style data set of PIL images, transformed one at a
+    time; `shape` is that of a test image.
+    """
+
+    def __init__(self, images: Tensor | Sequence[Path], shape: Sequence[int], labels: Tensor, recipe: Data) -> None:
+        from torchvision import transforms
+
+        self._images = images.numpy() if isinstance(images, Tensor) else images
+        self._labels = labels.tolist()
+        height, width, channels = shape
+        crop: list[Any] = []
+        if recipe.augment.startswith("resized-crop"):
+            crop = [transforms.RandomResizedCrop(recipe.crop)]
+        elif not isinstance(images, Tensor):
+            crop = [transforms.Resize(height), transforms.CenterCrop(height)]
+        if recipe.augment.startswith("crop"):
+            crop.append(transforms.RandomCrop((height, width), padding=recipe.padding))
+        elif recipe.augment == "none" and recipe.crop:
+            crop.append(transforms.CenterCrop(recipe.crop))
+        self._transform = transforms.Compose(
+            [
+                *crop,
+                *([transforms.RandomHorizontalFlip()] if "flip" in recipe.augment else []),
+                *([transforms.ColorJitter(0.4, 0.4, 0.4)] if recipe.augment.endswith("jitter") else []),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * channels, (0.25,) * channels),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        found = self._images[index]
+        if isinstance(found, Path):
+            with Image.open(found) as file:
+                return self._transform(file.convert("RGB")), self._labels[index]
+        image = Image.fromarray(found.squeeze(-1) if found.shape[-1] == 1 else found)
+        return self._transform(image), self._labels[index]
+
+
+class ReferenceLoop(Contender):
+    """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32 as cuDNN has it by default
+    (TF32), the loss read at every step.
+
+    Args:
+        data: the training images.
+        model: contiguous, on its device.
+        batch_size: B.
+        num_workers: loader processes.
+    """
+
+    PREFETCH = 2  # batches a worker makes ahead, the loader's default
+
+    def __init__(self, data: PilImages, model: Classifier, batch_size: int, num_workers: int) -> None:
+        super().__init__(next(model.parameters()).device)
+        self._data = data
+        self._model = model.train()
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4)
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._batches: Iterator[Any] = iter(())
+        self._accuracies: list[Tensor] = []
+
+    def warm_up(self) -> None:
+        self.timed(EAGER_STEPS + 1)
+
+    def timed(self, num_steps: int) -> tuple[float, int]:
+        """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
+        slow the other contenders.
+        """
+        ahead = self._num_workers * self.PREFETCH
+        # As many batches follow as are made ahead, so that the workers are busy to the end.
+        num_samples = (num_steps + 2 * ahead) * self._batch_size
+        sampler = RandomSampler(
+            self._data, replacement=True, num_samples=num_samples, generator=torch.Generator().manual_seed(0)
+        )
+        loader = DataLoader(
+            self._data,
+            batch_size=self._batch_size,
+            sampler=sampler,
+            num_workers=self._num_workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals,
+        )
+        cudnn = torch.backends.cudnn
+        own = cudnn.benchmark, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        cudnn.benchmark, cudnn.conv.fp32_precision = True, "tf32"  # type: ignore[attr-defined]
+        try:
+            with own_stream(self.device):
+                self._batches = iter(loader)
+                self.take(ahead)
+            return super().timed(num_steps)
+        finally:
+            self._batches = iter(())
+            cudnn.benchmark, cudnn.conv.fp32_precision = own  # type: ignore[attr-defined]
+
+    def take(self, num_steps: int) -> int:
+        images = 0
+        for _ in range(num_steps):
+            x, labels = next(self._batches)
+            x, labels = x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            logits = self._model(x)
+            loss = F.cross_entropy(logits, labels)
+            loss.item()
+            top5 = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+            self._accuracies = [100 * right.float().sum() / len(x) for right in (top5[:, :1], top5)]
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            images += len(x)
+        return images
+
+
+class AugmentingAlone(Contender):
+    """Batches of resident images, augmented and then not used.
+
+    Args:
+        batches: of them.
+        device: where inputs come out.
+        num_images: N.
+        batch_size: B.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
+        super().__init__(device)
+        self._batches = batches
+        generator = torch.Generator().manual_seed(0)
+        self._indices = torch.randint(num_images, (batch_size,), generator=generator).to(device)
+        shape = (batch_size, batches.num_uniforms)
+        self._uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(device)
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._batches.batch(self._indices, self._uniforms)
+        return num_steps * len(self._indices)
+
+
+class ReadingAlone(Contender):
+    """Images that a reader gives, one at a time, in one thread; a step is one image.
+
+    Args:
+        reader: from where.
+        indices: which, in turn.
+        num_uniforms: that decide what is seen of an image.
+    """
+
+    def __init__(self, reader: Reader, indices: Sequence[int], num_uniforms: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._reader = reader
+        self._indices = cycle(indices)
+        self._uniforms = cycle(np.random.default_rng(0).random((97, num_uniforms)))  # not in step with the indices
+        self._into = np.empty(reader.shape, dtype=np.uint8)
+
+    def take(self, num_steps: int) -> int:
+        for _ in range(num_steps):
+            self._reader.read(next(self._indices), next(self._uniforms), self._into)
+        return num_steps

@@ -1,0 +1,225 @@
+"""Timings: loops that take turns, round after round, their memory, and what surrounds them."""
+
+import ctypes
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpmix_cli.bench.loops import Contender
+from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
+from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.recipe import loading as recipes
+from cpmix_cli.recipe.schema import Recipe
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.loop import synchronize
+from cpmix_cli.training.objective import check_fits, compile_stage
+from cpmix_cli.training.step import Plan
+
+PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
+
+
+MIN_STEPS = 3  # of a contender in a round
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    recipe: str | None
+    settings: list[str]
+    epochs: int | None
+    data: Path | None
+    data_root: Path | None
+    device: str
+    rounds: int
+    seconds: float
+
+
+@dataclass
+class Timing:
+    """What a contender reached."""
+
+    contender: Contender
+    peak_bytes: int | None
+    """Memory that building and warming it up took, without the resident images and without loader processes."""
+    num_steps: int
+    """In a round."""
+    images_per_second: list[float] = field(default_factory=list)
+    """Round by round."""
+
+    @property
+    def median(self) -> float:
+        """Images a second."""
+        return statistics.median(self.images_per_second)
+
+    def ratio_to(self, other: "Timing") -> float:
+        """Median over the rounds of this contender's speed over the other's in the same round."""
+        pairs = zip(self.images_per_second, other.images_per_second, strict=True)
+        return statistics.median(mine / others for mine, others in pairs)
+
+
+def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
+    """The data set of a folder; without one that of random_images().
+
+    Raises:
+        InputError: no data set there, damaged, or points.
+        UsageError: --data-root without --data.
+    """
+    if folder is not None:
+        dataset = open_dataset(folder, needed_by="bench", data_root=data_root)
+        if len(dataset.shape) != 3:
+            raise InputError(f"{folder} holds points; the loop to compare with takes images", needed_by="bench")
+        return dataset
+    if data_root is not None:
+        raise UsageError("--data-root is of a data set: give --data too", needed_by="bench")
+    counts = exponential_counts(500, 100, 200)
+    record = {"name": "random images", "recipe": "cifar100-lt/cpmix", "rho": 200.0, "shape": (32, 32, 3)}
+    record |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts)
+
+
+def random_images(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Random pixels, as many as CIFAR-100-LT has at rho 200, and labels."""
+    counts = dataset.class_counts
+    generator = torch.Generator().manual_seed(0)
+    shape = (int(counts.sum()), *dataset.shape)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return images, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], Contender]], rounds: int, seconds: float, memory: "Memory"
+) -> dict[str, Timing]:
+    """Time contenders in turn, each for so many seconds a round."""
+    timings = {}
+    expected = 0.0
+    for name, build in contenders.items():
+        memory.restart()
+        contender = build()
+        contender.warm_up()
+        taken = contender.timed(MIN_STEPS)[0] / MIN_STEPS
+        timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
+        expected += rounds * timings[name].num_steps * taken
+    console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
+    for number in range(rounds):
+        for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
+            taken, images = timing.contender.timed(timing.num_steps)
+            timing.images_per_second.append(images / taken)
+    return timings
+
+
+class Memory:
+    """Peak memory above what there was at restart(): reserved on the device on CUDA, else resident in this process.
+
+    Args:
+        device: whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._before: int | None = None
+
+    def restart(self) -> None:
+        """Give back what the allocator keeps, and forget the peak so far."""
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_reserved()
+            return
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = self._read("VmRSS")
+        except OSError:
+            self._before = None  # the peak so far stays
+
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not say."""
+        found = torch.cuda.max_memory_reserved() if self._cuda else self._read("VmHWM")
+        return None if found is None or self._before is None else found - self._before
+
+    def _read(self, name: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
+
+
+def start_up_seconds() -> float:
+    """Median of five runs of `cpmix --help`, as a process."""
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cpmix_cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Seconds to count a batch's confusions and to draw as many pairs, with 50 confused classes a row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def classes(*shape: int) -> Tensor:
+        return torch.randint(0, num_classes, shape, generator=generator).to(device)
+
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
+    counts.scatter_(1, classes(num_classes, 50), 1.0)
+    labels, predictions = classes(batch_size), classes(batch_size)
+    uniforms = torch.rand(batch_size, dtype=torch.float64, generator=generator).to(device)
+    counted = torch.ones((), dtype=torch.bool, device=device)
+
+    def median_of(function: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(10):
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    def count() -> None:
+        count_confusions(counts, confusion_codes(labels, predictions, counted, num_classes))
+
+    return {
+        "num_classes": num_classes,
+        "count_seconds": median_of(count),
+        "draw_seconds": median_of(lambda: draw_confused(counts, labels, uniforms)),
+    }
+
+
+def recipe_for(dataset: Dataset, name: str, options: Options) -> Recipe:
+    """The recipe of that name as the flags change it.
+
+    Raises:
+        UsageError: its faults, or it does not fit the data set, or wants a teacher.
+    """
+    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    if any(term.taught for term in compile_stage(recipe.stage1)):
+        raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
+    return recipe
+
+
+def not_projected(recipe: Recipe, plans: Iterable[Plan]) -> list[str]:
+    """What a recipe also takes time for, and nothing here times."""
+    extra = {
+        "the matching of partners": any(term.matched for plan in plans for term in plan.terms),
+        "the predictions on another split after each epoch": recipe.confusion.source != "train",
+    }
+    return [what for what, there in extra.items() if there]

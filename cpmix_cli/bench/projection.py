@@ -1,0 +1,590 @@
+"""bench --world-size: what training takes on other numbers of ranks.
+
+What is timed or counted here, what is assumed, and what follows from both are kept apart; project() is arithmetic
+alone. Nothing is written but packed images and image files in a temporary folder, for the time of the measurement.
+
+A step takes as long as its slowest resource: the device (augmentation, network, confused pairs), the cores that read
+images, the links between ranks.
+"""
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cpmix_cli.bench import measure
+from cpmix_cli.bench.loops import AugmentingAlone, Contender, NetworkAlone, ReadingAlone
+from cpmix_cli.data.batches import Batches, CropBatches, make_batches
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.decoding import file_sizes
+from cpmix_cli.data.shards import Shards, shard_name
+from cpmix_cli.data.sources import OFFICIAL_LISTS
+from cpmix_cli.data.stream import FileReader, Reader
+from cpmix_cli.recipe.loading import find_recipe
+from cpmix_cli.recipe.schema import Data, Recipe, Stage
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console, hardware
+from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.training.objective import Part
+from cpmix_cli.training.plan import Setting, prepared
+from cpmix_cli.training.step import EAGER_STEPS, Plan, TrainingData
+
+PACKED_SIDE = 256
+"""Pixels of packed images where there are none yet: what all of the published sets are tested at."""
+GENERATED = (500, 375)
+"""Width and height of the image files that are made where there are none: the commonest of ImageNet."""
+NUM_GENERATED = 16
+NUM_READ = 256
+"""Images that are read or augmented in turn; the page cache holds them."""
+FIRST_IMAGES = 8
+"""That go through a network when it is first timed."""
+STEP_SECONDS = 1.0
+"""A measured step takes hardly longer: its batch is that of a rank, or a smaller one."""
+MAX_SECONDS = 3.0
+"""Of all turns of one measurement; there is one in any case."""
+CORES, LINK, RANKS_PER_MACHINE = 8, 12.5, 8
+"""Assumed where nothing else is: 12.5 GB/s are 100 Gbit/s."""
+MB, GB = 1e6, 1e9
+PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their files"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Training images as they are kept: on the device, packed or in their files."""
+
+    read: float | None
+    """Images a second that one core reads; None where there is nothing to read."""
+    image_bytes: float
+    """Read from disk for an image."""
+    augment: Mapping[int, float]
+    """Images a second on the device, by images at once."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was timed or counted here."""
+
+    kept: Mapping[str, Kept]
+    network: Mapping[str, Mapping[int, float]]
+    """Phase -> images a second forward, backward and through the optimizer, by images of a term at once."""
+    gradient_bytes: Mapping[str, int]
+    """Phase -> bytes of the gradients of what it trains."""
+    buffer_bytes: int
+    """Of the network's running statistics, which the first rank sends to the others."""
+    count_seconds: float
+    """To count the errors of a batch."""
+    draw_seconds: float
+    """To draw confused partners for a batch."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is not known here."""
+
+    cores: int
+    """Of a rank, that read images."""
+    link: float
+    """GB a second, each way, of the slowest link on the way round all ranks."""
+    ranks_per_machine: int = RANKS_PER_MACHINE
+
+
+@dataclass(frozen=True)
+class Load:
+    """A phase as the recipe has it."""
+
+    epochs: int
+    num_images: int
+    batch_size: int
+    """Of all ranks together."""
+    micro_batches: int
+    num_terms: int
+    """Images that go through the network for each of a batch."""
+    made_whole: int
+    """Images that are read and augmented for each of a batch, where one rank takes the whole of it at once."""
+    made_in_parts: int
+    """The same where it is taken in parts: a partner in the batch is made anew."""
+    codes: int
+    """Errors told to the other ranks for each image of a batch."""
+    draws: int
+    """Terms whose partners are confused classes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a step."""
+
+    images: int
+    """Of the batch; where they do not come out even, those that fill it up are counted."""
+    made: int
+    """Images read and augmented."""
+    device_seconds: float
+    input_seconds: float
+    link_seconds: float
+    pairs_seconds: float
+    """Of the device's, for the counts and draws of confused pairs."""
+    network_bytes: float
+    """Sent to other ranks, and as many received."""
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        return max(self._resources, key=lambda name: self._resources[name])
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return max(self._resources.values())
+
+    @property
+    def _resources(self) -> dict[str, float]:
+        return {
+            "device": self.device_seconds,
+            "input": self.input_seconds,
+            "link": self.link_seconds,
+        }
+
+
+def share(measured: Measured, assumed: Assumed, load: Load, phase: str, kept: str, world_size: int, size: int) -> Share:
+    """A rank's share of a step over `size` images.
+
+    Args:
+        measured: here.
+        assumed: of the ranks.
+        load: of the phase.
+        phase: name of it.
+        kept: how images are, one of measured.kept.
+        world_size: number of ranks, W.
+        size: images of the batch.
+
+    Source of the bytes: a ring all-reduce of n bytes sends 2 (W - 1) / W n from each rank.
+    """
+    images = measured.kept[kept]
+    part = Part(0, world_size * load.micro_batches, size)
+    num_images = part.length * load.micro_batches
+    made = num_images * (load.made_whole if part.count == 1 else load.made_in_parts)
+    pairs = measured.count_seconds * (load.codes > 0) + measured.draw_seconds * load.draws
+    device = made / _speed_at(images.augment, part.length)
+    device += num_images * load.num_terms / _speed_at(measured.network[phase], part.length) + pairs
+    reading = 0.0 if images.read is None else made / (images.read * assumed.cores)
+    around = 2 * (world_size - 1) / world_size
+    sums = 8 * (load.num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
+    sent = around * (measured.gradient_bytes[phase] + sums)
+    if world_size > 1:
+        sent += measured.buffer_bytes + (world_size - 1) * 8 * load.codes * num_images
+    return Share(num_images, made, device, reading, sent / (assumed.link * GB), pairs, sent)
+
+
+def _speed_at(speeds: Mapping[int, float], at_once: int) -> float:
+    """That of the nearest number of images that was measured."""
+    return speeds[min(speeds, key=lambda size: abs(size - at_once))]
+
+
+def project(
+    measured: Measured, assumed: Assumed, loads: Mapping[str, Load], kept: str, world_size: int
+) -> dict[str, Any]:
+    """Time, GPU-hours, traffic and limits of a whole recipe on `world_size` ranks, for images kept in one way.
+
+    Args:
+        measured: here.
+        assumed: of the ranks.
+        loads: of each phase.
+        kept: one of measured.kept.
+        world_size: number of ranks.
+    """
+    images = measured.kept[kept]
+    on_a_machine = min(world_size, assumed.ranks_per_machine)
+    phases: dict[str, dict[str, Any]] = {}
+    for phase, load in loads.items():
+        steps = -(-load.num_images // load.batch_size)
+        full = share(measured, assumed, load, phase, kept, world_size, min(load.batch_size, load.num_images))
+        left = load.num_images - (steps - 1) * load.batch_size
+        last = share(measured, assumed, load, phase, kept, world_size, left)
+        made = world_size * ((steps - 1) * full.made + last.made)
+        others = max(full.device_seconds, full.link_seconds)
+        phases[phase] = {
+            "images_per_rank_and_step": full.images,
+            "passes_per_rank_and_step": full.images * load.num_terms,
+            "read_per_rank_and_step": full.made if images.read is not None else 0,
+            "steps_per_epoch": steps,
+            "epochs": load.epochs,
+            "device_seconds": full.device_seconds,
+            "input_seconds": full.input_seconds,
+            "link_seconds": full.link_seconds,
+            "step_seconds": full.seconds,
+            "limit": full.limit,
+            "cores_wanted": 0 if images.read is None else math.ceil(full.made / (images.read * others)),
+            "pairs_share": full.pairs_seconds / full.seconds,
+            "network_bytes_per_rank_and_step": round(full.network_bytes),
+            "disk_bytes_per_epoch": round(made * images.image_bytes),
+            "disk_bytes_per_second_and_machine": on_a_machine * full.made * images.image_bytes / full.seconds,
+            "seconds": load.epochs * ((steps - 1) * full.seconds + last.seconds),
+        }
+    seconds = sum(phase["seconds"] for phase in phases.values())
+    return {"seconds": seconds, "rank_hours": world_size * seconds / 3600, "phases": phases}
+
+
+def run(options: measure.Options, sizes: list[int], cores: int | None, link: float | None) -> None:
+    """Measure, project and print.
+
+    Args:
+        options: of the measurement.
+        sizes: numbers of ranks, in their order.
+        cores: see Assumed; None for its default, as of `link`.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+        InputError: the data set is damaged, or holds points.
+        UsageError: faults of the flags or the recipe.
+    """
+    device = hardware.use_device(options.device)
+    dataset, num_images, source = _training_set(options)
+    name = options.recipe or dataset.record["recipe"]
+    recipe = measure.recipe_for(dataset, name, options)
+    precision = hardware.resolve_precision(recipe.model.precision, device)
+    setting = Setting(recipe, dataset, device, precision, {})
+    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
+    batches = [recipe.optimizer.batch_size, *([recipe.finetune.batch_size] if recipe.finetune else [])]
+    if sizes[-1] > (most := min(num_images, *batches)):
+        raise UsageError(
+            f"--world-size {sizes[-1]}: a batch of {name} has {most} images, not one for each rank",
+            fix="give fewer ranks, or a larger optimizer.batch_size and finetune.batch_size",
+        )
+    assumed = Assumed(cores or CORES, link or LINK)
+    console.note(
+        f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
+        f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
+    )
+    plans, loads, network, gradients, buffers = {}, {}, {}, {}, 0
+    for phase in phases:
+        plan, state = prepared(setting, phase)
+        plans[phase] = plan
+        loads[phase] = _load(recipe, plan, num_images)
+        parameters = [p for p in state.model.parameters() if p.requires_grad]
+        gradients[phase] = sum(p.numel() * p.element_size() for p in parameters)
+        buffers = sum(b.numel() * b.element_size() for b in state.model.buffers())
+
+        def one(size: int, plan: Plan = plan, state: Any = state) -> Contender:
+            return NetworkAlone(_stand_ins(setting, size), replace(plan, batch_size=size), state, record=False)
+
+        console.note(f"bench: the network of {phase}")
+        network[phase] = _speeds(one, _at_once(plan, num_images, sizes), options, len(plan.terms))
+    at_once = {size for plan in plans.values() for size in _at_once(plan, num_images, sizes)}
+    console.note("bench: images")
+    kept, facts = _images(dataset, recipe.data, device, at_once, options)
+    if "shards" in kept:
+        resident = num_images * kept["shards"].image_bytes
+        # The ranks of a machine each have a GPU, but one memory between them.
+        if hardware.fits(round(resident * (1 if device.type == "cuda" else assumed.ranks_per_machine)), device):
+            kept = {"resident": Kept(None, 0.0, kept["shards"].augment), **kept}
+    costs = measure.pair_costs(dataset.num_classes, recipe.optimizer.batch_size, device)
+    measured = Measured(kept, network, gradients, buffers, costs["count_seconds"], costs["draw_seconds"])
+    projected = [
+        {"world_size": size, "images": {how: project(measured, assumed, loads, how, size) for how in kept}}
+        for size in sizes
+    ]
+    left_out = [*measure.not_projected(recipe, plans.values()), "evaluations", "checkpoints", "start-up"]
+    if recipe.model.sync_batchnorm:
+        left_out.insert(0, "SyncBatchNorm's own messages")
+    fields = {
+        "command": "bench",
+        "recipe": name,
+        "data": dataset.name,
+        "num_images": num_images,
+        "num_classes": dataset.num_classes,
+        "counts_from": source,
+        "device": hardware.device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": precision,
+        "measured": {**asdict(measured), **facts, "confusion_bytes": 8 * dataset.num_classes**2},
+        "assumed": {**asdict(assumed), "said": _assumptions(device)},
+        "projected": projected,
+        "runs_out_first": {how: _first_limit(how, projected) for how in kept},
+        "not_projected": left_out,
+    }
+    report(fields, loads, measured, assumed)
+
+
+def _training_set(options: measure.Options) -> tuple[Dataset, int, str]:
+    """The data set that is projected for, its training images, and where their number is from; without --data the
+    published set of the recipe's folder, where there is one. Raises as measure.training_set().
+    """
+    family = find_recipe(options.recipe).resolve().parent.name if options.recipe is not None else ""
+    if options.data is not None or options.data_root is not None or family not in OFFICIAL_LISTS:
+        dataset = measure.training_set(options.data, options.data_root)
+        return dataset, int(dataset.class_counts.sum()), "--data" if options.data else "made up"
+    published = OFFICIAL_LISTS[family]
+    record: dict[str, Any] = {"name": family, "recipe": f"{family}/cpmix", "rho": None}
+    record |= {"shape": (PACKED_SIDE, PACKED_SIDE, 3)}
+    record |= {"mean": [0.5] * 3, "std": [0.25] * 3, "storage": "shards", "source": family, "data_root": None}
+    num_images = published.num_images["train"]
+    counts = np.full(published.num_classes, num_images // published.num_classes)  # who has how many changes no speed
+    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts), num_images, "published"
+
+
+def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
+    naturals = int(any(term.natural for term in plan.terms))
+    made_whole, made_in_parts = (naturals + sum(len(t.wanted(whole)) for t in plan.terms) for whole in (True, False))
+    experts = recipe.model.experts if plan.confusion_of_each else 1
+    stage: Stage = getattr(recipe, plan.phase)
+    return Load(
+        epochs=plan.last_epoch - plan.first_epoch + 1,
+        num_images=num_images,
+        batch_size=plan.batch_size,
+        micro_batches=plan.micro_batches,
+        num_terms=len(plan.terms),
+        made_whole=made_whole,
+        made_in_parts=made_in_parts,
+        codes=experts if plan.counts_errors(plan.last_epoch) else 0,
+        draws=sum(term.partner == "confusion" for term in stage.terms.values()),
+    )
+
+
+def _at_once(plan: Plan, num_images: int, world_sizes: Iterable[int]) -> set[int]:
+    """Images of a term that a rank takes at once, for each number of ranks."""
+    size = min(plan.batch_size, num_images)
+    return {Part(0, world_size * plan.micro_batches, size).length for world_size in world_sizes}
+
+
+def _speeds(
+    build: Callable[[int], Contender], sizes: Iterable[int], options: measure.Options, num_terms: int = 1
+) -> dict[int, float]:
+    """Images a second by images of a term at once. A CPU's speed hangs little on their number: there it is the largest
+    whose step is short; a GPU takes all those whose steps are short and fit into its memory. Not 1: batch norm may not
+    take it.
+    """
+    wanted = sorted({max(2, size) for size in sizes})
+    size = min(max(2, -(-FIRST_IMAGES // num_terms)), wanted[-1])
+    contender, taken = _warm(build, size)
+    with suppress(torch.OutOfMemoryError):
+        while size < wanted[-1] and (room := int(STEP_SECONDS / taken[0])) > 1:
+            larger = min(wanted[-1], size * min(8, room))
+            contender, taken = _warm(build, larger)
+            size = larger
+    speeds = {size: _median_speed(contender, taken, options)}
+    if contender.device.type == "cuda":
+        for smaller in {min(size, other) for other in wanted} - {size}:
+            speeds[smaller] = _median_speed(*_warm(build, smaller), options)
+    return dict(sorted(speeds.items()))
+
+
+def _warm(build: Callable[[int], Contender], size: int) -> tuple[Contender, tuple[float, int]]:
+    """A contender, and what a step of it takes: seconds and images. The libraries choose and allocate before."""
+    contender = build(size)
+    contender.timed(EAGER_STEPS if contender.device.type == "cuda" else 1)
+    return contender, contender.timed(1)
+
+
+def _median_speed(contender: Contender, taken: tuple[float, int], options: measure.Options) -> float:
+    """Images a second: the median of options.rounds turns, or of as many as MAX_SECONDS have room for."""
+    steps = max(1, math.ceil(options.seconds / taken[0]))
+    turns = min(options.rounds, max(1, int(MAX_SECONDS / (steps * taken[0]))))
+    found = [contender.timed(steps) for _ in range(turns)]
+    return statistics.median(images / seconds for seconds, images in found)
+
+
+def _stand_ins(setting: Setting, count: int) -> TrainingData:
+    """So many random images on the device."""
+    dataset, device = setting.dataset, setting.device
+    batches = _resident(dataset, setting.recipe.data, device, count)
+    labels = torch.arange(count, device=device) % dataset.num_classes
+    return TrainingData(batches, labels, torch.tensor(dataset.class_counts, device=device))
+
+
+def _random_images(count: int, shape: Sequence[int]) -> Tensor:
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _resident(dataset: Dataset, recipe: Data, device: torch.device, count: int) -> Batches:
+    images = _random_images(count, dataset.shape).to(device)
+    return make_batches(images, recipe, dataset.record["mean"], dataset.record["std"])
+
+
+def _images(
+    dataset: Dataset, recipe: Data, device: torch.device, at_once: Iterable[int], options: measure.Options
+) -> tuple[dict[str, Kept], dict[str, Any]]:
+    """How images may be kept, with the speed of each way; and what was read for that."""
+
+    def augmenting(batches: Batches) -> dict[int, float]:
+        return _speeds(lambda size: AugmentingAlone(batches, device, NUM_READ, size), at_once, options)
+
+    whole = _resident(dataset, recipe, device, NUM_READ)
+    kept = augmenting(whole)
+    if dataset.storage == "tensors":
+        return {"resident": Kept(None, 0.0, kept)}, {}
+    cropped = kept
+    if recipe.crop:
+        record, shape = dataset.record, (recipe.crop, recipe.crop, 3)
+        seen = _random_images(NUM_READ, shape).to(device)
+        cropped = augmenting(CropBatches(seen, recipe, record["mean"], record["std"], cropped=True))
+
+    def reading(reader: Reader, indices: Sequence[int]) -> float:
+        return _median_speed(*_warm(lambda _: ReadingAlone(reader, indices, whole.num_uniforms), 1), options)
+
+    own = dataset.storage if options.data is not None else ""
+    with tempfile.TemporaryDirectory(prefix="cpmix-bench-") as made:
+        hashes = None if own == "shards" else _pack(Path(made), dataset.shape)
+
+        def opened() -> Shards:
+            if hashes is None:
+                return dataset.shards("train")
+            return Shards(Path(made), "train", hashes, dataset.shape, NUM_READ)
+
+        shards = opened()
+        packed = range(min(NUM_READ, len(shards)))
+        ReadingAlone(shards, packed, 0).take(len(packed))  # from here on in the page cache, and verified
+        verified = reading(shards, packed)
+        seconds, _ = ReadingAlone(opened(), packed, 0).timed(len(packed))
+        paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(NUM_READ, len(paths)), dtype=int)]
+        reader = FileReader(paths, dataset.shape[0], recipe, upright=dataset.upright, needed_by="bench")
+        ReadingAlone(reader, range(len(paths)), whole.num_uniforms).take(len(paths))
+        decoded = reading(reader, range(len(paths)))
+        mean_bytes = float(file_sizes(paths).mean())
+    width, height = GENERATED
+    of_files = f"{len(paths)} of its files" if own == "files" else f"{len(paths)} generated JPEGs, {width} x {height}"
+    return {
+        "shards": Kept(verified, float(np.prod(dataset.shape)), kept),
+        "files": Kept(decoded, mean_bytes, cropped),
+    }, {"first_read": len(packed) / seconds, "image_files": of_files}
+
+
+def _pack(folder: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """Write a shard of NUM_READ images of random pixels; returns their hashes."""
+    images = _random_images(NUM_READ, shape).numpy()
+    (folder / shard_name("train", 0)).write_bytes(images.tobytes())
+    hashes = np.frombuffer(b"".join(sha256(image.tobytes()).digest() for image in images), dtype=np.uint8)
+    return hashes.reshape(-1, 32)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """NUM_GENERATED JPEGs that have detail at every scale, as photographs do; about as large as those of ImageNet."""
+    generator = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(NUM_GENERATED)]
+    for path in paths:
+        pixels = np.full((GENERATED[1], GENERATED[0], 3), 128.0)
+        for octave in range(8):
+            side = 4 * 2**octave
+            for channel in range(3):
+                noise: NDArray[np.float32] = generator.standard_normal((3 * side // 4, side), dtype=np.float32)
+                scaled = Image.fromarray(noise).resize(GENERATED, Image.Resampling.BICUBIC)
+                pixels[:, :, channel] += 50 * 0.85**octave * np.asarray(scaled)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return paths
+
+
+def _assumptions(device: torch.device) -> list[str]:
+    return [
+        "every rank has the device that was measured here, and none is slower than the others",
+        "reading and all-reduce cost nothing while the device computes; all-reduce overlaps the backward pass",
+        "reading grows with the cores" + (", which are others than those that train" if device.type == "cpu" else ""),
+        "the disk gives what is asked of it, and nothing stays in the page cache",
+        "a batch of a size that was not measured has the speed of the nearest one that was",
+    ]
+
+
+def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The fewest ranks at which something else than the device is the limit, and what, in the longest such phase."""
+    for entry in projected:
+        phases = entry["images"][kept]["phases"]
+        limited = [phase for phase in phases if phases[phase]["limit"] != "device"]
+        if limited:
+            longest = max(limited, key=lambda phase: phases[phase]["seconds"])
+            return {"world_size": entry["world_size"], "phase": longest, "limit": phases[longest]["limit"]}
+    return None
+
+
+def report(fields: dict[str, Any], loads: Mapping[str, Load], measured: Measured, assumed: Assumed) -> None:
+    """Three parts: measured, assumed, projected; or the JSON object."""
+    hours = "GPU-hours" if fields["device_type"] == "cuda" else "rank-hours"
+    lines = [
+        f"measured here: {fields['device']}, threads: {fields['threads']}, {fields['precision']}, "
+        f"torch {fields['torch']}",
+        *console.table_lines(("what", ">images/s", "how"), _measured_rows(fields, loads, measured)),
+        "",
+        f"assumed: {assumed.cores} cores of each rank read images (--cores); {assumed.link:g} GB/s each way on the "
+        f"slowest link (--link); {assumed.ranks_per_machine} ranks a machine",
+        *(f"  {said}" for said in fields["assumed"]["said"]),
+        "",
+        f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
+        f"{fields['num_classes']:,} classes ({fields['counts_from']})",
+    ]
+    totals, steps = [], []
+    for entry in fields["projected"]:
+        ranks = f"{entry['world_size']:,}"
+        for kept, found in entry["images"].items():
+            times = [console.duration(found["phases"][phase]["seconds"]) for phase in loads]
+            totals.append([ranks, kept, *times, console.duration(found["seconds"]), f"{found['rank_hours']:,.1f}"])
+            for phase, step in found["phases"].items():
+                times = [f"{1000 * step[f'{what}_seconds']:,.1f}" for what in ("device", "input", "link")]
+                steps.append(
+                    [
+                        *(ranks, kept, phase, f"{step['images_per_rank_and_step']:,}", f"{step['steps_per_epoch']:,}"),
+                        *(*times, step["limit"], f"{step['cores_wanted']:,}"),
+                        f"{step['network_bytes_per_rank_and_step'] / MB:,.1f}",
+                        f"{step['disk_bytes_per_epoch'] / GB:,.1f}",
+                        f"{step['disk_bytes_per_second_and_machine'] / MB:,.0f}",
+                    ]
+                )
+    header = (">ranks", "images", *(f">{phase}" for phase in loads), ">together", f">{hours}")
+    lines += console.table_lines(header, totals)
+    header = (">ranks", "images", "phase", ">a rank", ">steps", ">device ms", ">input ms", ">link ms", "limit")
+    header += (">cores wanted", ">MB sent", ">disk GB", ">MB/s")
+    lines += ["", "a step of a rank; steps and bytes from disk of an epoch, MB/s from disk of a machine"]
+    lines += [*console.table_lines(header, steps), ""]
+    for kept, first in fields["runs_out_first"].items():
+        runs_out = f"nothing but the device, with up to {_ranks(fields['projected'][-1])}"
+        if first is not None:
+            runs_out = f"the {first['limit']}, with {_ranks(first)} in {first['phase']}"
+        lines.append(f"runs out first with images {PLACES[kept]}: {runs_out}")
+    for entry in fields["projected"]:
+        phases = next(iter(entry["images"].values()))["phases"]
+        shares = [f"{100 * step['pairs_share']:.3f} % of {phase}" for phase, step in phases.items()]
+        lines.append(f"counting and drawing pairs with {_ranks(entry)}: {', '.join(shares)}")
+    lines.append(f"not projected: {', '.join(fields['not_projected'])}")
+    console.result(fields, lines=lines)
+
+
+def _ranks(entry: Mapping[str, Any]) -> str:
+    return "1 rank" if entry["world_size"] == 1 else f"{entry['world_size']:,} ranks"
+
+
+def _measured_rows(fields: Mapping[str, Any], loads: Mapping[str, Load], measured: Measured) -> list[list[str]]:
+    def speed(images_per_second: float) -> str:
+        return f"{images_per_second:,.{0 if images_per_second >= 100 else 1}f}"
+
+    def batches(speeds: Mapping[int, float], terms: int = 1) -> str:
+        several = f" x {terms} terms" if terms > 1 else ""
+        return "by images at once: " + ", ".join(f"{n}{several}: {speed(found)}" for n, found in speeds.items())
+
+    rows = []
+    found, kept = fields["measured"], measured.kept
+    if (files := kept.get("files")) is not None and files.read is not None:
+        how = f"{found['image_files']}, mean {files.image_bytes / 1000:,.0f} KB"
+        rows.append(["decode and crop an image file, one core", speed(files.read), how])
+    if (packed := kept.get("shards")) is not None and packed.read is not None:
+        first = f"{found['first_read']:,.0f} at first touch, with its hash"
+        how = f"{packed.image_bytes / 1000:,.0f} KB each from the page cache; {first}"
+        rows.append(["read a packed image, one core", speed(packed.read), how])
+    for name, images in kept.items():
+        if name != "shards" or "resident" not in kept:
+            rows.append([f"augment, {name}", speed(max(images.augment.values())), batches(images.augment)])
+    for phase, speeds in measured.network.items():
+        rows.append([f"network, {phase}", speed(max(speeds.values())), batches(speeds, loads[phase].num_terms)])
+    sizes = [f"{phase} {count / MB:,.1f} MB" for phase, count in measured.gradient_bytes.items()]
+    rows.append(["gradients", "", f"{', '.join(sizes)}; running statistics {measured.buffer_bytes / MB:,.2f} MB"])
+    how = f"count {1000 * measured.count_seconds:.3f} ms, draw {1000 * measured.draw_seconds:.3f} ms a batch; "
+    rows.append(["confused pairs", "", how + f"K has {found['confusion_bytes'] / MB:,.1f} MB"])
+    return rows

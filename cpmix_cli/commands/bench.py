@@ -1,0 +1,200 @@
+"""bench: how fast this machine trains, beside the loop of the released long-tail code and the network alone.
+
+The contenders take turns, round after round, so that a drift of the machine's speed meets all of them; what is printed
+are medians over the rounds, ratios too. Nothing is written.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmix_cli.bench.loops import Contender, InputAlone, NetworkAlone, PilImages, ReferenceLoop, TrainingLoop
+from cpmix_cli.bench.measure import (
+    MIB,
+    PAIR_CLASSES,
+    Memory,
+    Options,
+    Timing,
+    measure,
+    not_projected,
+    pair_costs,
+    random_images,
+    recipe_for,
+    start_up_seconds,
+    training_set,
+)
+from cpmix_cli.data.batches import make_batches, open_batches
+from cpmix_cli.models import MODELS, build_model
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console, hardware
+from cpmix_cli.training.plan import Setting, prepared
+from cpmix_cli.training.randomness import torch_generator
+from cpmix_cli.training.step import TrainingData
+
+
+def run(options: Options) -> None:
+    """Measure and print.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+        InputError: the data set is damaged, or holds points.
+        UsageError: faults of the recipe.
+    """
+    device = hardware.use_device(options.device)
+    memory = Memory(device)
+    dataset = training_set(options.data, options.data_root)
+    name = options.recipe or dataset.record["recipe"]
+    recipe = recipe_for(dataset, name, options)
+    precision = hardware.resolve_precision(recipe.model.precision, device)
+    best = hardware.resolve_precision("auto", device)
+    setting = Setting(recipe, dataset, device, precision, {})
+    images: Tensor | None
+    if options.data is None:
+        images, labels = random_images(dataset)
+        batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+    else:
+        batches, labels = open_batches(dataset, "train", recipe.data, device)
+        images = dataset.read("train")[0] if dataset.storage == "tensors" else None
+    data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
+    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
+    workers = torch.get_num_threads()
+
+    def reference() -> Contender:
+        generator = torch_generator(recipe.seed, "weights")
+        model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
+        pixels = dataset.paths("train") if images is None else images
+        pictures = PilImages(pixels, dataset.shape, labels, recipe.data)
+        return ReferenceLoop(pictures, model.to(device), recipe.optimizer.batch_size, workers)
+
+    def alone(phase: str, precision: str) -> Contender:
+        return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
+
+    def training(phase: str) -> Contender:
+        return TrainingLoop(data, *prepared(setting, phase))
+
+    def other_network(**changes: Any) -> Contender:
+        model = recipe.model.model_copy(update=changes)
+        changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
+        return NetworkAlone(data, *prepared(changed, "stage1"))
+
+    # Each phase stands beside the network it is compared with.
+    contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
+    if not batches.resident:
+        contenders["input"] = partial(InputAlone, data, recipe.optimizer.batch_size)
+    if recipe.model.experts > 1:
+        contenders["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
+        other = "loop" if recipe.model.expert_layout == "fused" else "fused"
+        with suppress(ValueError), torch.device("meta"):  # a network without that layout
+            changed = recipe.model.model_copy(update={"expert_layout": other})
+            MODELS[recipe.model.name](dataset.num_classes, recipe.data.input_shape(dataset.shape), changed)
+            contenders[f"experts {other}"] = partial(other_network, expert_layout=other)
+    for phase in phases:
+        for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
+            contenders[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
+        contenders[phase] = partial(training, phase)
+
+    console.note(
+        f"bench: {name} on {dataset.name}, {len(labels):,} images of {'x'.join(map(str, dataset.shape))}; "
+        f"{hardware.device_name(device)}, {workers} threads"
+    )
+    timings = measure(contenders, options.rounds, options.seconds, memory)
+    start_up = start_up_seconds()
+    costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
+
+    network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
+    plans = {phase: prepared(setting, phase)[0] for phase in phases}
+    epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
+    projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
+    hours = sum(projected.values()) / 3600
+    fields: dict[str, Any] = {
+        "command": "bench",
+        "recipe": name,
+        "data": dataset.name,
+        "num_images": len(labels),
+        "images_per_step": {p: min(plan.batch_size, len(labels)) * len(plan.terms) for p, plan in plans.items()},
+        "rounds": options.rounds,
+        "device": hardware.device_name(device),
+        "threads": workers,
+        "torch": torch.__version__,
+        "precision": precision,
+        "best_precision": best,
+        "reference_images_per_second": timings["reference"].median,
+        "input_images_per_second": timings["input"].median if "input" in timings else None,
+        "network_fp32_images_per_second": timings["network stage1 fp32"].median,
+        "network_best_images_per_second": timings[f"network stage1 {best}"].median,
+        **{f"{p}_images_per_second": timings[p].median if p in phases else None for p in PHASES},
+        **{f"network_{p}_images_per_second": network[p].median if p in phases else None for p in PHASES},
+        "ratio_to_reference": {p: timings[p].ratio_to(timings["reference"]) for p in phases},
+        "ratio_to_network": {p: timings[p].ratio_to(network[p]) for p in phases},
+        "ratio_to_plain_network": {
+            layout: timing.ratio_to(timings["plain"])
+            for layout, timing in (
+                (recipe.model.expert_layout, network["stage1"]),
+                *((name.split()[1], timing) for name, timing in timings.items() if name.startswith("experts ")),
+            )
+            if "plain" in timings
+        },
+        "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
+        "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
+        "projected_seconds": projected | {"total": sum(projected.values())},
+        "not_projected": not_projected(recipe, plans.values()),
+        "gpu_hours": hours if device.type == "cuda" else 0.0,
+        "start_up_seconds": start_up,
+        "pairs": costs,
+    }
+    report(fields, phases, timings, network, epochs)
+
+
+def report(
+    fields: dict[str, Any],
+    phases: list[str],
+    timings: Mapping[str, Timing],
+    network: Mapping[str, Timing],
+    epochs: Mapping[str, int],
+) -> None:
+    """Table and lines, or the JSON object."""
+    reference = timings["reference"]
+
+    def row(title: str, timing: Timing, alone: Timing | None = None) -> list[str]:
+        spread = f"{min(timing.images_per_second):,.0f} .. {max(timing.images_per_second):,.0f}"
+        to_network = "" if alone is None else f"{timing.ratio_to(alone):.3f}"
+        memory = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:,.0f}"
+        return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
+
+    rows = [row(f"released code: PIL, {fields['threads']} workers, fp32", reference)]
+    if "input" in timings:
+        rows.append(row("read from disk and augmented, no network", timings["input"]))
+    networks = [name.split() for name in timings if name.startswith("network")]
+    for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
+        forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
+        rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
+    for name, timing in timings.items():
+        if name == "plain" or name.startswith("experts "):
+            rows.append(row(f"network alone, {name}, {fields['precision']}", timing))
+    for phase in phases:
+        title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"
+        rows.append(row(title, timings[phase], network[phase]))
+    header = ("loop", ">images/s", ">lowest .. highest", ">to released code", ">to network", ">peak MiB")
+    projected = fields["projected_seconds"]
+    parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
+    hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
+    without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
+    ratios = [f"{layout} {ratio:.2f}" for layout, ratio in fields["ratio_to_plain_network"].items()]
+    lines = [
+        "",
+        *([f"experts to the plain network of full width, each alone, images/s: {', '.join(ratios)}"] if ratios else []),
+        f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}"
+        f"{without}",
+        f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",
+    ]
+    for cost in fields["pairs"]:
+        lines.append(
+            f"pairs at {cost['num_classes']:,} classes: {1000 * cost['count_seconds']:.2f} ms to count a batch, "
+            f"{1000 * cost['draw_seconds']:.2f} ms to draw one"
+        )
+    console.result(fields, header=header, rows=rows, lines=lines)

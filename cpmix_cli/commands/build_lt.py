@@ -1,0 +1,457 @@
+"""build-lt: a long-tailed data set folder from a source."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpmix_cli.artifacts import files as artifacts
+from cpmix_cli.artifacts import locks, records, tables
+from cpmix_cli.artifacts.files import (
+    CLASS_COUNTS,
+    DATASET,
+    check_place,
+    digest,
+    is_there,
+    make_folder,
+    publish,
+    read_bytes,
+    sha256,
+)
+from cpmix_cli.data import shards
+from cpmix_cli.data.dataset import Dataset, Storage, open_dataset
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
+from cpmix_cli.data.download import download
+from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
+from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, Source, places
+from cpmix_cli.data.storage import (
+    Chosen,
+    Stored,
+    chosen,
+    clear,
+    look_for_files,
+    store_files,
+    store_shards,
+    store_tensors,
+)
+from cpmix_cli.recipe.schema import differences
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, suggest
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    source: str
+    rho: float | None
+    out: Path | None
+    data_root: Path | None
+    list_dir: Path | None
+    subset_seed: int
+    profile: str | None
+    val_per_class: int
+    test_per_class: int | None
+    image_size: int | None
+    pack: int | None
+    few_inclusive: bool
+    download: bool
+    verify: bool
+    overwrite: bool
+
+
+MADE_FROM = (
+    "source",
+    "rho",
+    "profile",
+    "subset_seed",
+    "val_per_class",
+    "test_per_class",
+    "image_size",
+    "listing",
+    "storage",
+    "few_inclusive",
+)
+"""Keys of dataset.json that say what a data set was asked to be; one that is not there has its default."""
+
+
+def run(options: Options) -> None:
+    """Choose images, pack them, and say what came out.
+
+    Raises:
+        UsageError: unknown source, a number out of range, or a flag that the source does not have.
+        InputError: source files missing or damaged, or too few images for what is asked.
+        EnvironmentFault: the folder holds another data set, or cannot be written; the network, with --download.
+    """
+    _check_flags(options)
+    if options.download:
+        download(options.source, places(options.source, options.data_root)[0])
+    storage, size = how_stored(options)
+    source = SOURCES[options.source](options.data_root, size, options.list_dir)
+    rho = options.rho if options.rho is not None else source.default_rho
+    if source.test is not None and options.test_per_class is not None:
+        raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
+    if source.val is not None and options.val_per_class:
+        raise UsageError(f"--val-per-class: {options.source} has its own val split", fix="drop the flag")
+    test_per_class = options.test_per_class or source.test_per_class
+    profile = options.profile or source.profile
+
+    name = folder_name(options, source, rho)
+    folder = options.out or Path("data") / name
+    made_from: dict[str, Any] = {
+        "source": options.source,
+        "rho": rho,
+        "profile": profile if rho is not None else None,
+        "subset_seed": options.subset_seed,
+        "val_per_class": options.val_per_class,
+        "test_per_class": test_per_class,
+        "image_size": size if source.own else None,
+        "listing": source.own.listing if source.own else None,
+    }
+    if storage != "tensors":
+        made_from["storage"] = storage
+    if options.few_inclusive:
+        made_from["few_inclusive"] = True
+    if not options.overwrite and is_there(folder / DATASET):
+        _report_existing(folder, made_from, source, options)
+        return
+
+    shaped = replace(source, profile=profile)
+    parts = choose(shaped, rho, options.subset_seed, options.val_per_class, test_per_class)
+    counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
+    splits = chosen(source, parts)
+    check_place(folder, 0)
+    with _faults_listed_beside(folder):
+        sizes = look_for_files(source.own, splits) if source.own and storage != "tensors" else {}
+        with locks.hold(folder, wait=True) as lock:
+            # Another may have built it while this one waited.
+            is_built = not options.overwrite and is_there(folder / DATASET)
+            if not is_built:
+                if storage == "tensors" or source.own is None:
+                    stored = store_tensors(folder, splits)
+                elif storage == "shards":
+                    upright = options.source == "image-folder"
+                    stored = store_shards(folder, lock, splits, source.own, sizes, size, upright)
+                else:
+                    stored = store_files(folder, splits, source.own, size)
+                record = _write(folder, lock, name, made_from, source, splits, counts, stored)
+                dataset = open_dataset(folder, needed_by="build-lt")
+                clear(folder, dataset)
+    if is_built:
+        _report_existing(folder, made_from, source, options)
+        return
+    if shared := num_duplicates(dataset):
+        console.warn(f"{shared} of {record['num_test']} test images are identical to a training image")
+    if options.verify:
+        _verify(dataset, source)
+    _show(folder, record, counts, "built")
+
+
+def _check_flags(options: Options) -> None:
+    """Refuse what can be refused without a look at any file.
+
+    Raises:
+        UsageError: see run().
+    """
+    name = options.source
+    if name not in SOURCES:
+        raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}', needed_by="build-lt")
+    if options.rho is not None and not options.rho >= 1:
+        raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
+    if options.profile is not None and options.profile not in PROFILES:
+        raise UsageError(f'--profile: no profile "{options.profile}".{suggest(options.profile, PROFILES)}')
+    drop = "drop the flag"
+    if name in OFFICIAL_LISTS:
+        if options.rho is not None:
+            raise UsageError(f"--rho: {name} is as long-tailed as its lists say", fix=drop)
+        if options.subset_seed and not options.val_per_class:
+            raise UsageError(f"--subset-seed: {name} has the images that its lists say", fix=drop)
+    elif name != "image-folder":
+        for flag, given in (("--list-dir", options.list_dir), ("--pack", options.pack)):
+            if given is not None:
+                raise UsageError(f"{flag}: {name} does not come as image files", fix=drop)
+        if options.image_size is not None:
+            raise UsageError(f"--image-size: the images of {name} have one size", fix=drop)
+    if options.profile is not None and name != "image-folder":
+        raise UsageError(f"--profile: {name} has its own", fix=drop)
+    if options.profile is not None and options.rho is None:
+        raise UsageError("--profile: without --rho all images are kept", fix="give --rho as well")
+    if options.pack and options.image_size is not None:
+        raise UsageError("--image-size: --pack says the size", fix=drop)
+    if options.pack is not None and options.pack and not 8 <= options.pack <= 1024:
+        raise UsageError(
+            f"--pack {options.pack}: packed images have 8 to 1024 pixels a side; 0 leaves them in their files"
+        )
+
+
+def how_stored(options: Options) -> tuple[Storage, int]:
+    """How images are kept, and the side of one in pixels."""
+    if options.pack:
+        return "shards", options.pack
+    if options.pack == 0 or options.source in OFFICIAL_LISTS:
+        return "files", options.image_size or LARGE_IMAGE_SIZE
+    return "tensors", options.image_size or IMAGE_SIZE
+
+
+def folder_name(options: Options, source: Source, rho: float | None) -> str:
+    """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
+    name = options.source
+    if source.own and source.own.name:
+        name += "-" + re.sub(r"[^\w.-]+", "-", source.own.name)
+    if rho is not None:
+        name += f"-lt-rho{rho:g}"
+    if options.profile not in (None, source.profile):
+        name += f"-{options.profile}"
+    if options.pack is not None:
+        name += f"-pack{options.pack}" if options.pack else "-files"
+    if options.image_size is not None:
+        name += f"-{options.image_size}px"
+    if options.few_inclusive:
+        name += "-few-inclusive"
+    if options.subset_seed:
+        name += f"-seed{options.subset_seed}"
+    if options.val_per_class:
+        name += f"-val{options.val_per_class}"
+    if options.test_per_class:
+        name += f"-test{options.test_per_class}"
+    return name
+
+
+def choose(
+    source: Source, rho: float | None, subset_seed: int, val_per_class: int, test_per_class: int | None
+) -> dict[str, NDArray[np.int64]]:
+    """Positions in the source's pool for train, val and (where the source has no test split) test.
+
+    Train is a prefix of each class's shuffled order, test its end, val what stands before test: so subsets are nested
+    over rho and the three never overlap. A class too small for its test images keeps one to train on.
+
+    Args:
+        source: the set.
+        rho: imbalance factor, or None for all images.
+        subset_seed: of the shuffled order.
+        val_per_class: images of each class held out as val.
+        test_per_class: held out as test; None: the smaller of 10 and 20 per cent, rounded.
+
+    Returns:
+        {"train": [N], "val": [...], "test": [...]}, stacked class by class.
+
+    Raises:
+        InputError: a class has too few images.
+    """
+    names = source.class_names
+    order = shuffled_by_class(source.pool.labels, len(names), subset_seed)
+    available = np.array([len(positions) for positions in order])
+    if empty := [names[c] for c in np.flatnonzero(available == 0)]:
+        raise InputError(f"classes without a training image: {', '.join(empty)}", fix="take them out of the source")
+    held_test = np.zeros_like(available)
+    if source.test is None:
+        share = np.minimum(10, (available * 0.2 + 0.5).astype(np.int64))
+        held_test = np.minimum(share if test_per_class is None else test_per_class, available - 1)
+    left = available - held_test - val_per_class
+    if left.min() < 1:
+        smallest = int(left.argmin())
+        raise InputError(
+            f'class "{names[smallest]}" has {available[smallest]} images; '
+            f"holding out {held_test[smallest] + val_per_class} leaves none to train on",
+            fix="lower --test-per-class or --val-per-class",
+        )
+    counts = left if rho is None else PROFILES[source.profile](left, rho)
+    if counts.min() < 1:
+        raise InputError(
+            f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",
+            fix=f"choose --rho {counts.max()} or less",
+        )
+    train = [positions[:n] for positions, n in zip(order, counts, strict=True)]
+    val = [p[len(p) - held - val_per_class : len(p) - held] for p, held in zip(order, held_test, strict=True)]
+    test = [p[len(p) - held :] for p, held in zip(order, held_test, strict=True)]
+    return {k: np.concatenate(v) for k, v in (("train", train), ("val", val), ("test", test))}
+
+
+class _faults_listed_beside:
+    """While image files are read: where more are faulty than a message can show, a file beside the output has all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._list = folder.with_name(f"{folder.name}-unreadable.txt")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        if fault is None:
+            with suppress(OSError):
+                self._list.unlink(missing_ok=True)
+        if isinstance(fault, UnreadableImages) and len(fault.lines) > SHOWN:
+            make_folder(self._list.parent)
+            publish(self._list, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
+            raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=self._list) from fault
+
+
+def _write(
+    folder: Path,
+    lock: locks.Lock,
+    name: str,
+    made_from: dict[str, Any],
+    source: Source,
+    splits: Mapping[str, Chosen],
+    counts: NDArray[np.int64],
+    stored: Stored,
+) -> dict[str, Any]:
+    """The lists, the class counts and, last, dataset.json."""
+    files = dict(stored.files)
+    digests: dict[str, Any] = {}
+    for split, part in splits.items():
+        columns: dict[str, Any] = {"sample_id": np.arange(len(part.labels)), "label": part.labels}
+        columns["source_index" if part.paths is None else "path"] = part.positions if part.paths is None else part.paths
+        listed = f"{split}.parquet"
+        files[listed] = tables.publish_table(folder / listed, tables.split_schema(bool(source.own)), columns)
+        # Of the content and not of the Parquet bytes, which another pyarrow may write differently.
+        pairs = np.stack([part.labels, part.positions]).astype("<i8").tobytes()
+        digests[split] = {"list": sha256(pairs), **stored.digests[split]}
+
+    num_test = np.bincount(splits["test"].labels, minlength=len(counts))
+    few_inclusive = bool(made_from.get("few_inclusive"))
+    groups = [group_of(int(n), few_inclusive=few_inclusive) for n in counts]
+    files[CLASS_COUNTS] = tables.publish_table(
+        folder / CLASS_COUNTS,
+        tables.CLASS_COUNTS_SCHEMA,
+        {
+            "class_id": np.arange(len(counts)),
+            "class_name": source.class_names,
+            "num_train": counts,
+            "num_test": num_test,
+            "group": groups,
+        },
+    )
+    record = {
+        "format": records.FORMAT,
+        "name": name,
+        **made_from,
+        "classes": source.class_names,
+        "num_train": int(counts.sum()),
+        "num_test": int(num_test.sum()),
+        "shape": stored.shape,
+        "mean": stored.mean,
+        "std": stored.std,
+        "groups": {g: groups.count(g) for g in GROUPS},
+        "recipe": source.recipe,
+        "files": files,
+        **stored.keys,
+        "data_root": str(source.own.root.resolve()) if source.own else None,
+        "source_files": {p.name: sha256(read_bytes(p)) for p in source.files},
+        "fingerprint": digest({"classes": source.class_names, "splits": digests}),
+    }
+    lock.check()
+    records.publish_record(folder / DATASET, record)
+    return record
+
+
+# -- a finished data set -----------------------------------------------------------------------------------------------
+
+
+def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: Options) -> None:
+    """Say up to date, or refuse a folder of another data set."""
+    dataset = open_dataset(folder, needed_by="build-lt")
+    found, wanted = ({key: record.get(key) for key in MADE_FROM} for record in (dataset.record, made_from))
+    if changed := differences(found, wanted):
+        raise EnvironmentFault(
+            f"{folder} holds another data set:\n    " + "\n    ".join(changed),
+            fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
+        )
+    artifacts.verify(folder, dataset.record["files"])
+    if dataset.storage == "shards":
+        _mend(dataset, source)
+    locks.tidy(folder)
+    if options.verify:
+        _verify(dataset, source)
+    _show(folder, dataset.record, dataset.class_counts, "up to date")
+
+
+def _mend(dataset: Dataset, source: Source) -> None:
+    """Pack shards anew that are missing or not whole; the record says what has to come out.
+
+    Raises:
+        InputError: the image files have changed since.
+    """
+    assert source.own is not None  # as made_from says
+    for split in dataset.splits:
+        recorded = dataset.recorded_shards(split)
+        if not recorded.missing():
+            continue
+        paths = dataset.samples(split)["path"].tolist()
+        with _faults_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
+            missing = recorded.missing()  # another may have been at it while this one waited
+            console.note(f"packs {len(missing)} missing shards of {split} anew")
+            sizes = np.zeros(len(paths), dtype=np.int64)
+            packing = shards.Packing(
+                *(dataset.folder, split, source.own.root, paths, sizes),
+                *(dataset.shape[0], dataset.upright, dataset.record["shard_images"]),
+            )
+            packing.pack(missing, lock, expected=recorded.hashes)
+            clear(dataset.folder, dataset)
+
+
+def _verify(dataset: Dataset, source: Source) -> None:
+    """Check all that can be: every packed image, or that every image file is one.
+
+    Raises:
+        InputError: with what is damaged.
+    """
+    match dataset.storage:
+        case "shards":
+            for split in dataset.splits:
+                dataset.shards(split).verify()
+        case "files":
+            assert source.own is not None  # as made_from says
+            with _faults_listed_beside(dataset.folder):
+                check_headers(
+                    [source.own.root / path for split in dataset.splits for path in dataset.samples(split)["path"]]
+                )
+
+
+def num_duplicates(dataset: Dataset) -> int:
+    """Test images that are a training image, pixel by pixel; of images in files nobody knows."""
+    match dataset.storage:
+        case "tensors":
+            train, test = ([one.numpy().tobytes() for one in dataset.read(split)[0]] for split in ("train", "test"))
+        case "shards":
+            train, test = ([row.tobytes() for row in dataset.shards(s).hashes] for s in ("train", "test"))
+        case _:
+            return 0
+    known = set(train)
+    return sum(image in known for image in test)
+
+
+def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], status: str) -> None:
+    groups = record["groups"]
+    medium, few = ("21..100", "<=20") if record.get("few_inclusive") else ("20..100", "<20")
+    fields = {
+        "command": "build-lt",
+        "status": status,
+        "folder": str(folder),
+        "num_classes": len(counts),
+        "num_train": record["num_train"],
+        "num_test": record["num_test"],
+        "largest": int(counts.max()),
+        "smallest": int(counts.min()),
+        "groups": groups,
+        "fingerprint": record["fingerprint"],
+    }
+    shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
+    lines = [
+        *console.histogram(counts.tolist(), record["classes"]),
+        "",
+        f"{record['name']}: {record['num_train']:,} training and {record['num_test']:,} test images, "
+        f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
+        f"(ratio {counts.max() / counts.min():.4g})",
+        f"groups: {shown} classes",
+        f"{status}: {folder}",
+    ]
+    console.result(fields, lines=lines)
+    following = console.typed("train-stage1", "--data", folder, "--out", f"ckpt/{record['name']}")
+    console.note(f"next: {following}")

@@ -1,0 +1,386 @@
+"""compare: evaluations of many runs in one table, or in the form of a table of CP-Mix's paper.
+
+Reads records and metrics; trains and predicts nothing. Runs share a row when they agree in all that was recorded of
+them but the seed (measured.py). What rows of one method differ in is said below the table.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.evaluation.saved import MARK, legend
+from cpmix_cli.results.comparison import (
+    MAX_NAMED,
+    Measured,
+    Row,
+    differences_of,
+    evaluations_of,
+    in_rows,
+    said,
+    shown,
+    split_name,
+)
+from cpmix_cli.results.paper import COPIED, TABLES, Column, PaperTable
+from cpmix_cli.results.paper import Row as PaperRow
+from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
+from cpmix_cli.runs.folders import locate
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+
+MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
+"""Keys of metrics.json, per cent -> column names."""
+MAX_LISTED = 8
+"""Keys that a line below the table lists."""
+FORMS: dict[str, Callable[[Sheet], list[str]]] = {"table": plain, "markdown": markdown, "latex": latex}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    folders: list[Path]
+    paper: str | None
+    form: str
+    """table, csv, markdown or latex; JSON where console.as_json says so."""
+    out: Path | None
+    overwrite: bool
+
+
+def run(options: Options) -> None:
+    """Gather the evaluations of all runs and lay them out.
+
+    Raises:
+        InputError: a folder that holds no run, or none of its evaluations is of use; damaged records or metrics.
+        EnvironmentFault: --out exists, or cannot be written.
+    """
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
+    measured: list[Measured] = []
+    left_out: list[str] = []
+    seen: set[tuple[Path, str | None]] = set()
+    for folder in options.folders:
+        root, phase = locate(folder, needed_by="compare")
+        if (root.resolve(), phase) in seen:
+            console.note(f"compare: {folder} is given twice, and counted once")
+        else:
+            seen.add((root.resolve(), phase))
+            found, others = evaluations_of(root, phase)
+            measured += found
+            left_out += others
+    if not measured:
+        raise InputError(
+            f"no evaluation of use in {', '.join(map(str, options.folders))}",
+            needed_by="compare",
+            fix=console.typed("status", *options.folders) + " says what to type next",
+        )
+    rows = in_rows(measured)
+    if options.paper is None:
+        fields: dict[str, Any] = {"rows": [told(row) for row in rows], "differences": differences_of(rows)}
+        sheets, records = sheets_of(rows, with_deviations=options.form != "table"), records_of(rows)
+    else:
+        table = TABLES[options.paper]
+        for other in (row.first for row in rows if not places(row, table)):
+            what = f"{other.name}, finetune {other.stage}, {other.data}"
+            console.note(f"compare: in no cell of {options.paper}: {what} ({other.run})")
+        records = paper_records(table, rows)
+        fields = {"paper": options.paper, "title": table.title, "note": table.note, "cells": records}
+        sheets = [paper_sheet(table, rows)]
+    publish(options, {"command": "compare", **fields, "left_out": left_out}, sheets, records)
+
+
+def publish(
+    options: Options, fields: dict[str, Any], sheets: Sequence[Sheet], records: Sequence[Mapping[str, Any]]
+) -> None:
+    """The result on stdout, or in --out."""
+    if options.form == "csv":
+        lines = csv_text(records)
+    else:
+        form = FORMS[options.form]
+        lines = [line for number, sheet in enumerate(sheets) for line in (*([""] if number else []), *form(sheet))]
+        if options.form == "latex":
+            lines.insert(0, r"% \usepackage{booktabs}")
+    if options.out is None:
+        console.result(fields, lines=lines)
+        return
+    text = files.json_text(fields) if console.as_json else "\n".join(map(console.printable, lines))
+    files.make_folder(options.out.parent)
+    files.sweep(options.out)
+    files.publish(options.out, (text + "\n").encode("utf-8", "backslashreplace"))
+    console.result({"command": "compare", "status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
+
+
+def difference_lines(rows: Sequence[Row]) -> list[str]:
+    """What differences_of() finds, as lines."""
+    lines = []
+    for entry in differences_of(rows):
+        keys = [f"{key}: {', '.join(map(shown, values))}" for key, values in entry["keys"].items()]
+        if len(keys) > MAX_LISTED:
+            keys = [*keys[:MAX_LISTED], f"and {len(keys) - MAX_LISTED} more keys"]
+        lines.append(f"rows {listed(entry['rows'])} differ in {'; '.join(keys)}")
+    return lines
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """1, 2 and 4."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def told(row: Row) -> dict[str, Any]:
+    """A row as plain values, full precision."""
+    run, published = row.first, row.published()
+    mean = row.statistics("top1")[0]
+    cost = row.cost()
+    return {
+        "method": run.name,
+        "recipe": run.method.recipe,
+        "changed": run.method.changed,
+        "data": run.data,
+        "rho": split_name(run.data)[1],
+        "finetune": run.stage,
+        "n": len(row.runs),
+        "seeds": [r.seed for r in row.runs],
+        "runs": [str(r.run) for r in row.runs],
+        **{key: dict(zip(("mean", "std"), row.statistics(key), strict=True)) for key in MEASURES},
+        "test_labels_in_training": row.leaked,
+        "num_parameters": run.num_parameters,
+        "num_experts": run.numbers.get("num_experts"),
+        "precision": run.conditions["precision"],
+        "epochs": list(run.epochs),
+        "full_epochs": run.full_epochs,
+        **cost,
+        "paper": float(published[1]) if published else None,
+        "paper_copied": published[0].copied if published else None,
+        "difference": mean - float(published[1]) if published and mean is not None else None,
+        "conditions": run.conditions,
+    }
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """The same for CSV: no value is a list or table."""
+    fields = told(row)
+    measures = {f"{key}_{part}": value for key in MEASURES for part, value in fields[key].items()}
+    record: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key in MEASURES:
+            record |= {name: number for name, number in measures.items() if name.startswith(f"{key}_")}
+        elif key in ("seeds", "runs"):
+            record[key] = " ".join(map(str, value))
+        elif key == "epochs":
+            record[key] = "+".join(map(str, value))
+        elif key == "changed":
+            record[key] = said(value)
+        elif key != "conditions":
+            record[key] = value
+    return record
+
+
+def records_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A record for each row, for CSV; the last column says in what it differs from others of its method."""
+    records = [flat(row) | {"differs": ""} for row in rows]
+    for entry in differences_of(rows):
+        for place, number in enumerate(entry["rows"]):
+            values = (f"{key}={shown(values[place])}" for key, values in entry["keys"].items())
+            records[number - 1]["differs"] = "; ".join(values)
+    return records
+
+
+def with_deviation(row: Row, measure: str) -> str:
+    """A mean with its deviation, two decimals."""
+    mean, deviation = row.statistics(measure)
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} +- {deviation:.2f}"
+
+
+def sheets_of(rows: Sequence[Row], *, with_deviations: bool) -> list[Sheet]:
+    """A table of accuracies for each data set, and one of what the training took.
+
+    Args:
+        rows: in their order.
+        with_deviations: of every measure, and not of top-1 alone, which keeps the table within a terminal.
+    """
+    numbered = list(enumerate(rows, start=1))
+    sheets = []
+    for data in dict.fromkeys(row.first.data for row in rows):
+        sheets.append(
+            accuracy_sheet(data, [(n, row) for n, row in numbered if row.first.data == data], with_deviations)
+        )
+    lines = accuracy_lines(numbered, with_deviations)
+    sheets[-1] = replace(sheets[-1], lines=lines)
+    return [*sheets, cost_sheet(numbered)]
+
+
+def accuracy_sheet(data: str, numbered: Sequence[tuple[int, Row]], with_deviations: bool) -> Sheet:
+    """Accuracies on one data set."""
+    header = ["#", "method", "finetune", ">n", *(f">{name}" for name in MEASURES.values())]
+    published = {number: row.published() for number, row in numbered}
+    if any(published.values()):
+        header += [">paper", ">diff"]
+    table = []
+    for number, row in numbered:
+        run = row.first
+        cells = [str(number), run.name + MARK * row.leaked, run.stage, str(len(row.runs))]
+        for measure in MEASURES:
+            mean = row.statistics(measure)[0]
+            short = "-" if mean is None else f"{mean:.2f}"
+            cells.append(with_deviation(row, measure) if with_deviations or measure == "top1" else short)
+        if any(published.values()):
+            found, mean = published[number], row.statistics("top1")[0]
+            if found is None or mean is None:
+                cells += ["-", "-"]
+            else:
+                cells += [found[1] + "*" * found[0].copied, f"{mean - float(found[1]):+.2f}"]
+        table.append(cells)
+    return Sheet(f"{data}, per cent", header, table)
+
+
+def accuracy_lines(numbered: Sequence[tuple[int, Row]], with_deviations: bool) -> list[str]:
+    """What is said below the accuracies."""
+    rows = [row for _, row in numbered]
+    lines = legend([[MARK] for row in rows if row.leaked])
+    if any(len(row.runs) > 1 for row in rows):
+        rest = "" if with_deviations else " (other columns: --format csv)"
+        lines.append(f"+-: sample standard deviation of n runs{rest}")
+    for number, row in numbered:
+        seeds = [r.seed for r in row.runs]
+        if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            lines.append(
+                f"row {number} has several runs of seed {listed(twice)}: its +- is not that of {len(seeds)} seeds"
+            )
+        run = row.first
+        if len(run.method.changed) > MAX_NAMED:
+            keys = dict(list(run.method.changed.items())[:MAX_LISTED])
+            more = len(run.method.changed) - len(keys)
+            lines.append(
+                f"{run.name}: {run.method.recipe} but for {said(keys)}" + (f" and {more} more" if more else "")
+            )
+    known = [(number, row, found) for number, row in numbered if (found := row.published())]
+    if known:
+        lines.append("paper: top-1 in its Tables 1 to 4")
+    if any(found[0].copied for *_, found in known):
+        lines.append(f"* {COPIED}")
+    if given := [number for number, row, _ in known if row.first.conditions["init"] != "none"]:
+        lines.append(f"row{'s' * (len(given) > 1)} {listed(given)}: started from given weights (--init)")
+    fewer: dict[str, list[int]] = {}
+    for number, row, _ in known:
+        if row.first.full_epochs is not None:
+            fewer.setdefault(epochs_note(row), []).append(number)
+    for note, numbers in fewer.items():
+        lines.append(f"row{'s' * (len(numbers) > 1)} {listed(numbers)}: {note}; diff is to the paper's full training")
+    return [*lines, *difference_lines(rows)]
+
+
+def epochs_note(row: Row) -> str:
+    """10 of 300 epochs; of both stages."""
+    return f"{row.first.conditions['schedule.epochs']} of {row.first.full_epochs} epochs"
+
+
+def cost_sheet(numbered: Sequence[tuple[int, Row]]) -> Sheet:
+    """What the training took."""
+    costs = {number: row.cost() for number, row in numbered}
+    on_gpu = any(cost["gpu_hours"] is not None for cost in costs.values())
+    header = ["#", ">parameters", ">epochs", ">images/s", ">training", *([">GPU-hours"] if on_gpu else []), "device"]
+    same: dict[tuple[str, ...], list[int]] = {}
+    for number, row in numbered:
+        cost = costs[number]
+        speed, seconds, hours = (cost[key] for key in ("images_per_second", "training_seconds", "gpu_hours"))
+        cells = (
+            f"{row.first.num_parameters:,}",
+            "+".join(map(str, row.first.epochs)),
+            "-" if speed is None else f"{speed:,.0f}",
+            "-" if seconds is None else console.duration(seconds),
+            *(["-" if hours is None else f"{hours:.2f}"] if on_gpu else []),
+            cost["device"] or "-",
+        )
+        # Evaluations of one checkpoint, in one line; whatever else looks alike, in its own.
+        checkpoints = tuple(sorted(r.checkpoint for r in row.runs))
+        same.setdefault((*checkpoints, *cells), []).append(number)
+    width = len(header) - 1
+    table = [[listed(numbers), *key[-width:]] for key, numbers in same.items()]
+    lines = [
+        "summed over all phases that lead to the checkpoint, wherever they are",
+        "(a stage 1 that several share: in each of their rows); means over n",
+        "images/s: through the network, an image once for each term",
+    ]
+    if any(cost["device"] is None for cost in costs.values()):
+        lines.append("-: a phase is out of reach")
+    return Sheet("training", header, table, lines)
+
+
+def places(row: Row, table: PaperTable) -> list[tuple[PaperRow, Column]]:
+    """The cells of a table that a row stands for."""
+    return [(theirs, column) for theirs in table.rows for column in table.columns if row.stands_for(theirs, column)]
+
+
+def paper_records(table: PaperTable, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A record for every cell of a table and each row of ours for it; one without where there is none."""
+    records = []
+    for theirs in table.rows:
+        for column, cell in zip(table.columns, theirs.cells, strict=True):
+            found: list[Row | None] = [row for row in rows if row.stands_for(theirs, column)]
+            for ours in found or [None]:
+                mean, deviation = ours.statistics(column.measure) if ours is not None else (None, None)
+                records.append(
+                    {
+                        "method": theirs.name,
+                        "column": column.header,
+                        "data": column.data,
+                        "measure": column.measure,
+                        "paper": float(cell) if cell is not None else None,
+                        "paper_copied": theirs.copied,
+                        "ours_mean": mean,
+                        "ours_std": deviation,
+                        "n": len(ours.runs) if ours is not None else 0,
+                        "epochs": ours.first.conditions["schedule.epochs"] if ours is not None else None,
+                        "full_epochs": ours.first.full_epochs if ours is not None else None,
+                        "test_labels_in_training": ours.leaked if ours is not None else None,
+                        "runs": " ".join(str(r.run) for r in ours.runs) if ours is not None else "",
+                        "note": theirs.note,
+                    }
+                )
+    return records
+
+
+def paper_sheet(table: PaperTable, rows: Sequence[Row]) -> Sheet:
+    """A table of the paper, each row followed by ours, empty where no run is."""
+    letters: dict[str, str] = {}
+
+    def cell_of(row: Row, column: Column, beside: int) -> str:
+        seeds = f"{len(row.runs)} run{'s' * (len(row.runs) > 1)}"
+        note = seeds if row.first.full_epochs is None else f"{seeds} of {epochs_note(row)}"
+        few = row.first.conditions["few_inclusive"]
+        if column.measure in GROUPS and few != table.few_inclusive:
+            note += ", classes of 20 images are few" if few else ", classes of 20 images are medium"
+        if row.first.conditions["init"] != "none":
+            note += f", started from weights {row.first.conditions['init']}"
+        if beside > 1:
+            note += f", {row.first.run}"
+        letter = letters.setdefault(note, letter_of(len(letters)))
+        return f"{with_deviation(row, column.measure)} {letter}" + MARK * row.leaked
+
+    body = []
+    for theirs in table.rows:
+        printed = ["-" if cell is None else cell for cell in theirs.cells]
+        body.append([theirs.name + "*" * theirs.copied, "paper", *printed])
+        ours = []
+        for column in table.columns:
+            found = [row for row in rows if row.stands_for(theirs, column)]
+            ours.append(" / ".join(cell_of(row, column, len(found)) for row in found))
+        body.append(["", "ours", *ours])
+    lines = [f"{letter}: {note}" for note, letter in letters.items()]
+    lines += legend(body)
+    if any(row.copied for row in table.rows):
+        lines.append(f"* {COPIED}")
+    lines += [f"{row.name}: {row.note}" for row in table.rows if row.note]
+    lines += [table.note] if table.note else []
+    header = ["method", "", *(f">{column.header}" for column in table.columns)]
+    return Sheet(f"{table.title}, per cent", header, body, lines)
+
+
+def letter_of(number: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    return (letter_of(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)

@@ -1,0 +1,402 @@
+"""confusion-report: what is confused with what, as tables, pictures and one page. Paper: Figs. 1 to 4.
+
+Reads an evaluation's predictions; trains and predicts nothing (but the decision regions of points in the plane).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cpmix_cli.artifacts import locks, tables
+from cpmix_cli.artifacts.files import (
+    CONFUSED_PAIRS,
+    CONFUSION_MATRIX,
+    CONFUSION_PAIRS,
+    MODEL,
+    RUN,
+    check_place,
+    digest,
+    publish,
+    read_bytes,
+    sha256,
+)
+from cpmix_cli.data.batches import pictures
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.longtail import group_of
+from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
+from cpmix_cli.evaluation.prediction import predicted_regions
+from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, legend, matrix_of, read_predictions
+from cpmix_cli.report import figures
+from cpmix_cli.report.figures import warn_of_boxes
+from cpmix_cli.report.images import Sheet, most_confused, sheet
+from cpmix_cli.report.page import ShownRun, page_digest, render_page
+from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
+from cpmix_cli.runs import folders, output, run_json
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
+
+DECISION_REGIONS = "decision_regions"
+NUM_SHOWN = 10
+NUM_ON_PAGE = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    from_folder: Path
+    out: Path | None
+    phase: str | None
+    compare: list[Path]
+    images: int
+    data: Path | None
+    data_root: Path | None
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Reported:
+    """An evaluated phase; C classes."""
+
+    root: Path
+    source: PhaseFolder
+    dataset: Dataset
+    evaluation: Path
+    predictions: pd.DataFrame
+    sha: str
+    """Of the predictions."""
+    matrix: torch.Tensor
+    """Test images [C, C]."""
+    confusions: np.ndarray[Any, Any] | None
+    """K [C, C]; None where training collected none."""
+    few_inclusive: bool
+    """Classes of exactly 20 training images are few, as the evaluation has it."""
+
+
+def run(options: Options) -> None:
+    """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
+
+    Raises:
+        UsageError: a run is to be compared with itself.
+        InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
+        EnvironmentFault: the output cannot be written.
+    """
+    own = read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
+    others = [read_reported(folder, None, None, None) for folder in options.compare]
+    for other in others:
+        if other.dataset.class_names != own.dataset.class_names:
+            raise InputError(f"{other.root} has other classes than {own.root}", needed_by="confusion-report --compare")
+    reported = [own, *others]
+    places = [run.evaluation.resolve() for run in reported]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise UsageError(f"{twice} is given twice", needed_by="confusion-report --compare")
+    pairs = confused_pairs(own.matrix.numpy(), own.dataset.class_counts)
+    accuracies = [accuracy_rows(run.evaluation.parent, run.evaluation.name) for run in reported]
+
+    out = options.out or own.root
+    folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"
+    made_from = {
+        "recipe": {},
+        "images": options.images,
+        "predictions": own.sha,
+        "dataset": own.dataset.fingerprint,
+        "accuracies": digest(accuracies),  # of other evaluations of the run too: the page shows them
+        "page": page_digest(),
+        "compared": [[run.sha, run.dataset.fingerprint] for run in others],
+    }
+    again = options.overwrite or not is_own_page(index, folder)
+    status = output.decide(folder, made_from, overwrite=again, refresh=True)
+    if status == "fresh":
+        write(folder, index, made_from, reported, pairs, accuracies, options.images)
+    else:
+        locks.tidy(folder)
+        locks.tidy(index.parent)
+    report(folder, index, own, pairs, accuracies[0], status)
+
+
+def read_reported(
+    given: Path, phase: str | None, out: Path | None, data: Path | None, data_root: Path | None = None
+) -> Reported:
+    """An evaluated phase of a run.
+
+    Args:
+        given: run folder, or a phase's folder in it.
+        phase: of the run; None: the last one done.
+        out: where evaluate --out wrote; what is there comes before what stands in the run itself.
+        data: data set folder; None: where the run recorded it.
+        data_root: of its image files; None: where they were when it was built.
+
+    Raises:
+        InputError: no such run, it was not evaluated, or files are damaged.
+    """
+    root, named = folders.locate(given)
+    source = folders.choose_phase(root, phase or named, PHASES, needed_by="confusion-report")
+    evaluations = (out or root) / "evaluation"
+    if not (evaluations / source.phase / RUN).is_file():
+        evaluations = root / "evaluation"
+    dataset = folders.find_dataset(root, source.record(), data, needed_by="confusion-report", data_root=data_root)
+    evaluation = evaluations / source.phase
+    predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
+    matrix = matrix_of(predictions, dataset.num_classes)
+    table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
+    confusions = tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
+    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    few_inclusive = bool(record["made_from"]["recipe"].get("few_inclusive", False))
+    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, few_inclusive)
+
+
+def names(reported: list[Reported]) -> list[str]:
+    """What to call each run on a page: its folder's name; more of its path, or its phase, where two would be alike."""
+    if len(reported) == 1:
+        return [reported[0].source.phase]
+    for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
+        found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
+        if len(set(found)) == len(found):
+            return found
+    # Phases of one run, maybe among others.
+    return [f"{'/'.join(run.root.resolve().parts[-2:])} {run.source.phase}" for run in reported]
+
+
+def is_own_page(index: Path, folder: Path) -> bool:
+    """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
+    if not index.is_file() or not (folder / RUN).is_file():
+        return False
+    return bool(run_json.read_run(folder, run_json.ReportEntry)["page"] == sha256(read_bytes(index)))
+
+
+def write(
+    folder: Path,
+    index: Path,
+    made_from: dict[str, Any],
+    reported: list[Reported],
+    pairs: pd.DataFrame,
+    accuracies: list[list[list[str]]],
+    num_images: int,
+) -> None:
+    """Tables, pictures, the page, and run.json last."""
+    own = reported[0]
+    source = own.source
+    warn_of_boxes(own.dataset.class_names)
+    pictures = draw(own)
+    page = make_page(reported, pairs, accuracies, pictures, num_images)
+    check_place(folder, len(page))
+    # The page is that of all phases' reports: one at a time.
+    with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
+        output.clear(folder)
+        recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
+        cells = tables.confusion_columns(own.matrix)
+        recorder.publish_table(CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
+        columns = {str(name): column for name, column in pairs.items()}
+        recorder.publish_table(CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
+        for name, _, files in pictures:
+            for kind, data in files.items():
+                recorder.publish(f"{name}.{kind}", data)
+        recorder.set(page=publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
+        recorder.finish()
+
+
+def make_page(
+    reported: list[Reported],
+    pairs: pd.DataFrame,
+    accuracies: list[list[list[str]]],
+    pictures: list[tuple[str, str, dict[figures.Kind, bytes]]],
+    num_images: int,
+) -> str:
+    """The page of a run and those that it is compared with."""
+    own, called = reported[0], names(reported)
+    title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
+    if len(reported) > 1:
+        title = f"Confusion of {', '.join(called)}"
+        both = sum(run.matrix.numpy() for run in reported)
+        shown_pairs = confused_pairs(both, own.dataset.class_counts)  # type: ignore[arg-type]
+        if any((run.dataset.class_counts != own.dataset.class_counts).any() for run in reported):
+            notes = [f"The runs have other training images: orders, groups and rarer classes are those of {called[0]}."]
+    rows = [
+        [f"{name}: {row[0]}" if len(reported) > 1 else row[0], *row[1:]]
+        for name, table in zip(called, accuracies, strict=True)
+        for row in table
+    ]
+    shown = [shown_run(run, name) for run, name in zip(reported, called, strict=True)]
+    return render_page(
+        title=title,
+        runs=shown,
+        class_names=own.dataset.class_names,
+        notes=[*legend(rows), *notes],
+        accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
+        pairs=shown_pairs,
+        named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
+        clustered=clustered_order(own.matrix.numpy()),
+        images=thumbnails(own, num_images),
+        pictures=[
+            (caption, [f"{own.source.phase}/{name}.{kind}" for kind in files]) for name, caption, files in pictures
+        ],
+        embedded=[(caption, files["png"]) for name, caption, files in pictures if name == DECISION_REGIONS],
+    )
+
+
+def shown_run(run: Reported, name: str) -> ShownRun:
+    """What the page has of a run."""
+    confidence = torch.tensor(run.predictions["confidence"].to_numpy(), dtype=torch.float64)
+    right = torch.tensor((run.predictions["label"] == run.predictions["predicted"]).to_numpy())
+    return ShownRun(
+        name=name,
+        facts=facts(run.source, run.dataset, run.matrix),
+        class_counts=run.dataset.class_counts,
+        groups=[group_of(int(n), few_inclusive=run.few_inclusive) for n in run.dataset.class_counts],
+        matrix=run.matrix.numpy(),
+        confusions=run.confusions,
+        reliability=reliability(confidence, right).numpy(),
+        relation=relation(run.confusions, run.matrix.numpy()) if run.confusions is not None else {},
+    )
+
+
+def thumbnails(run: Reported, limit: int) -> Sheet | None:
+    """The wrong test images that the page carries; None without any."""
+    if len(run.dataset.shape) != 3:
+        return None
+    chosen = most_confused(run.predictions, limit)
+    if not len(chosen):
+        return None
+    return sheet(pictures(run.dataset, "test", chosen["sample_id"].to_numpy()), max(run.dataset.shape[:2]), chosen)
+
+
+def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
+    """File name without its ending, caption, and PNG and SVG of each picture."""
+    source, dataset, matrix, inclusive = run.source, run.dataset, run.matrix.numpy(), run.few_inclusive
+    title = f"{dataset.name}, {source.phase}"
+    names, counts = dataset.class_names, dataset.class_counts
+    accuracy = class_accuracy(run.matrix).numpy() * 100
+    pictures = [
+        (
+            "confusion_matrix",
+            "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
+            "classes by training images, most first.",
+            figures.confusion_heat_map(matrix, names, counts, title=title, few_inclusive=inclusive),
+        ),
+        (
+            "confusion_matrix_grouped",
+            "The same in groups of neighbouring classes (test images a cell), as in Fig. 3 of the paper.",
+            figures.grouped_heat_map(matrix, counts, title=title),
+        ),
+        (
+            "class_accuracy",
+            "Accuracy of each class over its number of training images.",
+            figures.class_accuracy(accuracy, names, counts, title=title, few_inclusive=inclusive),
+        ),
+        (
+            "confusion_histogram",
+            "How often confusion values occur between two classes.",
+            figures.confusion_histogram(matrix, title=title),
+        ),
+    ]
+    if dataset.shape == [2]:
+        pictures.insert(
+            0,
+            (
+                DECISION_REGIONS,
+                "Decision regions over the training points, as in Fig. 2 of the paper.",
+                decision_regions(source, dataset, title),
+            ),
+        )
+    return [
+        (name, caption, {kind: figures.encode(figure, kind) for kind in ("png", "svg")})
+        for name, caption, figure in pictures
+    ]
+
+
+def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> "Figure":
+    """The picture of a classifier of points in the plane."""
+    points, labels = dataset.read("train")
+    axis, classes = predicted_regions(source, dataset, points)
+    return figures.decision_regions(axis, classes, points.numpy(), labels.numpy(), dataset.class_names, title=title)
+
+
+def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+    """The pairs with class names and training counts, for readers."""
+    names, counts = np.array(dataset.class_names), dataset.class_counts
+    rarer, commoner = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
+    return pd.DataFrame(
+        {
+            "rarer class": names[rarer],
+            "training images": counts[rarer],
+            "commoner class": names[commoner],
+            "training images ": counts[commoner],
+            "confusions": pairs["count"],
+            "rarer taken for commoner": pairs["rarer_as_commoner"],
+            "commoner taken for rarer": pairs["commoner_as_rarer"],
+            "minority taken for majority": [
+                f"{100 * share:.0f} %" if few < many else "-"  # of two equally large classes none is the minority
+                for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[commoner], strict=True)
+            ],
+        }
+    )
+
+
+def facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[tuple[str, str]]:
+    """What the page says above its pictures."""
+    record = source.record()
+    counts = dataset.class_counts
+    return [
+        ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
+        ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
+        ("Checkpoint", f"{source.phase}, sha256 {source.output(MODEL)[1][:16]}"),
+        ("Network", f"{source.recipe().model.name}, {record['num_parameters']:,} parameters"),
+        ("Test images", f"{int(matrix.sum()):,}, {minority_share(matrix, counts)}"),
+    ]
+
+
+def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
+    """How many test images are wrong, and how much of that is a rarer class taken for a commoner one."""
+    n = torch.tensor(counts)
+    wrong = int(matrix.sum() - matrix.diagonal().sum())
+    rarer = int(matrix[n[:, None] < n[None, :]].sum())
+    share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""
+    return f"{wrong:,} of them wrong{share}"
+
+
+def report(
+    folder: Path,
+    index: Path,
+    own: Reported,
+    pairs: pd.DataFrame,
+    accuracies: list[list[str]],
+    status: str,
+) -> None:
+    """The most confused pairs, the accuracies, and where the pictures are."""
+    status = "up to date" if status == "done" else "done"
+    source, dataset, matrix = own.source, own.dataset, own.matrix
+    picture = folder / run_json.read_run(folder, run_json.ReportEntry)["picture"]
+    wrong = int(matrix.sum() - matrix.diagonal().sum())
+    top = pairs.head(NUM_SHOWN)
+    if not console.as_json:
+        header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
+        rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in with_names(top, dataset).iterrows()]
+        size = int(matrix.sum())
+        title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {size:,} test images wrong)"
+        console.table(header, rows, title=title)
+    console.result(
+        {
+            "command": "confusion-report",
+            "status": status,
+            "phase": source.phase,
+            "folder": str(folder),
+            "page": str(index),
+            "picture": str(picture),
+            "num_test": int(matrix.sum()),
+            "num_wrong": wrong,
+            "most_confused": top.to_dict("records"),
+        },
+        title="\naccuracy, per cent",
+        header=ACCURACY_HEADER,
+        rows=accuracies,
+        lines=[*legend(accuracies), f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
+    )

@@ -1,0 +1,316 @@
+"""evaluate: accuracy, groups, calibration and predictions of a checkpoint. Always fp32.
+
+On the data set's own test split, with --split on its training or held-out images, or with --test-data on another folder
+of the same classes.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpmix_cli.artifacts import files, locks, tables
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.longtail import group_of
+from cpmix_cli.evaluation import prediction
+from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, shifted_profile, stands_for, summary
+from cpmix_cli.evaluation.agreement import images_to_learn_from, weakly_changed, weights_of_agreement
+from cpmix_cli.evaluation.prediction import Predicted, post_hoc, predicted, read_model
+from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
+from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, legend, read_numbers
+from cpmix_cli.models import Classifier
+from cpmix_cli.recipe import loading, schema
+from cpmix_cli.recipe.schema import Recipe
+from cpmix_cli.runs import folders, output
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.hardware import use_device
+from cpmix_cli.training.randomness import torch_generator
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    from_folder: Path
+    out: Path | None
+    phase: str | None
+    settings: list[str]
+    label: str | None
+    split: str
+    test_data: Path | None
+    test_distribution: str
+    ratio: float
+    few_inclusive: bool
+    device: str
+    data: Path | None
+    data_root: Path | None
+    overwrite: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """On the test split, where every reader of the evaluation looks for its samples."""
+        return self.test_data is None and self.split == "test"
+
+    @property
+    def distribution(self) -> str:
+        """uniform, or forward-50."""
+        return "uniform" if self.test_distribution == "uniform" else f"{self.test_distribution}-{self.ratio:g}"
+
+
+def run(options: Options) -> None:
+    """Predict the test samples and publish what follows from it.
+
+    Raises:
+        UsageError: a --label that is no file name, a --set beyond [evaluation], or a --split of --test-data.
+        InputError: no finished phase, another data set, other classes, or damaged files.
+        EnvironmentFault: the output belongs to other settings, the device is not there, the disk is full.
+    """
+    if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
+        raise UsageError(f'--label "{options.label}": letters, digits, ".", "_" and "-" only')
+    if options.test_data is not None and options.split != "test":
+        raise UsageError(
+            "--split is of the data set, --test-data another one: give one of the two", needed_by="evaluate"
+        )
+    if options.test_distribution == "uniform" and options.ratio != 50:
+        raise UsageError("--ratio is that of a --test-distribution: forward or backward", needed_by="evaluate")
+    if not math.isfinite(options.ratio):
+        raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by", needed_by="evaluate")
+    root, named = folders.locate(options.from_folder)
+    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
+    dataset = folders.find_dataset(
+        root, source.record(), options.data, needed_by="evaluate", data_root=options.data_root
+    )
+    if dataset.few_inclusive:
+        options = replace(options, few_inclusive=True)
+    recipe = requested_recipe(options, source)
+    device = use_device(options.device)
+    if options.test_data is None:
+        tests = own_tests(dataset, options.split)
+    else:
+        tests = other_tests(options.test_data, dataset)
+
+    label = options.label
+    if label is None:
+        label = default_label(options, source.recipe(), recipe)
+    name = source.phase if label is None else f"{source.phase}-{label}"
+    folder = (options.out or root) / "evaluation" / name
+    _weights, sha = source.output(files.MODEL)
+    made_from = {
+        "recipe": {
+            "evaluation": recipe.tables()["evaluation"],
+            "few_inclusive": options.few_inclusive,
+            "test_distribution": options.distribution,
+        },
+        "dataset": tests.fingerprint,
+        "checkpoint": sha,
+    }
+    if output.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
+        locks.tidy(folder)
+        report(folder, "up to date")
+        return
+    model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
+    batches = tests.open(recipe.data, device)
+    profile = requested_profile(options, dataset, tests.labels)
+    weights = None
+    if recipe.evaluation.aggregate == "test-time":
+        weights = learnt_weights(model, tests, recipe, dataset, profile, device)
+    counts = torch.tensor(dataset.class_counts)
+    found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
+    files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
+    with locks.hold(folder) as lock:
+        output.clear(folder)
+        recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
+        publish(recorder, source, recipe, dataset, found, profile, tests, options, sha)
+        if not options.is_plain:
+            by_path = "path" in tests.samples
+            columns = {str(name): column for name, column in tests.samples.items()}
+            recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
+            recorder.set(data_root=str(tests.data_root) if by_path else None)
+        recorder.set(source={"phase": source.phase, "sha256": sha})
+        recorder.set(dataset=folders.dataset_entry(dataset, options.out or root))
+        recorder.finish()
+    report(folder, "done")
+    if label is None:  # the report is of the plain evaluation
+        flags = ["--phase", options.phase] if options.phase else []
+        flags += ["--out", str(options.out)] if options.out else []
+        console.note(f"next: {console.typed('confusion-report', '--from', root, *flags)}")
+    elif options.out is None:
+        flags = ["--phase", source.phase, "--label", label]
+        console.note(f"next: {console.typed('misclassified', '--from', root, *flags)}")
+
+
+def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | None:
+    """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
+    parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
+    if options.test_data is not None:
+        parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
+    for key in POST_HOC:
+        value = getattr(recipe.evaluation, key)
+        if value != getattr(trained.evaluation, key):
+            parts.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
+    return "-".join(parts) or None
+
+
+def requested_profile(options: Options, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
+    """What --test-distribution asks for [C].
+
+    Raises:
+        InputError: a class has no test image, or would have none under this ratio.
+    """
+    if options.test_distribution == "uniform":
+        return None
+    num_test = torch.bincount(labels, minlength=dataset.num_classes)
+    if empty := int((num_test == 0).sum()):
+        raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
+    counts, most = torch.tensor(dataset.class_counts), int(num_test.min())
+    profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
+    if not profile.all():
+        # The number of images itself, or the one below: a quotient may come out short of 1.
+        ratios = range(most, 0, -1)
+        highest = next(r for r in ratios if shifted_profile(counts, num_test, options.test_distribution, r).all())
+        num_empty = int((profile == 0).sum())
+        raise InputError(
+            f"--ratio {options.ratio:g} leaves {num_empty} class{'es' if num_empty > 1 else ''} without a test image: "
+            f"the largest has {most}",
+            needed_by=f"evaluate --test-distribution {options.test_distribution}",
+            fix=f"--ratio {highest}, or less",
+        )
+    return profile
+
+
+def learnt_weights(
+    model: Classifier,
+    tests: TestSet,
+    recipe: Recipe,
+    dataset: Dataset,
+    profile: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Weights of the experts [E], from unlabelled test images; of a subset of them, drawn once, where the test set is
+    to be long-tailed.
+
+    Raises:
+        InputError: the data are points.
+    """
+    if len(dataset.shape) != 3:
+        raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
+    chosen = images_to_learn_from(tests.labels, profile, torch_generator(recipe.seed, "test-time"))
+
+    def views(batch: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for number in range(2):
+            changed = weakly_changed(tests.pictures(batch), torch_generator(recipe.seed, "view", call, number))
+            batches = make_batches(changed.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+            found.append(prediction.predict(model, batches, len(batch), recipe.evaluation.batch_size))
+        return found[0], found[1]
+
+    weights = weights_of_agreement(views, chosen, recipe.model.experts, recipe.optimizer, recipe.seed)
+    console.note(f"evaluate: weights of the experts, learnt without labels: {', '.join(f'{w:.3f}' for w in weights)}")
+    if weights.max() > 0.5:
+        console.warn(
+            "one expert has more than half of the weight: an expert that gives every image the same few classes agrees "
+            'with itself too; compare with evaluation.aggregate = "mean"'
+        )
+    return weights
+
+
+def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
+    """The checkpoint's recipe; --set may change [evaluation] only.
+
+    Raises:
+        UsageError: a setting reaches into what was trained.
+        InputError: the checkpoint's recipe is missing or damaged.
+    """
+    own = source.recipe()  # verified, before settings are laid over it
+    if not options.settings:
+        return own
+    path = source.output(files.RECIPE)[0]
+    recipe = loading.load(str(path), settings=options.settings)
+    trained = {k: v for k, v in own.tables().items() if k != "evaluation"}
+    asked = {k: v for k, v in recipe.tables().items() if k != "evaluation"}
+    if changed := schema.differences(trained, asked):
+        raise UsageError(f"evaluate --set changes what was trained: {'; '.join(changed)}")
+    return recipe
+
+
+def publish(
+    recorder: output.Recorder,
+    source: PhaseFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    found: Predicted,
+    profile: torch.Tensor | None,
+    tests: TestSet,
+    options: Options,
+    checkpoint: str,
+) -> None:
+    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
+    labels, logits, experts, weights = tests.labels, found.logits, found.experts, found.weights
+    groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
+    shares, used = None, float(len(experts))
+    if weights is not None:
+        by_image = weights.view(len(experts), -1).double().expand(-1, len(labels))
+        share_of_images = stands_for(labels, profile)
+        share_of_images /= share_of_images.sum()
+        shares = [round(share, 4) for share in (by_image @ share_of_images).tolist()]
+        used = round(float((by_image > 0).double().sum(0) @ share_of_images), 3)
+    counts = torch.tensor(dataset.class_counts)
+    own = [post_hoc(z, counts, recipe.evaluation) for z in experts] if len(experts) > 1 else []
+    numbers = {
+        "phase": source.phase,
+        **summary(logits, labels, groups, profile),
+        "test_distribution": options.distribution,
+        "num_test_profile": None if profile is None else int(profile.sum()),
+        "num_experts": len(experts),
+        "expert_weights": shares,
+        "experts_used": used,
+        "experts": [summary(z, labels, groups, profile) for z in own],
+        **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
+        "confusion_source": recipe.confusion.source,
+        "checkpoint_sha256": checkpoint,
+    }
+    recorder.publish(files.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
+
+    confidence, classes = logits.softmax(1).max(1)
+    matrix = confusion_matrix(labels, classes, dataset.num_classes)
+    columns: dict[str, Any] = {
+        "class_id": range(dataset.num_classes),
+        "class_name": dataset.class_names,
+        "group": groups,
+        "num_train": dataset.class_counts,
+        "num_test": matrix.sum(1).numpy(),
+        "num_correct": matrix.diagonal().numpy(),
+        "accuracy": (100 * class_accuracy(matrix)).numpy(),
+    }
+    recorder.publish_table(files.PER_CLASS, tables.PER_CLASS_SCHEMA, columns)
+    columns = {
+        "sample_id": tests.samples["sample_id"],
+        "label": labels.numpy(),
+        "predicted": classes.numpy(),
+        "confidence": confidence.numpy(),
+    }
+    recorder.publish_table(files.PREDICTIONS, tables.PREDICTIONS_SCHEMA, columns)
+    tensors = {"logits": logits, "labels": labels}
+    recorder.publish_tensors(files.LOGITS, tensors if len(experts) == 1 else {**tensors, "expert_logits": experts})
+
+
+def report(folder: Path, status: str) -> None:
+    """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
+    numbers = read_numbers(folder)
+    rows = accuracy_rows(folder.parent, folder.name)
+    experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers["experts"], start=1)]
+    console.result(
+        {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
+        title="per cent; many: more than 100 training images, few: fewer than 20",
+        header=ACCURACY_HEADER,
+        rows=[*rows, *experts],
+        lines=[*legend(rows), f"{status}: {folder}"],
+    )

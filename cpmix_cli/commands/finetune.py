@@ -1,0 +1,63 @@
+"""finetune: class-balanced training of the head on the frozen network. Paper: Sec. 5.1, B.3 (Table 6, last rows).
+
+Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the
+head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is a recipe key.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.runs import folders
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.loop import load_state
+from cpmix_cli.training.objective import check_fits
+from cpmix_cli.training.phase import Options, requested_recipe, skip, train
+from cpmix_cli.training.plan import Setting, fresh_state, head_plan
+from cpmix_cli.training.step import Plan, TrainingState
+
+
+def run(options: Options, from_folder: Path, out: Path | None, phase: str | None) -> None:
+    """Train the head from the last training stage.
+
+    Raises:
+        InputError: that stage is not done, or was trained differently from what the recipe asks.
+        CpmixError: see training.phase.train().
+    """
+    root, named = folders.locate(from_folder)
+    phase = phase or (named if named != "finetune" else None)
+    source = folders.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
+    dataset = folders.find_dataset(
+        root, source.record(), options.data, needed_by="finetune", data_root=options.data_root
+    )
+    recipe = requested_recipe(options, source, dataset.record["rho"])
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    folders.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
+    if recipe.finetune is None:
+        skip("finetune", "the recipe has no finetune", out or root)
+        return
+    if source.phase == "stage1" and recipe.stage2 is not None and phase is None:
+        raise InputError(
+            f"{root} has a stage 2 in its recipe, but only stage 1 is done",
+            needed_by="finetune",
+            fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
+        )
+    train(
+        PhaseFolder(out or root, "finetune"),
+        source,
+        recipe,
+        dataset,
+        options,
+        partial(prepare, source),
+    )
+
+
+def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
+    """The source's network with all but the trained parameters frozen, and a fresh optimizer."""
+    path, sha = source.output(files.TRAINING_STATE)
+    tensors, _ = read_tensors(path, sha)
+    state = fresh_state(setting)
+    load_state(state, tensors, path, optimizer=False)
+    return head_plan(setting, state), state

@@ -1,0 +1,96 @@
+"""misclassified: the test images behind the off-diagonal cells of a confusion matrix, file by file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cpmix_cli.artifacts import files, tables
+from cpmix_cli.evaluation.saved import read_predictions
+from cpmix_cli.runs import folders, run_json
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError, suggest
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    from_folder: Path
+    true: str | None
+    predicted: str | None
+    phase: str | None
+    label: str | None
+    limit: int
+    data: Path | None
+    data_root: Path | None
+
+
+def run(options: Options) -> None:
+    """List the wrong images of an evaluation, the surest mistakes first.
+
+    Raises:
+        UsageError: no such class.
+        InputError: the phase was not evaluated, or files are damaged.
+    """
+    root, named = folders.locate(options.from_folder)
+    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="misclassified")
+    classes = tables.read_class_counts(*source.output(files.CLASS_COUNTS))["class_name"].tolist()
+    true = _class_id("--true", options.true, classes)
+    predicted = _class_id("--predicted", options.predicted, classes)
+    evaluation = root / "evaluation" / (source.phase if options.label is None else f"{source.phase}-{options.label}")
+    table, _ = read_predictions(evaluation, source, len(classes), needed_by="misclassified")
+
+    wrong = table[table["label"] != table["predicted"]]
+    if true is not None:
+        wrong = wrong[wrong["label"] == true]
+    if predicted is not None:
+        wrong = wrong[wrong["predicted"] == predicted]
+    wrong = wrong.sort_values(["confidence", "sample_id"], ascending=[False, True])
+    images = _origins(options, root, evaluation, wrong)
+    found = [
+        {"image": image, "true": classes[t], "predicted": classes[p], "confidence": round(c, 4)}
+        for image, t, p, c in zip(images, wrong["label"], wrong["predicted"], wrong["confidence"], strict=True)
+    ]
+    rows = [
+        [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * f['confidence']:.1f} %"]
+        for f in found[: options.limit]
+    ]
+    line = f"{len(found):,} misclassified images"
+    if len(found) > len(rows):
+        line = f"{len(rows)} of {line}; more with --limit N, all with --json"
+    fields = {"command": "misclassified", "phase": source.phase, "num_images": len(found), "images": found}
+    console.result(fields, header=("image", "true", "predicted", ">confidence"), rows=rows, lines=[line])
+
+
+def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
+    """A class by name, or by id where no class has that name."""
+    if given is None:
+        return None
+    if given in classes:
+        return classes.index(given)
+    if given.isdecimal() and int(given) < len(classes):
+        return int(given)
+    raise UsageError(f'{flag} "{given}" is no class.{suggest(given, classes)}', needed_by="misclassified")
+
+
+def _origins(options: Options, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
+    """Where each image comes from: its file's path, or its place in the published test split."""
+    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    if files.SAMPLES in record["outputs"]:
+        data_root = Path(record["data_root"]) if record.get("data_root") is not None else None
+        schema = tables.split_schema(data_root is not None)
+        path, sha = run_json.output_of(evaluation, record, files.SAMPLES)
+        samples = tables.read_table(path, schema, sha)
+    else:
+        dataset = folders.find_dataset(
+            root, record, options.data, needed_by="misclassified", data_root=options.data_root
+        )
+        samples, data_root = dataset.samples("test"), dataset.data_root
+    if not wrong["sample_id"].isin(samples["sample_id"]).all():
+        raise InputError(f"{evaluation} is of other samples than are recorded", fix="evaluate again with --overwrite")
+    chosen = samples.set_index("sample_id").loc[wrong["sample_id"]]
+    if data_root is not None:
+        return [str(data_root / path) for path in chosen["path"]]
+    return [int(i) for i in chosen["source_index"]]

@@ -1,0 +1,113 @@
+"""predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpmix_cli.artifacts import files, tables
+from cpmix_cli.data import image_folder
+from cpmix_cli.data.batches import file_batches, make_batches
+from cpmix_cli.data.stream import FileReader
+from cpmix_cli.evaluation.prediction import predicted, read_model
+from cpmix_cli.runs import folders
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.hardware import use_device
+
+NUM_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    images: list[Path]
+    from_folder: Path
+    phase: str | None
+    top: int
+    out: Path | None
+    device: str
+    overwrite: bool
+
+
+def run(options: Options) -> None:
+    """Predict images and show class and confidence of each.
+
+    Raises:
+        InputError: no finished phase, no images, or images that cannot be read.
+        EnvironmentFault: --out exists, or cannot be written; the device is not there.
+    """
+    root, named = folders.locate(options.from_folder)
+    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="predict")
+    seen = source.record()["dataset"]
+    if len(seen["shape"]) != 3:
+        raise InputError(f"{source.path} is a network of points and takes no images", needed_by="predict")
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
+    device = use_device(options.device)
+    paths = image_folder.find_images(options.images)
+    counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
+    classes = counts["class_name"].tolist()
+    recipe = source.recipe()
+    model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
+    if seen.get("storage", "tensors") == "tensors":
+        inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
+        batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
+    else:  # as its test images were
+        reader = FileReader(paths, seen["shape"][0], recipe.data, upright=True, needed_by="predict")
+        batches = file_batches(reader, recipe.data, seen["mean"], seen["std"], device)
+    class_counts = torch.tensor(counts["num_train"].to_numpy())
+    logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
+    confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
+
+    kept = confidence.shape[1]
+    columns = {
+        # A table holds UTF-8 alone; a file name may hold any bytes.
+        "path": np.repeat([str(path).encode("utf-8", "backslashreplace").decode() for path in paths], kept),
+        "rank": np.tile(np.arange(1, kept + 1), len(paths)),
+        "class_id": classified.flatten().numpy(),
+        "class_name": [classes[c] for c in classified.flatten().tolist()],
+        "confidence": confidence.flatten().numpy(),
+    }
+    if options.out is not None:
+        files.make_folder(options.out.parent)
+        files.sweep(options.out)
+        tables.publish_table(options.out, tables.PREDICTED_IMAGES_SCHEMA, columns)
+    report(options, source.phase, [str(path) for path in paths], classified, confidence, classes)
+
+
+def report(
+    options: Options,
+    phase: str,
+    paths: list[str],
+    predicted: torch.Tensor,
+    confidence: torch.Tensor,
+    classes: list[str],
+) -> None:
+    """A row for each image; all of them as JSON."""
+    guesses = [
+        [{"class": classes[c], "confidence": round(p, 4)} for c, p in zip(row, chances, strict=True)]
+        for row, chances in zip(predicted.tolist(), confidence.tolist(), strict=True)
+    ]
+    rows = [
+        [path, *(cell for guess in row for cell in (guess["class"], f"{100 * guess['confidence']:.1f} %"))]
+        for path, row in zip(paths[:NUM_SHOWN], guesses, strict=False)
+    ]
+    numbers = [""] if predicted.shape[1] == 1 else [f" {k}" for k in range(1, predicted.shape[1] + 1)]
+    lines = []
+    if len(paths) > NUM_SHOWN:
+        lines.append(f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")
+    if options.out is not None:
+        lines.append(f"done: {options.out}")
+    fields = {
+        "command": "predict",
+        "phase": phase,
+        "num_images": len(paths),
+        "out": str(options.out) if options.out is not None else None,
+        "predictions": [{"path": path, "classes": row} for path, row in zip(paths, guesses, strict=True)],
+    }
+    header = ["image", *(name for k in numbers for name in (f"class{k}", f">confidence{k}"))]
+    console.result(fields, header=header, rows=rows, lines=lines)

@@ -1,0 +1,121 @@
+"""recipes: what comes with cpmix, one of them resolved, what two differ in, or what they cost. Reads TOML alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
+from cpmix_cli.recipe.schema import Recipe, Stage, differences
+from cpmix_cli.runtime import console
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's flags."""
+
+    name: str | None
+    other: str | None
+    settings: list[str]
+    epochs: int | None
+    seed: int | None
+    rho: float | None
+    budget: bool
+
+
+def run(options: Options) -> None:
+    """List, show, compare or reckon.
+
+    Raises:
+        UsageError: no such recipe, or faults in it.
+    """
+    if options.budget:
+        show_budgets(options)
+        return
+    if options.name is None:
+        listed = [{"name": name, "description": description(name)} for name in recipe_names()]
+        rows = [[entry["name"], entry["description"]] for entry in listed]
+        console.result({"command": "recipes", "recipes": listed}, header=("recipe", "what"), rows=rows)
+        return
+    first = resolved(options, options.name)
+    if options.other is None:
+        fields = {"command": "recipes", "name": options.name, "recipe": first.tables()}
+        console.result(fields, lines=[first.to_toml().rstrip("\n")])
+        return
+    lines = differences(first.tables(), resolved(options, options.other).tables())
+    fields = {"command": "recipes", "names": [options.name, options.other], "differences": lines}
+    console.result(fields, lines=lines or ["no difference"])
+
+
+def resolved(options: Options, name: str) -> Recipe:
+    """A recipe as a training phase would resolve it."""
+    return load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho)
+
+
+def description(name: str) -> str:
+    """First comment line of a recipe's file."""
+    with find_recipe(name).open(encoding="utf-8") as file:
+        return file.readline().strip().removeprefix("#").strip()
+
+
+def show_budgets(options: Options) -> None:
+    """What the named recipes cost, or all of them."""
+    names = [name for name in (options.name, options.other) if name] or recipe_names()
+    budgets = [budget(options, name) for name in names]
+    rows = [
+        [
+            entry["name"],
+            " + ".join(str(entry[key]) for key in ("stage1_epochs", "stage2_epochs", "finetune_epochs") if entry[key]),
+            f"{entry['image_passes']:.1f}",
+            "-" if entry["to_cpmix"] is None else f"{entry['to_cpmix']:.2f}",
+        ]
+        for entry in budgets
+    ]
+    console.result(
+        {"command": "recipes", "budgets": budgets},
+        header=("recipe", ">epochs", ">passes of an image", ">to cpmix"),
+        rows=rows,
+        lines=["epochs of stage 1, stage 2, finetune; to cpmix: passes over those of the data set's cpmix recipe"],
+    )
+
+
+def budget(options: Options, name: str) -> dict[str, Any]:
+    """What a recipe costs; to_cpmix is null where its data set has no recipe cpmix."""
+    recipe = resolved(options, name)
+    schedule = recipe.schedule
+    passes = image_passes(recipe)
+    cpmix = f"{name.rpartition('/')[0]}/cpmix"
+    return {
+        "name": name,
+        "stage1_epochs": schedule.stage1_epochs,
+        "stage2_epochs": schedule.epochs - schedule.stage1_epochs,
+        "finetune_epochs": 0 if recipe.finetune is None else recipe.finetune.epochs,
+        "image_passes": round(passes, 4),
+        "to_cpmix": round(passes / image_passes(resolved(options, cpmix)), 4) if cpmix in recipe_names() else None,
+    }
+
+
+def image_passes(recipe: Recipe) -> float:
+    """Images that pass through the network, divided by the N of the training set.
+
+    Each epoch of a stage or of the finetune is one pass for each term with weight > 0, whether all of the network is
+    trained on it or the head alone. A term with a `match` adds two forwards in each batch that is matched; expected
+    are probability x (e / E) ** match_power of those of epoch e, none where the term goes unmixed.
+    """
+    schedule = recipe.schedule
+    passes = stage_passes(recipe.stage1, range(1, schedule.stage1_epochs + 1), schedule.epochs)
+    if recipe.stage2 is not None:
+        passes += stage_passes(recipe.stage2, range(schedule.stage1_epochs + 1, schedule.epochs + 1), schedule.epochs)
+    if recipe.finetune is not None:
+        passes += stage_passes(recipe.finetune, range(1, recipe.finetune.epochs + 1), recipe.finetune.epochs)
+    return passes
+
+
+def stage_passes(stage: Stage, epochs: range, num_epochs: int) -> float:
+    """The same for one stage: its epochs (from 1) of num_epochs."""
+    passes = 0.0
+    for term in stage.terms.values():
+        if term.weight > 0:
+            passes += len(epochs)
+            mixed = [e for e in epochs if term.unmixed_first < e <= num_epochs - term.unmixed_last]
+            if term.match is not None:
+                passes += 2 * term.probability * sum((e / num_epochs) ** term.match_power for e in mixed)
+    return passes

@@ -1,0 +1,164 @@
+"""train-stage1: epochs 1 to E_cp on the natural batches, collecting confusion pairs. Paper: Algorithm 1, first part."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
+from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.evaluation.prediction import read_model
+from cpmix_cli.models import PUBLISHED, take_over
+from cpmix_cli.recipe import loading, schema
+from cpmix_cli.runs import folders, run_json
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.objective import check_fits, compile_stage
+from cpmix_cli.training.phase import Options, train
+from cpmix_cli.training.plan import Setting, fresh_state, stage_plan
+from cpmix_cli.training.step import Plan, TrainingState
+
+
+def run(options: Options, out: Path, init: Path | None, teacher: Path | None) -> None:
+    """Train from fresh weights (or those of --init) to the end of stage 1.
+
+    Raises:
+        UsageError: a --teacher that no term listens to, or a term that wants one.
+        InputError: the --init file is damaged or of another network; the --teacher was trained on other data, or sees
+            images normalised differently.
+        CpmixError: see training.phase.train().
+    """
+    if options.data is None:
+        raise UsageError(
+            "--data is missing: the data set folder",
+            needed_by="train-stage1",
+            fix="cpmix build-lt SOURCE makes one",
+        )
+    dataset = open_dataset(options.data, needed_by="train-stage1", data_root=options.data_root)
+    recipe = loading.load(
+        options.recipe or dataset.recipe(),
+        settings=options.settings,
+        epochs=options.epochs,
+        seed=options.seed,
+        rho=dataset.record["rho"],
+    )
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    source = None if teacher is None else choose_teacher(teacher, dataset)
+    check_teacher(recipe, source)
+    check_init(recipe, init)
+    inputs = {} if init is None else {"init": init}
+    if source is not None:
+        inputs["teacher"] = source.path / files.MODEL
+    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init, source), inputs)
+
+
+def check_init(recipe: schema.Recipe, init: Path | None) -> None:
+    """Weights come as safetensors; a recipe that starts from published ones is given these, and not others.
+
+    Raises:
+        UsageError: it is given none.
+        InputError: they are a PyTorch checkpoint, are others, or nobody knows.
+    """
+    wanted = recipe.model.init
+    sha = PUBLISHED.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
+    if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
+        raise InputError(
+            f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
+            needed_by="--init",
+            fix=f"cpmix import-weights {init} --sha256 {sha}",
+        )
+    if not wanted:
+        return
+    made = Path(wanted).with_suffix(".safetensors")
+    fix = (
+        f"fetch {wanted} from where it was published (torchvision's: https://download.pytorch.org/models/{wanted}), "
+        f"then: cpmix import-weights {wanted} --sha256 {sha}, and give --init {made}"
+    )
+    if init is None:
+        raise UsageError(f'model.init = "{wanted}": the recipe starts from these weights', needed_by="--init", fix=fix)
+    metadata = read_header(init)[1]
+    origin = metadata if isinstance(metadata, dict) else {}
+    name, found = (str(origin.get(key, "")) for key in ("file", "sha256"))
+    if not found.startswith(sha):
+        of = f"was made from {name}, sha256 {found}" if found else "does not say what it was made from"
+        raise InputError(
+            f'{init} {of}; the recipe has model.init = "{wanted}", sha256 {sha}',
+            needed_by="--init",
+            fix=f"{fix}; or take any weights with --set model.init=",
+        )
+
+
+def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
+    """The phase of --teacher RUN: the last one done; RUN may be a phase's folder, or its model.safetensors.
+
+    Raises:
+        InputError: none is done, or it was trained on other data.
+    """
+    root, named = folders.locate(run.parent if run.is_file() else run)
+    source = folders.choose_phase(root, named, run_json.PHASES, needed_by="--teacher")
+    if source.record()["dataset"]["fingerprint"] != dataset.fingerprint:
+        raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
+    return source
+
+
+def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
+    """Terms that are taught and a teacher go together, and both networks see the same inputs.
+
+    Raises:
+        UsageError: one is without the other.
+        InputError: the teacher learnt from images normalised differently.
+    """
+    taught = [term.name for term in compile_stage(recipe.stage1) if term.taught]
+    if taught and source is None:
+        raise UsageError(
+            f"stage1.terms.{taught[0]} learns from a teacher",
+            needed_by="train-stage1",
+            fix="name its run: --teacher RUN",
+        )
+    if source is not None and not taught:
+        raise UsageError(
+            "no term of the recipe learns from a teacher",
+            needed_by="--teacher",
+            fix="--set stage1.terms.erm.teacher=distillation",
+        )
+    if source is not None and (own := source.recipe().data.normalisation) != recipe.data.normalisation:
+        raise InputError(
+            f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has '
+            f'"{recipe.data.normalisation}"',
+            needed_by="--teacher",
+            fix=f"--set data.normalisation={own}",
+        )
+
+
+def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) -> tuple[Plan, TrainingState]:
+    """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
+    state = fresh_state(setting)
+    if init is not None:
+        taken = take_over(state.model, read_weights(init, setting.inputs["init"]), init)
+        console.note(f"starts from {taken} tensors of {init}; the head is new")
+    elif state.model.frozen:
+        # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
+        console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
+    plan = stage_plan(setting, "stage1")
+    if teacher is not None:
+        # As it was trained: what its [evaluation] does to weights is for its own evaluations.
+        trained = teacher.recipe().model_copy(update={"evaluation": schema.Evaluation()})
+        model = read_model(teacher, trained, setting.dataset.num_classes, setting.dataset.shape)
+        plan = replace(plan, teacher=model.to(setting.device).eval().requires_grad_(False))
+    return plan, state
+
+
+def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
+    """The tensors of an --init file, whose hash is already part of what the phase is made from.
+
+    Raises:
+        InputError: it is not a safetensors file, or was changed in between.
+    """
+    tensors, metadata = read_tensors(path, sha)
+    if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
+        check_seal(path, metadata, tensors)
+    return tensors

@@ -1,0 +1,95 @@
+"""Weights of the experts, learnt from test images without their labels (SADE).
+
+Shapes: E experts, N images, C classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpmix_cli.recipe.schema import Optimizer
+
+TEST_TIME_EPOCHS = 5
+TEST_TIME_BATCH = 128
+LEAST_WEIGHT = 0.05
+"""Below it for any expert the learning of weights ends: what follows is a collapse on the others."""
+
+
+def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Positions of the test images that weights are learnt from, in random order: all, or so many of each class.
+
+    Args:
+        labels: [N]; which class an image is of is looked at for its number alone.
+        profile: images a class [C], as many as there are at most; None for all.
+        generator: of the order, and of which images of a class they are.
+    """
+    chosen = torch.randperm(len(labels), generator=generator)
+    if profile is None:
+        return chosen
+    rank = torch.zeros_like(chosen)
+    for c in range(len(profile)):
+        own = chosen[labels[chosen] == c]
+        rank[own] = torch.arange(len(own))
+    return chosen[rank[chosen] < profile[labels[chosen]]]
+
+
+def weights_of_agreement(
+    views: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    chosen: Tensor,
+    num_experts: int,
+    recipe: Optimizer,
+    seed: int,
+) -> Tensor:
+    """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most. No label
+    is looked at.
+
+    Args:
+        views: positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C].
+        chosen: positions of the test images.
+        num_experts: E.
+        recipe: [optimizer]: rate, momentum, Nesterov and weight decay of SGD on weights that go through a softmax.
+        seed: of the order.
+
+    Source: Zhang et al., SADE, Sec. 4.2, and its code: mean cosine of the two softmaxes, 5 epochs, batches of 128.
+    Differs: SGD also where the recipe's kind is another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.zeros(num_experts, requires_grad=True)
+    optimizer = torch.optim.SGD(
+        [free], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
+    )
+    call = 0
+    for _ in range(TEST_TIME_EPOCHS):
+        for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], TEST_TIME_BATCH):
+            weights = free.softmax(0)
+            if weights.min() < LEAST_WEIGHT:
+                return weights.detach()
+            first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
+            optimizer.zero_grad()
+            (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            call += 1
+    return free.detach().softmax(0)
+
+
+def weakly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random view of each image [B, H, W, channels] uint8: crop, colours, grey, blur, flip.
+
+    Source: Zhang et al., SADE, its code for CIFAR: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8, grey 0.2, blur 0.2.
+    """
+    from torchvision.transforms import v2  # a second of import that other evaluations do not need
+
+    change = v2.Compose(
+        [
+            v2.RandomCrop(list(images.shape[1:3]), padding=4),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.2),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: it gets one of ours
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([change(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)

@@ -1,0 +1,199 @@
+"""Predictions of a trained network: logits of experts, combined and adjusted. Always fp32.
+
+Shapes: N images, C classes, E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.data.batches import Batches, open_batches
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.evaluation.accuracy import confusion_matrix
+from cpmix_cli.experts import combined, routed_weights
+from cpmix_cli.models import Classifier, build_model
+from cpmix_cli.recipe.schema import Evaluation, Recipe
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.training import loop
+from cpmix_cli.training.randomness import torch_generator
+
+PREDICTED_AHEAD = 3
+"""Batches that are read from disk while another is predicted."""
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier,
+    batches: Batches,
+    num_samples: int,
+    batch_size: int,
+    of: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Raw logits of each expert [E, N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no
+    augmentation. With `of` what that function gives of the inputs, images along its second axis.
+    """
+    model.eval()
+    function = of or model.expert_logits
+    parts = torch.split(torch.arange(num_samples, device=batches.device), batch_size)
+    found = []
+    for number, part in enumerate(parts):
+        for coming in parts[number : number + PREDICTED_AHEAD + 1]:
+            batches.announce(coming, None)
+        found.append(function(batches.plain(part)).cpu())
+    return torch.cat(found, 1)
+
+
+def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
+    """Post-hoc logit adjustment z - tau log(n_c / N) [N, C]. Source: Menon et al., Long-tail learning via logit
+    adjustment.
+    """
+    return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
+
+
+def post_hoc(logits: Tensor, class_counts: Tensor, recipe: Evaluation) -> Tensor:
+    """Logits [N, C], of an expert or of all, adjusted and scaled as [evaluation] says."""
+    return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a network makes of N images."""
+
+    logits: Tensor
+    """[N, C], as [evaluation] says."""
+    experts: Tensor
+    """Raw ones of each expert [E, N, C]."""
+    weights: Tensor | None
+    """Of the experts, [E] or for each image [E, N]; None where there are none."""
+
+
+def predicted(
+    model: Classifier,
+    batches: Batches,
+    num_samples: int,
+    class_counts: Tensor,
+    recipe: Evaluation,
+    weights: Tensor | None = None,
+) -> Predicted:
+    """Predict N images, and combine, adjust and scale the experts' logits.
+
+    Args:
+        model: the network.
+        batches: the images.
+        num_samples: N.
+        class_counts: [C].
+        recipe: [evaluation].
+        weights: of the experts [E], learnt beforehand.
+    """
+    experts = predict(model, batches, num_samples, recipe.batch_size)
+    if recipe.aggregate == "routed" and model.routers is not None:
+        routes = predict(model, batches, num_samples, recipe.batch_size, lambda x: model.routed(x)[1])
+        weights = routed_weights(routes, recipe.routing_threshold)
+    logits = combined(experts, recipe.aggregate, model, class_counts, weights)
+    return Predicted(post_hoc(logits, class_counts, recipe), experts, weights)
+
+
+def tau_normalised(model: Classifier, tau: float) -> None:
+    """Divide each class vector of a head by its norm ** tau, in place; biases stay.
+
+    Source: Kang et al., Decoupling.
+    """
+    for head in model.heads:
+        assert isinstance(head, nn.Linear)
+        with torch.no_grad():
+            head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+
+
+def predictions_of(
+    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that gives labels [N] and predictions [N] of the model as it is then, on a split held ready.
+
+    As [evaluation] says, but for two of its keys: without weights learnt at test time experts are averaged, as are all
+    of them before there are routers; and tau_norm changes weights, so a network in training goes without.
+    """
+    batches, labels = open_batches(dataset, split, recipe.data, device)
+    counts = torch.tensor(dataset.class_counts)
+
+    def measure() -> tuple[Tensor, Tensor]:
+        return labels, predicted(model, batches, len(labels), counts, recipe.evaluation).logits.argmax(1)
+
+    return measure
+
+
+def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
+    """A function that measures the model's fraction of test images right, for --eval-every."""
+    predictions = predictions_of(dataset, "test", recipe, model, device)
+
+    def measure() -> float:
+        labels, predicted = predictions()
+        return float((predicted == labels).double().mean())
+
+    return measure
+
+
+def confusion_on(
+    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that counts the model's confusions on a split, [C, C] float64 with a zero diagonal.
+
+    Raises:
+        InputError: the data set has no such split.
+    """
+    dataset.require(split, needed_by=f'confusion.source = "{recipe.confusion.source}"')
+    predictions = predictions_of(dataset, split, recipe, model, device)
+
+    def measure() -> Tensor:
+        labels, predicted = predictions()
+        return confusion_matrix(labels, predicted, dataset.num_classes).double().fill_diagonal_(0)
+
+    return measure
+
+
+GRID = 400  # points along each axis of a decision-region picture
+
+
+def predicted_regions(
+    source: PhaseFolder, dataset: Dataset, points: torch.Tensor
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What a classifier of the plane says on a square grid around points: coordinates [G], classes [G, G] (row: y)."""
+    edge = float(points.abs().max()) + 0.2
+    axis = torch.linspace(-edge, edge, GRID)
+    grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
+    model = read_model(source, source.recipe(), dataset.num_classes, dataset.shape).eval()
+    with torch.no_grad():
+        classes = model(torch.stack([grid_x.flatten(), grid_y.flatten()], 1)).argmax(1)
+    return axis.numpy(), classes.view(GRID, GRID).numpy()
+
+
+def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Sequence[int]) -> Classifier:
+    """The network of a phase with its trained weights, normalised as [evaluation] says.
+
+    Args:
+        source: the phase.
+        recipe: which network it is.
+        num_classes: C.
+        shape: of one image of the data set (H, W, channels) or point (2,).
+
+    Raises:
+        InputError: the weights are damaged or of another network.
+    """
+    path, sha = source.output(files.MODEL)
+    tensors, _ = read_tensors(path, sha)
+    generator = torch_generator(recipe.seed, "weights")
+    scaled = source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "scale"
+    top = 0
+    if source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "routers":
+        top = recipe.finetune.router_top
+    seen = recipe.data.input_shape(shape)
+    model = build_model(recipe.model, num_classes, seen, generator, scaled=scaled, router_top=top)
+    loop.load_model(model, tensors, path)
+    if recipe.evaluation.tau_norm:
+        tau_normalised(model, recipe.evaluation.tau_norm)
+    return model

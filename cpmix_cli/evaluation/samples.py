@@ -1,0 +1,116 @@
+"""What a checkpoint is evaluated on: a split of its data set, or another folder of the same classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cpmix_cli.artifacts.files import DATASET, digest, sha256
+from cpmix_cli.data import image_folder
+from cpmix_cli.data.batches import Batches, file_batches, make_batches, open_batches, pictures
+from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.stream import FileReader, read_in_order
+from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What a checkpoint is evaluated on: N samples with their true classes."""
+
+    open: Callable[[Data, torch.device], Batches]
+    """Makes their batches, as a recipe sees them on a device."""
+    pictures: Callable[[torch.Tensor], torch.Tensor]
+    """Positions [B] -> images as they are stored, uint8 [B, H, W, channels]; or points, float32 [B, 2]."""
+    labels: torch.Tensor
+    """[N] int64, class ids of the trained network."""
+    samples: pd.DataFrame
+    """sample_id, label and path or source_index of each."""
+    data_root: Path | None
+    """What the paths are relative to."""
+    fingerprint: str
+
+
+def own_tests(dataset: Dataset, split: str) -> TestSet:
+    """The data set's own train, val or test split.
+
+    Raises:
+        InputError: it has none, or its files are damaged.
+    """
+    dataset.require(split, needed_by=f"evaluate --split {split}")
+    fingerprint = dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}"
+    if dataset.storage == "tensors":
+        inputs, labels = dataset.read(split)
+        return in_memory(dataset, inputs, labels, dataset.samples(split), dataset.data_root, fingerprint)
+
+    def read(positions: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(pictures(dataset, split, positions.numpy()))))
+
+    return TestSet(
+        lambda recipe, device: open_batches(dataset, split, recipe, device)[0],
+        *(read, dataset.labels(split), dataset.samples(split), dataset.data_root, fingerprint),
+    )
+
+
+def in_memory(dataset: Dataset, inputs: torch.Tensor, *rest: Any) -> TestSet:
+    """Samples that are all read, normalised as in training: what a test set's own mean would do to it, the network of
+    `dataset` has not seen.
+    """
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    return TestSet(
+        lambda recipe, device: make_batches(inputs.to(device), recipe, mean, std), lambda at: inputs[at], *rest
+    )
+
+
+def other_tests(folder: Path, dataset: Dataset) -> TestSet:
+    """Another folder's images as test samples: the test split of a data set folder, or class sub-folders of images.
+
+    Classes are matched by name; some may be missing, none may be unknown.
+
+    Raises:
+        InputError: classes that the network does not know, images of another shape, unreadable files.
+    """
+    if (folder / DATASET).is_file():
+        other = open_dataset(folder, needed_by="evaluate --test-data")
+        if other.shape != dataset.shape:
+            raise InputError(
+                f"{folder} has samples of shape {tuple(other.shape)}, the network takes {tuple(dataset.shape)}",
+                needed_by="evaluate --test-data",
+                fix="build it again at that size, or give the folder of the images themselves",
+            )
+        if unknown := [name for name in other.class_names if name not in dataset.class_names]:
+            raise InputError(
+                f"{folder} has classes that the network does not know: {', '.join(unknown)}",
+                needed_by="evaluate --test-data",
+            )
+        own = {key: dataset.record[key] for key in ("mean", "std")}  # see in_memory()
+        tests = own_tests(replace(other, record=other.record | own), "test")
+        to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
+        labels = to_own[tests.labels]
+        return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
+    if len(dataset.shape) != 3:
+        raise InputError(f"{folder}: a network of points takes no images", needed_by="evaluate --test-data")
+    files = image_folder.scan(folder, class_names=dataset.class_names)
+    samples = pd.DataFrame({"sample_id": np.arange(len(files.paths)), "label": files.labels, "path": files.paths})
+    labels = torch.from_numpy(files.labels)
+    if dataset.storage == "tensors":
+        inputs = files.read(np.arange(len(files.paths)), dataset.shape)
+        fingerprint = digest([files.paths, files.labels.tolist(), sha256(inputs.tobytes())])
+        return in_memory(dataset, torch.from_numpy(inputs), labels, samples, folder.resolve(), fingerprint)
+    paths = [folder / path for path in files.paths]
+
+    def reader(recipe: Data) -> FileReader:
+        return FileReader(paths, dataset.shape[0], recipe, upright=True, needed_by="evaluate --test-data")
+
+    def read(positions: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), positions.tolist()))))
+
+    mean, std = dataset.record["mean"], dataset.record["std"]
+    return TestSet(
+        lambda recipe, device: file_batches(reader(recipe), recipe, mean, std, device),
+        *(read, labels, samples, folder.resolve(), digest([files.listing, files.labels.tolist()])),
+    )

@@ -1,0 +1,341 @@
+"""Recipes from files and flags: found by name, merged, checked whole, rescaled to other lengths."""
+
+import json
+import os
+import stat
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
+from cpmix_cli.recipe.schema import Recipe, Stage, Table, Term
+from cpmix_cli.runtime.errors import UsageError, suggest
+
+MAX_BYTES = 4_000_000  # of a recipe and of a record looked at here; the record of 10,000 classes has half a million
+MAX_DEPTH = 16  # of tables in tables; a recipe has 4
+MAX_EXTENDS = 16
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are found by name: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in recipe_folders()
+        for path in folder.rglob("*.toml")
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name.
+
+    Raises:
+        UsageError: neither a file nor a known name, or a name that no file can have.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".toml" and path.is_file():
+            return path
+        for folder in recipe_folders():
+            if (found := folder / f"{name}.toml").is_file():
+                return found
+    except OSError as fault:  # too long a name, a folder that may not be looked into
+        raise UsageError(f'recipe "{name}": {fault.strerror}', needed_by="--recipe") from fault
+    if path.suffix == ".toml":
+        raise UsageError(f"no file {path}", needed_by="--recipe")
+    raise UsageError(
+        f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes lists all"
+    )
+
+
+def load(
+    name: str,
+    *,
+    settings: Sequence[str] = (),
+    epochs: int | None = None,
+    seed: int | None = None,
+    rho: float | None = None,
+) -> Recipe:
+    """Read and resolve a recipe.
+
+    Args:
+        name: path of a TOML file, or the name of a recipe that comes with cpmix.
+        settings: "table.key=value" overrides, values as in TOML (a bare word is a string).
+        epochs: rescale every epoch count so that both stages together last this many.
+        seed: replaces the recipe's seed.
+        rho: imbalance factor of the data set; chooses the [by_rho.R] overrides.
+
+    Raises:
+        UsageError: file, syntax, keys, types, ranges or settings are wrong; all faults are listed.
+    """
+    path = find_recipe(name)
+    return resolve(read_tables(path), origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+
+
+def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The tables of a recipe file, over those of the recipe that it `extends`, `without` some of these; `about` is the
+    file's own.
+
+    Args:
+        path: the file.
+        above: files that extend it.
+
+    Raises:
+        UsageError: a file is not there, is no TOML, extends itself or too many, or goes without what is not there.
+    """
+    if len(above) > MAX_EXTENDS:
+        raise UsageError(f"{above[-1]} extends more than {MAX_EXTENDS} recipes, one on the other", needed_by="--recipe")
+    try:
+        tables = _parse(_read_small(path).decode())
+    except (ValueError, OSError) as fault:
+        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
+    without = tables.pop("without", [])
+    if (base := tables.pop("extends", None)) is None:
+        if without:
+            raise UsageError(f"{path}: without: there is no recipe that it extends", needed_by="--recipe")
+        return tables
+    try:
+        found = find_recipe(str(base))
+    except UsageError as fault:
+        raise UsageError(f"{path}: extends: {fault.message}", needed_by=fault.needed_by, fix=fault.fix) from fault
+    if found in (path, *above):
+        raise UsageError(f'{path}: extends = "{base}" leads back to itself', needed_by="--recipe")
+    below = read_tables(found, (path, *above))
+    below.pop("about", None)
+    for key in without if isinstance(without, list) else [without]:
+        _take_away(below, key, path)
+    return _merged(below, tables)
+
+
+def _read_small(path: Path) -> bytes:
+    """The bytes of a small file; artifacts.py has what reads large ones, and imports torch.
+
+    Raises:
+        OSError: it is missing, unreadable, a folder, pipe or device, or has more than MAX_BYTES.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{path} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        return file.read(MAX_BYTES)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A small JSON file's object with its numbers as floats; None where that cannot be read or is none."""
+    try:
+        found = json.loads(_read_small(path), parse_int=float)  # an int may be too large for a float
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The tables of TOML text.
+
+    Raises:
+        ValueError: it is none, or holds what would break those who walk, show or write it: tables too deep in each
+            other, an integer of more than 64 bits (which TOML does not promise either).
+    """
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # of int(), which reads some thousand digits and no more
+        raise ValueError("it has an integer of more than 64 bits") from None
+    rest: list[tuple[Any, int]] = [(tables, 0)]
+    while rest:
+        value, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("it has an integer of more than 64 bits")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        rest += [(held, depth + 1) for held in inner]
+    return tables
+
+
+def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
+    """Remove "table.key" from nested tables; `path` is of the file that wants it."""
+    *places, last = str(key).split(".")
+    for place in places:
+        tables = tables.get(place, {}) if isinstance(tables, dict) else {}
+    if not isinstance(tables, dict) or last not in tables:
+        raise UsageError(f'{path}: without: the recipe that it extends has no "{key}"', needed_by="--recipe")
+    del tables[last]
+
+
+def resolve(
+    tables: dict[str, Any],
+    *,
+    origin: str,
+    settings: Sequence[str] = (),
+    epochs: int | None = None,
+    seed: int | None = None,
+    rho: float | None = None,
+) -> Recipe:
+    """A checked recipe from plain tables; see load()."""
+    tables = dict(tables)
+    tables.pop("about", None)
+    by_rho = tables.pop("by_rho", {})
+    if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
+        raise UsageError(f"recipe {origin}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
+    if rho is not None and f"{rho:g}" in by_rho:
+        tables = _merged(tables, by_rho[f"{rho:g}"])
+    for setting in settings:
+        tables = _merged(tables, _parse_setting(setting))
+    if seed is not None:
+        tables["seed"] = seed
+    lines, recipe = [], None
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as fault:
+        lines = [_explain(dict(error)) for error in fault.errors()]
+    lines += _function_faults(tables)
+    if recipe is None or lines:
+        count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
+        raise UsageError(f"recipe {origin} has {count}:\n    " + "\n    ".join(lines))
+    return rescaled(recipe, epochs) if epochs is not None else recipe
+
+
+def _function_faults(tables: dict[str, Any]) -> list[str]:
+    """What is wrong with the functions that terms name and with their parameters, whatever else is wrong with them."""
+    faults = []
+    for stage in ("stage1", "stage2", "finetune"):
+        terms = tables[stage].get("terms") if isinstance(tables.get(stage), dict) else None
+        for name, term in terms.items() if isinstance(terms, dict) else []:
+            if isinstance(term, dict):
+                names = {kind: term[kind] for kind in TERM_KINDS if isinstance(term.get(kind), str)}
+                given = {key: value for key, value in term.items() if key not in Term.model_fields}
+                _, found = bind(names, given, {kind: known(kind) for kind in names}, Term.model_fields)
+                faults += [f"{stage}.terms.{name}.{line}" for line in found]
+    return faults
+
+
+def rescaled(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with every epoch count multiplied by epochs / schedule.epochs.
+
+    Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so
+    that two milestones of a long schedule do not fall together in a short one.
+
+    Raises:
+        UsageError: too few epochs for the recipe's stages.
+    """
+    s = recipe.schedule
+    if epochs == s.epochs:
+        return recipe
+    stages = 1 if recipe.stage2 is None else 2
+    if epochs < stages:
+        raise UsageError(f"--epochs {epochs}: this recipe has {stages} stages, one epoch each at least")
+    scale = epochs / s.epochs
+
+    def whole(count: int) -> int:
+        return max(1, int(count * scale + 0.5))
+
+    stage1 = epochs if recipe.stage2 is None else min(whole(s.stage1_epochs), epochs - 1)
+    schedule = s.model_copy(
+        update={
+            "epochs": epochs,
+            "stage1_epochs": stage1,
+            "warmup_epochs": round(s.warmup_epochs * scale, 4),
+            "milestones": [round(m * scale, 4) for m in s.milestones],
+            "rescaled_from": s.rescaled_from or s.epochs,
+        }
+    )
+    start = recipe.confusion.start_epoch
+    confusion = recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)})
+
+    def terms(stage: Stage) -> dict[str, Term]:
+        counts = ("unmixed_first", "unmixed_last", "reweight_after")
+        return {
+            name: term.model_copy(update={key: round(getattr(term, key) * scale, 4) for key in counts})
+            for name, term in stage.terms.items()
+        }
+
+    update: dict[str, Any] = {"schedule": schedule, "confusion": confusion}
+    for name in ("stage1", "stage2"):
+        if (stage := getattr(recipe, name)) is not None:
+            update[name] = stage.model_copy(update={"terms": terms(stage)})
+    if recipe.finetune is not None:
+        shortened = {"epochs": whole(recipe.finetune.epochs), "terms": terms(recipe.finetune)}
+        update["finetune"] = recipe.finetune.model_copy(update=shortened)
+    return recipe.model_copy(update=update)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `over` in it. Where `over` names another function in a term, the parameters of
+    the old one go.
+    """
+    merged = dict(base)
+    for kind in TERM_KINDS:
+        old, new = base.get(kind), over.get(kind)
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            kept = {key for k in TERM_KINDS for key in keywords(k, over.get(k, base.get(k)))}
+            merged = {key: value for key, value in merged.items() if key in kept or key not in keywords(kind, old)}
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05")
+    parts = key.strip().split(".")
+    value: Any
+    try:
+        if len(parts) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        value = _parse(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    except ValueError as fault:
+        shown = setting if len(setting) <= 80 else f"{setting[:80]}..."
+        raise UsageError(f'--set "{shown}": {fault}') from fault
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic fault as 'table.key: what is wrong'."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{name}: missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not location or isinstance(error["input"], dict):
+        return f"{name}: {message}" if name else message
+    return f"{name} = {error['input']!r}: {message}"
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    """Field names of the table at `location`."""
+    model: Any = Recipe
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, Table)), None)
+    return list(model.model_fields) if model is not None else []

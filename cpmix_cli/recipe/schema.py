@@ -1,0 +1,495 @@
+"""The recipe: everything that changes the numbers, as a strict TOML file.
+
+Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and
+what comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place
+(folders, device) is a flag and never stands in a recipe. Imports nothing heavy.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from cpmix_cli.recipe.functions import TERM_KINDS, known
+from cpmix_cli.runtime.errors import suggest
+
+# What each phase depends on. An output is refused to another recipe when one of its tables differs.
+TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
+PHASE_TABLES: dict[str, tuple[str, ...]] = {
+    "stage1": (*TRAINING_TABLES, "stage1"),
+    "stage2": (*TRAINING_TABLES, "stage1", "stage2"),
+    "finetune": (*TRAINING_TABLES, "stage1", "stage2", "finetune"),
+}
+
+MAX_EPOCHS = 1_000_000
+MAX_BATCH = 1_000_000
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys are faults, no type is coerced but int to float, and inf and nan are no numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    _quiet: ClassVar[tuple[str, ...]] = ()
+    """Keys that a resolved recipe leaves out where they say what was so before there were such keys: the runs from then
+    stay what they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = {key for key in self._quiet if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in handler(self).items() if key not in idle}
+
+
+class Data(Table):
+    """How images become inputs."""
+
+    augment: Literal[
+        "resized-crop-flip-jitter", "resized-crop-flip", "crop-flip-rotate", "crop-flip", "crop", "none"
+    ] = "crop-flip"
+    """Training augmentation. crop: random, from `padding` pixels of black. resized-crop: of 8 to 100 % of the image,
+    3:4 to 4:3 in shape, resized to `crop`. flip: left for right, every other time. rotate: up to 15 degrees. jitter:
+    brightness, contrast and saturation by up to 40 %."""
+    padding: int = Field(default=4, ge=0, le=1024)
+    """Black pixels on each side before the crop."""
+    crop: int = Field(default=0, ge=0, le=4096)
+    """Side of the square that the network sees: resized crops in training, the middle of the image in tests; 0: all of
+    the image."""
+    normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
+    """Mean and deviation a channel: the published ones of CIFAR-10, ImageNet or iNaturalist, the training set's own, or
+    0 and 1."""
+    _quiet: ClassVar[tuple[str, ...]] = ("crop",)
+
+    @model_validator(mode="after")
+    def _crops_have_a_size(self) -> "Data":
+        resized = self.augment.startswith("resized-crop")
+        if resized and not self.crop:
+            raise ValueError(f'augment = "{self.augment}" resizes to crop: crop = 0 is no size')
+        if self.crop and not resized and self.augment != "none":
+            raise ValueError(f'crop goes with a resized-crop or with "none", not with augment = "{self.augment}"')
+        return self
+
+    def input_shape(self, shape: Sequence[int]) -> list[int]:
+        """What the network sees of images (H, W, channels) or points (D,) of `shape`."""
+        return [self.crop, self.crop, shape[2]] if self.crop and len(shape) == 3 else list(shape)
+
+
+class Model(Table):
+    """The network."""
+
+    name: str = "resnet32"
+    """A key of models.MODELS."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Forward and backward; auto is bf16 autocast where the processor has it, resolved when stage 1 starts."""
+    head: Literal["linear", "cosine"] = "linear"
+    """cosine: `head_scale` times the cosine of feature and class vector, without bias (LDAM's NormedLinear)."""
+    head_scale: float = Field(default=30.0, gt=0)
+    """Of a cosine head."""
+    head_bias: Literal["drawn", "rare"] = "drawn"
+    """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
+    experts: int = Field(default=1, ge=1, le=100)
+    """Branches of the network, each with a head of its own; the logits are their mean."""
+    shared_stages: int = Field(default=1, ge=1)
+    """Stages that all experts share, after the stem; the rest each has for itself. RIDE has 1 on the CIFAR networks,
+    which have three, and 2 on torchvision's."""
+    expert_width: float = Field(default=1.0, gt=0, le=1)
+    """Channels of an expert's own stages, as a share of the network's."""
+    expert_layout: Literal["loop", "fused"] = "loop"
+    """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
+    detached_experts: bool = False
+    """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
+    init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
+    """File of published weights that stage 1 has to start from, by its publisher's name, which ends in the first digits
+    of its sha256 (torchvision's resnet152-394f9c45.pth): `train-stage1 --init` gives it, as import-weights made it. "":
+    from fresh weights, or any that --init names."""
+    frozen: list[str] = []
+    """Modules that no phase trains, by name (layer1, layer4.0); batch norm there keeps its statistics."""
+    sync_batchnorm: bool = False
+    """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in known("model"):
+            raise ValueError(f"unknown.{suggest(name, known('model'))}")
+        return name
+
+    _of_experts: ClassVar[tuple[str, ...]] = ("shared_stages", "expert_width", "expert_layout", "detached_experts")
+
+    @model_validator(mode="after")
+    def _has_experts(self) -> "Model":
+        given = [key for key in self._of_experts if getattr(self, key) != type(self).model_fields[key].default]
+        if self.experts == 1 and given:
+            raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} experts = 2 or more")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a resolved recipe shows it: of a plain network, nothing of experts."""
+        dropped = ["experts", *self._of_experts] if self.experts == 1 else []
+        dropped += [key for key in ("init", "frozen", "sync_batchnorm") if not getattr(self, key)]
+        return {key: value for key, value in handler(self).items() if key not in dropped}
+
+
+class ParameterGroup(Table):
+    """Parameters whose name starts with `prefix` get their own settings; the first matching group counts."""
+
+    prefix: str
+    lr_factor: float = Field(default=1.0, ge=0, le=1e6)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+T = TypeVar("T", bound="Optimizer | Finetune")
+
+
+def _checked_nesterov(table: T) -> T:
+    if table.nesterov and table.momentum == 0:
+        raise ValueError("nesterov needs momentum > 0")
+    return table
+
+
+class Optimizer(Table):
+    """One optimizer for both stages."""
+
+    kind: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(default=0.1, gt=0, le=1e30)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
+    weight_decay: float = Field(default=2e-4, ge=0)
+    batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
+    """Of a step, over all ranks."""
+    micro_batches: int = Field(default=1, ge=1, le=10_000)
+    """Parts that each rank takes its share of the batch in, one after the other, gradients added up: less memory; batch
+    norm sees a part."""
+    groups: list[ParameterGroup] = []
+    expert_rates: Literal["equal", "target-share"] = "equal"
+    """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
+    which the expert answers for (ACE)."""
+    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Optimizer":
+        return _checked_nesterov(self)
+
+
+class Schedule(Table):
+    """One schedule over all epochs; stage 2 continues where stage 1 ends."""
+
+    epochs: int = Field(default=300, ge=1, le=MAX_EPOCHS)
+    """E, both stages together."""
+    stage1_epochs: int = Field(default=200, ge=1, le=MAX_EPOCHS)
+    """E_cp of Algorithm 1; equal to `epochs` in a single-stage recipe."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epoch e (from 1) runs at lr * min(1, e / warmup_epochs)."""
+    kind: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: list[float] = []
+    """Multistep: each epoch later than a milestone has one more factor `decay`; may lie beyond the end."""
+    decay: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 0.01
+    """The same at each milestone, or one for each."""
+    rescaled_from: int = Field(default=0, ge=0)
+    """Epochs before --epochs changed them; 0 where it did not."""
+
+
+class Confusion(Table):
+    """Collecting confusion pairs."""
+
+    start_epoch: int = Field(default=1, ge=1)
+    """First epoch (from 1) whose errors count."""
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on all counts at the start of each epoch; 1 accumulates for ever, as the paper does."""
+    source: Literal["train", "heldout", "test_legacy"] = "train"
+    """Whose errors: the unmixed natural training batch of every step; or, after each epoch anew, all of the val split;
+    test_legacy: of the test split, as OTmix's released code has it (leaks test labels; the results are marked)."""
+    predictions: Literal["ensemble", "each-expert"] = "ensemble"
+    """Of several experts: what their mean takes for what, or each of them, all in one bag. source = "train" only."""
+    refresh: Literal["step", "epoch"] = "step"
+    """Partner classes are drawn from the counts through the step before, or from those at the beginning of the epoch:
+    then all images of an epoch are known when it begins, and are read ahead from disk."""
+    _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
+
+    @model_validator(mode="after")
+    def _each_expert_in_training(self) -> "Confusion":
+        if self.predictions == "each-expert" and self.source != "train":
+            raise ValueError(f'predictions = "each-expert" is of source = "train", not of "{self.source}"')
+        return self
+
+
+class Term(BaseModel):
+    """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
+
+    Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
+        "partner": (
+            *("match", "ratio", "alpha", "per_sample", "mix", "label"),
+            *("probability", "unmixed_first", "unmixed_last"),
+        ),
+        "match": ("match_power",),
+        "reweight": ("reweight_after", "reweight_norm"),
+    }
+    """Step -> keys that say nothing in a term without it."""
+
+    draw: Literal["natural", "class-uniform"] = "natural"
+    """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
+    partner: str | None = None
+    """A key of mixing.BATCH_PARTNERS or CLASS_PARTNERS; none leaves the batch unmixed."""
+    match: str | None = None
+    """A key of mixing.MATCHES: which image of the batch each partner goes with; none: its own."""
+    match_power: float = Field(default=1.0, ge=0)
+    """Epoch e of E matches with probability (e / E) ** match_power; otherwise its partners go with their own."""
+    ratio: str | None = None
+    alpha: float | None = Field(default=None, gt=0)
+    """The draws behind the ratio are Beta(alpha, alpha)."""
+    per_sample: bool = False
+    """A mixing ratio for each image and not one for the batch."""
+    mix: str | None = None
+    label: str | None = None
+    probability: float = Field(default=1.0, gt=0, le=1)
+    """Of a batch being mixed; otherwise it goes unmixed."""
+    unmixed_first: float = Field(default=0.0, ge=0)
+    """Epochs at the beginning whose batches all go unmixed."""
+    unmixed_last: float = Field(default=0.0, ge=0)
+    """The same at the end."""
+    loss: str = "cross-entropy"
+    """A key of losses.LOSSES, of each expert and summed; or of losses.ENSEMBLE_LOSSES."""
+    regulariser: str | None = None
+    """A key of losses.REGULARISERS: what is added once, whatever the labels are."""
+    teacher: str | None = None
+    """A key of losses.DISTILLATIONS: what is learnt of the network that `train-stage1 --teacher RUN` names."""
+    reweight: str | None = None
+    """A key of losses.CLASS_WEIGHTS."""
+    reweight_after: float = Field(default=0.0, ge=0)
+    """Epochs without the weights (DRW)."""
+    reweight_norm: Literal["batch-sum", "count"] = "batch-sum"
+    """A weighted loss is divided by the sum of the batch's class weights, or by the batch size."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of the term in the objective; 0 leaves the term out."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Term":
+        for step, keys in self._idle_without.items():
+            fields = type(self).model_fields
+            given = [key for key in keys if getattr(self, key) != fields[key].default]
+            if getattr(self, step) is None and given:
+                raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} {step}")
+        missing = [key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None]
+        if self.partner is not None and missing:
+            raise ValueError(f"a partner needs {', '.join(missing)}")
+        return self
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Kind -> name of each function named."""
+        return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a resolved recipe shows it: no keys of steps that the term does not have."""
+        dropped = {key for step, keys in self._idle_without.items() if getattr(self, step) is None for key in keys}
+        return {key: value for key, value in handler(self).items() if key not in dropped}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The keys that belong to the functions named."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Stage(Table):
+    """What a training stage minimises: the sum of its terms."""
+
+    terms: dict[str, Term]
+    forward: Literal["joint", "separate"] = "joint"
+    """All terms in one forward (batch norm sees them together), or each in its own."""
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> "Stage":
+        if not any(term.weight > 0 for term in self.terms.values()):
+            raise ValueError("needs at least one term with weight > 0")
+        return self
+
+
+class Finetune(Stage):
+    """Training of the head on a trained network."""
+
+    epochs: int = Field(default=30, ge=1, le=MAX_EPOCHS)
+    lr: float = Field(default=0.5, gt=0, le=1e30)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0)
+    batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
+    kind: Literal["cosine", "constant"] = "cosine"
+    """Schedule of the rate; cosine falls to 0 over the steps."""
+    head: Literal["keep", "reinit", "scale", "routers"] = "keep"
+    """Start from the trained head, from a fresh one (cRT), put a learnable scale a class behind it (LWS), or add
+    routers that choose how many experts an image gets (RIDE)."""
+    router_top: int = Field(default=30, ge=1, le=10_000)
+    """Largest logits that routers look at."""
+    train: list[str] = Field(default=["head"], min_length=1)
+    """Parameter-name prefixes that are trained."""
+    groups: list[ParameterGroup] = []
+    """As in [optimizer]."""
+    batchnorm: Literal["frozen", "shift"] = "frozen"
+    """frozen: the network is in eval mode; shift: running statistics move."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Finetune":
+        return _checked_nesterov(self)
+
+
+class Evaluation(Table):
+    """Measuring a checkpoint; always fp32."""
+
+    batch_size: int = Field(default=500, ge=1, le=MAX_BATCH)
+    aggregate: Literal["mean", "targets", "test-time", "routed"] = "mean"
+    """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
+    class the mean over the experts that answer for it (ACE); test-time: with weights under which predictions of two
+    views of a test image agree, learnt without labels by `evaluate` (SADE), else their mean; routed: the mean of the
+    first ones, as many as the routers say (RIDE), else of all."""
+    routing_threshold: float = Field(default=0.5, ge=0, le=1)
+    """A router's chance above which an image goes on to the next expert."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, for calibration; to be chosen on held-out images."""
+    logit_adjustment: float = Field(default=0.0, ge=0, le=100)
+    """tau of the post-hoc logit adjustment, z - tau log(class frequency); 0 leaves the logits."""
+    tau_norm: float = Field(default=0.0, ge=0, le=100)
+    """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
+
+    @model_validator(mode="after")
+    def _threshold_is_of_routers(self) -> "Evaluation":
+        usual = type(self).model_fields["routing_threshold"].default
+        if self.routing_threshold != usual and self.aggregate != "routed":
+            raise ValueError('routing_threshold needs aggregate = "routed"')
+        return self
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data: Data = Data()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    confusion: Confusion = Confusion()
+    stage1: Stage
+    stage2: Stage | None = None
+    finetune: Finetune | None = None
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Recipe":
+        scaled = self.finetune is not None and self.finetune.head == "scale"
+        routed = self.finetune is not None and self.finetune.head == "routers"
+        if self.model.head == "cosine" and (scaled or self.model.head_bias == "rare" or self.evaluation.tau_norm):
+            raise ValueError(
+                'model.head = "cosine" has no bias and no norms: it goes without model.head_bias = "rare", '
+                'finetune.head = "scale" and evaluation.tau_norm'
+            )
+        for name, term in self._terms():
+            if term.loss == "ldam" and (self.model.head, term.parameters.get("scale")) != (
+                "cosine",
+                self.model.head_scale,
+            ):
+                raise ValueError(
+                    f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
+                    f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
+                )
+            if (term.loss == "routing") != (routed and name.startswith("finetune.")):
+                raise ValueError(f'{name}: loss = "routing" and finetune.head = "routers" go together')
+            if term.parameters.get("temperature_spread") and term.reweight is None:
+                raise ValueError(
+                    f"{name}.temperature_spread is of the epochs whose class weights count: needs reweight"
+                )
+            if term.teacher is not None and not name.startswith("stage1."):
+                raise ValueError(f"{name}.teacher: only stage1 has one")
+            if term.loss == "sade" and self.model.experts != 3:
+                raise ValueError(f'{name}.loss = "sade" is one of 3 experts: model.experts = {self.model.experts}')
+            if term.loss == "ace" and self.model.experts < 2:
+                raise ValueError(f'{name}.loss = "ace" is one of several experts: model.experts = 1')
+        if routed and self.model.experts < 2:
+            raise ValueError('finetune.head = "routers" needs several experts')
+        if self.finetune is not None and routed and not all(p.startswith("routers") for p in self.finetune.train):
+            raise ValueError('finetune.head = "routers" trains nothing else: it wants finetune.train = ["routers"]')
+        if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
+            raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
+        if self.model.experts == 1 and self.confusion.predictions != "ensemble":
+            raise ValueError('confusion.predictions = "each-expert" needs several experts')
+        if self.model.experts == 1 and self.evaluation.aggregate != "mean":
+            raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
+        if self.evaluation.aggregate == "routed" and not routed:
+            raise ValueError('evaluation.aggregate = "routed" needs finetune.head = "routers"')
+        if self.evaluation.aggregate == "targets" and self.model.head == "cosine":
+            raise ValueError(
+                'evaluation.aggregate = "targets" scales heads to one size, which says nothing of the logits of '
+                'model.head = "cosine"'
+            )
+        s = self.schedule
+        if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
+            raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
+        if s.stage1_epochs > s.epochs:
+            raise ValueError(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
+        if (self.stage2 is None) != (s.stage1_epochs == s.epochs):
+            raise ValueError(
+                f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
+                f"but [stage2] is {'missing' if self.stage2 is None else 'given'}"
+            )
+        return self
+
+    def _terms(self) -> Iterator[tuple[str, Term]]:
+        """All terms that count, with their names from the top."""
+        for table in ("stage1", "stage2", "finetune"):
+            stage: Stage | None = getattr(self, table)
+            for name, term in stage.terms.items() if stage is not None else ():
+                if term.weight > 0:
+                    yield f"{table}.terms.{name}", term
+
+    def tables(self) -> dict[str, Any]:
+        """Plain nested dictionaries, as TOML and JSON hold them."""
+        return self.model_dump(exclude_none=True)
+
+    def tables_of(self, phase: str) -> dict[str, Any]:
+        """The tables that a phase's numbers depend on."""
+        tables = self.tables()
+        names = PHASE_TABLES.get(phase, ("evaluation",))
+        if phase in ("stage1", "stage2") and self.confusion.source != "train":
+            names = (*names, "evaluation")  # it says how experts become the one that confuses
+        return {name: tables[name] for name in names if name in tables}
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text."""
+        import tomli_w
+
+        return tomli_w.dumps(self.tables())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """'table.key: old -> new' for each key in which two nested dictionaries differ."""
+    return [f"{key}: {_shown(a)} -> {_shown(b)}" for key, a, b in changed(old, new)]
+
+
+def changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """('table.key', old, new) for each key in which two nested dictionaries differ; None where one has no such key."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "(none)"
+    return "(table)" if isinstance(value, dict) else repr(value)

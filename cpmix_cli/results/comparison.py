@@ -1,0 +1,405 @@
+"""What compare knows of a run: its evaluations, what each was made with, and which may stand in one row."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.tables import METRICS_COLUMNS, read_table
+from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.recipe.loading import recipe_names
+from cpmix_cli.recipe.schema import Evaluation, Recipe
+from cpmix_cli.results.methods import Recognised, recognised
+from cpmix_cli.results.paper import TABLES, Column
+from cpmix_cli.results.paper import Row as PaperRow
+from cpmix_cli.runs import folders, run_json
+from cpmix_cli.runs.folders import PhaseFolder, epochs_of
+from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
+
+MAX_NAMED = 3
+"""Changed keys with which a method still goes by its name."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the phases took that lead to a checkpoint: all of them, wherever they are."""
+
+    seconds: float
+    """Of their epochs, by the clock."""
+    images: float
+    """That passed through the network; an image of several terms counts as often."""
+    gpu_hours: float | None
+    """None on a CPU."""
+    device: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation of one run."""
+
+    run: Path
+    name: str
+    """Of its method, with the keys that were changed."""
+    method: Recognised
+    data: str
+    label: str
+    """Of the evaluation; empty without one."""
+    stage: str
+    """before or after the finetune, none where the recipe has none, or before stage 2; and the evaluation's label."""
+    forms: frozenset[bool]
+    """Which rows of the paper it may stand for, by Row.finetuned."""
+    seed: int
+    numbers: dict[str, Any]
+    conditions: dict[str, Any]
+    """All that it has to share with others in its row, by names with dots."""
+    checkpoint: str
+    num_parameters: int
+    epochs: tuple[int, ...]
+    """Of the phases that lead to the checkpoint."""
+    full_epochs: int | None
+    """Of both stages in the recipe, where --epochs made them fewer or more."""
+    cost: Cost | None
+    """None where a phase is out of reach."""
+
+    @property
+    def key(self) -> str:
+        """Equal for runs that share a row."""
+        return files.canonical_json([self.stage, self.conditions])
+
+    @property
+    def place(self) -> tuple[str, float, str, int, str]:
+        """Of its row in the table."""
+        family, rho = split_name(self.data)
+        return (family, -(rho or 0), self.data, self.method.order, self.name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in nothing but the seed."""
+
+    runs: list[Measured]
+
+    @property
+    def first(self) -> Measured:
+        """One of them, for what they share."""
+        return self.runs[0]
+
+    @property
+    def leaked(self) -> bool:
+        """Test labels took part in the training."""
+        return self.first.numbers.get("confusion_source") == "test_legacy"
+
+    def statistics(self, measure: str) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation of a measure; None where there is none."""
+        values = [run.numbers[measure] for run in self.runs if run.numbers[measure] is not None]
+        return (fmean(values) if values else None, stdev(values) if len(values) > 1 else None)
+
+    def cost(self) -> dict[str, Any]:
+        """Means over the runs; None where one has no cost, and of speed where devices differ."""
+        costs = [run.cost for run in self.runs if run.cost is not None]
+        known = len(costs) == len(self.runs)
+        devices = sorted({cost.device for cost in costs})
+        alike = known and len(devices) == 1
+        on_gpu = known and all(cost.gpu_hours is not None for cost in costs)
+        return {
+            "images_per_second": fmean(c.images / c.seconds for c in costs) if alike else None,
+            "training_seconds": fmean(c.seconds for c in costs) if alike else None,
+            "gpu_hours": fmean(c.gpu_hours or 0.0 for c in costs) if on_gpu else None,
+            "device": ", ".join(devices) if known else None,
+        }
+
+    def published(self) -> tuple[PaperRow, str] | None:
+        """The paper's row and top-1 accuracy for it."""
+        for table in TABLES.values():
+            for row in table.rows:
+                for column, cell in zip(table.columns, row.cells, strict=True):
+                    if cell is not None and column.measure == "top1" and self.stands_for(row, column):
+                        return row, cell
+        return None
+
+    def stands_for(self, row: PaperRow, column: Column) -> bool:
+        """Whether a cell of the paper is of this method, data set and stage."""
+        run = self.first
+        same = run.data == column.data and f"{column.family}/{row.recipe}" in run.method.exact
+        return same and row.finetuned in run.forms
+
+
+def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[str]]:
+    """The evaluations of a run (of one phase) that are of its present checkpoints; and why others are left out, a line
+    each, which are warnings too.
+
+    Raises:
+        InputError: no phase, or a damaged record.
+    """
+    paths = sorted((root / "evaluation").glob(f"*/{files.RUN}"))
+    if paths and not any(PhaseFolder(root, name).is_begun for name in PHASES):
+        raise InputError(
+            f"{root} holds evaluations, but not the run that they are of",
+            needed_by="compare",
+            fix="give a run folder; evaluate without --out writes into it",
+        )
+    folders.begun_phases(root, needed_by="compare")
+    found, left_out = [], []
+    for path in paths:
+        folder = path.parent
+        record = run_json.read_run(folder, run_json.EvaluationEntry)
+        if record["phase"] != f"evaluation/{folder.name}":
+            raise InputError(f"{path} is of {record['phase']}, and not of evaluation/{folder.name}")
+        source = PhaseFolder(root, record["source"]["phase"])
+        if phase is not None and source.phase != phase:
+            continue
+        if why := unusable(source, record):
+            left_out.append(f"{folder} is left out: {why}")
+            console.warn(left_out[-1])
+        else:
+            found.append(measured_in(folder, record, source))
+    if not found and not left_out:
+        left_out.append(f"{root} is left out: it holds no evaluation" + (f" of {phase}" if phase else ""))
+        console.warn(left_out[-1])
+    return found, left_out
+
+
+def unusable(source: PhaseFolder, record: Mapping[str, Any]) -> str | None:
+    """Why an evaluation says nothing of its run, or None."""
+    status = source.status()
+    if status == "absent":
+        return f"its run has no {source.phase}"
+    if status == "interrupted":
+        return f"{source.phase} is being trained again"
+    if status == "stale":
+        return f"{source.phase} is stale ({source.stale_because()})"
+    if record["source"]["sha256"] != source.output(files.MODEL)[1]:
+        return f"it is of an older checkpoint of {source.phase}"
+    return None
+
+
+def measured_in(folder: Path, record: dict[str, Any], source: PhaseFolder) -> Measured:
+    """An evaluation with what is recorded of its checkpoint.
+
+    Raises:
+        InputError: a record, recipe or table is damaged.
+    """
+    trained, recipe = source.record(), source.recipe()
+    data = trained["dataset"]["name"]
+    family, rho = split_name(data)
+    method = recognised(recipe, source.phase, family, rho)
+    leading = leading_phases(source)
+    label = folder.name.removeprefix(source.phase).removeprefix("-")
+    stage, forms = stage_of(source, recipe)
+    conditions = conditions_of(folder, record, trained, recipe, source.phase, leading)
+    usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
+    rescaled = recipe.schedule.rescaled_from
+    return Measured(
+        run=source.run,
+        name=name_of(method, leading),
+        method=method,
+        data=data,
+        label=label,
+        stage=f"{stage}, {label}" if label else stage,
+        forms=forms if usual and not label else frozenset(),
+        seed=recipe.seed,
+        numbers=read_numbers(folder),
+        conditions=conditions,
+        checkpoint=record["source"]["sha256"],
+        num_parameters=trained["num_parameters"],
+        epochs=epochs_to(source, recipe),
+        full_epochs=rescaled or None,
+        cost=cost_of(leading) if leading is not None else None,
+    )
+
+
+def split_name(data: str) -> tuple[str, float | None]:
+    """cifar100-lt and 200 of cifar100-lt-rho200-seed1; the name itself where it says no rho."""
+    found = re.fullmatch(r"(.+-lt)-rho(\d[\d.e+]*)(-.+)?", data)
+    return (found[1], float(found[2])) if found else (data, None)
+
+
+def stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]:
+    """Measured.stage but for a label, and Measured.forms."""
+    last = "stage1" if recipe.stage2 is None else "stage2"
+    if source.phase == "finetune":
+        origin = source.origin()
+        early = origin is not None and origin.phase != last
+        return ("after, without stage 2", frozenset()) if early else ("after", frozenset({True}))
+    if source.phase != last:
+        return "before stage 2", frozenset()
+    return ("none", frozenset({True, False})) if recipe.finetune is None else ("before", frozenset({False}))
+
+
+def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
+    """Epochs of the phases up to this one."""
+    passed = [source.phase]
+    if source.phase != "stage1":
+        origin = source.origin()
+        passed = ["stage1", *(["stage2"] if origin is not None and origin.phase == "stage2" else []), source.phase]
+    return tuple(epochs_of(recipe)[phase] for phase in passed)
+
+
+def leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
+    """The phases that lead to a checkpoint, its own last; None where one is out of reach."""
+    found = [source]
+    while (origin := found[0].origin()) is not None:
+        if not origin.done:
+            return None
+        found.insert(0, origin)
+    return found
+
+
+def cost_of(leading: Sequence[PhaseFolder]) -> Cost:
+    """See Cost.
+
+    Raises:
+        InputError: metrics are damaged.
+    """
+    images = seconds = 0.0
+    records = [folder.record() for folder in leading]
+    for folder in leading:
+        path, sha = folder.output(files.METRICS)
+        table = read_table(path, sha=sha)
+        if table.empty or not set(METRICS_COLUMNS) <= set(table.columns):
+            raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
+        images += float((table["images_per_second"] * table["seconds"]).sum())
+        seconds += float(table["seconds"].sum())
+    devices = [
+        r["device"] if r["device"] != "cpu" else f"cpu, {r['threads']} thread{'s' * (r['threads'] > 1)}"
+        for r in records
+    ]
+    return Cost(
+        seconds=seconds,
+        images=images,
+        gpu_hours=None if any(r["device"] == "cpu" for r in records) else sum(r["gpu_hours"] for r in records),
+        device=" and ".join(dict.fromkeys(devices)),
+    )
+
+
+def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables by names with dots."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+USUAL = {
+    **flattened({"evaluation": Evaluation().model_dump()}),
+    "few_inclusive": False,
+    "test_distribution": "uniform",
+}
+"""What an evaluation says that was made before one could choose."""
+
+
+def conditions_of(
+    folder: Path,
+    record: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    recipe: Recipe,
+    phase: str,
+    leading: Sequence[PhaseFolder] | None,
+) -> dict[str, Any]:
+    """What runs of one row share: all but the seed, and the precision as it was resolved.
+
+    Raises:
+        InputError: the evaluation in `folder` does not say how it was made.
+    """
+    dataset, made_from = trained["dataset"], record["made_from"]
+    evaluated = made_from.get("recipe")
+    if not isinstance(evaluated, dict):
+        raise InputError(f"{folder / files.RUN} says nothing of how it was evaluated", fix="evaluate again")
+    tests = str(made_from.get("dataset"))
+    own, _, split = tests.partition(" ")
+    own_tests = own == dataset["fingerprint"]
+    tables = {key: value for key, value in recipe.tables_of(phase).items() if key != "seed"}
+    tables["model"] = {key: value for key, value in tables["model"].items() if key != "precision"}
+    init = "unknown"
+    if leading is not None:
+        init = str(leading[0].record()["made_from"].get("init", "none"))[:12]
+    return {
+        "data set": dataset["name"],
+        "subset": dataset["fingerprint"][:12],
+        "test images": f"own {split or 'test'} split" if own_tests else f"others, {files.sha256(tests.encode())[:12]}",
+        "precision": trained["precision"],
+        "init": init,
+        **flattened(tables),
+        **USUAL,
+        **flattened(evaluated),
+    }
+
+
+def name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
+    """The method's name, and in brackets up to MAX_NAMED keys in which it is another. Beyond that it is another method,
+    and goes by the file that --recipe named, or by a digest of the keys.
+    """
+    if not method.changed:
+        return method.method
+    if len(method.changed) <= MAX_NAMED:
+        return f"{method.method} ({said(method.changed)})"
+    for folder in reversed(leading or []):
+        words = [str(word) for word in folder.record().get("argv", [])]
+        given = [w.removeprefix("--recipe=") for w in words if w.startswith("--recipe=")]
+        given += [after for word, after in pairwise(words) if word == "--recipe"]
+        if given and given[-1] not in recipe_names() and Path(given[-1]).name != files.RECIPE:
+            return Path(given[-1]).stem
+    return f"recipe {files.digest(method.changed)[:8]}"
+
+
+def said(keys: Mapping[str, Any]) -> str:
+    """key=value, ..."""
+    return ", ".join(f"no {key}" if value is None else f"{key}={shown(value)}" for key, value in keys.items())
+
+
+def shown(value: Any) -> str:
+    """A recipe's value in a line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "(none)" if value is None else "(table)" if isinstance(value, dict) else str(value)
+
+
+def in_rows(measured: Sequence[Measured]) -> list[Row]:
+    """Runs by what they share; a checkpoint that stands in several folders counts once."""
+    grouped: dict[str, dict[str, Measured]] = {}
+    for run in measured:
+        group = grouped.setdefault(run.key, {})
+        if (twin := group.get(run.checkpoint)) is not None:
+            what = "is given twice" if run.run.resolve() == twin.run.resolve() else f"holds a checkpoint of {twin.run}"
+            console.note(f"compare: {run.run} {what} ({run.name}, finetune {run.stage}): counted once")
+        group.setdefault(run.checkpoint, run)
+    rows = [Row(list(group.values())) for group in grouped.values()]
+    # Of one method in the order of training.
+    order = ("before stage 2", "before", "none", "after")
+    return sorted(rows, key=lambda r: (r.first.place, order.index(r.first.stage.split(",")[0]), r.first.stage))
+
+
+def differences_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What rows of the same method, data set, rho and stage differ in: row numbers (from 1), and values by key."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        run = row.first
+        alike.setdefault(
+            (run.method.method, split_name(run.data), run.stage.removesuffix(f", {run.label}")), []
+        ).append(number)
+    found = []
+    for numbers in alike.values():
+        if len(numbers) > 1:
+            group = [rows[number].first for number in numbers]
+            keys = dict.fromkeys(key for run in group for key in run.conditions)
+            values = {key: [run.conditions.get(key) for run in group] for key in keys}
+            differing = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
+            if "schedule.epochs" in differing and len({run.method.recipe for run in group}) == 1:
+                # --epochs rescales other keys with it; those that were changed beside it are known.
+                kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
+                kept |= {key for key in differing if key.partition(".")[0] not in RESCALED}
+                differing = {key: found for key, found in differing.items() if key in kept}
+            if not differing:  # of one evaluation under two labels
+                continue
+            found.append({"rows": [number + 1 for number in numbers], "keys": differing})
+    return found
+
+
+RESCALED = ("schedule", "confusion", "stage1", "stage2", "finetune")
+"""Tables with counts of epochs."""

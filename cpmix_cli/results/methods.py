@@ -1,0 +1,146 @@
+"""Methods: what recipes say of theirs in [about], and which method a trained recipe is. Reads TOML alone."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from cpmix_cli.recipe.loading import find_recipe, load, read_tables, recipe_names
+from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Table, changed
+from cpmix_cli.runtime.errors import UsageError
+
+Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
+
+
+KINDS = get_args(Kind)
+"""In the order of the list."""
+
+
+class About(Table):
+    """[about] of a recipe: where its method comes from."""
+
+    method: str
+    """Its name, as in the paper's tables where it is there. The recipes of a method share it."""
+    kind: Kind | None = None
+    """This and the next two stand in one recipe of the method."""
+    paper: str = ""
+    """Authors, title, venue, year."""
+    needs: str = ""
+    """What it takes beside images and labels."""
+    note: str = ""
+    """What else to know of it."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what its recipes say of it."""
+
+    name: str
+    kind: str
+    paper: str
+    needs: str
+    recipes: dict[str, About]
+    """By the recipe's name."""
+
+
+def all_methods() -> list[Method]:
+    """The methods in the order of KINDS. A recipe without [about] is of the method that has a recipe of its name for
+    another data set.
+
+    Raises:
+        UsageError: an [about] table is wrong, or none of a method's says its kind.
+    """
+    found = {name: about for name in recipe_names() if (about := read_about(find_recipe(name))) is not None}
+    of_stem = {stem(name): about.method for name, about in found.items()}
+    recipes: dict[str, dict[str, About]] = {}
+    for name in recipe_names():
+        if (method := of_stem.get(stem(name))) is not None:
+            recipes.setdefault(method, {})[name] = found.get(name, About(method=method))
+    methods = []
+    for method, abouts in recipes.items():
+        main = next((about for about in abouts.values() if about.kind is not None), None)
+        if main is None or main.kind is None:
+            path = find_recipe(next(iter(abouts)))
+            raise UsageError(f'{path}: [about] says no kind, nor does another recipe of method "{method}"')
+        methods.append(Method(method, main.kind, main.paper, main.needs, abouts))
+    return sorted(methods, key=lambda m: (KINDS.index(m.kind), stem(next(iter(m.recipes)))))
+
+
+def read_about(path: Path) -> About | None:
+    """What a recipe file says of its method; None where it says nothing.
+
+    Raises:
+        UsageError: keys or types are wrong; all faults are listed.
+    """
+    table = read_tables(path).get("about")
+    if table is None:
+        return None
+    try:
+        return About.model_validate(table)
+    except ValidationError as fault:
+        lines = [f"about.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
+        raise UsageError(f"{path}: [about] is wrong:\n    " + "\n    ".join(lines)) from fault
+
+
+def stem(name: str) -> str:
+    """cmo of cifar100-lt/cmo."""
+    return name.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Which method a trained recipe is."""
+
+    method: str
+    """Of the nearest recipe."""
+    recipe: str
+    """Its name."""
+    changed: dict[str, Any]
+    """Keys in which the trained one differs, with its values; None where it has no such key."""
+    exact: tuple[str, ...]
+    """All recipes that say the same about the phase: CP-Mix, and the last two rows of Table 3."""
+    order: int
+    """Place in the list of methods."""
+
+
+def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
+    """Compare a resolved recipe with all that come with cpmix, at its epochs and rho. Only what the phase depends on
+    counts, and neither the seed nor the precision; the rest of the recipe tells those apart that are equal in it.
+
+    Args:
+        recipe: as recorded.
+        phase: whose checkpoint it is.
+        family: folder of the recipes for its data set, which come first.
+        rho: of the data set.
+    """
+    names = (*PHASE_TABLES[phase], "evaluation")
+    own = _told_apart(recipe)
+    found = []
+    for order, (method, name, theirs) in enumerate(_candidates(recipe.schedule.epochs, rho)):
+        differing = changed(theirs, own)
+        near = [entry for entry in differing if entry[0].partition(".")[0] in names]
+        found.append((len(near), len(differing), name.rpartition("/")[0] != family, order, method, name, near))
+    *_, order, method, name, near = min(found)
+    exact = tuple(entry[5] for entry in found if entry[0] == 0)
+    return Recognised(method, name, {key: value for key, _, value in near}, exact, order)
+
+
+@cache
+def _candidates(epochs: int, rho: float | None) -> list[tuple[str, str, dict[str, Any]]]:
+    """Method, name and tables of every recipe that can last so many epochs."""
+    found = []
+    for method in all_methods():
+        for name in method.recipes:
+            with suppress(UsageError):  # one epoch is none for two stages
+                found.append((method.name, name, _told_apart(load(name, epochs=epochs, rho=rho))))
+    return found
+
+
+def _told_apart(recipe: Recipe) -> dict[str, Any]:
+    """The tables by which methods are told apart."""
+    tables = recipe.tables()
+    model = {key: value for key, value in tables["model"].items() if key != "precision"}
+    return {key: value for key, value in tables.items() if key != "seed"} | {"model": model}

@@ -1,0 +1,276 @@
+"""Run folders: which phases are done, stale or interrupted, and who may write where.
+
+A run folder holds one folder a phase. run.json is written last and its presence means done; it records the hashes of
+what went in and what came out, so a phase knows by itself whether it still belongs to the files beside it. Nothing is
+guessed from file times.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cpmix_cli.artifacts import tensors
+from cpmix_cli.artifacts.files import RECIPE, RUN, TRAINING_STATE, is_there, read_bytes, wait_for
+from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Recipe, differences
+from cpmix_cli.runs.following import remake
+from cpmix_cli.runs.run_json import PHASES, PhaseEntry, _state_entry, output_of, read_run
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError
+
+Status = Literal["absent", "interrupted", "done", "stale"]
+
+
+@dataclass(frozen=True)
+class PhaseFolder:
+    """The folder of one training phase in a run folder."""
+
+    run: Path
+    phase: str
+
+    @property
+    def path(self) -> Path:
+        """RUN/PHASE."""
+        return self.run / self.phase
+
+    @property
+    def done(self) -> bool:
+        """run.json is there, whatever it is.
+
+        Raises:
+            InputError: the folder cannot be looked into.
+        """
+        return is_there(self.path / RUN)
+
+    @property
+    def is_begun(self) -> bool:
+        """Done, or a training state is there."""
+        return self.done or is_there(self.path / TRAINING_STATE)
+
+    def record(self) -> dict[str, Any]:
+        """run.json, verified.
+
+        Raises:
+            InputError: the phase is not done, or its record is damaged, or of another phase.
+        """
+        return self._own(RUN, read_run(self.path, PhaseEntry))
+
+    def _own(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
+        """A record of this phase; a folder may have been copied under another's name.
+
+        Raises:
+            InputError: of another.
+        """
+        if record["phase"] != self.phase:
+            raise InputError(f"{self.path / name} is of {record['phase']}, and not of {self.phase}")
+        return record
+
+    def files(self, *names: str) -> list[Path]:
+        """Those of these files that are there."""
+        return [self.path / name for name in names if (self.path / name).is_file()]
+
+    def output(self, name: str) -> tuple[Path, str]:
+        """Path and recorded hash of one of the phase's files."""
+        return output_of(self.path, self.record(), name)
+
+    def begun(self) -> dict[str, Any]:
+        """Source, data set and inputs of a done or interrupted phase: its record, or its training state's metadata.
+
+        Raises:
+            InputError: that is damaged.
+        """
+        if self.done:
+            return self.record()
+        path = self.path / TRAINING_STATE
+        return self._own(path.name, _state_entry(path, tensors.check_seal(path, tensors.read_header(path)[1])))
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of a done or interrupted phase, verified.
+
+        Raises:
+            InputError: recipe.toml is missing or damaged.
+        """
+        path = self.path / RECIPE
+        sha = self.output(RECIPE)[1] if self.done else self.begun()["recipe_sha256"]
+        read_bytes(path, sha)
+        try:
+            return load(str(path))
+        except UsageError as fault:  # nobody's --recipe: a file of the run folder
+            raise InputError(fault.message, fix="restore it, or start the phase again with --overwrite") from fault
+
+    def origin(self) -> "PhaseFolder | None":
+        """The phase that a done or interrupted one started from, wherever that is; None for stage 1.
+
+        Raises:
+            InputError: what says so is damaged.
+        """
+        source = self.begun().get("source")
+        return PhaseFolder(beside(self.run, source["run"]), source["phase"]) if source else None
+
+    def stale_because(self) -> str | None:
+        """Why a done or interrupted phase no longer belongs to its input, or None.
+
+        An input that is out of reach (its run was deleted or left behind in a move) says nothing against the phase.
+        """
+        origin = self.origin()
+        if origin is None or not origin.path.is_dir():
+            return None
+        if not origin.done:
+            return f"{origin.phase} is being trained again"
+        if origin.output(TRAINING_STATE)[1] != self.begun()["source"]["sha256"]:
+            return f"{origin.phase} was trained again since"
+        return origin.stale_because()
+
+    def status(self) -> Status:
+        """absent, interrupted, done or stale."""
+        if self.done:
+            return "stale" if self.stale_because() else "done"
+        return "interrupted" if self.is_begun else "absent"
+
+
+def beside(run: Path, relative: str) -> Path:
+    """A path recorded relative to a run folder, as it can be typed; whole where a symbolic link is in the way."""
+    typed, real = Path(os.path.normpath(run / relative)), (run / relative).resolve()
+    return typed if typed.resolve() == real else real
+
+
+def locate(source: Path, *, needed_by: str = "--from") -> tuple[Path, str | None]:
+    """FOLDER -> run folder, and the phase where FOLDER is a phase's own folder.
+
+    Raises:
+        InputError: FOLDER does not exist.
+    """
+    if not source.is_dir():
+        raise InputError(
+            f"no run folder {source}",
+            needed_by=needed_by,
+            fix=remake(source, "stage1", "absent"),
+        )
+    if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
+        return source.parent, source.resolve().name
+    return source, None
+
+
+def begun_phases(run: Path, *, needed_by: str) -> list[PhaseFolder]:
+    """The phases of a run that are done, stale or interrupted, in their order.
+
+    Raises:
+        InputError: there are none, or a record is damaged.
+    """
+    begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
+    if not begun:
+        raise InputError(f"{run} holds no phase of a run", needed_by=needed_by, fix=remake(run, "stage1", "absent"))
+    return begun
+
+
+def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, needed_by: str) -> PhaseFolder:
+    """The phase a later command takes: the one named, else the last that is done and not stale; says which.
+
+    Raises:
+        UsageError: no such phase.
+        InputError: it is not done, or stale.
+    """
+    if wanted is not None:
+        if wanted not in candidates:
+            raise UsageError(f"{needed_by} takes no phase {wanted}: one of {', '.join(candidates)}")
+        folder = PhaseFolder(run, wanted)
+        if not folder.is_begun:  # the job before may have ended on another machine, a moment ago
+            wait_for(folder.path / RUN)
+        status = folder.status()
+        if status != "done":
+            why = folder.stale_because() if status == "stale" else None
+            raise InputError(
+                f"{folder.path} is {status}{f': {why}' if why else ''}",
+                needed_by=needed_by,
+                fix=remake(run, wanted, status),
+            )
+        return folder
+    passed_over: list[str] = []
+    for phase in reversed(candidates):
+        folder = PhaseFolder(run, phase)
+        status = folder.status()
+        if status == "done":
+            for line in passed_over:
+                console.warn(line)
+            console.note(f"{needed_by}: takes {phase} of {run}")
+            return folder
+        if status == "stale":
+            passed_over.append(f"{phase} is stale ({folder.stale_because()}) and is not used")
+        elif status == "interrupted":
+            passed_over.append(f"{phase} is not finished and is not used")
+    detail = f" ({'; '.join(passed_over)})" if passed_over else ""
+    raise InputError(
+        f"{run} holds no finished {' or '.join(candidates)}{detail}",
+        needed_by=needed_by,
+        fix=remake(run, candidates[0], "absent"),
+    )
+
+
+def find_dataset(
+    run: Path, record: dict[str, Any], given: Path | None, *, needed_by: str, data_root: Path | None = None
+) -> Dataset:
+    """The data set a run was made from: --data, the recorded relative path, or the recorded absolute one; `data_root`
+    see open_dataset().
+
+    Raises:
+        InputError: none of them holds the data set with the recorded fingerprint, or `data_root` not its images.
+        UsageError: see open_dataset().
+    """
+    known = record["dataset"]
+    places = [given] if given is not None else [run / known["relative"], Path(known["absolute"])]
+    seen = []
+    for place in places:
+        try:
+            found = open_dataset(place, needed_by=needed_by)
+        except InputError as fault:
+            seen.append(fault.message)
+            continue
+        if found.fingerprint == known["fingerprint"]:
+            return found if data_root is None else open_dataset(place, needed_by=needed_by, data_root=data_root)
+        seen.append(f"{place} holds another data set ({found.name})")
+    raise InputError(
+        f"the data set {known['name']} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
+        needed_by=needed_by,
+        fix="give its folder with --data FOLDER",
+    )
+
+
+def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
+    """How run.json names a data set: relative to the run folder, absolute, by fingerprint; and what `predict` needs."""
+    return {
+        "name": dataset.name,
+        "relative": os.path.relpath(dataset.folder.resolve(), run.resolve()),
+        "absolute": str(dataset.folder.resolve()),
+        "fingerprint": dataset.fingerprint,
+        "shape": dataset.shape,
+        "mean": dataset.record["mean"],
+        "std": dataset.record["std"],
+        **({} if dataset.storage == "tensors" else {"storage": dataset.storage}),
+    }
+
+
+def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str) -> None:
+    """Refuse a recipe under which `folder` would have been trained differently.
+
+    Raises:
+        InputError: with the keys that differ.
+    """
+    changed = differences(folder.record()["made_from"]["recipe"], recipe.tables_of(folder.phase))
+    if changed:
+        raise InputError(
+            f"{folder.path} was trained differently from {origin}:\n    " + "\n    ".join(changed),
+            needed_by=needed_by,
+            fix=f"train {folder.phase} with that recipe into another folder, or drop the changed keys",
+        )
+
+
+def epochs_of(recipe: Recipe) -> dict[str, int]:
+    """Epochs of each phase; 0 where the recipe has none."""
+    schedule = recipe.schedule
+    return {
+        "stage1": schedule.stage1_epochs,
+        "stage2": schedule.epochs - schedule.stage1_epochs,
+        "finetune": recipe.finetune.epochs if recipe.finetune else 0,
+    }

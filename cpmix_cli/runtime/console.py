@@ -1,0 +1,393 @@
+"""Everything cpmix shows; the only file that prints.
+
+stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one
+plain line at a time; a live view of the training stands below the lines only where stderr is a terminal. Control codes
+that stand in a file's or a class's name are shown, never obeyed.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from cpmix_cli.runtime.errors import EnvironmentFault
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+as_json = False  # set by the command line, before a phase runs
+_muted = False
+
+
+def mute(muted: bool) -> None:
+    """Show nothing from here on, or again: of several ranks one speaks."""
+    global _muted
+    _muted = muted
+
+
+def set_up() -> None:
+    """Make both streams take any text: a file name may hold bytes that are no UTF-8, a terminal may know ASCII only."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started us
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def printable(text: str) -> str:
+    """Text with its control codes spelled out, but for line ends and tabs."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def on_a_line(text: str) -> str:
+    """Text for a cell of a table, which a line end would break."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def note(text: str) -> None:
+    """One line of progress on stderr. A log that cannot be written (its reader left, its disk is full) stops no run."""
+    if sys.stderr is not None and not _muted:
+        with suppress(OSError, ValueError):
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+def _out(text: str) -> None:
+    """A line of the result.
+
+    Raises:
+        BrokenPipeError: the reader left.
+        EnvironmentFault: it cannot be written.
+    """
+    if sys.stdout is not None and not _muted:
+        with _writing():
+            print(text, flush=True)
+
+
+def flush() -> None:
+    """What others (click's help) could not write to stdout.
+
+    Raises:
+        BrokenPipeError, EnvironmentFault: see _out().
+    """
+    if sys.stdout is not None:
+        with _writing():
+            sys.stdout.flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """While something is written to stdout; raises what _out() says."""
+    try:
+        yield
+    except OSError as fault:
+        # Python flushes stdout once more at exit: give what is left somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(fault, BrokenPipeError):
+            raise
+        raise EnvironmentFault(f"cannot write the result to standard output: {fault.strerror}") from fault
+
+
+def typed(*words: object) -> str:
+    """A cpmix command as one types it: quoted for the shell."""
+    return shlex.join(["cpmix", *map(str, words)])
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    note(f"warning: {text}")
+
+
+def result(
+    fields: dict[str, Any],
+    *,
+    rows: Sequence[Sequence[str]] = (),
+    header: Sequence[str] = (),
+    title: str = "",
+    lines: Sequence[str] = (),
+) -> None:
+    """The result of a command on stdout: `fields` as one JSON object, or a table and lines for a reader.
+
+    Args:
+        fields: what --json prints.
+        rows: table cells, row by row; nothing is drawn without rows.
+        header: column names; a name that starts with ">" is right-aligned.
+        title: a line above the table.
+        lines: plain lines below the table.
+    """
+    if as_json:
+        _out(json.dumps(fields, allow_nan=False))
+        return
+    if rows:
+        table(header, rows, title=title)
+    for line in lines:
+        _out(printable(line))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table on stdout, see table_lines()."""
+    for line in table_lines(header, rows, title=title):
+        _out(line)
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> list[str]:
+    """A table as lines, columns padded with spaces; plain text, so that logs and pipes stay readable.
+
+    The terminal's width is not consulted: a folded number is worse than a long line.
+    """
+    right = [name.startswith(">") for name in header]
+    named = [name.removeprefix(">") for name in header]
+    cells = [named, *[[on_a_line(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [printable(title)] if title else []
+    for number, row in enumerate(cells):
+        padded = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return lines
+
+
+def error(text: str, exit_code: int) -> None:
+    """A user error on stderr, and as the one JSON object of a --json command."""
+    note(text)
+    if as_json:
+        with suppress(OSError, EnvironmentFault):
+            _out(json.dumps({"error": text, "exit_code": exit_code}))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: under 1 s, 8 s, 3 min 20 s, 5 h 06 min."""
+    total = round(seconds)
+    if total < 1:
+        return "under 1 s"
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
+
+
+def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -> list[str]:
+    """Class counts as lines with bars; above 20 classes, every k-th class."""
+    stride = -(-len(counts) // 20)
+    chosen = range(0, len(counts), stride)
+    label_width = max(len(names[c]) for c in chosen)
+    top = max(1, *counts)
+    lines = [f"{names[c]:<{label_width}} {counts[c]:>7} {'#' * max(1, round(width * counts[c] / top))}" for c in chosen]
+    if stride > 1:
+        lines.append(f"(every {stride}th of {len(counts)} classes)")
+    return lines
+
+
+class Progress:
+    """Progress of work on many alike things, as a context: a bar on a terminal, elsewhere a line every LINE_SECONDS.
+
+    Args:
+        doing: such as "packed train images".
+        total: of all things.
+        done: those done in an earlier run.
+    """
+
+    LINE_SECONDS = 10.0
+    VIEW_SECONDS = 0.5
+
+    def __init__(self, doing: str, total: int, done: int = 0) -> None:
+        self._doing = doing
+        self._total = total
+        self._first = self._done = done
+        self._started = time.perf_counter()
+        self._live = _live_view()
+        self._next = self._started + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            with suppress(OSError, ValueError):
+                self._live.stop()
+
+    def step(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self._done += count
+        if (now := time.perf_counter()) < self._next:
+            return
+        new = self._done - self._first
+        left = (now - self._started) / new * (self._total - self._done)
+        self._next = now + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
+        if self._live is None:
+            rate = f"{new / (now - self._started):,.0f} a second, {duration(left)} left"
+            note(f"{self._doing}: {self._done:,} of {self._total:,}, {rate}")
+            return
+        try:
+            with self._live.console as screen:
+                self._live.update(_view(screen.size, (self._doing, self._done, self._total, left), ()), refresh=True)
+        except (OSError, ValueError):  # the terminal is gone; the work is not
+            self._live = None
+
+
+class EpochProgress:
+    """Progress of a training phase: one line an epoch everywhere, and below the lines a live view on a terminal.
+
+    The projected time is printed once, when enough steps have been timed. The view is drawn once a second, and less
+    often where that would take more than VIEW_SHARE of the time.
+
+    Args:
+        phase: its name.
+        num_steps: of the whole phase.
+        first_step: those done in an earlier run.
+        warm_up: steps that also pay for setting up, and are not timed.
+        synchronize: waits for the device, before the clock is read.
+    """
+
+    TIMED_STEPS = 5
+    VIEW_SECONDS = 1.0
+    VIEW_SHARE = 0.005
+    WIDTH = 76
+
+    look: Callable[[], Sequence[Sequence[str]]]
+    """Gives the rows of the view, the heading first and the most telling next; wanted where has_view."""
+
+    def __init__(
+        self, phase: str, num_steps: int, first_step: int, warm_up: int, synchronize: Callable[[], None]
+    ) -> None:
+        self._phase = phase
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._warm_up = warm_up
+        self._synchronize = synchronize
+        self._started = time.perf_counter()
+        self._lines: list[str] = []
+        self._next_view = self._next_lines = 0.0
+        self._live = _live_view()
+
+    @property
+    def has_view(self) -> bool:
+        """stderr is a terminal that can show it."""
+        return self._live is not None
+
+    def step(self, done: int) -> None:
+        """`done` steps of the phase are finished (counted from its first epoch)."""
+        timed = done - self._first_step - self._warm_up
+        if timed == 0:
+            self._synchronize()
+            self._started = time.perf_counter()
+        elif timed == self.TIMED_STEPS:
+            self._synchronize()
+            per_step = (time.perf_counter() - self._started) / self.TIMED_STEPS
+            left = per_step * (self._num_steps - done)
+            self.line(
+                f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
+                f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
+            )
+        if self._live is not None:
+            if time.perf_counter() >= self._next_view:
+                self._look_and_draw(done, timed)
+            elif self._lines and time.perf_counter() >= self._next_lines:
+                self._draw()
+
+    def _look_and_draw(self, done: int, timed: int) -> None:
+        self._synchronize()  # waiting for the steps is no cost of the view
+        began = time.perf_counter()
+        mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
+        self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
+        ended = time.perf_counter()
+        # The first drawing also loads what it draws with.
+        pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
+        self._next_view = ended + max(self.VIEW_SECONDS, pause)
+
+    def line(self, text: str) -> None:
+        """One plain line; where there is a view, above it and within a second."""
+        if self._live is None:
+            note(text)
+        else:
+            self._lines.append(printable(text))
+
+    def close(self) -> None:
+        """Take the view away."""
+        if self._live is not None:
+            self._draw()
+            self._drop_view()
+
+    def _draw(self, bar: tuple[str, int, int, float | None] | None = None) -> None:
+        """Print the lines that wait, and draw the view anew if there is a bar for it."""
+        assert self._live is not None
+        self._next_lines = time.perf_counter() + self.VIEW_SECONDS
+        rows = self.look() if bar is not None else ()
+        lines, self._lines = self._lines, []
+        try:
+            with self._live.console as screen:
+                if lines:
+                    screen.print("\n".join(lines), markup=False, emoji=False, highlight=False, soft_wrap=True)
+                if bar is not None:
+                    self._live.update(_view(screen.size, bar, rows), refresh=True)
+        except (OSError, ValueError):  # the terminal is gone; the run is not
+            self._drop_view()
+
+    def _drop_view(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with suppress(OSError, ValueError):
+                live.stop()
+
+
+def _live_view() -> "Live | None":
+    """An empty place at the foot of the terminal that stderr is; None where it is none, or can only print lines."""
+    if sys.stderr is None or _muted or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.live import Live
+
+    screen = Console(stderr=True)
+    if not screen.is_interactive:
+        return None
+    # Drawn by the training loop alone: a thread of rich's would take its time whenever it likes.
+    live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
+    try:
+        live.start()
+        screen.show_cursor(True)  # a process that is killed could not give it back
+    except OSError:
+        return None
+    return live
+
+
+def _view(
+    size: tuple[int, int], bar: tuple[str, int, int, float | None], rows: Sequence[Sequence[str]]
+) -> "RenderableType":
+    """A bar, and under it as many rows as there is room for.
+
+    Args:
+        size: columns and lines of the terminal.
+        bar: the phase, its steps done, all of them, and the seconds left, None where nobody knows yet.
+        rows: cells; the first row is the heading, the first column a label.
+    """
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    phase, done, num_steps, seconds_left = bar
+    left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+    top = Table.grid(padding=(0, 1))
+    top.add_column(no_wrap=True)
+    top.add_column(ratio=1)
+    top.add_column(no_wrap=True)
+    top.add_row(Text(phase), ProgressBar(num_steps, done), Text(f"{done}/{num_steps}{left}"))
+    shown = list(rows[: max(0, size[1] - 3)])  # the bar, a line of the log and the cursor's have theirs
+    while shown and not any(shown[-1][1:]):  # a heading whose rows have none
+        shown.pop()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for _ in rows[0][1:] if rows else ():
+        table.add_column(justify="right", no_wrap=True)
+    for number, row in enumerate(shown):
+        table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
+    top.width = table.width = min(size[0], EpochProgress.WIDTH)
+    return Group(top, table)

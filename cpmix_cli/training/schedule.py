@@ -1,0 +1,31 @@
+"""Learning rate as a pure function of the step, so that resuming and changing stage cannot shift it."""
+
+import math
+
+from cpmix_cli.recipe.schema import Schedule
+
+
+def learning_rate(lr: float, schedule: Schedule, epoch: int, step: int, steps: int) -> float:
+    """Rate of one optimizer step.
+
+    Warm-up and multistep are constant within an epoch, cosine falls with every step. Warm-up multiplies what the
+    schedule says.
+
+    Args:
+        lr: base rate.
+        schedule: its warm-up, kind, milestones and decay.
+        epoch: 1-based, counted over both stages.
+        step: 0-based, in the epoch.
+        steps: steps an epoch.
+
+    Paper: Table 6, B.3.1; warm-up lr x e / 10 (e from 1), drops from the epoch after the milestone.
+    """
+    warm = min(1.0, epoch / schedule.warmup_epochs) if schedule.warmup_epochs > 0 else 1.0
+    if schedule.kind == "multistep":
+        factors = schedule.decay if isinstance(schedule.decay, list) else [schedule.decay] * len(schedule.milestones)
+        passed = [factor for milestone, factor in zip(schedule.milestones, factors, strict=True) if epoch > milestone]
+        return lr * warm * math.prod(passed)
+    if schedule.kind == "cosine":
+        done = ((epoch - 1) * steps + step) / (schedule.epochs * steps)
+        return lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+    return lr * warm

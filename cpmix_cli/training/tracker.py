@@ -1,0 +1,86 @@
+"""--tracker tensorboard: the rows of metrics.parquet as TensorBoard's curves, in a file of the phase's folder.
+
+Written whenever the state is saved, from its history: so the curves show what is saved, and a run that goes on has each
+epoch once. The file is no output of the phase: no record names it, and nothing reads it here. Whatever goes wrong with
+it is one warning, and the run goes on.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cpmix_cli.runtime import console
+
+EVENTS = "events.out.tfevents."  # by this TensorBoard knows its files
+
+
+class Tracker:
+    """Writes the curves of one phase. Imports tensorboard, and warns where that cannot be.
+
+    Args:
+        folder: of the phase; there when something is first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # A new name each time: a TensorBoard that is open would not look again at a file that it has read.
+        self._path = folder / f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._num_written = 0
+        self._works = True
+        try:
+            import tensorboard.compat.proto.event_pb2
+            import tensorboard.summary.writer.record_writer  # noqa: F401
+        except ModuleNotFoundError as fault:
+            missing = (fault.name or "tensorboard").partition(".")[0]
+            self._give_up(f"{missing} is not installed (pip install 'cpmix[tensorboard]')")
+        except Exception as fault:  # protobuf and numpy raise all kinds where versions do not fit
+            self._give_up(f"tensorboard cannot be imported: {fault}")
+
+    def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
+        """Append the rows that are new; the first time all of them, in place of what another run left here.
+
+        Args:
+            history: rows of metrics.parquet, of all epochs so far.
+        """
+        if not self._works:
+            return
+        try:
+            if self._num_written == 0:
+                forget(self._folder)
+            self._append(history)
+            self._num_written = len(history)
+        except Exception as fault:
+            self._give_up(f"cannot write {self._path}: {getattr(fault, 'strerror', None) or fault}")
+
+    def _append(self, history: Sequence[Mapping[str, float | None]]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        # Not tensorboard's own writer, which has a thread: here what fails fails in this call, and nothing stays open.
+        with self._path.open("ab") as file:
+            records = RecordWriter(file)
+            if file.tell() == 0:
+                records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+            for number in range(self._num_written, len(history)):
+                row = dict(history[number])
+                ended = now - sum(later["seconds"] or 0.0 for later in history[number + 1 :])
+                epoch = int(row.pop("epoch") or 0)
+                values = [Summary.Value(tag=tag, simple_value=v) for tag, v in row.items() if v is not None]
+                event = Event(wall_time=ended, step=epoch, summary=Summary(value=values))
+                records.write(event.SerializeToString())
+
+    def _give_up(self, why: str) -> None:
+        self._works = False
+        console.warn(f"--tracker tensorboard: {why}; the run goes on without")
+
+
+def forget(folder: Path) -> None:
+    """Take away the curves in a phase's folder: they are of a run that is replaced."""
+    for path in folder.glob(f"{EVENTS}*"):
+        with suppress(OSError):
+            path.unlink()

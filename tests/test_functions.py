@@ -1,0 +1,59 @@
+"""The outline that recipes are checked against is that of the functions themselves."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpmix_cli.recipe import functions
+from cpmix_cli.recipe.functions import TABLES, bind, known
+from cpmix_cli.training.objective import FUNCTIONS
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_outline_has_the_functions_and_parameters_of_the_modules(kind: str) -> None:
+    outlined = known(kind)
+    assert list(outlined) == list(FUNCTIONS[kind])
+    for name, function in FUNCTIONS[kind].items():
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert repr(list(inspect.signature(outlined[name]).parameters.values())) == repr(keywords)
+
+
+def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "losses.py").write_text("import torch\nSCALE = torch.ones(1)\nLOSSES = {'mse': torch.nn.MSELoss}\n")
+    monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
+    functions.outline.cache_clear()
+    try:
+        with pytest.raises(NameError, match=r"losses\.py: LOSSES may only name functions of this file"):
+            functions.outline("losses")
+    finally:
+        functions.outline.cache_clear()
+
+
+def scaled(x: float, *, factor: float, power: int = 1) -> float:
+    """A function to bind."""
+    return (factor * x) ** power
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        ({"mix": "scaled"}, {"factor": 2.0}, []),
+        ({"mix": "scaled"}, {"factor": 2.0, "power": 3}, []),
+        ({"mix": "scaled"}, {}, ['factor: missing (a parameter of mix = "scaled")']),
+        ({"mix": "scaled"}, {"factor": "2"}, ["factor = '2': Input should be a valid number"]),
+        (
+            {"mix": "scaled"},
+            {"factor": 2.0, "powr": 3},
+            ['powr: unknown key. Did you mean "power"? Known: factor, loss, power.'],
+        ),
+        # The key may belong to the function that was meant.
+        ({"mix": "scald"}, {"factor": 2.0}, ['mix = "scald": unknown. Did you mean "scaled"? Known: scaled.']),
+    ],
+)
+def test_bind(names: dict[str, str], given: dict[str, Any], expected: list[str]) -> None:
+    bound, faults = bind(names, given, {"mix": {"scaled": scaled}}, ["loss"])
+    assert faults == expected
+    if not faults:
+        assert bound["mix"](3.0) == 6.0 ** given.get("power", 1)
