@@ -517,7 +517,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Runs in one table, beside the paper's numbers."""
-    from cpmix_cli.results.paper import TABLES
+    from cpmix_cli.results.paper import PAPER_TABLES
     from cpmix_cli.runtime.errors import UsageError
 
     form = _checked("--format", form, ("table", "csv", "markdown", "latex", "json"))
@@ -525,7 +525,7 @@ def compare(
         raise UsageError(f"--json and --format {form}: give one of the two")
     console.as_json = json or form == "json"
     if paper is not None:
-        paper = _checked("--paper", paper, tuple(TABLES))
+        paper = _checked("--paper", paper, tuple(PAPER_TABLES))
     from cpmix_cli.commands import compare as comparing
 
     comparing.run(comparing.Options(folders, paper, "table" if console.as_json else form, out, overwrite))

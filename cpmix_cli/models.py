@@ -500,7 +500,7 @@ MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
 }
 
 
-def take_over(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
+def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
     """Copy given weights into all of a network but its head, whose classes are others.
 
     `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing. Experts of full width
@@ -605,7 +605,7 @@ def add_routers(model: Classifier, num_classes: int, top: int, generator: torch.
     model.routers = routers.to(next(model.parameters()).device)
 
 
-PUBLISHED = {
+PUBLISHED_WEIGHTS = {
     "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
     "resnet152-394f9c45.pth": "394f9c45966e3651a89bbb78a48410a6755854ce4a5ab64927cf1c7247f85e58",
 }

@@ -17,9 +17,9 @@ from test_build_lt import write_cifar
 
 from cpmix_cli.commands.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
 from cpmix_cli.recipe.loading import load, recipe_names
-from cpmix_cli.results.comparison import Cost, Measured, Row, evaluations_of
+from cpmix_cli.results.comparison import ComparisonRow, Cost, EvaluatedRun, evaluations_of
 from cpmix_cli.results.methods import recognised
-from cpmix_cli.results.paper import TABLES
+from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
 
 SHORT = ("--epochs", 3)  # 2 + 1, finetune 1
@@ -107,14 +107,14 @@ def test_what_the_training_took(seeds: list[Path]) -> None:
 def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
     hours = [replace(measured, cost=Cost(3600.0 * h, 7200.0 * h, float(h), "H100")) for h in (1, 3)]
-    rows = [(1, Row(hours)), (2, Row(hours)), (3, Row([measured]))]
+    rows = [(1, ComparisonRow(hours)), (2, ComparisonRow(hours)), (3, ComparisonRow([measured]))]
     sheet = cost_sheet(rows)
     assert sheet.rows[0] == ["1 and 2", "75,002", "3", "2", "2 h 00 min", "2.00", "H100"]
     assert sheet.rows[1][0] == "3"
     assert sheet.rows[1][5] == "-"
-    mixed = Row([hours[0], replace(hours[1], cost=Cost(1.0, 1.0, 0.5, "A100"))]).cost()
+    mixed = ComparisonRow([hours[0], replace(hours[1], cost=Cost(1.0, 1.0, 0.5, "A100"))]).cost()
     assert mixed == {"images_per_second": None, "training_seconds": None, "gpu_hours": 0.75, "device": "A100, H100"}
-    unknown = cost_sheet([(1, Row([replace(measured, cost=None)]))])
+    unknown = cost_sheet([(1, ComparisonRow([replace(measured, cost=None)]))])
     assert unknown.rows == [["1", "75,002", "3", "-", "-", "-"]]
     assert unknown.lines[-1] == "-: a phase is out of reach"
 
@@ -254,7 +254,7 @@ def test_one_run_given_twice_counts_once(seeds: list[Path], tmp_path: Path) -> N
 
 def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
-    row = Row([measured, replace(measured, checkpoint="other")])
+    row = ComparisonRow([measured, replace(measured, checkpoint="other")])
     lines = accuracy_lines([(4, row)], with_deviations=True)
     assert lines == [
         "+-: sample standard deviation of n runs",
@@ -355,14 +355,14 @@ def test_every_table_of_the_paper() -> None:
         "table8": (4, [174.9, 154.7, 118.8, 154.3]),
         "table9": (4, [271.4, 276.9, 270.5, 273.6]),
     }
-    assert TABLES.keys() == sums.keys()
+    assert PAPER_TABLES.keys() == sums.keys()
     for key, (num_rows, totals) in sums.items():
-        table = TABLES[key]
+        table = PAPER_TABLES[key]
         assert len(table.rows) == num_rows
         columns = zip(*(row.cells for row in table.rows), strict=True)
         assert [round(sum(float(cell) for cell in column if cell), 2) for column in columns] == totals, key
         assert all(f"cifar100-lt/{row.recipe}" in recipe_names() for row in table.rows)
-    rows = {key: {row.name: row for row in table.rows} for key, table in TABLES.items()}
+    rows = {key: {row.name: row for row in table.rows} for key, table in PAPER_TABLES.items()}
     assert rows["table7"]["MiSLAS"].cells == ["61.7", "51.3", "35.8", "52.7"]
     assert rows["table9"]["CP-Mix"].cells == ["57.9", "72.9", "75.3", "72.3"]
     assert rows["table1"]["MiSLAS"].cells == [None, "47.0", "52.3", "63.2", None, "82.1", "85.7", "90.0"]
@@ -405,12 +405,12 @@ def test_beside_the_paper(cifar: Path) -> None:
 def test_copied_numbers_are_marked(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     method = replace(measured.method, exact=("cifar10-lt/mislas",))
-    row = Row([replace(measured, method=method, numbers=measured.numbers | {"top1": 90.5})])
+    row = ComparisonRow([replace(measured, method=method, numbers=measured.numbers | {"top1": 90.5})])
     assert accuracy_sheet("data", [(1, row)], with_deviations=False).rows[0][-2:] == ["90.0*", "+0.50"]
     assert accuracy_lines([(1, row)], with_deviations=False)[1].startswith("* copied there from other papers: ")
-    early = Row([replace(row.first, forms=frozenset({False}))])  # the paper's MiSLAS is the finetuned one
+    early = ComparisonRow([replace(row.first, forms=frozenset({False}))])  # the paper's MiSLAS is the finetuned one
     assert early.published() is None
-    other = Row([replace(row.first, data="cifar10-lt-rho10-seed1")])
+    other = ComparisonRow([replace(row.first, data="cifar10-lt-rho10-seed1")])
     assert other.published() is None
 
 
@@ -421,10 +421,10 @@ def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) ->
     assert lines[1].split()[:3] == ["method", "C100", "200"]
     paper = [line for line in lines[3:33] if " paper " in line]
     assert [re.split(r"  +", line)[0] for line in paper] == [
-        row.name + "*" * row.copied for row in TABLES["table1"].rows
+        row.name + "*" * row.copied for row in PAPER_TABLES["table1"].rows
     ]
     at = lines.index(paper[13]) + 1
-    assert paper[13].split() == ["CP-Mix", "paper", *TABLES["table1"].rows[13].printed.split()]
+    assert paper[13].split() == ["CP-Mix", "paper", *PAPER_TABLES["table1"].rows[13].printed.split()]
     assert lines[at].split() == ["ours", f"{top1:.2f}", "a"]
     assert len(lines[at]) == len(lines[1])  # in the last column
     assert all(line.split() == ["ours"] for line in lines[4:33:2] if line != lines[at])
@@ -442,9 +442,9 @@ def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) ->
     records = list(csv.DictReader(io.StringIO(must("compare", cifar, "--paper", "table1", "--format", "csv").stdout)))
     assert len(records) == 15 * 8
     assert sum(record["ours_mean"] != "" for record in records) == 1
-    for key in TABLES:
+    for key in PAPER_TABLES:
         text = must("compare", cifar, "--paper", key).stdout
-        assert text.count("ours") == len(TABLES[key].rows)
+        assert text.count("ours") == len(PAPER_TABLES[key].rows)
 
 
 def test_several_of_ours_in_one_cell(cifar: Path) -> None:
@@ -452,7 +452,7 @@ def test_several_of_ours_in_one_cell(cifar: Path) -> None:
     longer = replace(measured, run=Path("longer"), conditions=measured.conditions | {"schedule.epochs": 30})
     whole = replace(measured, run=Path("whole"), full_epochs=None, numbers=measured.numbers | {"top1": 12.5})
     seed = replace(measured, run=Path("seed"), full_epochs=None, numbers=measured.numbers | {"top1": 14.5})
-    sheet = paper_sheet(TABLES["table1"], [Row([measured]), Row([longer]), Row([whole, seed])])
+    sheet = paper_sheet(PAPER_TABLES["table1"], [ComparisonRow(runs) for runs in ([measured], [longer], [whole, seed])])
     top1 = f"{measured.numbers['top1']:.2f}"
     assert sheet.rows[27] == ["", "ours", *[""] * 7, f"{top1} a / {top1} b / 13.50 +- 1.41 c"]
     assert sheet.lines[:3] == [
@@ -462,7 +462,7 @@ def test_several_of_ours_in_one_cell(cifar: Path) -> None:
     ]
 
 
-def sorted_evaluations(run: Path) -> tuple[list[Measured], list[str]]:
+def sorted_evaluations(run: Path) -> tuple[list[EvaluatedRun], list[str]]:
     """The evaluations of a run, before the finetune and after."""
     found, left_out = evaluations_of(run, None)
     return sorted(found, key=lambda measured: measured.stage, reverse=True), left_out
@@ -474,11 +474,11 @@ def test_groups_of_other_classes_are_said(cifar: Path) -> None:
     method = replace(measured.method, exact=("places-lt/cpmix",))
     ours = replace(measured, data="places-lt", method=method, full_epochs=None)
     inclusive = replace(ours, conditions=ours.conditions | {"few_inclusive": True})
-    assert paper_sheet(TABLES["table8"], [Row([ours])]).lines[:2] == [
+    assert paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([ours])]).lines[:2] == [
         "a: 1 run, classes of 20 images are medium",
         "b: 1 run",
     ]
-    assert paper_sheet(TABLES["table8"], [Row([inclusive])]).lines[0] == "a: 1 run"
+    assert paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([inclusive])]).lines[0] == "a: 1 run"
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

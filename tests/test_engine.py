@@ -307,8 +307,8 @@ class Signalling:
     def plain(self, indices: Tensor) -> Tensor:
         return self._batches.plain(indices)
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        self._batches.announce(indices, uniforms)
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
+        self._batches.prefetch(indices, uniforms)
 
 
 def signalling(step: int) -> TrainingData:

@@ -20,7 +20,7 @@ from cpmix_cli.commands.train_stage1 import prepare
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.evaluation.accuracy import shifted_profile, summary
-from cpmix_cli.evaluation.agreement import images_to_learn_from, weakly_changed, weights_of_agreement
+from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
 from cpmix_cli.experts import combined, routed_weights, target_classes
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
 from cpmix_cli.models import Classifier, Looped, add_routers, build_model
@@ -29,7 +29,7 @@ from cpmix_cli.recipe.schema import Model, Optimizer
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.objective import Term, TermBatch, draw_epoch
 from cpmix_cli.training.phase import training_data
-from cpmix_cli.training.plan import Setting, fresh_state, prepared
+from cpmix_cli.training.plan import PhaseContext, fresh_state, prepared
 from cpmix_cli.training.step import Plan, Step, TrainingState, sum_names
 
 CPU = torch.device("cpu")
@@ -488,7 +488,7 @@ def test_the_expert_that_agrees_with_itself_gets_the_weight() -> None:
         return first, second
 
     def learnt(views: Views, rate: float) -> Tensor:
-        return weights_of_agreement(views, torch.arange(300), 3, Optimizer(lr=rate, nesterov=True), seed=0)
+        return learn_expert_weights(views, torch.arange(300), 3, Optimizer(lr=rate, nesterov=True), seed=0)
 
     weights = learnt(views, 0.1)
     assert float(weights.sum()) == pytest.approx(1)
@@ -515,7 +515,7 @@ def test_weights_are_learnt_as_the_recipe_trains(nesterov: bool) -> None:
         moved = 0.6 * moved + slope
         free = free - 0.5 * (slope + 0.6 * moved if nesterov else moved)
     assert (free.softmax(0) - 0.5).abs().max() > 0.01
-    found = weights_of_agreement(
+    found = learn_expert_weights(
         lambda b, c: (first[:, b].float(), second[:, b].float()), torch.arange(3), 2, recipe, 0
     )
     torch.testing.assert_close(found, free.softmax(0).float())
@@ -724,7 +724,7 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def first_step(setting: Setting, plan: Plan, state: TrainingState) -> tuple[Tensor, Tensor, dict[str, float]]:
+def first_step(setting: PhaseContext, plan: Plan, state: TrainingState) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Take the first step of an epoch of one natural term; its images, their labels, and the sums."""
     data = training_data(setting.dataset, setting.recipe, setting.device)
     size = min(plan.batch_size, len(data.labels))
@@ -743,7 +743,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     recipe = ["--recipe", "digits/cross-entropy", "--set", "model.experts=2", "--set", "evaluation.tau_norm=1.0"]
     must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
     settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
-    setting = Setting(
+    setting = PhaseContext(
         load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "fp32", {}
     )
     plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), setting)
@@ -811,7 +811,7 @@ def test_routers_learn_in_fp32(digits: Path) -> None:
     """Under bf16 autocast too: their loss is that of their logits in full, as the experts' is."""
     settings = ["model.experts=3", "finetune.head=routers", 'finetune.train=["routers"]']
     settings += [f"finetune.terms.erm.{key}" for key in ("loss=routing", "draw=natural")]
-    setting = Setting(
+    setting = PhaseContext(
         load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "bf16", {}
     )
     plan, state = prepared(setting, "finetune")
@@ -829,7 +829,7 @@ def test_rates_of_ace(digits: Path) -> None:
     settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "optimizer.expert_rates=target-share"]
     recipe = load("digits/cross-entropy", settings=settings)
     dataset = open_dataset(digits, needed_by="a test")
-    state = fresh_state(Setting(recipe, dataset, CPU, "fp32", {}))
+    state = fresh_state(PhaseContext(recipe, dataset, CPU, "fp32", {}))
     n = dataset.class_counts
     shares = [1.0, n[n <= 100].sum() / n.sum(), n[n < 20].sum() / n.sum()]
     factors = {id(p): g["lr_factor"] for g in state.optimizer.param_groups for p in g["params"]}

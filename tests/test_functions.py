@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from cpmix_cli.recipe import functions
-from cpmix_cli.recipe.functions import TABLES, bind, known
+from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
 from cpmix_cli.training.objective import FUNCTIONS
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", FUNCTION_TABLES)
 def test_the_outline_has_the_functions_and_parameters_of_the_modules(kind: str) -> None:
     outlined = known(kind)
     assert list(outlined) == list(FUNCTIONS[kind])

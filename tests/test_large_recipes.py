@@ -19,12 +19,12 @@ from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.commands.compare import places
 from cpmix_cli.commands.recipes import image_passes
 from cpmix_cli.commands.train_stage1 import check_init
-from cpmix_cli.models import MODELS, PUBLISHED, build_model, take_over
+from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model, load_backbone
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
 from cpmix_cli.recipe.schema import Model, changed
-from cpmix_cli.results.comparison import Measured, Row, evaluations_of
+from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun, evaluations_of
 from cpmix_cli.results.methods import recognised
-from cpmix_cli.results.paper import TABLES
+from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.objective import check_fits
 from cpmix_cli.training.schedule import learning_rate
@@ -41,8 +41,8 @@ def test_there_is_one_for_every_number_of_table_2() -> None:
     rows = [
         f"{column.data}/{row.recipe}"
         for key in ("table2", "table4", "table7", "table8", "table9")
-        for row in TABLES[key].rows
-        for column, cell in zip(TABLES[key].columns, row.cells, strict=True)
+        for row in PAPER_TABLES[key].rows
+        for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True)
         if cell is not None
     ]
     assert sorted({*rows, "places-lt/cpmix-last-block"}) == LARGE
@@ -67,8 +67,8 @@ def test_it_fits_its_data_set(name: str) -> None:
 
 def test_the_header_has_the_paper_s_number_and_the_cost() -> None:
     for key in ("table2", "table4"):
-        for row in TABLES[key].rows:
-            for column, cell in zip(TABLES[key].columns, row.cells, strict=True):
+        for row in PAPER_TABLES[key].rows:
+            for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
                 if cell is not None:
                     assert cell in header(f"{column.data}/{row.recipe}"), (row.name, column.data)
     for name in LARGE:
@@ -86,7 +86,7 @@ def test_what_is_not_comparable_says_so() -> None:
     rows = ["ride", "otmix", "otmix-ride"]
     wanted = {f"{data}/{row}" for data in ("imagenet-lt", "inaturalist2018") for row in rows} | {"places-lt/ride"}
     assert {name for name in LARGE if "not comparable" in header(name)} == wanted
-    copied = {row.recipe for row in TABLES["table2"].rows if row.copied}
+    copied = {row.recipe for row in PAPER_TABLES["table2"].rows if row.copied}
     assert {name.partition("/")[2] for name in LARGE if "copied" in header(name)} == copied
 
 
@@ -98,15 +98,15 @@ def test_torchvision_has_the_weights_by_these_names() -> None:
         ("resnet50-0676ba61.pth", models.ResNet50_Weights.IMAGENET1K_V1.url),
     ]:
         assert url == f"https://download.pytorch.org/models/{name}"
-        assert re.fullmatch(r"[0-9a-f]{64}", PUBLISHED[name])
-        assert PUBLISHED[name].startswith(name[-12:-4])
+        assert re.fullmatch(r"[0-9a-f]{64}", PUBLISHED_WEIGHTS[name])
+        assert PUBLISHED_WEIGHTS[name].startswith(name[-12:-4])
 
 
 def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None:
     """Eight equal digits are not enough of a file whose 64 are known."""
     recipe = load("places-lt/cpmix")
     tensors = {"conv1.weight": torch.zeros(1)}
-    whole = PUBLISHED["resnet152-394f9c45.pth"]
+    whole = PUBLISHED_WEIGHTS["resnet152-394f9c45.pth"]
     for sha, fits in ((whole, True), ("394f9c45" + 56 * "0", False), (whole[:-1] + "9", False)):
         origin = {"file": "resnet152-394f9c45.pth", "sha256": sha}
         path = tmp_path / "w.safetensors"
@@ -367,18 +367,21 @@ def test_their_runs_stand_for_the_paper_s_rows(digits_run: Path) -> None:
     must("evaluate", "--from", digits_run)
     (measured, *_), _ = evaluations_of(digits_run, None)
     for key in ("table2", "table4", "table7", "table8", "table9"):
-        for row in TABLES[key].rows:
-            for column, cell in zip(TABLES[key].columns, row.cells, strict=True):
+        for row in PAPER_TABLES[key].rows:
+            for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
                 if cell is not None:
-                    found = places(Row([run_of(measured, f"{column.data}/{row.recipe}", row.finetuned)]), TABLES[key])
+                    found = places(
+                        ComparisonRow([run_of(measured, f"{column.data}/{row.recipe}", row.finetuned)]),
+                        PAPER_TABLES[key],
+                    )
                     assert {(r.recipe, c.data) for r, c in found} == {(row.recipe, column.data)}, (key, row.name)
-                    assert {c.measure for _, c in found} == {c.measure for c in TABLES[key].columns}
+                    assert {c.measure for _, c in found} == {c.measure for c in PAPER_TABLES[key].columns}
     last = run_of(measured, "places-lt/cpmix-last-block", True)
-    assert places(Row([last]), TABLES["table2"]) == []
+    assert places(ComparisonRow([last]), PAPER_TABLES["table2"]) == []
     assert (last.method.method, last.method.changed) == ("CP-Mix, last block", {})
 
 
-def run_of(measured: Measured, name: str, finetuned: bool) -> Measured:
+def run_of(measured: EvaluatedRun, name: str, finetuned: bool) -> EvaluatedRun:
     """A record as a run of this recipe on its data set has it, before or after its finetune."""
     recipe = load(name, epochs=20)
     last = "stage2" if recipe.stage2 else "stage1"
@@ -531,7 +534,7 @@ def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> 
     result = cpmix("train-stage1", "--data", photos, "--recipe", "places-lt/cpmix", *flags, "--out", tmp_path / "r")
     assert result.code == 2
     assert "https://download.pytorch.org/models/resnet152-394f9c45.pth" in result.stderr
-    sha = PUBLISHED["resnet152-394f9c45.pth"]
+    sha = PUBLISHED_WEIGHTS["resnet152-394f9c45.pth"]
     assert f"cpmix import-weights resnet152-394f9c45.pth --sha256 {sha}, and give" in result.stderr
 
 
@@ -546,7 +549,7 @@ def test_experts_all_start_from_the_published_stages(shared: int, generator: tor
     experts = build_model(recipe, 5, (64, 64, 3), generator).eval()
     heads = [head.weight.clone() for head in experts.heads]
     given = {name.replace("head.", "fc."): t for name, t in plain.state_dict().items()}
-    take_over(experts, given, Path("w"))
+    load_backbone(experts, given, Path("w"))
     x = torch.randn(2, 3, 64, 64, generator=generator)
     with torch.no_grad():
         for features in experts.features(x).chunk(3, 1):
@@ -554,4 +557,4 @@ def test_experts_all_start_from_the_published_stages(shared: int, generator: tor
     assert all(torch.equal(head.weight, own) for head, own in zip(experts.heads, heads, strict=True))
     narrow = build_model(recipe.model_copy(update={"expert_width": 0.5}), 5, (64, 64, 3), generator)
     with pytest.raises(InputError, match=r"experts\.0\.0\.bn1\.bias: has shape"):
-        take_over(narrow, given, Path("w"))
+        load_backbone(narrow, given, Path("w"))

@@ -20,7 +20,7 @@ SPLITS = Path(os.environ.get("CPMIX_SPLITS", Path(__file__).parents[2] / "shared
 real = pytest.mark.skipif(not SPLITS.is_dir(), reason="no official lists at hand")
 
 COUNTS = {"airfield": 120, "alley": 20, "zoo": 3}
-TINY = lists.Published(
+TINY = lists.OfficialLists(
     {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
     {"train": 143, "val": 3, "test": 6},
     num_classes=3,

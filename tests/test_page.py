@@ -17,7 +17,7 @@ from conftest import cpmix, must
 
 from cpmix_cli.commands.confusion_report import read_reported, shown_run
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.report.images import Sheet
+from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 
@@ -416,7 +416,7 @@ def test_every_number_by_hand(opened: Any) -> None:
     chosen = pd.DataFrame(
         {"true_class": [2, 2], "predicted_class": [1, 1], "confidence": [0.9, 0.6], "sample_id": [7, 8]}
     )
-    images = Sheet(chosen, 8, (16, 8), f"data:image/png;base64,{base64.b64encode(PNG).decode()}")
+    images = ContactSheet(chosen, 8, (16, 8), f"data:image/png;base64,{base64.b64encode(PNG).decode()}")
     confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 6, 0]])
     shows = opened(rendered([shown(HAND, COUNTS, confusions=confusions)], NAMES, images=images))
     page = shows.page

@@ -16,7 +16,7 @@ from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.training.loop import fit
 from cpmix_cli.training.objective import draw_epoch
-from cpmix_cli.training.plan import Setting, fresh_state, head_plan
+from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan
 from cpmix_cli.training.step import TrainingData
 
 FINETUNE = {
@@ -40,9 +40,9 @@ RECIPE = {
 }
 
 
-def setting(recipe: Recipe, counts: list[int], shape: list[int]) -> Setting:
+def setting(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseContext:
     dataset = Dataset(Path(), {"shape": shape}, [str(c) for c in range(len(counts))], np.array(counts))
-    return Setting(recipe, dataset, torch.device("cpu"), "fp32", {})
+    return PhaseContext(recipe, dataset, torch.device("cpu"), "fp32", {})
 
 
 def test_a_finetune_is_that_of_a_loop_over_steps() -> None:

@@ -21,7 +21,7 @@ from cpmix_cli.artifacts import records, tensors
 from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
 from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
-from cpmix_cli.runtime.ranks import Ranks, find, meeting_place
+from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
 from cpmix_cli.training.objective import Part
 
 # -- who and where -----------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_variables_that_make_no_sense(changes: Mapping[str, str]) -> None:
     ],
 )
 def test_where_they_meet(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
-    assert meeting_place(environment) == expected
+    assert rendezvous_address(environment) == expected
 
 
 # -- parts of a batch --------------------------------------------------------------------------------------------------

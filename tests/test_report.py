@@ -11,7 +11,7 @@ from PIL import Image
 
 from cpmix_cli.report import figures
 from cpmix_cli.report.images import most_confused, sheet
-from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, telling
+from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, trim_confusions
 
 
 def test_pairs_by_hand() -> None:
@@ -210,8 +210,8 @@ def test_the_most_telling_confusions_of_training_are_kept() -> None:
     matrix = np.array([[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 1, 8]])
     # The largest of each row, and 3-2 and 2-3, which the test confuses.
     kept = [[0, 5, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0], [9, 0, 7, 0]]
-    assert telling(confusions, matrix, num_largest=1).tolist() == kept
-    assert telling(confusions, matrix).tolist() == confusions.tolist()
+    assert trim_confusions(confusions, matrix, num_largest=1).tolist() == kept
+    assert trim_confusions(confusions, matrix).tolist() == confusions.tolist()
 
 
 def test_thumbnails_are_of_the_most_confused_cells_first() -> None:

@@ -9,7 +9,7 @@ import pytest
 from conftest import cpmix, files, must
 from PIL import Image
 
-from cpmix_cli.bench.projection import Assumed, Kept, Load, Measured, project, share
+from cpmix_cli.bench.projection import Assumed, Load, Measured, StorageSpeed, project, share
 
 LOAD = Load(
     epochs=60,
@@ -24,9 +24,9 @@ LOAD = Load(
 )
 MEASURED = Measured(
     kept={
-        "resident": Kept(None, 0.0, {192: 50_000.0}),
-        "shards": Kept(10_000.0, 200_000.0, {192: 50_000.0}),
-        "files": Kept(100.0, 100_000.0, {192: 100_000.0}),
+        "resident": StorageSpeed(None, 0.0, {192: 50_000.0}),
+        "shards": StorageSpeed(10_000.0, 200_000.0, {192: 50_000.0}),
+        "files": StorageSpeed(100.0, 100_000.0, {192: 100_000.0}),
     },
     network={"stage2": {192: 1000.0, 3: 100.0}},
     gradient_bytes={"stage2": 100_000_000},

@@ -425,7 +425,7 @@ def ranks_of(recorder: Cluster) -> tuple[list[ranks.Ranks], set[tuple[str, int]]
     """Who each recorded process is to cpmix, in their order, and where they all meet."""
     environments = [words[1] for words in recorder.read("asked") if words != ["warned"] and words[0] == TRAIN]
     found = sorted((ranks.find(environment) for environment in environments), key=lambda r: r.rank)
-    return found, {ranks.meeting_place(environment) for environment in environments}
+    return found, {ranks.rendezvous_address(environment) for environment in environments}
 
 
 TRAIN = ["train-stage1", "--data", "data/places", "--out", "ckpt/places"]

@@ -45,7 +45,7 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def published(batches: dict[str, bytes]) -> tuple[cifar.Published, bytes]:
+def published(batches: dict[str, bytes]) -> tuple[cifar.CifarArchive, bytes]:
     """A small set laid out as CIFAR-10 is, and its archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:

@@ -172,12 +172,12 @@ def test_streamed_shards_give_the_bits_of_resident_ones(
     kept, _ = open_batches(dataset, "train", recipe, CPU)
     assert (read.resident, kept.resident) == (False, True)
     assert (read.num_uniforms, read.device) == (kept.num_uniforms, CPU)
-    for announced in (True, False):
+    for prefetched in (True, False):
         indices = torch.randint(0, 42, (30,), generator=generator)
         uniforms = torch.rand(30, kept.num_uniforms, dtype=torch.float64, generator=generator)
-        if announced:
-            read.announce(indices, uniforms)
-            read.announce(indices, None)
+        if prefetched:
+            read.prefetch(indices, uniforms)
+            read.prefetch(indices, None)
         assert read.batch(indices, uniforms).equal(kept.batch(indices, uniforms))
         assert read.plain(indices).equal(kept.plain(indices))
 
@@ -207,9 +207,9 @@ def test_what_is_announced_is_read_ahead_and_once() -> None:
     reader = Numbers(10)
     batches = plain_numbers(reader)
     first, second = torch.tensor([4, 2]), torch.tensor([7, 7])
-    batches.announce(first, uniform(0, 0.5))
-    batches.announce(first, uniform(0, 0.5))
-    batches.announce(second, None)
+    batches.prefetch(first, uniform(0, 0.5))
+    batches.prefetch(first, uniform(0, 0.5))
+    batches.prefetch(second, None)
     until = time.monotonic() + 10
     while len(reader.seen) < 4 and time.monotonic() < until:
         time.sleep(0.01)
@@ -225,7 +225,7 @@ def test_announcements_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = plain_numbers(reader)
     asked = [torch.tensor([i, i + 1]) for i in range(6)]
     for indices in asked:
-        batches.announce(indices, None)
+        batches.prefetch(indices, None)
     assert values(batches.plain(asked[3])) == [3, 4]
     assert len(batches._ahead) == 2  # what stood before it is forgotten
     assert values(batches.plain(asked[1])) == [1, 2]
@@ -238,15 +238,15 @@ def test_announcements_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches.batch(torch.empty(0, dtype=torch.int64), uniform().view(0, 3)).shape == (0, 3, 2, 2)
     monkeypatch.setattr(stream, "MAX_ANNOUNCED", 7)
     for i in range(30):
-        batches.announce(torch.tensor([i]), None)
+        batches.prefetch(torch.tensor([i]), None)
     assert len(batches._ahead) == 7
     assert values(batches.plain(torch.tensor([29]))) == [29]
 
 
 def test_the_first_damaged_image_is_told_when_its_batch_is_asked_for(readers: None) -> None:
     batches = plain_numbers(Numbers(100, damaged=(70, 31, 90)))
-    batches.announce(torch.arange(50, 100), None)
-    batches.announce(torch.arange(0, 50), None)
+    batches.prefetch(torch.arange(50, 100), None)
+    batches.prefetch(torch.arange(0, 50), None)
     for _ in range(2):
         with pytest.raises(InputError, match="image 70 is damaged"):
             batches.plain(torch.arange(50, 100))
@@ -261,7 +261,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.Monkey
     batches = plain_numbers(reader)
     asked = torch.split(torch.arange(100), 10)
     for indices in asked:
-        batches.announce(indices, None)
+        batches.prefetch(indices, None)
     time.sleep(0.2)
     assert sorted(reader.seen) == list(range(20))
     for number, indices in enumerate(asked):
@@ -282,7 +282,7 @@ def test_memory_of_an_epoch_over_a_set_that_is_larger(monkeypatch: pytest.Monkey
     memory.restart()
     for number, indices in enumerate(order):
         for ahead in order[number : number + 12]:
-            batches.announce(ahead, None)
+            batches.prefetch(ahead, None)
         assert values(batches.plain(indices)) == indices.tolist()
     peak = memory.peak()
     assert len(reader.seen) == 3072

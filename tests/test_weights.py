@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cpmix_cli.commands.train_stage1 import read_weights
-from cpmix_cli.models import build_model, take_over
+from cpmix_cli.models import build_model, load_backbone
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.loop import load_model
@@ -165,7 +165,7 @@ def test_all_but_the_head_is_taken_over(weights: dict[str, torch.Tensor], genera
     head = model.head.weight.clone()
     given = {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")}
     given |= {"fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}
-    assert take_over(model, given, Path("w")) == len([n for n in given if not n.startswith(("head.", "fc."))])
+    assert load_backbone(model, given, Path("w")) == len([n for n in given if not n.startswith(("head.", "fc."))])
     assert torch.equal(model.head.weight, head)
     for name, tensor in model.state_dict().items():
         if not name.startswith("head."):
@@ -182,7 +182,7 @@ def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], gener
     weights["bn1.running_var"] = torch.ones(16, dtype=torch.int8)
     weights["layer9.weight"] = torch.zeros(2)
     with pytest.raises(InputError) as fault:
-        take_over(model, weights, Path("w.safetensors"))
+        load_backbone(model, weights, Path("w.safetensors"))
     assert str(fault.value).splitlines()[:7] == [
         "error: w.safetensors does not fit the network, 6 tensors:",
         "    bn1.bias: holds values that are not finite",

@@ -40,7 +40,7 @@ from cpmix_cli.training.step import (
 RATE = 1e-5
 
 
-class Contender(ABC):
+class TimedLoop(ABC):
     """Something that trains.
 
     Args:
@@ -70,7 +70,7 @@ class Contender(ABC):
             return time.perf_counter() - started, images
 
 
-class TrainingLoop(Contender):
+class TrainingLoop(TimedLoop):
     """cpmix: a phase's own epochs, but for the disk and the console."""
 
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
@@ -105,7 +105,7 @@ class TrainingLoop(Contender):
         return images
 
 
-class NetworkAlone(Contender):
+class NetworkAlone(TimedLoop):
     """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it.
 
     Args:
@@ -143,7 +143,7 @@ class NetworkAlone(Contender):
         return num_steps * sum(len(x) for x, _ in self._inputs)
 
 
-class InputAlone(Contender):
+class InputAlone(TimedLoop):
     """Images that come from disk, augmented and then not used; asked for ahead as in training.
 
     Args:
@@ -167,7 +167,7 @@ class InputAlone(Contender):
                 indices = torch.randint(self._num_images, (self._size,), generator=self._generator)
                 shape = (self._size, self._batches.num_uniforms)
                 self._coming.append((indices, torch.rand(shape, dtype=torch.float64, generator=self._generator)))
-                self._batches.announce(*self._coming[-1])
+                self._batches.prefetch(*self._coming[-1])
             self._batches.batch(*self._coming.popleft())
         return num_steps * self._size
 
@@ -221,7 +221,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         return self._transform(image), self._labels[index]
 
 
-class ReferenceLoop(Contender):
+class ReferenceLoop(TimedLoop):
     """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32 as cuDNN has it by default
     (TF32), the loss read at every step.
 
@@ -294,7 +294,7 @@ class ReferenceLoop(Contender):
         return images
 
 
-class AugmentingAlone(Contender):
+class AugmentingAlone(TimedLoop):
     """Batches of resident images, augmented and then not used.
 
     Args:
@@ -318,7 +318,7 @@ class AugmentingAlone(Contender):
         return num_steps * len(self._indices)
 
 
-class ReadingAlone(Contender):
+class ReadingAlone(TimedLoop):
     """Images that a reader gives, one at a time, in one thread; a step is one image.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpmix_cli.bench.loops import Contender
+from cpmix_cli.bench.loops import TimedLoop
 from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.longtail import exponential_counts
@@ -52,7 +52,7 @@ class Options:
 class Timing:
     """What a contender reached."""
 
-    contender: Contender
+    contender: TimedLoop
     peak_bytes: int | None
     """Memory that building and warming it up took, without the resident images and without loader processes."""
     num_steps: int
@@ -101,7 +101,7 @@ def random_images(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], Contender]], rounds: int, seconds: float, memory: "Memory"
+    contenders: Mapping[str, Callable[[], TimedLoop]], rounds: int, seconds: float, memory: "Memory"
 ) -> dict[str, Timing]:
     """Time contenders in turn, each for so many seconds a round."""
     timings = {}

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from cpmix_cli.bench import measure
-from cpmix_cli.bench.loops import AugmentingAlone, Contender, NetworkAlone, ReadingAlone
+from cpmix_cli.bench.loops import AugmentingAlone, NetworkAlone, ReadingAlone, TimedLoop
 from cpmix_cli.data.batches import Batches, CropBatches, make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.decoding import file_sizes
@@ -37,7 +37,7 @@ from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.objective import Part
-from cpmix_cli.training.plan import Setting, prepared
+from cpmix_cli.training.plan import PhaseContext, prepared
 from cpmix_cli.training.step import EAGER_STEPS, Plan, TrainingData
 
 PACKED_SIDE = 256
@@ -60,7 +60,7 @@ PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their
 
 
 @dataclass(frozen=True)
-class Kept:
+class StorageSpeed:
     """Training images as they are kept: on the device, packed or in their files."""
 
     read: float | None
@@ -75,7 +75,7 @@ class Kept:
 class Measured:
     """What was timed or counted here."""
 
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, StorageSpeed]
     network: Mapping[str, Mapping[int, float]]
     """Phase -> images a second forward, backward and through the optimizer, by images of a term at once."""
     gradient_bytes: Mapping[str, int]
@@ -252,7 +252,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
     name = options.recipe or dataset.record["recipe"]
     recipe = measure.recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
-    setting = Setting(recipe, dataset, device, precision, {})
+    setting = PhaseContext(recipe, dataset, device, precision, {})
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     batches = [recipe.optimizer.batch_size, *([recipe.finetune.batch_size] if recipe.finetune else [])]
     if sizes[-1] > (most := min(num_images, *batches)):
@@ -274,7 +274,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
         gradients[phase] = sum(p.numel() * p.element_size() for p in parameters)
         buffers = sum(b.numel() * b.element_size() for b in state.model.buffers())
 
-        def one(size: int, plan: Plan = plan, state: Any = state) -> Contender:
+        def one(size: int, plan: Plan = plan, state: Any = state) -> TimedLoop:
             return NetworkAlone(_stand_ins(setting, size), replace(plan, batch_size=size), state, record=False)
 
         console.note(f"bench: the network of {phase}")
@@ -286,7 +286,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
         resident = num_images * kept["shards"].image_bytes
         # The ranks of a machine each have a GPU, but one memory between them.
         if hardware.fits(round(resident * (1 if device.type == "cuda" else assumed.ranks_per_machine)), device):
-            kept = {"resident": Kept(None, 0.0, kept["shards"].augment), **kept}
+            kept = {"resident": StorageSpeed(None, 0.0, kept["shards"].augment), **kept}
     costs = measure.pair_costs(dataset.num_classes, recipe.optimizer.batch_size, device)
     measured = Measured(kept, network, gradients, buffers, costs["count_seconds"], costs["draw_seconds"])
     projected = [
@@ -359,7 +359,7 @@ def _at_once(plan: Plan, num_images: int, world_sizes: Iterable[int]) -> set[int
 
 
 def _speeds(
-    build: Callable[[int], Contender], sizes: Iterable[int], options: measure.Options, num_terms: int = 1
+    build: Callable[[int], TimedLoop], sizes: Iterable[int], options: measure.Options, num_terms: int = 1
 ) -> dict[int, float]:
     """Images a second by images of a term at once. A CPU's speed hangs little on their number: there it is the largest
     whose step is short; a GPU takes all those whose steps are short and fit into its memory. Not 1: batch norm may not
@@ -380,14 +380,14 @@ def _speeds(
     return dict(sorted(speeds.items()))
 
 
-def _warm(build: Callable[[int], Contender], size: int) -> tuple[Contender, tuple[float, int]]:
+def _warm(build: Callable[[int], TimedLoop], size: int) -> tuple[TimedLoop, tuple[float, int]]:
     """A contender, and what a step of it takes: seconds and images. The libraries choose and allocate before."""
     contender = build(size)
     contender.timed(EAGER_STEPS if contender.device.type == "cuda" else 1)
     return contender, contender.timed(1)
 
 
-def _median_speed(contender: Contender, taken: tuple[float, int], options: measure.Options) -> float:
+def _median_speed(contender: TimedLoop, taken: tuple[float, int], options: measure.Options) -> float:
     """Images a second: the median of options.rounds turns, or of as many as MAX_SECONDS have room for."""
     steps = max(1, math.ceil(options.seconds / taken[0]))
     turns = min(options.rounds, max(1, int(MAX_SECONDS / (steps * taken[0]))))
@@ -395,7 +395,7 @@ def _median_speed(contender: Contender, taken: tuple[float, int], options: measu
     return statistics.median(images / seconds for seconds, images in found)
 
 
-def _stand_ins(setting: Setting, count: int) -> TrainingData:
+def _stand_ins(setting: PhaseContext, count: int) -> TrainingData:
     """So many random images on the device."""
     dataset, device = setting.dataset, setting.device
     batches = _resident(dataset, setting.recipe.data, device, count)
@@ -414,7 +414,7 @@ def _resident(dataset: Dataset, recipe: Data, device: torch.device, count: int) 
 
 def _images(
     dataset: Dataset, recipe: Data, device: torch.device, at_once: Iterable[int], options: measure.Options
-) -> tuple[dict[str, Kept], dict[str, Any]]:
+) -> tuple[dict[str, StorageSpeed], dict[str, Any]]:
     """How images may be kept, with the speed of each way; and what was read for that."""
 
     def augmenting(batches: Batches) -> dict[int, float]:
@@ -423,7 +423,7 @@ def _images(
     whole = _resident(dataset, recipe, device, NUM_READ)
     kept = augmenting(whole)
     if dataset.storage == "tensors":
-        return {"resident": Kept(None, 0.0, kept)}, {}
+        return {"resident": StorageSpeed(None, 0.0, kept)}, {}
     cropped = kept
     if recipe.crop:
         record, shape = dataset.record, (recipe.crop, recipe.crop, 3)
@@ -456,8 +456,8 @@ def _images(
     width, height = GENERATED
     of_files = f"{len(paths)} of its files" if own == "files" else f"{len(paths)} generated JPEGs, {width} x {height}"
     return {
-        "shards": Kept(verified, float(np.prod(dataset.shape)), kept),
-        "files": Kept(decoded, mean_bytes, cropped),
+        "shards": StorageSpeed(verified, float(np.prod(dataset.shape)), kept),
+        "files": StorageSpeed(decoded, mean_bytes, cropped),
     }, {"first_read": len(packed) / seconds, "image_files": of_files}
 
 

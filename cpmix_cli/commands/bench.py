@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpmix_cli.bench.loops import Contender, InputAlone, NetworkAlone, PilImages, ReferenceLoop, TrainingLoop
+from cpmix_cli.bench.loops import InputAlone, NetworkAlone, PilImages, ReferenceLoop, TimedLoop, TrainingLoop
 from cpmix_cli.bench.measure import (
     MIB,
     PAIR_CLASSES,
@@ -32,7 +32,7 @@ from cpmix_cli.data.batches import make_batches, open_batches
 from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.training.plan import Setting, prepared
+from cpmix_cli.training.plan import PhaseContext, prepared
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.step import TrainingData
 
@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     recipe = recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
-    setting = Setting(recipe, dataset, device, precision, {})
+    setting = PhaseContext(recipe, dataset, device, precision, {})
     images: Tensor | None
     if options.data is None:
         images, labels = random_images(dataset)
@@ -64,26 +64,26 @@ def run(options: Options) -> None:
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     workers = torch.get_num_threads()
 
-    def reference() -> Contender:
+    def reference() -> TimedLoop:
         generator = torch_generator(recipe.seed, "weights")
         model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
         pixels = dataset.paths("train") if images is None else images
         pictures = PilImages(pixels, dataset.shape, labels, recipe.data)
         return ReferenceLoop(pictures, model.to(device), recipe.optimizer.batch_size, workers)
 
-    def alone(phase: str, precision: str) -> Contender:
+    def alone(phase: str, precision: str) -> TimedLoop:
         return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
 
-    def training(phase: str) -> Contender:
+    def training(phase: str) -> TimedLoop:
         return TrainingLoop(data, *prepared(setting, phase))
 
-    def other_network(**changes: Any) -> Contender:
+    def other_network(**changes: Any) -> TimedLoop:
         model = recipe.model.model_copy(update=changes)
         changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
         return NetworkAlone(data, *prepared(changed, "stage1"))
 
     # Each phase stands beside the network it is compared with.
-    contenders: dict[str, Callable[[], Contender]] = {"reference": reference}
+    contenders: dict[str, Callable[[], TimedLoop]] = {"reference": reference}
     if not batches.resident:
         contenders["input"] = partial(InputAlone, data, recipe.optimizer.batch_size)
     if recipe.model.experts > 1:

@@ -14,8 +14,8 @@ from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.evaluation.saved import MARK, legend
 from cpmix_cli.results.comparison import (
     MAX_NAMED,
-    Measured,
-    Row,
+    ComparisonRow,
+    EvaluatedRun,
     differences_of,
     evaluations_of,
     in_rows,
@@ -23,8 +23,7 @@ from cpmix_cli.results.comparison import (
     shown,
     split_name,
 )
-from cpmix_cli.results.paper import COPIED, TABLES, Column, PaperTable
-from cpmix_cli.results.paper import Row as PaperRow
+from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.folders import locate
 from cpmix_cli.runtime import console
@@ -58,7 +57,7 @@ def run(options: Options) -> None:
     """
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
-    measured: list[Measured] = []
+    measured: list[EvaluatedRun] = []
     left_out: list[str] = []
     seen: set[tuple[Path, str | None]] = set()
     for folder in options.folders:
@@ -78,10 +77,10 @@ def run(options: Options) -> None:
         )
     rows = in_rows(measured)
     if options.paper is None:
-        fields: dict[str, Any] = {"rows": [told(row) for row in rows], "differences": differences_of(rows)}
+        fields: dict[str, Any] = {"rows": [row_fields(row) for row in rows], "differences": differences_of(rows)}
         sheets, records = sheets_of(rows, with_deviations=options.form != "table"), records_of(rows)
     else:
-        table = TABLES[options.paper]
+        table = PAPER_TABLES[options.paper]
         for other in (row.first for row in rows if not places(row, table)):
             what = f"{other.name}, finetune {other.stage}, {other.data}"
             console.note(f"compare: in no cell of {options.paper}: {what} ({other.run})")
@@ -112,7 +111,7 @@ def publish(
     console.result({"command": "compare", "status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
 
 
-def difference_lines(rows: Sequence[Row]) -> list[str]:
+def difference_lines(rows: Sequence[ComparisonRow]) -> list[str]:
     """What differences_of() finds, as lines."""
     lines = []
     for entry in differences_of(rows):
@@ -129,7 +128,7 @@ def listed(numbers: Sequence[int]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def told(row: Row) -> dict[str, Any]:
+def row_fields(row: ComparisonRow) -> dict[str, Any]:
     """A row as plain values, full precision."""
     run, published = row.first, row.published()
     mean = row.statistics("top1")[0]
@@ -159,9 +158,9 @@ def told(row: Row) -> dict[str, Any]:
     }
 
 
-def flat(row: Row) -> dict[str, Any]:
+def flat(row: ComparisonRow) -> dict[str, Any]:
     """The same for CSV: no value is a list or table."""
-    fields = told(row)
+    fields = row_fields(row)
     measures = {f"{key}_{part}": value for key in MEASURES for part, value in fields[key].items()}
     record: dict[str, Any] = {}
     for key, value in fields.items():
@@ -178,7 +177,7 @@ def flat(row: Row) -> dict[str, Any]:
     return record
 
 
-def records_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def records_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """A record for each row, for CSV; the last column says in what it differs from others of its method."""
     records = [flat(row) | {"differs": ""} for row in rows]
     for entry in differences_of(rows):
@@ -188,7 +187,7 @@ def records_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return records
 
 
-def with_deviation(row: Row, measure: str) -> str:
+def with_deviation(row: ComparisonRow, measure: str) -> str:
     """A mean with its deviation, two decimals."""
     mean, deviation = row.statistics(measure)
     if mean is None:
@@ -196,7 +195,7 @@ def with_deviation(row: Row, measure: str) -> str:
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} +- {deviation:.2f}"
 
 
-def sheets_of(rows: Sequence[Row], *, with_deviations: bool) -> list[Sheet]:
+def sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
     """A table of accuracies for each data set, and one of what the training took.
 
     Args:
@@ -214,7 +213,7 @@ def sheets_of(rows: Sequence[Row], *, with_deviations: bool) -> list[Sheet]:
     return [*sheets, cost_sheet(numbered)]
 
 
-def accuracy_sheet(data: str, numbered: Sequence[tuple[int, Row]], with_deviations: bool) -> Sheet:
+def accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> Sheet:
     """Accuracies on one data set."""
     header = ["#", "method", "finetune", ">n", *(f">{name}" for name in MEASURES.values())]
     published = {number: row.published() for number, row in numbered}
@@ -238,7 +237,7 @@ def accuracy_sheet(data: str, numbered: Sequence[tuple[int, Row]], with_deviatio
     return Sheet(f"{data}, per cent", header, table)
 
 
-def accuracy_lines(numbered: Sequence[tuple[int, Row]], with_deviations: bool) -> list[str]:
+def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> list[str]:
     """What is said below the accuracies."""
     rows = [row for _, row in numbered]
     lines = legend([[MARK] for row in rows if row.leaked])
@@ -274,12 +273,12 @@ def accuracy_lines(numbered: Sequence[tuple[int, Row]], with_deviations: bool) -
     return [*lines, *difference_lines(rows)]
 
 
-def epochs_note(row: Row) -> str:
+def epochs_note(row: ComparisonRow) -> str:
     """10 of 300 epochs; of both stages."""
     return f"{row.first.conditions['schedule.epochs']} of {row.first.full_epochs} epochs"
 
 
-def cost_sheet(numbered: Sequence[tuple[int, Row]]) -> Sheet:
+def cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
     """What the training took."""
     costs = {number: row.cost() for number, row in numbered}
     on_gpu = any(cost["gpu_hours"] is not None for cost in costs.values())
@@ -311,17 +310,17 @@ def cost_sheet(numbered: Sequence[tuple[int, Row]]) -> Sheet:
     return Sheet("training", header, table, lines)
 
 
-def places(row: Row, table: PaperTable) -> list[tuple[PaperRow, Column]]:
+def places(row: ComparisonRow, table: PaperTable) -> list[tuple[PaperRow, Column]]:
     """The cells of a table that a row stands for."""
     return [(theirs, column) for theirs in table.rows for column in table.columns if row.stands_for(theirs, column)]
 
 
-def paper_records(table: PaperTable, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """A record for every cell of a table and each row of ours for it; one without where there is none."""
     records = []
     for theirs in table.rows:
         for column, cell in zip(table.columns, theirs.cells, strict=True):
-            found: list[Row | None] = [row for row in rows if row.stands_for(theirs, column)]
+            found: list[ComparisonRow | None] = [row for row in rows if row.stands_for(theirs, column)]
             for ours in found or [None]:
                 mean, deviation = ours.statistics(column.measure) if ours is not None else (None, None)
                 records.append(
@@ -345,11 +344,11 @@ def paper_records(table: PaperTable, rows: Sequence[Row]) -> list[dict[str, Any]
     return records
 
 
-def paper_sheet(table: PaperTable, rows: Sequence[Row]) -> Sheet:
+def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
     """A table of the paper, each row followed by ours, empty where no run is."""
     letters: dict[str, str] = {}
 
-    def cell_of(row: Row, column: Column, beside: int) -> str:
+    def cell_of(row: ComparisonRow, column: Column, beside: int) -> str:
         seeds = f"{len(row.runs)} run{'s' * (len(row.runs) > 1)}"
         note = seeds if row.first.full_epochs is None else f"{seeds} of {epochs_note(row)}"
         few = row.first.conditions["few_inclusive"]

@@ -32,7 +32,7 @@ from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, legend, matrix_of, read_predictions
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
-from cpmix_cli.report.images import Sheet, most_confused, sheet
+from cpmix_cli.report.images import ContactSheet, most_confused, sheet
 from cpmix_cli.report.page import ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
 from cpmix_cli.runs import folders, output, run_json
@@ -149,7 +149,7 @@ def read_reported(
     matrix = matrix_of(predictions, dataset.num_classes)
     table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
     confusions = tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
-    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     few_inclusive = bool(record["made_from"]["recipe"].get("few_inclusive", False))
     return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, few_inclusive)
 
@@ -170,7 +170,7 @@ def is_own_page(index: Path, folder: Path) -> bool:
     """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
     if not index.is_file() or not (folder / RUN).is_file():
         return False
-    return bool(run_json.read_run(folder, run_json.ReportEntry)["page"] == sha256(read_bytes(index)))
+    return bool(run_json.read_run(folder, run_json.ReportRecord)["page"] == sha256(read_bytes(index)))
 
 
 def write(
@@ -259,7 +259,7 @@ def shown_run(run: Reported, name: str) -> ShownRun:
     )
 
 
-def thumbnails(run: Reported, limit: int) -> Sheet | None:
+def thumbnails(run: Reported, limit: int) -> ContactSheet | None:
     """The wrong test images that the page carries; None without any."""
     if len(run.dataset.shape) != 3:
         return None
@@ -374,7 +374,7 @@ def report(
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
     source, dataset, matrix = own.source, own.dataset, own.matrix
-    picture = folder / run_json.read_run(folder, run_json.ReportEntry)["picture"]
+    picture = folder / run_json.read_run(folder, run_json.ReportRecord)["picture"]
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     top = pairs.head(NUM_SHOWN)
     if not console.as_json:

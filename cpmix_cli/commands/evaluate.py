@@ -18,8 +18,8 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation import prediction
-from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, shifted_profile, stands_for, summary
-from cpmix_cli.evaluation.agreement import images_to_learn_from, weakly_changed, weights_of_agreement
+from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, sample_weights, shifted_profile, summary
+from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
 from cpmix_cli.evaluation.prediction import Predicted, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, legend, read_numbers
@@ -212,7 +212,7 @@ def learnt_weights(
             found.append(prediction.predict(model, batches, len(batch), recipe.evaluation.batch_size))
         return found[0], found[1]
 
-    weights = weights_of_agreement(views, chosen, recipe.model.experts, recipe.optimizer, recipe.seed)
+    weights = learn_expert_weights(views, chosen, recipe.model.experts, recipe.optimizer, recipe.seed)
     console.note(f"evaluate: weights of the experts, learnt without labels: {', '.join(f'{w:.3f}' for w in weights)}")
     if weights.max() > 0.5:
         console.warn(
@@ -258,7 +258,7 @@ def publish(
     shares, used = None, float(len(experts))
     if weights is not None:
         by_image = weights.view(len(experts), -1).double().expand(-1, len(labels))
-        share_of_images = stands_for(labels, profile)
+        share_of_images = sample_weights(labels, profile)
         share_of_images /= share_of_images.sum()
         shares = [round(share, 4) for share in (by_image @ share_of_images).tolist()]
         used = round(float((by_image > 0).double().sum(0) @ share_of_images), 3)

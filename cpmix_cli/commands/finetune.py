@@ -15,7 +15,7 @@ from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.loop import load_state
 from cpmix_cli.training.objective import check_fits
 from cpmix_cli.training.phase import Options, requested_recipe, skip, train
-from cpmix_cli.training.plan import Setting, fresh_state, head_plan
+from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
@@ -54,7 +54,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     )
 
 
-def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
+def prepare(source: PhaseFolder, setting: PhaseContext) -> tuple[Plan, TrainingState]:
     """The source's network with all but the trained parameters frozen, and a fresh optimizer."""
     path, sha = source.output(files.TRAINING_STATE)
     tensors, _ = read_tensors(path, sha)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpmix_cli.results.methods import Method, all_methods, stem
-from cpmix_cli.results.paper import COPIED, TABLES
+from cpmix_cli.results.paper import COPIED, PAPER_TABLES
 from cpmix_cli.runtime import console
 
 SHOWN = "cifar100-lt"
 """The data set whose recipes have the cells that are shown."""
-LARGE = tuple(column.data for column in TABLES["table2"].columns)
+LARGE = tuple(column.data for column in PAPER_TABLES["table2"].columns)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def printed(name: str) -> Printed:
     cells: dict[str, str] = {}
     copied, notes = False, []
     for key in ("table1", "table2", "table3", "table4"):
-        for row in TABLES[key].rows:
+        for row in PAPER_TABLES[key].rows:
             found = {
                 column.data.rpartition("-rho")[2] if key == "table1" else column.data if key == "table2" else key: cell
-                for column, cell in zip(TABLES[key].columns, row.cells, strict=True)
+                for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True)
                 if cell and family in ((column.family,) if key == "table1" else (column.family, SHOWN))
             }
             if row.recipe == method and found:

@@ -77,7 +77,7 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
 
 def _origins(options: Options, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
     """Where each image comes from: its file's path, or its place in the published test split."""
-    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if files.SAMPLES in record["outputs"]:
         data_root = Path(record["data_root"]) if record.get("data_root") is not None else None
         schema = tables.split_schema(data_root is not None)

@@ -127,7 +127,7 @@ def accuracy(folder: PhaseFolder) -> float | None:
     evaluation = folder.run / "evaluation" / folder.phase
     if not (evaluation / files.RUN).is_file():
         return None
-    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if record["source"]["sha256"] != folder.output(files.MODEL)[1]:
         return None
     return float(read_numbers(evaluation)["top1"])

@@ -11,7 +11,7 @@ from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import read_model
-from cpmix_cli.models import PUBLISHED, take_over
+from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.folders import PhaseFolder
@@ -19,7 +19,7 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.objective import check_fits, compile_stage
 from cpmix_cli.training.phase import Options, train
-from cpmix_cli.training.plan import Setting, fresh_state, stage_plan
+from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
@@ -64,7 +64,7 @@ def check_init(recipe: schema.Recipe, init: Path | None) -> None:
         InputError: they are a PyTorch checkpoint, are others, or nobody knows.
     """
     wanted = recipe.model.init
-    sha = PUBLISHED.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
+    sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
     if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
         raise InputError(
             f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
@@ -134,11 +134,11 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
         )
 
 
-def prepare(init: Path | None, teacher: PhaseFolder | None, setting: Setting) -> tuple[Plan, TrainingState]:
+def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContext) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
     state = fresh_state(setting)
     if init is not None:
-        taken = take_over(state.model, read_weights(init, setting.inputs["init"]), init)
+        taken = load_backbone(state.model, read_weights(init, setting.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     elif state.model.frozen:
         # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.

@@ -14,7 +14,7 @@ from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.loop import load_state
 from cpmix_cli.training.objective import check_fits
 from cpmix_cli.training.phase import Options, requested_recipe, skip, train
-from cpmix_cli.training.plan import Setting, fresh_state, stage_plan
+from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
@@ -47,7 +47,7 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
     )
 
 
-def prepare(source: PhaseFolder, setting: Setting) -> tuple[Plan, TrainingState]:
+def prepare(source: PhaseFolder, setting: PhaseContext) -> tuple[Plan, TrainingState]:
     """Stage 1's state, at the beginning of the next epoch."""
     path, sha = source.output(files.TRAINING_STATE)
     tensors, _ = read_tensors(path, sha)

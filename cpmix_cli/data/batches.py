@@ -20,7 +20,7 @@ from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime import hardware
 from cpmix_cli.runtime.errors import InputError
 
-PUBLISHED = {  # mean and standard deviation of red, green, blue on the scale 0..1
+NORMALISATIONS = {  # mean and standard deviation of red, green, blue on the scale 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inaturalist": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
@@ -49,7 +49,7 @@ class Batches(Protocol):
         """Inputs of `indices` [B] without augmentation."""
         ...
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """batch() of just these tensors' values (plain(), without uniforms) will be asked for: what is read from disk
         begins to be read. Resident images have nothing to do.
         """
@@ -112,7 +112,7 @@ class ImageBatches:
         middle = torch.full_like(indices, self._padding)
         return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool))
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """They are there."""
 
     def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
@@ -187,7 +187,7 @@ class CropBatches:
         """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
         return self._seen(indices, None)
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """They are there."""
 
     def _seen(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
@@ -222,7 +222,7 @@ def _normalisation(
     """What is taken off each channel of pixels 0..255, and what they are then multiplied with; float32 [channels]."""
     if recipe.normalisation != "dataset":
         neither = (0.0,) * num_channels, (1.0,) * num_channels
-        mean, std = PUBLISHED.get(recipe.normalisation, neither)
+        mean, std = NORMALISATIONS.get(recipe.normalisation, neither)
     std = [s or 1.0 for s in std]  # a channel that is the same everywhere: there is nothing to divide
     offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
     return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
@@ -245,7 +245,7 @@ class PointBatches:
         """[B, D] float32."""
         return self._points[indices]
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """They are there."""
 
 

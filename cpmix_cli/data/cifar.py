@@ -27,7 +27,7 @@ MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 
 
 @dataclass(frozen=True)
-class Published:
+class CifarArchive:
     """One of the two sets as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
     archive: str
@@ -45,7 +45,7 @@ class Published:
     """Key of the class names in the meta file."""
 
 
-CIFAR10 = Published(
+CIFAR10 = CifarArchive(
     archive="cifar-10-python.tar.gz",
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     folder="cifar-10-batches-py",
@@ -61,7 +61,7 @@ CIFAR10 = Published(
     labels="labels",
     names="label_names",
 )
-CIFAR100 = Published(
+CIFAR100 = CifarArchive(
     archive="cifar-100-python.tar.gz",
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     folder="cifar-100-python",
@@ -93,7 +93,7 @@ class Cifar:
     files: tuple[Path, ...]
 
 
-def read(places: list[Path], published: Published, num_classes: int) -> Cifar:
+def read(places: list[Path], published: CifarArchive, num_classes: int) -> Cifar:
     """The set from the first of the folders that holds it, as the archive, its unpacked folder, or Parquet files.
 
     Raises:
@@ -133,7 +133,7 @@ def _check(cifar: Cifar, num_classes: int) -> Cifar:
 # -- the published archive ---------------------------------------------------------------------------------------------
 
 
-def _from_archive(path: Path, published: Published) -> Cifar:
+def _from_archive(path: Path, published: CifarArchive) -> Cifar:
     """The set straight out of the .tar.gz; nothing is unpacked to disk."""
     data = read_bytes(path, limit=MAX_ARCHIVE)
     if sha256(data) != published.sha256:
@@ -151,7 +151,7 @@ def _from_archive(path: Path, published: Published) -> Cifar:
         return _from_batches(member, published, (path,))
 
 
-def _from_folder(folder: Path, published: Published) -> Cifar:
+def _from_folder(folder: Path, published: CifarArchive) -> Cifar:
     """The set out of the unpacked archive."""
     names = [*published.train, *published.test, *published.meta]
     return _from_batches(
@@ -159,7 +159,7 @@ def _from_folder(folder: Path, published: Published) -> Cifar:
     )
 
 
-def _from_batches(member: Callable[[str], bytes], published: Published, files: tuple[Path, ...]) -> Cifar:
+def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files: tuple[Path, ...]) -> Cifar:
     """The set out of its batch files."""
     place = files[0] if len(files) == 1 else files[0].parent
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpmix_cli.artifacts import files
-from cpmix_cli.data.cifar import CIFAR10, CIFAR100, Published
+from cpmix_cli.data.cifar import CIFAR10, CIFAR100, CifarArchive
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
@@ -28,7 +28,7 @@ class Remote:
         return self.url.rsplit("/", 1)[1]
 
 
-def _cifar(published: Published) -> Remote:
+def _cifar(published: CifarArchive) -> Remote:
     return Remote(f"https://www.cs.toronto.edu/~kriz/{published.archive}", published.sha256)
 
 

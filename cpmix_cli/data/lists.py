@@ -21,7 +21,7 @@ MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
 
 
 @dataclass(frozen=True)
-class Published:
+class OfficialLists:
     """What is known of a published set."""
 
     lists: Mapping[str, str]
@@ -35,21 +35,21 @@ class Published:
 
 
 # Source: the released text files, counted; reference/methods_mixing.md section 1b.
-IMAGENET_LT = Published(
+IMAGENET_LT = OfficialLists(
     {"train": "ImageNet_LT_train.txt", "val": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"},
     {"train": 115_846, "val": 20_000, "test": 50_000},
     num_classes=1000,
     largest=1280,
     smallest=5,
 )
-PLACES_LT = Published(
+PLACES_LT = OfficialLists(
     {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
     {"train": 62_500, "val": 7_300, "test": 36_500},
     num_classes=365,
     largest=4980,
     smallest=5,
 )
-INATURALIST2018 = Published(  # whose validation images everybody tests on
+INATURALIST2018 = OfficialLists(  # whose validation images everybody tests on
     {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"},
     {"train": 437_513, "test": 24_426},
     num_classes=8142,
@@ -83,7 +83,7 @@ class Lists:
         return digest({split: [one.paths, one.labels.tolist()] for split, one in self.splits.items()})
 
 
-def read(list_dir: Path, published: Published) -> Lists:
+def read(list_dir: Path, published: OfficialLists) -> Lists:
     """The lists of a published set.
 
     Raises:

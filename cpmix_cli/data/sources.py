@@ -33,7 +33,7 @@ LARGE_IMAGE_SIZE = 256
 
 
 @dataclass(frozen=True)
-class Own:
+class ImageFiles:
     """Image files of the user's behind a source."""
 
     root: Path
@@ -69,11 +69,11 @@ class Source:
     """Test images of a class where none are given; None: the smaller of 10 and 20 per cent."""
     files: tuple[Path, ...] = ()
     """Source files, whose hashes the data set records."""
-    own: Own | None = None
+    own: ImageFiles | None = None
     """Set where every image is a file of the user's."""
 
 
-Reader = Callable[[Path | None, int, Path | None], Source]
+SourceReader = Callable[[Path | None, int, Path | None], Source]
 """Reads a source: --data-root, the side of an image in pixels where images have many, and --list-dir."""
 
 
@@ -142,7 +142,7 @@ def cifar100(data_root: Path | None, image_size: int, list_dir: Path | None) -> 
     return _cifar("cifar100", data_root, cifar.CIFAR100, 100)
 
 
-def _cifar(name: str, data_root: Path | None, published: cifar.Published, num_classes: int) -> Source:
+def _cifar(name: str, data_root: Path | None, published: cifar.CifarArchive, num_classes: int) -> Source:
     found = cifar.read(places(name, data_root), published, num_classes)
     return Source(
         class_names=found.names,
@@ -255,7 +255,7 @@ def image_folder(data_root: Path | None, image_size: int, list_dir: Path | None)
         profile="ranked",
         test=Split(test.labels, partial(test.read, shape=shape)) if test else None,
         test_per_class=None,
-        own=Own(root, parts[0].paths, parts[-1].paths, listing, root.resolve().name),
+        own=ImageFiles(root, parts[0].paths, parts[-1].paths, listing, root.resolve().name),
     )
 
 
@@ -293,7 +293,7 @@ def _listed(found: lists.Lists, root: Path, recipe: str, shape: Sequence[int], n
         test=split("test"),
         val=split("val"),
         files=tuple(one.path for one in found.splits.values()),
-        own=Own(
+        own=ImageFiles(
             root,
             found.splits["train"].paths,
             found.splits["test"].paths,
@@ -304,7 +304,7 @@ def _listed(found: lists.Lists, root: Path, recipe: str, shape: Sequence[int], n
     )
 
 
-def official(name: str, published: lists.Published) -> Reader:
+def official(name: str, published: lists.OfficialLists) -> SourceReader:
     """A source that is read from its official lists, see lists.read()."""
 
     def read(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
@@ -327,7 +327,7 @@ OFFICIAL_LISTS = {
     "places-lt": lists.PLACES_LT,
     "inaturalist2018": lists.INATURALIST2018,
 }
-SOURCES: dict[str, Reader] = {
+SOURCES: dict[str, SourceReader] = {
     "digits": digits,
     "toy": toy,
     "cifar10": cifar10,

@@ -16,7 +16,7 @@ from cpmix_cli.data import shards
 from cpmix_cli.data.cifar import Split
 from cpmix_cli.data.dataset import SPLITS, Dataset, channel_statistics
 from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes
-from cpmix_cli.data.sources import Own, Source
+from cpmix_cli.data.sources import ImageFiles, Source
 from cpmix_cli.runtime.errors import InputError
 
 
@@ -49,7 +49,7 @@ def chosen(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, 
     return splits
 
 
-def look_for_files(own: Own, splits: Mapping[str, Chosen]) -> dict[str, NDArray[np.int64]]:
+def look_for_files(own: ImageFiles, splits: Mapping[str, Chosen]) -> dict[str, NDArray[np.int64]]:
     """Bytes of each image file, by split.
 
     Raises:
@@ -117,7 +117,7 @@ def store_shards(
     folder: Path,
     lock: locks.Lock,
     splits: Mapping[str, Chosen],
-    own: Own,
+    own: ImageFiles,
     sizes: Mapping[str, NDArray[np.int64]],
     size: int,
     upright: bool,
@@ -160,7 +160,7 @@ def store_shards(
     return Stored([size, size, 3], mean, std, files, digests, keys)
 
 
-def store_files(folder: Path, splits: Mapping[str, Chosen], own: Own, size: int) -> Stored:
+def store_files(folder: Path, splits: Mapping[str, Chosen], own: ImageFiles, size: int) -> Stored:
     """Nothing but a look at each file: images stay where they are.
 
     Raises:

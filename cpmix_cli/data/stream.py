@@ -130,7 +130,7 @@ class StreamedBatches:
         self._reader = reader
         self._maths = maths
         self._target = device
-        self._ahead: dict[tuple[bytes, bytes | None], _Job] = {}  # in the order of their announcement
+        self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of their announcement
 
     def __del__(self) -> None:
         for job in self._ahead.values():
@@ -150,14 +150,14 @@ class StreamedBatches:
         images = self._read(indices, None)
         return self._maths.on(images).plain(self._all_of(images))
 
-    def announce(self, indices: Tensor, uniforms: Tensor | None) -> None:
+    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """Begin to read what batch() or, without uniforms, plain() will be asked for, after all that was announced
         before: as soon as AHEAD_BYTES have room for it.
         """
         key = _key(indices, uniforms)
         if key in self._ahead:
             return
-        self._ahead[key] = _Job(self._reader, key, self._target.type == "cuda")
+        self._ahead[key] = _PrefetchJob(self._reader, key, self._target.type == "cuda")
         if len(self._ahead) > MAX_ANNOUNCED:
             self._forget(next(iter(self._ahead)))
         self._begin()
@@ -170,7 +170,7 @@ class StreamedBatches:
                 self._forget(passed_over)
             job = self._ahead.pop(key)
         else:
-            job = _Job(self._reader, key, self._target.type == "cuda")
+            job = _PrefetchJob(self._reader, key, self._target.type == "cuda")
         job.begin(urgent=True)
         self._begin()
         return _sent(job.wait(), self._target)
@@ -194,7 +194,7 @@ class StreamedBatches:
 def read_in_order(reader: Reader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
     """Images as they are tested on, one after the other: [h, w, channels] uint8."""
     for part in torch.split(torch.as_tensor(indices, dtype=torch.int64), at_once):
-        job = _Job(reader, _key(part, None), pinned=False)
+        job = _PrefetchJob(reader, _key(part, None), pinned=False)
         job.begin()
         yield from job.wait().numpy()
 
@@ -210,7 +210,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-class _Job:
+class _PrefetchJob:
     """A batch to be read.
 
     Args:
@@ -283,11 +283,11 @@ class _Threads:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self._waiting: deque[tuple[_Job, range]] = deque()
+        self._waiting: deque[tuple[_PrefetchJob, range]] = deque()
         self._threads: list[threading.Thread] = []
         self.stopping = False
 
-    def give(self, parts: list[tuple[_Job, range]], *, urgent: bool) -> None:
+    def give(self, parts: list[tuple[_PrefetchJob, range]], *, urgent: bool) -> None:
         """Parts of a job, to be read in their order."""
         if not self._threads:
             count = hardware.num_readers(os.environ, Path("/sys/fs/cgroup"), ranks.current().local_size)

@@ -71,7 +71,7 @@ def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, r
     return torch.empty_like(profile).scatter(0, order, profile)
 
 
-def stands_for(labels: Tensor, profile: Tensor | None) -> Tensor:
+def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
     """How many images of a test set each one of N stands for [N] float64: one, or its part of those of its class.
 
     Args:
@@ -91,14 +91,14 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor |
         logits: raw, [N, C].
         labels: [N].
         groups: many, medium or few for each class [C].
-        profile: see stands_for().
+        profile: see sample_weights().
 
     Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
     """
     matrix = confusion_matrix(labels, logits.argmax(1), len(groups))
     accuracy = class_accuracy(matrix)
     tested = ~accuracy.isnan()
-    weights = stands_for(labels, profile)
+    weights = sample_weights(labels, profile)
     right = (logits.argmax(1) == labels).double()
 
     def mean(chosen: Tensor) -> float | None:

@@ -35,7 +35,7 @@ def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torc
     return chosen[rank[chosen] < profile[labels[chosen]]]
 
 
-def weights_of_agreement(
+def learn_expert_weights(
     views: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     chosen: Tensor,
     num_experts: int,

@@ -44,7 +44,7 @@ def predict(
     found = []
     for number, part in enumerate(parts):
         for coming in parts[number : number + PREDICTED_AHEAD + 1]:
-            batches.announce(coming, None)
+            batches.prefetch(coming, None)
         found.append(function(batches.plain(part)).cpu())
     return torch.cat(found, 1)
 

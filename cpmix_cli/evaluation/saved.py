@@ -35,7 +35,7 @@ def read_predictions(
             needed_by=needed_by,
             fix=again,
         )
-    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if record["source"]["sha256"] != source.output(files.MODEL)[1]:
         raise InputError(
             f"{evaluation} is of an older checkpoint of {source.phase}",
@@ -129,7 +129,7 @@ def read_numbers(evaluation: Path) -> dict[str, Any]:
     Raises:
         InputError: it or the evaluation's record is missing or damaged.
     """
-    record = run_json.read_run(evaluation, run_json.EvaluationEntry)
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     path, sha = run_json.output_of(evaluation, record, files.EVALUATION)
     try:
         numbers: dict[str, Any] = json.loads(files.read_bytes(path, sha, limit=files.MAX_RECORD))

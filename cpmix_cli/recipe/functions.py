@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from cpmix_cli.runtime.errors import suggest
 
 Functions = Mapping[str, Callable[..., Any]]
-TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
+FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "partner": ("mixing", ("BATCH_PARTNERS", "CLASS_PARTNERS")),
     "match": ("mixing", ("MATCHES",)),
     "ratio": ("mixing", ("RATIOS",)),
@@ -31,7 +31,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": ("models", ("MODELS",)),
 }
 """What a key of a recipe names -> the module, and its dictionaries of functions by name."""
-TERM_KINDS = tuple(kind for kind in TABLES if kind != "model")
+TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
 @cache
@@ -57,7 +57,7 @@ def outline(module: str) -> dict[str, Any]:
         try:
             exec(code, found)
         except NameError as fault:
-            tables = {table for known_in, names in TABLES.values() if known_in == module for table in names}
+            tables = {table for known_in, names in FUNCTION_TABLES.values() if known_in == module for table in names}
             made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
             if made & tables:
                 raise NameError(f"{path}: {', '.join(made)} may only name functions of this file: {fault}") from fault
@@ -72,7 +72,7 @@ def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) ->
         kind: a key of TABLES.
         namespace: module -> what stands in it.
     """
-    module, tables = TABLES[kind]
+    module, tables = FUNCTION_TABLES[kind]
     return {name: function for table in tables for name, function in namespace(module)[table].items()}
 
 

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
-from cpmix_cli.recipe.schema import Recipe, Stage, Table, Term
+from cpmix_cli.recipe.schema import Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import UsageError, suggest
 
 MAX_BYTES = 4_000_000  # of a recipe and of a record looked at here; the record of 10,000 classes has half a million
@@ -220,8 +220,8 @@ def _function_faults(tables: dict[str, Any]) -> list[str]:
         for name, term in terms.items() if isinstance(terms, dict) else []:
             if isinstance(term, dict):
                 names = {kind: term[kind] for kind in TERM_KINDS if isinstance(term.get(kind), str)}
-                given = {key: value for key, value in term.items() if key not in Term.model_fields}
-                _, found = bind(names, given, {kind: known(kind) for kind in names}, Term.model_fields)
+                given = {key: value for key, value in term.items() if key not in TermRecipe.model_fields}
+                _, found = bind(names, given, {kind: known(kind) for kind in names}, TermRecipe.model_fields)
                 faults += [f"{stage}.terms.{name}.{line}" for line in found]
     return faults
 
@@ -259,7 +259,7 @@ def rescaled(recipe: Recipe, epochs: int) -> Recipe:
     start = recipe.confusion.start_epoch
     confusion = recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)})
 
-    def terms(stage: Stage) -> dict[str, Term]:
+    def terms(stage: Stage) -> dict[str, TermRecipe]:
         counts = ("unmixed_first", "unmixed_last", "reweight_after")
         return {
             name: term.model_copy(update={key: round(getattr(term, key) * scale, 4) for key in counts})

@@ -222,7 +222,7 @@ class Confusion(Table):
         return self
 
 
-class Term(BaseModel):
+class TermRecipe(BaseModel):
     """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
 
     Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
@@ -276,7 +276,7 @@ class Term(BaseModel):
     """Factor of the term in the objective; 0 leaves the term out."""
 
     @model_validator(mode="after")
-    def _complete(self) -> "Term":
+    def _complete(self) -> "TermRecipe":
         for step, keys in self._idle_without.items():
             fields = type(self).model_fields
             given = [key for key in keys if getattr(self, key) != fields[key].default]
@@ -307,7 +307,7 @@ class Term(BaseModel):
 class Stage(Table):
     """What a training stage minimises: the sum of its terms."""
 
-    terms: dict[str, Term]
+    terms: dict[str, TermRecipe]
     forward: Literal["joint", "separate"] = "joint"
     """All terms in one forward (batch norm sees them together), or each in its own."""
 
@@ -445,7 +445,7 @@ class Recipe(Table):
             )
         return self
 
-    def _terms(self) -> Iterator[tuple[str, Term]]:
+    def _terms(self) -> Iterator[tuple[str, TermRecipe]]:
         """All terms that count, with their names from the top."""
         for table in ("stage1", "stage2", "finetune"):
             stage: Stage | None = getattr(self, table)

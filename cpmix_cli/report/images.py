@@ -17,7 +17,7 @@ COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ContactSheet:
     """N thumbnails, COLUMNS in a row."""
 
     chosen: pd.DataFrame
@@ -50,7 +50,7 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     return chosen[["true_class", "predicted_class", "confidence", "sample_id"]].reset_index(drop=True)
 
 
-def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> Sheet:
+def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> ContactSheet:
     """One picture of the chosen images.
 
     Args:
@@ -70,4 +70,4 @@ def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) ->
     buffer = io.BytesIO()
     page.save(buffer, "WEBP", quality=85)
     url = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Sheet(chosen, side, (width, height), url)
+    return ContactSheet(chosen, side, (width, height), url)

@@ -21,8 +21,8 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
-from cpmix_cli.report.images import COLUMNS, Sheet
-from cpmix_cli.report.pairs import telling
+from cpmix_cli.report.images import COLUMNS, ContactSheet
+from cpmix_cli.report.pairs import trim_confusions
 from cpmix_cli.runtime.console import on_a_line
 
 Array = NDArray[Any]
@@ -69,7 +69,7 @@ def render_page(
     pairs: pd.DataFrame,
     named_pairs: pd.DataFrame,
     clustered: Array,
-    images: Sheet | None,
+    images: ContactSheet | None,
     pictures: list[tuple[str, list[str]]],
     embedded: list[tuple[str, bytes]],
 ) -> str:
@@ -146,7 +146,7 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
     images, confidence, accuracy = np.nan_to_num(run.reliability).T.tolist()
     kept = run.confusions
     if kept is not None and np.count_nonzero(kept) > MAX_PAIRS:
-        kept = telling(kept, run.matrix)
+        kept = trim_confusions(kept, run.matrix)
     return {
         "name": run.name,
         "train_counts": _int32(run.class_counts),
@@ -159,7 +159,7 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
     }
 
 
-def _sheet_data(sheet: Sheet) -> Mapping[str, Any]:
+def _sheet_data(sheet: ContactSheet) -> Mapping[str, Any]:
     return {
         "true_class": _int32(sheet.chosen["true_class"]),
         "predicted_class": _int32(sheet.chosen["predicted_class"]),

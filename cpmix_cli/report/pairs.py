@@ -105,7 +105,7 @@ def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 1
     }
 
 
-def telling(confusions: NDArray[Any], matrix: NDArray[Any], *, num_largest: int = 10) -> NDArray[Any]:
+def trim_confusions(confusions: NDArray[Any], matrix: NDArray[Any], *, num_largest: int = 10) -> NDArray[Any]:
     """K without the cells that tell least: kept are those of pairs that the test confuses, and each class's
     largest.
 

@@ -14,8 +14,7 @@ from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Evaluation, Recipe
 from cpmix_cli.results.methods import Recognised, recognised
-from cpmix_cli.results.paper import TABLES, Column
-from cpmix_cli.results.paper import Row as PaperRow
+from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.folders import PhaseFolder, epochs_of
 from cpmix_cli.runs.run_json import PHASES
@@ -40,7 +39,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluatedRun:
     """One evaluation of one run."""
 
     run: Path
@@ -80,13 +79,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """Runs that differ in nothing but the seed."""
 
-    runs: list[Measured]
+    runs: list[EvaluatedRun]
 
     @property
-    def first(self) -> Measured:
+    def first(self) -> EvaluatedRun:
         """One of them, for what they share."""
         return self.runs[0]
 
@@ -116,7 +115,7 @@ class Row:
 
     def published(self) -> tuple[PaperRow, str] | None:
         """The paper's row and top-1 accuracy for it."""
-        for table in TABLES.values():
+        for table in PAPER_TABLES.values():
             for row in table.rows:
                 for column, cell in zip(table.columns, row.cells, strict=True):
                     if cell is not None and column.measure == "top1" and self.stands_for(row, column):
@@ -130,7 +129,7 @@ class Row:
         return same and row.finetuned in run.forms
 
 
-def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[str]]:
+def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], list[str]]:
     """The evaluations of a run (of one phase) that are of its present checkpoints; and why others are left out, a line
     each, which are warnings too.
 
@@ -148,7 +147,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[
     found, left_out = [], []
     for path in paths:
         folder = path.parent
-        record = run_json.read_run(folder, run_json.EvaluationEntry)
+        record = run_json.read_run(folder, run_json.EvaluationRecord)
         if record["phase"] != f"evaluation/{folder.name}":
             raise InputError(f"{path} is of {record['phase']}, and not of evaluation/{folder.name}")
         source = PhaseFolder(root, record["source"]["phase"])
@@ -158,7 +157,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[Measured], list[
             left_out.append(f"{folder} is left out: {why}")
             console.warn(left_out[-1])
         else:
-            found.append(measured_in(folder, record, source))
+            found.append(evaluated_run(folder, record, source))
     if not found and not left_out:
         left_out.append(f"{root} is left out: it holds no evaluation" + (f" of {phase}" if phase else ""))
         console.warn(left_out[-1])
@@ -179,7 +178,7 @@ def unusable(source: PhaseFolder, record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def measured_in(folder: Path, record: dict[str, Any], source: PhaseFolder) -> Measured:
+def evaluated_run(folder: Path, record: dict[str, Any], source: PhaseFolder) -> EvaluatedRun:
     """An evaluation with what is recorded of its checkpoint.
 
     Raises:
@@ -195,7 +194,7 @@ def measured_in(folder: Path, record: dict[str, Any], source: PhaseFolder) -> Me
     conditions = conditions_of(folder, record, trained, recipe, source.phase, leading)
     usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
     rescaled = recipe.schedule.rescaled_from
-    return Measured(
+    return EvaluatedRun(
         run=source.run,
         name=name_of(method, leading),
         method=method,
@@ -360,22 +359,22 @@ def shown(value: Any) -> str:
     return "(none)" if value is None else "(table)" if isinstance(value, dict) else str(value)
 
 
-def in_rows(measured: Sequence[Measured]) -> list[Row]:
+def in_rows(measured: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     """Runs by what they share; a checkpoint that stands in several folders counts once."""
-    grouped: dict[str, dict[str, Measured]] = {}
+    grouped: dict[str, dict[str, EvaluatedRun]] = {}
     for run in measured:
         group = grouped.setdefault(run.key, {})
         if (twin := group.get(run.checkpoint)) is not None:
             what = "is given twice" if run.run.resolve() == twin.run.resolve() else f"holds a checkpoint of {twin.run}"
             console.note(f"compare: {run.run} {what} ({run.name}, finetune {run.stage}): counted once")
         group.setdefault(run.checkpoint, run)
-    rows = [Row(list(group.values())) for group in grouped.values()]
+    rows = [ComparisonRow(list(group.values())) for group in grouped.values()]
     # Of one method in the order of training.
     order = ("before stage 2", "before", "none", "after")
     return sorted(rows, key=lambda r: (r.first.place, order.index(r.first.stage.split(",")[0]), r.first.stage))
 
 
-def differences_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """What rows of the same method, data set, rho and stage differ in: row numbers (from 1), and values by key."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, row in enumerate(rows):

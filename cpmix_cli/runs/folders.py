@@ -16,7 +16,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
 from cpmix_cli.runs.following import remake
-from cpmix_cli.runs.run_json import PHASES, PhaseEntry, _state_entry, output_of, read_run
+from cpmix_cli.runs.run_json import PHASES, PhaseRecord, _state_entry, output_of, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 
@@ -55,7 +55,7 @@ class PhaseFolder:
         Raises:
             InputError: the phase is not done, or its record is damaged, or of another phase.
         """
-        return self._own(RUN, read_run(self.path, PhaseEntry))
+        return self._own(RUN, read_run(self.path, PhaseRecord))
 
     def _own(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
         """A record of this phase; a folder may have been copied under another's name.

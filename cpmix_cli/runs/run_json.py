@@ -28,7 +28,7 @@ def _place(path: str) -> str:
 Place = Annotated[str, AfterValidator(_place)]
 
 
-class DatasetEntry(Shaped):
+class DatasetReference(Shaped):
     """How a record names its data set; see dataset_entry()."""
 
     name: str
@@ -38,7 +38,7 @@ class DatasetEntry(Shaped):
     storage: Storage = "tensors"
 
 
-class SourceEntry(BaseModel):
+class SourceReference(BaseModel):
     """The checkpoint that something was made from."""
 
     model_config = ConfigDict(strict=True)
@@ -48,7 +48,7 @@ class SourceEntry(BaseModel):
     run: Place = "."
 
 
-class RunEntry(BaseModel):
+class RunRecord(BaseModel):
     """What readers of any run.json count on."""
 
     model_config = ConfigDict(strict=True)
@@ -58,12 +58,12 @@ class RunEntry(BaseModel):
     outputs: dict[FileName, str]
 
 
-class PhaseEntry(RunEntry):
+class PhaseRecord(RunRecord):
     """What readers of a training phase's run.json count on."""
 
     phase: TrainingPhase
-    source: SourceEntry | None
-    dataset: DatasetEntry
+    source: SourceReference | None
+    dataset: DatasetReference
     device: str
     precision: Literal["fp32", "bf16"]
     threads: int
@@ -74,22 +74,22 @@ class PhaseEntry(RunEntry):
     gpu_hours: float
 
 
-class EvaluationEntry(RunEntry):
+class EvaluationRecord(RunRecord):
     """What readers of an evaluation's run.json count on."""
 
-    source: SourceEntry
-    dataset: DatasetEntry
+    source: SourceReference
+    dataset: DatasetReference
     data_root: Place | None = None
 
 
-class ReportEntry(RunEntry):
+class ReportRecord(RunRecord):
     """What readers of a report's run.json count on."""
 
     page: str
     picture: str
 
 
-class StateEntry(BaseModel):
+class StateRecord(BaseModel):
     """What readers of a training state's metadata count on."""
 
     model_config = ConfigDict(strict=True)
@@ -102,14 +102,14 @@ class StateEntry(BaseModel):
     epoch: Annotated[int, Field(ge=1)]
     step: Annotated[int, Field(ge=0)]
     columns: list[str]
-    source: SourceEntry | None
-    dataset: DatasetEntry
+    source: SourceReference | None
+    dataset: DatasetReference
     inputs: dict[str, str]
     recipe_sha256: str
     tensors_digest: str
 
 
-def read_run(folder: Path, entry: type[RunEntry] = RunEntry) -> dict[str, Any]:
+def read_run(folder: Path, entry: type[RunRecord] = RunRecord) -> dict[str, Any]:
     """A folder's run.json, verified.
 
     Raises:
@@ -142,4 +142,4 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _state_entry(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     records.check_format(path, metadata)
-    return records.checked(path, StateEntry, metadata)
+    return records.checked(path, StateRecord, metadata)

@@ -52,7 +52,7 @@ class Ranks:
         """This is the one that writes and speaks."""
         return self.rank == 0
 
-    def largest(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """The largest of the numbers, from 0 to ENDED - 1, that all ranks give; each waits for all.
 
         Raises:
@@ -65,9 +65,9 @@ class Ranks:
             raise Left((told - ENDED) // self.size)
         return told
 
-    def same(self, number: int) -> bool:
+    def all_equal(self, number: int) -> bool:
         """Whether all ranks give this number, of 0 to ENDED - 1."""
-        return self.largest(number) == ENDED - 1 - self.largest(ENDED - 1 - number)
+        return self.max_over_ranks(number) == ENDED - 1 - self.max_over_ranks(ENDED - 1 - number)
 
     def sum_(self, values: "Tensor") -> "Tensor":
         """Sum over the ranks, in place, the same bits on each."""
@@ -77,7 +77,7 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def gather(self, values: "Tensor") -> "Tensor":
+    def all_gather(self, values: "Tensor") -> "Tensor":
         """The values [n, ...] of all ranks one after the other [size n, ...]; n is the same for each."""
         if self.size == 1:
             return values
@@ -88,7 +88,7 @@ class Ranks:
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
-    def from_first_(self, values: "Tensor") -> "Tensor":
+    def broadcast_(self, values: "Tensor") -> "Tensor":
         """Those of the first rank, in place."""
         if self.size > 1:
             import torch.distributed as dist
@@ -161,7 +161,7 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def meeting_place(environment: Mapping[str, str]) -> tuple[str, int]:
+def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
     """Host and port where the ranks meet: as told, or on the first node of the job step, a port made of its number.
 
     Args:
@@ -232,7 +232,7 @@ def _join(place: Ranks) -> Any:
     import torch.distributed as dist
 
     global _channel, _num_joined
-    host, port = meeting_place(os.environ)
+    host, port = rendezvous_address(os.environ)
     try:
         # As torch's own env:// does it: torchrun keeps the store itself. Each of its attempts has names of its own, and
         # each command of a process that runs several.

@@ -211,7 +211,7 @@ def fit(
     state.model.train(plan.train_mode)
     try:
         with signals.in_loop(), own_stream(device):
-            here.largest(0)  # from here on whoever is missed is missed in the middle of a step
+            here.max_over_ranks(0)  # from here on whoever is missed is missed in the middle of a step
             step = Step(plan, data, state)
             view = LiveView(plan, data, state, step, class_names) if progress.has_view else None
             if view:
@@ -221,7 +221,7 @@ def fit(
                 for _ in epoch_steps(plan, step, state, steps):
                     progress.step((state.epoch - plan.first_epoch) * steps + state.step)
                     # A signal to one rank stops them all, after the same step.
-                    if signals.adopt(here.largest(signals.number())) and state.step < steps:
+                    if signals.adopt(here.max_over_ranks(signals.number())) and state.step < steps:
                         _check_finite(plan, state, steps)
                         state.sums[-2] += time.perf_counter() - started
                         _publish(publish, plan, state)
@@ -235,11 +235,11 @@ def fit(
                     state.model.train(plan.train_mode)
                 if measure_confusion:
                     state.confusion.copy_(measure_confusion())
-                    here.from_first_(state.confusion)
+                    here.broadcast_(state.confusion)
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
-                last, stop = state.epoch == plan.last_epoch, signals.adopt(here.largest(signals.number()))
+                last, stop = state.epoch == plan.last_epoch, signals.adopt(here.max_over_ranks(signals.number()))
                 if last or stop or state.epoch % checkpoint_every == 0:
                     _publish(publish, plan, state)
                 if stop:
@@ -271,7 +271,7 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         step(state.step)
         state.step += 1
         if state.step == num_steps:
-            ranks.current().largest(0)  # whoever is gone is missed here, and not waited for on the device
+            ranks.current().max_over_ranks(0)  # whoever is gone is missed here, and not waited for on the device
         if reads_each or state.step == num_steps:
             before = _check_finite(plan, state, num_steps, before if reads_each else None)
         if state.step == num_steps:
@@ -342,7 +342,7 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
     here = ranks.current()
     if here.first:
         publish()
-    here.largest(0)  # nobody leaves before it is saved: srun may end a step with its first failure
+    here.max_over_ranks(0)  # nobody leaves before it is saved: srun may end a step with its first failure
 
 
 def _check_weights(plan: Plan, state: TrainingState) -> None:

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpmix_cli.data.batches import PUBLISHED, ClassPool
+from cpmix_cli.data.batches import NORMALISATIONS, ClassPool
 from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import BATCH_PARTNERS, MixingState
 from cpmix_cli.models import MODELS, within
-from cpmix_cli.recipe.functions import TABLES, bind, known
-from cpmix_cli.recipe.schema import Recipe, Stage
-from cpmix_cli.recipe.schema import Term as TermRecipe
+from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
+from cpmix_cli.recipe.schema import Recipe, Stage, TermRecipe
 from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
 from cpmix_cli.training.randomness import stream
 
-FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in TABLES}
+FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in FUNCTION_TABLES}
 
 
 @dataclass(frozen=True)
@@ -402,7 +401,7 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
     elif recipe.data.crop > min(shape[:2]):
         faults.append(f"data.crop = {recipe.data.crop}: the images have {shape[0]} x {shape[1]} pixels")
     normalisation = recipe.data.normalisation
-    if normalisation in PUBLISHED and len(shape) == 3 and shape[-1] != 3:
+    if normalisation in NORMALISATIONS and len(shape) == 3 and shape[-1] != 3:
         faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
     if normalisation == "dataset" and not has_statistics:
         faults.append(

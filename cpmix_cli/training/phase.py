@@ -25,7 +25,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.training import loop
-from cpmix_cli.training.plan import Setting, prepared
+from cpmix_cli.training.plan import PhaseContext, prepared
 from cpmix_cli.training.step import Plan, TrainingData, TrainingState, sum_names
 from cpmix_cli.training.tracker import Tracker, forget
 
@@ -55,11 +55,11 @@ class Options:
         return bool(self.recipe or self.settings) or not (self.epochs is None and self.seed is None)
 
 
-Prepare = Callable[[Setting], tuple[Plan, TrainingState]]
+Prepare = Callable[[PhaseContext], tuple[Plan, TrainingState]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PhaseRequest:
     """A training phase as a command asks for it."""
 
     folder: PhaseFolder
@@ -78,17 +78,17 @@ class Asked:
         found = "done"
         if here.first:
             found = output.decide(self.folder.path, self.made_from, overwrite=self.options.overwrite)
-        return answers[here.largest(answers.index(found))]
+        return answers[here.max_over_ranks(answers.index(found))]
 
 
 @dataclass(frozen=True)
-class Started:
+class LoadedPhase:
     """A training phase whose inputs are read and found good."""
 
     plan: Plan
     state: TrainingState
     data: TrainingData
-    setting: Setting
+    setting: PhaseContext
     begun: dict[str, Any] | None
     """Metadata of the state that it goes on from."""
     measure_confusion: Callable[[], torch.Tensor] | None
@@ -129,7 +129,7 @@ def train(
         "source": source.output(files.TRAINING_STATE)[1] if source else None,
         **{flag: files.sha256(files.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
-    asked = Asked(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
+    asked = PhaseRequest(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
     here = ranks.current()
     refuse_unlike(files.digest(made_from), "the recipe, the data set or the inputs that they read")
     how = asked.decide()
@@ -141,7 +141,7 @@ def train(
         if here.first:
             locks.refuse_if_held(folder.path)
         started = start(asked, how)
-        here.largest(0)
+        here.max_over_ranks(0)
         report_dry_run(asked, started, rehearse(started))
     else:
         files.check_place(folder.path, 0)
@@ -149,7 +149,7 @@ def train(
             status = "up to date"
             if (how := asked.decide()) != "done":  # another process may have come first
                 started = start(asked, how)
-                here.largest(0)
+                here.max_over_ranks(0)
                 if lock is None:
                     fit(asked, started, lambda: None)
                 else:
@@ -170,12 +170,12 @@ def refuse_unlike(sha: str, what: str, fix: str = SAME_FILES) -> None:
     """
     here = ranks.current()
     parts = [int(sha[i : i + 8], 16) % ranks.ENDED for i in range(0, 32, 8)]
-    same = [here.same(part) for part in parts]  # all of them at all ranks
+    same = [here.all_equal(part) for part in parts]  # all of them at all ranks
     if not all(same):
         raise EnvironmentFault(f"the {here.size} ranks differ in {what}", fix=fix)
 
 
-def start(asked: Asked, how: str) -> Started:
+def start(asked: PhaseRequest, how: str) -> LoadedPhase:
     """Read and check all that a phase needs; writes nothing.
 
     Args:
@@ -199,7 +199,7 @@ def start(asked: Asked, how: str) -> Started:
     fix = "start them on machines of one kind, or say which: --device, --set model.precision"
     refuse_unlike(files.digest([device.type, precision]), "device or precision", fix)
     data = training_data(dataset, recipe, device)
-    setting = Setting(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
+    setting = PhaseContext(recipe, dataset, device, precision, {flag: asked.made_from[flag] for flag in asked.inputs})
     plan, state = asked.prepare(setting)
     here = ranks.current()
     if recipe.model.sync_batchnorm and here.size > 1:
@@ -242,10 +242,10 @@ def start(asked: Asked, how: str) -> Started:
     there = sum(path.stat().st_size for path in folder.files(files.MODEL, files.TRAINING_STATE))
     files.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     curves = Tracker(folder.path) if asked.options.tracker else None
-    return Started(plan, state, data, setting, begun, measure_confusion, curves)
+    return LoadedPhase(plan, state, data, setting, begun, measure_confusion, curves)
 
 
-def rehearse(started: Started) -> list[str]:
+def rehearse(started: LoadedPhase) -> list[str]:
     """Take one step of the phase and of each that its recipe has after it, on what is in memory.
 
     Returns:
@@ -264,7 +264,7 @@ def rehearse(started: Started) -> list[str]:
     return [started.plan.phase, *phases]
 
 
-def fit(asked: Asked, started: Started, publish: Callable[[], None]) -> float:
+def fit(asked: PhaseRequest, started: LoadedPhase, publish: Callable[[], None]) -> float:
     """Train to the end of the phase.
 
     Args:
@@ -295,7 +295,7 @@ def fit(asked: Asked, started: Started, publish: Callable[[], None]) -> float:
     )
 
 
-def finish(asked: Asked, started: Started, lock: Lock) -> None:
+def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
     """Train to the end of the phase and publish what comes out.
 
     Raises:
@@ -486,7 +486,7 @@ def skip(command: str, recipe_lacks: str, run: Path) -> None:
     console.note(f"next: {console.typed('evaluate', '--from', run)}")
 
 
-def report_dry_run(asked: Asked, started: Started, phases: list[str]) -> None:
+def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str]) -> None:
     """What a run would do."""
     path, plan = asked.folder.path, started.plan
     weights, saved = sizes(plan, started.state)

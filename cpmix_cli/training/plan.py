@@ -18,7 +18,7 @@ from cpmix_cli.training.step import Plan, TrainingState
 
 
 @dataclass(frozen=True)
-class Setting:
+class PhaseContext:
     """What plans and states are made from."""
 
     recipe: Recipe
@@ -29,7 +29,7 @@ class Setting:
     """Hashes of the files given by flags, by flag."""
 
 
-def fresh_state(setting: Setting) -> TrainingState:
+def fresh_state(setting: PhaseContext) -> TrainingState:
     """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
     recipe, dataset, device = setting.recipe, setting.dataset, setting.device
     generator = torch_generator(recipe.seed, "weights")
@@ -49,7 +49,7 @@ def fresh_state(setting: Setting) -> TrainingState:
     return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
 
 
-def stage_plan(setting: Setting, phase: str) -> Plan:
+def stage_plan(setting: PhaseContext, phase: str) -> Plan:
     """The plan of stage 1 or 2: one schedule and one optimizer over both."""
     recipe = setting.recipe
     stage = recipe.stage1 if phase == "stage1" else recipe.stage2
@@ -75,7 +75,7 @@ def stage_plan(setting: Setting, phase: str) -> Plan:
     )
 
 
-def head_plan(setting: Setting, state: TrainingState) -> Plan:
+def head_plan(setting: PhaseContext, state: TrainingState) -> Plan:
     """The finetune's plan; `state` is made ready for it: parameters frozen, the head as asked, a fresh optimizer."""
     recipe = setting.recipe
     table = recipe.finetune
@@ -117,7 +117,7 @@ def head_plan(setting: Setting, state: TrainingState) -> Plan:
     )
 
 
-def prepared(setting: Setting, phase: str) -> tuple[Plan, TrainingState]:
+def prepared(setting: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
     """A phase's plan, and a fresh state in which every class has been confused with every other."""
     state = fresh_state(setting)
     plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)

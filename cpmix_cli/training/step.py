@@ -350,7 +350,7 @@ class Step:
         *means, right = self._ranks.sum_(torch.stack(values).sum(0)).unbind()
         errors = torch.zeros_like(rate)
         if codes:
-            found = self._ranks.gather(torch.cat(codes))
+            found = self._ranks.all_gather(torch.cat(codes))
             count_confusions(state.confusion, found)
             errors = (found != NO_ERROR).sum()
         added = torch.stack([v.double() for v in (*means, norm, right, errors)])
@@ -433,7 +433,7 @@ class Step:
             asked += [names for term in self._plan.terms for names in term.wanted(part.count == 1)]
             for names in asked:
                 if all(name is None or name in self._on_host for name in names):
-                    self._data.batches.announce(*self._wanted({}, number, part, *names))
+                    self._data.batches.prefetch(*self._wanted({}, number, part, *names))
 
     @torch.no_grad()
     def _taught(self, x: Tensor) -> Tensor:
