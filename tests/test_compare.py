@@ -262,14 +262,6 @@ def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
     ]
 
 
-def test_leaked_test_labels_are_marked(digits: Path, tmp_path: Path) -> None:
-    run = trained(digits, tmp_path / "run", "--set", "confusion.source=test_legacy")
-    lines = must("compare", run).stdout.splitlines()
-    assert "  Cross Entropy (confusion.source=test_legacy) (!)  " in lines[3]
-    assert lines[4] == "(!) test labels took part in the training"
-    assert must("compare", run, "--json").json["rows"][0]["test_labels_in_training"] is True
-
-
 def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path) -> None:
     must("evaluate", "--from", digits_run, "--phase", "stage1")
     must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 7, "--overwrite")

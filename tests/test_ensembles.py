@@ -163,7 +163,6 @@ def test_detached_experts_leave_the_shared_stages_to_the_first(layout: str) -> N
         (["model.experts=2", "stage1.terms.erm.loss=sade"], "is one of 3 experts: model.experts = 2"),
         (["stage1.terms.erm.loss=ace"], "is one of several experts: model.experts = 1"),
         (["optimizer.expert_rates=target-share"], "needs several experts"),
-        (["confusion.predictions=each-expert"], "needs several experts"),
         (["evaluation.aggregate=targets"], "needs several experts"),
         (
             ["model.experts=2", "model.head=cosine", "evaluation.aggregate=targets"],
@@ -171,10 +170,6 @@ def test_detached_experts_leave_the_shared_stages_to_the_first(layout: str) -> N
         ),
         (["model.experts=2", "evaluation.aggregate=routed"], 'needs finetune.head = "routers"'),
         (["model.experts=2", "evaluation.routing_threshold=0.3"], 'routing_threshold needs aggregate = "routed"'),
-        (
-            ["model.experts=2", "confusion.predictions=each-expert", "confusion.source=heldout"],
-            'predictions = "each-expert" is of source = "train", not of "heldout"',
-        ),
         (
             [f"stage1.terms.erm.{key}" for key in ("regulariser=expert-diversity", "diversity=1.0")]
             + ["stage1.terms.erm.temperature_spread=0.05"],
@@ -556,7 +551,7 @@ experts = 3
 head = "cosine"
 expert_width = 0.75
 [confusion]
-predictions = "each-expert"
+predictions = "ensemble"
 [stage1.terms.erm]
 loss = "ldam"
 scale = 30.0
@@ -673,16 +668,6 @@ def test_predictions_in_training_are_those_of_evaluate(digits: Path, tmp_path: P
         must("evaluate", "--from", tmp_path, "--set", "evaluation.aggregate=mean", "--json").json["top1"]
         != found["top1"]
     )
-
-
-def test_confusions_of_another_split_depend_on_the_evaluation() -> None:
-    """Its key says which predictions are counted, so phases of one are not those of the other."""
-    for source, alike in (("train", True), ("heldout", False)):
-        flags = ["model.experts=3", f"confusion.source={source}"]
-        mean = load("digits/cpmix", settings=flags)
-        targets = load("digits/cpmix", settings=[*flags, "evaluation.aggregate=targets"])
-        for phase in ("stage1", "stage2"):
-            assert (mean.tables_of(phase) == targets.tables_of(phase)) == alike
 
 
 def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:

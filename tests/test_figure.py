@@ -100,10 +100,6 @@ def test_a_method_is_what_its_phase_minimises(recipe: str, phase: str, method: s
     assert method_of(load(recipe), phase) == method
 
 
-def test_confusions_of_the_test_split_are_not_called_cp_mix() -> None:
-    assert method_of(load("toy/cpmix", settings=["confusion.source=test_legacy"]), "stage2") is None
-
-
 def test_a_term_of_no_weight_makes_no_other_method() -> None:
     settings = [f"stage2.terms.{name}.weight=0" for name in ("cp", "mix")]
     assert method_of(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"

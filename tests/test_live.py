@@ -86,16 +86,15 @@ def test_counts_that_fade_are_compared_with_what_the_epoch_began_with() -> None:
     assert view.table()[-2:] == [("  dog as cat", "0", "4"), ("  cat as dog", "2", "0")]
 
 
-@pytest.mark.parametrize("changes", [{"collect_confusion": False}, {"confusion_start": 3}, {"confusion_of_each": True}])
+@pytest.mark.parametrize("changes", [{"collect_confusion": False}, {"confusion_start": 3}])
 def test_there_is_what_there_is_to_see(changes: dict[str, Any]) -> None:
-    """Without counted errors no groups and no pairs; where every expert's are counted, pairs alone."""
+    """Without counted errors no groups and no pairs."""
     plan = replace(plan_of(terms_of(erm=ERM), 9, batch=41), **changes)
     view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
     state.confusion[0, 1] += 2
     state.step = 3
     labels = [row[0] for row in view.table()]
-    counted = ["images of a class taken for another", "  cat as dog"] * ("confusion_of_each" in changes)
-    assert labels == ["", "loss", "train accuracy, %", *counted]
+    assert labels == ["", "loss", "train accuracy, %"]
 
 
 TERMS = {

@@ -1,16 +1,13 @@
 """What methods add to the phases, run for real on digits: heads, finetunes, post-hoc methods, sources of confusion."""
 
-import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import cpmix, files, must
 
-from cpmix_cli.artifacts import tables, tensors
+from cpmix_cli.artifacts import tensors
 from cpmix_cli.models import build_model
-from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Model
 
 SMOOTHING = ("loss=label-aware-smoothing", "smooth_head=0.3", "smooth_tail=0.1")
@@ -169,50 +166,6 @@ def test_ldam_trains_a_cosine_head(digits: Path, tmp_path: Path) -> None:
     assert logits.abs().max() <= 30.001
     assert {name for name in weights(tmp_path, "finetune") if name.startswith("head")} == {"head.weight"}
     assert found["top1"] > 40
-
-
-def test_confusion_of_the_held_out_split(digits: Path, tmp_path: Path) -> None:
-    data, run = tmp_path / "data", tmp_path / "run"
-    held_out = ("--epochs", 4, "--set", "confusion.source=heldout")
-    refused = cpmix("train-stage1", "--data", digits, "--out", run, *held_out)
-    assert refused.code == 3
-    assert "has no val split" in refused.stderr and "--val-per-class" in refused.stderr
-    assert not run.exists()
-    must("build-lt", "digits", "--val-per-class", 2, "--out", data)
-    must("train-stage1", "--data", data, "--out", run, *held_out)
-    pairs = tables.read_table(run / "stage1" / "confusion_pairs.parquet")
-    # What the network gets wrong on val at the end, and nothing of earlier epochs.
-    recipe = load(str(run / "stage1" / "recipe.toml"))
-    model = build_model(recipe.model, 10, (8, 8, 1), torch.Generator())
-    model.load_state_dict(weights(run, "stage1"))
-    val = tensors.read_tensors(data / "val.safetensors")[0]
-    record = json.loads((data / "dataset.json").read_text())
-    x = (val["images"].permute(0, 3, 1, 2) / 255 - record["mean"][0]) / record["std"][0]
-    predicted = model.eval()(x).argmax(1)
-    wrong = predicted != val["labels"]
-    expected = sorted(zip(val["labels"][wrong].tolist(), predicted[wrong].tolist(), strict=True))
-    found = [(t, p) for t, p, n in pairs.itertuples(index=False) for _ in range(n)]
-    assert sorted(found) == expected
-    assert len(expected) > 0
-    must("train-stage2", "--from", run)
-
-
-def test_confusion_of_the_test_split_is_marked(digits: Path, tmp_path: Path) -> None:
-    flags = ("--epochs", 3, "--set", "confusion.source=test_legacy")
-    result = must("train-stage1", "--data", digits, "--out", tmp_path, *flags)
-    assert "confusion is taken from the test split: labels leak" in result.stderr
-    found = must("evaluate", "--from", tmp_path, "--phase", "stage1")
-    assert "stage1 (!)" in found.stdout
-    assert "(!) test labels took part in the training" in found.stdout
-    metrics = json.loads((tmp_path / "evaluation" / "stage1" / "metrics.json").read_text())
-    assert metrics["confusion_source"] == "test_legacy"
-    report = must("confusion-report", "--from", tmp_path, "--phase", "stage1")
-    page = (tmp_path / "confusion" / "index.html").read_text()
-    status = cpmix("status", tmp_path)
-    for shown in (report.stdout, page, status.stdout):
-        assert "(!) test labels took part in the training" in shown
-    assert re.search(r"stage1 +done +2/2 +[\d.]+ \(!\)\n", status.stdout)
-    assert cpmix("status", tmp_path, "--json").json["runs"][0]["phases"][0]["leaked"] is True
 
 
 def test_otmix_runs_and_resumes_its_draws(digits: Path, tmp_path: Path) -> None:

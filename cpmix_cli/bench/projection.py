@@ -337,7 +337,6 @@ def _training_set(options: measure.Options) -> tuple[Dataset, int, str]:
 def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
     naturals = int(any(term.natural for term in plan.terms))
     made_whole, made_in_parts = (naturals + sum(len(t.wanted(whole)) for t in plan.terms) for whole in (True, False))
-    experts = recipe.model.experts if plan.confusion_of_each else 1
     stage: Stage = getattr(recipe, plan.phase)
     return Load(
         epochs=plan.last_epoch - plan.first_epoch + 1,
@@ -347,7 +346,7 @@ def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
         num_terms=len(plan.terms),
         made_whole=made_whole,
         made_in_parts=made_in_parts,
-        codes=experts if plan.counts_errors(plan.last_epoch) else 0,
+        codes=int(plan.counts_errors(plan.last_epoch)),
         draws=sum(term.partner == "confusion" for term in stage.terms.values()),
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.data.longtail import GROUPS
-from cpmix_cli.evaluation.saved import MARK, legend
 from cpmix_cli.results.comparison import (
     MAX_NAMED,
     ComparisonRow,
@@ -144,7 +143,6 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
         "seeds": [r.seed for r in row.runs],
         "runs": [str(r.run) for r in row.runs],
         **{key: dict(zip(("mean", "std"), row.statistics(key), strict=True)) for key in MEASURES},
-        "test_labels_in_training": row.leaked,
         "num_parameters": run.num_parameters,
         "num_experts": run.numbers.get("num_experts"),
         "precision": run.conditions["precision"],
@@ -222,7 +220,7 @@ def accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], wit
     table = []
     for number, row in numbered:
         run = row.first
-        cells = [str(number), run.name + MARK * row.leaked, run.stage, str(len(row.runs))]
+        cells = [str(number), run.name, run.stage, str(len(row.runs))]
         for measure in MEASURES:
             mean = row.statistics(measure)[0]
             short = "-" if mean is None else f"{mean:.2f}"
@@ -240,7 +238,7 @@ def accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], wit
 def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> list[str]:
     """What is said below the accuracies."""
     rows = [row for _, row in numbered]
-    lines = legend([[MARK] for row in rows if row.leaked])
+    lines: list[str] = []
     if any(len(row.runs) > 1 for row in rows):
         rest = "" if with_deviations else " (other columns: --format csv)"
         lines.append(f"+-: sample standard deviation of n runs{rest}")
@@ -336,7 +334,6 @@ def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict
                         "n": len(ours.runs) if ours is not None else 0,
                         "epochs": ours.first.conditions["schedule.epochs"] if ours is not None else None,
                         "full_epochs": ours.first.full_epochs if ours is not None else None,
-                        "test_labels_in_training": ours.leaked if ours is not None else None,
                         "runs": " ".join(str(r.run) for r in ours.runs) if ours is not None else "",
                         "note": theirs.note,
                     }
@@ -359,7 +356,7 @@ def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
         if beside > 1:
             note += f", {row.first.run}"
         letter = letters.setdefault(note, letter_of(len(letters)))
-        return f"{with_deviation(row, column.measure)} {letter}" + MARK * row.leaked
+        return f"{with_deviation(row, column.measure)} {letter}"
 
     body = []
     for theirs in table.rows:
@@ -371,7 +368,6 @@ def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
             ours.append(" / ".join(cell_of(row, column, len(found)) for row in found))
         body.append(["", "ours", *ours])
     lines = [f"{letter}: {note}" for note, letter in letters.items()]
-    lines += legend(body)
     if any(row.copied for row in table.rows):
         lines.append(f"* {COPIED}")
     lines += [f"{row.name}: {row.note}" for row in table.rows if row.note]

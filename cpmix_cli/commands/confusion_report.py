@@ -29,7 +29,7 @@ from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
-from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, legend, matrix_of, read_predictions
+from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
@@ -230,7 +230,7 @@ def make_page(
         title=title,
         runs=shown,
         class_names=own.dataset.class_names,
-        notes=[*legend(rows), *notes],
+        notes=notes,
         accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
         pairs=shown_pairs,
         named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
@@ -398,5 +398,5 @@ def report(
         title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
         rows=accuracies,
-        lines=[*legend(accuracies), f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
+        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
     )

@@ -22,7 +22,7 @@ from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, samp
 from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
 from cpmix_cli.evaluation.prediction import Predicted, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
-from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, legend, read_numbers
+from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, read_numbers
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
@@ -274,7 +274,6 @@ def publish(
         "experts_used": used,
         "experts": [summary(z, labels, groups, profile) for z in own],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
-        "confusion_source": recipe.confusion.source,
         "checkpoint_sha256": checkpoint,
     }
     recorder.publish(files.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
@@ -312,5 +311,5 @@ def report(folder: Path, status: str) -> None:
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=[*rows, *experts],
-        lines=[*legend(rows), f"{status}: {folder}"],
+        lines=[f"{status}: {folder}"],
     )

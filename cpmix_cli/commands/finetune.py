@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.runs import folders
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
@@ -51,6 +52,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
         dataset,
         options,
         partial(prepare, source),
+        accuracy_on_test,
     )
 
 

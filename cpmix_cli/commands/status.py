@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmix_cli.artifacts import files, locks
-from cpmix_cli.evaluation.saved import MARK, legend, read_numbers
+from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, begun_phases, beside, epochs_of, find_dataset, locate
@@ -27,8 +27,6 @@ class PhaseStatus:
     total_epochs: int
     top1: float | None
     """Of the evaluation of this very checkpoint, per cent."""
-    leaked: bool
-    """Test labels took part in the training, see evaluate.MARK."""
     because: str | None
     """Why it no longer belongs to its input, where else it is, or who writes it."""
 
@@ -61,12 +59,12 @@ def run(folders: list[Path]) -> int:
             p.phase,
             p.status + (f" ({p.because})" if p.because else ""),
             f"{p.epochs}/{p.total_epochs}",
-            "-" if p.top1 is None else f"{p.top1:.2f}{MARK * p.leaked}",
+            "-" if p.top1 is None else f"{p.top1:.2f}",
         ]
         for r in found
         for p in r.phases
     ]
-    lines = [*legend(rows), "", *(f"next: {r.next}" for r in found if r.next)]
+    lines = ["", *(f"next: {r.next}" for r in found if r.next)]
     fields = {"command": "status", "status": status, "runs": [asdict(r) for r in found]}
     header = ("run", "phase", "status", ">epochs", ">top-1")
     console.result(fields, header=header, rows=rows, lines=lines if len(lines) > 1 else [])
@@ -92,7 +90,7 @@ def inspect(folder: Path) -> RunStatus:
         at = PhaseFolder(root, phase)
         if PHASES.index(phase) < PHASES.index(begun[0].phase):
             if totals[phase] and place:
-                phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, False, place))
+                phases.append(PhaseStatus(phase, "elsewhere", totals[phase], totals[phase], None, place))
             elif totals[phase]:  # it was here, and is gone
                 phases.append(inspect_phase(at, totals[phase]))
         elif totals[phase] or at in begun:
@@ -110,16 +108,15 @@ def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
     writer = locks.holder(folder.path) if status in ("absent", "interrupted") else None
     shown, because = ("running", f"by {writer.name}") if writer else (status, None)
     if status == "absent":
-        return PhaseStatus(folder.phase, shown, 0, total, None, False, because)
+        return PhaseStatus(folder.phase, shown, 0, total, None, because)
     because = because or folder.stale_because()
     if status == "interrupted":
         tensors, _ = run_json.read_state(folder.path / files.TRAINING_STATE)  # whole: what is damaged cannot go on
         epochs = len(tensors.get("history", ()))
         total = epochs_of(folder.recipe())[folder.phase]
-        return PhaseStatus(folder.phase, shown, epochs, total, None, False, because)
+        return PhaseStatus(folder.phase, shown, epochs, total, None, because)
     epochs = folder.record()["epochs"]
-    leaked = folder.recipe().confusion.source == "test_legacy"
-    return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), leaked, because)
+    return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), because)
 
 
 def accuracy(folder: PhaseFolder) -> float | None:

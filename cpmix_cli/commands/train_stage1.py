@@ -10,7 +10,7 @@ import torch
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
 from cpmix_cli.data.dataset import Dataset, open_dataset
-from cpmix_cli.evaluation.prediction import read_model
+from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs import folders, run_json
@@ -53,7 +53,16 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
     inputs = {} if init is None else {"init": init}
     if source is not None:
         inputs["teacher"] = source.path / files.MODEL
-    train(PhaseFolder(out, "stage1"), None, recipe, dataset, options, partial(prepare, init, source), inputs)
+    train(
+        PhaseFolder(out, "stage1"),
+        None,
+        recipe,
+        dataset,
+        options,
+        partial(prepare, init, source),
+        accuracy_on_test,
+        inputs,
+    )
 
 
 def check_init(recipe: schema.Recipe, init: Path | None) -> None:

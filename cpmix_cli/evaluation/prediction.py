@@ -15,7 +15,6 @@ from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.batches import Batches, open_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.evaluation.accuracy import confusion_matrix
 from cpmix_cli.experts import combined, routed_weights
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe.schema import Evaluation, Recipe
@@ -110,48 +109,18 @@ def tau_normalised(model: Classifier, tau: float) -> None:
             head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
 
 
-def predictions_of(
-    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that gives labels [N] and predictions [N] of the model as it is then, on a split held ready.
+def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
+    """A function that measures the model's fraction of test images right as it is then, for --eval-every.
 
     As [evaluation] says, but for two of its keys: without weights learnt at test time experts are averaged, as are all
     of them before there are routers; and tau_norm changes weights, so a network in training goes without.
     """
-    batches, labels = open_batches(dataset, split, recipe.data, device)
+    batches, labels = open_batches(dataset, "test", recipe.data, device)
     counts = torch.tensor(dataset.class_counts)
 
-    def measure() -> tuple[Tensor, Tensor]:
-        return labels, predicted(model, batches, len(labels), counts, recipe.evaluation).logits.argmax(1)
-
-    return measure
-
-
-def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
-    """A function that measures the model's fraction of test images right, for --eval-every."""
-    predictions = predictions_of(dataset, "test", recipe, model, device)
-
     def measure() -> float:
-        labels, predicted = predictions()
-        return float((predicted == labels).double().mean())
-
-    return measure
-
-
-def confusion_on(
-    dataset: Dataset, split: str, recipe: Recipe, model: Classifier, device: torch.device
-) -> Callable[[], Tensor]:
-    """A function that counts the model's confusions on a split, [C, C] float64 with a zero diagonal.
-
-    Raises:
-        InputError: the data set has no such split.
-    """
-    dataset.require(split, needed_by=f'confusion.source = "{recipe.confusion.source}"')
-    predictions = predictions_of(dataset, split, recipe, model, device)
-
-    def measure() -> Tensor:
-        labels, predicted = predictions()
-        return confusion_matrix(labels, predicted, dataset.num_classes).double().fill_diagonal_(0)
+        found = predicted(model, batches, len(labels), counts, recipe.evaluation).logits.argmax(1)
+        return float((found == labels).double().mean())
 
     return measure
 

@@ -1,7 +1,6 @@
 """Finished evaluations: their numbers, their predictions, and how they are shown."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,6 @@ ACCURACY_HEADER = (
 )
 
 
-MARK = " (!)"
-"""Behind the name of an evaluation whose network was trained with the test split's labels."""
-
-
 def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
     """A table row for each finished evaluation of a run, in the order of its phases.
 
@@ -90,8 +85,7 @@ def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
                 raise
             console.warn(f"left out: {fault.message}")
             continue
-        mark = MARK if n.get("confusion_source") == "test_legacy" else ""
-        rows.append(accuracy_row(path.parent.name + mark, n))
+        rows.append(accuracy_row(path.parent.name, n))
     return rows
 
 
@@ -100,12 +94,6 @@ def accuracy_row(name: str, numbers: dict[str, Any]) -> list[str]:
     keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
     cells = ["-" if numbers[key] is None else f"{numbers[key]:.2f}" for key in keys]
     return [name, *cells, f"{numbers['num_test']:,}"]
-
-
-def legend(rows: Sequence[Sequence[str]]) -> list[str]:
-    """What MARK means, where one of the rows has it."""
-    marked = any(MARK in cell for row in rows for cell in row)
-    return [f"{MARK.strip()} test labels took part in the training"] if marked else []
 
 
 class Numbers(BaseModel):

@@ -205,21 +205,14 @@ class Confusion(Table):
     """First epoch (from 1) whose errors count."""
     decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on all counts at the start of each epoch; 1 accumulates for ever, as the paper does."""
-    source: Literal["train", "heldout", "test_legacy"] = "train"
-    """Whose errors: the unmixed natural training batch of every step; or, after each epoch anew, all of the val split;
-    test_legacy: of the test split, as OTmix's released code has it (leaks test labels; the results are marked)."""
-    predictions: Literal["ensemble", "each-expert"] = "ensemble"
-    """Of several experts: what their mean takes for what, or each of them, all in one bag. source = "train" only."""
+    source: Literal["train"] = "train"
+    """The one source: errors on the natural training batch of every step. Recipes of earlier runs name it."""
+    predictions: Literal["ensemble"] = "ensemble"
+    """The one kind: errors of the experts' mean. Recipes of earlier runs name it."""
     refresh: Literal["step", "epoch"] = "step"
     """Partner classes are drawn from the counts through the step before, or from those at the beginning of the epoch:
     then all images of an epoch are known when it begins, and are read ahead from disk."""
     _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
-
-    @model_validator(mode="after")
-    def _each_expert_in_training(self) -> "Confusion":
-        if self.predictions == "each-expert" and self.source != "train":
-            raise ValueError(f'predictions = "each-expert" is of source = "train", not of "{self.source}"')
-        return self
 
 
 class TermRecipe(BaseModel):
@@ -422,8 +415,6 @@ class Recipe(Table):
             raise ValueError('finetune.head = "routers" trains nothing else: it wants finetune.train = ["routers"]')
         if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
             raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
-        if self.model.experts == 1 and self.confusion.predictions != "ensemble":
-            raise ValueError('confusion.predictions = "each-expert" needs several experts')
         if self.model.experts == 1 and self.evaluation.aggregate != "mean":
             raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
         if self.evaluation.aggregate == "routed" and not routed:
@@ -460,10 +451,7 @@ class Recipe(Table):
     def tables_of(self, phase: str) -> dict[str, Any]:
         """The tables that a phase's numbers depend on."""
         tables = self.tables()
-        names = PHASE_TABLES.get(phase, ("evaluation",))
-        if phase in ("stage1", "stage2") and self.confusion.source != "train":
-            names = (*names, "evaluation")  # it says how experts become the one that confuses
-        return {name: tables[name] for name in names if name in tables}
+        return {name: tables[name] for name in PHASE_TABLES.get(phase, ("evaluation",)) if name in tables}
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""

@@ -89,11 +89,6 @@ class ComparisonRow:
         """One of them, for what they share."""
         return self.runs[0]
 
-    @property
-    def leaked(self) -> bool:
-        """Test labels took part in the training."""
-        return self.first.numbers.get("confusion_source") == "test_legacy"
-
     def statistics(self, measure: str) -> tuple[float | None, float | None]:
         """Mean and sample standard deviation of a measure; None where there is none."""
         values = [run.numbers[measure] for run in self.runs if run.numbers[measure] is not None]

@@ -117,8 +117,7 @@ class LiveView:
             numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / reading.step:.4f}" for term in plan.terms}
         if seen := min(reading.step * plan.batch_size, self._num_samples) * len(plan.measured_terms):
             numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
-        # Where the errors of every expert are counted, an image has several.
-        if plan.counts_errors(reading.epoch) and not plan.confusion_of_each:
+        if plan.counts_errors(reading.epoch):
             numbers |= self._group_accuracy(confusions, reading.images)
         return numbers
 

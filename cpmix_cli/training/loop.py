@@ -173,7 +173,6 @@ def fit(
     checkpoint_every: int = 1,
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 0,
-    measure_confusion: Callable[[], Tensor] | None = None,
     class_names: Sequence[str] = (),
 ) -> float:
     """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are.
@@ -186,7 +185,6 @@ def fit(
         checkpoint_every: epochs between two saves; the last is always saved.
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
-        measure_confusion: [C, C], takes the place of the counts after each epoch; None to count in training.
         class_names: by class id, for the live view.
 
     Returns:
@@ -232,10 +230,6 @@ def fit(
                     view.end_epoch()
                 if test_accuracy and eval_every and state.epoch % eval_every == 0:
                     row["test_accuracy"] = test_accuracy()
-                    state.model.train(plan.train_mode)
-                if measure_confusion:
-                    state.confusion.copy_(measure_confusion())
-                    here.broadcast_(state.confusion)
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))

@@ -17,7 +17,7 @@ from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.evaluation.prediction import accuracy_on_test, confusion_on
+from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, following, output, run_json
@@ -28,8 +28,6 @@ from cpmix_cli.training import loop
 from cpmix_cli.training.plan import PhaseContext, prepared
 from cpmix_cli.training.step import Plan, TrainingData, TrainingState, sum_names
 from cpmix_cli.training.tracker import Tracker, forget
-
-CONFUSION_SPLITS = {"heldout": "val", "test_legacy": "test"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class Options:
 
 
 Prepare = Callable[[PhaseContext], tuple[Plan, TrainingState]]
+TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
+"""Makes what measures a network for --eval-every: see evaluation.prediction.accuracy_on_test()."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class PhaseRequest:
     dataset: Dataset
     options: Options
     prepare: Prepare
+    test_accuracy: TestAccuracy
     inputs: Mapping[str, Path]
     """Other files that the result depends on, by the flag that names them."""
     made_from: dict[str, Any]
@@ -91,7 +92,6 @@ class LoadedPhase:
     setting: PhaseContext
     begun: dict[str, Any] | None
     """Metadata of the state that it goes on from."""
-    measure_confusion: Callable[[], torch.Tensor] | None
     curves: Tracker | None
 
 
@@ -102,6 +102,7 @@ def train(
     dataset: Dataset,
     options: Options,
     prepare: Prepare,
+    test_accuracy: TestAccuracy,
     inputs: Mapping[str, Path] | None = None,
 ) -> None:
     """Run a training phase from where its folder stands to the end, and say what came out.
@@ -115,13 +116,14 @@ def train(
         dataset: the data set.
         options: the command's flags.
         prepare: builds the plan and the state at the phase's beginning.
+        test_accuracy: measures the network for --eval-every.
         inputs: what other files the result depends on, by the flag that names them.
 
     Raises:
         EnvironmentFault: the folder belongs to another recipe or is being written by another process, the device is
             not there, the disk is full, ranks read different files.
         InputError: an input is damaged.
-        Diverged, Interrupted: see engine.fit().
+        Diverged, Interrupted: see loop.fit().
     """
     made_from = {
         "recipe": recipe.tables_of(folder.phase),
@@ -129,7 +131,7 @@ def train(
         "source": source.output(files.TRAINING_STATE)[1] if source else None,
         **{flag: files.sha256(files.read_bytes(path)) for flag, path in (inputs or {}).items()},
     }
-    asked = PhaseRequest(folder, source, recipe, dataset, options, prepare, inputs or {}, made_from)
+    asked = PhaseRequest(folder, source, recipe, dataset, options, prepare, test_accuracy, inputs or {}, made_from)
     here = ranks.current()
     refuse_unlike(files.digest(made_from), "the recipe, the data set or the inputs that they read")
     how = asked.decide()
@@ -233,16 +235,11 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
     for term in plan.terms:
         if (spread := term.weight_spread(data.class_counts)) < 1.05:
             console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
-    measure_confusion = None
-    if plan.phase != "finetune" and (split := CONFUSION_SPLITS.get(recipe.confusion.source)):
-        measure_confusion = confusion_on(dataset, split, recipe, state.model, device)
-        if split == "test":
-            console.warn("confusion is taken from the test split: labels leak, and the results are marked")
     weights, saved = sizes(plan, state)
     there = sum(path.stat().st_size for path in folder.files(files.MODEL, files.TRAINING_STATE))
     files.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     curves = Tracker(folder.path) if asked.options.tracker else None
-    return LoadedPhase(plan, state, data, setting, begun, measure_confusion, curves)
+    return LoadedPhase(plan, state, data, setting, begun, curves)
 
 
 def rehearse(started: LoadedPhase) -> list[str]:
@@ -270,18 +267,18 @@ def fit(asked: PhaseRequest, started: LoadedPhase, publish: Callable[[], None]) 
     Args:
         asked: the phase.
         started: the same, its inputs read.
-        publish: writes the state, see engine.fit().
+        publish: writes the state, see loop.fit().
 
     Returns:
         Seconds that went into recording CUDA graphs.
 
     Raises:
-        Diverged, Interrupted: see engine.fit().
+        Diverged, Interrupted: see loop.fit().
     """
     dataset, options, state = asked.dataset, asked.options, started.state
     test = None
     if options.eval_every:
-        test = accuracy_on_test(dataset, asked.recipe, state.model, started.setting.device)
+        test = asked.test_accuracy(dataset, asked.recipe, state.model, started.setting.device)
     return loop.fit(
         started.plan,
         started.data,
@@ -290,7 +287,6 @@ def fit(asked: PhaseRequest, started: LoadedPhase, publish: Callable[[], None]) 
         checkpoint_every=options.checkpoint_every,
         test_accuracy=test,
         eval_every=options.eval_every,
-        measure_confusion=started.measure_confusion,
         class_names=dataset.class_names,
     )
 
@@ -300,7 +296,7 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
 
     Raises:
         EnvironmentFault: the disk is full, or the lock is lost.
-        Diverged, Interrupted: see engine.fit().
+        Diverged, Interrupted: see loop.fit().
     """
     folder, source, dataset = asked.folder, asked.source, asked.dataset
     plan, state, setting = started.plan, started.state, started.setting

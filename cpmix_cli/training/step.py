@@ -71,8 +71,6 @@ class Plan:
     collect_confusion: bool = True
     confusion_start: int = 1
     confusion_decay: float = 1.0
-    confusion_of_each: bool = False
-    """Of several experts, every one's errors are counted and not those of their mean."""
     partners_ahead: bool = False
     """Partners of a whole epoch are drawn when it begins."""
     micro_batches: int = 1
@@ -387,8 +385,7 @@ class Step:
                 correct = correct + ((z.detach().mean(0).argmax(1) == batch.y1) & own).sum()
             if term is counted:
                 own = own & (collects if batch.unmixed is None else collects * batch.unmixed[0]).bool()
-                for seen in z.detach() if plan.confusion_of_each else z.detach().mean(0)[None]:
-                    codes.append(confusion_codes(batch.y1, seen.argmax(1), own, z.shape[-1]))
+                codes.append(confusion_codes(batch.y1, z.detach().mean(0).argmax(1), own, z.shape[-1]))
         return correct, codes
 
     def _term_batches(self, draws: Mapping[str, Tensor], part: Part) -> list[TermBatch]:
