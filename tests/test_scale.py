@@ -9,7 +9,7 @@ import pytest
 from conftest import cpmix, files, must
 from PIL import Image
 
-from cpmix_cli.bench.projection import Assumed, Load, Measured, StorageSpeed, project, share
+from cpmix_cli.bench.projection import Assumptions, Load, Measurements, StorageSpeed, project, share
 
 LOAD = Load(
     epochs=60,
@@ -22,7 +22,7 @@ LOAD = Load(
     codes=1,
     draws=1,
 )
-MEASURED = Measured(
+MEASURED = Measurements(
     kept={
         "resident": StorageSpeed(None, 0.0, {192: 50_000.0}),
         "shards": StorageSpeed(10_000.0, 200_000.0, {192: 50_000.0}),
@@ -34,10 +34,10 @@ MEASURED = Measured(
     count_seconds=0.0004,
     draw_seconds=0.0006,
 )
-ASSUMED = Assumed(cores=4, link=10.0)
+ASSUMED = Assumptions(cores=4, link=10.0)
 
 
-def projected(measured: Measured, assumed: Assumed, load: Load, kept: str, world_size: int) -> dict[str, Any]:
+def projected(measured: Measurements, assumed: Assumptions, load: Load, kept: str, world_size: int) -> dict[str, Any]:
     return project(measured, assumed, {"stage2": load}, kept, world_size)
 
 
@@ -95,18 +95,20 @@ def test_eight_ranks_by_hand() -> None:
 def test_the_link_runs_out_first_on_64_ranks() -> None:
     """3 images each, at the speed measured with 3: 9 / 100 s. With 1 GB/s the gradients take twice as long."""
     step = share(MEASURED, replace(ASSUMED, link=1.0), LOAD, "stage2", "shards", 64, 192)
-    assert step.device_seconds == pytest.approx(0.09 + 12 / 50_000 + 0.001)
+    assert step["device_seconds"] == pytest.approx(0.09 + 12 / 50_000 + 0.001)
     sent = 2 * 63 / 64 * (100_000_000 + 48) + 200_000 + 63 * 8 * 3
-    assert step.network_bytes == pytest.approx(sent)
-    assert (step.limit, step.seconds) == ("link", pytest.approx(sent / 1e9))
+    assert step["network_bytes_per_rank_and_step"] == round(sent)
+    assert (step["limit"], step["step_seconds"]) == ("link", pytest.approx(sent / 1e9))
     found = projected(MEASURED, replace(ASSUMED, link=1.0), LOAD, "shards", 64)["phases"]["stage2"]
-    assert found["disk_bytes_per_second_and_machine"] == pytest.approx(8 * 12 * 200_000 / step.seconds)  # 8 ranks on it
+    assert found["disk_bytes_per_second_and_machine"] == pytest.approx(
+        8 * 12 * 200_000 / step["step_seconds"]
+    )  # 8 ranks on it
 
 
 def test_batches_that_do_not_come_out_even_and_micro_batches() -> None:
     def images(world_size: int, load: Load = LOAD) -> tuple[int, int]:
         found = share(MEASURED, ASSUMED, load, "stage2", "shards", world_size, 192)
-        return found.images, found.made
+        return found["images_per_rank_and_step"], found["read_per_rank_and_step"]
 
     assert images(65) == (3, 12)  # 195 in all, three of them filled up
     assert images(63) == (4, 16)

@@ -1,7 +1,7 @@
 """What `bench` times: the loop of the released long-tail code, cpmix's own, and parts of it alone.
 
-A contender takes steps and counts the images that pass through the network, each once. All train the same network on
-the same images, at a rate too small to matter.
+A loop takes steps and counts the images that pass through the network, each once. All train the same network on the
+same images, with a learning rate too small to matter.
 """
 
 import signal
@@ -144,29 +144,36 @@ class NetworkAlone(TimedLoop):
 
 
 class InputAlone(TimedLoop):
-    """Images that come from disk, augmented and then not used; asked for ahead as in training.
+    """Images read, augmented and then not used.
+
+    Images from disk are prefetched as in training. Resident ones are the same at each step, so that augmentation alone
+    is timed.
 
     Args:
-        data: the training images.
+        batches: of the training images.
+        device: of the network.
+        num_images: N.
         batch_size: B.
     """
 
-    AHEAD = Step.STEPS_AHEAD
+    def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
+        super().__init__(device)
+        generator = torch.Generator().manual_seed(0)
+        self._batches = batches
+        self._size = batch_size
 
-    def __init__(self, data: TrainingData, batch_size: int) -> None:
-        super().__init__(data.labels.device)
-        self._batches = data.batches
-        self._size = min(batch_size, len(data.labels))
-        self._num_images = len(data.labels)
-        self._generator = torch.Generator().manual_seed(0)
+        def draw() -> tuple[Tensor, Tensor]:
+            indices = torch.randint(num_images, (self._size,), generator=generator)
+            uniforms = torch.rand(self._size, batches.num_uniforms, dtype=torch.float64, generator=generator)
+            return indices.to(batches.device), uniforms.to(batches.device)
+
+        self._draws = cycle([draw()]) if batches.resident else iter(draw, None)
         self._coming: deque[tuple[Tensor, Tensor]] = deque()
 
     def take(self, num_steps: int) -> int:
         for _ in range(num_steps):
-            while len(self._coming) <= self.AHEAD:
-                indices = torch.randint(self._num_images, (self._size,), generator=self._generator)
-                shape = (self._size, self._batches.num_uniforms)
-                self._coming.append((indices, torch.rand(shape, dtype=torch.float64, generator=self._generator)))
+            while len(self._coming) <= Step.STEPS_AHEAD:
+                self._coming.append(next(self._draws))
                 self._batches.prefetch(*self._coming[-1])
             self._batches.batch(*self._coming.popleft())
         return num_steps * self._size
@@ -249,7 +256,7 @@ class ReferenceLoop(TimedLoop):
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
-        slow the other contenders.
+        slow the other loops.
         """
         ahead = self._num_workers * self.PREFETCH
         # As many batches follow as are made ahead, so that the workers are busy to the end.
@@ -292,30 +299,6 @@ class ReferenceLoop(TimedLoop):
             self._optimizer.step()
             images += len(x)
         return images
-
-
-class AugmentingAlone(TimedLoop):
-    """Batches of resident images, augmented and then not used.
-
-    Args:
-        batches: of them.
-        device: where inputs come out.
-        num_images: N.
-        batch_size: B.
-    """
-
-    def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
-        super().__init__(device)
-        self._batches = batches
-        generator = torch.Generator().manual_seed(0)
-        self._indices = torch.randint(num_images, (batch_size,), generator=generator).to(device)
-        shape = (batch_size, batches.num_uniforms)
-        self._uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(device)
-
-    def take(self, num_steps: int) -> int:
-        for _ in range(num_steps):
-            self._batches.batch(self._indices, self._uniforms)
-        return num_steps * len(self._indices)
 
 
 class ReadingAlone(TimedLoop):

@@ -6,31 +6,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cpmix_cli.bench.loops import TimedLoop
 from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
-from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Dataset, open_dataset, unwritten_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.recipe import loading as recipes
-from cpmix_cli.recipe.schema import Recipe
+from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.loop import synchronize
 from cpmix_cli.training.objective import check_fits, compile_stage
-from cpmix_cli.training.step import Plan
+from cpmix_cli.training.step import Plan, TrainingData
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
-
-
-MIN_STEPS = 3  # of a contender in a round
+MIN_STEPS = 3  # of a loop in a round
 MIB = 2**20
 
 
@@ -50,9 +48,9 @@ class Options:
 
 @dataclass
 class Timing:
-    """What a contender reached."""
+    """Speeds of a loop."""
 
-    contender: TimedLoop
+    loop: TimedLoop
     peak_bytes: int | None
     """Memory that building and warming it up took, without the resident images and without loader processes."""
     num_steps: int
@@ -66,13 +64,13 @@ class Timing:
         return statistics.median(self.images_per_second)
 
     def ratio_to(self, other: "Timing") -> float:
-        """Median over the rounds of this contender's speed over the other's in the same round."""
+        """Median over the rounds of this loop's speed over the other's in the same round."""
         pairs = zip(self.images_per_second, other.images_per_second, strict=True)
         return statistics.median(mine / others for mine, others in pairs)
 
 
 def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
-    """The data set of a folder; without one that of random_images().
+    """The data set of a folder; without one, an unwritten one like CIFAR-100-LT at rho 200.
 
     Raises:
         InputError: no data set there, damaged, or points.
@@ -86,37 +84,39 @@ def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
     if data_root is not None:
         raise UsageError("--data-root is of a data set: give --data too", needed_by="bench")
     counts = exponential_counts(500, 100, 200)
-    record = {"name": "random images", "recipe": "cifar100-lt/cpmix", "rho": 200.0, "shape": (32, 32, 3)}
-    record |= {"mean": [0.5] * 3, "std": [0.25] * 3}
-    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts)
+    return unwritten_dataset(
+        "random images", counts, [32, 32, 3], recipe="cifar100-lt/cpmix", rho=200.0, storage="tensors"
+    )
 
 
-def random_images(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Random pixels, as many as CIFAR-100-LT has at rho 200, and labels."""
-    counts = dataset.class_counts
-    generator = torch.Generator().manual_seed(0)
-    shape = (int(counts.sum()), *dataset.shape)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return images, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+def random_images(count: int, shape: Sequence[int]) -> Tensor:
+    """Random pixels, the same each time: uint8 [count, *shape]."""
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def training_data(dataset: Dataset, recipe: Data, images: Tensor, labels: Tensor, device: torch.device) -> TrainingData:
+    """Images [N, H, W, channels] and their labels [N], resident on the device, as data of a data set."""
+    batches = make_batches(images.to(device), recipe, dataset.record["mean"], dataset.record["std"])
+    return TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], TimedLoop]], rounds: int, seconds: float, memory: "Memory"
+    loops: Mapping[str, Callable[[], TimedLoop]], rounds: int, seconds: float, memory: "Memory"
 ) -> dict[str, Timing]:
-    """Time contenders in turn, each for so many seconds a round."""
+    """Time loops in turn, each for so many seconds per round."""
     timings = {}
     expected = 0.0
-    for name, build in contenders.items():
+    for name, build in loops.items():
         memory.restart()
-        contender = build()
-        contender.warm_up()
-        taken = contender.timed(MIN_STEPS)[0] / MIN_STEPS
-        timings[name] = Timing(contender, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
+        loop = build()
+        loop.warm_up()
+        taken = loop.timed(MIN_STEPS)[0] / MIN_STEPS
+        timings[name] = Timing(loop, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
     console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
     for number in range(rounds):
         for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
-            taken, images = timing.contender.timed(timing.num_steps)
+            taken, images = timing.loop.timed(timing.num_steps)
             timing.images_per_second.append(images / taken)
     return timings
 
@@ -162,10 +162,20 @@ class Memory:
 
 def start_up_seconds() -> float:
     """Median of five runs of `cpmix --help`, as a process."""
+    command = [sys.executable, "-m", "cpmix_cli", "--help"]
+    return _median_seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), 5)
+
+
+def _median_seconds(function: Callable[[], object], times: int, device: torch.device | None = None) -> float:
+    """Seconds that a call takes, until the device is done with it."""
     taken = []
-    for _ in range(5):
+    for _ in range(times):
+        if device is not None:
+            synchronize(device)
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cpmix_cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        function()
+        if device is not None:
+            synchronize(device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
@@ -183,23 +193,13 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
     uniforms = torch.rand(batch_size, dtype=torch.float64, generator=generator).to(device)
     counted = torch.ones((), dtype=torch.bool, device=device)
 
-    def median_of(function: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(10):
-            synchronize(device)
-            started = time.perf_counter()
-            function()
-            synchronize(device)
-            taken.append(time.perf_counter() - started)
-        return statistics.median(taken)
-
     def count() -> None:
         count_confusions(counts, confusion_codes(labels, predictions, counted, num_classes))
 
     return {
         "num_classes": num_classes,
-        "count_seconds": median_of(count),
-        "draw_seconds": median_of(lambda: draw_confused(counts, labels, uniforms)),
+        "count_seconds": _median_seconds(count, 10, device),
+        "draw_seconds": _median_seconds(lambda: draw_confused(counts, labels, uniforms), 10, device),
     }
 
 

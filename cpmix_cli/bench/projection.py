@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from cpmix_cli.bench import measure
-from cpmix_cli.bench.loops import AugmentingAlone, NetworkAlone, ReadingAlone, TimedLoop
-from cpmix_cli.data.batches import Batches, CropBatches, make_batches
-from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.bench.loops import InputAlone, NetworkAlone, ReadingAlone, TimedLoop
+from cpmix_cli.data.batches import Batches, CropBatches
+from cpmix_cli.data.dataset import Dataset, unwritten_dataset
 from cpmix_cli.data.decoding import file_sizes
 from cpmix_cli.data.shards import Shards, shard_name
 from cpmix_cli.data.sources import OFFICIAL_LISTS
@@ -72,7 +71,7 @@ class StorageSpeed:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """What was timed or counted here."""
 
     kept: Mapping[str, StorageSpeed]
@@ -89,7 +88,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Assumed:
+class Assumptions:
     """What is not known here."""
 
     cores: int
@@ -120,52 +119,19 @@ class Load:
     """Terms whose partners are confused classes."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """A rank's share of a step."""
-
-    images: int
-    """Of the batch; where they do not come out even, those that fill it up are counted."""
-    made: int
-    """Images read and augmented."""
-    device_seconds: float
-    input_seconds: float
-    link_seconds: float
-    pairs_seconds: float
-    """Of the device's, for the counts and draws of confused pairs."""
-    network_bytes: float
-    """Sent to other ranks, and as many received."""
-
-    @property
-    def limit(self) -> str:
-        """What takes longest."""
-        return max(self._resources, key=lambda name: self._resources[name])
-
-    @property
-    def seconds(self) -> float:
-        """Of the step."""
-        return max(self._resources.values())
-
-    @property
-    def _resources(self) -> dict[str, float]:
-        return {
-            "device": self.device_seconds,
-            "input": self.input_seconds,
-            "link": self.link_seconds,
-        }
-
-
-def share(measured: Measured, assumed: Assumed, load: Load, phase: str, kept: str, world_size: int, size: int) -> Share:
-    """A rank's share of a step over `size` images.
+def share(
+    measured: Measurements, assumed: Assumptions, load: Load, phase: str, kept: str, world_size: int, size: int
+) -> dict[str, Any]:
+    """The share of one rank in a step over `size` images, as the JSON of a phase has it.
 
     Args:
         measured: here.
         assumed: of the ranks.
         load: of the phase.
-        phase: name of it.
-        kept: how images are, one of measured.kept.
+        phase: its name.
+        kept: how images are kept, a key of measured.kept.
         world_size: number of ranks, W.
-        size: images of the batch.
+        size: images of the batch. Where they do not divide evenly, images that pad it are counted.
 
     Source of the bytes: a ring all-reduce of n bytes sends 2 (W - 1) / W n from each rank.
     """
@@ -176,59 +142,52 @@ def share(measured: Measured, assumed: Assumed, load: Load, phase: str, kept: st
     pairs = measured.count_seconds * (load.codes > 0) + measured.draw_seconds * load.draws
     device = made / _speed_at(images.augment, part.length)
     device += num_images * load.num_terms / _speed_at(measured.network[phase], part.length) + pairs
-    reading = 0.0 if images.read is None else made / (images.read * assumed.cores)
-    around = 2 * (world_size - 1) / world_size
     sums = 8 * (load.num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
-    sent = around * (measured.gradient_bytes[phase] + sums)
+    sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[phase] + sums)
     if world_size > 1:
         sent += measured.buffer_bytes + (world_size - 1) * 8 * load.codes * num_images
-    return Share(num_images, made, device, reading, sent / (assumed.link * GB), pairs, sent)
+    one_core = 0.0 if images.read is None else made / images.read
+    seconds = {"device": device, "input": one_core / assumed.cores, "link": sent / (assumed.link * GB)}
+    longest = max(seconds.values())
+    return {
+        "images_per_rank_and_step": num_images,
+        "passes_per_rank_and_step": num_images * load.num_terms,
+        "read_per_rank_and_step": made if images.read is not None else 0,
+        **{f"{resource}_seconds": taken for resource, taken in seconds.items()},
+        "step_seconds": longest,
+        "limit": max(seconds, key=lambda resource: seconds[resource]),
+        "cores_wanted": math.ceil(one_core / max(seconds["device"], seconds["link"])),
+        "pairs_share": pairs / longest,
+        "network_bytes_per_rank_and_step": round(sent),
+    }
 
 
 def _speed_at(speeds: Mapping[int, float], at_once: int) -> float:
-    """That of the nearest number of images that was measured."""
+    """The speed at the nearest number of images that was measured."""
     return speeds[min(speeds, key=lambda size: abs(size - at_once))]
 
 
 def project(
-    measured: Measured, assumed: Assumed, loads: Mapping[str, Load], kept: str, world_size: int
+    measured: Measurements, assumed: Assumptions, loads: Mapping[str, Load], kept: str, world_size: int
 ) -> dict[str, Any]:
-    """Time, GPU-hours, traffic and limits of a whole recipe on `world_size` ranks, for images kept in one way.
-
-    Args:
-        measured: here.
-        assumed: of the ranks.
-        loads: of each phase.
-        kept: one of measured.kept.
-        world_size: number of ranks.
-    """
-    images = measured.kept[kept]
+    """Time, GPU-hours, traffic and limits of a whole recipe on `world_size` ranks; arguments as share() has them."""
+    image_bytes = measured.kept[kept].image_bytes
     on_a_machine = min(world_size, assumed.ranks_per_machine)
     phases: dict[str, dict[str, Any]] = {}
     for phase, load in loads.items():
         steps = -(-load.num_images // load.batch_size)
-        full = share(measured, assumed, load, phase, kept, world_size, min(load.batch_size, load.num_images))
-        left = load.num_images - (steps - 1) * load.batch_size
-        last = share(measured, assumed, load, phase, kept, world_size, left)
-        made = world_size * ((steps - 1) * full.made + last.made)
-        others = max(full.device_seconds, full.link_seconds)
-        phases[phase] = {
-            "images_per_rank_and_step": full.images,
-            "passes_per_rank_and_step": full.images * load.num_terms,
-            "read_per_rank_and_step": full.made if images.read is not None else 0,
+        sizes = (min(load.batch_size, load.num_images), load.num_images - (steps - 1) * load.batch_size)
+        full, last = (share(measured, assumed, load, phase, kept, world_size, size) for size in sizes)
+        read = (steps - 1) * full["read_per_rank_and_step"] + last["read_per_rank_and_step"]
+        phases[phase] = full | {
             "steps_per_epoch": steps,
             "epochs": load.epochs,
-            "device_seconds": full.device_seconds,
-            "input_seconds": full.input_seconds,
-            "link_seconds": full.link_seconds,
-            "step_seconds": full.seconds,
-            "limit": full.limit,
-            "cores_wanted": 0 if images.read is None else math.ceil(full.made / (images.read * others)),
-            "pairs_share": full.pairs_seconds / full.seconds,
-            "network_bytes_per_rank_and_step": round(full.network_bytes),
-            "disk_bytes_per_epoch": round(made * images.image_bytes),
-            "disk_bytes_per_second_and_machine": on_a_machine * full.made * images.image_bytes / full.seconds,
-            "seconds": load.epochs * ((steps - 1) * full.seconds + last.seconds),
+            "disk_bytes_per_epoch": round(world_size * read * image_bytes),
+            "disk_bytes_per_second_and_machine": on_a_machine
+            * full["read_per_rank_and_step"]
+            * image_bytes
+            / full["step_seconds"],
+            "seconds": load.epochs * ((steps - 1) * full["step_seconds"] + last["step_seconds"]),
         }
     seconds = sum(phase["seconds"] for phase in phases.values())
     return {"seconds": seconds, "rank_hours": world_size * seconds / 3600, "phases": phases}
@@ -240,7 +199,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
     Args:
         options: of the measurement.
         sizes: numbers of ranks, in their order.
-        cores: see Assumed; None for its default, as of `link`.
+        cores: see Assumptions; None for its default, as of `link`.
 
     Raises:
         EnvironmentFault: the device is not there.
@@ -260,7 +219,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
             f"--world-size {sizes[-1]}: a batch of {name} has {most} images, not one for each rank",
             fix="give fewer ranks, or a larger optimizer.batch_size and finetune.batch_size",
         )
-    assumed = Assumed(cores or CORES, link or LINK)
+    assumed = Assumptions(cores or CORES, link or LINK)
     console.note(
         f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
         f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
@@ -275,7 +234,8 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
         buffers = sum(b.numel() * b.element_size() for b in state.model.buffers())
 
         def one(size: int, plan: Plan = plan, state: Any = state) -> TimedLoop:
-            return NetworkAlone(_stand_ins(setting, size), replace(plan, batch_size=size), state, record=False)
+            data = _random_data(dataset, recipe.data, device, size)
+            return NetworkAlone(data, replace(plan, batch_size=size), state, record=False)
 
         console.note(f"bench: the network of {phase}")
         network[phase] = _speeds(one, _at_once(plan, num_images, sizes), options, len(plan.terms))
@@ -288,7 +248,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
         if hardware.fits(round(resident * (1 if device.type == "cuda" else assumed.ranks_per_machine)), device):
             kept = {"resident": StorageSpeed(None, 0.0, kept["shards"].augment), **kept}
     costs = measure.pair_costs(dataset.num_classes, recipe.optimizer.batch_size, device)
-    measured = Measured(kept, network, gradients, buffers, costs["count_seconds"], costs["draw_seconds"])
+    measured = Measurements(kept, network, gradients, buffers, costs["count_seconds"], costs["draw_seconds"])
     projected = [
         {"world_size": size, "images": {how: project(measured, assumed, loads, how, size) for how in kept}}
         for size in sizes
@@ -326,12 +286,11 @@ def _training_set(options: measure.Options) -> tuple[Dataset, int, str]:
         dataset = measure.training_set(options.data, options.data_root)
         return dataset, int(dataset.class_counts.sum()), "--data" if options.data else "made up"
     published = OFFICIAL_LISTS[family]
-    record: dict[str, Any] = {"name": family, "recipe": f"{family}/cpmix", "rho": None}
-    record |= {"shape": (PACKED_SIDE, PACKED_SIDE, 3)}
-    record |= {"mean": [0.5] * 3, "std": [0.25] * 3, "storage": "shards", "source": family, "data_root": None}
     num_images = published.num_images["train"]
     counts = np.full(published.num_classes, num_images // published.num_classes)  # who has how many changes no speed
-    return Dataset(Path(), record, [str(c) for c in range(len(counts))], counts), num_images, "published"
+    shape = [PACKED_SIDE, PACKED_SIDE, 3]
+    dataset = unwritten_dataset(family, counts, shape, recipe=f"{family}/cpmix", rho=None, storage="shards")
+    return dataset, num_images, "published"
 
 
 def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
@@ -366,49 +325,37 @@ def _speeds(
     """
     wanted = sorted({max(2, size) for size in sizes})
     size = min(max(2, -(-FIRST_IMAGES // num_terms)), wanted[-1])
-    contender, taken = _warm(build, size)
+    loop, taken = _warm(build, size)
     with suppress(torch.OutOfMemoryError):
         while size < wanted[-1] and (room := int(STEP_SECONDS / taken[0])) > 1:
             larger = min(wanted[-1], size * min(8, room))
-            contender, taken = _warm(build, larger)
+            loop, taken = _warm(build, larger)
             size = larger
-    speeds = {size: _median_speed(contender, taken, options)}
-    if contender.device.type == "cuda":
+    speeds = {size: _median_speed(loop, taken, options)}
+    if loop.device.type == "cuda":
         for smaller in {min(size, other) for other in wanted} - {size}:
             speeds[smaller] = _median_speed(*_warm(build, smaller), options)
     return dict(sorted(speeds.items()))
 
 
 def _warm(build: Callable[[int], TimedLoop], size: int) -> tuple[TimedLoop, tuple[float, int]]:
-    """A contender, and what a step of it takes: seconds and images. The libraries choose and allocate before."""
-    contender = build(size)
-    contender.timed(EAGER_STEPS if contender.device.type == "cuda" else 1)
-    return contender, contender.timed(1)
+    """A loop, and what a step of it takes: seconds and images. The libraries choose and allocate before."""
+    loop = build(size)
+    loop.timed(EAGER_STEPS if loop.device.type == "cuda" else 1)
+    return loop, loop.timed(1)
 
 
-def _median_speed(contender: TimedLoop, taken: tuple[float, int], options: measure.Options) -> float:
+def _median_speed(loop: TimedLoop, taken: tuple[float, int], options: measure.Options) -> float:
     """Images a second: the median of options.rounds turns, or of as many as MAX_SECONDS have room for."""
     steps = max(1, math.ceil(options.seconds / taken[0]))
     turns = min(options.rounds, max(1, int(MAX_SECONDS / (steps * taken[0]))))
-    found = [contender.timed(steps) for _ in range(turns)]
+    found = [loop.timed(steps) for _ in range(turns)]
     return statistics.median(images / seconds for seconds, images in found)
 
 
-def _stand_ins(setting: PhaseContext, count: int) -> TrainingData:
-    """So many random images on the device."""
-    dataset, device = setting.dataset, setting.device
-    batches = _resident(dataset, setting.recipe.data, device, count)
-    labels = torch.arange(count, device=device) % dataset.num_classes
-    return TrainingData(batches, labels, torch.tensor(dataset.class_counts, device=device))
-
-
-def _random_images(count: int, shape: Sequence[int]) -> Tensor:
-    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def _resident(dataset: Dataset, recipe: Data, device: torch.device, count: int) -> Batches:
-    images = _random_images(count, dataset.shape).to(device)
-    return make_batches(images, recipe, dataset.record["mean"], dataset.record["std"])
+def _random_data(dataset: Dataset, recipe: Data, device: torch.device, count: int) -> TrainingData:
+    labels = torch.arange(count) % dataset.num_classes
+    return measure.training_data(dataset, recipe, measure.random_images(count, dataset.shape), labels, device)
 
 
 def _images(
@@ -417,16 +364,16 @@ def _images(
     """How images may be kept, with the speed of each way; and what was read for that."""
 
     def augmenting(batches: Batches) -> dict[int, float]:
-        return _speeds(lambda size: AugmentingAlone(batches, device, NUM_READ, size), at_once, options)
+        return _speeds(lambda size: InputAlone(batches, device, NUM_READ, size), at_once, options)
 
-    whole = _resident(dataset, recipe, device, NUM_READ)
+    whole = _random_data(dataset, recipe, device, NUM_READ).batches
     kept = augmenting(whole)
     if dataset.storage == "tensors":
         return {"resident": StorageSpeed(None, 0.0, kept)}, {}
     cropped = kept
     if recipe.crop:
         record, shape = dataset.record, (recipe.crop, recipe.crop, 3)
-        seen = _random_images(NUM_READ, shape).to(device)
+        seen = measure.random_images(NUM_READ, shape).to(device)
         cropped = augmenting(CropBatches(seen, recipe, record["mean"], record["std"], cropped=True))
 
     def reading(reader: Reader, indices: Sequence[int]) -> float:
@@ -462,7 +409,7 @@ def _images(
 
 def _pack(folder: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
     """Write a shard of NUM_READ images of random pixels; returns their hashes."""
-    images = _random_images(NUM_READ, shape).numpy()
+    images = measure.random_images(NUM_READ, shape).numpy()
     (folder / shard_name("train", 0)).write_bytes(images.tobytes())
     hashes = np.frombuffer(b"".join(sha256(image.tobytes()).digest() for image in images), dtype=np.uint8)
     return hashes.reshape(-1, 32)
@@ -505,7 +452,7 @@ def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str,
     return None
 
 
-def report(fields: dict[str, Any], loads: Mapping[str, Load], measured: Measured, assumed: Assumed) -> None:
+def report(fields: dict[str, Any], loads: Mapping[str, Load], measured: Measurements, assumed: Assumptions) -> None:
     """Three parts: measured, assumed, projected; or the JSON object."""
     hours = "GPU-hours" if fields["device_type"] == "cuda" else "rank-hours"
     lines = [
@@ -560,7 +507,7 @@ def _ranks(entry: Mapping[str, Any]) -> str:
     return "1 rank" if entry["world_size"] == 1 else f"{entry['world_size']:,} ranks"
 
 
-def _measured_rows(fields: Mapping[str, Any], loads: Mapping[str, Load], measured: Measured) -> list[list[str]]:
+def _measured_rows(fields: Mapping[str, Any], loads: Mapping[str, Load], measured: Measurements) -> list[list[str]]:
     def speed(images_per_second: float) -> str:
         return f"{images_per_second:,.{0 if images_per_second >= 100 else 1}f}"
 

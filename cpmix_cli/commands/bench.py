@@ -1,7 +1,7 @@
 """bench: how fast this machine trains, beside the loop of the released long-tail code and the network alone.
 
-The contenders take turns, round after round, so that a drift of the machine's speed meets all of them; what is printed
-are medians over the rounds, ratios too. Nothing is written.
+The loops take turns, round after round, so that a drift of the machine's speed meets all of them. Medians over the
+rounds are printed, of ratios too. Nothing is written.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,10 @@ from cpmix_cli.bench.measure import (
     random_images,
     recipe_for,
     start_up_seconds,
+    training_data,
     training_set,
 )
-from cpmix_cli.data.batches import make_batches, open_batches
+from cpmix_cli.data.batches import open_batches
 from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
@@ -55,12 +56,13 @@ def run(options: Options) -> None:
     setting = PhaseContext(recipe, dataset, device, precision, {})
     images: Tensor | None
     if options.data is None:
-        images, labels = random_images(dataset)
-        batches = make_batches(images.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+        labels = torch.arange(dataset.num_classes).repeat_interleave(torch.tensor(dataset.class_counts))
+        images = random_images(len(labels), dataset.shape)
+        data = training_data(dataset, recipe.data, images, labels, device)
     else:
         batches, labels = open_batches(dataset, "train", recipe.data, device)
         images = dataset.read("train")[0] if dataset.storage == "tensors" else None
-    data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
+        data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     workers = torch.get_num_threads()
 
@@ -83,26 +85,27 @@ def run(options: Options) -> None:
         return NetworkAlone(data, *prepared(changed, "stage1"))
 
     # Each phase stands beside the network it is compared with.
-    contenders: dict[str, Callable[[], TimedLoop]] = {"reference": reference}
-    if not batches.resident:
-        contenders["input"] = partial(InputAlone, data, recipe.optimizer.batch_size)
+    loops: dict[str, Callable[[], TimedLoop]] = {"reference": reference}
+    if not data.batches.resident:
+        size = min(recipe.optimizer.batch_size, len(labels))
+        loops["input"] = partial(InputAlone, data.batches, device, len(labels), size)
     if recipe.model.experts > 1:
-        contenders["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
+        loops["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
         other = "loop" if recipe.model.expert_layout == "fused" else "fused"
         with suppress(ValueError), torch.device("meta"):  # a network without that layout
             changed = recipe.model.model_copy(update={"expert_layout": other})
             MODELS[recipe.model.name](dataset.num_classes, recipe.data.input_shape(dataset.shape), changed)
-            contenders[f"experts {other}"] = partial(other_network, expert_layout=other)
+            loops[f"experts {other}"] = partial(other_network, expert_layout=other)
     for phase in phases:
         for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
-            contenders[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
-        contenders[phase] = partial(training, phase)
+            loops[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
+        loops[phase] = partial(training, phase)
 
     console.note(
         f"bench: {name} on {dataset.name}, {len(labels):,} images of {'x'.join(map(str, dataset.shape))}; "
         f"{hardware.device_name(device)}, {workers} threads"
     )
-    timings = measure(contenders, options.rounds, options.seconds, memory)
+    timings = measure(loops, options.rounds, options.seconds, memory)
     start_up = start_up_seconds()
     costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
 

@@ -1,5 +1,6 @@
 """Reading a data set folder that build-lt wrote."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
 from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.data.longtail import group_of
 from cpmix_cli.data.shards import MEND, Shards
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime.errors import InputError, UsageError
@@ -240,6 +242,41 @@ class Dataset:
         """Folder of the image files; None for sets that come in a file of their own."""
         root = self.moved_to or self.record.get("data_root")
         return Path(root) if root is not None else None
+
+
+def unwritten_dataset(
+    name: str, counts: NDArray[np.int64], shape: list[int], *, recipe: str, rho: float | None, storage: Storage
+) -> Dataset:
+    """A data set of images that is in no folder: for timings, which need its sizes and take random pixels.
+
+    Args:
+        name: of the data set.
+        counts: training images per class [C].
+        shape: H, W, channels.
+        recipe: its default recipe.
+        rho: imbalance factor.
+        storage: how its images would be kept.
+    """
+    classes, channels = [str(c) for c in range(len(counts))], shape[-1]
+    groups = Counter(map(group_of, counts.tolist()))
+    entry = Entry(
+        name=name,
+        source=name,
+        rho=rho,
+        classes=classes,
+        num_train=int(counts.sum()),
+        num_test=0,
+        groups={"many": groups["many"], "medium": groups["medium"], "few": groups["few"]},
+        recipe=recipe,
+        files={},
+        data_root=None if storage == "tensors" else ".",
+        fingerprint="",
+        storage=storage,
+        shape=shape,
+        mean=[0.5] * channels,
+        std=[0.25] * channels,
+    )
+    return Dataset(Path(), entry.model_dump(), classes, counts)
 
 
 def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None) -> Dataset:
