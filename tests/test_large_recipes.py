@@ -26,7 +26,7 @@ from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun, evaluation
 from cpmix_cli.results.methods import recognised
 from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.runtime.errors import InputError, UsageError
-from cpmix_cli.training.objective import check_fits
+from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.schedule import learning_rate
 
 CLASSES = {"imagenet-lt": 1000, "places-lt": 365, "inaturalist2018": 8142}

@@ -8,7 +8,7 @@ import pytest
 from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.recipe.requests import check_request
 from cpmix_cli.runtime.errors import UsageError
-from cpmix_cli.training.objective import check_fits
+from cpmix_cli.training.checks import check_fits
 
 DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
 DATA += ("imagenet-lt", "places-lt", "inaturalist2018")

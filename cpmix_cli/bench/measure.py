@@ -23,8 +23,9 @@ from cpmix_cli.recipe import loading as recipes
 from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.loop import synchronize
-from cpmix_cli.training.objective import check_fits, compile_stage
+from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.step import Plan, TrainingData
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018

@@ -13,8 +13,8 @@ from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.runs import folders
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.loop import load_state
-from cpmix_cli.training.objective import check_fits
 from cpmix_cli.training.phase import Options, requested_recipe, skip, train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan
 from cpmix_cli.training.step import Plan, TrainingState

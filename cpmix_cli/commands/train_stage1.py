@@ -17,7 +17,8 @@ from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
-from cpmix_cli.training.objective import check_fits, compile_stage
+from cpmix_cli.training.checks import check_fits
+from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import Options, train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState

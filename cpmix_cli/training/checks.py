@@ -1,0 +1,102 @@
+"""Checks of a recipe against a data set and the network that it names, before the first phase trains."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from cpmix_cli.data.batches import NORMALISATIONS
+from cpmix_cli.models import MODELS, within
+from cpmix_cli.recipe.schema import Recipe, Stage
+from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
+
+
+def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True) -> None:
+    """Check a recipe against a data set, all its phases before the first has trained.
+
+    Args:
+        recipe: valid by itself.
+        num_classes: C of the data set.
+        shape: of one of its images (H, W, channels) or points (2,).
+        has_statistics: mean and deviation of its pixels are known.
+
+    Raises:
+        UsageError: all that does not fit.
+        EnvironmentFault: a package that the recipe needs is not there.
+    """
+    faults = []
+    try:
+        with torch.device("meta"):
+            network = MODELS[recipe.model.name](num_classes, recipe.data.input_shape(shape), recipe.model)
+        faults += _name_faults(recipe, [name for name, _ in network.named_parameters()])
+    except ValueError as fault:
+        faults.append(f'model.name = "{recipe.model.name}": {fault}')
+    if recipe.data.crop and len(shape) != 3:
+        faults.append(f"data.crop = {recipe.data.crop}: for images, the data set has points")
+    elif recipe.data.crop > min(shape[:2]):
+        faults.append(f"data.crop = {recipe.data.crop}: the images have {shape[0]} x {shape[1]} pixels")
+    normalisation = recipe.data.normalisation
+    if normalisation in NORMALISATIONS and len(shape) == 3 and shape[-1] != 3:
+        faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
+    if normalisation == "dataset" and not has_statistics:
+        faults.append(
+            'data.normalisation = "dataset": of images that stay in their files no statistics are known; '
+            "pack them (build-lt --pack S), or name published ones"
+        )
+    for table in ("stage1", "stage2", "finetune"):
+        stage = getattr(recipe, table)
+        if stage is not None:
+            faults += _pair_faults(stage, table, num_classes)
+            for name, term in stage.terms.items():
+                if term.mix == "box" and len(shape) != 3:
+                    faults.append(f'{table}.terms.{name}.mix = "box": for images, the data set has points')
+                if term.match == "transport" and find_spec("ot") is None:
+                    raise EnvironmentFault(
+                        f'{table}.terms.{name}.match = "transport" needs POT', fix="pip install 'cpmix[transport]'"
+                    )
+    if faults:
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
+
+
+def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
+    """Prefixes in a recipe that no parameter starts with, modules that are not there, and phases that are left nothing
+    to train; `names` are the parameters with a linear head.
+    """
+    heads = [name for name in names if name.startswith("head.")]
+    if recipe.model.head == "cosine":
+        names = [name for name in names if name not in heads or not name.endswith("bias")]
+    wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
+    frozen = recipe.model.frozen
+    trained = {"model.frozen": [name for name in names if not within(name, frozen)]}
+    if (finetune := recipe.finetune) is not None:
+        scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
+        own = names + {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])
+        wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
+        wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
+        matched = [name for name in own if name.startswith(tuple(finetune.train))]
+        if matched:
+            trained["finetune.train"] = [name for name in matched if not within(name, frozen)]
+    modules = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+    faults = [
+        f'model.frozen: the network has no "{module}", but {modules} and what lies in them'
+        for module in frozen
+        if not any(within(name, [module]) for name in names)
+    ]
+    faults += [f"{key}: all of it is frozen, nothing is left to train" for key, left in trained.items() if not left]
+    return faults + [
+        f'{key}: no parameter of the network starts with "{prefix}"; some are {", ".join(known[:1] + known[-2:])}'
+        for key, prefix, known in wanted
+        if not any(name.startswith(prefix) for name in known)
+    ]
+
+
+def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:
+    """Faults of `fixed` pairs, the one parameter whose range is the data set's."""
+    return [
+        f"{table}.terms.{name}.pairs: {pair} is not two of the {num_classes} class ids"
+        for name, term in stage.terms.items()
+        if term.partner == "fixed"
+        for pair in term.parameters.get("pairs", [])
+        if len(pair) != 2 or not all(0 <= c < num_classes for c in pair)
+    ]
