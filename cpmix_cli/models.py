@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpmix_cli.recipe.schema import Model
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, counted, indented
 
 
 class Classifier(nn.Module):
@@ -534,10 +534,8 @@ def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) 
         elif not given[name].to(own[name].dtype).isfinite().all():  # a float64 may be beyond float32
             faults.append(f"{name}: holds values that are not finite")
     if faults:
-        more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
         raise InputError(
-            f"{path} does not fit the network, {len(faults)} tensor{'s' if len(faults) > 1 else ''}:\n    "
-            + "\n    ".join(faults[:10] + more),
+            f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}",
             needed_by="--init",
             fix="choose the network that these weights are of with --set model.name=NAME",
         )

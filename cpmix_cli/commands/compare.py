@@ -26,7 +26,7 @@ from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, Pape
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.folders import locate
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Keys of metrics.json, per cent -> column names."""
@@ -115,9 +115,7 @@ def difference_lines(rows: Sequence[ComparisonRow]) -> list[str]:
     lines = []
     for entry in differences_of(rows):
         keys = [f"{key}: {', '.join(map(shown, values))}" for key, values in entry["keys"].items()]
-        if len(keys) > MAX_LISTED:
-            keys = [*keys[:MAX_LISTED], f"and {len(keys) - MAX_LISTED} more keys"]
-        lines.append(f"rows {listed(entry['rows'])} differ in {'; '.join(keys)}")
+        lines.append(f"rows {listed(entry['rows'])} differ in {shortened(keys, MAX_LISTED, '; ')}")
     return lines
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, shortened
 
 WRAPPERS = ("state_dict", "model", "state_dict_ema")
 """Keys under which training scripts keep the weights beside an epoch count and an optimizer."""
@@ -116,24 +116,20 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
     others = [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]
     if others:
         raise InputError(
-            f"{path} has entries that are no plain tensors: {_few(others)}",
+            f"{path} has entries that are no plain tensors: {shortened(others, 10)}",
             needed_by="import-weights",
             fix="ask its authors for the state_dict alone",
         )
     names = Counter(_plain(str(name)) for name in content)
     if twice := [name for name, count in names.items() if count > 1]:
         raise InputError(
-            f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: {_few(twice)}",
+            f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: "
+            + shortened(twice, 10),
             needed_by="import-weights",
             fix="ask its authors for the state_dict alone",
         )
     # Copies: in a checkpoint several names may share one memory, in safetensors none do.
     return {_plain(str(name)): value.detach().clone() for name, value in content.items()}
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
 
 
 def _not_plain(value: object) -> str:

@@ -4,7 +4,7 @@ A CpmixError is something the user can mend: it is shown as three lines (what is
 fixes it) and never as a traceback. A ValueError is a wrong call from Python, an assert our own invariant.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 75
@@ -67,6 +67,25 @@ class Interrupted(CpmixError):
 
     exit_code = EXIT_INTERRUPTED
     word = "interrupted"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 file" or "2,000 files"; the plural is noun + "s" unless given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def shortened(items: Sequence[str], limit: int, separator: str = ", ") -> str:
+    """Return "a, b and 3 more": the first `limit` items, and how many are left out."""
+    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
+def indented(items: Sequence[str], limit: int | None = None) -> str:
+    """Return the first `limit` items (None: all), each on a line of its own below the message, and how many are left
+    out.
+    """
+    left_out = 0 if limit is None else max(0, len(items) - limit)
+    return "".join(f"\n    {item}" for item in [*items[:limit], *([f"... and {left_out:,} more"] if left_out else [])])
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:

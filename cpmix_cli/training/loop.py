@@ -16,7 +16,7 @@ from torch import Tensor
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Optimizer
 from cpmix_cli.runtime import console, ranks, signals
-from cpmix_cli.runtime.errors import Diverged, InputError, Interrupted
+from cpmix_cli.runtime.errors import Diverged, InputError, Interrupted, shortened
 from cpmix_cli.training.live import LiveView
 from cpmix_cli.training.step import EAGER_STEPS, Plan, Step, TrainingData, TrainingState, own_stream, sum_names
 
@@ -102,7 +102,7 @@ def _kind(tensor: Tensor) -> str:
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Names of the tensors with a value that is not finite, the first few; "" if there are none."""
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-    return ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    return shortened(bad, 5)
 
 
 def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
