@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import cpmix, files, must
 
+from cpmix_cli.results.paper import PAPER_TABLES
+
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
 HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
@@ -196,6 +198,19 @@ def test_json_errors_are_one_object_too(tmp_path: Path) -> None:
     assert result.code == 3
     assert result.json["exit_code"] == 3
     assert result.json["error"].startswith("error: ")
+
+
+def test_json_counts_wherever_it_is_typed() -> None:
+    result = cpmix("evaluate", "--from", "x", "--device", "gpu", "--json")
+    assert result.json == {
+        "error": 'error: --device "gpu". Did you mean "cpu"? Known: auto, cpu, cuda.',
+        "exit_code": 2,
+    }
+
+
+def test_every_table_of_the_paper_can_be_asked_for() -> None:
+    message = cpmix("compare", "x", "--paper", "table5").stderr
+    assert message.endswith(f"Known: {', '.join(sorted(PAPER_TABLES))}.\n")
 
 
 def test_a_device_that_is_not_there(digits: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ RESEARCH = ("losses", "mixing", "confusion", "models", "experts")
 """The researcher's files, which are one room though they lie at the top."""
 ROOMS = (
     *("cli", "commands", "bench", "results", "report", "evaluation", "training", "runs"),
-    *("research", "data", "recipe", "artifacts", "runtime"),
+    *("research", "data", "recipe", "artifacts", "flags", "runtime"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__main__.py", "__init__.py"))
 

@@ -19,6 +19,7 @@ from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset, unwritten_dataset
 from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe import loading as recipes
 from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console
@@ -31,20 +32,6 @@ from cpmix_cli.training.step import Plan, TrainingData
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
 MIN_STEPS = 3  # of a loop in a round
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    recipe: str | None
-    settings: list[str]
-    epochs: int | None
-    data: Path | None
-    data_root: Path | None
-    device: str
-    rounds: int
-    seconds: float
 
 
 @dataclass
@@ -204,7 +191,7 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
     }
 
 
-def recipe_for(dataset: Dataset, name: str, options: Options) -> Recipe:
+def recipe_for(dataset: Dataset, name: str, options: BenchOptions) -> Recipe:
     """The recipe of that name as the flags change it.
 
     Raises:

@@ -30,6 +30,7 @@ from cpmix_cli.data.decoding import file_sizes
 from cpmix_cli.data.shards import Shards, shard_name
 from cpmix_cli.data.sources import OFFICIAL_LISTS
 from cpmix_cli.data.stream import FileReader, Reader
+from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.recipe.schema import Data, Recipe, Stage
 from cpmix_cli.runs.run_json import PHASES
@@ -193,19 +194,15 @@ def project(
     return {"seconds": seconds, "rank_hours": world_size * seconds / 3600, "phases": phases}
 
 
-def run(options: measure.Options, sizes: list[int], cores: int | None, link: float | None) -> None:
-    """Measure, project and print.
-
-    Args:
-        options: of the measurement.
-        sizes: numbers of ranks, in their order.
-        cores: see Assumptions; None for its default, as of `link`.
+def run(options: BenchOptions) -> None:
+    """Measure, project to options.world_sizes and print.
 
     Raises:
         EnvironmentFault: the device is not there.
         InputError: the data set is damaged, or holds points.
         UsageError: faults of the flags or the recipe.
     """
+    sizes = options.world_sizes
     device = hardware.use_device(options.device)
     dataset, num_images, source = _training_set(options)
     name = options.recipe or dataset.record["recipe"]
@@ -219,7 +216,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
             f"--world-size {sizes[-1]}: a batch of {name} has {most} images, not one for each rank",
             fix="give fewer ranks, or a larger optimizer.batch_size and finetune.batch_size",
         )
-    assumed = Assumptions(cores or CORES, link or LINK)
+    assumed = Assumptions(options.cores or CORES, options.link or LINK)
     console.note(
         f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
         f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
@@ -277,7 +274,7 @@ def run(options: measure.Options, sizes: list[int], cores: int | None, link: flo
     report(fields, loads, measured, assumed)
 
 
-def _training_set(options: measure.Options) -> tuple[Dataset, int, str]:
+def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
     """The data set that is projected for, its training images, and where their number is from; without --data the
     published set of the recipe's folder, where there is one. Raises as measure.training_set().
     """
@@ -317,7 +314,7 @@ def _at_once(plan: Plan, num_images: int, world_sizes: Iterable[int]) -> set[int
 
 
 def _speeds(
-    build: Callable[[int], TimedLoop], sizes: Iterable[int], options: measure.Options, num_terms: int = 1
+    build: Callable[[int], TimedLoop], sizes: Iterable[int], options: BenchOptions, num_terms: int = 1
 ) -> dict[int, float]:
     """Images a second by images of a term at once. A CPU's speed hangs little on their number: there it is the largest
     whose step is short; a GPU takes all those whose steps are short and fit into its memory. Not 1: batch norm may not
@@ -345,7 +342,7 @@ def _warm(build: Callable[[int], TimedLoop], size: int) -> tuple[TimedLoop, tupl
     return loop, loop.timed(1)
 
 
-def _median_speed(loop: TimedLoop, taken: tuple[float, int], options: measure.Options) -> float:
+def _median_speed(loop: TimedLoop, taken: tuple[float, int], options: BenchOptions) -> float:
     """Images a second: the median of options.rounds turns, or of as many as MAX_SECONDS have room for."""
     steps = max(1, math.ceil(options.seconds / taken[0]))
     turns = min(options.rounds, max(1, int(MAX_SECONDS / (steps * taken[0]))))
@@ -359,7 +356,7 @@ def _random_data(dataset: Dataset, recipe: Data, device: torch.device, count: in
 
 
 def _images(
-    dataset: Dataset, recipe: Data, device: torch.device, at_once: Iterable[int], options: measure.Options
+    dataset: Dataset, recipe: Data, device: torch.device, at_once: Iterable[int], options: BenchOptions
 ) -> tuple[dict[str, StorageSpeed], dict[str, Any]]:
     """How images may be kept, with the speed of each way; and what was read for that."""
 

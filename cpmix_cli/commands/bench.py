@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpmix_cli.bench import projection
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, PilImages, ReferenceLoop, TimedLoop, TrainingLoop
 from cpmix_cli.bench.measure import (
     MIB,
     PAIR_CLASSES,
     Memory,
-    Options,
     Timing,
     measure,
     not_projected,
@@ -30,6 +30,7 @@ from cpmix_cli.bench.measure import (
     training_set,
 )
 from cpmix_cli.data.batches import open_batches
+from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import MODELS, build_model
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
@@ -38,14 +39,17 @@ from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.step import TrainingData
 
 
-def run(options: Options) -> None:
-    """Measure and print.
+def run(options: BenchOptions) -> None:
+    """Measure and print; with --world-size, project.
 
     Raises:
         EnvironmentFault: the device is not there.
         InputError: the data set is damaged, or holds points.
         UsageError: faults of the recipe.
     """
+    if options.world_sizes:
+        projection.run(options)
+        return
     device = hardware.use_device(options.device)
     memory = Memory(device)
     dataset = training_set(options.data, options.data_root)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +39,10 @@ from cpmix_cli.data.storage import (
     store_shards,
     store_tensors,
 )
+from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, suggest
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    source: str
-    rho: float | None
-    out: Path | None
-    data_root: Path | None
-    list_dir: Path | None
-    subset_seed: int
-    profile: str | None
-    val_per_class: int
-    test_per_class: int | None
-    image_size: int | None
-    pack: int | None
-    few_inclusive: bool
-    download: bool
-    verify: bool
-    overwrite: bool
-
 
 MADE_FROM = (
     "source",
@@ -80,7 +59,7 @@ MADE_FROM = (
 """Keys of dataset.json that say what a data set was asked to be; one that is not there has its default."""
 
 
-def run(options: Options) -> None:
+def run(options: BuildOptions) -> None:
     """Choose images, pack them, and say what came out.
 
     Raises:
@@ -152,7 +131,7 @@ def run(options: Options) -> None:
     _show(folder, record, counts, "built")
 
 
-def _check_flags(options: Options) -> None:
+def _check_flags(options: BuildOptions) -> None:
     """Refuse what can be refused without a look at any file.
 
     Raises:
@@ -189,7 +168,7 @@ def _check_flags(options: Options) -> None:
         )
 
 
-def how_stored(options: Options) -> tuple[Storage, int]:
+def how_stored(options: BuildOptions) -> tuple[Storage, int]:
     """How images are kept, and the side of one in pixels."""
     if options.pack:
         return "shards", options.pack
@@ -198,7 +177,7 @@ def how_stored(options: Options) -> tuple[Storage, int]:
     return "tensors", options.image_size or IMAGE_SIZE
 
 
-def folder_name(options: Options, source: Source, rho: float | None) -> str:
+def folder_name(options: BuildOptions, source: Source, rho: float | None) -> str:
     """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
     name = options.source
     if source.own and source.own.name:
@@ -354,7 +333,7 @@ def _write(
 # -- a finished data set -----------------------------------------------------------------------------------------------
 
 
-def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: Options) -> None:
+def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: BuildOptions) -> None:
     """Say up to date, or refuse a folder of another data set."""
     dataset = open_dataset(folder, needed_by="build-lt")
     found, wanted = ({key: record.get(key) for key in MADE_FROM} for record in (dataset.record, made_from))

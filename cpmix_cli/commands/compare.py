@@ -5,12 +5,13 @@ them but the seed (measured.py). What rows of one method differ in is said below
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.flags import CompareOptions
 from cpmix_cli.results.comparison import (
     MAX_NAMED,
     ComparisonRow,
@@ -32,22 +33,10 @@ MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "
 """Keys of metrics.json, per cent -> column names."""
 MAX_LISTED = 8
 """Keys that a line below the table lists."""
-FORMS: dict[str, Callable[[Sheet], list[str]]] = {"table": plain, "markdown": markdown, "latex": latex}
+FORMS: dict[str, Callable[[Sheet], list[str]]] = {"table": plain, "markdown": markdown, "latex": latex, "json": plain}
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    folders: list[Path]
-    paper: str | None
-    form: str
-    """table, csv, markdown or latex; JSON where console.as_json says so."""
-    out: Path | None
-    overwrite: bool
-
-
-def run(options: Options) -> None:
+def run(options: CompareOptions) -> None:
     """Gather the evaluations of all runs and lay them out.
 
     Raises:
@@ -90,7 +79,7 @@ def run(options: Options) -> None:
 
 
 def publish(
-    options: Options, fields: dict[str, Any], sheets: Sequence[Sheet], records: Sequence[Mapping[str, Any]]
+    options: CompareOptions, fields: dict[str, Any], sheets: Sequence[Sheet], records: Sequence[Mapping[str, Any]]
 ) -> None:
     """The result on stdout, or in --out."""
     if options.form == "csv":

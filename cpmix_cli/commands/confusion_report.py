@@ -30,6 +30,7 @@ from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
+from cpmix_cli.flags import ReportOptions
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
@@ -47,20 +48,6 @@ if TYPE_CHECKING:
 DECISION_REGIONS = "decision_regions"
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    from_folder: Path
-    out: Path | None
-    phase: str | None
-    compare: list[Path]
-    images: int
-    data: Path | None
-    data_root: Path | None
-    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Reported:
     """Classes of exactly 20 training images are few, as the evaluation has it."""
 
 
-def run(options: Options) -> None:
+def run(options: ReportOptions) -> None:
     """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
 
     Raises:

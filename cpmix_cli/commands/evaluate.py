@@ -7,7 +7,7 @@ of the same classes.
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_we
 from cpmix_cli.evaluation.prediction import Predicted, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, read_numbers
+from cpmix_cli.flags import EvaluateOptions
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
@@ -35,37 +36,7 @@ from cpmix_cli.runtime.hardware import use_device
 from cpmix_cli.training.randomness import torch_generator
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    from_folder: Path
-    out: Path | None
-    phase: str | None
-    settings: list[str]
-    label: str | None
-    split: str
-    test_data: Path | None
-    test_distribution: str
-    ratio: float
-    few_inclusive: bool
-    device: str
-    data: Path | None
-    data_root: Path | None
-    overwrite: bool
-
-    @property
-    def is_plain(self) -> bool:
-        """On the test split, where every reader of the evaluation looks for its samples."""
-        return self.test_data is None and self.split == "test"
-
-    @property
-    def distribution(self) -> str:
-        """uniform, or forward-50."""
-        return "uniform" if self.test_distribution == "uniform" else f"{self.test_distribution}-{self.ratio:g}"
-
-
-def run(options: Options) -> None:
+def run(options: EvaluateOptions) -> None:
     """Predict the test samples and publish what follows from it.
 
     Raises:
@@ -147,7 +118,7 @@ def run(options: Options) -> None:
         console.note(f"next: {console.typed('misclassified', '--from', root, *flags)}")
 
 
-def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | None:
+def default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:
     """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
     parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
     if options.test_data is not None:
@@ -159,7 +130,7 @@ def default_label(options: Options, trained: Recipe, recipe: Recipe) -> str | No
     return "-".join(parts) or None
 
 
-def requested_profile(options: Options, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
+def requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
     """What --test-distribution asks for [C].
 
     Raises:
@@ -222,7 +193,7 @@ def learnt_weights(
     return weights
 
 
-def requested_recipe(options: Options, source: PhaseFolder) -> Recipe:
+def requested_recipe(options: EvaluateOptions, source: PhaseFolder) -> Recipe:
     """The checkpoint's recipe; --set may change [evaluation] only.
 
     Raises:
@@ -249,7 +220,7 @@ def publish(
     found: Predicted,
     profile: torch.Tensor | None,
     tests: TestSet,
-    options: Options,
+    options: EvaluateOptions,
     checkpoint: str,
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""

@@ -18,6 +18,7 @@ from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.evaluation.accuracy import class_accuracy
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import POST_HOC, matrix_of, read_predictions
+from cpmix_cli.flags import FigureOptions
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Evaluation, Recipe, Stage, changed
 from cpmix_cli.report import paper_figures
@@ -56,22 +57,6 @@ SOURCE_TITLES = {
     "toy": "toy",
 }
 TOY_RHO = 20.0  # of the paper's panels: 1,000 and 50 points
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    number: int
-    folders: list[Path]
-    out: list[Path]
-    data: list[Path]
-    overwrite: bool
-
-    @property
-    def name(self) -> str:
-        """figure 3."""
-        return f"figure {self.number}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +119,7 @@ class Drawn:
     """What each run is shown as: letter, or "(e)" for all of a curve."""
 
 
-def run(options: Options) -> None:
+def run(options: FigureOptions) -> None:
     """Draw a figure and publish it.
 
     Raises:
@@ -169,7 +154,7 @@ def _kind(out: Path) -> Kind:
     raise UsageError(f"--out {out}: the name ends in .{', .'.join(KINDS)}", needed_by="figure")
 
 
-def read_runs(options: Options) -> list[Run]:
+def read_runs(options: FigureOptions) -> list[Run]:
     """The runs that are of one of METHODS; others are told.
 
     Raises:
@@ -225,7 +210,7 @@ def in_order(terms: Sequence[dict[str, str]]) -> list[list[tuple[str, str]]]:
 FINETUNE = in_order([{"draw": "class-uniform", "loss": "cross-entropy"}])
 
 
-def find_dataset(options: Options, source: PhaseFolder) -> Dataset:
+def find_dataset(options: FigureOptions, source: PhaseFolder) -> Dataset:
     """A run's data set: a --data with its fingerprint, else where the run recorded it.
 
     Raises:
@@ -315,7 +300,7 @@ def missing(method: str, dataset: Dataset, where: str, figure: str) -> InputErro
     )
 
 
-def nothing_given(options: Options, needs: str) -> InputError:
+def nothing_given(options: FigureOptions, needs: str) -> InputError:
     """None of the folders has a place in the figure."""
     return InputError(
         f"none of {', '.join(map(str, options.folders))} is {needs}",
@@ -335,7 +320,7 @@ def warn_unused(found: Sequence[Run], panels: Sequence[tuple[str, Run]]) -> None
 # -- the figures -------------------------------------------------------------------------------------------------------
 
 
-def figure1(options: Options, found: list[Run]) -> Drawn:
+def figure1(options: FigureOptions, found: list[Run]) -> Drawn:
     """Class distribution and confusion matrix of ERM."""
     groups = by_data([one for one in found if one.method == "ERM"])
     if not groups:
@@ -370,7 +355,7 @@ def too_many_classes(one: Run) -> InputError:
 TOY_METHODS = ("ERM", "Mixup", "similar-pair mixup", "CP-Mix")
 
 
-def figure2(options: Options, found: list[Run]) -> Drawn:
+def figure2(options: FigureOptions, found: list[Run]) -> Drawn:
     """The toy example: regions at one imbalance factor, accuracy and confusion over all, over seeds."""
     for one in found:
         if one.dataset.record["source"] != "toy":
@@ -459,7 +444,7 @@ def curve(method: str, placed: dict[tuple[str, float, int], Run]) -> paper_figur
     )
 
 
-def figure3(options: Options, found: list[Run]) -> Drawn:
+def figure3(options: FigureOptions, found: list[Run]) -> Drawn:
     """Grouped matrices of ERM and Mixup, and confusion values of ERM on balanced and long-tailed data."""
     groups = by_data([one for one in found if one.method in ("ERM", "Mixup")])
     tailed = [group for group in groups if not is_balanced(group[0])]
@@ -488,7 +473,7 @@ def figure3(options: Options, found: list[Run]) -> Drawn:
 ACCURACY_METHODS = ("ERM", "Mixup", "Balanced Softmax", "CP-Mix")
 
 
-def figure4(options: Options, found: list[Run]) -> Drawn:
+def figure4(options: FigureOptions, found: list[Run]) -> Drawn:
     """The grouped matrix of CP-Mix, and accuracies of classes on one or two data sets."""
     groups = by_data([one for one in found if one.method in ACCURACY_METHODS])
     if not groups:
@@ -519,7 +504,7 @@ def figure4(options: Options, found: list[Run]) -> Drawn:
 GRID_METHODS = ("ERM", "Mixup", "CP-Mix")
 
 
-def figure5(options: Options, found: list[Run]) -> Drawn:
+def figure5(options: FigureOptions, found: list[Run]) -> Drawn:
     """Whole matrices of methods over imbalance factors; of figure 6, whose classes are few, with numbers."""
     groups = by_data([one for one in found if one.method in GRID_METHODS])
     if not groups:
@@ -545,7 +530,7 @@ def figure5(options: Options, found: list[Run]) -> Drawn:
     )
 
 
-FIGURES: dict[int, Callable[[Options, list[Run]], Drawn]] = {
+FIGURES: dict[int, Callable[[FigureOptions, list[Run]], Drawn]] = {
     1: figure1,
     2: figure2,
     3: figure3,
@@ -555,7 +540,7 @@ FIGURES: dict[int, Callable[[Options, list[Run]], Drawn]] = {
 }
 
 
-def report(options: Options, drawn: Drawn, outs: list[Path], status: str) -> None:
+def report(options: FigureOptions, drawn: Drawn, outs: list[Path], status: str) -> None:
     """Which run is what in the figure."""
     listed: list[dict[str, Any]] = [
         {

@@ -5,30 +5,30 @@ head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is
 """
 
 from functools import partial
-from pathlib import Path
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.evaluation.prediction import accuracy_on_test
+from cpmix_cli.flags import FinetuneOptions
 from cpmix_cli.runs import folders
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.loop import load_state
-from cpmix_cli.training.phase import Options, requested_recipe, skip, train
+from cpmix_cli.training.phase import requested_recipe, skip, train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
-def run(options: Options, from_folder: Path, out: Path | None, phase: str | None) -> None:
+def run(options: FinetuneOptions) -> None:
     """Train the head from the last training stage.
 
     Raises:
         InputError: that stage is not done, or was trained differently from what the recipe asks.
         CpmixError: see training.phase.train().
     """
-    root, named = folders.locate(from_folder)
-    phase = phase or (named if named != "finetune" else None)
+    root, named = folders.locate(options.from_folder)
+    phase = options.phase or (named if named != "finetune" else None)
     source = folders.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
     dataset = folders.find_dataset(
         root, source.record(), options.data, needed_by="finetune", data_root=options.data_root
@@ -37,7 +37,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     folders.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
     if recipe.finetune is None:
-        skip("finetune", "the recipe has no finetune", out or root)
+        skip("finetune", "the recipe has no finetune", options.out or root)
         return
     if source.phase == "stage1" and recipe.stage2 is not None and phase is None:
         raise InputError(
@@ -46,7 +46,7 @@ def run(options: Options, from_folder: Path, out: Path | None, phase: str | None
             fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
         )
     train(
-        PhaseFolder(out or root, "finetune"),
+        PhaseFolder(options.out or root, "finetune"),
         source,
         recipe,
         dataset,

@@ -8,7 +8,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
+from cpmix_cli.flags import ImportOptions
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, shortened
 
@@ -25,17 +25,7 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    file: Path
-    sha256: str
-    out: Path | None
-    overwrite: bool
-
-
-def run(options: Options) -> None:
+def run(options: ImportOptions) -> None:
     """Convert a checkpoint.
 
     Raises:

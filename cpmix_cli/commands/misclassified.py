@@ -1,33 +1,19 @@
 """misclassified: the test images behind the off-diagonal cells of a confusion matrix, file by file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.evaluation.saved import read_predictions
+from cpmix_cli.flags import MisclassifiedOptions
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, suggest
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    from_folder: Path
-    true: str | None
-    predicted: str | None
-    phase: str | None
-    label: str | None
-    limit: int
-    data: Path | None
-    data_root: Path | None
-
-
-def run(options: Options) -> None:
+def run(options: MisclassifiedOptions) -> None:
     """List the wrong images of an evaluation, the surest mistakes first.
 
     Raises:
@@ -75,7 +61,7 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
     raise UsageError(f'{flag} "{given}" is no class.{suggest(given, classes)}', needed_by="misclassified")
 
 
-def _origins(options: Options, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
+def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
     """Where each image comes from: its file's path, or its place in the published test split."""
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if files.SAMPLES in record["outputs"]:

@@ -1,8 +1,5 @@
 """predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -11,6 +8,7 @@ from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import file_batches, make_batches
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
+from cpmix_cli.flags import PredictOptions
 from cpmix_cli.runs import folders
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
@@ -20,20 +18,7 @@ from cpmix_cli.runtime.hardware import use_device
 NUM_SHOWN = 50
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    images: list[Path]
-    from_folder: Path
-    phase: str | None
-    top: int
-    out: Path | None
-    device: str
-    overwrite: bool
-
-
-def run(options: Options) -> None:
+def run(options: PredictOptions) -> None:
     """Predict images and show class and confidence of each.
 
     Raises:
@@ -80,7 +65,7 @@ def run(options: Options) -> None:
 
 
 def report(
-    options: Options,
+    options: PredictOptions,
     phase: str,
     paths: list[str],
     predicted: torch.Tensor,

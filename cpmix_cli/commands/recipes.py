@@ -1,27 +1,14 @@
 """recipes: what comes with cpmix, one of them resolved, what two differ in, or what they cost. Reads TOML alone."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from cpmix_cli.flags import RecipesOptions
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, Stage, differences
 from cpmix_cli.runtime import console
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's flags."""
-
-    name: str | None
-    other: str | None
-    settings: list[str]
-    epochs: int | None
-    seed: int | None
-    rho: float | None
-    budget: bool
-
-
-def run(options: Options) -> None:
+def run(options: RecipesOptions) -> None:
     """List, show, compare or reckon.
 
     Raises:
@@ -45,7 +32,7 @@ def run(options: Options) -> None:
     console.result(fields, lines=lines or ["no difference"])
 
 
-def resolved(options: Options, name: str) -> Recipe:
+def resolved(options: RecipesOptions, name: str) -> Recipe:
     """A recipe as a training phase would resolve it."""
     return load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho)
 
@@ -56,7 +43,7 @@ def description(name: str) -> str:
         return file.readline().strip().removeprefix("#").strip()
 
 
-def show_budgets(options: Options) -> None:
+def show_budgets(options: RecipesOptions) -> None:
     """What the named recipes cost, or all of them."""
     names = [name for name in (options.name, options.other) if name] or recipe_names()
     budgets = [budget(options, name) for name in names]
@@ -77,7 +64,7 @@ def show_budgets(options: Options) -> None:
     )
 
 
-def budget(options: Options, name: str) -> dict[str, Any]:
+def budget(options: RecipesOptions, name: str) -> dict[str, Any]:
     """What a recipe costs; to_cpmix is null where its data set has no recipe cpmix."""
     recipe = resolved(options, name)
     schedule = recipe.schedule

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpmix_cli.artifacts import files, locks
 from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.flags import StatusOptions
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, begun_phases, beside, epochs_of, find_dataset, locate
@@ -42,7 +43,7 @@ class RunStatus:
     next: str | None
 
 
-def run(folders: list[Path]) -> int:
+def run(options: StatusOptions) -> int:
     """Show runs.
 
     Returns:
@@ -51,7 +52,7 @@ def run(folders: list[Path]) -> int:
     Raises:
         InputError: a folder that holds no run, or a damaged record.
     """
-    found = [inspect(folder) for folder in folders]
+    found = [inspect(folder) for folder in options.folders]
     status = "done" if all(r.status == "done" for r in found) else "continue"
     rows = [
         [

@@ -11,6 +11,7 @@ from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
+from cpmix_cli.flags import TrainStage1Options
 from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs import folders, run_json
@@ -19,12 +20,12 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
-from cpmix_cli.training.phase import Options, train
+from cpmix_cli.training.phase import train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
-def run(options: Options, out: Path, init: Path | None, teacher: Path | None) -> None:
+def run(options: TrainStage1Options) -> None:
     """Train from fresh weights (or those of --init) to the end of stage 1.
 
     Raises:
@@ -48,19 +49,19 @@ def run(options: Options, out: Path, init: Path | None, teacher: Path | None) ->
         rho=dataset.record["rho"],
     )
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    source = None if teacher is None else choose_teacher(teacher, dataset)
+    source = None if options.teacher is None else choose_teacher(options.teacher, dataset)
     check_teacher(recipe, source)
-    check_init(recipe, init)
-    inputs = {} if init is None else {"init": init}
+    check_init(recipe, options.init)
+    inputs = {} if options.init is None else {"init": options.init}
     if source is not None:
         inputs["teacher"] = source.path / files.MODEL
     train(
-        PhaseFolder(out, "stage1"),
+        PhaseFolder(options.out, "stage1"),
         None,
         recipe,
         dataset,
         options,
-        partial(prepare, init, source),
+        partial(prepare, options.init, source),
         accuracy_on_test,
         inputs,
     )

@@ -4,29 +4,29 @@ Weights, momentum, schedule and confusion counts go on from stage 1; many stage 
 """
 
 from functools import partial
-from pathlib import Path
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.evaluation.prediction import accuracy_on_test
+from cpmix_cli.flags import TrainStage2Options
 from cpmix_cli.runs import folders
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.loop import load_state
-from cpmix_cli.training.phase import Options, requested_recipe, skip, train
+from cpmix_cli.training.phase import requested_recipe, skip, train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
 
-def run(options: Options, from_folder: Path, out: Path | None) -> None:
+def run(options: TrainStage2Options) -> None:
     """Train from the end of stage 1 to the last epoch.
 
     Raises:
         InputError: stage 1 is not done, or was trained differently from what the recipe asks.
         CpmixError: see training.phase.train().
     """
-    root, named = folders.locate(from_folder)
+    root, named = folders.locate(options.from_folder)
     if named not in (None, "stage1"):
         raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"--from {root}")
     source = folders.choose_phase(root, "stage1", ("stage1",), needed_by="train-stage2")
@@ -36,10 +36,10 @@ def run(options: Options, from_folder: Path, out: Path | None) -> None:
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     folders.require_same_upstream(source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked")
     if recipe.stage2 is None:
-        skip("train-stage2", "the recipe has no stage 2", out or root)
+        skip("train-stage2", "the recipe has no stage 2", options.out or root)
         return
     train(
-        PhaseFolder(out or root, "stage2"),
+        PhaseFolder(options.out or root, "stage2"),
         source,
         recipe,
         dataset,

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-as_json = False  # set by the command line, before a phase runs
+as_json = False  # set by the command line, before a command runs
+command = ""
+"""The command that runs, such as evaluate; set by the command line."""
 _muted = False
 
 

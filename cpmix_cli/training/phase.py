@@ -17,6 +17,7 @@ from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.flags import TrainingOptions
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
@@ -28,30 +29,6 @@ from cpmix_cli.training import loop
 from cpmix_cli.training.plan import PhaseContext, prepared
 from cpmix_cli.training.step import Plan, TrainingData, TrainingState, sum_names
 from cpmix_cli.training.tracker import Tracker, forget
-
-
-@dataclass(frozen=True)
-class Options:
-    """The flags that all training phases take."""
-
-    recipe: str | None
-    settings: list[str]
-    epochs: int | None
-    seed: int | None
-    device: str
-    data: Path | None
-    data_root: Path | None
-    overwrite: bool
-    dry_run: bool
-    eval_every: int
-    checkpoint_every: int
-    tracker: str | None
-
-    @property
-    def changes_recipe(self) -> bool:
-        """A flag asks for another recipe than the checkpoint's."""
-        return bool(self.recipe or self.settings) or not (self.epochs is None and self.seed is None)
-
 
 Prepare = Callable[[PhaseContext], tuple[Plan, TrainingState]]
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
@@ -66,7 +43,7 @@ class PhaseRequest:
     source: PhaseFolder | None
     recipe: Recipe
     dataset: Dataset
-    options: Options
+    options: TrainingOptions
     prepare: Prepare
     test_accuracy: TestAccuracy
     inputs: Mapping[str, Path]
@@ -100,7 +77,7 @@ def train(
     source: PhaseFolder | None,
     recipe: Recipe,
     dataset: Dataset,
-    options: Options,
+    options: TrainingOptions,
     prepare: Prepare,
     test_accuracy: TestAccuracy,
     inputs: Mapping[str, Path] | None = None,
@@ -541,7 +518,7 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
     console.note(f"next: {following.next_command(folder.run, folder.phase, recipe)}")
 
 
-def requested_recipe(options: Options, source: PhaseFolder, rho: float | None) -> schema.Recipe:
+def requested_recipe(options: TrainingOptions, source: PhaseFolder, rho: float | None) -> schema.Recipe:
     """The recipe that the flags ask for; without any, the one the source was trained with.
 
     Raises:
