@@ -14,6 +14,11 @@ def files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def exact_contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder: all but the times, hosts and paths in records, and the clock in metrics and states."""
     found = {}
