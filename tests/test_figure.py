@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,10 @@ from conftest import cpmix, must
 from PIL import Image
 
 from cpmix_cli.artifacts import records
-from cpmix_cli.commands.figure import METHODS, method_of
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.report import paper_figures
+from cpmix_cli.results.methods import OBJECTIVES, minimised
 
 MIXUP = [
     arg
@@ -97,12 +98,12 @@ def matrix_of(run: Path, phase: str, num_classes: int) -> np.ndarray:
     ],
 )
 def test_a_method_is_what_its_phase_minimises(recipe: str, phase: str, method: str | None) -> None:
-    assert method_of(load(recipe), phase) == method
+    assert minimised(load(recipe), phase) == method
 
 
 def test_a_term_of_no_weight_makes_no_other_method() -> None:
     settings = [f"stage2.terms.{name}.weight=0" for name in ("cp", "mix")]
-    assert method_of(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"
+    assert minimised(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"
 
 
 def test_the_pairs_mixed_are_the_pairs_counted() -> None:
@@ -111,9 +112,9 @@ def test_the_pairs_mixed_are_the_pairs_counted() -> None:
 
 
 def test_every_method_has_a_style() -> None:
-    assert paper_figures.METHOD_STYLES.keys() == METHODS.keys()
+    assert paper_figures.METHOD_STYLES.keys() == OBJECTIVES.keys()
     for key in ("color", "marker"):
-        assert len({style[key] for style in paper_figures.METHOD_STYLES.values()}) == len(METHODS)
+        assert len({style[key] for style in paper_figures.METHOD_STYLES.values()}) == len(OBJECTIVES)
 
 
 # -- figure 2 ----------------------------------------------------------------------------------------------------------
@@ -155,28 +156,20 @@ def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> 
 
 
 def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
-
-    def spy(*args: object, **kwargs: object) -> object:
-        seen.update(regions=args[3], curves=args[4])
-        return draw(*args, **kwargs)
-
+    seen: list[Any] = []
     draw = paper_figures.toy_example
-    monkeypatch.setattr(paper_figures, "toy_example", spy)
+    monkeypatch.setattr(paper_figures, "toy_example", lambda *args: seen.extend(args) or draw(*args))
     monkeypatch.chdir(toys)
     must("figure", 2, *TOYS, "--out", "spied.png")
     matrices = {name: matrix_of(toys / name, "stage2" if name == "cpmix" else "stage1", 4) for name in TOYS}
     confusion = {name: int(m[2, 0] + m[3, 1]) for name, m in matrices.items()}
-    assert [r.confusion for r in seen["regions"]] == [
-        confusion[name] for name in ("cross-entropy", "mixup", "fixed-pairs", "cpmix")
-    ]
-    erm = seen["curves"][0]
-    assert (erm.method, erm.rhos) == ("ERM", [5, 20])
-    assert erm.confusions == [
-        [confusion["cross-entropy-rho5"]],
-        [confusion["cross-entropy"], confusion["cross-entropy-1"]],
-    ]
-    assert erm.accuracies[1][1] == pytest.approx(100 * matrices["cross-entropy-1"].trace() / 4000)
+    *_, regions, shown, results = seen
+    assert list(regions) == list(shown) == ["ERM", "Mixup", "similar-pair mixup", "CP-Mix"]
+    by_run = ("cross-entropy-rho5", "cross-entropy", "cross-entropy-1", "mixup", "fixed-pairs", "cpmix")
+    assert [r.similar_confusion for r in results] == [confusion[name] for name in by_run]
+    assert [r.similar_confusion for r in shown.values()] == [confusion[by_run[n]] for n in (1, 3, 4, 5)]
+    assert [r.rho for r in results] == [5, 20, 20, 20, 20, 20]
+    assert results[2].accuracy == pytest.approx(100 * matrices["cross-entropy-1"].trace() / 4000)
     # The paper's finding: mixing the similar pairs takes confusion away.
     assert confusion["fixed-pairs"] < confusion["cross-entropy"]
 
@@ -186,7 +179,7 @@ def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Pat
     result = cpmix("figure", 2, toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix", "--out", out)
     assert (result.code, result.stdout) == (3, "")
     assert result.stderr.endswith(
-        "error: figure 2 needs a run of Mixup at rho 20\n"
+        "error: figure 2 needs a run of Mixup on toy-LT-20\n"
         "  needed by: figure 2\n"
         f"  fix: cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup and what it says next; "
         "then give that folder too\n"
@@ -204,7 +197,7 @@ def test_two_runs_of_one_seed_are_refused(toys: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(toys / "mixup", tmp_path / "copy")
     result = cpmix("figure", 2, *(toys / name for name in TOYS), copy)
     assert result.code == 3
-    assert f"{toys / 'mixup' / 'stage1'} and {copy / 'stage1'} are both Mixup, rho 20, seed 0" in result.stderr
+    assert f"{toys / 'mixup' / 'stage1'} and {copy / 'stage1'} are both Mixup on toy-LT-20" in result.stderr
 
 
 def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cpmix_cli.data.longtail import group_of
 from cpmix_cli.report import figures
 from cpmix_cli.report.images import most_confused, sheet
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, trim_confusions
@@ -47,6 +48,10 @@ def example(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]
     return matrix, counts, [f"class_{c}" for c in range(size)]
 
 
+def groups(counts: np.ndarray) -> list[str]:
+    return [group_of(int(n)) for n in counts]
+
+
 def drawn(*pictures: Figure) -> list[bytes]:
     return [figures.encode(picture, "png") for picture in pictures]
 
@@ -64,9 +69,9 @@ def test_every_picture_at_every_size(size: int) -> None:
         accuracy[-1] = np.nan
         made = [
             drawn(
-                figures.confusion_heat_map(matrix, names, counts, title="t"),
+                figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"),
                 figures.grouped_heat_map(matrix, counts, title="t"),
-                figures.class_accuracy(accuracy, names, counts, title="t"),
+                figures.class_accuracy(accuracy, names, counts, groups(counts), title="t"),
                 figures.confusion_histogram(matrix, title="t"),
             )
             for _ in range(1 if size > 10 else 2)
@@ -80,12 +85,16 @@ def test_every_picture_at_every_size(size: int) -> None:
 
 def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
     matrix = np.array([[1000, 0], [1, 999]])
-    picture = pixels(*drawn(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), title="")))
+    picture = pixels(
+        *drawn(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), groups(np.array([50, 5])), title=""))
+    )
     height, width = picture.shape[:2]
     column = picture[:, width // 3]  # runs through the left column of cells
     assert (column == 255).all(1).any()
     other = np.array([[1000, 0], [0, 1000]])
-    empty = pixels(*drawn(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), title="")))
+    empty = pixels(
+        *drawn(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), groups(np.array([50, 5])), title=""))
+    )
     assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
 
 
@@ -93,7 +102,8 @@ def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
     matrix, counts, names = example(100)
     for kind in ("svg", "pdf"):
         first, second = (
-            figures.encode(figures.confusion_heat_map(matrix, names, counts, title="t"), kind) for _ in range(2)
+            figures.encode(figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"), kind)
+            for _ in range(2)
         )
         assert first == second
         assert len(first) < 600_000
@@ -118,7 +128,7 @@ def test_names_are_no_formulas() -> None:
     matrix, counts, _ = example(3)
     for names in (["$a^$", "$5^ to $10", "\\frac"],):
         for kind in ("png", "svg", "pdf"):
-            figure = figures.confusion_heat_map(matrix, names, counts, title="$x^$")
+            figure = figures.confusion_heat_map(matrix, names, counts, groups(counts), title="$x^$")
             assert figures.encode(figure, kind)
         assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
@@ -127,7 +137,7 @@ def test_letters_that_the_font_lacks_are_known(recwarn: pytest.WarningsRecorder)
     names = ["caf\u00e9", "\u72ac", "dog"]
     assert figures.without_glyphs(names) == ["\u72ac"]
     matrix, counts, _ = example(3)
-    assert figures.encode(figures.confusion_heat_map(matrix, names, counts, title="t"), "png")
+    assert figures.encode(figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"), "png")
     assert not recwarn.list
 
 
@@ -141,7 +151,9 @@ def test_single_cells_of_a_large_matrix_are_seen() -> None:
     for name, cells in (("one", matrix), ("none", np.diag([100] * 2400))):
         names = [str(c) for c in range(2400)]
         counts = np.arange(2400, 0, -1)
-        picture[name] = pixels(figures.encode(figures.confusion_heat_map(cells, names, counts, title=""), "png"))
+        picture[name] = pixels(
+            figures.encode(figures.confusion_heat_map(cells, names, counts, groups(counts), title=""), "png")
+        )
     changed = np.argwhere((picture["one"] != picture["none"]).any(2))
     assert len(changed) >= 1
     spread = changed.max(0) - changed.min(0)
@@ -151,9 +163,9 @@ def test_single_cells_of_a_large_matrix_are_seen() -> None:
 def test_a_perfect_classifier_has_pictures_too() -> None:
     matrix, counts, names = np.diag([4, 5, 6]), np.array([9, 5, 1]), ["a", "b", "c"]
     for png in drawn(
-        figures.confusion_heat_map(matrix, names, counts, title="t"),
+        figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"),
         figures.grouped_heat_map(matrix, counts, title="t"),
-        figures.class_accuracy(np.full(3, 100.0), names, counts, title="t"),
+        figures.class_accuracy(np.full(3, 100.0), names, counts, groups(counts), title="t"),
         figures.confusion_histogram(matrix, title="t"),
     ):
         assert pixels(png).std() > 0

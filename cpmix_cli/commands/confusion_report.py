@@ -17,6 +17,7 @@ from cpmix_cli.artifacts.files import (
     CONFUSION_MATRIX,
     CONFUSION_PAIRS,
     MODEL,
+    PER_CLASS,
     RUN,
     check_place,
     digest,
@@ -26,7 +27,6 @@ from cpmix_cli.artifacts.files import (
 )
 from cpmix_cli.data.batches import pictures
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
@@ -65,8 +65,8 @@ class Reported:
     """Test images [C, C]."""
     confusions: np.ndarray[Any, Any] | None
     """K [C, C]; None where training collected none."""
-    few_inclusive: bool
-    """Classes of exactly 20 training images are few, as the evaluation has it."""
+    groups: list[str]
+    """many, medium or few of each class, as the evaluation has it."""
 
 
 def run(options: ReportOptions) -> None:
@@ -137,8 +137,9 @@ def read_reported(
     table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
     confusions = tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    few_inclusive = bool(record["made_from"]["recipe"].get("few_inclusive", False))
-    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, few_inclusive)
+    path, classes_sha = run_json.output_of(evaluation, record, PER_CLASS)
+    groups = tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist()
+    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, groups)
 
 
 def names(reported: list[Reported]) -> list[str]:
@@ -238,7 +239,7 @@ def shown_run(run: Reported, name: str) -> ShownRun:
         name=name,
         facts=facts(run.source, run.dataset, run.matrix),
         class_counts=run.dataset.class_counts,
-        groups=[group_of(int(n), few_inclusive=run.few_inclusive) for n in run.dataset.class_counts],
+        groups=run.groups,
         matrix=run.matrix.numpy(),
         confusions=run.confusions,
         reliability=reliability(confidence, right).numpy(),
@@ -258,7 +259,7 @@ def thumbnails(run: Reported, limit: int) -> ContactSheet | None:
 
 def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
     """File name without its ending, caption, and PNG and SVG of each picture."""
-    source, dataset, matrix, inclusive = run.source, run.dataset, run.matrix.numpy(), run.few_inclusive
+    source, dataset, matrix = run.source, run.dataset, run.matrix.numpy()
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
     accuracy = class_accuracy(run.matrix).numpy() * 100
@@ -267,7 +268,7 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
             "confusion_matrix",
             "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
             "classes by training images, most first.",
-            figures.confusion_heat_map(matrix, names, counts, title=title, few_inclusive=inclusive),
+            figures.confusion_heat_map(matrix, names, counts, run.groups, title=title),
         ),
         (
             "confusion_matrix_grouped",
@@ -277,7 +278,7 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
         (
             "class_accuracy",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, names, counts, title=title, few_inclusive=inclusive),
+            figures.class_accuracy(accuracy, names, counts, run.groups, title=title),
         ),
         (
             "confusion_histogram",

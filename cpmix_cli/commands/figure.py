@@ -4,28 +4,25 @@ A run's place in a figure is what it is, not where it stands on the command line
 phase minimises, its imbalance factor the data set's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cpmix_cli.artifacts.files import make_folder, publish, read_bytes, sweep
 from cpmix_cli.data.dataset import Dataset, open_dataset
-from cpmix_cli.data.sources import TOY_SIMILAR
-from cpmix_cli.evaluation.accuracy import class_accuracy
 from cpmix_cli.evaluation.prediction import predicted_regions
-from cpmix_cli.evaluation.saved import POST_HOC, matrix_of, read_predictions
+from cpmix_cli.evaluation.saved import matrix_of, read_predictions
 from cpmix_cli.flags import FigureOptions
 from cpmix_cli.recipe.loading import recipe_names
-from cpmix_cli.recipe.schema import Evaluation, Recipe, Stage, changed
+from cpmix_cli.recipe.schema import Recipe, changed
 from cpmix_cli.report import paper_figures
-from cpmix_cli.report.figures import MAX_NUMBERS, Array, Kind, encode, warn_of_boxes
+from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, warn_of_boxes
+from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
-from cpmix_cli.runs import folders as runs
-from cpmix_cli.runs.folders import PhaseFolder, beside, choose_phase, locate
+from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
+from cpmix_cli.runs.folders import PhaseFolder, beside, choose_phase, find_dataset, locate
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
@@ -35,19 +32,6 @@ if TYPE_CHECKING:
 
 KINDS: tuple[Kind, ...] = ("pdf", "svg", "png")
 DPI = 450  # of a PNG, and of the pixels within the others
-
-_CROSS_ENTROPY, _BALANCED = ({"draw": "natural", "loss": loss} for loss in ("cross-entropy", "balanced-softmax"))
-_MIXUP = {**_CROSS_ENTROPY, "partner": "permutation", "ratio": "beta", "mix": "linear", "label": "lambda"}
-_MIX = {**_MIXUP, "label": "imbalance-aware"}
-METHODS: dict[str, tuple[str, list[dict[str, str]]]] = {
-    "ERM": ("cross-entropy", [_CROSS_ENTROPY]),
-    "Mixup": ("mixup", [_MIXUP]),
-    "Balanced Softmax": ("balanced-softmax", [_BALANCED]),
-    "similar-pair mixup": ("fixed-pairs", [_CROSS_ENTROPY, {**_MIXUP, "partner": "fixed"}]),
-    "CP-Mix": ("cpmix", [_BALANCED, {**_MIX, "draw": "class-uniform", "partner": "confusion"}, _MIX]),
-}
-"""Method -> its recipe of each data set; draw and functions of each term that it minimises, whatever their parameters.
-"""
 
 SOURCE_TITLES = {
     "cifar10": "CIFAR10",
@@ -60,8 +44,8 @@ TOY_RHO = 20.0  # of the paper's panels: 1,000 and 50 points
 
 
 @dataclass(frozen=True)
-class Run:
-    """An evaluated phase that has a place in a figure."""
+class Candidate:
+    """A trained phase of one of OBJECTIVES, which may have a place in a figure."""
 
     source: PhaseFolder
     method: str
@@ -69,37 +53,16 @@ class Run:
     dataset: Dataset
     figure: str
 
-    @cached_property
-    def matrix(self) -> torch.Tensor:
-        """Test images of true class (row) predicted as (column) [C, C].
-
-        Raises:
-            InputError: the phase was not evaluated, or files are damaged.
-        """
-        evaluation = self.source.run / "evaluation" / self.source.phase
-        table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes, needed_by=self.figure)
-        return matrix_of(table, self.dataset.num_classes)
-
     @property
-    def cells(self) -> Array:
-        """`matrix` as an array."""
-        return self.matrix.numpy()
-
-    @property
-    def accuracy(self) -> float:
-        """Per cent of the test images."""
-        return 100 * float(self.matrix.diagonal().sum()) / float(self.matrix.sum())
-
-    @property
-    def counts(self) -> Array:
-        """Training images [C]."""
-        return self.dataset.class_counts
+    def balanced(self) -> bool:
+        """All classes have as many training images."""
+        return bool(self.dataset.class_counts.max() == self.dataset.class_counts.min())
 
     @property
     def rho(self) -> float:
         """Imbalance factor: the one built for, else the largest class over the smallest."""
-        recorded = self.dataset.record["rho"]
-        return float(recorded) if recorded is not None else float(self.counts.max() / self.counts.min())
+        recorded, counts = self.dataset.record["rho"], self.dataset.class_counts
+        return float(recorded) if recorded is not None else float(counts.max() / counts.min())
 
     @property
     def data(self) -> str:
@@ -107,7 +70,26 @@ class Run:
         title = SOURCE_TITLES.get(self.dataset.record["source"])
         if title is None:
             return self.dataset.name
-        return f"balanced {title}" if is_balanced(self) else f"{title}-LT-{self.rho:g}"
+        return f"balanced {title}" if self.balanced else f"{title}-LT-{self.rho:g}"
+
+    @cached_property
+    def result(self) -> MethodResult:
+        """What the figure shows.
+
+        Raises:
+            InputError: the phase was not evaluated, or files are damaged.
+        """
+        evaluation = self.source.run / "evaluation" / self.source.phase
+        table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes, needed_by=self.figure)
+        return MethodResult(
+            self.method,
+            self.data,
+            self.rho,
+            self.dataset.class_names,
+            self.dataset.class_counts,
+            matrix_of(table, self.dataset.num_classes).numpy(),
+            finetuned=self.source.phase == "finetune",
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +97,8 @@ class Drawn:
     """A figure and the runs in it."""
 
     figure: "Figure"
-    panels: list[tuple[str, Run]]
-    """What each run is shown as: letter, or "(e)" for all of a curve."""
+    panels: list[tuple[str, Candidate]]
+    """Where each run is shown: letter, or "(e)" for all of a curve."""
 
 
 def run(options: FigureOptions) -> None:
@@ -154,150 +136,54 @@ def _kind(out: Path) -> Kind:
     raise UsageError(f"--out {out}: the name ends in .{', .'.join(KINDS)}", needed_by="figure")
 
 
-def read_runs(options: FigureOptions) -> list[Run]:
-    """The runs that are of one of METHODS; others are told.
+def read_runs(options: FigureOptions) -> list[Candidate]:
+    """The runs of the methods of OBJECTIVES; warnings name the others.
 
     Raises:
         InputError: a folder is no run, has no finished phase, or its data set is not found.
     """
+    given = {open_dataset(folder, needed_by="--data").fingerprint: folder for folder in reversed(options.data)}
     found = []
     for folder in options.folders:
         root, named = locate(folder, needed_by=options.name)
         source = choose_phase(root, named, PHASES, needed_by=options.name)
-        recipe = source.recipe()
-        method = method_of(recipe, source.phase)
+        recipe, record = source.recipe(), source.record()
+        method = minimised(recipe, source.phase)
         if method is None:
-            console.warn(f"{source.path} is not used: it is none of {', '.join(METHODS)}")
+            console.warn(f"{source.path} is not used: it is none of {', '.join(OBJECTIVES)}")
             continue
         if source.phase == "finetune" and method != "CP-Mix":
             console.warn(f"{source.path} is finetuned, which the paper's {method} is not: {root}/PHASE names a phase")
-        found.append(Run(source, method, recipe, find_dataset(options, source), options.name))
+        place = given.get(record["dataset"]["fingerprint"])
+        dataset = find_dataset(root, record, place, needed_by=options.name)
+        found.append(Candidate(source, method, recipe, dataset, options.name))
     return found
-
-
-def method_of(recipe: Recipe, phase: str) -> str | None:
-    """The method of METHODS by which a phase's network was trained, or None.
-
-    A finetune of CP-Mix's kind is of the method that it took; another kind (cRT) makes another method, and so do the
-    first of two stages, several experts, an evaluation after the fact, and confusions of other images than the training
-    batches'.
-    """
-    plain = Evaluation()
-    if phase == "stage1" and recipe.stage2 is not None:
-        return None
-    if recipe.model.experts > 1 or recipe.confusion.source != "train":
-        return None
-    if any(getattr(recipe.evaluation, key) != getattr(plain, key) for key in POST_HOC):
-        return None
-    if phase == "finetune":
-        tuned = recipe.finetune
-        if tuned is None or (tuned.head, tuned.batchnorm, signature(tuned)) != ("keep", "frozen", FINETUNE):
-            return None
-    stage = recipe.stage2 if recipe.stage2 is not None else recipe.stage1
-    return next((name for name, (_, terms) in METHODS.items() if signature(stage) == in_order(terms)), None)
-
-
-def signature(stage: Stage) -> list[list[tuple[str, str]]]:
-    """Draw and functions of each term that counts."""
-    return in_order([{"draw": term.draw, **term.functions} for term in stage.terms.values() if term.weight > 0])
-
-
-def in_order(terms: Sequence[dict[str, str]]) -> list[list[tuple[str, str]]]:
-    """Terms in an order that does not depend on their names."""
-    return sorted(sorted(term.items()) for term in terms)
-
-
-FINETUNE = in_order([{"draw": "class-uniform", "loss": "cross-entropy"}])
-
-
-def find_dataset(options: FigureOptions, source: PhaseFolder) -> Dataset:
-    """A run's data set: a --data with its fingerprint, else where the run recorded it.
-
-    Raises:
-        InputError: it is not found.
-    """
-    record = source.record()
-    for folder in options.data:
-        found = open_dataset(folder, needed_by="--data")
-        if found.fingerprint == record["dataset"]["fingerprint"]:
-            return found
-    return runs.find_dataset(source.run, record, None, needed_by=options.name)
 
 
 # -- which run goes where ----------------------------------------------------------------------------------------------
 
 
-def is_balanced(run: Run) -> bool:
-    """All classes have as many training images."""
-    return bool(run.counts.max() == run.counts.min())
-
-
-def by_data(found: Sequence[Run]) -> list[list[Run]]:
-    """Runs of the same training images together, in the order of their first.
+def by_data(options: FigureOptions, found: Sequence[Candidate], wanted: Collection[str]) -> list[list[Candidate]]:
+    """Runs of wanted methods, those of the same training images together, in the order of their first.
 
     Raises:
-        InputError: two data sets differ and look the same in a figure.
+        InputError: there is none, or two data sets differ and look the same in a figure.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[Candidate]] = {}
     for one in found:
-        groups.setdefault(one.dataset.fingerprint, []).append(one)
-    titles: dict[str, Run] = {}
-    for group in groups.values():
-        if (other := titles.setdefault(group[0].data, group[0])) is not group[0]:
+        if one.method in wanted:
+            groups.setdefault(one.dataset.fingerprint, []).append(one)
+    if not groups:
+        raise nothing_given(options, f"a run of {', '.join(wanted)}")
+    titles: dict[str, Candidate] = {}
+    for first, *_ in groups.values():
+        if (other := titles.setdefault(first.data, first)) is not first:
             raise InputError(
-                f"{other.source.run} and {group[0].source.run} are of different subsets of {group[0].data}",
-                needed_by=group[0].figure,
+                f"{other.source.run} and {first.source.run} are of different subsets of {first.data}",
+                needed_by=options.name,
                 fix="give runs of one of the two",
             )
     return list(groups.values())
-
-
-def by_method(group: Sequence[Run], wanted: Sequence[str]) -> dict[str, Run]:
-    """Those runs of a data set whose method is wanted, in that order.
-
-    Raises:
-        InputError: two are of the same method.
-    """
-    chosen: dict[str, Run] = {}
-    for method in wanted:
-        for one in group:
-            if one.method != method:
-                continue
-            if method in chosen:
-                raise InputError(
-                    f"{chosen[method].source.path} and {one.source.path} are both {method} on {one.data}",
-                    needed_by=one.figure,
-                    fix="give one of the two",
-                )
-            chosen[method] = one
-    return chosen
-
-
-def all_of(group: Sequence[Run], wanted: Sequence[str]) -> dict[str, Run]:
-    """by_method(), none missing.
-
-    Raises:
-        InputError: one is.
-    """
-    chosen = by_method(group, wanted)
-    for method in wanted:
-        if method not in chosen:
-            raise missing(method, group[0].dataset, f"on {group[0].data}", group[0].figure)
-    return chosen
-
-
-def missing(method: str, dataset: Dataset, where: str, figure: str) -> InputError:
-    """What is said of a run that is not given."""
-    stem = METHODS[method][0]
-    recipe = f"{dataset.recipe().rpartition('/')[0]}/{stem}"
-    shown = recipe if recipe in recipe_names() else "FILE"
-    folder = beside(dataset.folder, ".")
-    command = console.typed("train-stage1", "--data", folder, "--recipe", shown, "--out", f"ckpt/{stem}")
-    return InputError(
-        f"{figure} needs a run of {method} {where}",
-        needed_by=figure,
-        fix=f"{command} and what it says next; then give that folder too",
-    )
 
 
 def nothing_given(options: FigureOptions, needs: str) -> InputError:
@@ -309,8 +195,69 @@ def nothing_given(options: FigureOptions, needs: str) -> InputError:
     )
 
 
-def warn_unused(found: Sequence[Run], panels: Sequence[tuple[str, Run]]) -> None:
-    """Tell the runs that a figure has no place for."""
+def refuse_several(groups: Sequence[Sequence[Candidate]], most: int = 1) -> None:
+    """Check that there are no more data sets than a figure shows.
+
+    Raises:
+        InputError: there are.
+    """
+    if len(groups) > most:
+        listed = ", ".join(f"{first.source.run} ({first.data})" for first, *_ in groups)
+        figure = groups[0][0].figure
+        raise InputError(f"the runs are of {len(groups)} data sets: {listed}", needed_by=figure, fix="give runs of one")
+
+
+def by_method(group: Sequence[Candidate], wanted: Sequence[str], *, all_of_them: bool = False) -> dict[str, Candidate]:
+    """Those runs of a data set whose method is wanted, in that order.
+
+    Raises:
+        InputError: two are of the same method, or, with `all_of_them`, one is missing.
+    """
+    chosen: dict[str, Candidate] = {}
+    for method in wanted:
+        for one in group:
+            if one.method == method and (other := chosen.setdefault(method, one)) is not one:
+                raise InputError(
+                    f"{other.source.path} and {one.source.path} are both {method} on {one.data}",
+                    needed_by=one.figure,
+                    fix="give one of the two",
+                )
+        if all_of_them and method not in chosen:
+            raise missing(method, group[0])
+    return chosen
+
+
+def missing(method: str, beside_it: Candidate) -> InputError:
+    """A run of a method is not given, on the data set of one that is."""
+    figure, dataset, method_stem = beside_it.figure, beside_it.dataset, stem(OBJECTIVES[method])
+    recipe = f"{dataset.recipe().rpartition('/')[0]}/{method_stem}"
+    shown = recipe if recipe in recipe_names() else "FILE"
+    folder = beside(dataset.folder, ".")
+    command = console.typed("train-stage1", "--data", folder, "--recipe", shown, "--out", f"ckpt/{method_stem}")
+    return InputError(
+        f"{figure} needs a run of {method} on {beside_it.data}",
+        needed_by=figure,
+        fix=f"{command} and what it says next; then give that folder too",
+    )
+
+
+def refuse_many_classes(one: Candidate) -> None:
+    """Check that the numbers in the cells of a figure can be read.
+
+    Raises:
+        InputError: there are too many classes.
+    """
+    if one.dataset.num_classes > MAX_NUMBERS:
+        raise InputError(
+            f"{one.figure} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
+            f"{one.dataset.num_classes}",
+            needed_by=one.figure,
+            fix="cpmix figure 3 groups classes, figure 5 shows all without numbers",
+        )
+
+
+def warn_unused(found: Sequence[Candidate], panels: Sequence[tuple[str, Candidate]]) -> None:
+    """Name the runs that a figure has no place for."""
     used = {one.source.path for _, one in panels}
     for one in found:
         if one.source.path not in used:
@@ -320,42 +267,19 @@ def warn_unused(found: Sequence[Run], panels: Sequence[tuple[str, Run]]) -> None
 # -- the figures -------------------------------------------------------------------------------------------------------
 
 
-def figure1(options: FigureOptions, found: list[Run]) -> Drawn:
+def figure1(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """Class distribution and confusion matrix of ERM."""
-    groups = by_data([one for one in found if one.method == "ERM"])
-    if not groups:
-        raise nothing_given(options, "a run of ERM")
-    if len(groups) > 1:
-        raise one_data_set(groups)
-    one = all_of(groups[0], ["ERM"])["ERM"]
-    if one.dataset.num_classes > MAX_NUMBERS:
-        raise too_many_classes(one)
-    figure = paper_figures.class_distribution(one.cells, one.dataset.class_names, one.counts, data=one.data)
-    return Drawn(figure, [("(a, b)", one)])
-
-
-def one_data_set(groups: Sequence[Sequence[Run]]) -> InputError:
-    """Runs of several data sets, where a figure shows one."""
-    listed = ", ".join(f"{group[0].source.run} ({group[0].data})" for group in groups)
-    return InputError(
-        f"the runs are of {len(groups)} data sets: {listed}", needed_by=groups[0][0].figure, fix="give runs of one"
-    )
-
-
-def too_many_classes(one: Run) -> InputError:
-    """Numbers that nobody could read."""
-    return InputError(
-        f"{one.figure} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
-        f"{one.dataset.num_classes}",
-        needed_by=one.figure,
-        fix="cpmix figure 3 groups classes, figure 5 shows all without numbers",
-    )
+    groups = by_data(options, found, ["ERM"])
+    refuse_several(groups)
+    one = by_method(groups[0], ["ERM"])["ERM"]
+    refuse_many_classes(one)
+    return Drawn(paper_figures.class_distribution(one.result), [("(a, b)", one)])
 
 
 TOY_METHODS = ("ERM", "Mixup", "similar-pair mixup", "CP-Mix")
 
 
-def figure2(options: FigureOptions, found: list[Run]) -> Drawn:
+def figure2(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """The toy example: regions at one imbalance factor, accuracy and confusion over all, over seeds."""
     for one in found:
         if one.dataset.record["source"] != "toy":
@@ -364,97 +288,66 @@ def figure2(options: FigureOptions, found: list[Run]) -> Drawn:
                 needed_by=options.name,
                 fix="cpmix build-lt toy",
             )
-    placed: dict[tuple[str, float, int], Run] = {}
-    for one in (one for one in found if one.method in TOY_METHODS):
-        same = placed.setdefault((one.method, one.rho, one.recipe.seed), one)
-        if same is not one:
-            raise InputError(
-                f"{same.source.path} and {one.source.path} are both {one.method}, rho {one.rho:g}, "
-                f"seed {one.recipe.seed}",
-                needed_by=options.name,
-                fix="give one of the two",
-            )
-    if not placed:
-        raise nothing_given(options, "a run on the toy data")
-    by_data(list(placed.values()))
-    alike: dict[str, Run] = {}
-    for one in placed.values():
-        other = alike.setdefault(one.method, one)
-        if differing := [key for key, *_ in changed(settings_of(other), settings_of(one))]:
+    groups = by_data(options, found, TOY_METHODS)
+    rhos = sorted(group[0].rho for group in groups)
+    rho = TOY_RHO if TOY_RHO in rhos else rhos[-1]
+    runs: list[Candidate] = []
+    shown: dict[str, Candidate] = {}
+    for group in sorted(groups, key=lambda group: group[0].rho):
+        for seed in sorted({one.recipe.seed for one in group}):
+            of_seed = by_method([one for one in group if one.recipe.seed == seed], TOY_METHODS)
+            runs += of_seed.values()
+            if group[0].rho == rho:
+                shown = of_seed | shown  # the first seed of each
+    runs.sort(key=lambda one: TOY_METHODS.index(one.method))
+    refuse_unlike(runs)
+    shown = by_method(list(shown.values()), TOY_METHODS, all_of_them=True)
+    dataset = shown["ERM"].dataset
+    train, test = dataset.read("train"), dataset.read("test")
+    regions = {}
+    for method, one in shown.items():
+        axis, regions[method] = predicted_regions(one.source, one.dataset, train[0])
+    figure = paper_figures.toy_example(
+        (train[0].numpy(), train[1].numpy()),
+        (test[0].numpy(), test[1].numpy()),
+        axis,
+        regions,
+        results_of(shown),
+        [one.result for one in runs],
+    )
+    letters = dict(zip(TOY_METHODS, ("(b, e)", "(c, e)", "(d, e)", "(f, e)"), strict=True))
+    return Drawn(figure, [(letters[one.method] if one is shown[one.method] else "(e)", one) for one in runs])
+
+
+def refuse_unlike(runs: Sequence[Candidate]) -> None:
+    """Check that the runs of a method depend on the same but for seed and data.
+
+    Raises:
+        InputError: two differ.
+    """
+    first: dict[str, tuple[Candidate, dict[str, Any]]] = {}
+    for one in runs:
+        settings = {key: value for key, value in one.recipe.tables_of(one.source.phase).items() if key != "seed"}
+        other, theirs = first.setdefault(one.method, (one, settings))
+        if differing := [key for key, *_ in changed(theirs, settings)]:
             raise InputError(
                 f"{other.source.path} and {one.source.path} are both {one.method}, and differ in "
                 f"{', '.join(differing)}",
-                needed_by=options.name,
+                needed_by=one.figure,
                 fix="give runs that differ in seed and rho alone",
             )
-    rhos = sorted({rho for _, rho, _ in placed})
-    rho = TOY_RHO if TOY_RHO in rhos else rhos[-1]
-    at_rho = [one for (_, r, _), one in sorted(placed.items()) if r == rho]
-    shown: dict[str, Run] = {}
-    for one in at_rho:  # the first seed of each
-        shown.setdefault(one.method, one)
-    regions = []
-    points = at_rho[0].dataset.read("train")
-    for method in TOY_METHODS:
-        if method not in shown:
-            raise missing(method, at_rho[0].dataset, f"at rho {rho:g}", options.name)
-        one = shown[method]
-        axis, classes = predicted_regions(one.source, one.dataset, points[0])
-        regions.append(paper_figures.Regions(method, axis, classes, one.accuracy, similar_confusion(one)))
-    test = at_rho[0].dataset.read("test")
-    figure = paper_figures.toy_example(
-        (points[0].numpy(), points[1].numpy()),
-        (test[0].numpy(), test[1].numpy()),
-        at_rho[0].dataset.class_names,
-        regions,
-        [curve(method, placed) for method in TOY_METHODS],
-        rho=rho,
-    )
-    letters = dict(zip(TOY_METHODS, ("(b, e)", "(c, e)", "(d, e)", "(f, e)"), strict=True))
-    panels = [(letters[m] if one is shown[m] else "(e)", one) for (m, _, _), one in sorted(placed.items(), key=_place)]
-    return Drawn(figure, panels)
 
 
-def settings_of(one: Run) -> dict[str, Any]:
-    """What the phase depends on but for the seed."""
-    return {key: value for key, value in one.recipe.tables_of(one.source.phase).items() if key != "seed"}
-
-
-def _place(item: tuple[tuple[str, float, int], Run]) -> tuple[int, float, int]:
-    (method, rho, seed), _ = item
-    return TOY_METHODS.index(method), rho, seed
-
-
-def similar_confusion(one: Run) -> int:
-    """Test points of each minority predicted as the majority beside it, of both pairs together. Paper: Fig. 2(e)."""
-    return sum(int(one.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
-
-
-def curve(method: str, placed: dict[tuple[str, float, int], Run]) -> paper_figures.Curve:
-    """Accuracy and confusion of a method's runs over rho."""
-    by_rho: dict[float, list[Run]] = {}
-    for (m, rho, _), one in sorted(placed.items()):
-        if m == method:
-            by_rho.setdefault(rho, []).append(one)
-    return paper_figures.Curve(
-        method,
-        list(by_rho),
-        [[one.accuracy for one in seeds] for seeds in by_rho.values()],
-        [[float(similar_confusion(one)) for one in seeds] for seeds in by_rho.values()],
-    )
-
-
-def figure3(options: FigureOptions, found: list[Run]) -> Drawn:
+def figure3(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """Grouped matrices of ERM and Mixup, and confusion values of ERM on balanced and long-tailed data."""
-    groups = by_data([one for one in found if one.method in ("ERM", "Mixup")])
-    tailed = [group for group in groups if not is_balanced(group[0])]
+    groups = by_data(options, found, ["ERM", "Mixup"])
+    tailed = [group for group in groups if not group[0].balanced]
     if not tailed:
         raise nothing_given(options, "a run of ERM or Mixup on long-tailed data")
-    if len(tailed) > 1:
-        raise one_data_set(tailed)
-    chosen = all_of(tailed[0], ["ERM", "Mixup"])
-    erm, mixup = chosen["ERM"], chosen["Mixup"]
-    even = [g for g in groups if is_balanced(g[0]) and g[0].dataset.class_names == erm.dataset.class_names]
+    refuse_several(tailed)
+    erm, mixup = by_method(tailed[0], ["ERM", "Mixup"], all_of_them=True).values()
+    names = erm.dataset.class_names
+    even = [group for group in groups if group[0].balanced and group[0].dataset.class_names == names]
     balanced = next((chosen["ERM"] for group in even if (chosen := by_method(group, ["ERM"]))), None)
     if balanced is None:
         source = erm.dataset.record["source"]
@@ -464,35 +357,20 @@ def figure3(options: FigureOptions, found: list[Run]) -> Drawn:
             needed_by=options.name,
             fix=f"{build}, then train and evaluate ERM on it",
         )
-    figure = paper_figures.long_tailed_confusion(
-        erm.cells, mixup.cells, balanced.cells, erm.counts, data=erm.data, balanced_data=balanced.data
-    )
+    figure = paper_figures.long_tailed_confusion(erm.result, mixup.result, balanced.result)
     return Drawn(figure, [("(a, c)", erm), ("(b)", mixup), ("(c)", balanced)])
 
 
 ACCURACY_METHODS = ("ERM", "Mixup", "Balanced Softmax", "CP-Mix")
 
 
-def figure4(options: FigureOptions, found: list[Run]) -> Drawn:
+def figure4(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """The grouped matrix of CP-Mix, and accuracies of classes on one or two data sets."""
-    groups = by_data([one for one in found if one.method in ACCURACY_METHODS])
-    if not groups:
-        raise nothing_given(options, f"a run of {', '.join(ACCURACY_METHODS)}")
-    if len(groups) > 2:
-        raise one_data_set(groups)
+    groups = by_data(options, found, ACCURACY_METHODS)
+    refuse_several(groups, most=2)
     groups.sort(key=lambda group: -group[0].dataset.num_classes)
-    chosen = [all_of(group, ACCURACY_METHODS) for group in groups]
-    accuracies = [
-        paper_figures.ClassAccuracies(
-            one["ERM"].data,
-            one["ERM"].dataset.class_names,
-            one["ERM"].counts,
-            {method: class_accuracy(run.matrix).numpy() * 100 for method, run in one.items()},
-            {method for method, run in one.items() if run.source.phase == "finetune"},
-        )
-        for one in chosen
-    ]
-    figure = paper_figures.class_accuracies(chosen[0]["CP-Mix"].cells, accuracies)
+    chosen = [by_method(group, ACCURACY_METHODS, all_of_them=True) for group in groups]
+    figure = paper_figures.class_accuracies([results_of(panel) for panel in chosen])
     panels = [
         ("(a, b)" if letter == "b" and method == "CP-Mix" else f"({letter})", one)
         for letter, of_data in zip("bc", chosen, strict=False)
@@ -501,36 +379,33 @@ def figure4(options: FigureOptions, found: list[Run]) -> Drawn:
     return Drawn(figure, panels)
 
 
+def results_of(chosen: Mapping[str, Candidate]) -> dict[str, MethodResult]:
+    """What a figure shows of each method's run."""
+    return {method: one.result for method, one in chosen.items()}
+
+
 GRID_METHODS = ("ERM", "Mixup", "CP-Mix")
 
 
-def figure5(options: FigureOptions, found: list[Run]) -> Drawn:
+def figure5(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """Whole matrices of methods over imbalance factors; of figure 6, whose classes are few, with numbers."""
-    groups = by_data([one for one in found if one.method in GRID_METHODS])
-    if not groups:
-        raise nothing_given(options, f"a run of {', '.join(GRID_METHODS)}")
-    numbered = options.number == 6
-    names = groups[0][0].dataset.class_names
-    for group in groups:
-        if group[0].dataset.class_names != names:
-            raise one_data_set(groups)
-    if numbered and len(names) > MAX_NUMBERS:
-        raise too_many_classes(groups[0][0])
+    groups = by_data(options, found, GRID_METHODS)
+    numbered, first = options.number == 6, groups[0][0]
+    if any(group[0].dataset.class_names != first.dataset.class_names for group in groups):
+        refuse_several(groups)
+    if numbered:
+        refuse_many_classes(first)
     groups.sort(key=lambda group: -group[0].rho)
-    chosen = [by_method(group, GRID_METHODS) for group in groups]
-    methods = [method for method in GRID_METHODS if any(method in one for one in chosen)]
-    rows = [
-        (group[0].data, group[0].counts, {method: one.cells for method, one in of_data.items()})
-        for group, of_data in zip(groups, chosen, strict=True)
-    ]
-    figure = paper_figures.matrices_over_rho(rows, methods, names if numbered else None)
-    placed = [one for of_data in chosen for one in of_data.values()]
+    rows = [by_method(group, GRID_METHODS) for group in groups]
+    methods = [method for method in GRID_METHODS if any(method in row for row in rows)]
+    figure = paper_figures.matrices_over_rho([results_of(row) for row in rows], methods, numbered=numbered)
+    placed = [one for row in rows for one in row.values()]
     return Drawn(
         figure, [(f"({letter})", one) for letter, one in zip(paper_figures.panel_letters(), placed, strict=False)]
     )
 
 
-FIGURES: dict[int, Callable[[FigureOptions, list[Run]], Drawn]] = {
+FIGURES: dict[int, Callable[[FigureOptions, list[Candidate]], Drawn]] = {
     1: figure1,
     2: figure2,
     3: figure3,
@@ -551,7 +426,7 @@ def report(options: FigureOptions, drawn: Drawn, outs: list[Path], status: str) 
             "seed": one.recipe.seed,
             "phase": one.source.phase,
             "epochs": "+".join(map(str, epochs_to(one.source, one.recipe))),
-            "top1": round(one.accuracy, 2),
+            "top1": round(one.result.accuracy, 2),
             "run": str(one.source.run),
         }
         for panel, one in drawn.panels

@@ -1,4 +1,4 @@
-"""What pictures are drawn from, and those of confusion-report, as matplotlib Figures; paper_figures.py has the paper's.
+"""The panels that figures are made of, and the figures of confusion-report; paper_figures.py has the paper's.
 
 Confusion matrices have true classes in rows and predictions in columns; classes stand in the order of their training
 images, most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without
@@ -20,7 +20,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.runtime import console
 
 Array = NDArray[Any]
@@ -155,17 +155,88 @@ def whole_percent(percent: Array) -> list[list[str]]:
     return [[f"{v:.0f}" if v >= 1 else "<1" if v > 0 else "" for v in row] for row in percent]
 
 
-def draw_group_means(axes: Axes, accuracy: Array, parts: Sequence[Array], **style: Any) -> None:
-    """Mean accuracy of each group of classes, a point each joined by a line; groups without test images are left out.
+def turn(names: Sequence[str]) -> int:
+    """Degrees by which names below an axis are turned, so that they do not run into each other."""
+    return 90 if max(map(len, names)) > 3 else 0
+
+
+def draw_grouped(
+    axes: Axes, matrix: Array, class_counts: Array, norm: Normalize | None = None, *, transposed: bool, fontsize: float
+) -> AxesImage:
+    """The matrix in ten groups of neighbouring classes, with the number of test images in each cell.
 
     Args:
         axes: where.
-        accuracy: per cent [C]; NaN where a class has no test image.
-        parts: class ids, group by group.
-        style: of the line.
+        matrix: test images of true class (row) predicted as (column) [C, C].
+        class_counts: training images [C].
+        norm: value -> colour; None: count_norm() of these cells.
+        transposed: true classes along x, as in the paper; else along y.
+        fontsize: of the numbers, in points.
     """
-    means = np.array([np.nanmean(accuracy[p]) if not np.isnan(accuracy[p]).all() else np.nan for p in parts])
-    axes.plot(np.arange(len(parts)), means, **style)
+    parts = neighbours(class_counts)
+    cells = consolidated(matrix, parts)
+    numbers = [[f"{n:,}" for n in row] for row in (cells.T if transposed else cells)]
+    image = draw_cells(
+        axes, cells.T if transposed else cells, norm or count_norm(cells), numbers=numbers, fontsize=fontsize
+    )
+    labels = range_labels(class_counts, parts)
+    axes.set_xticks(range(len(parts)), labels, rotation=turn(labels))
+    axes.set_yticks(range(len(parts)), labels)
+    name_axes(axes, "class, by its training images", transposed=transposed)
+    return image
+
+
+def name_axes(axes: Axes, what: str = "class", *, transposed: bool) -> None:
+    """Write which axis of a matrix has the true classes: x where it is transposed, else y."""
+    x, y = ("true", "predicted") if transposed else ("predicted", "true")
+    axes.set_xlabel(f"{x} {what}")
+    axes.set_ylabel(f"{y} {what}")
+
+
+def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
+    """The colour bar of count_norm()."""
+    bar = figure.colorbar(image, ax=axes, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}", **place)
+    bar.minorticks_off()
+    bar.set_label("test images (white: none)")
+
+
+def draw_accuracies(
+    axes: Axes,
+    class_names: Sequence[str],
+    class_counts: Array,
+    lines: Sequence[tuple[Array, dict[str, Any]]],
+    num_groups: int = NUM_GROUPS,
+) -> Axes:
+    """Mean accuracies of groups of neighbouring classes, before bars of their mean number of training images.
+
+    Args:
+        axes: where.
+        class_names: C names, written where each class is a group of its own.
+        class_counts: training images [C].
+        lines: per cent [C] of each line, NaN where a class has no test image; and the style of the line.
+        num_groups: G.
+
+    Returns:
+        The axes of the bars.
+    """
+    parts = neighbours(class_counts, num_groups)
+    place = np.arange(len(parts))
+    for accuracy, style in lines:
+        means = [np.nan if np.isnan(accuracy[p]).all() else np.nanmean(accuracy[p]) for p in parts]
+        axes.plot(place, np.array(means), clip_on=False, **style)
+    single = len(parts) == len(class_counts)
+    labels = [class_names[part[0]] for part in parts] if single else range_labels(class_counts, parts)
+    axes.set_xticks(place, labels, rotation=turn(labels))
+    axes.set_xlabel("class" if single else "class, by its training images")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_ylim(0, 100)
+    behind = axes.twinx()
+    behind.bar(place, [class_counts[part].mean() for part in parts], color="0.88", width=0.85)
+    behind.set_ylabel("training images", color="0.4")
+    behind.tick_params(axis="y", colors="0.4")
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    return behind
 
 
 def confusion_values(matrix: Array) -> Array:
@@ -273,14 +344,8 @@ def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[
 # -- pictures of confusion-report --------------------------------------------------------------------------------------
 
 
-def _group_spans(sorted_counts: Array, few_inclusive: bool) -> list[tuple[str, int, int]]:
-    """(group, first, one past last) of the groups that have classes, in sorted order."""
-    names = [group_of(int(n), few_inclusive=few_inclusive) for n in sorted_counts]
-    return [(g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names]
-
-
 def confusion_heat_map(
-    matrix: Array, class_names: list[str], class_counts: Array, *, title: str, few_inclusive: bool = False
+    matrix: Array, class_names: list[str], class_counts: Array, groups: Sequence[str], *, title: str
 ) -> Figure:
     """The whole matrix in per cent of each true class's test images, square-root scale; thin lines part the groups.
 
@@ -290,8 +355,8 @@ def confusion_heat_map(
         matrix: test images [C, C].
         class_names: C names.
         class_counts: training images [C].
-        title: above the picture.
-        few_inclusive: classes of exactly 20 training images are few.
+        groups: many, medium or few, of each class.
+        title: above the figure.
 
     Paper: Fig. 1(b), 5, 6.
     """
@@ -299,124 +364,89 @@ def confusion_heat_map(
     size = len(order)
     percent = row_percent(matrix)[np.ix_(order, order)]
     side = 6.5 if size <= MAX_NUMBERS else min(16.0, 7 + 0.08 * size)
-    figure = Figure(figsize=(side * 1.12, side), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _one_panel(side * 1.12, side)
     numbers = whole_percent(percent) if size <= MAX_NUMBERS else None
     image = draw_cells(axes, percent, percent_norm(), numbers=numbers)
     names = [class_names[c] for c in order]
     if size <= MAX_NAMES:
         font = 10 if size <= 20 else max(4.5, 8 - size / 30)
-        axes.set_xticks(range(size), names, rotation=90, fontsize=font)
+        axes.set_xticks(range(size), names, rotation=turn(names), fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
         axes.tick_params(length=0 if size > 20 else 3)
-    for _, first, _ in _group_spans(class_counts[order], few_inclusive)[1:]:
-        axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
-        axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
-    for group, first, last in _group_spans(class_counts[order], few_inclusive):
+    for group, first, last in _spans(groups, order):
+        if first:
+            axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
+            axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
         middle = (first + last - 1) / 2
         axes.annotate(group, (middle, -0.5), (0, 4), textcoords="offset points", ha="center", va="bottom")
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    name_axes(axes, transposed=False)
     axes.set_title(title, pad=24)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=PERCENT_TICKS)
     bar.set_label("% of the true class's test images (white: none)")
     return figure
 
 
-def grouped_heat_map(matrix: Array, class_counts: Array, *, num_groups: int = NUM_GROUPS, title: str) -> Figure:
-    """Neighbouring classes consolidated, with the number of test images in each cell.
+def _one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _spans(groups: Sequence[str], order: Array) -> list[tuple[str, int, int]]:
+    """(group, first, one past last) of the groups that have classes, in sorted order."""
+    names = [groups[c] for c in order]
+    return [(g, names.index(g), len(names) - names[::-1].index(g)) for g in GROUPS if g in names]
+
+
+def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figure:
+    """The matrix in ten groups of neighbouring classes, with the number of test images in each cell.
 
     Args:
         matrix: test images [C, C].
         class_counts: training images [C].
-        num_groups: groups of (nearly) equal size along the sorted classes; at most C.
-        title: above the picture.
+        title: above the figure.
 
     Paper: Fig. 3(a, b), 4(a).
     """
-    parts = neighbours(class_counts, num_groups)
-    cells = consolidated(matrix, parts)
-    figure = Figure(figsize=(7.2, 6.4), layout="constrained")
-    axes = figure.add_subplot()
-    image = draw_cells(axes, cells, count_norm(cells), numbers=[[f"{n:,}" for n in row] for row in cells])
-    labels = range_labels(class_counts, parts)
-    axes.set_xticks(range(len(parts)), labels, rotation=45, ha="right")
-    axes.set_yticks(range(len(parts)), labels)
-    axes.set_xlabel("predicted class, by its training images")
-    axes.set_ylabel("true class, by its training images")
+    figure, axes = _one_panel(7.2, 6.4)
+    image = draw_grouped(axes, matrix, class_counts, transposed=False, fontsize=9)
     axes.set_title(title)
-    add_count_bar(figure, image, axes)
+    add_count_bar(figure, image, axes, shrink=0.8)
     return figure
 
 
-def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
-    """The colour bar of count_norm()."""
-    place = {"shrink": 0.8, **place}
-    bar = figure.colorbar(image, ax=axes, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}", **place)
-    bar.minorticks_off()
-    bar.set_label("test images (white: none)")
-
-
 def class_accuracy(
-    accuracy: Array, class_names: list[str], class_counts: Array, *, title: str, few_inclusive: bool = False
+    accuracy: Array, class_names: list[str], class_counts: Array, groups: Sequence[str], *, title: str
 ) -> Figure:
-    """Accuracy of each class, and the curve of training images over the same classes.
-
-    Above 20 classes each class is a dot and ten groups of neighbours are lines.
+    """Accuracy of each class before its training images; above 20 classes, dots and the means of ten groups.
 
     Args:
         accuracy: per cent [C]; NaN where a class has no test image.
         class_names: C names, written on the axis up to 20 classes.
         class_counts: training images [C].
-        title: above the picture.
-        few_inclusive: classes of exactly 20 training images are few.
+        groups: many, medium or few, of each class.
+        title: above the figure.
 
     Paper: Fig. 4(b, c).
     """
     order = by_count(class_counts)
-    counts = class_counts[order]
-    place = np.arange(len(order))
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for group, first, last in _group_spans(counts, few_inclusive):
-        axes.axvspan(first - 0.5, last - 0.5, color=GROUP_COLOURS[group], linewidth=0)
+    size = len(order)
+    num_parts = size if size <= 20 else NUM_GROUPS
+    figure, axes = _one_panel(9, 4.8)
+    behind = draw_accuracies(axes, class_names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})], num_parts)
+    edges = np.arange(size + 1) * num_parts / size - 0.5
+    if num_parts < size:
+        axes.plot((edges[:-1] + edges[1:]) / 2, accuracy[order], ".", color="C0", alpha=0.45, markersize=4)
+        axes.set_xlabel("class, by its training images (dots: classes; line: means of ten groups)")
+    for bar in behind.patches:
+        bar.set_facecolor("0.78")  # darker than on white
+    for group, first, last in _spans(groups, order):
+        behind.axvspan(edges[first], edges[last], color=GROUP_COLOURS[group], linewidth=0, zorder=0)
         values = accuracy[order[first:last]]
-        mean = f"{np.nanmean(values):.1f} %" if not np.isnan(values).all() else "-"
-        axes.text((first + last - 1) / 2, 103, f"{group}\n{mean}", ha="center", va="bottom", fontsize=9)
-    _accuracy_curve(axes, place, accuracy[order])
-    axes.set_xlim(-0.5, len(order) - 0.5)
-    axes.set_ylim(0, 102)
-    if len(order) <= 20:
-        axes.set_xticks(place, [class_names[c] for c in order])
-    axes.set_xlabel("class, most training images first")
-    axes.set_ylabel("accuracy (%)")
+        mean = "-" if np.isnan(values).all() else f"{np.nanmean(values):.1f} %"
+        axes.text((edges[first] + edges[last]) / 2, 103, f"{group}\n{mean}", ha="center", va="bottom", fontsize=9)
+    axes.set_xlim(-0.5, num_parts - 0.5)
     axes.set_title(title, pad=36)
-    right = axes.twinx()
-    right.plot(place, counts, color="0.35", linewidth=1, linestyle="--", label="training images")
-    right.set_yscale("log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:,.0f}")
-    right.yaxis.set_minor_formatter(NullFormatter())
-    right.set_ylim(max(0.8, counts.min() * 0.8), counts.max() * 1.25)
-    right.set_ylabel("training images (log)")
-    lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    names = [*axes.get_legend_handles_labels()[1], *right.get_legend_handles_labels()[1]]
-    figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
-
-
-def _accuracy_curve(axes: Axes, place: Array, accuracy: Array) -> None:
-    if len(place) <= 20:
-        axes.plot(place, accuracy, "o-", color="C0", label="accuracy")
-        return
-    axes.plot(place, accuracy, ".", color="C0", alpha=0.45, markersize=4)
-    for number, part in enumerate(np.array_split(place, 10)):
-        inside = accuracy[part]
-        if np.isnan(inside).all():
-            continue
-        label = "accuracy (dots: classes; lines: means of ten groups)" if number == 0 else None
-        edges = [part[0] - 0.5, part[-1] + 0.5]
-        axes.plot(edges, [np.nanmean(inside)] * 2, color="C0", linewidth=2.5, label=label)
 
 
 def confusion_histogram(matrix: Array, *, title: str) -> Figure:
@@ -428,8 +458,7 @@ def confusion_histogram(matrix: Array, *, title: str) -> Figure:
 
     Paper: Fig. 3(c).
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _one_panel(7, 4.2)
     draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     values = confusion_values(matrix)
     zeros, largest = int((values == 0).sum()), values.max(initial=0)
@@ -459,8 +488,7 @@ def decision_regions(
 
     Paper: Fig. 2(b-d).
     """
-    figure = Figure(figsize=(6.4, 6.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _one_panel(6.4, 6.6)
     draw_regions(axes, axis, grid_classes)
     draw_points(axes, points, labels, class_names, size=7)
     axes.set_title(title)

@@ -4,7 +4,7 @@ As in the paper, and other than in confusion-report, a matrix here has the true 
 y: its upper right holds minorities taken for majorities. Shapes: C classes, G groups, R imbalance factors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from itertools import product
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.report.figures import (
     PERCENT_TICKS,
     Array,
@@ -28,19 +29,22 @@ from cpmix_cli.report.figures import (
     confusion_values,
     consolidated,
     count_norm,
+    draw_accuracies,
     draw_cells,
-    draw_group_means,
+    draw_grouped,
     draw_histograms,
     draw_points,
     draw_regions,
+    name_axes,
     neighbours,
     percent_norm,
-    range_labels,
     row_percent,
+    turn,
     whole_percent,
 )
 
 WIDTH = 6.5
+SMALL = 6  # points, of numbers in cells
 RHO = "\N{GREEK SMALL LETTER RHO}"
 STYLE: Any = {
     "font.size": 7.5,
@@ -68,6 +72,40 @@ METHOD_STYLES: dict[
 Arguments = ParamSpec("Arguments")
 
 
+@dataclass(frozen=True)
+class MethodResult:
+    """The test results of one run of a method; C classes."""
+
+    method: str
+    """A key of METHOD_STYLES."""
+    data: str
+    """Name of the data set as figures write it."""
+    rho: float
+    class_names: list[str]
+    class_counts: Array
+    """Training images [C]."""
+    matrix: Array
+    """Test images of true class (row) predicted as (column) [C, C]."""
+    finetuned: bool
+
+    @property
+    def accuracy(self) -> float:
+        """Per cent of the test images."""
+        return 100 * float(self.matrix.trace()) / float(self.matrix.sum())
+
+    @property
+    def class_accuracy(self) -> Array:
+        """Per cent of each class's test images [C]; NaN where it has none."""
+        with np.errstate(invalid="ignore"):
+            percent: Array = self.matrix.diagonal() / self.matrix.sum(1) * 100
+        return percent
+
+    @property
+    def similar_confusion(self) -> int:
+        """Toy data: test points of each minority predicted as the similar majority. Paper: Fig. 2(e)."""
+        return sum(int(self.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
+
+
 def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """Draw with the sizes of a printed page."""
 
@@ -83,16 +121,6 @@ def _letter(axes: Axes, letter: str, text: str) -> None:
     axes.set_title(f"({letter}) {text}", loc="left")
 
 
-def _name_axes(axes: Axes, what: str = "class") -> None:
-    axes.set_xlabel(f"true {what}")
-    axes.set_ylabel(f"predicted {what}")
-
-
-def _turn(names: Sequence[str]) -> int:
-    """Degrees by which names below an axis are turned, so that they do not run into each other."""
-    return 90 if max(map(len, names)) > 3 else 0
-
-
 def panel_letters() -> Iterator[str]:
     """a to z, then aa, ab, ..."""
     yield from ascii_lowercase
@@ -103,35 +131,28 @@ def panel_letters() -> Iterator[str]:
 
 
 @_styled
-def class_distribution(matrix: Array, class_names: Sequence[str], class_counts: Array, *, data: str) -> Figure:
-    """Figure 1: training images of each class, and how many of its test images are predicted as which.
-
-    Args:
-        matrix: test images of true class (row) predicted as (column) [C, C].
-        class_names: C names.
-        class_counts: training images [C].
-        data: name of the data set.
-    """
-    order = by_count(class_counts)
-    names, place = [class_names[c] for c in order], range(len(order))
+def class_distribution(erm: MethodResult) -> Figure:
+    """Figure 1: training images of each class, and how many of its test images ERM predicts as which."""
+    order = by_count(erm.class_counts)
+    names, place = [erm.class_names[c] for c in order], range(len(order))
     figure = Figure(figsize=(WIDTH, 3.15), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
-    bars = left.bar(place, class_counts[order], color="#31688e")
-    left.bar_label(bars, [f"{n:,}" for n in class_counts[order]], fontsize=6, padding=1)
-    left.set_xticks(place, names, rotation=_turn(names))
+    bars = left.bar(place, erm.class_counts[order], color="#31688e")
+    left.bar_label(bars, [f"{n:,}" for n in erm.class_counts[order]], fontsize=6, padding=1)
+    left.set_xticks(place, names, rotation=turn(names))
     left.set_ylabel("training images")
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.margins(x=0.03, y=0.08)
     left.spines[["top", "right"]].set_visible(False)
-    _letter(left, "a", f"classes of {data}")
-    cells = matrix[np.ix_(order, order)].T
+    _letter(left, "a", f"classes of {erm.data}")
+    cells = erm.matrix[np.ix_(order, order)].T
     norm = PowerNorm(0.5, vmin=0, vmax=cells.max())
     numbers = [[f"{n:,}" if n else "" for n in row] for row in cells]
-    image = draw_cells(right, cells, norm, numbers=numbers, fontsize=6)
-    right.set_xticks(place, names, rotation=_turn(names))
+    image = draw_cells(right, cells, norm, numbers=numbers, fontsize=SMALL)
+    right.set_xticks(place, names, rotation=turn(names))
     right.set_yticks(place, names)
-    _name_axes(right)
-    _letter(right, "b", f"predictions of ERM on {data}")
+    name_axes(right, transposed=True)
+    _letter(right, "b", f"predictions of ERM on {erm.data}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")
     return figure
@@ -140,43 +161,14 @@ def class_distribution(matrix: Array, class_names: Sequence[str], class_counts: 
 # -- figure 2 ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Regions:
-    """A classifier of the plane."""
-
-    method: str
-    axis: Array
-    """Coordinates of both directions [N]."""
-    classes: Array
-    """Class at (row of y, column of x) [N, N]."""
-    accuracy: float
-    """Per cent of the test points."""
-    confusion: int
-    """Test points of a minority predicted as its similar majority."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A method over imbalance factors; each sequence is that of its seeds."""
-
-    method: str
-    rhos: list[float]
-    """Ascending [R]."""
-    accuracies: list[list[float]]
-    """Per cent of the test points [R][seeds]."""
-    confusions: list[list[float]]
-    """Test points [R][seeds]."""
-
-
 @_styled
 def toy_example(
     train: tuple[Array, Array],
     test: tuple[Array, Array],
-    class_names: Sequence[str],
-    regions: Sequence[Regions],
-    curves: Sequence[Curve],
-    *,
-    rho: float,
+    axis: Array,
+    regions: Mapping[str, Array],
+    shown: Mapping[str, MethodResult],
+    results: Sequence[MethodResult],
 ) -> Figure:
     """Figure 2: data, decision regions under the test points, and accuracy and confusion over the imbalance factor.
 
@@ -185,10 +177,10 @@ def toy_example(
     Args:
         train: points [N, 2] and labels [N] that the regions were learnt from.
         test: points and labels.
-        class_names: C names.
-        regions: of ERM, Mixup, fixed pairs and CP-Mix.
-        curves: one a method.
-        rho: of `train`.
+        axis: coordinates of the regions in both directions [G].
+        regions: of ERM, Mixup, fixed pairs and CP-Mix, the class at (row of y, column of x) [G, G].
+        shown: the run of each of these methods whose regions they are.
+        results: all runs, of several imbalance factors and seeds.
     """
     figure = Figure(figsize=(WIDTH, 3.95), layout="constrained")
     rows: Any = figure.subfigures(2, 1)
@@ -196,24 +188,25 @@ def toy_example(
         **rows[0].subplot_mosaic([["a", "b", "c", "d"]]),
         **rows[1].subplot_mosaic([["accuracy", "confusion", "f", "legend"]]),
     }
-    edge = regions[0].axis[-1]
+    edge, class_names = axis[-1], results[0].class_names
     draw_points(panels["a"], *train, class_names, size=2.5)
-    _letter(panels["a"], "a", f"data ({RHO} = {rho:g})")
-    for letter, region in zip("bcdf", regions, strict=True):
+    _letter(panels["a"], "a", f"data ({RHO} = {next(iter(shown.values())).rho:g})")
+    for letter, (method, classes) in zip("bcdf", regions.items(), strict=True):
         axes = panels[letter]
-        draw_regions(axes, region.axis, region.classes)
+        draw_regions(axes, axis, classes)
         draw_points(axes, *test, class_names, size=0.8)
-        _letter(axes, letter, region.method)
-        axes.set_xlabel(f"{region.accuracy:.1f} % right, confusion {region.confusion:,}", fontsize=6.5, labelpad=2)
+        _letter(axes, letter, method)
+        numbers = f"{shown[method].accuracy:.1f} % right, confusion {shown[method].similar_confusion:,}"
+        axes.set_xlabel(numbers, fontsize=6.5, labelpad=2)
         for c in range(len(class_names)):  # its marker, legible, in the middle of each class
             colour, marker = class_style(c)
             middle = test[0][test[1] == c].mean(0)
             axes.plot(*middle, color=colour, marker=marker, markersize=5, markeredgecolor="k", markeredgewidth=0.6)
     for letter in "abcdf":
         panels[letter].set(xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
-    _over_rho(panels["accuracy"], curves, [c.accuracies for c in curves])
+    _over_rho(panels["accuracy"], results, lambda result: result.accuracy)
     _letter(panels["accuracy"], "e", "accuracy (%)")
-    _over_rho(panels["confusion"], curves, [c.confusions for c in curves])
+    _over_rho(panels["confusion"], results, lambda result: result.similar_confusion)
     panels["confusion"].set_ylim(bottom=0)
     panels["confusion"].set_title("confusion (test points)", loc="left")
     counts = np.bincount(train[1], minlength=len(class_names))
@@ -226,7 +219,7 @@ def toy_example(
             "markeredgewidth": 0.6,
         }
         points.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=label, **edged))
-    lines = [Line2D([], [], label=c.method, **METHOD_STYLES[c.method]) for c in curves]
+    lines = [Line2D([], [], label=method, **METHOD_STYLES[method]) for method in regions]
     panels["legend"].axis("off")
     panels["legend"].legend(
         handles=[*points, *lines], loc="center", frameon=False, borderaxespad=0, labelspacing=0.45, handlelength=2.6
@@ -234,15 +227,17 @@ def toy_example(
     return figure
 
 
-def _over_rho(axes: Axes, curves: Sequence[Curve], values: Sequence[list[list[float]]]) -> None:
+def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[MethodResult], float]) -> None:
     """Means over seeds as lines, plus and minus a standard deviation as bands."""
-    for curve, of_seeds in zip(curves, values, strict=True):
-        means = np.array([np.mean(v) for v in of_seeds])
-        spread = np.array([np.std(v, ddof=1) if len(v) > 1 else np.nan for v in of_seeds])
-        style = METHOD_STYLES[curve.method]
-        axes.plot(curve.rhos, means, **style)
-        axes.fill_between(curve.rhos, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
-    rhos = sorted({rho for curve in curves for rho in curve.rhos})
+    rhos = sorted({result.rho for result in results})
+    for method in dict.fromkeys(result.method for result in results):
+        of_rho = {rho: [value(r) for r in results if (r.method, r.rho) == (method, rho)] for rho in rhos}
+        seeds = {rho: values for rho, values in of_rho.items() if values}
+        means = np.array([np.mean(v) for v in seeds.values()])
+        spread = np.array([np.std(v, ddof=1) if len(v) > 1 else np.nan for v in seeds.values()])
+        style = METHOD_STYLES[method]
+        axes.plot(list(seeds), means, **style)
+        axes.fill_between(list(seeds), means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -256,149 +251,98 @@ def _over_rho(axes: Axes, curves: Sequence[Curve], values: Sequence[list[list[fl
 
 
 @_styled
-def long_tailed_confusion(
-    erm: Array, mixup: Array, balanced: Array, class_counts: Array, *, data: str, balanced_data: str
-) -> Figure:
-    """Figure 3: matrices of ERM and Mixup in ten groups of classes, and confusion values of ERM on balanced data.
+def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: MethodResult) -> Figure:
+    """Figure 3: matrices in ten groups of classes, and confusion values of ERM on long-tailed and balanced data.
 
     Args:
-        erm: test images [C, C], trained on the long-tailed data.
-        mixup: the same.
-        balanced: the same classes, trained on as many images of each.
-        class_counts: training images of the long-tailed data [C].
-        data: its name.
-        balanced_data: name of the balanced data.
+        erm: ERM on the long-tailed data.
+        mixup: Mixup on the same data.
+        balanced: ERM on the same classes with equally many training images.
     """
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
-    parts = neighbours(class_counts)
-    norm = count_norm(consolidated(erm, parts), consolidated(mixup, parts))
-    for letter, method, matrix in (("a", "ERM", erm), ("b", "Mixup", mixup)):
-        image = _grouped(panels[letter], matrix, class_counts, norm)
-        _letter(panels[letter], letter, f"{method}, {data}")
+    parts = neighbours(erm.class_counts)
+    norm = count_norm(*(consolidated(result.matrix, parts) for result in (erm, mixup)))
+    for letter, result in (("a", erm), ("b", mixup)):
+        image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, transposed=True, fontsize=SMALL)
+        _letter(panels[letter], letter, f"{result.method}, {erm.data}")
     panels["b"].set(yticklabels=[], ylabel=None)
     add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
     styles: list[dict[str, Any]] = [
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4},
     ]
-    for style, name, matrix in zip(styles, (data, balanced_data), (erm, balanced), strict=True):
-        style["label"] = f"{name}, largest {confusion_values(matrix).max():.0f} %"
-    draw_histograms(panels["c"], [erm, balanced], styles)
+    for style, result in zip(styles, (erm, balanced), strict=True):
+        style["label"] = f"{result.data}, largest {confusion_values(result.matrix).max():.0f} %"
+    draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
     panels["c"].legend(frameon=False, loc="upper right")
     panels["c"].spines[["top", "right"]].set_visible(False)
     _letter(panels["c"], "c", "confusion values of ERM")
     return figure
 
 
-def _grouped(axes: Axes, matrix: Array, class_counts: Array, norm: Any) -> Any:
-    """The matrix in ten groups, their numbers of test images in the cells."""
-    parts = neighbours(class_counts)
-    cells = consolidated(matrix, parts).T
-    image = draw_cells(axes, cells, norm, numbers=[[f"{n:,}" for n in row] for row in cells], fontsize=6)
-    labels = range_labels(class_counts, parts)
-    axes.set_xticks(range(len(parts)), labels, rotation=_turn(labels))
-    axes.set_yticks(range(len(parts)), labels)
-    _name_axes(axes, "class, by its training images")
-    return image
-
-
-@dataclass(frozen=True)
-class ClassAccuracies:
-    """Methods on one data set."""
-
-    data: str
-    class_names: list[str]
-    class_counts: Array
-    """Training images [C]."""
-    accuracies: dict[str, Array]
-    """Method -> per cent of each class's test images [C]; NaN where it has none."""
-    finetuned: set[str]
-    """Methods of whose networks the head was trained once more; the legend says so."""
-
-
 @_styled
-def class_accuracies(cpmix: Array, panels: Sequence[ClassAccuracies]) -> Figure:
+def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
     """Figure 4: the grouped matrix of CP-Mix, and accuracies of classes (or ten groups of them) beside other methods'.
 
     Args:
-        cpmix: test images [C, C] on the first data set.
-        panels: one or two data sets.
+        panels: each method's run, on one or two data sets.
     """
     figure = Figure(figsize=(WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left, right = sides
-    axes = left.subplots()
-    counts = panels[0].class_counts
-    _grouped(axes, cpmix, counts, count_norm(consolidated(cpmix, neighbours(counts))))
-    _letter(axes, "a", f"CP-Mix, {panels[0].data}")
+    axes, cpmix = left.subplots(), panels[0]["CP-Mix"]
+    draw_grouped(axes, cpmix.matrix, cpmix.class_counts, transposed=True, fontsize=SMALL)
+    _letter(axes, "a", f"CP-Mix, {cpmix.data}")
     below = right.subplots(len(panels), 1, squeeze=False)[:, 0]
     for letter, place, panel in zip("bc", below, panels, strict=False):
-        _accuracies(place, panel)
-        _letter(place, letter, panel.data)
+        of_data = panel["CP-Mix"]
+        drawn = [(result.class_accuracy, METHOD_STYLES[method]) for method, result in panel.items()]
+        draw_accuracies(place, of_data.class_names, of_data.class_counts, drawn)
+        _letter(place, letter, of_data.data)
     lines = []
-    for method in panels[0].accuracies:
-        where = [letter for letter, panel in zip("bc", panels, strict=False) if method in panel.finetuned]
+    for method in panels[0]:
+        where = [letter for letter, panel in zip("bc", panels, strict=False) if panel[method].finetuned]
         told = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
         lines.append(Line2D([], [], label=method + told, **METHOD_STYLES[method]))
     right.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def _accuracies(axes: Axes, panel: ClassAccuracies) -> None:
-    parts = neighbours(panel.class_counts)
-    place = np.arange(len(parts))
-    for method, accuracy in panel.accuracies.items():
-        draw_group_means(axes, accuracy, parts, clip_on=False, **METHOD_STYLES[method])
-    single = all(len(part) == 1 for part in parts)
-    labels = [panel.class_names[part[0]] for part in parts] if single else range_labels(panel.class_counts, parts)
-    axes.set_xticks(place, labels, rotation=_turn(labels))
-    axes.set_xlabel("class" if single else "class, by its training images")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 100)
-    behind = axes.twinx()
-    behind.bar(place, [panel.class_counts[part].mean() for part in parts], color="0.88", width=0.85)
-    behind.set_ylabel("training images", color="0.4")
-    behind.tick_params(axis="y", colors="0.4")
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
-
-
 # -- figures 5 and 6 ---------------------------------------------------------------------------------------------------
 
 
 @_styled
-def matrices_over_rho(
-    rows: Sequence[tuple[str, Array, dict[str, Array]]], methods: Sequence[str], class_names: Sequence[str] | None
-) -> Figure:
-    """Figures 5 and 6: whole matrices, a row for each data set and a column a method, in per cent of the true class.
+def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Sequence[str], *, numbered: bool) -> Figure:
+    """Figures 5 and 6: whole matrices, a row for each data set and a column per method, in per cent of the true class.
 
     Args:
-        rows: name of the data set, its training images [C], and each method's test images [C, C], where it has a run.
+        rows: the runs of each data set by method, one at least.
         methods: columns.
-        class_names: written on the axes, and per cents in the cells; None for more classes than one can read.
+        numbered: write names of classes on the axes and per cents in the cells, of few classes.
     """
     width, height = WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
-    figure = Figure(figsize=(width, height if class_names is None else height + 0.35), layout="constrained")
+    figure = Figure(figsize=(width, height + 0.35 if numbered else height), layout="constrained")
     grid = figure.subplots(len(rows), len(methods), squeeze=False)
-    shown = np.array([[method in matrices for method in methods] for _, _, matrices in rows])
+    shown = np.array([[method in row for method in methods] for row in rows])
     letters = panel_letters()
-    for r, (data, class_counts, matrices) in enumerate(rows):
-        order = by_count(class_counts)
-        ticks = list(range(len(order))) if class_names is not None else [0, *range(19, len(order), 20)]
-        names = [class_names[order[t]] if class_names is not None else f"{t + 1}" for t in ticks]
+    for r, row in enumerate(rows):
+        first = next(iter(row.values()))
+        order = by_count(first.class_counts)
+        ticks = list(range(len(order))) if numbered else [0, *range(19, len(order), 20)]
+        names = [first.class_names[order[t]] if numbered else f"{t + 1}" for t in ticks]
         for c, method in enumerate(methods):
             axes = grid[r, c]
-            if method not in matrices:
+            if method not in row:
                 axes.axis("off")
                 continue
-            percent = row_percent(matrices[method])[np.ix_(order, order)].T
-            numbers = whole_percent(np.where(percent >= 1, percent, 0)) if class_names is not None else None
+            percent = row_percent(row[method].matrix)[np.ix_(order, order)].T
+            numbers = whole_percent(np.where(percent >= 1, percent, 0)) if numbered else None
             image = draw_cells(axes, percent, percent_norm(), numbers=numbers, fontsize=5.5)
-            axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=_turn(names))
+            axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=turn(names))
             axes.set_yticks(ticks, names if not shown[r, :c].any() else [])
-            title = f"{method}, {data}"  # beside names of classes there is room for about 20 letters
-            _letter(axes, next(letters), title if class_names is None or len(title) <= 20 else f"{method},\n{data}")
+            title = f"{method}, {first.data}"  # beside names of classes there is room for about 20 letters
+            _letter(axes, next(letters), f"{method},\n{first.data}" if numbered and len(title) > 20 else title)
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
     bar = figure.colorbar(

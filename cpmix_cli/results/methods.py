@@ -1,4 +1,8 @@
-"""Methods: what recipes say of theirs in [about], and which method a trained recipe is. Reads TOML alone."""
+"""Methods: what recipes say of theirs in [about], and which method a trained recipe is. Reads TOML alone.
+
+recognised() compares all settings with those of the recipes that come with cpmix. minimised() compares objectives only,
+whatever their parameters: in a figure, CP-Mix with another t is CP-Mix.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from cpmix_cli.recipe.loading import find_recipe, load, read_tables, recipe_names
-from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Table, changed
+from cpmix_cli.recipe.schema import PHASE_TABLES, Evaluation, Recipe, Stage, Table, changed
 from cpmix_cli.runtime.errors import UsageError
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
@@ -144,3 +148,51 @@ def _told_apart(recipe: Recipe) -> dict[str, Any]:
     tables = recipe.tables()
     model = {key: value for key, value in tables["model"].items() if key != "precision"}
     return {key: value for key, value in tables.items() if key != "seed"} | {"model": model}
+
+
+OBJECTIVES = {
+    "ERM": "toy/cross-entropy",
+    "Mixup": "toy/mixup",
+    "Balanced Softmax": "toy/balanced-softmax",
+    "similar-pair mixup": "toy/fixed-pairs",
+    "CP-Mix": "toy/cpmix",
+}
+"""Methods of the paper's figures, and a recipe that minimises the objective of each."""
+
+
+def minimised(recipe: Recipe, phase: str) -> str | None:
+    """The method of OBJECTIVES by which a phase's network was trained, or None.
+
+    A finetune of CP-Mix's kind is of the method that it took. Another kind (cRT) makes another method, and so do the
+    first of two stages, several experts, an evaluation after the fact, and confusions of other images than the training
+    batches'.
+    """
+    post_hoc, plain = (table.model_dump(exclude={"batch_size"}) for table in (recipe.evaluation, Evaluation()))
+    unlike = (
+        phase == "stage1" and recipe.stage2 is not None,
+        phase == "finetune" and _finetune_of(recipe) != _finetune_of(load("cifar100-lt/cpmix")),
+        recipe.model.experts > 1,
+        recipe.confusion.source != "train",
+        post_hoc != plain,
+    )
+    if any(unlike):
+        return None
+    objective = _objective(recipe.stage2 or recipe.stage1)
+    return next((name for name, known in _known_objectives().items() if known == objective), None)
+
+
+def _finetune_of(recipe: Recipe) -> tuple[Any, ...]:
+    finetune = recipe.finetune
+    return () if finetune is None else (finetune.head, finetune.batchnorm, _objective(finetune))
+
+
+def _objective(stage: Stage) -> list[list[tuple[str, str]]]:
+    """Draw and functions of each term that counts, in an order that does not depend on names."""
+    terms = ({"draw": term.draw, **term.functions} for term in stage.terms.values() if term.weight > 0)
+    return sorted(sorted(term.items()) for term in terms)
+
+
+@cache
+def _known_objectives() -> dict[str, list[list[tuple[str, str]]]]:
+    recipes = {method: load(name) for method, name in OBJECTIVES.items()}
+    return {method: _objective(recipe.stage2 or recipe.stage1) for method, recipe in recipes.items()}
