@@ -68,23 +68,14 @@ def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_coun
     return logit_adjusted(logits, labels, weights, class_counts, tau=1.0)
 
 
-def focal(
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    class_counts: Tensor,
-    *,
-    gamma: NonNegative,
-    modulated_by: Literal["probability", "weighted-loss"] = "probability",
-) -> Tensor:
+def focal(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, gamma: NonNegative) -> Tensor:
     """(1/B) sum_b w_b (1 - p_y)^gamma (-log p_y), p the softmax; gamma = 0 is cross entropy.
 
     Source: Lin et al., Focal loss, on the softmax. Differs: LDAM-DRW's code (and what descends from it) takes p
-    as exp(-w CE), so that class weights bend the modulation too: `modulated_by = "weighted-loss"`.
+    as exp(-w CE), so that class weights bend the modulation too.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
-    exponent = losses if modulated_by == "probability" else weights * losses
-    return (weights * _chance_of_error(exponent) ** gamma * losses).mean()
+    return (weights * _chance_of_error(losses) ** gamma * losses).mean()
 
 
 def _chance_of_error(losses: Tensor) -> Tensor:
@@ -136,7 +127,7 @@ def lade(
     *,
     lader_weight: NonNegative,
     remine: NonNegative,
-    importance: Literal["sample", "class"] = "sample",
+    importance: Literal["sample"] = "sample",
 ) -> Tensor:
     """Balanced Softmax + lader_weight sum_c pi_c (-T1_c + T2_c + remine T2_c^2).
 
@@ -146,17 +137,15 @@ def lade(
     Args:
         lader_weight: alpha of the paper.
         remine: lambda of its regularisation.
-        importance: how T2 is brought to the uniform prior. Differs: the released code weights by the prior of the
-            column, 1 / (C pi_c), a constant a class: "class".
+        importance: the one way to bring T2 to the uniform prior: by the class of each image.
 
-    Source: Hong et al., LADE.
+    Source: Hong et al., LADE. Differs: the released code weights by the prior of the column, 1 / (C pi_c).
     """
     prior = class_counts.to(logits.dtype) / class_counts.sum()
     batch_size, num_classes = logits.shape
     own = F.one_hot(labels, num_classes).to(logits.dtype)
     mean_own = (own * logits).sum(0) / own.sum(0).clamp(min=1)
-    ratio = prior[labels][:, None] if importance == "sample" else prior
-    uniform = torch.logsumexp(logits - torch.log(num_classes * ratio), 0) - math.log(batch_size)
+    uniform = torch.logsumexp(logits - torch.log(num_classes * prior[labels][:, None]), 0) - math.log(batch_size)
     regulariser = (prior * (-mean_own + uniform + remine * uniform**2)).sum()
     return balanced_softmax(logits, labels, weights, class_counts) + lader_weight * weights.mean() * regulariser
 
@@ -222,7 +211,7 @@ def ace(
     class_counts: Tensor,
     *,
     interference: NonNegative = 1.0,
-    measure: Literal["norm", "squares"] = "norm",
+    measure: Literal["norm"] = "norm",
 ) -> Tensor:
     """For each expert, over the images of the classes that it answers for: cross entropy, and the size of its logits of
     the other classes, which it is not to be confident of; divided by all images of the batch.
@@ -230,18 +219,19 @@ def ace(
     Args:
         logits: [E, B, C], E >= 2.
         interference: factor of that size.
-        measure: the L2 norm, or the sum of squares, whose slope has no bound: at a rate of 0.1 it diverges.
+        measure: the one measure of size: the L2 norm.
 
     Source: Cai et al., ACE, from its description; the code is not at hand. Which classes are whose: see
-    ensembles.target_classes(). Differs: form and factor of the second part are not settled; third-party code has the
-    norm. Divided by its own images alone, two or three rare ones would move the shared stages as much as a whole batch.
+    experts.target_classes(). Differs: form and factor of the second part are not settled; third-party code has the
+    norm (sums of squares diverge at a learning rate of 0.1). Divided by its own images alone, two or three rare ones
+    would move the shared stages as much as a whole batch.
     """
     targets = target_classes(class_counts, len(logits))
     total = logits.new_zeros(())
     for z, own in zip(logits, targets, strict=True):
         chosen = weights * own[labels].to(weights.dtype)
         losses = F.cross_entropy(z, labels, reduction="none")
-        others = torch.linalg.vector_norm(z * ~own, dim=1) if measure == "norm" else (z**2 * ~own).sum(1)
+        others = torch.linalg.vector_norm(z * ~own, dim=1)
         total = total + (chosen * (losses + interference * others)).mean()
     return total
 
@@ -273,7 +263,7 @@ def expert_diversity(
     *,
     diversity: float,
     temperature_spread: Fraction = 0.0,
-    against: Literal["mean", "others"] = "mean",
+    against: Literal["mean"] = "mean",
 ) -> Tensor:
     """- diversity mean(T)^2 sum_e KL(q || p_e): experts that differ from their mean are rewarded.
 
@@ -283,21 +273,17 @@ def expert_diversity(
     Args:
         diversity: lambda; below 0 experts are drawn together.
         temperature_spread: s; 0 where no class weights come, and T stays 1.
-        against: Differs: the paper has the mean over the other experts of KL(p_e || p_j), and the released code, which
-            its numbers come from, the mean expert: "others" and "mean".
+        against: the one reference: the mean expert.
 
-    Source: Wang et al., RIDE, Eq. (2), (3), and its code.
+    Source: Wang et al., RIDE, and its code, which the paper's numbers come from. Differs: Eq. (2) and (3) of the paper
+    have the mean over the other experts of KL(p_e || p_j).
     """
     prior = class_counts.to(logits.dtype) / class_counts.sum()
     spread = len(prior) * prior * temperature_spread + 1 - temperature_spread
     temperature = torch.where(reweighting > 0, spread / spread.max(), 1.0).to(logits.dtype)
     log_p = F.log_softmax(logits / temperature, 2)
-    if against == "mean":
-        reference = F.log_softmax(logits.detach().mean(0) / temperature, 1)
-        divergence = (reference.exp() * (reference - log_p)).sum(2).mean(1).sum()
-    else:
-        pairs = (log_p.exp()[:, None] * (log_p[:, None] - log_p[None])).sum(3).mean(2)  # KL(p_e || p_j) [E, E]
-        divergence = pairs.sum() / max(len(logits) - 1, 1)
+    reference = F.log_softmax(logits.detach().mean(0) / temperature, 1)
+    divergence = (reference.exp() * (reference - log_p)).sum(2).mean(1).sum()
     return -diversity * temperature.mean() ** 2 * divergence
 
 
@@ -310,22 +296,20 @@ def distillation(
     *,
     temperature: Positive = 1.5,
     factor: NonNegative = 1.0,
-    of: Literal["experts", "mean"] = "experts",
+    of: Literal["experts"] = "experts",
 ) -> Tensor:
     """factor T^2 sum_e KL(q || p_e), q and p_e the softmax of the teacher's and each expert's logits over T.
 
     Args:
         temperature: T.
         factor: 0 learns nothing from the teacher.
-        of: Differs: the released code has KL(q || p) of the experts' mean logits, E times, and with it E times its own
-            loss: that is "mean" with factor = 1 / E, in a term of weight = E.
+        of: the one student: each expert.
 
-    Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the teacher is in eval mode; the code leaves it in
-    training mode, so that its statistics drift. On purpose no key brings that back.
+    Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the released code has the experts' mean logits learn, and
+    leaves the teacher in training mode, so that its statistics drift; here it is in eval mode.
     """
     target = F.log_softmax(teacher / temperature, 1)
-    taken = logits if of == "experts" else logits.mean(0).expand_as(logits)
-    log_p = F.log_softmax(taken / temperature, 2)
+    log_p = F.log_softmax(logits / temperature, 2)
     return factor * temperature**2 * (target.exp() * (target - log_p)).sum(2).mean(1).sum()
 
 

@@ -152,31 +152,27 @@ class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros.
 
     Args:
-        num_in: channels, of a group.
+        num_in: channels.
         num_out: the same.
         stride: of the first convolution.
-        groups: so many blocks at once, their channels side by side.
     """
 
-    def __init__(self, num_in: int, num_out: int, stride: int, groups: int = 1) -> None:
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
-        all_in, all_out = groups * num_in, groups * num_out
-        self.conv1 = nn.Conv2d(all_in, all_out, 3, stride, padding=1, groups=groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(all_out)
-        self.conv2 = nn.Conv2d(all_out, all_out, 3, padding=1, groups=groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(all_out)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(num_out)
         self.stride = stride
         self.padding = (num_out - num_in) // 2
-        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, groups num_in, H, W] -> [B, groups num_out, H / stride, W / stride]."""
+        """[B, num_in, H, W] -> [B, num_out, H / stride, W / stride]."""
         # In place where the backward pass does not look: a quarter less memory, and less of it to go through.
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.padding:
-            x = x[:, :, :: self.stride, :: self.stride].unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call]
-            x = F.pad(x, (0, 0, 0, 0, self.padding, self.padding)).flatten(1, 2)
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         out += x
         return F.relu(out, inplace=True)
 
@@ -201,24 +197,23 @@ class CifarResNet(Classifier):
         return out.mean((2, 3))
 
 
-def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0, groups: int = 1) -> list[BasicBlock]:
+def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list[BasicBlock]:
     """The blocks of consecutive stages, widths[0] channels coming in; all but stage 0 halve height and width.
 
     Args:
-        widths: channels in, and of each stage, of a group.
+        widths: channels in, and of each stage.
         blocks: of a stage.
         first: number of the first of these stages in the network.
-        groups: see BasicBlock.
     """
     made = []
     for number, num_out in enumerate(widths[1:]):
         for block in range(blocks):
             num_in, stride = (num_out, 1) if block else (widths[number], 2 if first + number else 1)
-            made.append(BasicBlock(num_in, num_out, stride, groups))
+            made.append(BasicBlock(num_in, num_out, stride))
     return made
 
 
-class Looped(nn.ModuleList):
+class Experts(nn.ModuleList):
     """Experts one after the other, each on the same maps.
 
     Args:
@@ -235,30 +230,6 @@ class Looped(nn.ModuleList):
         first, *later = self
         others = x.detach() if self.detached else x
         return torch.cat([first(x), *(expert(others) for expert in later)], 1)
-
-
-class Fused(nn.Sequential):
-    """Experts at once, as groups of channels.
-
-    Args:
-        num_experts: E.
-        blocks: of E groups.
-        detached: as of Looped.
-    """
-
-    def __init__(self, num_experts: int, *blocks: BasicBlock, detached: bool) -> None:
-        super().__init__(*blocks)
-        self.num_experts = num_experts
-        self.detached = detached
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, E D, H', W']."""
-        if self.detached:
-            maps = torch.cat([x, x.detach().repeat(1, self.num_experts - 1, 1, 1)], 1)
-        else:
-            maps = x.repeat(1, self.num_experts, 1, 1)
-        out: Tensor = super().forward(maps)  # type: ignore[no-untyped-call]
-        return out
 
 
 class CifarExperts(Classifier):
@@ -283,13 +254,8 @@ class CifarExperts(Classifier):
             raise ValueError(
                 f"model.expert_width = {recipe.expert_width:g} gives channels that no shortcut joins: {own}"
             )
-        self.experts: nn.Module
-        if recipe.expert_layout == "fused":
-            grouped = basic_stages(own, blocks, first=shared, groups=experts)
-            self.experts = Fused(experts, *grouped, detached=recipe.detached_experts)
-        else:
-            stages = (nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
-            self.experts = Looped(stages, detached=recipe.detached_experts)
+        stages = (nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
+        self.experts = Experts(stages, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1], num_classes) for _ in range(experts))
 
     def features(self, x: Tensor) -> Tensor:
@@ -350,7 +316,7 @@ class ImageNetExperts(Classifier):
         own = [round(recipe.expert_width * p) for p in planes[shared:]]
         lengths = [len(stage) for stage in stages[shared:]]
         branches = (_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
-        self.experts = Looped(branches, detached=recipe.detached_experts)
+        self.experts = Experts(branches, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
         # torchvision's modules -> those here; a block of an expert's own stages is there once for each.
         self._places = {"conv1": ["shared.0"], "bn1": ["shared.1"]}
@@ -440,8 +406,6 @@ def _imagenet_resnet(name: str, num_classes: int, shape: Sequence[int], recipe: 
         )
     if recipe.experts == 1:
         return ImageNetResNet(name, num_classes)
-    if recipe.expert_layout == "fused":
-        raise ValueError('has no experts of model.expert_layout = "fused"')
     return ImageNetExperts(name, num_classes, recipe)
 
 

@@ -29,11 +29,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("balanced-softmax", {}),
     ("logit-adjusted", {"tau": 1.5}),
     ("focal", {"gamma": 1.0}),
-    ("focal", {"gamma": 0.5, "modulated_by": "weighted-loss"}),
+    ("focal", {"gamma": 0.5}),
     ("sigmoid-focal", {"gamma": 2.0}),
     ("ldam", {"max_margin": 0.5, "scale": 30.0}),
     ("lade", {"lader_weight": 0.3, "remine": 0.2}),
-    ("lade", {"lader_weight": 0.3, "remine": 0.2, "importance": "class"}),
     ("label-aware-smoothing", {"smooth_head": 0.4, "smooth_tail": 0.1}),
     ("label-aware-smoothing", {"smooth_head": 0.4, "smooth_tail": 0.1, "over": "all"}),
 ]
@@ -43,8 +42,7 @@ def slow_loss(
     name: str, logits: Tensor, labels: list[int], weights: list[Tensor], counts: list[int], parameters: dict[str, Any]
 ) -> Tensor:
     """A loss of losses.py by loops over images and classes, from its formula; differentiable."""
-    p = {"tau": 1.0, "modulated_by": "probability", "max_margin": 0.5, "scale": 30.0, "importance": "sample"}
-    p |= {"over": "others"} | parameters
+    p = {"tau": 1.0, "max_margin": 0.5, "scale": 30.0, "over": "others", **parameters}
     batch_size, num_classes = logits.shape
     total = torch.zeros(())
     for b, y in enumerate(labels):
@@ -58,8 +56,7 @@ def slow_loss(
         log_sum = torch.log(sum(torch.exp(a) for a in z))  # type: ignore[arg-type]
         loss = log_sum - z[y]
         if name == "focal":
-            own = torch.exp(-loss) if p["modulated_by"] == "probability" else torch.exp(-weights[b] * loss)
-            loss = (1 - own) ** p["gamma"] * loss
+            loss = (1 - torch.exp(-loss)) ** p["gamma"] * loss
         if name == "sigmoid-focal":
             chances = [torch.sigmoid(a if c == y else -a) for c, a in enumerate(z)]
             loss = sum(((1 - q) ** p["gamma"] * -torch.log(q) for q in chances), torch.zeros(()))
@@ -81,8 +78,7 @@ def slow_loss(
             first = sum(own, torch.zeros(())) / len(own) if own else torch.zeros(())
             even = torch.zeros(())
             for b, y in enumerate(labels):
-                prior = counts[y if p["importance"] == "sample" else c] / sum(counts)
-                even = even + torch.exp(logits[b, c]) / (num_classes * prior) / batch_size
+                even = even + torch.exp(logits[b, c]) / (num_classes * counts[y] / sum(counts)) / batch_size
             second = torch.log(even)
             regulariser = counts[c] / sum(counts) * (-first + second + p["remine"] * second**2)
             total = total + p["lader_weight"] * sum(weights) / batch_size * regulariser
@@ -168,28 +164,6 @@ def test_focal_losses_of_what_is_learnt_have_finite_slopes(loss: Callable[..., T
         logits = torch.tensor([[gap, -gap, -gap]], requires_grad=True)
         loss(logits, torch.tensor([0]), torch.ones(1), torch.tensor([9, 3, 1]), gamma=gamma).backward()
         assert logits.grad is not None and logits.grad.isfinite().all()
-
-
-def test_the_two_forms_of_focal_loss_part_only_with_weights(generator: torch.Generator) -> None:
-    logits, labels, weights = drawn(generator)
-
-    def both(w: Tensor) -> list[Tensor]:
-        forms: list[Any] = ["probability", "weighted-loss"]
-        return [focal(logits, labels, w, COUNTS, gamma=1.0, modulated_by=form) for form in forms]
-
-    torch.testing.assert_close(*both(torch.ones(7)))
-    first, second = both(weights)
-    assert abs(float((first - second).detach())) > 1e-3
-
-
-def test_the_two_forms_of_lade_agree_on_balanced_counts(generator: torch.Generator) -> None:
-    logits, labels, weights = drawn(generator)
-    forms: list[Any] = ["sample", "class"]
-    even = torch.full((4,), 25)
-    first, second = (
-        lade(logits, labels, weights, even, lader_weight=1.0, remine=0.1, importance=form) for form in forms
-    )
-    torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize(("rho", "head"), [(100, 0.158), (200, 0.126), (10, 0.281)])

@@ -5,7 +5,6 @@ rounds are printed, of ratios too. Nothing is written.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from cpmix_cli.bench.measure import (
 )
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.flags import BenchOptions
-from cpmix_cli.models import MODELS, build_model
+from cpmix_cli.models import build_model
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.training.plan import PhaseContext, prepared
@@ -83,8 +82,8 @@ def run(options: BenchOptions) -> None:
     def training(phase: str) -> TimedLoop:
         return TrainingLoop(data, *prepared(setting, phase))
 
-    def other_network(**changes: Any) -> TimedLoop:
-        model = recipe.model.model_copy(update=changes)
+    def plain() -> TimedLoop:
+        model = recipe.model.model_copy(update={"experts": 1})  # at its full width, whatever the experts'
         changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
         return NetworkAlone(data, *prepared(changed, "stage1"))
 
@@ -94,12 +93,7 @@ def run(options: BenchOptions) -> None:
         size = min(recipe.optimizer.batch_size, len(labels))
         loops["input"] = partial(InputAlone, data.batches, device, len(labels), size)
     if recipe.model.experts > 1:
-        loops["plain"] = partial(other_network, experts=1)  # at its full width, whatever the experts'
-        other = "loop" if recipe.model.expert_layout == "fused" else "fused"
-        with suppress(ValueError), torch.device("meta"):  # a network without that layout
-            changed = recipe.model.model_copy(update={"expert_layout": other})
-            MODELS[recipe.model.name](dataset.num_classes, recipe.data.input_shape(dataset.shape), changed)
-            loops[f"experts {other}"] = partial(other_network, expert_layout=other)
+        loops["plain"] = plain
     for phase in phases:
         for chosen in sorted({precision, "fp32", best} if phase == "stage1" else {precision}):
             loops[f"network {phase} {chosen}"] = partial(alone, phase, chosen)
@@ -138,14 +132,7 @@ def run(options: BenchOptions) -> None:
         **{f"network_{p}_images_per_second": network[p].median if p in phases else None for p in PHASES},
         "ratio_to_reference": {p: timings[p].ratio_to(timings["reference"]) for p in phases},
         "ratio_to_network": {p: timings[p].ratio_to(network[p]) for p in phases},
-        "ratio_to_plain_network": {
-            layout: timing.ratio_to(timings["plain"])
-            for layout, timing in (
-                (recipe.model.expert_layout, network["stage1"]),
-                *((name.split()[1], timing) for name, timing in timings.items() if name.startswith("experts ")),
-            )
-            if "plain" in timings
-        },
+        "ratio_to_plain_network": {"loop": network["stage1"].ratio_to(timings["plain"])} if "plain" in timings else {},
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
         "projected_seconds": projected | {"total": sum(projected.values())},
@@ -181,7 +168,7 @@ def report(
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
         rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
     for name, timing in timings.items():
-        if name == "plain" or name.startswith("experts "):
+        if name == "plain":
             rows.append(row(f"network alone, {name}, {fields['precision']}", timing))
     for phase in phases:
         title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"

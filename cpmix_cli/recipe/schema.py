@@ -100,8 +100,8 @@ class Model(Table):
     which have three, and 2 on torchvision's."""
     expert_width: float = Field(default=1.0, gt=0, le=1)
     """Channels of an expert's own stages, as a share of the network's."""
-    expert_layout: Literal["loop", "fused"] = "loop"
-    """The experts' convolutions one after the other, or grouped into one a layer: the same numbers, another speed."""
+    expert_layout: Literal["loop"] = "loop"
+    """The one layout: experts one after the other. Recipes of earlier runs name it."""
     detached_experts: bool = False
     """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
     init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
@@ -413,8 +413,8 @@ class Recipe(Table):
             raise ValueError('finetune.head = "routers" needs several experts')
         if self.finetune is not None and routed and not all(p.startswith("routers") for p in self.finetune.train):
             raise ValueError('finetune.head = "routers" trains nothing else: it wants finetune.train = ["routers"]')
-        if self.optimizer.expert_rates != "equal" and (self.model.experts == 1 or self.model.expert_layout == "fused"):
-            raise ValueError('optimizer.expert_rates = "target-share" needs several experts, expert_layout = "loop"')
+        if self.optimizer.expert_rates != "equal" and self.model.experts == 1:
+            raise ValueError('optimizer.expert_rates = "target-share" needs several experts')
         if self.model.experts == 1 and self.evaluation.aggregate != "mean":
             raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
         if self.evaluation.aggregate == "routed" and not routed:
