@@ -19,7 +19,9 @@ def main() -> None:
     except signals.Stopped as stop:
         from cpmix_cli.runtime import console
 
-        console.error(str(signals.interrupted("what was published stays")), int(str(stop.code)))
+        fault = signals.interrupted("what was published stays")
+        fault.exit_code = int(str(stop.code))
+        console.error(fault)
         raise
     finally:
         signals.ignore()

@@ -56,7 +56,7 @@ def _explained() -> Iterator[None]:
             console.flush()  # the help, maybe, to a full disk
             raise EnvironmentFault(f"reading or writing failed: {fault.strerror or fault}") from fault
     except CpmixError as fault:
-        console.error(str(fault), fault.exit_code)
+        console.error(fault)
         raise typer.Exit(fault.exit_code) from fault
     except BrokenPipeError:  # the reader went away (cpmix ... | head)
         with suppress(BrokenPipeError):

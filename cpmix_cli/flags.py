@@ -365,11 +365,6 @@ class FigureOptions:
     ] = field(default_factory=list)
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what the files of --out hold.")] = False
 
-    @property
-    def name(self) -> str:
-        """figure 3."""
-        return f"figure {self.number}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:

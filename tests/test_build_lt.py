@@ -39,7 +39,7 @@ def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "417 training and 500 test images, 10 classes, largest 124, smallest 6" in result.stdout
     assert "many (>100) 1, medium (20..100) 5, few (<20) 4 classes" in result.stdout
     assert result.stderr == ("next: cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits-lt-rho20\n")
-    dataset = open_dataset(folder, needed_by="test")
+    dataset = open_dataset(folder)
     images, labels = dataset.read("train")
     assert images.shape == (417, 8, 8, 1)
     assert images.max() == 255
@@ -78,7 +78,7 @@ def test_another_data_set_in_the_folder_is_refused_and_kept(tmp_path: Path) -> N
 
 
 def test_toy_is_the_paper_s(toy: Path) -> None:
-    dataset = open_dataset(toy, needed_by="test")
+    dataset = open_dataset(toy)
     assert dataset.class_counts.tolist() == [1000, 1000, 50, 50]
     points, labels = dataset.read("test")
     assert torch.bincount(labels).tolist() == [1000] * 4
@@ -136,7 +136,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     result = must("build-lt", "cifar10", "--rho", 4, "--data-root", tmp_path, "--out", tmp_path / "o")
     assert "ratio 4)" in result.stdout
-    dataset = open_dataset(tmp_path / "o", needed_by="test")
+    dataset = open_dataset(tmp_path / "o")
     assert dataset.class_counts.tolist() == [12, 10, 8, 7, 6, 5, 4, 4, 3, 3]
     chosen = pd.read_parquet(tmp_path / "o" / "train.parquet")
     table = pq.read_table(tmp_path / "train-00000-of-00001.parquet").to_pydict()

@@ -563,7 +563,7 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     tensors, _ = read_tensors(Path(changed["folder"]) / "logits.safetensors")
     raw, _ = read_tensors(tmp_path / "evaluation" / "stage1" / "logits.safetensors")
     assert tensors["expert_logits"].equal(raw["expert_logits"])
-    prior = open_dataset(digits, needed_by="a test").class_counts / 614
+    prior = open_dataset(digits).class_counts / 614
     for z, expert in zip(raw["expert_logits"], changed["experts"], strict=True):
         again = summary((z - torch.tensor(prior).log()) / 2.5, raw["labels"], ["many"] * 10)
         assert [expert[key] for key in ("top1", "ece")] == [again[key] for key in ("top1", "ece")]
@@ -671,9 +671,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     recipe = ["--recipe", "digits/cross-entropy", "--set", "model.experts=2", "--set", "evaluation.tau_norm=1.0"]
     must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
     settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
-    setting = PhaseContext(
-        load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "fp32", {}
-    )
+    setting = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "fp32", {})
     plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), setting)
     assert plan.teacher is not None and not plan.teacher.training
     saved, _ = read_tensors(tmp_path / "stage1" / "model.safetensors")
@@ -739,9 +737,7 @@ def test_routers_learn_in_fp32(digits: Path) -> None:
     """Under bf16 autocast too: their loss is that of their logits in full, as the experts' is."""
     settings = ["model.experts=3", "finetune.head=routers", 'finetune.train=["routers"]']
     settings += [f"finetune.terms.erm.{key}" for key in ("loss=routing", "draw=natural")]
-    setting = PhaseContext(
-        load("digits/cross-entropy", settings=settings), open_dataset(digits, needed_by="a test"), CPU, "bf16", {}
-    )
+    setting = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "bf16", {})
     plan, state = prepared(setting, "finetune")
     state.model.train(plan.train_mode)
     model = copy.deepcopy(state.model)
@@ -756,7 +752,7 @@ def test_rates_of_ace(digits: Path) -> None:
     """Expert k learns at lr times its share of the training images, in its stages and its head."""
     settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "optimizer.expert_rates=target-share"]
     recipe = load("digits/cross-entropy", settings=settings)
-    dataset = open_dataset(digits, needed_by="a test")
+    dataset = open_dataset(digits)
     state = fresh_state(PhaseContext(recipe, dataset, CPU, "fp32", {}))
     n = dataset.class_counts
     shares = [1.0, n[n <= 100].sum() / n.sum(), n[n < 20].sum() / n.sum()]

@@ -36,7 +36,7 @@ def test_a_folder_is_kept_as_imbalanced_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "photos" / ".cache").mkdir()
     result = must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "d")
     assert "1 file left out, no image by the name" in result.stderr
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     assert dataset.name == "image-folder-photos"
     assert dataset.class_names == ["blue", "green", "red"]
     # Held out: the smaller of 10 and 20 per cent, rounded: 0 of 2, 2 of 12, 10 of 60.
@@ -52,7 +52,7 @@ def test_a_folder_is_kept_as_imbalanced_as_it_is(tmp_path: Path) -> None:
 def test_a_class_keeps_one_image_to_train_on(tmp_path: Path) -> None:
     write_images(tmp_path / "p", {"red": 30, "blue": 3})
     build(tmp_path / "p", tmp_path / "d", "--test-per-class", 5)
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     assert dataset.class_counts.tolist() == [1, 25]
     assert dataset.samples("test")["label"].tolist() == [0] * 2 + [1] * 5
 
@@ -61,7 +61,7 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
     write_images(tmp_path / "p" / "train", {"red": 8, "green": 4})
     write_images(tmp_path / "p" / "test", {"red": 3})
     build(tmp_path / "p", tmp_path / "d")
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     assert dataset.class_counts.tolist() == [4, 8]
     assert dataset.samples("test")["path"].tolist() == [
         f"test/red/00{i}.{'png' if i % 2 == 0 else 'jpg'}" for i in range(3)
@@ -75,7 +75,7 @@ def test_rho_takes_the_largest_profile_by_rank(tmp_path: Path) -> None:
     write_images(tmp_path / "p", {"red": 10, "green": 40, "blue": 6})
     build(tmp_path / "p", tmp_path / "d", "--rho", 4, "--test-per-class", 1)
     # 39, 9 and 5 are left; by rank 39 / 1, 9 / (1/2), 5 / (1/4) allow 18 in the largest: 18, 9, 4.
-    assert open_dataset(tmp_path / "d", needed_by="test").class_counts.tolist() == [4, 18, 9]
+    assert open_dataset(tmp_path / "d").class_counts.tolist() == [4, 18, 9]
 
 
 def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: 
     numbers = must(*command, "--json").json
     suffix = "" if profile == "ranked" else f"-{profile}"
     assert numbers["folder"] == f"data/image-folder-p-lt-rho16{suffix}-8px"
-    dataset = open_dataset(tmp_path / numbers["folder"], needed_by="test")
+    dataset = open_dataset(tmp_path / numbers["folder"])
     assert (dataset.class_counts.tolist(), dataset.record["profile"]) == (counts, profile)
     other = cpmix(*command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
     assert (other.code, "profile: " in other.stderr) == (4, True)

@@ -225,7 +225,7 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
     expected = {"storage": "files", "shape": [256, 256, 3], "mean": [], "std": [], "recipe": "places-lt/cpmix"}
     assert {key: record[key] for key in expected} == expected
     assert record["classes"] == list(COUNTS)
-    dataset = open_dataset(folder, needed_by="test")
+    dataset = open_dataset(folder)
     assert dataset.splits == ["train", "val", "test"]
     assert np.bincount(dataset.labels("train")).tolist() == list(COUNTS.values())
     for split in dataset.splits:
@@ -234,7 +234,7 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
             assert path.is_file()
     elsewhere = folder.parent / "elsewhere"
     elsewhere.symlink_to(record["data_root"])
-    moved = open_dataset(folder, needed_by="test", data_root=elsewhere)
+    moved = open_dataset(folder, data_root=elsewhere)
     assert str(moved.paths("val")[0]).startswith(f"{elsewhere}/train/")
     assert build(places, "--json").json["status"] == "up to date"
     assert build(places, "--verify", "--json").json["status"] == "up to date"
@@ -271,7 +271,7 @@ def test_a_folder_for_each_source_below_one_root(places: Path) -> None:
     (places / "all").mkdir()
     (places / "images").rename(places / "all" / "places-lt")
     must("build-lt", "places-lt", "--list-dir", places / "lists", "--data-root", places / "all", "--out", places / "d")
-    assert open_dataset(places / "d", needed_by="test").data_root == places / "all" / "places-lt"
+    assert open_dataset(places / "d").data_root == places / "all" / "places-lt"
 
 
 @pytest.mark.parametrize("pack", [0, 16])
@@ -314,7 +314,7 @@ def test_own_lists(places: Path, tmp_path: Path) -> None:
     where = ["--list-dir", places / "lists", "--data-root", places / "images"]
     numbers = must("build-lt", "image-folder", *where, "--image-size", 16, "--out", tmp_path / "a", "--json").json
     assert (numbers["num_train"], numbers["num_test"], numbers["num_classes"]) == (143, 6, 3)
-    assert open_dataset(tmp_path / "a", needed_by="test").read("val")[0].shape == (3, 16, 16, 3)
+    assert open_dataset(tmp_path / "a").read("val")[0].shape == (3, 16, 16, 3)
     numbers = must(
         "build-lt", "image-folder", *where, "--pack", 16, "--rho", 10, "--out", tmp_path / "b", "--json"
     ).json

@@ -52,7 +52,7 @@ def pack(photos: Path, out: Path, *flags: object) -> Result:
 
 
 def stored(folder: Path, split: str = "train") -> np.ndarray:
-    return open_dataset(folder, needed_by="test").shards(split).load_all().numpy()
+    return open_dataset(folder).shards(split).load_all().numpy()
 
 
 def test_a_square_is_torchvision_s(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
     assert [(tmp_path / "d" / f"train-0000{i}.shard").stat().st_size for i in range(3)] == [
         n * SIZE * SIZE * 3 for n in (4, 4, 2)
     ]
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     assert (dataset.storage, dataset.shape, dataset.record["shard_images"]) == ("shards", [SIZE, SIZE, 3], 4)
     images = stored(tmp_path / "d")
     for path, image in zip(dataset.paths("train"), images, strict=True):
@@ -102,7 +102,7 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
 def test_read_from_many_threads(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     expected = stored(tmp_path / "d")
-    packed = open_dataset(tmp_path / "d", needed_by="test").shards("train")
+    packed = open_dataset(tmp_path / "d").shards("train")
     assert (len(packed), packed.shape, packed.num_bytes) == (10, [SIZE, SIZE, 3], expected.nbytes)
     order = np.random.default_rng(0).integers(0, 10, 2000)
 
@@ -125,7 +125,7 @@ def test_benchmarks_ignore_exif_and_people_s_images_do_not(photos: Path, tmp_pat
     assert read_square(path, SIZE, upright=False).getpixel((8, 0)) == (255, 255, 255)
     assert read_square(path, SIZE, upright=True).getpixel((8, 0)) == (0, 0, 0)
     assert pack(photos, tmp_path / "d").code == 0
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     assert dataset.upright
     assert stored(tmp_path / "d")[dataset.paths("train").index(path)][0, 8].tolist() == [0, 0, 0]
 
@@ -151,7 +151,7 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
     assert pack(photos, tmp_path / "d").code == 0
     path = tmp_path / "d" / "train-00001.shard"
     flip(path, 2 * SIZE * SIZE * 3 + 5)
-    packed = open_dataset(tmp_path / "d", needed_by="test").shards("train")
+    packed = open_dataset(tmp_path / "d").shards("train")
     into = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     for index in (0, 5, 7, 9):
         packed.read(index, None, into)
@@ -184,7 +184,7 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
 def test_a_shard_that_is_missing_or_short(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     expected = stored(tmp_path / "d")
-    dataset = open_dataset(tmp_path / "d", needed_by="test")
+    dataset = open_dataset(tmp_path / "d")
     packed = dataset.shards("train")
     os.truncate(tmp_path / "d" / "train-00002.shard", SIZE * SIZE * 3 + 1)
     packed.read(8, None, np.empty((SIZE, SIZE, 3), dtype=np.uint8))
@@ -203,7 +203,7 @@ def test_a_shard_that_is_missing_or_short(photos: Path, tmp_path: Path) -> None:
 
 def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
-    path = open_dataset(tmp_path / "d", needed_by="test").paths("train")[9]
+    path = open_dataset(tmp_path / "d").paths("train")[9]
     with Image.open(path) as image:
         upside_down = image.rotate(180)
     size = path.stat().st_size
@@ -317,7 +317,7 @@ def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path:
     result = pack(photos, tmp_path / "d")
     assert result.code == 0
     whole = pack(photos, tmp_path / "whole", "--json")
-    assert open_dataset(tmp_path / "d", needed_by="t").fingerprint == whole.json["fingerprint"]
+    assert open_dataset(tmp_path / "d").fingerprint == whole.json["fingerprint"]
 
 
 def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp
     assert run(stops_at("open", "test/a/000.jpg", signal.SIGTERM), photos, out).returncode == 75
     first = path.read_bytes()
     Image.new("RGB", (20, 20), "red").save(path)
-    place = open_dataset(whole, needed_by="test").paths("train").index(path)
+    place = open_dataset(whole).paths("train").index(path)
     record = f"packing-train-{place // 4:05d}.shard.json"
     assert run(stops_at("os.rename", record, signal.SIGKILL), photos, out).returncode == -9
     path.write_bytes(first)

@@ -122,9 +122,9 @@ def uniform(*numbers: float) -> torch.Tensor:
 
 
 def test_files_are_cropped_as_torchvision_crops_them(tree: Path, generator: torch.Generator) -> None:
-    dataset = open_dataset(tree / "files", needed_by="test")
+    dataset = open_dataset(tree / "files")
     paths = dataset.paths("train")
-    reader = FileReader(paths, SIZE, JITTER, upright=True, needed_by="test")
+    reader = FileReader(paths, SIZE, JITTER, upright=True)
     found = np.empty((CROP, CROP, 3), dtype=np.uint8)
     for index, path in enumerate(paths):
         image = Image.open(path).convert("RGB")
@@ -140,7 +140,7 @@ def test_files_are_cropped_as_torchvision_crops_them(tree: Path, generator: torc
 def test_test_images_are_the_same_from_files_and_shards_kept_or_streamed(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, shards = (open_dataset(tree / name, needed_by="test") for name in ("files", "shards"))
+    files, shards = (open_dataset(tree / name) for name in ("files", "shards"))
     order = torch.tensor([3, 14, 0, 3])
     kept, labels = open_batches(shards, "test", JITTER, CPU)
     monkeypatch.setitem(hardware.RESIDENT_SHARE, "cpu", 0.0)
@@ -166,7 +166,7 @@ def test_test_images_are_the_same_from_files_and_shards_kept_or_streamed(
 def test_streamed_shards_give_the_bits_of_resident_ones(
     tree: Path, recipe: Data, streamed: None, readers: None, generator: torch.Generator
 ) -> None:
-    dataset = open_dataset(tree / "shards", needed_by="test")
+    dataset = open_dataset(tree / "shards")
     read, _ = open_batches(dataset, "train", recipe, CPU)
     hardware.RESIDENT_SHARE["cpu"] = 0.25  # put back by the fixture
     kept, _ = open_batches(dataset, "train", recipe, CPU)
@@ -188,7 +188,7 @@ def test_crops_of_stored_squares_are_those_of_files_of_that_size(generator: torc
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i}.png")
     paths = [tmp_path / f"{i}.png" for i in range(12)]
-    reader = FileReader(paths, SIZE, JITTER, upright=False, needed_by="test")
+    reader = FileReader(paths, SIZE, JITTER, upright=False)
     recipe = Data(augment="resized-crop-flip", crop=CROP, normalisation="none")
     none = torch.empty(0, CROP, CROP, 3, dtype=torch.uint8)
     from_files = StreamedBatches(reader, CropBatches(none, recipe, [], [], cropped=True), CPU)

@@ -65,12 +65,12 @@ def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
         UsageError: --data-root without --data.
     """
     if folder is not None:
-        dataset = open_dataset(folder, needed_by="bench", data_root=data_root)
+        dataset = open_dataset(folder, data_root=data_root)
         if len(dataset.shape) != 3:
-            raise InputError(f"{folder} holds points; the loop to compare with takes images", needed_by="bench")
+            raise InputError(f"{folder} holds points; the loop to compare with takes images")
         return dataset
     if data_root is not None:
-        raise UsageError("--data-root is of a data set: give --data too", needed_by="bench")
+        raise UsageError("--data-root is of a data set: give --data too")
     counts = exponential_counts(500, 100, 200)
     return unwritten_dataset(
         "random images", counts, [32, 32, 3], recipe="cifar100-lt/cpmix", rho=200.0, storage="tensors"
@@ -200,7 +200,7 @@ def recipe_for(dataset: Dataset, name: str, options: BenchOptions) -> Recipe:
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     if any(term.taught for term in compile_stage(recipe.stage1)):
-        raise UsageError(f"{name} learns from a teacher, which bench has not", needed_by="bench")
+        raise UsageError(f"{name} learns from a teacher, which bench has not")
     return recipe
 
 

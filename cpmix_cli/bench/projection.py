@@ -254,7 +254,6 @@ def run(options: BenchOptions) -> None:
     if recipe.model.sync_batchnorm:
         left_out.insert(0, "SyncBatchNorm's own messages")
     fields = {
-        "command": "bench",
         "recipe": name,
         "data": dataset.name,
         "num_images": num_images,
@@ -392,7 +391,7 @@ def _images(
         seconds, _ = ReadingAlone(opened(), packed, 0).timed(len(packed))
         paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(NUM_READ, len(paths)), dtype=int)]
-        reader = FileReader(paths, dataset.shape[0], recipe, upright=dataset.upright, needed_by="bench")
+        reader = FileReader(paths, dataset.shape[0], recipe, upright=dataset.upright)
         ReadingAlone(reader, range(len(paths)), whole.num_uniforms).take(len(paths))
         decoded = reading(reader, range(len(paths)))
         mean_bytes = float(file_sizes(paths).mean())

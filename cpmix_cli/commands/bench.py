@@ -113,7 +113,6 @@ def run(options: BenchOptions) -> None:
     projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
     fields: dict[str, Any] = {
-        "command": "bench",
         "recipe": name,
         "data": dataset.name,
         "num_images": len(labels),

@@ -119,7 +119,7 @@ def run(options: BuildOptions) -> None:
                 else:
                     stored = store_files(folder, splits, source.own, size)
                 record = _write(folder, lock, name, made_from, source, splits, counts, stored)
-                dataset = open_dataset(folder, needed_by="build-lt")
+                dataset = open_dataset(folder)
                 clear(folder, dataset)
     if is_built:
         _report_existing(folder, made_from, source, options)
@@ -139,7 +139,7 @@ def _check_flags(options: BuildOptions) -> None:
     """
     name = options.source
     if name not in SOURCES:
-        raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}', needed_by="build-lt")
+        raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}')
     if options.rho is not None and not options.rho >= 1:
         raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
     if options.profile is not None and options.profile not in PROFILES:
@@ -335,7 +335,7 @@ def _write(
 
 def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: BuildOptions) -> None:
     """Say up to date, or refuse a folder of another data set."""
-    dataset = open_dataset(folder, needed_by="build-lt")
+    dataset = open_dataset(folder)
     found, wanted = ({key: record.get(key) for key in MADE_FROM} for record in (dataset.record, made_from))
     if changed := differences(found, wanted):
         raise EnvironmentFault(
@@ -410,7 +410,6 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
     groups = record["groups"]
     medium, few = ("21..100", "<=20") if record.get("few_inclusive") else ("20..100", "<20")
     fields = {
-        "command": "build-lt",
         "status": status,
         "folder": str(folder),
         "num_classes": len(counts),

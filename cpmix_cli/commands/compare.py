@@ -49,7 +49,7 @@ def run(options: CompareOptions) -> None:
     left_out: list[str] = []
     seen: set[tuple[Path, str | None]] = set()
     for folder in options.folders:
-        root, phase = locate(folder, needed_by="compare")
+        root, phase = locate(folder)
         if (root.resolve(), phase) in seen:
             console.note(f"compare: {folder} is given twice, and counted once")
         else:
@@ -60,7 +60,6 @@ def run(options: CompareOptions) -> None:
     if not measured:
         raise InputError(
             f"no evaluation of use in {', '.join(map(str, options.folders))}",
-            needed_by="compare",
             fix=console.typed("status", *options.folders) + " says what to type next",
         )
     rows = in_rows(measured)
@@ -75,7 +74,7 @@ def run(options: CompareOptions) -> None:
         records = paper_records(table, rows)
         fields = {"paper": options.paper, "title": table.title, "note": table.note, "cells": records}
         sheets = [paper_sheet(table, rows)]
-    publish(options, {"command": "compare", **fields, "left_out": left_out}, sheets, records)
+    publish(options, {**fields, "left_out": left_out}, sheets, records)
 
 
 def publish(
@@ -92,11 +91,13 @@ def publish(
     if options.out is None:
         console.result(fields, lines=lines)
         return
-    text = files.json_text(fields) if console.as_json else "\n".join(map(console.printable, lines))
+    text = (
+        files.json_text(console.with_command(fields)) if console.as_json else "\n".join(map(console.printable, lines))
+    )
     files.make_folder(options.out.parent)
     files.sweep(options.out)
     files.publish(options.out, (text + "\n").encode("utf-8", "backslashreplace"))
-    console.result({"command": "compare", "status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
+    console.result({"status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
 
 
 def difference_lines(rows: Sequence[ComparisonRow]) -> list[str]:

@@ -126,13 +126,13 @@ def read_reported(
         InputError: no such run, it was not evaluated, or files are damaged.
     """
     root, named = folders.locate(given)
-    source = folders.choose_phase(root, phase or named, PHASES, needed_by="confusion-report")
+    source = folders.choose_phase(root, phase or named, PHASES)
     evaluations = (out or root) / "evaluation"
     if not (evaluations / source.phase / RUN).is_file():
         evaluations = root / "evaluation"
-    dataset = folders.find_dataset(root, source.record(), data, needed_by="confusion-report", data_root=data_root)
+    dataset = folders.find_dataset(root, source.record(), data, data_root=data_root)
     evaluation = evaluations / source.phase
-    predictions, sha = read_predictions(evaluation, source, dataset.num_classes, needed_by="confusion-report")
+    predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
     table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
     confusions = tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
@@ -373,7 +373,6 @@ def report(
         console.table(header, rows, title=title)
     console.result(
         {
-            "command": "confusion-report",
             "status": status,
             "phase": source.phase,
             "folder": str(folder),

@@ -47,18 +47,14 @@ def run(options: EvaluateOptions) -> None:
     if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
         raise UsageError(f'--label "{options.label}": letters, digits, ".", "_" and "-" only')
     if options.test_data is not None and options.split != "test":
-        raise UsageError(
-            "--split is of the data set, --test-data another one: give one of the two", needed_by="evaluate"
-        )
+        raise UsageError("--split is of the data set, --test-data another one: give one of the two")
     if options.test_distribution == "uniform" and options.ratio != 50:
-        raise UsageError("--ratio is that of a --test-distribution: forward or backward", needed_by="evaluate")
+        raise UsageError("--ratio is that of a --test-distribution: forward or backward")
     if not math.isfinite(options.ratio):
-        raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by", needed_by="evaluate")
+        raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by")
     root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="evaluate")
-    dataset = folders.find_dataset(
-        root, source.record(), options.data, needed_by="evaluate", data_root=options.data_root
-    )
+    source = folders.choose_phase(root, options.phase or named, PHASES)
+    dataset = folders.find_dataset(root, source.record(), options.data, data_root=options.data_root)
     if dataset.few_inclusive:
         options = replace(options, few_inclusive=True)
     recipe = requested_recipe(options, source)
@@ -278,7 +274,7 @@ def report(folder: Path, status: str) -> None:
     rows = accuracy_rows(folder.parent, folder.name)
     experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers["experts"], start=1)]
     console.result(
-        {"command": "evaluate", "status": status, "folder": str(folder), **numbers},
+        {"status": status, "folder": str(folder), **numbers},
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=[*rows, *experts],

@@ -51,7 +51,6 @@ class Candidate:
     method: str
     recipe: Recipe
     dataset: Dataset
-    figure: str
 
     @property
     def balanced(self) -> bool:
@@ -80,7 +79,7 @@ class Candidate:
             InputError: the phase was not evaluated, or files are damaged.
         """
         evaluation = self.source.run / "evaluation" / self.source.phase
-        table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes, needed_by=self.figure)
+        table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes)
         return MethodResult(
             self.method,
             self.data,
@@ -109,6 +108,7 @@ def run(options: FigureOptions) -> None:
         InputError: a run that the figure needs is missing, not evaluated, of other data, or given twice.
         EnvironmentFault: an --out exists already, with another content, or cannot be written.
     """
+    console.command = f"figure {options.number}"
     outs = options.out or [Path(f"figure{options.number}.pdf")]
     kinds = [_kind(out) for out in outs]
     found = read_runs(options)
@@ -133,7 +133,7 @@ def _kind(out: Path) -> Kind:
     for kind in KINDS:
         if out.suffix.lower() == f".{kind}":
             return kind
-    raise UsageError(f"--out {out}: the name ends in .{', .'.join(KINDS)}", needed_by="figure")
+    raise UsageError(f"--out {out}: the name ends in .{', .'.join(KINDS)}")
 
 
 def read_runs(options: FigureOptions) -> list[Candidate]:
@@ -142,11 +142,11 @@ def read_runs(options: FigureOptions) -> list[Candidate]:
     Raises:
         InputError: a folder is no run, has no finished phase, or its data set is not found.
     """
-    given = {open_dataset(folder, needed_by="--data").fingerprint: folder for folder in reversed(options.data)}
+    given = {open_dataset(folder).fingerprint: folder for folder in reversed(options.data)}
     found = []
     for folder in options.folders:
-        root, named = locate(folder, needed_by=options.name)
-        source = choose_phase(root, named, PHASES, needed_by=options.name)
+        root, named = locate(folder)
+        source = choose_phase(root, named, PHASES)
         recipe, record = source.recipe(), source.record()
         method = minimised(recipe, source.phase)
         if method is None:
@@ -155,8 +155,8 @@ def read_runs(options: FigureOptions) -> list[Candidate]:
         if source.phase == "finetune" and method != "CP-Mix":
             console.warn(f"{source.path} is finetuned, which the paper's {method} is not: {root}/PHASE names a phase")
         place = given.get(record["dataset"]["fingerprint"])
-        dataset = find_dataset(root, record, place, needed_by=options.name)
-        found.append(Candidate(source, method, recipe, dataset, options.name))
+        dataset = find_dataset(root, record, place)
+        found.append(Candidate(source, method, recipe, dataset))
     return found
 
 
@@ -180,7 +180,6 @@ def by_data(options: FigureOptions, found: Sequence[Candidate], wanted: Collecti
         if (other := titles.setdefault(first.data, first)) is not first:
             raise InputError(
                 f"{other.source.run} and {first.source.run} are of different subsets of {first.data}",
-                needed_by=options.name,
                 fix="give runs of one of the two",
             )
     return list(groups.values())
@@ -190,7 +189,6 @@ def nothing_given(options: FigureOptions, needs: str) -> InputError:
     """None of the folders has a place in the figure."""
     return InputError(
         f"none of {', '.join(map(str, options.folders))} is {needs}",
-        needed_by=options.name,
         fix=f"see recipes/figures/figure{options.number}.sh",
     )
 
@@ -203,8 +201,7 @@ def refuse_several(groups: Sequence[Sequence[Candidate]], most: int = 1) -> None
     """
     if len(groups) > most:
         listed = ", ".join(f"{first.source.run} ({first.data})" for first, *_ in groups)
-        figure = groups[0][0].figure
-        raise InputError(f"the runs are of {len(groups)} data sets: {listed}", needed_by=figure, fix="give runs of one")
+        raise InputError(f"the runs are of {len(groups)} data sets: {listed}", fix="give runs of one")
 
 
 def by_method(group: Sequence[Candidate], wanted: Sequence[str], *, all_of_them: bool = False) -> dict[str, Candidate]:
@@ -219,7 +216,6 @@ def by_method(group: Sequence[Candidate], wanted: Sequence[str], *, all_of_them:
             if one.method == method and (other := chosen.setdefault(method, one)) is not one:
                 raise InputError(
                     f"{other.source.path} and {one.source.path} are both {method} on {one.data}",
-                    needed_by=one.figure,
                     fix="give one of the two",
                 )
         if all_of_them and method not in chosen:
@@ -229,14 +225,13 @@ def by_method(group: Sequence[Candidate], wanted: Sequence[str], *, all_of_them:
 
 def missing(method: str, beside_it: Candidate) -> InputError:
     """A run of a method is not given, on the data set of one that is."""
-    figure, dataset, method_stem = beside_it.figure, beside_it.dataset, stem(OBJECTIVES[method])
+    dataset, method_stem = beside_it.dataset, stem(OBJECTIVES[method])
     recipe = f"{dataset.recipe().rpartition('/')[0]}/{method_stem}"
     shown = recipe if recipe in recipe_names() else "FILE"
     folder = beside(dataset.folder, ".")
     command = console.typed("train-stage1", "--data", folder, "--recipe", shown, "--out", f"ckpt/{method_stem}")
     return InputError(
-        f"{figure} needs a run of {method} on {beside_it.data}",
-        needed_by=figure,
+        f"{console.command} needs a run of {method} on {beside_it.data}",
         fix=f"{command} and what it says next; then give that folder too",
     )
 
@@ -249,9 +244,8 @@ def refuse_many_classes(one: Candidate) -> None:
     """
     if one.dataset.num_classes > MAX_NUMBERS:
         raise InputError(
-            f"{one.figure} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
+            f"{console.command} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
             f"{one.dataset.num_classes}",
-            needed_by=one.figure,
             fix="cpmix figure 3 groups classes, figure 5 shows all without numbers",
         )
 
@@ -261,7 +255,9 @@ def warn_unused(found: Sequence[Candidate], panels: Sequence[tuple[str, Candidat
     used = {one.source.path for _, one in panels}
     for one in found:
         if one.source.path not in used:
-            console.warn(f"{one.source.path} is not used: {one.figure} has no place for {one.method} on {one.data}")
+            console.warn(
+                f"{one.source.path} is not used: {console.command} has no place for {one.method} on {one.data}"
+            )
 
 
 # -- the figures -------------------------------------------------------------------------------------------------------
@@ -284,9 +280,7 @@ def figure2(options: FigureOptions, found: list[Candidate]) -> Drawn:
     for one in found:
         if one.dataset.record["source"] != "toy":
             raise InputError(
-                f"{one.source.run} is of {one.dataset.name}, and not of the toy data",
-                needed_by=options.name,
-                fix="cpmix build-lt toy",
+                f"{one.source.run} is of {one.dataset.name}, and not of the toy data", fix="cpmix build-lt toy"
             )
     groups = by_data(options, found, TOY_METHODS)
     rhos = sorted(group[0].rho for group in groups)
@@ -333,7 +327,6 @@ def refuse_unlike(runs: Sequence[Candidate]) -> None:
             raise InputError(
                 f"{other.source.path} and {one.source.path} are both {one.method}, and differ in "
                 f"{', '.join(differing)}",
-                needed_by=one.figure,
                 fix="give runs that differ in seed and rho alone",
             )
 
@@ -353,8 +346,7 @@ def figure3(options: FigureOptions, found: list[Candidate]) -> Drawn:
         source = erm.dataset.record["source"]
         build = console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1")
         raise InputError(
-            f"{options.name} needs a run of ERM on balanced {SOURCE_TITLES.get(source, source)}",
-            needed_by=options.name,
+            f"{console.command} needs a run of ERM on balanced {SOURCE_TITLES.get(source, source)}",
             fix=f"{build}, then train and evaluate ERM on it",
         )
     figure = paper_figures.long_tailed_confusion(erm.result, mixup.result, balanced.result)
@@ -436,7 +428,6 @@ def report(options: FigureOptions, drawn: Drawn, outs: list[Path], status: str) 
     rows = [[f"{r[k]:.2f}" if k == "top1" else str(r[k]) for k in keys] for r in listed]
     console.result(
         {
-            "command": "figure",
             "status": status,
             "figure": options.number,
             "files": [str(out) for out in outs],

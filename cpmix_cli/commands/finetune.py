@@ -29,20 +29,17 @@ def run(options: FinetuneOptions) -> None:
     """
     root, named = folders.locate(options.from_folder)
     phase = options.phase or (named if named != "finetune" else None)
-    source = folders.choose_phase(root, phase, ("stage1", "stage2"), needed_by="finetune")
-    dataset = folders.find_dataset(
-        root, source.record(), options.data, needed_by="finetune", data_root=options.data_root
-    )
+    source = folders.choose_phase(root, phase, ("stage1", "stage2"))
+    dataset = folders.find_dataset(root, source.record(), options.data, data_root=options.data_root)
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    folders.require_same_upstream(source, recipe, needed_by="finetune", origin=options.recipe or "what is asked")
+    folders.require_same_upstream(source, recipe, origin=options.recipe or "what is asked")
     if recipe.finetune is None:
-        skip("finetune", "the recipe has no finetune", options.out or root)
+        skip("the recipe has no finetune", options.out or root)
         return
     if source.phase == "stage1" and recipe.stage2 is not None and phase is None:
         raise InputError(
             f"{root} has a stage 2 in its recipe, but only stage 1 is done",
-            needed_by="finetune",
             fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
         )
     train(

@@ -37,19 +37,16 @@ def run(options: ImportOptions) -> None:
     if not re.fullmatch(r"[0-9a-f]{8,64}", wanted):
         raise UsageError(
             f'--sha256 "{options.sha256}": 64 hexadecimal digits, or the first 8 or more of them',
-            needed_by="import-weights",
             fix="take it from where the weights were published; torchvision's file names end in the first 8",
         )
     out = options.out or options.file.with_suffix(".safetensors")
     if out.resolve() == options.file.resolve():
-        raise UsageError(f"{out} is the checkpoint itself", needed_by="import-weights", fix="choose another --out")
+        raise UsageError(f"{out} is the checkpoint itself", fix="choose another --out")
     data = files.read_bytes(options.file)
     found = files.sha256(data)
     if not found.startswith(wanted):
         raise InputError(
-            f"{options.file} has sha256 {found}, not {wanted}",
-            needed_by="import-weights",
-            fix="fetch the file again from where it was published",
+            f"{options.file} has sha256 {found}, not {wanted}", fix="fetch the file again from where it was published"
         )
     tensors = read_checkpoint(data, options.file)
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
@@ -67,7 +64,6 @@ def run(options: ImportOptions) -> None:
     sha = files.sha256(converted)
     console.result(
         {
-            "command": "import-weights",
             "status": status,
             "out": str(out),
             "num_tensors": len(tensors),
@@ -94,7 +90,6 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
         reason = f"it holds {refused[1]}" if refused else str(fault).split("\n")[0].split(". ")[0]
         raise InputError(
             f"{path} is no checkpoint of tensors alone, and nothing of it was run: {reason}",
-            needed_by="import-weights",
             fix="ask its authors for the state_dict, or better for safetensors",
         ) from fault
     for key in WRAPPERS:
@@ -102,12 +97,11 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{path} holds a {type(content).__name__}, not named tensors", needed_by="import-weights")
+        raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
     others = [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]
     if others:
         raise InputError(
             f"{path} has entries that are no plain tensors: {shortened(others, 10)}",
-            needed_by="import-weights",
             fix="ask its authors for the state_dict alone",
         )
     names = Counter(_plain(str(name)) for name in content)
@@ -115,7 +109,6 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: "
             + shortened(twice, 10),
-            needed_by="import-weights",
             fix="ask its authors for the state_dict alone",
         )
     # Copies: in a checkpoint several names may share one memory, in safetensors none do.

@@ -46,7 +46,7 @@ def run() -> None:
         title = "accuracy in CP-Mix's paper, per cent, on CIFAR-100-LT by rho (Table 1; ablations: Table 3)"
         console.table(header, rows, title=title)
     console.result(
-        {"command": "methods", "methods": listed},
+        {"methods": listed},
         header=("method", *(f">{name}" for name in LARGE)),
         rows=large,
         title="\non large data sets (Table 2; ablations: Table 4)",

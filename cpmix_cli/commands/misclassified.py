@@ -21,12 +21,12 @@ def run(options: MisclassifiedOptions) -> None:
         InputError: the phase was not evaluated, or files are damaged.
     """
     root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="misclassified")
+    source = folders.choose_phase(root, options.phase or named, PHASES)
     classes = tables.read_class_counts(*source.output(files.CLASS_COUNTS))["class_name"].tolist()
     true = _class_id("--true", options.true, classes)
     predicted = _class_id("--predicted", options.predicted, classes)
     evaluation = root / "evaluation" / (source.phase if options.label is None else f"{source.phase}-{options.label}")
-    table, _ = read_predictions(evaluation, source, len(classes), needed_by="misclassified")
+    table, _ = read_predictions(evaluation, source, len(classes))
 
     wrong = table[table["label"] != table["predicted"]]
     if true is not None:
@@ -46,7 +46,7 @@ def run(options: MisclassifiedOptions) -> None:
     line = f"{len(found):,} misclassified images"
     if len(found) > len(rows):
         line = f"{len(rows)} of {line}; more with --limit N, all with --json"
-    fields = {"command": "misclassified", "phase": source.phase, "num_images": len(found), "images": found}
+    fields = {"phase": source.phase, "num_images": len(found), "images": found}
     console.result(fields, header=("image", "true", "predicted", ">confidence"), rows=rows, lines=[line])
 
 
@@ -58,7 +58,7 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
         return classes.index(given)
     if given.isdecimal() and int(given) < len(classes):
         return int(given)
-    raise UsageError(f'{flag} "{given}" is no class.{suggest(given, classes)}', needed_by="misclassified")
+    raise UsageError(f'{flag} "{given}" is no class.{suggest(given, classes)}')
 
 
 def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
@@ -70,9 +70,7 @@ def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong:
         path, sha = run_json.output_of(evaluation, record, files.SAMPLES)
         samples = tables.read_table(path, schema, sha)
     else:
-        dataset = folders.find_dataset(
-            root, record, options.data, needed_by="misclassified", data_root=options.data_root
-        )
+        dataset = folders.find_dataset(root, record, options.data, data_root=options.data_root)
         samples, data_root = dataset.samples("test"), dataset.data_root
     if not wrong["sample_id"].isin(samples["sample_id"]).all():
         raise InputError(f"{evaluation} is of other samples than are recorded", fix="evaluate again with --overwrite")

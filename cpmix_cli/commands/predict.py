@@ -26,10 +26,10 @@ def run(options: PredictOptions) -> None:
         EnvironmentFault: --out exists, or cannot be written; the device is not there.
     """
     root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES, needed_by="predict")
+    source = folders.choose_phase(root, options.phase or named, PHASES)
     seen = source.record()["dataset"]
     if len(seen["shape"]) != 3:
-        raise InputError(f"{source.path} is a network of points and takes no images", needed_by="predict")
+        raise InputError(f"{source.path} is a network of points and takes no images")
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
     device = use_device(options.device)
@@ -42,7 +42,7 @@ def run(options: PredictOptions) -> None:
         inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
         batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
     else:  # as its test images were
-        reader = FileReader(paths, seen["shape"][0], recipe.data, upright=True, needed_by="predict")
+        reader = FileReader(paths, seen["shape"][0], recipe.data, upright=True)
         batches = file_batches(reader, recipe.data, seen["mean"], seen["std"], device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
@@ -88,7 +88,6 @@ def report(
     if options.out is not None:
         lines.append(f"done: {options.out}")
     fields = {
-        "command": "predict",
         "phase": phase,
         "num_images": len(paths),
         "out": str(options.out) if options.out is not None else None,

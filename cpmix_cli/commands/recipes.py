@@ -20,15 +20,15 @@ def run(options: RecipesOptions) -> None:
     if options.name is None:
         listed = [{"name": name, "description": description(name)} for name in recipe_names()]
         rows = [[entry["name"], entry["description"]] for entry in listed]
-        console.result({"command": "recipes", "recipes": listed}, header=("recipe", "what"), rows=rows)
+        console.result({"recipes": listed}, header=("recipe", "what"), rows=rows)
         return
     first = resolved(options, options.name)
     if options.other is None:
-        fields = {"command": "recipes", "name": options.name, "recipe": first.tables()}
+        fields = {"name": options.name, "recipe": first.tables()}
         console.result(fields, lines=[first.to_toml().rstrip("\n")])
         return
     lines = differences(first.tables(), resolved(options, options.other).tables())
-    fields = {"command": "recipes", "names": [options.name, options.other], "differences": lines}
+    fields = {"names": [options.name, options.other], "differences": lines}
     console.result(fields, lines=lines or ["no difference"])
 
 
@@ -57,7 +57,7 @@ def show_budgets(options: RecipesOptions) -> None:
         for entry in budgets
     ]
     console.result(
-        {"command": "recipes", "budgets": budgets},
+        {"budgets": budgets},
         header=("recipe", ">epochs", ">passes of an image", ">to cpmix"),
         rows=rows,
         lines=["epochs of stage 1, stage 2, finetune; to cpmix: passes over those of the data set's cpmix recipe"],

@@ -66,7 +66,7 @@ def run(options: StatusOptions) -> int:
         for p in r.phases
     ]
     lines = ["", *(f"next: {r.next}" for r in found if r.next)]
-    fields = {"command": "status", "status": status, "runs": [asdict(r) for r in found]}
+    fields = {"status": status, "runs": [asdict(r) for r in found]}
     header = ("run", "phase", "status", ">epochs", ">top-1")
     console.result(fields, header=header, rows=rows, lines=lines if len(lines) > 1 else [])
     return 0 if status == "done" else EXIT_INTERRUPTED
@@ -78,8 +78,8 @@ def inspect(folder: Path) -> RunStatus:
     Raises:
         InputError: it holds no phase, or a record is damaged.
     """
-    root, _ = locate(folder, needed_by="status")
-    begun = begun_phases(root, needed_by="status")
+    root, _ = locate(folder)
+    begun = begun_phases(root)
     # After stage 1 was trained by another recipe, the stale phases' recipe is no longer the run's.
     last = ([f for f in begun if not f.stale_because()] or begun)[-1]
     recipe = last.recipe()
@@ -179,7 +179,7 @@ def keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
 def data_folder(run: Path, begun: dict[str, Any]) -> Path | None:
     """Where the data set of a phase is, if it still is where the phase says."""
     try:
-        folder = find_dataset(run, begun, None, needed_by="status").folder
+        folder = find_dataset(run, begun, None).folder
     except InputError:
         return None
     near = beside(run, begun["dataset"]["relative"])

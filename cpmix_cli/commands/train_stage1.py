@@ -35,12 +35,8 @@ def run(options: TrainStage1Options) -> None:
         CpmixError: see training.phase.train().
     """
     if options.data is None:
-        raise UsageError(
-            "--data is missing: the data set folder",
-            needed_by="train-stage1",
-            fix="cpmix build-lt SOURCE makes one",
-        )
-    dataset = open_dataset(options.data, needed_by="train-stage1", data_root=options.data_root)
+        raise UsageError("--data is missing: the data set folder", fix="cpmix build-lt SOURCE makes one")
+    dataset = open_dataset(options.data, data_root=options.data_root)
     recipe = loading.load(
         options.recipe or dataset.recipe(),
         settings=options.settings,
@@ -110,7 +106,7 @@ def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
         InputError: none is done, or it was trained on other data.
     """
     root, named = folders.locate(run.parent if run.is_file() else run)
-    source = folders.choose_phase(root, named, run_json.PHASES, needed_by="--teacher")
+    source = folders.choose_phase(root, named, run_json.PHASES)
     if source.record()["dataset"]["fingerprint"] != dataset.fingerprint:
         raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
     return source
@@ -125,11 +121,7 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
     """
     taught = [term.name for term in compile_stage(recipe.stage1) if term.taught]
     if taught and source is None:
-        raise UsageError(
-            f"stage1.terms.{taught[0]} learns from a teacher",
-            needed_by="train-stage1",
-            fix="name its run: --teacher RUN",
-        )
+        raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
     if source is not None and not taught:
         raise UsageError(
             "no term of the recipe learns from a teacher",

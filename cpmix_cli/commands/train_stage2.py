@@ -29,14 +29,14 @@ def run(options: TrainStage2Options) -> None:
     root, named = folders.locate(options.from_folder)
     if named not in (None, "stage1"):
         raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"--from {root}")
-    source = folders.choose_phase(root, "stage1", ("stage1",), needed_by="train-stage2")
+    source = folders.choose_phase(root, "stage1", ("stage1",))
     record = source.record()
-    dataset = folders.find_dataset(root, record, options.data, needed_by="train-stage2", data_root=options.data_root)
+    dataset = folders.find_dataset(root, record, options.data, data_root=options.data_root)
     recipe = requested_recipe(options, source, dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    folders.require_same_upstream(source, recipe, needed_by="train-stage2", origin=options.recipe or "what is asked")
+    folders.require_same_upstream(source, recipe, origin=options.recipe or "what is asked")
     if recipe.stage2 is None:
-        skip("train-stage2", "the recipe has no stage 2", options.out or root)
+        skip("the recipe has no stage 2", options.out or root)
         return
     train(
         PhaseFolder(options.out or root, "stage2"),

@@ -298,11 +298,9 @@ def file_reader(dataset: Dataset, split: str, recipe: Data) -> FileReader:
     if root is None or not root.is_dir():
         raise InputError(
             f"no folder {root}, where the images of {dataset.name} are",
-            needed_by=f"the {split} split",
             fix="name the folder where they are: --data-root DIR",
         )
-    needed_by = f"the {split} split of {dataset.name}"
-    return FileReader(dataset.paths(split), dataset.shape[0], recipe, upright=dataset.upright, needed_by=needed_by)
+    return FileReader(dataset.paths(split), dataset.shape[0], recipe, upright=dataset.upright)
 
 
 def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:

@@ -110,7 +110,6 @@ def read(places: list[Path], published: CifarArchive, num_classes: int) -> Cifar
     source = f"cifar{num_classes}"
     raise InputError(
         f"no {published.archive}, {published.folder}/ or train-*.parquet in {' or '.join(map(str, places))}",
-        needed_by=f"cpmix build-lt {source}",
         fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR, or fetch it with --download)",
     )
 

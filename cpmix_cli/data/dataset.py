@@ -175,16 +175,14 @@ class Dataset:
             )
         return inputs, labels
 
-    def require(self, split: str, *, needed_by: str) -> None:
+    def require(self, split: str) -> None:
         """Check that there is such a split: val is only there where build-lt was asked for one.
 
         Raises:
             InputError: it is not there.
         """
         if split not in self.splits:
-            raise InputError(
-                f"{self.folder} has no {split} split", needed_by=needed_by, fix="cpmix build-lt ... --val-per-class K"
-            )
+            raise InputError(f"{self.folder} has no {split} split", fix="cpmix build-lt ... --val-per-class K")
 
     @property
     def splits(self) -> list[str]:
@@ -279,12 +277,11 @@ def unwritten_dataset(
     return Dataset(Path(), entry.model_dump(), classes, counts)
 
 
-def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None) -> Dataset:
+def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
     """The data set in a folder.
 
     Args:
         folder: it.
-        needed_by: the command, for the message.
         data_root: where its image files are, if not where its record says.
 
     Raises:
@@ -293,9 +290,7 @@ def open_dataset(folder: Path, *, needed_by: str, data_root: Path | None = None)
     """
     if not is_there(folder / DATASET):
         raise InputError(
-            f"no data set in {folder} ({DATASET} is missing)",
-            needed_by=needed_by,
-            fix="cpmix build-lt SOURCE, then --data FOLDER",
+            f"no data set in {folder} ({DATASET} is missing)", fix="cpmix build-lt SOURCE, then --data FOLDER"
         )
     path = folder / DATASET
     record = records.checked(path, Entry, records.read_record(path))

@@ -69,7 +69,6 @@ def download(source: str, folder: Path, remotes: Mapping[str, Sequence[Remote]] 
     if source not in remotes:
         raise UsageError(
             f"--download: {source} has no public copy to fetch (those with one: {', '.join(remotes)})",
-            needed_by="build-lt",
             fix="drop the flag",
         )
     import pooch
@@ -91,7 +90,6 @@ def download(source: str, folder: Path, remotes: Mapping[str, Sequence[Remote]] 
         except requests.RequestException as fault:
             raise EnvironmentFault(
                 f"cannot fetch {remote.url}: {fault}",
-                needed_by=f"cpmix build-lt {source} --download",
                 fix=f"check the network, or put {remote.name} into {folder} yourself",
             ) from fault
         except OSError as fault:
@@ -99,6 +97,5 @@ def download(source: str, folder: Path, remotes: Mapping[str, Sequence[Remote]] 
         except ValueError as fault:
             raise InputError(
                 f"{remote.url} is not the published file (sha256 {remote.sha256})",
-                needed_by=f"cpmix build-lt {source} --download",
                 fix=f"put the published {remote.name} into {folder} yourself",
             ) from fault

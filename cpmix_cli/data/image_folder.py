@@ -56,7 +56,6 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
     if not found:
         raise InputError(
             f"{folder} has no class sub-folders",
-            needed_by="an image folder",
             fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, or FOLDER/train/CLASS/... and FOLDER/test/CLASS/...",
         )
     names = class_names or [f.name for f in found]
@@ -83,11 +82,7 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
             fix="add images, or delete the empty sub-folders",
         )
     if odd := [path for path in paths if not _is_utf8(path)]:
-        raise InputError(
-            f"{folder}: names that are no UTF-8, which no table can hold: {_few(odd)}",
-            needed_by="an image folder",
-            fix="rename them",
-        )
+        raise InputError(f"{folder}: names that are no UTF-8, which no table can hold: {_few(odd)}", fix="rename them")
     if others:
         console.warn(f"{folder}: {others} file{'s' if others > 1 else ''} left out, no image by the name")
     return Files(root, names, paths, np.array(labels, dtype=np.int64))

@@ -124,7 +124,6 @@ def read_own(list_dir: Path) -> Lists:
         if not files and split != "val":
             raise InputError(
                 f"no list *{split}.txt in {list_dir}",
-                needed_by="cpmix build-lt image-folder --list-dir",
                 fix="write train.txt and test.txt with a line 'PATH LABEL' for each image",
             )
         if files:

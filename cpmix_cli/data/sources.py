@@ -189,7 +189,6 @@ def fashion_mnist(data_root: Path | None, image_size: int, list_dir: Path | None
     if folder is None:
         raise InputError(
             f"no {first}.gz in {', '.join(map(str, folders))}",
-            needed_by="cpmix build-lt fashion-mnist",
             fix="give their folder with --data-root FOLDER, or fetch them with --download, "
             "or apt install dataset-fashion-mnist",
         )
@@ -268,7 +267,6 @@ def _root_of(source: str, data_root: Path | None) -> Path:
     if data_root is None:
         raise InputError(
             f"{source} needs the folder that holds the images",
-            needed_by=f"cpmix build-lt {source}",
             fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR)",
         )
     return data_root
@@ -311,7 +309,6 @@ def official(name: str, published: lists.OfficialLists) -> SourceReader:
         if list_dir is None:
             raise InputError(
                 f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
-                needed_by=f"cpmix build-lt {name}",
                 fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
             )
         root = _root_of(name, data_root)

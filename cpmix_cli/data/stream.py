@@ -68,15 +68,13 @@ class FileReader:
         size: shorter side of a test image, whose middle square is seen.
         recipe: crops.
         upright: turn images as EXIF says, see decoding.py.
-        needed_by: who reads them, for messages.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, recipe: Data, *, upright: bool, needed_by: str) -> None:
+    def __init__(self, paths: Sequence[Path], size: int, recipe: Data, *, upright: bool) -> None:
         self._paths = paths
         self._size = size
         self._recipe = recipe
         self._upright = upright
-        self._needed_by = needed_by
         side = recipe.crop or size
         self.shape = [side, side, 3]
         # Pillow names no file. Python's filters are the process's, and so are they set here and not in the threads.
@@ -98,7 +96,6 @@ class FileReader:
         except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
             raise InputError(
                 f"{path} cannot be read as an image: {reason(fault)}",
-                needed_by=self._needed_by,
                 fix="put the file back or mend it; if the images have moved, name their folder with --data-root",
             ) from fault
 

@@ -41,7 +41,7 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
     Raises:
         InputError: it has none, or its files are damaged.
     """
-    dataset.require(split, needed_by=f"evaluate --split {split}")
+    dataset.require(split)
     fingerprint = dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}"
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
@@ -75,7 +75,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
         InputError: classes that the network does not know, images of another shape, unreadable files.
     """
     if (folder / DATASET).is_file():
-        other = open_dataset(folder, needed_by="evaluate --test-data")
+        other = open_dataset(folder)
         if other.shape != dataset.shape:
             raise InputError(
                 f"{folder} has samples of shape {tuple(other.shape)}, the network takes {tuple(dataset.shape)}",
@@ -104,7 +104,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
     paths = [folder / path for path in files.paths]
 
     def reader(recipe: Data) -> FileReader:
-        return FileReader(paths, dataset.shape[0], recipe, upright=True, needed_by="evaluate --test-data")
+        return FileReader(paths, dataset.shape[0], recipe, upright=True)
 
     def read(positions: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), positions.tolist()))))

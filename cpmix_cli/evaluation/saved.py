@@ -17,9 +17,7 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
 
-def read_predictions(
-    evaluation: Path, source: PhaseFolder, num_classes: int, *, needed_by: str
-) -> tuple[pd.DataFrame, str]:
+def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) -> tuple[pd.DataFrame, str]:
     """An evaluation's predictions and their hash.
 
     Raises:
@@ -29,18 +27,10 @@ def read_predictions(
     flags = ["--label", label] if label else []
     again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, *flags)
     if not (evaluation / files.RUN).is_file():
-        raise InputError(
-            f"no evaluation {evaluation}",
-            needed_by=needed_by,
-            fix=again,
-        )
+        raise InputError(f"no evaluation {evaluation}", fix=again)
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if record["source"]["sha256"] != source.output(files.MODEL)[1]:
-        raise InputError(
-            f"{evaluation} is of an older checkpoint of {source.phase}",
-            needed_by=needed_by,
-            fix=again,
-        )
+        raise InputError(f"{evaluation} is of an older checkpoint of {source.phase}", fix=again)
     path, sha = run_json.output_of(evaluation, record, files.PREDICTIONS)
     table = tables.read_table(path, tables.PREDICTIONS_SCHEMA, sha)
     for name in ("label", "predicted"):

@@ -135,10 +135,9 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
     if paths and not any(PhaseFolder(root, name).is_begun for name in PHASES):
         raise InputError(
             f"{root} holds evaluations, but not the run that they are of",
-            needed_by="compare",
             fix="give a run folder; evaluate without --out writes into it",
         )
-    folders.begun_phases(root, needed_by="compare")
+    folders.begun_phases(root)
     found, left_out = [], []
     for path in paths:
         folder = path.parent

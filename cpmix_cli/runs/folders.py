@@ -136,24 +136,20 @@ def beside(run: Path, relative: str) -> Path:
     return typed if typed.resolve() == real else real
 
 
-def locate(source: Path, *, needed_by: str = "--from") -> tuple[Path, str | None]:
+def locate(source: Path) -> tuple[Path, str | None]:
     """FOLDER -> run folder, and the phase where FOLDER is a phase's own folder.
 
     Raises:
         InputError: FOLDER does not exist.
     """
     if not source.is_dir():
-        raise InputError(
-            f"no run folder {source}",
-            needed_by=needed_by,
-            fix=remake(source, "stage1", "absent"),
-        )
+        raise InputError(f"no run folder {source}", fix=remake(source, "stage1", "absent"))
     if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
         return source.parent, source.resolve().name
     return source, None
 
 
-def begun_phases(run: Path, *, needed_by: str) -> list[PhaseFolder]:
+def begun_phases(run: Path) -> list[PhaseFolder]:
     """The phases of a run that are done, stale or interrupted, in their order.
 
     Raises:
@@ -161,11 +157,11 @@ def begun_phases(run: Path, *, needed_by: str) -> list[PhaseFolder]:
     """
     begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
     if not begun:
-        raise InputError(f"{run} holds no phase of a run", needed_by=needed_by, fix=remake(run, "stage1", "absent"))
+        raise InputError(f"{run} holds no phase of a run", fix=remake(run, "stage1", "absent"))
     return begun
 
 
-def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, needed_by: str) -> PhaseFolder:
+def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> PhaseFolder:
     """The phase a later command takes: the one named, else the last that is done and not stale; says which.
 
     Raises:
@@ -174,18 +170,14 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
     """
     if wanted is not None:
         if wanted not in candidates:
-            raise UsageError(f"{needed_by} takes no phase {wanted}: one of {', '.join(candidates)}")
+            raise UsageError(f"{console.command} takes no phase {wanted}: one of {', '.join(candidates)}")
         folder = PhaseFolder(run, wanted)
         if not folder.is_begun:  # the job before may have ended on another machine, a moment ago
             wait_for(folder.path / RUN)
         status = folder.status()
         if status != "done":
             why = folder.stale_because() if status == "stale" else None
-            raise InputError(
-                f"{folder.path} is {status}{f': {why}' if why else ''}",
-                needed_by=needed_by,
-                fix=remake(run, wanted, status),
-            )
+            raise InputError(f"{folder.path} is {status}{f': {why}' if why else ''}", fix=remake(run, wanted, status))
         return folder
     passed_over: list[str] = []
     for phase in reversed(candidates):
@@ -194,7 +186,7 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
         if status == "done":
             for line in passed_over:
                 console.warn(line)
-            console.note(f"{needed_by}: takes {phase} of {run}")
+            console.note(f"{console.command}: takes {phase} of {run}")
             return folder
         if status == "stale":
             passed_over.append(f"{phase} is stale ({folder.stale_because()}) and is not used")
@@ -202,15 +194,11 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...], *, 
             passed_over.append(f"{phase} is not finished and is not used")
     detail = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise InputError(
-        f"{run} holds no finished {' or '.join(candidates)}{detail}",
-        needed_by=needed_by,
-        fix=remake(run, candidates[0], "absent"),
+        f"{run} holds no finished {' or '.join(candidates)}{detail}", fix=remake(run, candidates[0], "absent")
     )
 
 
-def find_dataset(
-    run: Path, record: dict[str, Any], given: Path | None, *, needed_by: str, data_root: Path | None = None
-) -> Dataset:
+def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, data_root: Path | None = None) -> Dataset:
     """The data set a run was made from: --data, the recorded relative path, or the recorded absolute one; `data_root`
     see open_dataset().
 
@@ -223,16 +211,15 @@ def find_dataset(
     seen = []
     for place in places:
         try:
-            found = open_dataset(place, needed_by=needed_by)
+            found = open_dataset(place)
         except InputError as fault:
             seen.append(fault.message)
             continue
         if found.fingerprint == known["fingerprint"]:
-            return found if data_root is None else open_dataset(place, needed_by=needed_by, data_root=data_root)
+            return found if data_root is None else open_dataset(place, data_root=data_root)
         seen.append(f"{place} holds another data set ({found.name})")
     raise InputError(
         f"the data set {known['name']} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
-        needed_by=needed_by,
         fix="give its folder with --data FOLDER",
     )
 
@@ -251,7 +238,7 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
     }
 
 
-def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str, origin: str) -> None:
+def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, origin: str) -> None:
     """Refuse a recipe under which `folder` would have been trained differently.
 
     Raises:
@@ -261,7 +248,6 @@ def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, needed_by: str
     if changed:
         raise InputError(
             f"{folder.path} was trained differently from {origin}:\n    " + "\n    ".join(changed),
-            needed_by=needed_by,
             fix=f"train {folder.phase} with that recipe into another folder, or drop the changed keys",
         )
 

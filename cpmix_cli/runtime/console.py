@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 as_json = False  # set by the command line, before a command runs
 command = ""
-"""The command that runs, such as evaluate; set by the command line."""
+"""What runs, such as evaluate or figure 3; set by the command line. Errors of inputs and flags name it."""
 _muted = False
 
 
@@ -114,19 +114,24 @@ def result(
     """The result of a command on stdout: `fields` as one JSON object, or a table and lines for a reader.
 
     Args:
-        fields: what --json prints.
+        fields: what --json prints, after the command.
         rows: table cells, row by row; nothing is drawn without rows.
         header: column names; a name that starts with ">" is right-aligned.
         title: a line above the table.
         lines: plain lines below the table.
     """
     if as_json:
-        _out(json.dumps(fields, allow_nan=False))
+        _out(json.dumps(with_command(fields), allow_nan=False))
         return
     if rows:
         table(header, rows, title=title)
     for line in lines:
         _out(printable(line))
+
+
+def with_command(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a result as JSON has them: the command comes first."""
+    return {"command": command.split()[0], **fields} if command else fields
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
@@ -156,12 +161,14 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     return lines
 
 
-def error(text: str, exit_code: int) -> None:
+def error(fault: CpmixError) -> None:
     """A user error on stderr, and as the one JSON object of a --json command."""
-    note(text)
+    if isinstance(fault, InputError | UsageError):
+        fault.needed_by = fault.needed_by or command
+    note(str(fault))
     if as_json:
         with suppress(OSError, EnvironmentFault):
-            _out(json.dumps({"error": text, "exit_code": exit_code}))
+            _out(json.dumps({"error": str(fault), "exit_code": fault.exit_code}))
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ class CpmixError(Exception):
 
     Args:
         message: what is wrong, with the value and the file it stands in.
-        needed_by: the command or step that needs it.
+        needed_by: what needs it, if not the command that runs: a flag, a phase.
         fix: the command (or the change) that mends it.
     """
 

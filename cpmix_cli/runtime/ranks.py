@@ -333,7 +333,7 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
         fix="run the same command again: it goes on from the last state that was saved",
     )
     if torch.cuda.is_available():  # NCCL would wait for the lost rank before it lets the program end
-        console.error(str(lost), lost.exit_code)
+        console.error(lost)
         os._exit(lost.exit_code)
     raise lost from fault
 

@@ -452,9 +452,9 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def skip(command: str, recipe_lacks: str, run: Path) -> None:
+def skip(recipe_lacks: str, run: Path) -> None:
     """A phase that the recipe does not have: nothing to do, exit 0, so that loops over recipes do not break."""
-    fields = {"command": command, "status": "skipped", "skipped": True, "reason": recipe_lacks}
+    fields = {"status": "skipped", "skipped": True, "reason": recipe_lacks}
     console.result(fields, lines=[f"nothing to do: {recipe_lacks}"])
     console.note(f"next: {console.typed('evaluate', '--from', run)}")
 
@@ -464,7 +464,6 @@ def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str])
     path, plan = asked.folder.path, started.plan
     weights, saved = sizes(plan, started.state)
     fields = {
-        "command": following.COMMANDS[asked.folder.phase],
         "status": "dry run",
         "folder": str(path),
         "epochs": plan.last_epoch - plan.first_epoch + 1,
@@ -488,7 +487,6 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
     num_classes = len(tables.read_class_counts(*folder.output(files.CLASS_COUNTS)))
     num_pairs = len(tables.read_confusions(*folder.output(files.CONFUSION_PAIRS), num_classes))
     fields = {
-        "command": following.COMMANDS[folder.phase],
         "status": status,
         "folder": str(folder.path),
         "phase": folder.phase,
