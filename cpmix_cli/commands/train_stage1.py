@@ -20,7 +20,7 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
-from cpmix_cli.training.phase import train
+from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
 from cpmix_cli.training.step import Plan, TrainingState
 
@@ -51,16 +51,8 @@ def run(options: TrainStage1Options) -> None:
     inputs = {} if options.init is None else {"init": options.init}
     if source is not None:
         inputs["teacher"] = source.path / files.MODEL
-    train(
-        PhaseFolder(options.out, "stage1"),
-        None,
-        recipe,
-        dataset,
-        options,
-        partial(prepare, options.init, source),
-        accuracy_on_test,
-        inputs,
-    )
+    folder, prepared = PhaseFolder(options.out, "stage1"), partial(prepare, options.init, source)
+    train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
 
 
 def check_init(recipe: schema.Recipe, init: Path | None) -> None:

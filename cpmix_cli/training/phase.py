@@ -6,7 +6,8 @@ Each phase file says what is its own: the recipe it accepts, the state it starts
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,21 @@ import torch
 
 from cpmix_cli.artifacts import files, locks, records, tables
 from cpmix_cli.artifacts.locks import Lock
-from cpmix_cli.artifacts.tensors import sealed_metadata
+from cpmix_cli.artifacts.tensors import read_tensors, sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.flags import TrainingOptions
+from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
-from cpmix_cli.recipe import loading, schema
+from cpmix_cli.recipe import loading
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, following, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.training import loop
-from cpmix_cli.training.plan import PhaseContext, prepared
+from cpmix_cli.training.checks import check_fits
+from cpmix_cli.training.loop import load_state
+from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan, prepared, stage_plan
 from cpmix_cli.training.step import Plan, TrainingData, TrainingState, sum_names
 from cpmix_cli.training.tracker import Tracker, forget
 
@@ -40,15 +43,28 @@ class PhaseRequest:
     """A training phase as a command asks for it."""
 
     folder: PhaseFolder
+    """Where it writes."""
     source: PhaseFolder | None
+    """The phase whose training state it starts from."""
     recipe: Recipe
     dataset: Dataset
     options: TrainingOptions
     prepare: Prepare
+    """Builds the plan, and the state at the phase's beginning."""
     test_accuracy: TestAccuracy
-    inputs: Mapping[str, Path]
+    """Measures the network for --eval-every."""
+    inputs: Mapping[str, Path] = field(default_factory=dict)
     """Other files that the result depends on, by the flag that names them."""
-    made_from: dict[str, Any]
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """What the result depends on: the recipe's tables, and hashes of inputs."""
+        return {
+            "recipe": self.recipe.tables_of(self.folder.phase),
+            "dataset": self.dataset.fingerprint,
+            "source": self.source.output(files.TRAINING_STATE)[1] if self.source else None,
+            **{flag: files.sha256(files.read_bytes(path)) for flag, path in self.inputs.items()},
+        }
 
     def decide(self) -> str:
         """fresh, resume or done, see output.decide(): what the first rank finds."""
@@ -72,51 +88,29 @@ class LoadedPhase:
     curves: Tracker | None
 
 
-def train(
-    folder: PhaseFolder,
-    source: PhaseFolder | None,
-    recipe: Recipe,
-    dataset: Dataset,
-    options: TrainingOptions,
-    prepare: Prepare,
-    test_accuracy: TestAccuracy,
-    inputs: Mapping[str, Path] | None = None,
-) -> None:
-    """Run a training phase from where its folder stands to the end, and say what came out.
+def train(asked: PhaseRequest) -> None:
+    """Run a training phase from where its folder stands to the end, and report the result.
 
-    Several ranks read alike and train together; the first alone holds the lock, writes and reports.
-
-    Args:
-        folder: where it writes.
-        source: the phase whose training state it starts from.
-        recipe: resolved and checked.
-        dataset: the data set.
-        options: the command's flags.
-        prepare: builds the plan and the state at the phase's beginning.
-        test_accuracy: measures the network for --eval-every.
-        inputs: what other files the result depends on, by the flag that names them.
+    Several ranks read alike and train together; the first alone holds the lock, writes and reports. A phase that the
+    recipe lacks is nothing to do, so that loops over recipes do not break.
 
     Raises:
         EnvironmentFault: the folder belongs to another recipe or is being written by another process, the device is
-            not there, the disk is full, ranks read different files.
+            missing, the disk is full, ranks read different files.
         InputError: an input is damaged.
         Diverged, Interrupted: see loop.fit().
     """
-    made_from = {
-        "recipe": recipe.tables_of(folder.phase),
-        "dataset": dataset.fingerprint,
-        "source": source.output(files.TRAINING_STATE)[1] if source else None,
-        **{flag: files.sha256(files.read_bytes(path)) for flag, path in (inputs or {}).items()},
-    }
-    asked = PhaseRequest(folder, source, recipe, dataset, options, prepare, test_accuracy, inputs or {}, made_from)
-    here = ranks.current()
-    refuse_unlike(files.digest(made_from), "the recipe, the data set or the inputs that they read")
+    folder, here = asked.folder, ranks.current()
+    if getattr(asked.recipe, folder.phase) is None:
+        report_nothing_to_do(folder)
+        return
+    refuse_unlike(files.digest(asked.made_from), "the recipe, the data set or the inputs that they read")
     how = asked.decide()
     if how == "done":
         if here.first:
             locks.tidy(folder.path)
-            report(folder, recipe, "up to date")
-    elif options.dry_run:
+            report(folder, asked.recipe, "up to date")
+    elif asked.options.dry_run:
         if here.first:
             locks.refuse_if_held(folder.path)
         started = start(asked, how)
@@ -135,7 +129,55 @@ def train(
                     finish(asked, started, lock)
                 status = "done"
             if here.first:
-                report(folder, recipe, status)
+                report(folder, asked.recipe, status)
+
+
+def continued(
+    options: TrainStage2Options | FinetuneOptions, source: PhaseFolder, phase: str, test_accuracy: TestAccuracy
+) -> PhaseRequest:
+    """Return the request for a phase that starts from another's training state.
+
+    Args:
+        options: the command's flags. Without any of a recipe, the source's recipe counts.
+        source: the phase that it starts from.
+        phase: its name.
+        test_accuracy: see PhaseRequest.
+
+    Raises:
+        UsageError: the recipe that the flags ask for is wrong, or does not fit the data set.
+        InputError: the source is damaged or was trained differently, or its data set is not found.
+    """
+    dataset = folders.find_dataset(source.run, source.record(), options.data, data_root=options.data_root)
+    recipe = source.recipe()  # flags that change it are no reason to take it unverified
+    if options.changes_recipe:
+        recipe = loading.load(
+            options.recipe or str(source.output(files.RECIPE)[0]),
+            settings=options.settings,
+            epochs=options.epochs,
+            seed=options.seed,
+            rho=dataset.record["rho"],
+        )
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    folders.require_same_upstream(source, recipe, origin=options.recipe or "what is asked")
+    folder = PhaseFolder(options.out or source.run, phase)
+    return PhaseRequest(folder, source, recipe, dataset, options, partial(load_source, source, phase), test_accuracy)
+
+
+def load_source(source: PhaseFolder, phase: str, setting: PhaseContext) -> tuple[Plan, TrainingState]:
+    """Read the source's training state, and return the plan and the state at the beginning of the phase.
+
+    Stage 2 continues with momentum and schedule; the finetune has a fresh optimizer for what it trains.
+
+    Raises:
+        InputError: the state is damaged, or does not fit the network.
+    """
+    path, sha = source.output(files.TRAINING_STATE)
+    tensors, _ = read_tensors(path, sha)
+    state = fresh_state(setting)
+    load_state(state, tensors, path, optimizer=phase != "finetune")
+    plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)
+    state.epoch = plan.first_epoch
+    return plan, state
 
 
 SAME_FILES = "put the run folder and the data set where all machines see the same files"
@@ -277,11 +319,18 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
     """
     folder, source, dataset = asked.folder, asked.source, asked.dataset
     plan, state, setting = started.plan, started.state, started.setting
-    threads, here = torch.get_num_threads(), ranks.current()
+    here = ranks.current()
     origin = None
     if source is not None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
         origin = {"run": place, "phase": source.phase, "sha256": asked.made_from["source"]}
+    known = {
+        "source": origin,
+        "dataset": folders.dataset_entry(dataset, folder.run),
+        "precision": setting.precision,
+        "threads": torch.get_num_threads(),
+        "ranks": here.size,
+    }
     # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
     recorder = output.Recorder(folder.path, folder.phase, asked.made_from, lock)
     recipe = asked.recipe.to_toml().encode()
@@ -303,15 +352,10 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
             "format": records.FORMAT,
             "phase": folder.phase,
             "made_from": asked.made_from,
-            "precision": setting.precision,
-            "threads": threads,
-            "ranks": here.size,
+            **known,
             "epoch": state.epoch,
             "step": state.step,
             "columns": list(state.history[0]) if state.history else [],
-            # For `status`, which says how to go on.
-            "source": origin,
-            "dataset": folders.dataset_entry(dataset, folder.run),
             "inputs": {flag: str(path.resolve()) for flag, path in asked.inputs.items()},
             "recipe_sha256": files.sha256(recipe),
         }
@@ -331,12 +375,8 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
     seconds = sum(row["seconds"] or 0.0 for row in state.history)
     on_gpu = setting.device.type == "cuda"
     recorder.set(
-        source=origin,
-        dataset=folders.dataset_entry(dataset, folder.run),
+        **known,
         device=hardware.device_name(setting.device) if on_gpu else "cpu",
-        precision=setting.precision,
-        threads=threads,
-        ranks=here.size,
         num_parameters=parameters(state.model),
         epochs=len(state.history),
         training_seconds=round(seconds, 3),
@@ -452,11 +492,12 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def skip(recipe_lacks: str, run: Path) -> None:
-    """A phase that the recipe does not have: nothing to do, exit 0, so that loops over recipes do not break."""
-    fields = {"status": "skipped", "skipped": True, "reason": recipe_lacks}
-    console.result(fields, lines=[f"nothing to do: {recipe_lacks}"])
-    console.note(f"next: {console.typed('evaluate', '--from', run)}")
+def report_nothing_to_do(folder: PhaseFolder) -> None:
+    """Report a phase that the recipe lacks, and the next command."""
+    reason = f"the recipe has no {'stage 2' if folder.phase == 'stage2' else folder.phase}"
+    fields = {"status": "skipped", "skipped": True, "reason": reason}
+    console.result(fields, lines=[f"nothing to do: {reason}"])
+    console.note(f"next: {console.typed('evaluate', '--from', folder.run)}")
 
 
 def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str]) -> None:
@@ -484,8 +525,8 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
         raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
     last = table.iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}
-    num_classes = len(tables.read_class_counts(*folder.output(files.CLASS_COUNTS)))
-    num_pairs = len(tables.read_confusions(*folder.output(files.CONFUSION_PAIRS), num_classes))
+    pairs, sha_of_pairs = folder.output(files.CONFUSION_PAIRS)
+    num_pairs = len(tables.read_table(pairs, tables.CONFUSION_SCHEMA, sha_of_pairs))
     fields = {
         "status": status,
         "folder": str(folder.path),
@@ -514,17 +555,3 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
     )
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
     console.note(f"next: {following.next_command(folder.run, folder.phase, recipe)}")
-
-
-def requested_recipe(options: TrainingOptions, source: PhaseFolder, rho: float | None) -> schema.Recipe:
-    """The recipe that the flags ask for; without any, the one the source was trained with.
-
-    Raises:
-        InputError: the source's own is missing or damaged.
-        UsageError: what the flags ask for is wrong.
-    """
-    own = source.recipe()  # flags that change it are no reason to take it unverified
-    if not options.changes_recipe:
-        return own
-    name = options.recipe or str(source.output(files.RECIPE)[0])
-    return loading.load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=rho)
