@@ -119,7 +119,7 @@ def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
             saved.append(path.parent.name)
         return real(path, data)
 
-    monkeypatch.setattr(files, "publish", publish)
+    monkeypatch.setattr(artifacts, "publish", publish)
     for name, flags in (("each", []), ("third", ["--checkpoint-every", 3])):
         must("train-stage1", "--data", toy, "--out", tmp_path / name, "--epochs", 20, *flags)
         must("train-stage2", "--from", tmp_path / name, *flags)
