@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import pandas as pd
 import pytest
 from conftest import cpmix, must
 
-from cpmix_cli.commands.confusion_report import read_reported, shown_run
-from cpmix_cli.data.longtail import group_of
+from cpmix_cli.data.longtail import GROUPS, group_of
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
-from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
+from cpmix_cli.report.pairs import clustered_order, confused_pairs
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # playwright's event loop
@@ -30,9 +28,8 @@ def shown(matrix: np.ndarray, counts: np.ndarray, name: str = "run", confusions:
     reliability = np.full((15, 3), np.nan)
     reliability[:, 0] = 0
     reliability[3], reliability[14] = (40, 0.25, 0.5), (60, 0.99, 0.9)
-    related = {} if confusions is None else relation(confusions, matrix)
     groups = [group_of(int(n)) for n in counts]
-    return ShownRun(name, [("Data", "by hand")], counts, groups, matrix, confusions, reliability, related)
+    return ShownRun(name, [("Data", "by hand")], counts, groups, matrix, confusions, reliability)
 
 
 def rendered(runs: list[ShownRun], names: list[str], *, order: np.ndarray | None = None, **more: Any) -> str:
@@ -107,8 +104,7 @@ def test_page_of_8142_classes_is_small() -> None:
     confusions = np.zeros((size, size), dtype=np.float32)
     np.add.at(confusions, (generator.integers(0, size, 2_000_000), generator.integers(0, size, 2_000_000)), 1)
     np.fill_diagonal(confusions, 0)
-    run = replace(shown(matrix, counts), confusions=confusions, relation=relation(confusions[:3, :3], matrix[:3, :3]))
-    assert len(rendered([run], names, order=np.arange(size))) < 5_000_000
+    assert len(rendered([shown(matrix, counts, confusions=confusions)], names, order=np.arange(size))) < 5_000_000
 
 
 # -- in the browser ----------------------------------------------------------------------------------------------------
@@ -617,9 +613,15 @@ def test_the_toys_page_has_its_regions(toy_run: Path) -> None:
     assert "Decision regions" in html.unescape(text)
 
 
-def test_groups_are_those_of_the_evaluation(digits_run: Path) -> None:
-    must("evaluate", "--from", digits_run, "--few-inclusive", "--overwrite")
-    must("confusion-report", "--from", digits_run)
-    read = read_reported(digits_run, None, None, None)
-    groups = pd.read_parquet(digits_run / "evaluation" / "finetune" / "per_class.parquet")["group"].tolist()
-    assert read.groups == shown_run(read, "run").groups == groups
+def test_groups_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    must("build-lt", "digits", "--rho", 6.2, "--out", data)
+    must("train-stage1", "--data", data, "--recipe", "digits/cross-entropy", "--epochs", 1, "--out", run)
+    for flags, group in (([], "medium"), (["--few-inclusive", "--overwrite"], "few")):
+        must("evaluate", "--from", run, *flags)
+        must("confusion-report", "--from", run)
+        found = page_data(run)["runs"][0]
+        counts, groups = (
+            np.frombuffer(base64.b64decode(found[key]), dtype="<i4").tolist() for key in ("train_counts", "groups")
+        )
+        assert GROUPS[groups[counts.index(20)]] == group

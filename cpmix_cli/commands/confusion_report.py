@@ -3,9 +3,9 @@
 Reads an evaluation's predictions; trains and predicts nothing (but the decision regions of points in the plane).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,15 +35,12 @@ from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
 from cpmix_cli.report.page import ShownRun, page_digest, render_page
-from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation
+from cpmix_cli.report.pairs import clustered_order, confused_pairs
 from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
 
 DECISION_REGIONS = "decision_regions"
 NUM_SHOWN = 10
@@ -52,7 +49,7 @@ NUM_ON_PAGE = 100
 
 @dataclass(frozen=True)
 class Reported:
-    """An evaluated phase; C classes."""
+    """An evaluated phase, and what the page shows of it."""
 
     root: Path
     source: PhaseFolder
@@ -61,12 +58,9 @@ class Reported:
     predictions: pd.DataFrame
     sha: str
     """Of the predictions."""
-    matrix: torch.Tensor
-    """Test images [C, C]."""
-    confusions: np.ndarray[Any, Any] | None
-    """K [C, C]; None where training collected none."""
-    groups: list[str]
-    """many, medium or few of each class, as the evaluation has it."""
+    accuracies: list[list[str]]
+    """A row for each evaluation of the run."""
+    shown: ShownRun
 
 
 def run(options: ReportOptions) -> None:
@@ -86,9 +80,7 @@ def run(options: ReportOptions) -> None:
     places = [run.evaluation.resolve() for run in reported]
     if twice := next((place for place in places if places.count(place) > 1), None):
         raise UsageError(f"{twice} is given twice", needed_by="confusion-report --compare")
-    pairs = confused_pairs(own.matrix.numpy(), own.dataset.class_counts)
-    accuracies = [accuracy_rows(run.evaluation.parent, run.evaluation.name) for run in reported]
-
+    pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     out = options.out or own.root
     folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"
     made_from = {
@@ -96,18 +88,20 @@ def run(options: ReportOptions) -> None:
         "images": options.images,
         "predictions": own.sha,
         "dataset": own.dataset.fingerprint,
-        "accuracies": digest(accuracies),  # of other evaluations of the run too: the page shows them
+        "accuracies": digest(
+            [run.accuracies for run in reported]
+        ),  # of other evaluations of the run too: the page shows them
         "page": page_digest(),
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
     again = options.overwrite or not is_own_page(index, folder)
     status = output.decide(folder, made_from, overwrite=again, refresh=True)
     if status == "fresh":
-        write(folder, index, made_from, reported, pairs, accuracies, options.images)
+        write(folder, index, made_from, reported, pairs, options.images)
     else:
         locks.tidy(folder)
         locks.tidy(index.parent)
-    report(folder, index, own, pairs, accuracies[0], status)
+    report(folder, index, own, pairs, status)
 
 
 def read_reported(
@@ -135,11 +129,21 @@ def read_reported(
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
     table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
-    confusions = tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     path, classes_sha = run_json.output_of(evaluation, record, PER_CLASS)
-    groups = tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist()
-    return Reported(root, source, dataset, evaluation, predictions, sha, matrix, confusions, groups)
+    confidence = torch.tensor(predictions["confidence"].to_numpy(), dtype=torch.float64)
+    right = torch.tensor((predictions["label"] == predictions["predicted"]).to_numpy())
+    shown = ShownRun(
+        name=source.phase,
+        facts=facts(source, dataset, matrix),
+        class_counts=dataset.class_counts,
+        groups=tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist(),
+        matrix=matrix.numpy(),
+        confusions=tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None,
+        reliability=reliability(confidence, right).numpy(),
+    )
+    accuracies = accuracy_rows(evaluation.parent, evaluation.name)
+    return Reported(root, source, dataset, evaluation, predictions, sha, accuracies, shown)
 
 
 def names(reported: list[Reported]) -> list[str]:
@@ -167,7 +171,6 @@ def write(
     made_from: dict[str, Any],
     reported: list[Reported],
     pairs: pd.DataFrame,
-    accuracies: list[list[list[str]]],
     num_images: int,
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
@@ -175,13 +178,13 @@ def write(
     source = own.source
     warn_of_boxes(own.dataset.class_names)
     pictures = draw(own)
-    page = make_page(reported, pairs, accuracies, pictures, num_images)
+    page = make_page(reported, pairs, pictures, num_images)
     check_place(folder, len(page))
     # The page is that of all phases' reports: one at a time.
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
-        cells = tables.confusion_columns(own.matrix)
+        cells = tables.confusion_columns(torch.from_numpy(own.shown.matrix))
         recorder.publish_table(CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
         columns = {str(name): column for name, column in pairs.items()}
         recorder.publish_table(CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
@@ -195,7 +198,6 @@ def write(
 def make_page(
     reported: list[Reported],
     pairs: pd.DataFrame,
-    accuracies: list[list[list[str]]],
     pictures: list[tuple[str, str, dict[figures.Kind, bytes]]],
     num_images: int,
 ) -> str:
@@ -204,46 +206,29 @@ def make_page(
     title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
     if len(reported) > 1:
         title = f"Confusion of {', '.join(called)}"
-        both = sum(run.matrix.numpy() for run in reported)
-        shown_pairs = confused_pairs(both, own.dataset.class_counts)  # type: ignore[arg-type]
+        together = np.sum([run.shown.matrix for run in reported], axis=0)
+        shown_pairs = confused_pairs(together, own.dataset.class_counts)
         if any((run.dataset.class_counts != own.dataset.class_counts).any() for run in reported):
             notes = [f"The runs have other training images: orders, groups and rarer classes are those of {called[0]}."]
     rows = [
         [f"{name}: {row[0]}" if len(reported) > 1 else row[0], *row[1:]]
-        for name, table in zip(called, accuracies, strict=True)
-        for row in table
+        for name, run in zip(called, reported, strict=True)
+        for row in run.accuracies
     ]
-    shown = [shown_run(run, name) for run, name in zip(reported, called, strict=True)]
     return render_page(
         title=title,
-        runs=shown,
+        runs=[replace(run.shown, name=name) for name, run in zip(called, reported, strict=True)],
         class_names=own.dataset.class_names,
         notes=notes,
         accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
         pairs=shown_pairs,
         named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
-        clustered=clustered_order(own.matrix.numpy()),
+        clustered=clustered_order(own.shown.matrix),
         images=thumbnails(own, num_images),
         pictures=[
             (caption, [f"{own.source.phase}/{name}.{kind}" for kind in files]) for name, caption, files in pictures
         ],
         embedded=[(caption, files["png"]) for name, caption, files in pictures if name == DECISION_REGIONS],
-    )
-
-
-def shown_run(run: Reported, name: str) -> ShownRun:
-    """What the page has of a run."""
-    confidence = torch.tensor(run.predictions["confidence"].to_numpy(), dtype=torch.float64)
-    right = torch.tensor((run.predictions["label"] == run.predictions["predicted"]).to_numpy())
-    return ShownRun(
-        name=name,
-        facts=facts(run.source, run.dataset, run.matrix),
-        class_counts=run.dataset.class_counts,
-        groups=run.groups,
-        matrix=run.matrix.numpy(),
-        confusions=run.confusions,
-        reliability=reliability(confidence, right).numpy(),
-        relation=relation(run.confusions, run.matrix.numpy()) if run.confusions is not None else {},
     )
 
 
@@ -259,16 +244,16 @@ def thumbnails(run: Reported, limit: int) -> ContactSheet | None:
 
 def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
     """File name without its ending, caption, and PNG and SVG of each picture."""
-    source, dataset, matrix = run.source, run.dataset, run.matrix.numpy()
+    source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
-    accuracy = class_accuracy(run.matrix).numpy() * 100
+    accuracy = class_accuracy(torch.from_numpy(matrix)).numpy() * 100
     pictures = [
         (
             "confusion_matrix",
             "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
             "classes by training images, most first.",
-            figures.confusion_heat_map(matrix, names, counts, run.groups, title=title),
+            figures.confusion_heat_map(matrix, names, counts, groups, title=title),
         ),
         (
             "confusion_matrix_grouped",
@@ -278,7 +263,7 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
         (
             "class_accuracy",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, names, counts, run.groups, title=title),
+            figures.class_accuracy(accuracy, names, counts, groups, title=title),
         ),
         (
             "confusion_histogram",
@@ -287,25 +272,15 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
         ),
     ]
     if dataset.shape == [2]:
-        pictures.insert(
-            0,
-            (
-                DECISION_REGIONS,
-                "Decision regions over the training points, as in Fig. 2 of the paper.",
-                decision_regions(source, dataset, title),
-            ),
-        )
+        points, labels = dataset.read("train")
+        axis, classes = predicted_regions(source, dataset, points)
+        regions = figures.decision_regions(axis, classes, points.numpy(), labels.numpy(), names, title=title)
+        caption = "Decision regions over the training points, as in Fig. 2 of the paper."
+        pictures.insert(0, (DECISION_REGIONS, caption, regions))
     return [
         (name, caption, {kind: figures.encode(figure, kind) for kind in ("png", "svg")})
         for name, caption, figure in pictures
     ]
-
-
-def decision_regions(source: PhaseFolder, dataset: Dataset, title: str) -> "Figure":
-    """The picture of a classifier of points in the plane."""
-    points, labels = dataset.read("train")
-    axis, classes = predicted_regions(source, dataset, points)
-    return figures.decision_regions(axis, classes, points.numpy(), labels.numpy(), dataset.class_names, title=title)
 
 
 def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
@@ -351,39 +326,31 @@ def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
     return f"{wrong:,} of them wrong{share}"
 
 
-def report(
-    folder: Path,
-    index: Path,
-    own: Reported,
-    pairs: pd.DataFrame,
-    accuracies: list[list[str]],
-    status: str,
-) -> None:
+def report(folder: Path, index: Path, own: Reported, pairs: pd.DataFrame, status: str) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
-    source, dataset, matrix = own.source, own.dataset, own.matrix
     picture = folder / run_json.read_run(folder, run_json.ReportRecord)["picture"]
-    wrong = int(matrix.sum() - matrix.diagonal().sum())
+    size = len(own.predictions)
+    wrong = size - int(own.shown.matrix.trace())
     top = pairs.head(NUM_SHOWN)
     if not console.as_json:
         header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
-        rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in with_names(top, dataset).iterrows()]
-        size = int(matrix.sum())
+        rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in with_names(top, own.dataset).iterrows()]
         title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {size:,} test images wrong)"
         console.table(header, rows, title=title)
     console.result(
         {
             "status": status,
-            "phase": source.phase,
+            "phase": own.source.phase,
             "folder": str(folder),
             "page": str(index),
             "picture": str(picture),
-            "num_test": int(matrix.sum()),
+            "num_test": size,
             "num_wrong": wrong,
             "most_confused": top.to_dict("records"),
         },
         title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
-        rows=accuracies,
+        rows=own.accuracies,
         lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
     )

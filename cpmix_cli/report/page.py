@@ -9,7 +9,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from typing import Any
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.images import COLUMNS, ContactSheet
-from cpmix_cli.report.pairs import trim_confusions
+from cpmix_cli.report.pairs import relation, trim_confusions
 from cpmix_cli.runtime.console import on_a_line
 
 Array = NDArray[Any]
@@ -55,8 +55,6 @@ class ShownRun:
     those of pairs.telling()."""
     reliability: Array
     """Images, mean confidence, share right [15, 3]."""
-    relation: dict[str, Any] = field(default_factory=dict)
-    """See pairs.relation(); empty without confusions."""
 
 
 def render_page(
@@ -185,7 +183,8 @@ def _facts(run: ShownRun, *, named: bool) -> str:
 
 def _relation(run: ShownRun, *, named: bool) -> str:
     """The plot of training confusions against those of the test, and what pairs.relation() says of them."""
-    found, size = run.relation, len(run.class_counts)
+    assert run.confusions is not None
+    found, size = relation(run.confusions, run.matrix), len(run.class_counts)
     words = f"Training confused {found['num_pairs']:,} of {size * (size - 1):,} ordered pairs of classes"
     if found["num_top"]:
         words += f"; of the test's {found['num_top']:,} most confused ones, {found['top_in_training']:,}"
