@@ -5,7 +5,6 @@ that their runs stand for, and published weights and frozen stages in real train
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from conftest import cpmix, must
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_published import LAST_BLOCK
 from test_weights import save
 
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
@@ -27,12 +27,10 @@ from cpmix_cli.results.methods import recognised
 from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.schedule import learning_rate
 
 CLASSES = {"imagenet-lt": 1000, "places-lt": 365, "inaturalist2018": 8142}
 IMAGES = {"imagenet-lt": 115_846, "places-lt": 62_500, "inaturalist2018": 437_513}
 LARGE = [name for name in recipe_names() if name.partition("/")[0] in CLASSES]
-LAST_BLOCK = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4.0", "layer4.1"]
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 
@@ -51,18 +49,7 @@ def test_there_is_one_for_every_number_of_table_2() -> None:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_it_fits_its_data_set(name: str) -> None:
-    data = name.partition("/")[0]
-    recipe = load(name)
-    check_fits(recipe, CLASSES[data], (224, 224, 3))
-    jitter = "" if data == "inaturalist2018" else "-jitter"
-    constants = "inaturalist" if data == "inaturalist2018" else "imagenet"
-    assert (recipe.data.augment, recipe.data.crop) == (f"resized-crop-flip{jitter}", 224)
-    assert recipe.data.normalisation == constants
-    assert recipe.model.name == ("resnet152" if data == "places-lt" else "resnet50")
-    assert recipe.confusion.refresh == "epoch"
-    assert recipe.confusion.source == "train"
-    assert recipe.evaluation.batch_size == (128 if data == "inaturalist2018" else 256)
-    assert recipe.model.init == ("resnet152-394f9c45.pth" if data == "places-lt" else "")
+    check_fits(load(name), CLASSES[name.partition("/")[0]], (224, 224, 3))
 
 
 def test_the_header_has_the_paper_s_number_and_the_cost() -> None:
@@ -118,221 +105,6 @@ def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None
                 InputError, match=rf"was made from resnet152-394f9c45\.pth, sha256 {sha}; .* sha256 {whole}"
             ):
                 check_init(recipe, path)
-
-
-# -- published settings ------------------------------------------------------------------------------------------------
-
-OPTIMIZER = ("lr", "batch_size", "weight_decay", "nesterov")
-SGD: dict[str, tuple[float, int, float, bool]] = {
-    "imagenet-lt": (0.1, 192, 5e-4, False),
-    "places-lt": (0.01, 128, 5e-4, False),
-    "inaturalist2018": (0.1, 256, 2e-4, False),
-    "imagenet-lt/ldam-drw": (0.1, 128, 2e-4, False),
-    "imagenet-lt/mislas": (0.1, 256, 5e-4, False),
-    "imagenet-lt/otmix": (0.1, 128, 2e-4, False),
-    **dict.fromkeys(
-        [f"imagenet-lt/{m}" for m in ("ride", "cmo-ride", "otmix-ride", "cpmix-ride")], (0.1, 256, 2e-4, True)
-    ),
-    "places-lt/lade": (0.05, 128, 5e-4, False),
-    "places-lt/mislas": (0.1, 256, 5e-4, False),
-    **dict.fromkeys(["places-lt/ride", "places-lt/sade"], (0.01, 128, 4e-4, True)),
-    **dict.fromkeys(["inaturalist2018/mislas", "inaturalist2018/lade"], (0.1, 256, 1e-4, False)),
-    "inaturalist2018/otmix": (0.1, 128, 2e-4, False),
-    **dict.fromkeys(
-        [f"inaturalist2018/{m}" for m in ("ride", "cmo-ride", "otmix-ride", "cpmix-ride", "sade")],
-        (0.2, 512, 2e-4, True),
-    ),
-}
-"""Data set or recipe -> rate, batch, weight decay, Nesterov."""
-COSINE_180 = {1: 0.1, 91: 0.05, 121: 0.025, 180: 0.1 * (1 + np.cos(np.pi * 179 / 180)) / 2}
-COSINE_200 = {1: 0.1, 101: 0.05, 200: 0.1 * (1 + np.cos(np.pi * 199 / 200)) / 2}
-COSINE_90 = {1: 0.1, 46: 0.05, 90: 0.1 * (1 + np.cos(np.pi * 89 / 90)) / 2}
-CMO_100 = {1: 0.02, 5: 0.1, 60: 0.1, 61: 0.01, 80: 0.01, 81: 1e-3, 100: 1e-3}
-SADE_30 = {1: 0.01, 10: 0.01, 11: 1e-3, 20: 1e-3, 21: 1e-4, 30: 1e-4}
-OTMIX_200 = {1: 0.02, 5: 0.1, 40: 0.1, 41: 0.01, 81: 1e-3, 161: 1e-5, 200: 1e-5}
-OTMIX_210 = {1: 0.02, 5: 0.1, 30: 0.1, 31: 0.01, 81: 1e-3, 131: 1e-4, 181: 1e-5, 210: 1e-5}
-DOUBLE = {epoch: 2 * rate for epoch, rate in CMO_100.items()}
-RATES: dict[str, dict[int, float]] = {
-    "imagenet-lt": COSINE_180,
-    "places-lt": {1: 0.01, 5: 0.01, 6: 1e-3, 15: 1e-3, 16: 1e-4, 30: 1e-4},
-    "inaturalist2018": {1: 0.01, 10: 0.1, 60: 0.1, 61: 0.01, 80: 0.01, 81: 1e-3, 100: 1e-3},
-    **dict.fromkeys([f"imagenet-lt/{m}" for m in ("ldam-drw", "ride", "cmo-ride", "cpmix-ride")], CMO_100),
-    **dict.fromkeys(["imagenet-lt/otmix", "imagenet-lt/otmix-ride"], OTMIX_200),
-    "places-lt/lade": {epoch: 5 * rate for epoch, rate in SADE_30.items()},
-    "places-lt/mislas": COSINE_90,
-    **dict.fromkeys(["places-lt/ride", "places-lt/sade"], SADE_30),
-    **dict.fromkeys([f"inaturalist2018/{m}" for m in ("ride", "cmo-ride", "cpmix-ride", "sade")], DOUBLE),
-    **dict.fromkeys(["inaturalist2018/mislas", "inaturalist2018/lade"], COSINE_200),
-    "inaturalist2018/otmix": OTMIX_210,
-    "inaturalist2018/otmix-ride": {epoch: 2 * rate for epoch, rate in OTMIX_210.items()},
-}
-"""Data set or recipe -> epoch -> rate, at the epoch's first step; the last epoch ends the training."""
-STAGE_1 = {"imagenet-lt": 120, "places-lt": 15, "inaturalist2018": 50, "imagenet-lt/cpmix-ride": 67}
-FINETUNES = {
-    "imagenet-lt": (10, 0.05, 0.0, 192),
-    "inaturalist2018": (10, 3.0, 0.0, 256),
-    "imagenet-lt/mislas": (10, 0.1, 5e-4, 256),
-    "places-lt/mislas": (10, 0.1, 5e-4, 256),
-    "inaturalist2018/mislas": (10, 0.1, 1e-4, 256),
-}
-"""Data set or recipe -> epochs, rate, weight decay, batch."""
-NO_FINETUNE = {"ace", "ride", "cmo-ride", "otmix-ride", "cpmix-ride", "sade"}
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_published_training(name: str) -> None:
-    data, method = name.split("/")
-    recipe = load(name)
-    assert tuple(getattr(recipe.optimizer, key) for key in OPTIMIZER) == SGD.get(name, SGD[data])
-    assert (recipe.optimizer.momentum, recipe.optimizer.micro_batches) == (0.9, 1)
-    rates = RATES.get(name, RATES[data])
-    found = {e: learning_rate(recipe.optimizer.lr, recipe.schedule, e, 0, 100) for e in rates}
-    assert found == pytest.approx(rates)
-    assert recipe.schedule.epochs == max(rates)
-    first = STAGE_1.get(name, STAGE_1[data]) if recipe.stage2 else max(rates)
-    assert recipe.schedule.stage1_epochs == first
-    none = method in NO_FINETUNE or name in ("inaturalist2018/lade", "inaturalist2018/otmix")
-    wanted = None if none else FINETUNES.get(name, FINETUNES.get(data))
-    assert (recipe.finetune is None) == (wanted is None)
-    if recipe.finetune is not None:
-        table = recipe.finetune
-        assert (table.epochs, table.lr, table.weight_decay, table.batch_size) == wanted
-        assert (table.momentum, table.nesterov, table.kind, table.train) == (0.9, False, "cosine", ["head"])
-        assert table.terms["erm"].draw == "class-uniform"
-        scaled = method == "mislas"
-        assert (table.head, table.batchnorm) == (("scale", "shift") if scaled else ("keep", "frozen"))
-        assert table.terms["erm"].loss == ("label-aware-smoothing" if scaled else "cross-entropy")
-
-
-PLAIN = {"loss": "cross-entropy"}
-BALANCED = {"loss": "balanced-softmax"}
-BOX = {"partner": "frequency-power", "power": 0.0, "mix": "box", "label": "lambda"}
-GATE = {"probability": 0.5, "unmixed_first": 4, "unmixed_last": 3}
-DRW = {"reweight": "effective-number", "beta": 0.9999, "reweight_after": 80, "reweight_norm": "batch-sum"}
-LDAM = {"loss": "ldam", "max_margin": 0.5, "scale": 30.0, **DRW}
-RIDE = {**LDAM, "regulariser": "expert-diversity", "diversity": 0.2, "against": "mean"}
-TRANSPORT = {"match": "transport", "match_power": 1.0, "feature_weight": 0.05, "regularisation": 0.01}
-OTMIX = {**BOX, **GATE, **TRANSPORT, "alpha": 4.0}
-CMO = {**BOX, **GATE, "alpha": 1.0, "match": None}
-SPREAD = {"imagenet-lt": 0.02, "inaturalist2018": 0.015, "places-lt": 0.02}
-LOSSES: dict[str, dict[str, Any]] = {
-    "cross-entropy": {**PLAIN, "partner": None},
-    "balanced-softmax": {**BALANCED, "partner": None},
-    "cpmix": {**BALANCED, "partner": None},
-    "cpmix-last-block": {**BALANCED, "partner": None},
-    "ldam-drw": LDAM,
-    "remix": {**PLAIN, "partner": "permutation", "alpha": 1.0, "label": "remix", "min_ratio": 3.0, "threshold": 0.5},
-    "unimix": {**BALANCED, "partner": "frequency-power", "power": -1.0, "ratio": "unimix", "alpha": 0.8},
-    "mislas": {**PLAIN, "partner": "permutation", "alpha": 0.2, "mix": "linear", "label": "lambda"},
-    "places-lt/lade": {"loss": "lade", "lader_weight": 0.005, "remine": 0.1, "importance": "sample"},
-    "inaturalist2018/lade": {"loss": "lade", "lader_weight": 0.05, "remine": 0.5, "importance": "sample"},
-    "otmix": {**BALANCED, **OTMIX},
-    "ace": {"loss": "ace", "interference": 1.0, "measure": "norm"},
-    "ride": RIDE,
-    "places-lt/ride": {**RIDE, "reweight_after": 20},
-    "cmo-ride": {**RIDE, **CMO},
-    "imagenet-lt/otmix-ride": {**RIDE, **OTMIX, "reweight_after": 160},
-    "inaturalist2018/otmix-ride": {**RIDE, **OTMIX, "reweight_after": 180},
-    "cpmix-ride": {**RIDE, "partner": None},
-    "sade": {"loss": "sade", "tau": 1.0},
-}
-"""Method or recipe -> stage1.terms.erm."""
-EXPERTS = {
-    "ace": (3, 3, 1.0),
-    "ride": (6, 2, 0.75),
-    "cpmix-ride": (6, 2, 0.75),
-    "cmo-ride": (3, 2, 0.75),
-    "otmix-ride": (3, 2, 0.75),
-    "sade": (3, 2, 0.75),
-    "places-lt/ride": (6, 3, 1.0),
-    "places-lt/sade": (3, 3, 1.0),
-}
-"""Method or recipe -> experts, shared stages, width."""
-
-
-@pytest.mark.parametrize("name", [name for name in LARGE if "ablation" not in name])
-def test_published_losses(name: str) -> None:
-    data, method = name.split("/")
-    recipe = load(name)
-    term = recipe.tables()["stage1"]["terms"]["erm"]
-    wanted = LOSSES.get(name) or LOSSES[method]
-    if wanted.get("regulariser"):
-        wanted = {**wanted, "temperature_spread": SPREAD[data]}
-    assert {key: term.get(key) for key in wanted} == wanted
-    model = recipe.model
-    experts = EXPERTS.get(name) or EXPERTS.get(method, (1, 1, 1.0))
-    assert (model.experts, model.shared_stages, model.expert_width) == experts
-    margins = term["loss"] in ("ldam", "sade")
-    linear = name in [f"inaturalist2018/{m}" for m in ("ace", "lade", "mislas", "otmix")]
-    cosine = margins or (data == "inaturalist2018" and not linear)
-    assert (model.head, model.head_scale) == ("cosine" if cosine else "linear", 30.0)
-    assert model.frozen == (LAST_BLOCK if name in ("places-lt/mislas", "places-lt/cpmix-last-block") else [])
-    groups = [(g.prefix, g.lr_factor) for g in recipe.optimizer.groups]
-    rest = {"places-lt/lade": 0.02, "places-lt/sade": 0.1, "places-lt/ride": 0.1}.get(name)
-    assert groups == ([] if rest is None else [("head", 1.0), ("", rest)])
-    assert recipe.optimizer.expert_rates == ("target-share" if method == "ace" else "equal")
-    assert recipe.evaluation.aggregate == ("targets" if method == "ace" else "mean")
-
-
-# Table 6: alpha and gamma of both mixed terms; t is 0.5 everywhere.
-ALPHA_GAMMA = {"imagenet-lt": (3.0, 1.0), "places-lt": (1.0, 2.0), "inaturalist2018": (1.0, 1.0)}
-
-
-@pytest.mark.parametrize("name", [name for name in LARGE if "/cpmix" in name])
-def test_published_mixed_terms(name: str) -> None:
-    recipe = load(name)
-    assert recipe.stage2 is not None
-    assert recipe.stage2.forward == "joint"
-    terms = recipe.stage2.terms
-    assert terms["erm"] == recipe.stage1.terms["erm"]
-    assert {key: (term.draw, term.partner) for key, term in terms.items() if key != "erm"} == {
-        "cp": ("class-uniform", "confusion"),
-        "mix": ("natural", "permutation"),
-    }
-    for key in ("cp", "mix"):
-        term = terms[key]
-        assert (term.alpha, term.weight) == ALPHA_GAMMA[name.partition("/")[0]]
-        assert (term.label, term.parameters) == ("imbalance-aware", {"t": 0.5})
-        assert (term.ratio, term.mix, term.loss, term.per_sample) == ("beta", "linear", "cross-entropy", False)
-
-
-@pytest.mark.parametrize(
-    ("data", "head", "tail"), [("imagenet-lt", 0.3, 0.0), ("inaturalist2018", 0.3, 0.0), ("places-lt", 0.4, 0.1)]
-)
-def test_mislas_has_its_smoothing(data: str, head: float, tail: float) -> None:
-    finetune = load(f"{data}/mislas").finetune
-    assert finetune is not None
-    assert finetune.terms["erm"].parameters == {"smooth_head": head, "smooth_tail": tail, "over": "others"}
-    assert [(g.prefix, g.lr_factor) for g in finetune.groups] == [("head.scale", 1.0), ("head", 0.05)]
-
-
-TICKS: list[dict[str, Any]] = [
-    {"schedule.stage1_epochs": 180, "stage1.terms.erm.loss": "cross-entropy", "stage2": None},
-    {"stage2.terms.cp": None, "stage2.terms.mix": None},
-    {"stage2.terms.cp.weight": 0.0, "stage2.terms.mix.label": "lambda", "stage2.terms.mix.t": None},
-    {"stage2.terms.cp.weight": 0.0},
-    {"stage2.terms.cp.label": "lambda", "stage2.terms.cp.t": None, "stage2.terms.mix.weight": 0.0},
-    {f"stage2.terms.{t}.{k}": v for t in ("cp", "mix") for k, v in (("label", "lambda"), ("t", None))},
-    {"stage2.terms.mix.weight": 0.0},
-    {},
-    {},
-]
-"""Rows of Table 4: where each differs from CP-Mix; None where it has no such key."""
-
-
-@pytest.mark.parametrize("row", range(1, 10))
-def test_rows_of_table_4_differ_in_their_ticks(row: int) -> None:
-    for epochs in (None, 20):
-        theirs, ours = (load(f"imagenet-lt/{name}", epochs=epochs) for name in ("cpmix", f"ablation-{row}"))
-        ticks = TICKS[row - 1] | ({"schedule.stage1_epochs": 20} if row == 1 and epochs else {})
-        assert {key: new for key, _, new in changed(theirs.tables(), ours.tables())} == ticks
-        assert (ours.tables_of("stage1") == theirs.tables_of("stage1")) == (row > 1)
-
-
-@pytest.mark.parametrize("data", CLASSES)
-def test_balanced_softmax_shares_stage_1_with_cpmix(data: str) -> None:
-    bs, cp = (load(f"{data}/{name}") for name in ("balanced-softmax", "cpmix"))
-    assert {key for key, *_ in changed(cp.tables(), bs.tables())} == {"stage2.terms.cp", "stage2.terms.mix"}
 
 
 def test_the_last_block_is_all_that_differs() -> None:
