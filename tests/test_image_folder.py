@@ -10,7 +10,9 @@ from conftest import cpmix, files, must
 from PIL import Image
 
 from cpmix_cli.data.dataset import open_dataset
-from cpmix_cli.data.image_folder import UnreadableImages, read_images
+from cpmix_cli.data.decoding import UnreadableImages, read_squares
+from cpmix_cli.data.stream import FileReader
+from cpmix_cli.recipe.schema import Data
 
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 210)}
 
@@ -178,9 +180,10 @@ def test_formats_that_people_have(tmp_path: Path) -> None:
     picture.rotate(180).save(tmp_path / "i.jpg", exif=rotated, quality=100, subsampling=0)
     paths = sorted(tmp_path.iterdir())
     assert len(paths) == 9
-    for path, image in zip(paths, read_images(paths, (16, 16, 3)), strict=True):
+    for path, image in zip(paths, read_squares(paths, 16), strict=True):
         assert np.abs(image.astype(int) - pixels).max() <= 2, path
-    (grey,) = read_images(paths[:1], (16, 16, 1))
+    grey = np.empty((16, 16, 1), dtype=np.uint8)
+    FileReader(paths, grey.shape, Data(augment="none"), upright=True).read(0, None, grey)
     assert (grey == pixels[..., :1]).all()
 
 
@@ -188,7 +191,7 @@ def test_the_middle_of_a_wide_image_is_kept(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert (read_images([tmp_path / "wide.png"], (10, 10, 3)) == 200).all()
+    assert (read_squares([tmp_path / "wide.png"], 10) == 200).all()
 
 
 def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
     assert {name: reason for name, reason in reasons.items() if reason not in lines[name]} == {}
     assert not (tmp_path / "d").exists()
     with pytest.raises(UnreadableImages):
-        read_images([bad / "empty.jpg"], (8, 8, 3))
+        read_squares([bad / "empty.jpg"], 8)
 
 
 # -- the trained network -----------------------------------------------------------------------------------------------

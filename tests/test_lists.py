@@ -21,6 +21,7 @@ real = pytest.mark.skipif(not SPLITS.is_dir(), reason="no official lists at hand
 
 COUNTS = {"airfield": 120, "alley": 20, "zoo": 3}
 TINY = lists.OfficialLists(
+    "places-lt",
     {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
     {"train": 143, "val": 3, "test": 6},
     num_classes=3,
@@ -47,7 +48,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with lists/ and images/ of three classes, which build-lt takes for the whole of places-lt."""
     write_lists(tmp_path / "official")
     make(tmp_path / "official", tmp_path / "p", size=16, distinct=2)
-    monkeypatch.setitem(sources.SOURCES, "places-lt", sources.official("places-lt", TINY))
+    monkeypatch.setitem(sources.SOURCES, "places-lt", sources.official(TINY))
     monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
     return tmp_path / "p"
 
@@ -61,15 +62,16 @@ def build(places: Path, *flags: object) -> Result:
 
 @real
 def test_places_lt_is_the_published_one() -> None:
-    found = lists.read(SPLITS, lists.PLACES_LT)
-    counts = np.bincount(found.splits["train"].labels)
+    found = lists.read(SPLITS, lists.PLACES_LT, SPLITS)
+    counts = np.bincount(found.pool.labels)
     groups = [
         [(counts > 100).sum(), ((counts > few) & (counts <= 100)).sum(), (counts <= few).sum()] for few in (19, 20)
     ]
     assert groups == [[131, 163, 71], [131, 157, 77]]
-    assert {split: len(one.paths) for split, one in found.splits.items()} == lists.PLACES_LT.num_images
+    splits = {"train": found.pool, "val": found.val, "test": found.test}
+    assert {name: len(split.paths) for name, split in splits.items() if split} == lists.PLACES_LT.num_images
     assert (found.class_names[0], found.class_names[-1]) == ("airfield", "zen_garden")
-    assert found.splits["train"].paths[0] == "train/airfield/00004851.jpg"
+    assert found.pool.paths[0] == "train/airfield/00004851.jpg"
 
 
 @real
@@ -85,7 +87,7 @@ def test_the_other_official_lists_that_are_at_hand() -> None:
         assert (len(one.paths), len(counts)) == (published.num_images[split], published.num_classes)
         assert counts.min() == counts.max()
     with pytest.raises(InputError, match=r"cannot read .*ImageNet_LT_train\.txt: No such file"):
-        lists.read(SPLITS, lists.IMAGENET_LT)
+        lists.read(SPLITS, lists.IMAGENET_LT, SPLITS)
 
 
 @real
@@ -329,7 +331,7 @@ def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_pa
     def names(train: str) -> list[str]:
         (tmp_path / "train.txt").write_text(train)
         (tmp_path / "test.txt").write_text("test/b/9.jpg 1\n")
-        return lists.read_own(tmp_path).class_names
+        return lists.read_own(tmp_path, tmp_path).class_names
 
     assert names("x/a/1.jpg 0\ny/b/1.jpg 1\n") == ["a", "b"]
     assert names("x/b/1.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]

@@ -15,7 +15,7 @@ from cpmix_cli.data.longtail import (
     shuffled_by_class,
     step_counts,
 )
-from cpmix_cli.data.sources import IMAGE_SIZE, SOURCES
+from cpmix_cli.data.sources import SOURCES
 
 CIFAR10 = np.tile(np.arange(10), 5000)
 CIFAR100 = np.tile(np.arange(100), 500)
@@ -78,7 +78,7 @@ def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, 
 
 
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
-    source = SOURCES["digits"](None, IMAGE_SIZE, None)
+    source = SOURCES["digits"](None, None)
     parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
     for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])

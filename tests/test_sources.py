@@ -56,6 +56,7 @@ def published(batches: dict[str, bytes]) -> tuple[cifar.CifarArchive, bytes]:
     hashes = {name: md5(data) for name, data in batches.items()}
     layout = replace(
         cifar.CIFAR10,
+        num_classes=2,
         sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         train={name: hashes[name] for name in ("data_batch_1", "data_batch_2")},
         test={"test_batch": hashes["test_batch"]},
@@ -83,11 +84,11 @@ def test_archive_and_unpacked_folder_give_the_same(batches: dict[str, bytes], tm
     for name, data in batches.items():
         (folder / name).write_bytes(data)
     for place in (tmp_path / "a", tmp_path / "b", folder):
-        found = cifar.read([tmp_path / "nowhere", place], layout, 2)
-        assert found.names == NAMES
-        assert found.train.labels.tolist() == [0, 1, 0, 0, 1, 0]
-        assert found.test.labels.tolist() == [0, 1]
-        images = found.train.load(np.array([4, 0]))
+        found = cifar.read([tmp_path / "nowhere", place], layout)
+        assert found.class_names == NAMES
+        assert found.pool.labels.tolist() == [0, 1, 0, 0, 1, 0]
+        assert found.test is not None and found.test.labels.tolist() == [0, 1]
+        images = found.pool.take(np.array([4, 0])).load()
         assert (images.shape, images.dtype) == ((2, 32, 32, 3), np.uint8)
         # Row 1 of the second batch: planes of red, green, blue, each row by row.
         for row, column, channel in ((0, 0, 0), (3, 7, 1), (31, 31, 2)):
@@ -101,13 +102,13 @@ def test_other_bytes_are_refused_before_anything_is_unpickled(batches: dict[str,
     _, archive = published({**batches, "batches.meta": canary})
     (tmp_path / layout.archive).write_bytes(archive)
     with pytest.raises(InputError, match="is not the published archive: its sha256 is"):
-        cifar.read([tmp_path], layout, 2)
+        cifar.read([tmp_path], layout)
     (tmp_path / layout.archive).unlink()
     folder = tmp_path / layout.folder
     folder.mkdir()
     (folder / "batches.meta").write_bytes(canary)
     with pytest.raises(InputError, match=r"batches.meta of .* is not the published file: its MD5 is"):
-        cifar.read([tmp_path], layout, 2)
+        cifar.read([tmp_path], layout)
     assert not (tmp_path / "alive").exists()
 
 
@@ -122,7 +123,7 @@ def test_a_pickle_that_holds_more_than_data_is_not_run(batches: dict[str, bytes]
     layout, archive = published(batches)
     (tmp_path / layout.archive).write_bytes(archive)
     with pytest.raises(InputError, match="is not data only and was not read: it asks for"):
-        cifar.read([tmp_path], layout, 2)
+        cifar.read([tmp_path], layout)
     assert not (tmp_path / "alive").exists()
 
 

@@ -124,7 +124,7 @@ def uniform(*numbers: float) -> torch.Tensor:
 def test_files_are_cropped_as_torchvision_crops_them(tree: Path, generator: torch.Generator) -> None:
     dataset = open_dataset(tree / "files")
     paths = dataset.paths("train")
-    reader = FileReader(paths, SIZE, JITTER, upright=True)
+    reader = FileReader(paths, [SIZE, SIZE, 3], JITTER, upright=True)
     found = np.empty((CROP, CROP, 3), dtype=np.uint8)
     for index, path in enumerate(paths):
         image = Image.open(path).convert("RGB")
@@ -188,7 +188,7 @@ def test_crops_of_stored_squares_are_those_of_files_of_that_size(generator: torc
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i}.png")
     paths = [tmp_path / f"{i}.png" for i in range(12)]
-    reader = FileReader(paths, SIZE, JITTER, upright=False)
+    reader = FileReader(paths, [SIZE, SIZE, 3], JITTER, upright=False)
     recipe = Data(augment="resized-crop-flip", crop=CROP, normalisation="none")
     none = torch.empty(0, CROP, CROP, 3, dtype=torch.uint8)
     from_files = StreamedBatches(reader, CropBatches(none, recipe, [], [], cropped=True), CPU)
@@ -236,7 +236,7 @@ def test_announcements_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not batches._ahead
     assert batches.plain(torch.empty(0, dtype=torch.int64)).shape == (0, 3, 2, 2)
     assert batches.batch(torch.empty(0, dtype=torch.int64), uniform().view(0, 3)).shape == (0, 3, 2, 2)
-    monkeypatch.setattr(stream, "MAX_ANNOUNCED", 7)
+    monkeypatch.setattr(stream, "MAX_PREFETCHED", 7)
     for i in range(30):
         batches.prefetch(torch.tensor([i]), None)
     assert len(batches._ahead) == 7
@@ -305,13 +305,13 @@ class Slow:
 
 maths = ImageBatches(torch.empty(0, 2, 2, 3, dtype=torch.uint8), Data(normalisation="none"), [], [])
 batches = StreamedBatches(Slow(), maths, torch.device("cpu"))
-batches.announce(torch.tensor([1, 2]), None)
-batches.announce(torch.tensor([3]), None)
+batches.prefetch(torch.tensor([1, 2]), None)
+batches.prefetch(torch.tensor([3]), None)
 time.sleep(0.2)
 print(time.time())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.time() - float(found.stdout) < stream.PATIENCE_SECONDS + 3
+    assert time.time() - float(found.stdout) < 30  # PATIENCE_SECONDS, and the end of Python on a busy machine
     assert not found.stderr
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cpmix_cli.data.batches import Batches
-from cpmix_cli.data.stream import Reader
+from cpmix_cli.data.stream import ImageReader
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.training.loop import epoch_steps, synchronize
@@ -310,7 +310,7 @@ class ReadingAlone(TimedLoop):
         num_uniforms: that decide what is seen of an image.
     """
 
-    def __init__(self, reader: Reader, indices: Sequence[int], num_uniforms: int) -> None:
+    def __init__(self, reader: ImageReader, indices: Sequence[int], num_uniforms: int) -> None:
         super().__init__(torch.device("cpu"))
         self._reader = reader
         self._indices = cycle(indices)

@@ -29,7 +29,7 @@ from cpmix_cli.data.dataset import Dataset, unwritten_dataset
 from cpmix_cli.data.decoding import file_sizes
 from cpmix_cli.data.shards import Shards, shard_name
 from cpmix_cli.data.sources import OFFICIAL_LISTS
-from cpmix_cli.data.stream import FileReader, Reader
+from cpmix_cli.data.stream import FileReader, ImageReader
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.recipe.schema import Data, Recipe, Stage
@@ -372,7 +372,7 @@ def _images(
         seen = measure.random_images(NUM_READ, shape).to(device)
         cropped = augmenting(CropBatches(seen, recipe, record["mean"], record["std"], cropped=True))
 
-    def reading(reader: Reader, indices: Sequence[int]) -> float:
+    def reading(reader: ImageReader, indices: Sequence[int]) -> float:
         return _median_speed(*_warm(lambda _: ReadingAlone(reader, indices, whole.num_uniforms), 1), options)
 
     own = dataset.storage if options.data is not None else ""
@@ -391,7 +391,7 @@ def _images(
         seconds, _ = ReadingAlone(opened(), packed, 0).timed(len(packed))
         paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(NUM_READ, len(paths)), dtype=int)]
-        reader = FileReader(paths, dataset.shape[0], recipe, upright=dataset.upright)
+        reader = FileReader(paths, dataset.shape, recipe, upright=dataset.upright)
         ReadingAlone(reader, range(len(paths)), whole.num_uniforms).take(len(paths))
         decoded = reading(reader, range(len(paths)))
         mean_bytes = float(file_sizes(paths).mean())

@@ -1,8 +1,8 @@
 """build-lt: a long-tailed data set folder from a source."""
 
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,35 +28,21 @@ from cpmix_cli.data.dataset import Dataset, Storage, open_dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
 from cpmix_cli.data.download import download
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
-from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, Source, places
+from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
+from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.data.storage import (
-    Chosen,
     Stored,
-    chosen,
     clear,
     look_for_files,
     store_files,
     store_shards,
     store_tensors,
+    take,
 )
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, suggest
-
-MADE_FROM = (
-    "source",
-    "rho",
-    "profile",
-    "subset_seed",
-    "val_per_class",
-    "test_per_class",
-    "image_size",
-    "listing",
-    "storage",
-    "few_inclusive",
-)
-"""Keys of dataset.json that say what a data set was asked to be; one that is not there has its default."""
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, indented, suggest
 
 
 def run(options: BuildOptions) -> None:
@@ -71,7 +57,7 @@ def run(options: BuildOptions) -> None:
     if options.download:
         download(options.source, places(options.source, options.data_root)[0])
     storage, size = how_stored(options)
-    source = SOURCES[options.source](options.data_root, size, options.list_dir)
+    source = SOURCES[options.source](options.data_root, options.list_dir)
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test is not None and options.test_per_class is not None:
         raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
@@ -89,46 +75,44 @@ def run(options: BuildOptions) -> None:
         "subset_seed": options.subset_seed,
         "val_per_class": options.val_per_class,
         "test_per_class": test_per_class,
-        "image_size": size if source.own else None,
-        "listing": source.own.listing if source.own else None,
+        "image_size": size if source.root else None,
+        "listing": source.listing,
     }
     if storage != "tensors":
         made_from["storage"] = storage
     if options.few_inclusive:
         made_from["few_inclusive"] = True
-    if not options.overwrite and is_there(folder / DATASET):
-        _report_existing(folder, made_from, source, options)
-        return
 
-    shaped = replace(source, profile=profile)
-    parts = choose(shaped, rho, options.subset_seed, options.val_per_class, test_per_class)
-    counts = np.bincount(source.pool.labels[parts["train"]], minlength=len(source.class_names))
-    splits = chosen(source, parts)
-    check_place(folder, 0)
-    with _faults_listed_beside(folder):
-        sizes = look_for_files(source.own, splits) if source.own and storage != "tensors" else {}
-        with locks.hold(folder, wait=True) as lock:
-            # Another may have built it while this one waited.
-            is_built = not options.overwrite and is_there(folder / DATASET)
-            if not is_built:
-                if storage == "tensors" or source.own is None:
-                    stored = store_tensors(folder, splits)
-                elif storage == "shards":
-                    upright = options.source == "image-folder"
-                    stored = store_shards(folder, lock, splits, source.own, sizes, size, upright)
-                else:
-                    stored = store_files(folder, splits, source.own, size)
-                record = _write(folder, lock, name, made_from, source, splits, counts, stored)
-                dataset = open_dataset(folder)
-                clear(folder, dataset)
-    if is_built:
-        _report_existing(folder, made_from, source, options)
-        return
-    if shared := num_duplicates(dataset):
-        console.warn(f"{shared} of {record['num_test']} test images are identical to a training image")
+    status = "up to date"
+    if options.overwrite or not is_there(folder / DATASET):
+        parts = choose(
+            replace(source, profile=profile), rho, options.subset_seed, options.val_per_class, test_per_class
+        )
+        splits = take(source, parts)
+        check_place(folder, 0)
+        with _unreadable_listed_beside(folder):
+            sizes = look_for_files(source.root, splits) if source.root and storage != "tensors" else {}
+            with locks.hold(folder, wait=True) as lock:
+                # Another process may have built it while this one waited.
+                if options.overwrite or not is_there(folder / DATASET):
+                    if storage == "tensors" or source.root is None:
+                        stored = store_tensors(folder, splits, source.root, size)
+                    elif storage == "shards":
+                        upright = options.source == "image-folder"
+                        stored = store_shards(folder, lock, splits, source.root, sizes, size, upright)
+                    else:
+                        stored = store_files(folder, splits, source.root, size)
+                    _write(folder, lock, name, made_from, source, splits, stored)
+                    clear(folder, open_dataset(folder))
+                    status = "built"
+    dataset = replace(open_dataset(folder), moved_to=source.root)
+    if status == "up to date":
+        _check_existing(dataset, made_from)
+    elif shared := num_duplicates(dataset):
+        console.warn(f"{shared} of {dataset.record['num_test']} test images are identical to a training image")
     if options.verify:
-        _verify(dataset, source)
-    _show(folder, record, counts, "built")
+        _verify(dataset)
+    _show(dataset, status)
 
 
 def _check_flags(options: BuildOptions) -> None:
@@ -144,32 +128,32 @@ def _check_flags(options: BuildOptions) -> None:
         raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
     if options.profile is not None and options.profile not in PROFILES:
         raise UsageError(f'--profile: no profile "{options.profile}".{suggest(options.profile, PROFILES)}')
-    drop = "drop the flag"
-    if name in OFFICIAL_LISTS:
-        if options.rho is not None:
-            raise UsageError(f"--rho: {name} is as long-tailed as its lists say", fix=drop)
-        if options.subset_seed and not options.val_per_class:
-            raise UsageError(f"--subset-seed: {name} has the images that its lists say", fix=drop)
-    elif name != "image-folder":
-        for flag, given in (("--list-dir", options.list_dir), ("--pack", options.pack)):
-            if given is not None:
-                raise UsageError(f"{flag}: {name} does not come as image files", fix=drop)
-        if options.image_size is not None:
-            raise UsageError(f"--image-size: the images of {name} have one size", fix=drop)
-    if options.profile is not None and name != "image-folder":
-        raise UsageError(f"--profile: {name} has its own", fix=drop)
+    is_official = name in OFFICIAL_LISTS
+    has_files = is_official or name == "image-folder"
+    refusals = {
+        f"--rho: {name} is as long-tailed as its lists say": is_official and options.rho is not None,
+        f"--subset-seed: {name} has the images that its lists say": (
+            is_official and options.subset_seed and not options.val_per_class
+        ),
+        f"--list-dir: {name} does not come as image files": not has_files and options.list_dir is not None,
+        f"--pack: {name} does not come as image files": not has_files and options.pack is not None,
+        f"--image-size: the images of {name} have one size": not has_files and options.image_size is not None,
+        f"--profile: {name} has its own": name != "image-folder" and options.profile is not None,
+        "--image-size: --pack says the size": options.pack and options.image_size is not None,
+    }
+    for message, is_wrong in refusals.items():
+        if is_wrong:
+            raise UsageError(message, fix="drop the flag")
     if options.profile is not None and options.rho is None:
         raise UsageError("--profile: without --rho all images are kept", fix="give --rho as well")
-    if options.pack and options.image_size is not None:
-        raise UsageError("--image-size: --pack says the size", fix=drop)
-    if options.pack is not None and options.pack and not 8 <= options.pack <= 1024:
+    if options.pack and not 8 <= options.pack <= 1024:
         raise UsageError(
             f"--pack {options.pack}: packed images have 8 to 1024 pixels a side; 0 leaves them in their files"
         )
 
 
 def how_stored(options: BuildOptions) -> tuple[Storage, int]:
-    """How images are kept, and the side of one in pixels."""
+    """Return the storage of the images, and their side in pixels."""
     if options.pack:
         return "shards", options.pack
     if options.pack == 0 or options.source in OFFICIAL_LISTS:
@@ -180,8 +164,8 @@ def how_stored(options: BuildOptions) -> tuple[Storage, int]:
 def folder_name(options: BuildOptions, source: Source, rho: float | None) -> str:
     """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
     name = options.source
-    if source.own and source.own.name:
-        name += "-" + re.sub(r"[^\w.-]+", "-", source.own.name)
+    if source.name:
+        name += "-" + re.sub(r"[^\w.-]+", "-", source.name)
     if rho is not None:
         name += f"-lt-rho{rho:g}"
     if options.profile not in (None, source.profile):
@@ -251,24 +235,20 @@ def choose(
     return {k: np.concatenate(v) for k, v in (("train", train), ("val", val), ("test", test))}
 
 
-class _faults_listed_beside:
-    """While image files are read: where more are faulty than a message can show, a file beside the output has all."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._list = folder.with_name(f"{folder.name}-unreadable.txt")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
-        if fault is None:
-            with suppress(OSError):
-                self._list.unlink(missing_ok=True)
-        if isinstance(fault, UnreadableImages) and len(fault.lines) > SHOWN:
-            make_folder(self._list.parent)
-            publish(self._list, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
-            raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=self._list) from fault
+@contextmanager
+def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
+    """If more image files are unreadable than a message can show, list all of them in a file beside the output."""
+    path = folder.with_name(f"{folder.name}-unreadable.txt")
+    try:
+        yield
+    except UnreadableImages as fault:
+        if len(fault.lines) <= SHOWN:
+            raise
+        make_folder(path.parent)
+        publish(path, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
+        raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path) from fault
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _write(
@@ -277,23 +257,24 @@ def _write(
     name: str,
     made_from: dict[str, Any],
     source: Source,
-    splits: Mapping[str, Chosen],
-    counts: NDArray[np.int64],
+    splits: Mapping[str, Split],
     stored: Stored,
-) -> dict[str, Any]:
-    """The lists, the class counts and, last, dataset.json."""
+) -> None:
+    """Publish the lists, the class counts and, last, dataset.json."""
     files = dict(stored.files)
     digests: dict[str, Any] = {}
     for split, part in splits.items():
         columns: dict[str, Any] = {"sample_id": np.arange(len(part.labels)), "label": part.labels}
-        columns["source_index" if part.paths is None else "path"] = part.positions if part.paths is None else part.paths
+        columns |= {"path": part.paths} if source.root else {"source_index": part.positions}
         listed = f"{split}.parquet"
-        files[listed] = tables.publish_table(folder / listed, tables.split_schema(bool(source.own)), columns)
+        files[listed] = tables.publish_table(folder / listed, tables.split_schema(source.root is not None), columns)
         # Of the content and not of the Parquet bytes, which another pyarrow may write differently.
         pairs = np.stack([part.labels, part.positions]).astype("<i8").tobytes()
         digests[split] = {"list": sha256(pairs), **stored.digests[split]}
 
-    num_test = np.bincount(splits["test"].labels, minlength=len(counts))
+    counts, num_test = (
+        np.bincount(splits[name].labels, minlength=len(source.class_names)) for name in ("train", "test")
+    )
     few_inclusive = bool(made_from.get("few_inclusive"))
     groups = [group_of(int(n), few_inclusive=few_inclusive) for n in counts]
     files[CLASS_COUNTS] = tables.publish_table(
@@ -321,80 +302,76 @@ def _write(
         "recipe": source.recipe,
         "files": files,
         **stored.keys,
-        "data_root": str(source.own.root.resolve()) if source.own else None,
+        "data_root": str(source.root.resolve()) if source.root else None,
         "source_files": {p.name: sha256(read_bytes(p)) for p in source.files},
         "fingerprint": digest({"classes": source.class_names, "splits": digests}),
     }
     lock.check()
     records.publish_record(folder / DATASET, record)
-    return record
 
 
 # -- a finished data set -----------------------------------------------------------------------------------------------
 
 
-def _report_existing(folder: Path, made_from: dict[str, Any], source: Source, options: BuildOptions) -> None:
-    """Say up to date, or refuse a folder of another data set."""
-    dataset = open_dataset(folder)
-    found, wanted = ({key: record.get(key) for key in MADE_FROM} for record in (dataset.record, made_from))
-    if changed := differences(found, wanted):
+def _check_existing(dataset: Dataset, made_from: dict[str, Any]) -> None:
+    """Check the files of a data set that exists; missing shards are packed again.
+
+    Raises:
+        EnvironmentFault: it was made from something else.
+        InputError: a file is damaged, or the image files of missing shards have changed.
+    """
+    wanted = made_from | {key: made_from.get(key) for key in ("storage", "few_inclusive")}
+    if changed := differences({key: dataset.record.get(key) for key in wanted}, wanted):
         raise EnvironmentFault(
-            f"{folder} holds another data set:\n    " + "\n    ".join(changed),
+            f"{dataset.folder} holds another data set:{indented(changed)}",
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
-    artifacts.verify(folder, dataset.record["files"])
+    artifacts.verify(dataset.folder, dataset.record["files"])
     if dataset.storage == "shards":
-        _mend(dataset, source)
-    locks.tidy(folder)
-    if options.verify:
-        _verify(dataset, source)
-    _show(folder, dataset.record, dataset.class_counts, "up to date")
+        _repair(dataset)
+    locks.tidy(dataset.folder)
 
 
-def _mend(dataset: Dataset, source: Source) -> None:
-    """Pack shards anew that are missing or not whole; the record says what has to come out.
+def _repair(dataset: Dataset) -> None:
+    """Pack missing or truncated shards again; the recorded hashes say what has to come out.
 
     Raises:
         InputError: the image files have changed since.
     """
-    assert source.own is not None  # as made_from says
+    assert dataset.data_root is not None
     for split in dataset.splits:
         recorded = dataset.recorded_shards(split)
         if not recorded.missing():
             continue
         paths = dataset.samples(split)["path"].tolist()
-        with _faults_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
-            missing = recorded.missing()  # another may have been at it while this one waited
-            console.note(f"packs {len(missing)} missing shards of {split} anew")
+        with _unreadable_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
+            missing = recorded.missing()  # another process may have packed some while this one waited
+            console.note(f"packing {len(missing)} missing shards of {split} again")
             sizes = np.zeros(len(paths), dtype=np.int64)
             packing = shards.Packing(
-                *(dataset.folder, split, source.own.root, paths, sizes),
+                *(dataset.folder, split, dataset.data_root, paths, sizes),
                 *(dataset.shape[0], dataset.upright, dataset.record["shard_images"]),
             )
             packing.pack(missing, lock, expected=recorded.hashes)
             clear(dataset.folder, dataset)
 
 
-def _verify(dataset: Dataset, source: Source) -> None:
-    """Check all that can be: every packed image, or that every image file is one.
+def _verify(dataset: Dataset) -> None:
+    """Check every packed image, or the header of every image file.
 
     Raises:
-        InputError: with what is damaged.
+        InputError: with the damaged images.
     """
-    match dataset.storage:
-        case "shards":
-            for split in dataset.splits:
-                dataset.shards(split).verify()
-        case "files":
-            assert source.own is not None  # as made_from says
-            with _faults_listed_beside(dataset.folder):
-                check_headers(
-                    [source.own.root / path for split in dataset.splits for path in dataset.samples(split)["path"]]
-                )
+    if dataset.storage == "shards":
+        for split in dataset.splits:
+            dataset.shards(split).verify()
+    elif dataset.storage == "files":
+        with _unreadable_listed_beside(dataset.folder):
+            check_headers([path for split in dataset.splits for path in dataset.paths(split)])
 
 
 def num_duplicates(dataset: Dataset) -> int:
-    """Test images that are a training image, pixel by pixel; of images in files nobody knows."""
+    """Count the test images that equal a training image pixel by pixel; 0 for images that stay in their files."""
     match dataset.storage:
         case "tensors":
             train, test = ([one.numpy().tobytes() for one in dataset.read(split)[0]] for split in ("train", "test"))
@@ -406,12 +383,13 @@ def num_duplicates(dataset: Dataset) -> int:
     return sum(image in known for image in test)
 
 
-def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], status: str) -> None:
+def _show(dataset: Dataset, status: str) -> None:
+    record, counts = dataset.record, dataset.class_counts
     groups = record["groups"]
-    medium, few = ("21..100", "<=20") if record.get("few_inclusive") else ("20..100", "<20")
+    medium, few = ("21..100", "<=20") if dataset.few_inclusive else ("20..100", "<20")
     fields = {
         "status": status,
-        "folder": str(folder),
+        "folder": str(dataset.folder),
         "num_classes": len(counts),
         "num_train": record["num_train"],
         "num_test": record["num_test"],
@@ -428,8 +406,8 @@ def _show(folder: Path, record: dict[str, Any], counts: NDArray[np.int64], statu
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():.4g})",
         f"groups: {shown} classes",
-        f"{status}: {folder}",
+        f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)
-    following = console.typed("train-stage1", "--data", folder, "--out", f"ckpt/{record['name']}")
+    following = console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record['name']}")
     console.note(f"next: {following}")

@@ -5,7 +5,8 @@ import torch
 
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.data import image_folder
-from cpmix_cli.data.batches import file_batches, make_batches
+from cpmix_cli.data.batches import stream_batches
+from cpmix_cli.data.decoding import check_headers
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
@@ -38,12 +39,9 @@ def run(options: PredictOptions) -> None:
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
     model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
-    if seen.get("storage", "tensors") == "tensors":
-        inputs = torch.from_numpy(image_folder.read_images(paths, seen["shape"]))
-        batches = make_batches(inputs.to(device), recipe.data, seen["mean"], seen["std"])
-    else:  # as its test images were
-        reader = FileReader(paths, seen["shape"][0], recipe.data, upright=True)
-        batches = file_batches(reader, recipe.data, seen["mean"], seen["std"], device)
+    check_headers(paths)
+    reader = FileReader(paths, seen["shape"], recipe.data, upright=True)
+    batches = stream_batches(reader, recipe.data, seen["mean"], seen["std"], device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
     confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)

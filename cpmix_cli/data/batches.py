@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cpmix_cli.data import augment
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.data.stream import FileReader, Reader, StreamedBatches, read_in_order
+from cpmix_cli.data.shards import Shards
+from cpmix_cli.data.stream import FileReader, ImageReader, StreamedBatches, read_in_order
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime import hardware
 from cpmix_cli.runtime.errors import InputError
@@ -50,10 +51,10 @@ class Batches(Protocol):
         ...
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """batch() of just these tensors' values (plain(), without uniforms) will be asked for: what is read from disk
-        begins to be read. Resident images have nothing to do.
+        """Begin to read what batch() of these values (plain(), without uniforms) will request; images that are resident
+        need none of it.
         """
-        ...
+        return
 
 
 class Resident(Batches, Protocol):
@@ -64,7 +65,7 @@ class Resident(Batches, Protocol):
         ...
 
 
-class ImageBatches:
+class ImageBatches(Resident):
     """uint8 images [N, H, W, channels], resident on a device.
 
     Differs: the padding is black pixels before normalisation, as torchvision's RandomCrop pads, not zeros after it.
@@ -112,9 +113,6 @@ class ImageBatches:
         middle = torch.full_like(indices, self._padding)
         return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool))
 
-    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """They are there."""
-
     def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
         """[B] each; angles in degrees, against the clock."""
         device = indices.device
@@ -143,7 +141,7 @@ class ImageBatches:
         return torch.where(inside, from_y, 0), torch.where(inside, from_x, 0), inside
 
 
-class CropBatches:
+class CropBatches(Resident):
     """uint8 images [N, H, W, channels], resident on a device, of which the network sees squares.
 
     Args:
@@ -187,9 +185,6 @@ class CropBatches:
         """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
         return self._seen(indices, None)
 
-    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """They are there."""
-
     def _seen(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
         count, channels = len(indices), self._images.shape[3]
         seen = torch.empty(
@@ -228,7 +223,7 @@ def _normalisation(
     return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
 
 
-class PointBatches:
+class PointBatches(Batches):
     """float32 points [N, D], given as they are."""
 
     def __init__(self, points: Tensor) -> None:
@@ -245,22 +240,19 @@ class PointBatches:
         """[B, D] float32."""
         return self._points[indices]
 
-    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """They are there."""
-
 
 def make_batches(inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Batches:
-    """Batches of resident inputs: images (uint8) or points (float32)."""
-    return PointBatches(inputs) if inputs.dtype != torch.uint8 else _image_batches(inputs, recipe, mean, std)
-
-
-def _image_batches(images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Resident:
-    return (CropBatches if recipe.crop else ImageBatches)(images, recipe, mean, std)
+    """Return batches of resident inputs: images (uint8) or points (float32)."""
+    if inputs.dtype != torch.uint8:
+        return PointBatches(inputs)
+    return (CropBatches if recipe.crop else ImageBatches)(inputs, recipe, mean, std)
 
 
 def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> tuple[Batches, Tensor]:
-    """A data set's split, and the class of each image [N] int64 on the CPU. Resident where it is kept as tensors, or as
-    shards that fit on the device (see hardware.fits()); else read from disk as batches are wanted.
+    """Return batches of a data set's split, and the class of each image [N] int64 on the CPU.
+
+    Images are resident if stored as tensors, or as shards that fit on the device (see hardware.fits()); else batches
+    are read from disk.
 
     Raises:
         InputError: the split's files are missing or damaged.
@@ -269,51 +261,54 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
         return make_batches(inputs.to(device), recipe, mean, std), labels
-    labels = dataset.labels(split)
-    if dataset.storage == "shards":
-        shards = dataset.shards(split)
-        if hardware.fits(shards.num_bytes, device):
-            return make_batches(shards.load_all().to(device), recipe, mean, std), labels
-        none = torch.empty(0, *shards.shape, dtype=torch.uint8, device=device)
-        return StreamedBatches(shards, _image_batches(none, recipe, mean, std), device), labels
-    return file_batches(file_reader(dataset, split, recipe), recipe, mean, std, device), labels
+    reader, labels = open_reader(dataset, split, recipe), dataset.labels(split)
+    if isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device):
+        return make_batches(reader.load_all().to(device), recipe, mean, std), labels
+    return stream_batches(reader, recipe, mean, std, device), labels
 
 
-def file_batches(
-    reader: Reader, recipe: Data, mean: Sequence[float], std: Sequence[float], device: torch.device
+def stream_batches(
+    reader: ImageReader, recipe: Data, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Batches:
-    """Batches of images that a FileReader of the same recipe decodes."""
+    """Return batches of images that are read from disk when they are needed."""
     none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
-    maths = CropBatches(none, recipe, mean, std, cropped=True) if recipe.crop else ImageBatches(none, recipe, mean, std)
+    cropped = isinstance(reader, FileReader)
+    maths = (
+        CropBatches(none, recipe, mean, std, cropped=cropped) if recipe.crop else ImageBatches(none, recipe, mean, std)
+    )
     return StreamedBatches(reader, maths, device)
 
 
-def file_reader(dataset: Dataset, split: str, recipe: Data) -> FileReader:
-    """The image files of a split, as a recipe sees them.
+def open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileReader:
+    """Open the shards of a split, or its image files as a recipe crops them; for data that are not stored as tensors.
 
     Raises:
-        InputError: their list is damaged, or their folder is not there.
+        InputError: shards, their hashes or the list of files are missing or damaged, or the files' folder is missing.
     """
+    if dataset.storage == "shards":
+        return dataset.shards(split)
     root = dataset.data_root
     if root is None or not root.is_dir():
         raise InputError(
             f"no folder {root}, where the images of {dataset.name} are",
             fix="name the folder where they are: --data-root DIR",
         )
-    return FileReader(dataset.paths(split), dataset.shape[0], recipe, upright=dataset.upright)
+    return FileReader(
+        dataset.paths(split),
+        dataset.shape,
+        recipe,
+        upright=dataset.upright,
+        fix="restore or repair the file; if the images have moved, name their folder with --data-root",
+    )
 
 
 def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """Images of a split, one after the other, as they are stored or tested on: uint8 [H, W, channels]; raises as
-    open_batches().
-    """
+    """Yield images of a split as they are stored or tested on: uint8 [H, W, channels]; raises as open_batches()."""
     if dataset.storage == "tensors":
         images = dataset.read(split)[0].numpy()
         yield from (images[i] for i in indices)
-        return
-    shards = dataset.storage == "shards"
-    reader: Reader = dataset.shards(split) if shards else file_reader(dataset, split, Data(augment="none"))
-    yield from read_in_order(reader, indices.tolist())
+    else:
+        yield from read_in_order(open_reader(dataset, split, Data(augment="none")), indices.tolist())
 
 
 class ClassPool:

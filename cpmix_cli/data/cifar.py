@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import read_bytes, sha256
+from cpmix_cli.data.splits import Source, Split, check_labels
 from cpmix_cli.runtime.errors import InputError
 
-Images = NDArray[np.uint8]
 SHAPE = (32, 32, 3)
 MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 
@@ -30,6 +30,9 @@ MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 class CifarArchive:
     """One of the two sets as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
+    name: str
+    """Name of the source, such as cifar10."""
+    num_classes: int
     archive: str
     sha256: str
     """Of the archive. Source: Keras's loader."""
@@ -46,6 +49,8 @@ class CifarArchive:
 
 
 CIFAR10 = CifarArchive(
+    name="cifar10",
+    num_classes=10,
     archive="cifar-10-python.tar.gz",
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     folder="cifar-10-batches-py",
@@ -62,6 +67,8 @@ CIFAR10 = CifarArchive(
     names="label_names",
 )
 CIFAR100 = CifarArchive(
+    name="cifar100",
+    num_classes=100,
     archive="cifar-100-python.tar.gz",
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     folder="cifar-100-python",
@@ -73,66 +80,47 @@ CIFAR100 = CifarArchive(
 )
 
 
-@dataclass(frozen=True)
-class Split:
-    """Part of a source."""
-
-    labels: NDArray[np.int64]
-    """Class of each sample [N]."""
-    load: Callable[[NDArray[np.int64]], NDArray[Any]]
-    """Positions [n] -> samples [n, ...]."""
-
-
-@dataclass(frozen=True)
-class Cifar:
-    """Both splits in published order, the class names, and the files they came from."""
-
-    names: list[str]
-    train: Split
-    test: Split
-    files: tuple[Path, ...]
-
-
-def read(places: list[Path], published: CifarArchive, num_classes: int) -> Cifar:
-    """The set from the first of the folders that holds it, as the archive, its unpacked folder, or Parquet files.
+def read(places: list[Path], published: CifarArchive) -> Source:
+    """Read the set, in published order, from the first of the folders that has it: as the archive, its unpacked folder,
+    or Parquet files.
 
     Raises:
         InputError: none holds it, or what is there is not the published content, damaged, or of another layout.
     """
     for place in places:
         if (archive := place / published.archive).is_file():
-            return _check(_from_archive(archive, published), num_classes)
+            return _from_archive(archive, published)
         for folder in (place / published.folder, place):
             if (folder / next(iter(published.meta))).is_file():
-                return _check(_from_folder(folder, published), num_classes)
+                return _from_folder(folder, published)
         if list(place.glob("train-*.parquet")):
-            return _check(_from_parquet(place), num_classes)
-    source = f"cifar{num_classes}"
+            return _from_parquet(place, published)
     raise InputError(
         f"no {published.archive}, {published.folder}/ or train-*.parquet in {' or '.join(map(str, places))}",
-        fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR, or fetch it with --download)",
+        fix=f"cpmix build-lt {published.name} --data-root FOLDER   (or set CPMIX_DATA_DIR, or give --download)",
     )
 
 
-def _check(cifar: Cifar, num_classes: int) -> Cifar:
-    """Refuse a set with other classes than the one asked for."""
-    path = cifar.files[0]
-    if len(cifar.names) != num_classes:
+def _source(published: CifarArchive, names: list[str], train: Split, test: Split, files: tuple[Path, ...]) -> Source:
+    """Return the set.
+
+    Raises:
+        InputError: its classes are others than those of `published`.
+    """
+    if len(names) != published.num_classes:
         raise InputError(
-            f"{path} names {len(cifar.names)} classes; expected {num_classes}",
+            f"{files[0]} names {len(names)} classes; expected {published.num_classes}",
             fix="give the folder of the other CIFAR set with --data-root FOLDER",
         )
-    for split in (cifar.train, cifar.test):
-        low, high = (int(split.labels.min()), int(split.labels.max())) if len(split.labels) else (0, -1)
-        if not 0 <= low <= high < num_classes:
-            raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}")
-    return cifar
+    for split in (train, test):
+        check_labels(files[0], split.labels, published.num_classes)
+    return Source(names, train, f"{published.name}-lt/cpmix", test=test, files=files)
 
 
 # -- the published archive ---------------------------------------------------------------------------------------------
 
 
-def _from_archive(path: Path, published: CifarArchive) -> Cifar:
+def _from_archive(path: Path, published: CifarArchive) -> Source:
     """The set straight out of the .tar.gz; nothing is unpacked to disk."""
     data = read_bytes(path, limit=MAX_ARCHIVE)
     if sha256(data) != published.sha256:
@@ -150,7 +138,7 @@ def _from_archive(path: Path, published: CifarArchive) -> Cifar:
         return _from_batches(member, published, (path,))
 
 
-def _from_folder(folder: Path, published: CifarArchive) -> Cifar:
+def _from_folder(folder: Path, published: CifarArchive) -> Source:
     """The set out of the unpacked archive."""
     names = [*published.train, *published.test, *published.meta]
     return _from_batches(
@@ -158,7 +146,7 @@ def _from_folder(folder: Path, published: CifarArchive) -> Cifar:
     )
 
 
-def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files: tuple[Path, ...]) -> Cifar:
+def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files: tuple[Path, ...]) -> Source:
     """The set out of its batch files."""
     place = files[0] if len(files) == 1 else files[0].parent
 
@@ -170,11 +158,11 @@ def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files
         labels = np.concatenate([np.asarray(batch[published.labels], dtype=np.int64) for batch in batches])
         planes = np.concatenate([batch["data"] for batch in batches])  # [N, 3 x 32 x 32]
         images = planes.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
-        return Split(labels, lambda positions: np.ascontiguousarray(images[positions]))
+        return Split(labels, images.__getitem__)
 
     try:
         names = [str(name) for name in content(published.meta)[0][published.names]]
-        return Cifar(names, split(published.train), split(published.test), files)
+        return _source(published, names, split(published.train), split(published.test), files)
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise InputError(f"{place} is not of the layout of {published.archive}: {fault!r}") from fault
 
@@ -219,12 +207,12 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
-def _from_parquet(folder: Path) -> Cifar:
+def _from_parquet(folder: Path, published: CifarArchive) -> Source:
     """The Hugging Face layout: train-*.parquet and test-*.parquet, columns img{bytes, path} and fine_label or label."""
     train_files, train = _parquet_split(folder, "train")
     test_files, test = _parquet_split(folder, "test")
     names = _class_names(train_files[0], num_classes=int(train.labels.max()) + 1)
-    return Cifar(names, train, test, (*train_files, *test_files))
+    return _source(published, names, train, test, (*train_files, *test_files))
 
 
 def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
@@ -281,7 +269,7 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
     return [f"class_{c}" for c in range(num_classes)]
 
 
-def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> Images:
+def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
     """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, 32, 32, 3], as stored: no EXIF rotation."""
     from PIL import Image
 

@@ -16,9 +16,10 @@ from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.data.shards import MEND, Shards
+from cpmix_cli.data.shards import REPAIR, Shards
+from cpmix_cli.data.splits import check_labels
 from cpmix_cli.recipe.loading import find_recipe
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError, shortened
 
 LOOKED_FOR = 32
 """Image files of a folder that is said to have them."""
@@ -169,10 +170,7 @@ class Dataset:
             )
         if not inputs.isfinite().all():
             raise InputError(f"{path} holds points that are not finite")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise InputError(
-                f"{path} has labels {int(labels.min())} to {int(labels.max())}; expected 0 to {self.num_classes - 1}"
-            )
+        check_labels(path, labels.numpy(), self.num_classes)
         return inputs, labels
 
     def require(self, split: str) -> None:
@@ -209,8 +207,8 @@ class Dataset:
         """
         shards = self.recorded_shards(split)
         if missing := shards.missing():
-            count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"{shards.path(missing[0])}{count} missing or not whole", fix=MEND)
+            names = [str(shards.path(number)) for number in missing]
+            raise InputError(f"{shortened(names, 1)} missing or not whole", fix=REPAIR)
         return shards
 
     def recorded_shards(self, split: str) -> Shards:

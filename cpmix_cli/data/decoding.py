@@ -7,11 +7,12 @@ applied (`upright`): a photograph is to be seen as it was taken.
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cpmix_cli.artifacts.files import open_file
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, counted, indented
 
 T = TypeVar("T")
 SHOWN = 20
-"""Faults that a message shows where their number may be that of the images."""
+"""Unreadable files, or faults of a list, that a message shows; there may be as many as images."""
 AHEAD = 4096
 """Calls that in_threads() hands out at a time: a waiting call takes memory too."""
 IO_THREADS = 16
@@ -40,17 +41,16 @@ class UnreadableImages(InputError):
     """
 
     def __init__(self, lines: Sequence[str], *, shown: int | None = None, listed_in: Path | None = None) -> None:
-        count = "1 file" if len(lines) == 1 else f"{len(lines):,} files"
-        message = f"{count} cannot be read as an image:\n    " + "\n    ".join(lines[:shown])
-        if listed_in is not None and shown is not None and len(lines) > shown:
-            message += f"\n    ... and {len(lines) - shown:,} more; {listed_in} lists all"
-        super().__init__(message, fix="mend, convert or delete these files")
+        message = f"{counted(len(lines), 'file')} cannot be read as an image:{indented(lines, shown)}"
+        if listed_in is not None:
+            message += f"; {listed_in} lists all"
+        super().__init__(message, fix="repair, convert or delete these files")
         self.lines = list(lines)
 
 
 def open_rgb(path: Path, *, upright: bool) -> Image.Image:
-    """The whole image, decoded as RGB: as torchvision's loader has it, or `upright` as EXIF says, transparency laid on
-    white.
+    """Decode the whole image as RGB: as torchvision's loader does, or `upright`: rotated as EXIF says, transparency
+    laid on white.
 
     Raises:
         Exception: whatever Pillow's plugins raise; reason() puts it in words.
@@ -59,27 +59,18 @@ def open_rgb(path: Path, *, upright: bool) -> Image.Image:
         return as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
 
 
-def resized(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the shorter side `size`, the longer one truncated. Source: torchvision's Resize."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
-
-
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The middle `size` x `size` of the image with its shorter side scaled to `size`, bilinear.
-
-    Source: torchvision's Resize(size) and CenterCrop(size), byte for byte. The middle 224 of the middle 256 is the
-    middle 224 of the whole.
+    """Scale the shorter side to `size` (bilinear) and keep the middle `size` x `size`: torchvision's Resize(size) and
+    CenterCrop(size). The middle 224 of the middle 256 is the middle 224 of the whole.
     """
-    scaled = image.resize(resized(*image.size, size), Image.Resampling.BILINEAR)
-    # Python rounds halves to even, as torchvision's CenterCrop does.
-    left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
-    return scaled.crop((left, top, left + size, top + size))
+    from torchvision.transforms import functional  # a second of import that other data sets do not need
+
+    found: Image.Image = functional.center_crop(functional.resize(image, size), [size, size])
+    return found
 
 
 def read_square(path: Path, size: int, *, upright: bool) -> Image.Image:
-    """square() of a file: what is packed, and how test images are seen; raises as open_rgb()."""
+    """Return square() of a file: the pixels that are packed, and tested on; raises as open_rgb()."""
     return square(open_rgb(path, upright=upright), size)
 
 
@@ -112,8 +103,9 @@ def reason(fault: Exception) -> str:
 
 @contextmanager
 def strict_warnings() -> Iterator[None]:
-    """While images are decoded in threads: Pillow's warnings are silent, which name no file, and an image with too many
-    pixels is an error. Python's filters are the process's, so this stands round the threads.
+    """While threads decode images, silence Pillow's warnings, which name no file, and make too many pixels an error.
+
+    Python's warning filters are the process's, so they are set around the threads and not in each.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,7 +114,7 @@ def strict_warnings() -> Iterator[None]:
 
 
 def in_threads(function: Callable[[int], T], count: int, *, threads: int | None = None) -> Iterator[T]:
-    """function(0), function(1), ... in their order, computed by as many threads as there are CPUs (or `threads`)."""
+    """Yield function(0), function(1), ... in order, computed by as many threads as there are CPUs (or `threads`)."""
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         try:
             for first in range(0, count, AHEAD):
@@ -159,6 +151,49 @@ def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
     return sizes
 
 
+def read_each(
+    paths: Sequence[Path],
+    read: Callable[[Path], Any],
+    use: Callable[[int, Any], object],
+    progress: console.Progress,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Call use(i, read(paths[i])) for every image file, in threads.
+
+    Raises:
+        UnreadableImages: with every file that read() refused.
+    """
+
+    def work(i: int) -> str | None:
+        try:
+            found = read(paths[i])
+        except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
+            return f"{paths[i]}: {reason(fault)}"
+        use(i, found)
+        return None
+
+    unreadable = []
+    with strict_warnings():
+        for line in in_threads(work, len(paths), threads=threads):
+            progress.step()
+            unreadable += [line] if line is not None else []
+    if unreadable:
+        raise UnreadableImages(unreadable)
+
+
+def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
+    """Return read_square() of people's own images: [n, size, size, 3].
+
+    Raises:
+        UnreadableImages: with every file that cannot be read.
+    """
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    with console.Progress("read images", len(paths)) as progress:
+        read_each(paths, partial(read_square, size=size, upright=True), images.__setitem__, progress)
+    return images
+
+
 def check_headers(paths: Sequence[Path]) -> None:
     """Read as much of each file as tells its format and size.
 
@@ -166,17 +201,26 @@ def check_headers(paths: Sequence[Path]) -> None:
         UnreadableImages: with every file that is no image.
     """
 
-    def look(i: int) -> str | None:
-        try:
-            with open_file(paths[i]) as file, Image.open(file):
-                return None
-        except Exception as fault:
-            return f"{paths[i]}: {reason(fault)}"
+    def look(path: Path) -> None:
+        with open_file(path) as file, Image.open(file):
+            pass
 
-    faults = []
-    with strict_warnings(), console.Progress("checked image files", len(paths)) as progress:
-        for line in in_threads(look, len(paths), threads=IO_THREADS):
-            progress.step()
-            faults += [line] if line is not None else []
-    if faults:
-        raise UnreadableImages(faults)
+    with console.Progress("checked image files", len(paths)) as progress:
+        read_each(paths, look, lambda *_: None, progress, threads=IO_THREADS)
+
+
+def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Return the results of all calls.
+
+    Raises:
+        UnreadableImages: with the files of all calls that raised it.
+    """
+    results, unreadable = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UnreadableImages as fault:
+            unreadable += fault.lines
+    if unreadable:
+        raise UnreadableImages(unreadable)
+    return results

@@ -4,26 +4,28 @@ A list has a line 'PATH LABEL' for each image, the path below the folder of the 
 here; whether the files are there is checked where they are read.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import digest, read_bytes
 from cpmix_cli.data.decoding import SHOWN
+from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
 
 MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
 
 
 @dataclass(frozen=True)
 class OfficialLists:
-    """What is known of a published set."""
+    """Facts of a published set, to check its lists against."""
 
+    name: str
+    """Name of the source."""
     lists: Mapping[str, str]
     """Split -> file."""
     num_images: Mapping[str, int]
@@ -36,6 +38,7 @@ class OfficialLists:
 
 # Source: the released text files, counted; reference/methods_mixing.md section 1b.
 IMAGENET_LT = OfficialLists(
+    "imagenet-lt",
     {"train": "ImageNet_LT_train.txt", "val": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"},
     {"train": 115_846, "val": 20_000, "test": 50_000},
     num_classes=1000,
@@ -43,13 +46,15 @@ IMAGENET_LT = OfficialLists(
     smallest=5,
 )
 PLACES_LT = OfficialLists(
+    "places-lt",
     {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
     {"train": 62_500, "val": 7_300, "test": 36_500},
     num_classes=365,
     largest=4980,
     smallest=5,
 )
-INATURALIST2018 = OfficialLists(  # whose validation images everybody tests on
+INATURALIST2018 = OfficialLists(
+    "inaturalist2018",  # tested on its validation images, as everywhere
     {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"},
     {"train": 437_513, "test": 24_426},
     num_classes=8142,
@@ -58,61 +63,34 @@ INATURALIST2018 = OfficialLists(  # whose validation images everybody tests on
 )
 
 
-@dataclass(frozen=True)
-class Listed:
-    """The images of one list, in its order."""
-
-    path: Path
-    """Of the list."""
-    paths: list[str]
-    labels: NDArray[np.int64]
-    """Class of each image [n]."""
-
-
-@dataclass(frozen=True)
-class Lists:
-    """The lists of a set that belong together."""
-
-    class_names: list[str]
-    splits: dict[str, Listed]
-    """train, test, and val where there is one."""
-
-    @property
-    def listing(self) -> str:
-        """Digest of all paths and labels."""
-        return digest({split: [one.paths, one.labels.tolist()] for split, one in self.splits.items()})
-
-
-def read(list_dir: Path, published: OfficialLists) -> Lists:
-    """The lists of a published set.
+def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
+    """Read the lists of a published set; its image files are below `root`.
 
     Raises:
-        InputError: a list is missing or malformed, differs from what is known of the set, or has a training image that
-            is a test image as well.
+        InputError: a list is missing or malformed, differs from the published one, or has a training image that is a
+            test image as well.
     """
-    lists = _read_all({split: list_dir / name for split, name in published.lists.items()}, published.num_classes)
-    for split, one in lists.splits.items():
-        if len(one.paths) != published.num_images[split]:
-            raise InputError(
-                f"{one.path} has {len(one.paths):,} images; the published list has {published.num_images[split]:,}",
-                fix="fetch the list again; lists of your own: build-lt image-folder --list-dir DIR",
-            )
-    train = lists.splits["train"]
-    counts = np.bincount(train.labels, minlength=published.num_classes)
+    files = {split: list_dir / name for split, name in published.lists.items()}
+    splits = _read_all(files, published.num_classes)
+    again = "fetch the list again; lists of your own: build-lt image-folder --list-dir DIR"
+    for split, expected in published.num_images.items():
+        if (found := len(splits[split].labels)) != expected:
+            raise InputError(f"{files[split]} has {found:,} images; the published list has {expected:,}", fix=again)
+    counts = np.bincount(splits["train"].labels)
     if (counts.max(), counts.min()) != (published.largest, published.smallest):
         raise InputError(
-            f"{train.path}: the largest class has {counts.max():,} images, the smallest {counts.min():,}; "
+            f"{files['train']}: the largest class has {counts.max():,} images, the smallest {counts.min():,}; "
             f"in the published list {published.largest:,} and {published.smallest:,}",
-            fix="fetch the list again; lists of your own: build-lt image-folder --list-dir DIR",
+            fix=again,
         )
-    return lists
+    return _source(files, splits, root, f"{published.name}/cpmix")
 
 
-def read_own(list_dir: Path) -> Lists:
-    """A user's own lists: the files whose names end in train.txt, test.txt and (where there is one) val.txt.
+def read_own(list_dir: Path, root: Path) -> Source:
+    """Read a user's own lists: the files whose names end in train.txt, test.txt and (if there is one) val.txt.
 
     Raises:
-        InputError: as read(), but that nothing is known of the set.
+        InputError: see read(); there is nothing published to compare with.
     """
     found: dict[str, Path] = {}
     for split in ("train", "val", "test"):
@@ -128,34 +106,49 @@ def read_own(list_dir: Path) -> Lists:
             )
         if files:
             found[split] = files[0]
-    return _read_all(found, None)
+    source = _source(found, _read_all(found, None), root, "image-folder/cpmix")
+    return replace(source, profile="ranked", name=list_dir.resolve().name)
 
 
-def _read_all(files: Mapping[str, Path], num_classes: int | None) -> Lists:
-    """The lists of a set, labels 0 to num_classes - 1 (None: to the largest there is)."""
-    splits = {split: read_list(path) for split, path in files.items()}
+def _source(files: Mapping[str, Path], splits: Mapping[str, Split], root: Path, recipe: str) -> Source:
+    return Source(
+        class_names=_class_names(splits.values(), 1 + int(splits["train"].labels.max())),
+        pool=splits["train"],
+        recipe=recipe,
+        test=splits["test"],
+        val=splits.get("val"),
+        files=tuple(files.values()),
+        root=root,
+        listing=digest({name: [split.paths, split.labels.tolist()] for name, split in splits.items()}),
+    )
+
+
+def _read_all(files: Mapping[str, Path], num_classes: int | None) -> dict[str, Split]:
+    """Read the lists of a set; labels are 0 to num_classes - 1 (None: to the largest label)."""
+    splits = {name: read_list(path) for name, path in files.items()}
     if num_classes is None:
-        num_classes = 1 + max(int(one.labels.max()) for one in splits.values())
-    for one in splits.values():
-        outside = np.flatnonzero((one.labels < 0) | (one.labels >= num_classes))
-        _refuse(one.path, {int(i) + 1: f"label {one.labels[i]}; labels are 0 to {num_classes - 1}" for i in outside})
+        num_classes = 1 + max(int(split.labels.max()) for split in splits.values())
+    for name, split in splits.items():
+        outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
+        limits = f"labels are 0 to {num_classes - 1}"
+        _refuse(files[name], {int(i) + 1: f"label {split.labels[i]}; {limits}" for i in outside})
     missing = np.flatnonzero(np.bincount(splits["train"].labels, minlength=num_classes) == 0)
     if len(missing):
-        shown = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
         raise InputError(
-            f"{splits['train'].path} has no image of {len(missing)} of the {num_classes} classes: {shown}",
+            f"{files['train']} has no image of {len(missing)} of the {num_classes} classes: "
+            + shortened([str(c) for c in missing], SHOWN),
             fix="number the classes from 0 without a gap",
         )
-    _refuse_overlap(splits)
-    return Lists(_class_names(splits, num_classes), splits)
+    _refuse_overlap(files, splits)
+    return splits
 
 
-def read_list(path: Path) -> Listed:
-    """One list; empty lines are passed over.
+def read_list(path: Path) -> Split:
+    """Read one list; empty lines are skipped.
 
     Raises:
-        InputError: it is missing or no text, or has malformed lines, paths that lead out of the folder, or paths that
-            stand there twice: with the first 20.
+        InputError: it is missing or no text, or has malformed lines, paths that lead out of the folder, or a path
+            twice; the first 20 are shown.
     """
     data = read_bytes(path, limit=MAX_LIST)
     try:
@@ -182,7 +175,7 @@ def read_list(path: Path) -> Listed:
     _refuse(path, faults)
     if not labels:
         raise InputError(f"{path} lists no image")
-    return Listed(path, list(seen), np.array(labels, dtype=np.int64))
+    return Split(np.array(labels, dtype=np.int64), paths=list(seen))
 
 
 def _refuse(path: Path, faults: Mapping[int, str]) -> None:
@@ -191,15 +184,14 @@ def _refuse(path: Path, faults: Mapping[int, str]) -> None:
     Raises:
         InputError: with the first of them.
     """
-    if not faults:
-        return
-    lines = [f"line {number}: {why}" for number, why in faults.items()]
-    more = f"\n    ... and {len(lines) - SHOWN:,} more" if len(lines) > SHOWN else ""
-    count = "1 fault" if len(lines) == 1 else f"{len(lines):,} faults"
-    raise InputError(f"{path} has {count}:\n    " + "\n    ".join(lines[:SHOWN]) + more, fix="fetch or mend the list")
+    if faults:
+        lines = [f"line {number}: {why}" for number, why in faults.items()]
+        raise InputError(
+            f"{path} has {counted(len(lines), 'fault')}:{indented(lines, SHOWN)}", fix="fetch or repair the list"
+        )
 
 
-def _refuse_overlap(splits: Mapping[str, Listed]) -> None:
+def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> None:
     """A training image that is a test image as well makes every accuracy wrong; one in val is warned of.
 
     Raises:
@@ -210,18 +202,18 @@ def _refuse_overlap(splits: Mapping[str, Listed]) -> None:
         shared = [path for path in splits[first].paths if path in images]
         if not shared:
             continue
-        what = f"{len(shared):,} images of {splits[first].path} are in {splits[second].path} too, such as {shared[0]}"
+        what = f"{len(shared):,} images of {files[first]} are in {files[second]} too, such as {shared[0]}"
         if "val" in (first, second):
             console.warn(what)
         else:
             raise InputError(what, fix="take them out of one of the two")
 
 
-def _class_names(splits: Mapping[str, Listed], num_classes: int) -> list[str]:
-    """The folders of the images, if each class has one to itself; else the labels."""
+def _class_names(splits: Iterable[Split], num_classes: int) -> list[str]:
+    """Return the names of the images' folders if each class has a folder to itself; else the labels."""
     folders: dict[int, str] = {}
-    for one in splits.values():
-        for path, label in zip(one.paths, one.labels.tolist(), strict=True):
+    for split in splits:
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True):
             folder = path.rpartition("/")[0].rpartition("/")[2]
             if folders.setdefault(label, folder) != folder:
                 return [str(c) for c in range(num_classes)]

@@ -48,14 +48,6 @@ def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]
     return counts
 
 
-def _exponential(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
-    return exponential_counts(int(available.min()), len(available), rho)
-
-
-def _step(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
-    return step_counts(int(available.min()), len(available), rho)
-
-
 def ranked_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
     """The exponential profile by rank, as large as the images of every class allow.
 
@@ -63,17 +55,26 @@ def ranked_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]
     n_max * rho^(-i/(C-1)) <= images of the class of rank i.
 
     Args:
-        available: images a class [C].
+        available: images per class [C].
         rho: imbalance factor, >= 1.
 
     Returns:
-        Images a class [C].
+        Images per class [C].
     """
+    shares = rho ** (-np.arange(len(available)) / max(1, len(available) - 1))
+    return _by_rank(available, rho, shares, exponential_counts)
+
+
+def _by_rank(
+    available: NDArray[np.int64],
+    rho: float,
+    shares: NDArray[np.float64],
+    profile: Callable[[int, int, float], NDArray[np.int64]],
+) -> NDArray[np.int64]:
+    """Return profile(num_max, C, rho) by rank, num_max the largest that shares [C] of it do not exceed `available`."""
     order = np.argsort(-available, kind="stable")
-    shares = rho ** (-np.arange(len(order)) / max(1, len(order) - 1))
-    num_max = int((available[order] / shares).min() + 1e-9)
     counts = np.empty_like(available)
-    counts[order] = exponential_counts(num_max, len(order), rho)
+    counts[order] = profile(int((available[order] / shares).min() + 1e-9), len(available), rho)
     return counts
 
 
@@ -109,17 +110,13 @@ def _pareto_shares(num_classes: int, rho: float) -> NDArray[np.float64]:
 
 def ranked_pareto_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
     """The Pareto profile by rank, as large as the images of every class allow; see ranked_counts()."""
-    order = np.argsort(-available, kind="stable")
-    num_max = int((available[order] / _pareto_shares(len(order), rho)).min() + 1e-9)
-    counts = np.empty_like(available)
-    counts[order] = pareto_counts(num_max, len(order), rho)
-    return counts
+    return _by_rank(available, rho, _pareto_shares(len(available), rho), pareto_counts)
 
 
 Profile = Callable[[NDArray[np.int64], float], NDArray[np.int64]]
 PROFILES: dict[str, Profile] = {
-    "exponential": _exponential,
-    "step": _step,
+    "exponential": lambda available, rho: exponential_counts(int(available.min()), len(available), rho),
+    "step": lambda available, rho: step_counts(int(available.min()), len(available), rho),
     "ranked": ranked_counts,
     "pareto": ranked_pareto_counts,
 }

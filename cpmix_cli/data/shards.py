@@ -9,23 +9,25 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from cpmix_cli.artifacts import locks, records
 from cpmix_cli.artifacts.files import digest, open_file, publishing, wait_for
-from cpmix_cli.data.decoding import SHOWN, UnreadableImages, in_threads, read_square, reason, strict_warnings
+from cpmix_cli.data.decoding import SHOWN, in_threads, of_all, read_each, read_square
 from cpmix_cli.runtime import console, signals
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, indented
 
 SHARD_IMAGES = 2048
 """Images of a new shard: at 256 x 256 it has 403 MB, and iNaturalist 2018 has 226 of them."""
-MEND = "delete that shard, then give its build-lt command again: it packs what is missing anew"
+REPAIR = "delete that shard, then rerun its build-lt command, which packs missing shards again"
 
 
 def shard_name(split: str, number: int) -> str:
@@ -105,13 +107,13 @@ class Shards:
                     break
                 done += got
         except InputError as fault:
-            raise InputError(fault.message, fix=MEND) from fault
+            raise InputError(fault.message, fix=REPAIR) from fault
         except OSError as fault:
-            raise InputError(f"cannot read {self.path(number)}: {fault.strerror or fault}", fix=MEND) from fault
+            raise InputError(f"cannot read {self.path(number)}: {fault.strerror or fault}", fix=REPAIR) from fault
         if not self._verified[index]:
             if done < len(target) or sha256(target).digest() != self.hashes[index].tobytes():
                 what = "is damaged" if done == len(target) else "ends before its end"
-                raise InputError(f"{self.path(number)}: image {index} of the {self._split} split {what}", fix=MEND)
+                raise InputError(f"{self.path(number)}: image {index} of the {self._split} split {what}", fix=REPAIR)
             self._verified[index] = 1
 
     def load_all(self) -> Tensor:
@@ -133,25 +135,24 @@ class Shards:
         """
         found: dict[int, list[int]] = {}
 
-        def check(index: int) -> InputError | None:
+        def is_damaged(index: int) -> bool:
             try:
                 self.read(index, None, np.empty(self.shape, dtype=np.uint8))
-            except InputError as fault:
-                return fault
-            return None
+            except InputError:
+                return True
+            return False
 
         with console.Progress(f"verified {self._split} images", len(self)) as progress:
-            for index, fault in enumerate(in_threads(check, len(self))):
+            for index, damaged in enumerate(in_threads(is_damaged, len(self))):
                 progress.step()
-                if fault is not None:
+                if damaged:
                     found.setdefault(index // self._shard_images, []).append(index)
         if found:
             lines = [
                 f"{self.path(number)}: {len(images):,} damaged, the first is image {images[0]}"
                 for number, images in found.items()
             ]
-            more = f"\n    and {len(lines) - SHOWN:,} shards more" if len(lines) > SHOWN else ""
-            raise InputError("damaged shards:\n    " + "\n    ".join(lines[:SHOWN]) + more, fix=MEND)
+            raise InputError(f"damaged shards:{indented(lines, SHOWN)}", fix=REPAIR)
 
     def _open(self, number: int) -> int:
         """Descriptor of a shard; each is opened once."""
@@ -180,7 +181,7 @@ class Packing:
     """Of the data set."""
     split: str
     root: Path
-    paths: list[str]
+    paths: Sequence[str]
     """Of the image files [N], below root."""
     sizes: NDArray[np.int64]
     """Bytes of each file [N]: with its path, what tells whether a shard is of these very images."""
@@ -230,20 +231,13 @@ class Packing:
         """
         if not shards:
             return
-        unreadable: list[str] = []
         count = sum(len(self._shards.images(number)) for number in shards)
         done = len(self.paths) - count
         if done:
             console.note(f"{done:,} of {len(self.paths):,} {self.split} images are packed already")
         began = time.perf_counter()
-        with strict_warnings(), console.Progress(f"packed {self.split} images", len(self.paths), done) as progress:
-            for number in shards:
-                try:
-                    self._pack(number, lock, progress, expected)
-                except UnreadableImages as fault:
-                    unreadable += fault.lines
-        if unreadable:
-            raise UnreadableImages(unreadable)
+        with console.Progress(f"packed {self.split} images", len(self.paths), done) as progress:
+            of_all(partial(self._pack, number, lock, progress, expected) for number in shards)
         seconds = time.perf_counter() - began
         rate = f"{count / seconds:,.0f} images and {self.num_bytes(shards) / seconds / 1e6:,.0f} MB a second"
         console.note(f"packed {count:,} {self.split} images in {console.duration(seconds)} ({rate})")
@@ -252,43 +246,32 @@ class Packing:
         self, number: int, lock: locks.Lock, progress: console.Progress, expected: NDArray[np.uint8] | None
     ) -> None:
         images, path = self._shards.images(number), self._shards.path(number)
-        values = np.zeros_like(self.values)
-        unreadable = []
+        files = [self.root / self.paths[i] for i in images]
+        values = np.zeros((len(images), *self.values.shape), dtype=np.int32)
         lock.check()
         self._record(number).unlink(missing_ok=True)
         with publishing(path, len(images) * self._record_bytes) as file:
 
-            def pack(place: int) -> tuple[bytes, NDArray[np.int64]] | str:
-                image = self.root / self.paths[images[place]]
-                try:
-                    pixels = read_square(image, self.size, upright=self.upright)
-                except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
-                    return f"{image}: {reason(fault)}"
-                data = pixels.tobytes()
+            def write(place: int, image: Image.Image) -> None:
+                data = image.tobytes()
                 _write_at(file.fileno(), data, place * self._record_bytes)
-                return sha256(data).digest(), np.array(pixels.histogram()).reshape(3, 256)
+                self.hashes[images[place]] = np.frombuffer(sha256(data).digest(), dtype=np.uint8)
+                values[place] = np.array(image.histogram()).reshape(3, 256)
 
-            for place, found in enumerate(in_threads(pack, len(images))):
-                progress.step()
-                if isinstance(found, str):
-                    unreadable.append(found)
-                else:
-                    self.hashes[images[place]] = np.frombuffer(found[0], dtype=np.uint8)
-                    values += found[1]
-            if unreadable:
-                raise UnreadableImages(unreadable)
+            read_each(files, partial(read_square, size=self.size, upright=self.upright), write, progress)
             if expected is not None and (changed := (expected != self.hashes)[images].any(1)).any():
-                first = self.root / self.paths[images[int(changed.argmax())]]
                 raise InputError(
-                    f"{first} is not what was packed: {int(changed.sum()):,} images of {path} have changed",
+                    f"{files[int(changed.argmax())]} is not what was packed: "
+                    f"{int(changed.sum()):,} images of {path} have changed",
                     fix="restore the image files, or pack them all anew with --overwrite",
                 )
-        self.values += values
+        sums = values.sum(0, dtype=np.int64)
+        self.values += sums
         record = {
             "format": records.FORMAT,
             "images": self._key(number),
             "hashes": self.hashes[images].tobytes().hex(),
-            "values": values.tolist(),
+            "values": sums.tolist(),
         }
         records.publish_record(self._record(number), record)
         signals.state_is_saved()

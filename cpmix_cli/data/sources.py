@@ -1,89 +1,42 @@
-"""Where images come from: add a data set here.
+"""Sources of images: add a data set here.
 
-A source is a function of the folder with its files (and the size to pack at, for images that have many, and the folder
-with its lists) that returns a Source; its name in SOURCES is what `build-lt` takes. Nothing here reads a network: see
-download.py.
+A source is a function of the folder of its files and the folder of its lists that returns a Source; its name in SOURCES
+is the SOURCE of `build-lt`. Nothing here reads a network: see download.py.
 """
 
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import digest, read_bytes, sha256
 from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
-from cpmix_cli.data.cifar import Split
+from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
 
-Array = NDArray[Any]
 DOWNLOADS = Path("data/download")
 """Default of --data-root, and where --download puts what it fetches."""
 IMAGE_SIZE = 64
 """Default of --image-size."""
 LARGE_IMAGE_SIZE = 256
-"""The same for images that stay in their files."""
+"""Default of --image-size for images that stay in their files."""
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files of the user's behind a source."""
-
-    root: Path
-    paths: list[str]
-    """Of the training pool, relative to root."""
-    test_paths: list[str]
-    """Of the test images; of the pool where they are held out of it."""
-    listing: str
-    """Digest of names and sizes, or of the lists."""
-    name: str = ""
-    """What the data set's folder is called by, besides the source."""
-    val_paths: Sequence[str] = ()
-    """Of the val images, where the source has such a split."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A balanced (or natural) labelled set, before any class is made rare."""
-
-    class_names: list[str]
-    pool: Split
-    """The training images, in the source's order: uint8 [n, H, W, channels], or float32 points [n, 2]."""
-    recipe: str
-    """Recipe for this source where none is named."""
-    default_rho: float | None = None
-    """Imbalance factor where none is given; None keeps the source as it is."""
-    profile: str = "exponential"
-    test: Split | None = None
-    """The test images; None holds `test_per_class` images of each class out of the pool."""
-    val: Split | None = None
-    """The val images of a source that has some."""
-    test_per_class: int | None = 0
-    """Test images of a class where none are given; None: the smaller of 10 and 20 per cent."""
-    files: tuple[Path, ...] = ()
-    """Source files, whose hashes the data set records."""
-    own: ImageFiles | None = None
-    """Set where every image is a file of the user's."""
-
-
-SourceReader = Callable[[Path | None, int, Path | None], Source]
-"""Reads a source: --data-root, the side of an image in pixels where images have many, and --list-dir."""
+SourceReader = Callable[[Path | None, Path | None], Source]
+"""--data-root and --list-dir -> the source."""
 
 
 def places(source: str, data_root: Path | None) -> list[Path]:
-    """Where a source's files may lie: one --data-root may serve one source or hold a folder for each."""
+    """Return the folders that may hold a source's files: --data-root, or a folder of the source's name in it."""
     root = data_root or DOWNLOADS
     return [root / source, root]
 
 
-def digits(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+def digits(data_root: Path | None, list_dir: Path | None) -> Source:
     """1,797 handwritten digits of 8 x 8 grey pixels, bundled with scikit-learn (UCI, test part: 13 writers).
 
     The bundle has no test split, so 50 images a class are held out; the same writers stand on both sides.
@@ -95,7 +48,7 @@ def digits(data_root: Path | None, image_size: int, list_dir: Path | None) -> So
     images = (bundle.images * (255 / 16)).round().astype(np.uint8)[..., None]
     return Source(
         class_names=[str(name) for name in bundle.target_names],
-        pool=Split(bundle.target.astype(np.int64), lambda positions: images[positions]),
+        pool=Split(bundle.target.astype(np.int64), images.__getitem__),
         recipe="digits/cpmix",
         default_rho=20,
         test_per_class=50,
@@ -110,7 +63,7 @@ TOY_SIMILAR = {2: 0, 3: 1}
 TOY_POINTS = 1000
 
 
-def toy(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+def toy(data_root: Path | None, list_dir: Path | None) -> Source:
     """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
 
     1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a
@@ -124,33 +77,22 @@ def toy(data_root: Path | None, image_size: int, list_dir: Path | None) -> Sourc
     labels = np.repeat(np.arange(4), TOY_POINTS)
     return Source(
         class_names=TOY_NAMES,
-        pool=Split(labels, lambda positions: points[0, positions]),
+        pool=Split(labels, points[0].__getitem__),
         recipe="toy/cpmix",
         default_rho=20,
         profile="step",
-        test=Split(labels, lambda positions: points[1, positions]),
+        test=Split(labels, points[1].__getitem__),
     )
 
 
-def cifar10(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
-    """CIFAR-10: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
-    return _cifar("cifar10", data_root, cifar.CIFAR10, 10)
+def cifar10(data_root: Path | None, list_dir: Path | None) -> Source:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 RGB, see cifar.read()."""
+    return cifar.read(places("cifar10", data_root), cifar.CIFAR10)
 
 
-def cifar100(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
-    """CIFAR-100 with its 100 fine classes: 50,000 and 10,000 images of 32 x 32 RGB, see cifar.read()."""
-    return _cifar("cifar100", data_root, cifar.CIFAR100, 100)
-
-
-def _cifar(name: str, data_root: Path | None, published: cifar.CifarArchive, num_classes: int) -> Source:
-    found = cifar.read(places(name, data_root), published, num_classes)
-    return Source(
-        class_names=found.names,
-        pool=found.train,
-        recipe=f"{name}-lt/cpmix",
-        test=found.test,
-        files=found.files,
-    )
+def cifar100(data_root: Path | None, list_dir: Path | None) -> Source:
+    """CIFAR-100 with its 100 fine classes: 50,000 training and 10,000 test images of 32 x 32 RGB, see cifar.read()."""
+    return cifar.read(places("cifar100", data_root), cifar.CIFAR100)
 
 
 FASHION_NAMES = [
@@ -175,7 +117,7 @@ MAX_FASHION_FILE = 50_000_000  # bytes; the training images are 47 million
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def fashion_mnist(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
     """Fashion-MNIST: 60,000 and 10,000 images of 28 x 28 grey, 10 classes, from the published IDX files (.gz or not).
 
     Found without --data-root where Debian's package dataset-fashion-mnist is installed.
@@ -198,9 +140,9 @@ def fashion_mnist(data_root: Path | None, image_size: int, list_dir: Path | None
     labels, test_labels = (np.frombuffer(c, np.uint8, offset=8).astype(np.int64) for c in content[1::2])
     return Source(
         class_names=FASHION_NAMES,
-        pool=Split(labels, lambda positions: images[positions]),
+        pool=Split(labels, images.__getitem__),
         recipe="fashion-mnist-lt/cpmix",
-        test=Split(test_labels, lambda positions: test_images[positions]),
+        test=Split(test_labels, test_images.__getitem__),
         files=tuple(paths),
     )
 
@@ -222,44 +164,42 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
     return path, content
 
 
-def image_folder(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
-    """The user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE, or wherever
-    lists say; as RGB.
+def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
+    """Read the user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE, or the
+    paths of lists.
 
-    Kept as imbalanced as they are; with --rho, the largest exponential profile that the classes allow by rank.
+    All images are kept; with --rho, the largest exponential profile that the classes allow by rank.
 
     Raises:
-        InputError: see image_folder.scan(), image_folder.read_images() and lists.read_own().
+        InputError: see image_folder.scan() and lists.read_own().
     """
     root = _root_of("image-folder", data_root)
-    shape = (image_size, image_size, 3)
     if list_dir is not None:
-        found = lists.read_own(list_dir)
-        return replace(_listed(found, root, "image-folder/cpmix", shape, list_dir.resolve().name), profile="ranked")
-    train = folders.scan(root, "train" if (root / "train").is_dir() else "")
-    if len(train.class_names) < 2:
+        return lists.read_own(list_dir, root)
+    names, pool = folders.scan(root, "train" if (root / "train").is_dir() else "")
+    if len(names) < 2:
         raise InputError(
-            f'{root} has one class, "{train.class_names[0]}"; a classifier needs two',
+            f'{root} has one class, "{names[0]}"; a classifier needs two',
             fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
         )
-    test: folders.Files | None = None
+    test: Split | None = None
     if (root / "train").is_dir() and (root / "test").is_dir():
-        test = folders.scan(root, "test", class_names=train.class_names)
-    parts = [part for part in (train, test) if part is not None]
-    listing = digest([part.listing for part in parts])
+        _, test = folders.scan(root, "test", class_names=names)
     return Source(
-        class_names=train.class_names,
-        pool=Split(train.labels, partial(train.read, shape=shape)),
+        class_names=names,
+        pool=pool,
         recipe="image-folder/cpmix",
         profile="ranked",
-        test=Split(test.labels, partial(test.read, shape=shape)) if test else None,
+        test=test,
         test_per_class=None,
-        own=ImageFiles(root, parts[0].paths, parts[-1].paths, listing, root.resolve().name),
+        root=root,
+        listing=digest([folders.listing(root, split.paths) for split in (pool, test) if split is not None]),
+        name=root.resolve().name,
     )
 
 
 def _root_of(source: str, data_root: Path | None) -> Path:
-    """The folder of image files.
+    """Return the folder of the image files.
 
     Raises:
         InputError: none was given.
@@ -272,64 +212,29 @@ def _root_of(source: str, data_root: Path | None) -> Path:
     return data_root
 
 
-def _listed(found: lists.Lists, root: Path, recipe: str, shape: Sequence[int], name: str = "") -> Source:
-    """What lists say; images are read from files below `root`."""
+def official(published: lists.OfficialLists) -> SourceReader:
+    """Return the reader of a source's official lists, see lists.read()."""
 
-    def split(name: str) -> Split | None:
-        if (one := found.splits.get(name)) is None:
-            return None
-        files = folders.Files(root, found.class_names, one.paths, one.labels)
-        return Split(one.labels, partial(files.read, shape=shape))
-
-    pool = split("train")
-    assert pool is not None  # no lists without it
-    val = found.splits.get("val")
-    return Source(
-        class_names=found.class_names,
-        pool=pool,
-        recipe=recipe,
-        test=split("test"),
-        val=split("val"),
-        files=tuple(one.path for one in found.splits.values()),
-        own=ImageFiles(
-            root,
-            found.splits["train"].paths,
-            found.splits["test"].paths,
-            found.listing,
-            name,
-            val_paths=val.paths if val is not None else (),
-        ),
-    )
-
-
-def official(name: str, published: lists.OfficialLists) -> SourceReader:
-    """A source that is read from its official lists, see lists.read()."""
-
-    def read(data_root: Path | None, image_size: int, list_dir: Path | None) -> Source:
+    def read(data_root: Path | None, list_dir: Path | None) -> Source:
+        name = published.name
         if list_dir is None:
             raise InputError(
                 f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
                 fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
             )
         root = _root_of(name, data_root)
-        root = root / name if (root / name).is_dir() else root
-        shape = (image_size, image_size, 3)
-        return _listed(lists.read(list_dir, published), root, f"{name}/cpmix", shape)
+        return lists.read(list_dir, published, root / name if (root / name).is_dir() else root)
 
     return read
 
 
-OFFICIAL_LISTS = {
-    "imagenet-lt": lists.IMAGENET_LT,
-    "places-lt": lists.PLACES_LT,
-    "inaturalist2018": lists.INATURALIST2018,
-}
+OFFICIAL_LISTS = {found.name: found for found in (lists.IMAGENET_LT, lists.PLACES_LT, lists.INATURALIST2018)}
 SOURCES: dict[str, SourceReader] = {
     "digits": digits,
     "toy": toy,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "fashion-mnist": fashion_mnist,
-    **{name: official(name, published) for name, published in OFFICIAL_LISTS.items()},
+    **{name: official(published) for name, published in OFFICIAL_LISTS.items()},
     "image-folder": image_folder,
 }

@@ -1,7 +1,8 @@
-"""How the images of a data set are kept: in one tensor a split, in shards, or in their own files; see Storage."""
+"""Writing the images of a data set: one tensor per split, shards, or none (they stay in files); see Storage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +14,27 @@ from cpmix_cli.artifacts import locks, tables
 from cpmix_cli.artifacts.files import DATASET, HASHES, check_place, digest, is_there, sha256
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
-from cpmix_cli.data.cifar import Split
 from cpmix_cli.data.dataset import SPLITS, Dataset, channel_statistics
-from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes
-from cpmix_cli.data.sources import ImageFiles, Source
+from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes, of_all, read_squares
+from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The images of a split."""
-
-    origin: Split
-    positions: NDArray[np.int64]
-    """In the origin [n]."""
-    labels: NDArray[np.int64]
-    """Class of each image [n]."""
-    paths: list[str] | None
-    """Where the images are files."""
+def take(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Split]:
+    """Return the splits that the source has itself, and for the others `parts` of its pool; no empty val."""
+    of_source = {"train": None, "val": source.val, "test": source.test}
+    splits = {name: split or source.pool.take(parts[name]) for name, split in of_source.items()}
+    return {name: split for name, split in splits.items() if len(split.labels) or name != "val"}
 
 
-def chosen(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Chosen]:
-    """The splits of a source's own, and what choose() took of its pool for the others; no empty val."""
-    splits = {}
-    for split, own in (("train", None), ("val", source.val), ("test", source.test)):
-        origin = own or source.pool
-        positions = parts[split] if own is None else np.arange(len(own.labels))
-        paths = None
-        if source.own is not None:
-            of_val = source.own.val_paths if source.val is not None else source.own.paths
-            listed = {"train": source.own.paths, "val": of_val, "test": source.own.test_paths}[split]
-            paths = [listed[i] for i in positions]
-        if len(positions) or split != "val":
-            splits[split] = Chosen(origin, positions, origin.labels[positions].astype(np.int64), paths)
-    return splits
-
-
-def look_for_files(own: ImageFiles, splits: Mapping[str, Chosen]) -> dict[str, NDArray[np.int64]]:
-    """Bytes of each image file, by split.
+def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray[np.int64]]:
+    """Return the bytes of each image file, by split.
 
     Raises:
-        InputError: none is there.
+        InputError: no file exists.
         UnreadableImages: with every file that is missing.
     """
-    paths = [own.root / path for split in splits.values() for path in split.paths or ()]
+    paths = _files(root, splits.values())
     try:
         sizes = file_sizes(paths)
     except UnreadableImages as fault:
@@ -68,6 +46,10 @@ def look_for_files(own: ImageFiles, splits: Mapping[str, Chosen]) -> dict[str, N
         ) from fault
     ends = np.cumsum([len(split.labels) for split in splits.values()])
     return dict(zip(splits, np.split(sizes, ends[:-1]), strict=True))
+
+
+def _files(root: Path, splits: Iterable[Split]) -> list[Path]:
+    return [root / path for split in splits for path in split.paths]
 
 
 @dataclass(frozen=True)
@@ -85,44 +67,40 @@ class Stored:
     """More keys for dataset.json."""
 
 
-def store_tensors(folder: Path, splits: Mapping[str, Chosen]) -> Stored:
-    """All pixels (or points) of a split in one file.
+def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, size: int) -> Stored:
+    """Write all pixels (or points) of a split to one file; image files below `root` become squares of `size` pixels.
 
     Raises:
         UnreadableImages: with all files of all splits that cannot be read.
     """
-    loaded: dict[str, NDArray[Any]] = {}
-    unreadable: list[str] = []
-    for split, part in splits.items():
-        try:
-            loaded[split] = part.origin.load(part.positions)
-        except UnreadableImages as fault:
-            unreadable += fault.lines
-    if unreadable:
-        raise UnreadableImages(unreadable)
-    check_place(folder, sum(loaded[s].nbytes + 64 * len(part.labels) for s, part in splits.items()))
+
+    def load(split: Split) -> NDArray[Any]:
+        return split.load() if root is None else read_squares(_files(root, [split]), size)
+
+    loaded = dict(zip(splits, of_all(partial(load, split) for split in splits.values()), strict=True))
+    check_place(folder, sum(loaded[name].nbytes + 64 * len(split.labels) for name, split in splits.items()))
     (folder / DATASET).unlink(missing_ok=True)
     files: dict[str, str] = {}
-    for split, part in splits.items():
-        kind = "images" if loaded[split].dtype == np.uint8 else "points"
-        tensors = {kind: torch.from_numpy(loaded[split]), "labels": torch.from_numpy(part.labels)}
-        files[f"{split}.safetensors"] = publish_tensors(folder / f"{split}.safetensors", tensors)
+    for name, split in splits.items():
+        kind = "images" if loaded[name].dtype == np.uint8 else "points"
+        tensors = {kind: torch.from_numpy(loaded[name]), "labels": torch.from_numpy(split.labels)}
+        files[f"{name}.safetensors"] = publish_tensors(folder / f"{name}.safetensors", tensors)
     images = loaded["train"]
     mean, std = channel_statistics(torch.from_numpy(images)) if images.dtype == np.uint8 else ([], [])
-    digests = {split: {"packed": files[f"{split}.safetensors"]} for split in splits}
+    digests = {name: {"packed": files[f"{name}.safetensors"]} for name in splits}
     return Stored(list(images.shape[1:]), mean, std, files, digests, {})
 
 
 def store_shards(
     folder: Path,
     lock: locks.Lock,
-    splits: Mapping[str, Chosen],
-    own: ImageFiles,
+    splits: Mapping[str, Split],
+    root: Path,
     sizes: Mapping[str, NDArray[np.int64]],
     size: int,
     upright: bool,
 ) -> Stored:
-    """Packed squares; shards that an earlier build of the same images finished are taken over.
+    """Pack squares of `size` pixels; shards that an earlier build of the same images finished are kept.
 
     Raises:
         UnreadableImages: with all files of all splits that are no images.
@@ -131,8 +109,8 @@ def store_shards(
         (folder / DATASET).unlink()
         clear(folder)
     packings = {
-        split: shards.Packing(folder, split, own.root, part.paths or [], sizes[split], size, upright)
-        for split, part in splits.items()
+        name: shards.Packing(folder, name, root, split.paths, sizes[name], size, upright)
+        for name, split in splits.items()
     }
     left = {split: packing.left() for split, packing in packings.items()}
     check_place(
@@ -140,14 +118,7 @@ def store_shards(
         sum(packing.num_bytes(left[split]) + 512 * len(packing.paths) for split, packing in packings.items()),
         largest_file=max(packing.num_bytes([0]) for packing in packings.values()),
     )
-    unreadable: list[str] = []
-    for split, packing in packings.items():
-        try:
-            packing.pack(left[split], lock)
-        except UnreadableImages as fault:
-            unreadable += fault.lines
-    if unreadable:
-        raise UnreadableImages(unreadable)
+    of_all(partial(packing.pack, left[split], lock) for split, packing in packings.items())
     files, digests = {}, {}
     for split, packing in packings.items():
         columns = {"sample_id": np.arange(len(packing.paths)), "sha256": [row.tobytes() for row in packing.hashes]}
@@ -160,15 +131,15 @@ def store_shards(
     return Stored([size, size, 3], mean, std, files, digests, keys)
 
 
-def store_files(folder: Path, splits: Mapping[str, Chosen], own: ImageFiles, size: int) -> Stored:
-    """Nothing but a look at each file: images stay where they are.
+def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int) -> Stored:
+    """Check the header of each file; images stay where they are.
 
     Raises:
         UnreadableImages: with all that are no images.
     """
-    check_headers([own.root / path for part in splits.values() for path in part.paths or ()])
+    check_headers(_files(root, splits.values()))
     (folder / DATASET).unlink(missing_ok=True)
-    digests = {split: {"paths": digest(part.paths)} for split, part in splits.items()}
+    digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
     return Stored([size, size, 3], [], [], {}, digests, {})
 
 

@@ -1,8 +1,8 @@
-"""Images that are read from disk ahead of their use.
+"""Images that are prefetched from disk.
 
-What will be wanted is announced some steps ahead; threads read it into buffers, and the batch that is asked for is sent
-to the device as bytes and augmented there, as resident images are: the same numbers. What was never announced is read
-when it is asked for, what is announced and not asked for is forgotten. Which thread reads what changes nothing.
+A batch is prefetched some steps ahead: threads read it into a buffer. When it is requested it is sent to the device as
+bytes and augmented there, as resident images are: the same numbers. A batch that was not prefetched is read on request,
+a prefetched one that is never requested is dropped. Which thread reads what changes nothing.
 """
 
 import atexit
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from cpmix_cli.data.batches import Resident
 
 AHEAD_BYTES = 2**30
-"""Images that are read before they are asked for take no more; the batch that is asked for comes on top."""
-MAX_ANNOUNCED = 10_000
-"""Batches that are remembered; only what nobody asks for ever comes to that."""
+"""Most memory of prefetched images; the requested batch comes on top."""
+MAX_PREFETCHED = 10_000
+"""Most batches that are remembered; reached only if batches are never requested."""
 AT_ONCE = 8
 """Images that a thread reads before it looks what is most urgent."""
 PATIENCE_SECONDS = 1.0
 """For threads that read when the program ends."""
 
 
-class Reader(Protocol):
-    """Gives images, one at a time, to many threads."""
+class ImageReader(Protocol):
+    """Reads images one at a time, from many threads."""
 
     shape: list[int]
     """Of what read() gives: height, width, channels."""
@@ -65,18 +65,28 @@ class FileReader:
 
     Args:
         paths: of the files [N].
-        size: shorter side of a test image, whose middle square is seen.
+        shape: of a test image, [S, S, channels]: the shorter side is scaled to S, the middle square kept.
         recipe: crops.
         upright: turn images as EXIF says, see decoding.py.
+        fix: what to do about a missing or unreadable file.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, recipe: Data, *, upright: bool) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        shape: Sequence[int],
+        recipe: Data,
+        *,
+        upright: bool,
+        fix: str = "repair or remove it",
+    ) -> None:
         self._paths = paths
-        self._size = size
+        self._size = shape[0]
         self._recipe = recipe
         self._upright = upright
-        side = recipe.crop or size
-        self.shape = [side, side, 3]
+        self._fix = fix
+        side = recipe.crop or shape[0]
+        self.shape = [side, side, shape[2]]
         # Pillow names no file. Python's filters are the process's, and so are they set here and not in the threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -92,23 +102,24 @@ class FileReader:
         """
         path = self._paths[index]
         try:
-            into[:] = self._seen(open_rgb(path, upright=self._upright), uniforms)
+            image = self._seen(open_rgb(path, upright=self._upright), uniforms)
+            into[:] = np.asarray(image if self.shape[2] == 3 else image.convert("L")).reshape(self.shape)
         except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
             raise InputError(
                 f"{path} cannot be read as an image: {reason(fault)}",
-                fix="put the file back or mend it; if the images have moved, name their folder with --data-root",
+                fix=self._fix,
             ) from fault
 
-    def _seen(self, image: Image.Image, uniforms: NDArray[np.float64] | None) -> NDArray[np.uint8]:
+    def _seen(self, image: Image.Image, uniforms: NDArray[np.float64] | None) -> Any:
+        from torchvision.transforms import functional  # a second of import that other data sets do not need
+
         crop = self._recipe.crop
         if uniforms is None or not self._recipe.augment.startswith("resized-crop"):
-            whole = torch.from_numpy(np.array(square(image, self._size)))
-            return (augment.middle(whole[None], crop)[0] if crop else whole).numpy()
+            whole = square(image, self._size)
+            return functional.center_crop(whole, [crop, crop]) if crop else whole
         drawn = torch.from_numpy(uniforms).view(1, -1)
-        top, left, height, width = augment.crop_boxes(drawn, image.height, image.width)[0].tolist()
-        # Cut out first, as torchvision does: with `box` alone Pillow would look at the pixels beside it.
-        cut = image.crop((left, top, left + width, top + height))
-        return np.asarray(cut.resize((crop, crop), Image.Resampling.BILINEAR))
+        box = augment.crop_boxes(drawn, image.height, image.width)[0].tolist()
+        return functional.resized_crop(image, *box, [crop, crop])
 
 
 class StreamedBatches:
@@ -120,14 +131,14 @@ class StreamedBatches:
         device: where inputs come out.
     """
 
-    def __init__(self, reader: Reader, maths: "Resident", device: torch.device) -> None:
+    def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
         self.num_uniforms = maths.num_uniforms
         self.device = torch.device("cpu")
         self.resident = False
         self._reader = reader
         self._maths = maths
         self._target = device
-        self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of their announcement
+        self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of prefetch()
 
     def __del__(self) -> None:
         for job in self._ahead.values():
@@ -148,14 +159,14 @@ class StreamedBatches:
         return self._maths.on(images).plain(self._all_of(images))
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Begin to read what batch() or, without uniforms, plain() will be asked for, after all that was announced
-        before: as soon as AHEAD_BYTES have room for it.
+        """Begin to read a batch that batch() or, without uniforms, plain() will request: after all that was prefetched
+        before, as soon as AHEAD_BYTES have room for it.
         """
         key = _key(indices, uniforms)
         if key in self._ahead:
             return
         self._ahead[key] = _PrefetchJob(self._reader, key, self._target.type == "cuda")
-        if len(self._ahead) > MAX_ANNOUNCED:
+        if len(self._ahead) > MAX_PREFETCHED:
             self._forget(next(iter(self._ahead)))
         self._begin()
 
@@ -188,7 +199,7 @@ class StreamedBatches:
         return torch.arange(len(images), device=images.device)
 
 
-def read_in_order(reader: Reader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
+def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
     """Images as they are tested on, one after the other: [h, w, channels] uint8."""
     for part in torch.split(torch.as_tensor(indices, dtype=torch.int64), at_once):
         job = _PrefetchJob(reader, _key(part, None), pinned=False)
@@ -216,7 +227,7 @@ class _PrefetchJob:
         pinned: the buffer goes to a GPU.
     """
 
-    def __init__(self, reader: Reader, key: tuple[bytes, bytes | None], pinned: bool) -> None:
+    def __init__(self, reader: ImageReader, key: tuple[bytes, bytes | None], pinned: bool) -> None:
         self._reader = reader
         self._key = key
         self._indices: list[int] = []

@@ -1,18 +1,19 @@
-"""What a checkpoint is evaluated on: a split of its data set, or another folder of the same classes."""
+"""Test samples of a checkpoint: a split of its data set, or another folder of the same classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from cpmix_cli.artifacts.files import DATASET, digest, sha256
+from cpmix_cli.artifacts.files import DATASET, digest
 from cpmix_cli.data import image_folder
-from cpmix_cli.data.batches import Batches, file_batches, make_batches, open_batches, pictures
+from cpmix_cli.data.batches import Batches, open_batches, pictures, stream_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.data.decoding import check_headers
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime.errors import InputError
@@ -20,7 +21,7 @@ from cpmix_cli.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class TestSet:
-    """What a checkpoint is evaluated on: N samples with their true classes."""
+    """N samples with their true classes, to evaluate a checkpoint on."""
 
     open: Callable[[Data, torch.device], Batches]
     """Makes their batches, as a recipe sees them on a device."""
@@ -36,38 +37,31 @@ class TestSet:
 
 
 def own_tests(dataset: Dataset, split: str) -> TestSet:
-    """The data set's own train, val or test split.
+    """Return the data set's own train, val or test split.
 
     Raises:
         InputError: it has none, or its files are damaged.
     """
     dataset.require(split)
-    fingerprint = dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}"
-    if dataset.storage == "tensors":
-        inputs, labels = dataset.read(split)
-        return in_memory(dataset, inputs, labels, dataset.samples(split), dataset.data_root, fingerprint)
+    inputs = cache(lambda: dataset.read(split)[0])
 
     def read(positions: torch.Tensor) -> torch.Tensor:
+        if dataset.storage == "tensors":
+            return inputs()[positions]
         return torch.from_numpy(np.stack(list(pictures(dataset, split, positions.numpy()))))
 
     return TestSet(
         lambda recipe, device: open_batches(dataset, split, recipe, device)[0],
-        *(read, dataset.labels(split), dataset.samples(split), dataset.data_root, fingerprint),
-    )
-
-
-def in_memory(dataset: Dataset, inputs: torch.Tensor, *rest: Any) -> TestSet:
-    """Samples that are all read, normalised as in training: what a test set's own mean would do to it, the network of
-    `dataset` has not seen.
-    """
-    mean, std = dataset.record["mean"], dataset.record["std"]
-    return TestSet(
-        lambda recipe, device: make_batches(inputs.to(device), recipe, mean, std), lambda at: inputs[at], *rest
+        read,
+        dataset.labels(split),
+        dataset.samples(split),
+        dataset.data_root,
+        dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}",
     )
 
 
 def other_tests(folder: Path, dataset: Dataset) -> TestSet:
-    """Another folder's images as test samples: the test split of a data set folder, or class sub-folders of images.
+    """Return another folder's test samples: the test split of a data set folder, or class sub-folders of images.
 
     Classes are matched by name; some may be missing, none may be unknown.
 
@@ -87,30 +81,27 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
                 f"{folder} has classes that the network does not know: {', '.join(unknown)}",
                 needed_by="evaluate --test-data",
             )
-        own = {key: dataset.record[key] for key in ("mean", "std")}  # see in_memory()
+        # Normalised as in training: the network has not seen what a test set's own statistics would do to it.
+        own = {key: dataset.record[key] for key in ("mean", "std")}
         tests = own_tests(replace(other, record=other.record | own), "test")
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
     if len(dataset.shape) != 3:
         raise InputError(f"{folder}: a network of points takes no images", needed_by="evaluate --test-data")
-    files = image_folder.scan(folder, class_names=dataset.class_names)
-    samples = pd.DataFrame({"sample_id": np.arange(len(files.paths)), "label": files.labels, "path": files.paths})
-    labels = torch.from_numpy(files.labels)
-    if dataset.storage == "tensors":
-        inputs = files.read(np.arange(len(files.paths)), dataset.shape)
-        fingerprint = digest([files.paths, files.labels.tolist(), sha256(inputs.tobytes())])
-        return in_memory(dataset, torch.from_numpy(inputs), labels, samples, folder.resolve(), fingerprint)
+    _, files = image_folder.scan(folder, class_names=dataset.class_names)
     paths = [folder / path for path in files.paths]
+    check_headers(paths)
 
     def reader(recipe: Data) -> FileReader:
-        return FileReader(paths, dataset.shape[0], recipe, upright=True)
-
-    def read(positions: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), positions.tolist()))))
+        return FileReader(paths, dataset.shape, recipe, upright=True)
 
     mean, std = dataset.record["mean"], dataset.record["std"]
     return TestSet(
-        lambda recipe, device: file_batches(reader(recipe), recipe, mean, std, device),
-        *(read, labels, samples, folder.resolve(), digest([files.listing, files.labels.tolist()])),
+        lambda recipe, device: stream_batches(reader(recipe), recipe, mean, std, device),
+        lambda at: torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), at.tolist())))),
+        torch.from_numpy(files.labels),
+        pd.DataFrame({"sample_id": files.positions, "label": files.labels, "path": files.paths}),
+        folder.resolve(),
+        digest([image_folder.listing(folder, files.paths), files.labels.tolist()]),
     )
