@@ -99,7 +99,7 @@ def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.code == 3
     first = "other/train/airfield/"
     assert f"error: none of the 106,300 image files is there; the first would be {first}" in result.stderr
-    assert len(result.stderr.splitlines()) == 2
+    assert len(result.stderr.splitlines()) == 3
     assert files(tmp_path) == []
 
 

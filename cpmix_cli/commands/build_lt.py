@@ -12,17 +12,6 @@ from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import locks, records, tables
-from cpmix_cli.artifacts.files import (
-    CLASS_COUNTS,
-    DATASET,
-    check_place,
-    digest,
-    is_there,
-    make_folder,
-    publish,
-    read_bytes,
-    sha256,
-)
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import Dataset, Storage, open_dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
@@ -84,17 +73,17 @@ def run(options: BuildOptions) -> None:
         made_from["few_inclusive"] = True
 
     status = "up to date"
-    if options.overwrite or not is_there(folder / DATASET):
+    if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
         parts = choose(
             replace(source, profile=profile), rho, options.subset_seed, options.val_per_class, test_per_class
         )
         splits = take(source, parts)
-        check_place(folder, 0)
+        artifacts.check_place(folder, 0)
         with _unreadable_listed_beside(folder):
             sizes = look_for_files(source.root, splits) if source.root and storage != "tensors" else {}
             with locks.hold(folder, wait=True) as lock:
                 # Another process may have built it while this one waited.
-                if options.overwrite or not is_there(folder / DATASET):
+                if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
                     if storage == "tensors" or source.root is None:
                         stored = store_tensors(folder, splits, source.root, size)
                     elif storage == "shards":
@@ -116,11 +105,7 @@ def run(options: BuildOptions) -> None:
 
 
 def _check_flags(options: BuildOptions) -> None:
-    """Refuse what can be refused without a look at any file.
-
-    Raises:
-        UsageError: see run().
-    """
+    """Refuse what can be refused without looking at a file."""
     name = options.source
     if name not in SOURCES:
         raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}')
@@ -244,8 +229,8 @@ def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
     except UnreadableImages as fault:
         if len(fault.lines) <= SHOWN:
             raise
-        make_folder(path.parent)
-        publish(path, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
+        artifacts.make_folder(path.parent)
+        artifacts.publish(path, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
         raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path) from fault
     with suppress(OSError):
         path.unlink(missing_ok=True)
@@ -270,15 +255,15 @@ def _write(
         files[listed] = tables.publish_table(folder / listed, tables.split_schema(source.root is not None), columns)
         # Of the content and not of the Parquet bytes, which another pyarrow may write differently.
         pairs = np.stack([part.labels, part.positions]).astype("<i8").tobytes()
-        digests[split] = {"list": sha256(pairs), **stored.digests[split]}
+        digests[split] = {"list": artifacts.sha256(pairs), **stored.digests[split]}
 
     counts, num_test = (
         np.bincount(splits[name].labels, minlength=len(source.class_names)) for name in ("train", "test")
     )
     few_inclusive = bool(made_from.get("few_inclusive"))
     groups = [group_of(int(n), few_inclusive=few_inclusive) for n in counts]
-    files[CLASS_COUNTS] = tables.publish_table(
-        folder / CLASS_COUNTS,
+    files[artifacts.CLASS_COUNTS] = tables.publish_table(
+        folder / artifacts.CLASS_COUNTS,
         tables.CLASS_COUNTS_SCHEMA,
         {
             "class_id": np.arange(len(counts)),
@@ -303,23 +288,18 @@ def _write(
         "files": files,
         **stored.keys,
         "data_root": str(source.root.resolve()) if source.root else None,
-        "source_files": {p.name: sha256(read_bytes(p)) for p in source.files},
-        "fingerprint": digest({"classes": source.class_names, "splits": digests}),
+        "source_files": {p.name: artifacts.sha256(artifacts.read_bytes(p)) for p in source.files},
+        "fingerprint": artifacts.digest({"classes": source.class_names, "splits": digests}),
     }
     lock.check()
-    records.publish_record(folder / DATASET, record)
+    records.publish_record(folder / artifacts.DATASET, record)
 
 
 # -- a finished data set -----------------------------------------------------------------------------------------------
 
 
 def _check_existing(dataset: Dataset, made_from: dict[str, Any]) -> None:
-    """Check the files of a data set that exists; missing shards are packed again.
-
-    Raises:
-        EnvironmentFault: it was made from something else.
-        InputError: a file is damaged, or the image files of missing shards have changed.
-    """
+    """Check the files of a data set that exists, and that it is the one asked for; pack missing shards again."""
     wanted = made_from | {key: made_from.get(key) for key in ("storage", "few_inclusive")}
     if changed := differences({key: dataset.record.get(key) for key in wanted}, wanted):
         raise EnvironmentFault(
@@ -333,11 +313,7 @@ def _check_existing(dataset: Dataset, made_from: dict[str, Any]) -> None:
 
 
 def _repair(dataset: Dataset) -> None:
-    """Pack missing or truncated shards again; the recorded hashes say what has to come out.
-
-    Raises:
-        InputError: the image files have changed since.
-    """
+    """Pack missing or truncated shards again; the recorded hashes say what has to come out."""
     assert dataset.data_root is not None
     for split in dataset.splits:
         recorded = dataset.recorded_shards(split)
@@ -357,11 +333,7 @@ def _repair(dataset: Dataset) -> None:
 
 
 def _verify(dataset: Dataset) -> None:
-    """Check every packed image, or the header of every image file.
-
-    Raises:
-        InputError: with the damaged images.
-    """
+    """Check every packed image, or the header of every image file."""
     if dataset.storage == "shards":
         for split in dataset.splits:
             dataset.shards(split).verify()

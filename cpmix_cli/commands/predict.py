@@ -1,5 +1,7 @@
 """predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -59,27 +61,20 @@ def run(options: PredictOptions) -> None:
         files.make_folder(options.out.parent)
         files.sweep(options.out)
         tables.publish_table(options.out, tables.PREDICTED_IMAGES_SCHEMA, columns)
-    report(options, source.phase, [str(path) for path in paths], classified, confidence, classes)
-
-
-def report(
-    options: PredictOptions,
-    phase: str,
-    paths: list[str],
-    predicted: torch.Tensor,
-    confidence: torch.Tensor,
-    classes: list[str],
-) -> None:
-    """A row for each image; all of them as JSON."""
     guesses = [
         [{"class": classes[c], "confidence": round(p, 4)} for c, p in zip(row, chances, strict=True)]
-        for row, chances in zip(predicted.tolist(), confidence.tolist(), strict=True)
+        for row, chances in zip(classified.tolist(), confidence.tolist(), strict=True)
     ]
+    report(options, source.phase, [str(path) for path in paths], guesses)
+
+
+def report(options: PredictOptions, phase: str, paths: list[str], guesses: list[list[dict[str, Any]]]) -> None:
+    """Print a row for each image, or all of them as JSON."""
     rows = [
         [path, *(cell for guess in row for cell in (guess["class"], f"{100 * guess['confidence']:.1f} %"))]
         for path, row in zip(paths[:NUM_SHOWN], guesses, strict=False)
     ]
-    numbers = [""] if predicted.shape[1] == 1 else [f" {k}" for k in range(1, predicted.shape[1] + 1)]
+    numbers = [""] if len(guesses[0]) == 1 else [f" {k}" for k in range(1, len(guesses[0]) + 1)]
     lines = []
     if len(paths) > NUM_SHOWN:
         lines.append(f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")

@@ -102,11 +102,7 @@ def read(places: list[Path], published: CifarArchive) -> Source:
 
 
 def _source(published: CifarArchive, names: list[str], train: Split, test: Split, files: tuple[Path, ...]) -> Source:
-    """Return the set.
-
-    Raises:
-        InputError: its classes are others than those of `published`.
-    """
+    """Return the set; refuse classes other than those of `published`."""
     if len(names) != published.num_classes:
         raise InputError(
             f"{files[0]} names {len(names)} classes; expected {published.num_classes}",
@@ -185,11 +181,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
-    """A batch's dictionary.
-
-    Raises:
-        InputError: the bytes are not the published ones, or hold more than data.
-    """
+    """Return a batch's dictionary; refuse bytes that are not the published ones, or hold more than data."""
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:
         raise InputError(

@@ -28,7 +28,6 @@ SHOWN = 20
 AHEAD = 4096
 """Calls that in_threads() hands out at a time: a waiting call takes memory too."""
 IO_THREADS = 16
-STAT_BLOCK = 1000
 
 
 class UnreadableImages(InputError):
@@ -124,33 +123,6 @@ def in_threads(function: Callable[[int], T], count: int, *, threads: int | None 
             raise
 
 
-def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Bytes of each file [N], by many threads: on a network file system it is the waiting that takes the time.
-
-    Raises:
-        UnreadableImages: with every file that is missing, empty or none.
-    """
-    sizes = np.zeros(len(paths), dtype=np.int64)
-
-    def look(block: int) -> list[str]:
-        faults = []
-        for i in range(block * STAT_BLOCK, min((block + 1) * STAT_BLOCK, len(paths))):
-            try:
-                found = paths[i].stat()
-            except OSError as fault:
-                faults.append(f"{paths[i]}: {fault.strerror or fault}")
-                continue
-            sizes[i] = found.st_size
-            if not stat.S_ISREG(found.st_mode) or not found.st_size:
-                faults.append(f"{paths[i]}: {'empty' if stat.S_ISREG(found.st_mode) else 'not a file'}")
-        return faults
-
-    faults = [line for lines in in_threads(look, -(-len(paths) // STAT_BLOCK), threads=IO_THREADS) for line in lines]
-    if faults:
-        raise UnreadableImages(faults)
-    return sizes
-
-
 def read_each(
     paths: Sequence[Path],
     read: Callable[[Path], Any],
@@ -207,6 +179,25 @@ def check_headers(paths: Sequence[Path]) -> None:
 
     with console.Progress("checked image files", len(paths)) as progress:
         read_each(paths, look, lambda *_: None, progress, threads=IO_THREADS)
+
+
+def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """Return the bytes of each file [N], by many threads: on a network file system most of the time is waiting.
+
+    Raises:
+        UnreadableImages: with every file that is missing, empty or none.
+    """
+
+    def size(path: Path) -> int:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            raise ValueError("empty" if stat.S_ISREG(found.st_mode) else "not a file")
+        return found.st_size
+
+    sizes = np.zeros(len(paths), dtype=np.int64)
+    with console.Progress("found image files", len(paths)) as progress:
+        read_each(paths, size, sizes.__setitem__, progress, threads=IO_THREADS)
+    return sizes
 
 
 def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:

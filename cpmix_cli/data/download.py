@@ -1,6 +1,6 @@
-"""Fetching published sets: the one file that reads a network, and only for `build-lt --download`.
+"""Fetching published sets: the only file that reads a network, and only for `build-lt --download`.
 
-Pooch does the work: a temporary file, a hash, then a rename; a file that is there and right is not fetched again.
+Pooch does the work: a temporary file, a hash, then a rename; a file with the right hash is not fetched again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpmix_cli.artifacts import files
-from cpmix_cli.data.cifar import CIFAR10, CIFAR100, CifarArchive
+from cpmix_cli.data.cifar import CIFAR10, CIFAR100
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
@@ -28,28 +28,16 @@ class Remote:
         return self.url.rsplit("/", 1)[1]
 
 
-def _cifar(published: CifarArchive) -> Remote:
-    return Remote(f"https://www.cs.toronto.edu/~kriz/{published.archive}", published.sha256)
-
-
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+FASHION_ARCHIVES = {
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
 REMOTES: Mapping[str, Sequence[Remote]] = {
-    "cifar10": [_cifar(CIFAR10)],
-    "cifar100": [_cifar(CIFAR100)],
-    "fashion-mnist": [
-        Remote(
-            f"{FASHION}/train-images-idx3-ubyte.gz", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
-        ),
-        Remote(
-            f"{FASHION}/train-labels-idx1-ubyte.gz", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
-        ),
-        Remote(
-            f"{FASHION}/t10k-images-idx3-ubyte.gz", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
-        ),
-        Remote(
-            f"{FASHION}/t10k-labels-idx1-ubyte.gz", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
-        ),
-    ],
+    **{c.name: [Remote(f"https://www.cs.toronto.edu/~kriz/{c.archive}", c.sha256)] for c in (CIFAR10, CIFAR100)},
+    "fashion-mnist": [Remote(f"{FASHION}/{name}", sha) for name, sha in FASHION_ARCHIVES.items()],
 }
 
 

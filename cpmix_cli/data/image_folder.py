@@ -66,10 +66,9 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
             f"({', '.join(sorted(SUFFIXES))})",
             fix="add images, or delete the empty sub-folders",
         )
-    if odd := [repr(os.fsencode(path))[1:] for path in paths if not _is_utf8(path)]:
+    if odd := [repr(os.fsencode(path))[1:] for path in paths if path != path.encode(errors="ignore").decode()]:
         raise InputError(
-            f"{folder}: names that are no UTF-8, which no table can hold: {shortened(odd, 5)}",
-            fix="rename them",
+            f"{folder}: names that are no UTF-8, which no table can hold: {shortened(odd, 5)}", fix="rename them"
         )
     if others:
         console.warn(f"{folder}: {counted(others, 'file')} left out, no image by the name")
@@ -117,11 +116,3 @@ def _files_below(folder: Path) -> list[Path]:
             files += [Path(place, name) for name in names if not name.startswith(".")]
         seen.add(real)
     return files
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

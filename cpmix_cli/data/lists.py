@@ -179,11 +179,7 @@ def read_list(path: Path) -> Split:
 
 
 def _refuse(path: Path, faults: Mapping[int, str]) -> None:
-    """Refuse a list for its lines.
-
-    Raises:
-        InputError: with the first of them.
-    """
+    """Refuse a list for its lines, if any: line number -> what is wrong."""
     if faults:
         lines = [f"line {number}: {why}" for number, why in faults.items()]
         raise InputError(
@@ -192,11 +188,7 @@ def _refuse(path: Path, faults: Mapping[int, str]) -> None:
 
 
 def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> None:
-    """A training image that is a test image as well makes every accuracy wrong; one in val is warned of.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Refuse a training image that is a test image as well: it makes every accuracy wrong. Warn of one in val."""
     for first, second in combinations(splits, 2):
         images = set(splits[second].paths)
         shared = [path for path in splits[first].paths if path in images]

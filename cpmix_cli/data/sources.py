@@ -199,11 +199,7 @@ def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
 
 
 def _root_of(source: str, data_root: Path | None) -> Path:
-    """Return the folder of the image files.
-
-    Raises:
-        InputError: none was given.
-    """
+    """Return the folder of the image files; refuse a missing --data-root."""
     if data_root is None:
         raise InputError(
             f"{source} needs the folder that holds the images",

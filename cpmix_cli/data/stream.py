@@ -61,7 +61,7 @@ class ImageReader(Protocol):
 
 
 class FileReader:
-    """Image files, decoded at each use.
+    """Reads image files; each is decoded at every use.
 
     Args:
         paths: of the files [N].
@@ -72,13 +72,7 @@ class FileReader:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        shape: Sequence[int],
-        recipe: Data,
-        *,
-        upright: bool,
-        fix: str = "repair or remove it",
+        self, paths: Sequence[Path], shape: Sequence[int], recipe: Data, *, upright: bool, fix: str = "repair it"
     ) -> None:
         self._paths = paths
         self._size = shape[0]
@@ -105,10 +99,7 @@ class FileReader:
             image = self._seen(open_rgb(path, upright=self._upright), uniforms)
             into[:] = np.asarray(image if self.shape[2] == 3 else image.convert("L")).reshape(self.shape)
         except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
-            raise InputError(
-                f"{path} cannot be read as an image: {reason(fault)}",
-                fix=self._fix,
-            ) from fault
+            raise InputError(f"{path} cannot be read as an image: {reason(fault)}", fix=self._fix) from fault
 
     def _seen(self, image: Image.Image, uniforms: NDArray[np.float64] | None) -> Any:
         from torchvision.transforms import functional  # a second of import that other data sets do not need
@@ -123,12 +114,12 @@ class FileReader:
 
 
 class StreamedBatches:
-    """Batches of images that a reader gives.
+    """Batches of images that an ImageReader reads.
 
     Args:
-        reader: from where.
-        maths: what becomes of them on the device.
-        device: where inputs come out.
+        reader: the images.
+        maths: batches whose augmentation and normalisation they get, on the device.
+        device: of the inputs that come out.
     """
 
     def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
@@ -219,13 +210,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class _PrefetchJob:
-    """A batch to be read.
-
-    Args:
-        reader: from where.
-        key: bytes of the indices, int64, and of their uniforms, float64.
-        pinned: the buffer goes to a GPU.
-    """
+    """A batch to be read: `key` is the bytes of its indices, int64, and of their uniforms, float64."""
 
     def __init__(self, reader: ImageReader, key: tuple[bytes, bytes | None], pinned: bool) -> None:
         self._reader = reader
