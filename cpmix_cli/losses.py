@@ -23,7 +23,8 @@ Class weights are
 
     class_weights(class_counts [C], *, parameters) -> [C], of mean 1
 
-All are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term.
+All are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term. What a
+loss needs of the rest of the recipe stands in NEEDS, below the dictionaries; recipes are refused that do not have it.
 """
 
 import math
@@ -36,6 +37,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cpmix_cli.experts import target_classes
+from cpmix_cli.recipe.functions import Needs
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -110,7 +112,7 @@ def ldam(
     Args:
         logits: scale times cosines, as `model.head = "cosine"` gives them.
         max_margin: of the rarest class, as a cosine.
-        scale: `model.head_scale`; recipe.py checks that the two agree.
+        scale: `model.head_scale`.
 
     Source: Cao et al., LDAM-DRW, and its code, which multiplies by s in the loss: the same.
     """
@@ -341,3 +343,14 @@ ROUTING_LOSSES: dict[str, Callable[..., Tensor]] = {"routing": routing}
 REGULARISERS: dict[str, Callable[..., Tensor]] = {"expert-diversity": expert_diversity}
 DISTILLATIONS: dict[str, Callable[..., Tensor]] = {"distillation": distillation}
 CLASS_WEIGHTS: dict[str, Callable[..., Tensor]] = {"effective-number": effective_number}
+NEEDS: dict[Callable[..., Tensor], Needs] = {
+    ldam: Needs(
+        {"model.head": ["cosine"]}, "it takes its margins off scaled cosines", repeats={"scale": "model.head_scale"}
+    ),
+    sade: Needs({"model.experts": [3]}, "each of its experts has a loss of its own"),
+    ace: Needs({"model.experts": range(2, 101)}),
+    routing: Needs({"finetune.head": ["routers"]}, stage="finetune"),
+    expert_diversity: Needs(idle_without={"temperature_spread": "reweight"}),
+    distillation: Needs(stage="stage1"),
+}
+"""Function -> what it needs beside its parameters."""

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cpmix_cli.confusion import draw_confused, draw_weighted
+from cpmix_cli.recipe.functions import Needs
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -235,3 +236,9 @@ LABELS: dict[str, Callable[..., Any]] = {
     "imbalance-aware": imbalance_aware,
     "remix": remix,
 }
+NEEDS: dict[Callable[..., Any], Needs] = {
+    fixed: Needs(class_pairs="pairs"),
+    transport: Needs(package="ot", extra="transport"),
+    box: Needs(images=True),
+}
+"""Function -> what it needs beside its parameters."""

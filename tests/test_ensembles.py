@@ -120,22 +120,22 @@ def test_detached_experts_leave_the_shared_stages_to_the_first() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.detached_experts=true"], "detached_experts needs experts = 2 or more"),
-        (["model.expert_width=0.75"], "expert_width needs experts = 2 or more"),
-        (["model.experts=2", "stage1.terms.erm.loss=sade"], "is one of 3 experts: model.experts = 2"),
-        (["stage1.terms.erm.loss=ace"], "is one of several experts: model.experts = 1"),
-        (["optimizer.expert_rates=target-share"], "needs several experts"),
-        (["evaluation.aggregate=targets"], "needs several experts"),
+        (["model.detached_experts=true"], "detached_experts needs experts other than 1"),
+        (["model.expert_width=0.75"], "expert_width needs experts other than 1"),
+        (["model.experts=2", "stage1.terms.erm.loss=sade"], 'loss = "sade" needs model.experts = 3, not 2'),
+        (["stage1.terms.erm.loss=ace"], 'loss = "ace" needs model.experts = 2 or more, not 1'),
+        (["optimizer.expert_rates=target-share"], "needs model.experts = 2 or more"),
+        (["evaluation.aggregate=targets"], "needs model.experts = 2 or more"),
         (
             ["model.experts=2", "model.head=cosine", "evaluation.aggregate=targets"],
-            'says nothing of the logits of model.head = "cosine"',
+            'needs model.head = "linear", not "cosine": heads of one size say nothing of cosines',
         ),
         (["model.experts=2", "evaluation.aggregate=routed"], 'needs finetune.head = "routers"'),
-        (["model.experts=2", "evaluation.routing_threshold=0.3"], 'routing_threshold needs aggregate = "routed"'),
+        (["model.experts=2", "evaluation.routing_threshold=0.3"], "needs evaluation.routing_threshold = 0.5, not 0.3"),
         (
             [f"stage1.terms.erm.{key}" for key in ("regulariser=expert-diversity", "diversity=1.0")]
             + ["stage1.terms.erm.temperature_spread=0.05"],
-            "stage1.terms.erm.temperature_spread is of the epochs whose class weights count: needs reweight",
+            "stage1.terms.erm.temperature_spread needs reweight",
         ),
         (["model.experts=3", "model.shared_stages=3"], "it has 3 stages, and an expert needs one of its own"),
         (["model.experts=3", "model.expert_width=0.77"], "gives channels that no shortcut joins: [16, 25, 49]"),
@@ -720,12 +720,12 @@ def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
         assert [other[key] for key in ("top1", "ece")] == [same[key] for key in ("top1", "ece")]
     must("confusion-report", "--from", run)
     for settings, message in (
-        (["finetune.head=routers"], 'finetune.terms.erm: loss = "routing" and finetune.head = "routers" go together'),
-        (["stage1.terms.erm.loss=routing"], "go together"),
-        (["finetune.head=routers", "finetune.terms.erm.loss=routing"], "needs several experts"),
+        (["finetune.head=routers"], 'finetune.head = "routers" needs finetune.terms.erm.loss = "routing"'),
+        (["stage1.terms.erm.loss=routing"], 'stage1.terms.erm.loss = "routing" goes into finetune only'),
+        (["finetune.head=routers", "finetune.terms.erm.loss=routing"], "needs model.experts = 2 or more"),
         (
             ["model.experts=2", "finetune.head=routers", "finetune.terms.erm.loss=routing"],
-            'it wants finetune.train = ["routers"]',
+            'needs finetune.train = ["routers"]',
         ),
     ):
         flags = [flag for setting in settings for flag in ("--set", setting)]

@@ -1,13 +1,15 @@
 """The outline that recipes are checked against is that of the functions themselves."""
 
 import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpmix_cli import losses, mixing
 from cpmix_cli.recipe import functions
-from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
+from cpmix_cli.recipe.functions import FUNCTION_TABLES, Needs, bind, known, needs_of
 from cpmix_cli.training.objective import FUNCTIONS
 
 
@@ -29,6 +31,53 @@ def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatc
             functions.outline("losses")
     finally:
         functions.outline.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (
+            "kind: torch.dtype",
+            "the type of the parameter kind is torch.dtype, which cannot be read without importing torch",
+        ),
+        (
+            "scale: float = np.pi",
+            "the default of the parameter scale is np.pi, which cannot be read without importing np",
+        ),
+    ],
+)
+def test_a_parameter_that_cannot_be_read_says_so(
+    parameter: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"import numpy as np\nimport torch\ndef mse(logits, *, power: int, {parameter}): ...\n"
+    (tmp_path / "losses.py").write_text(text)
+    monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
+    functions.outline.cache_clear()
+    try:
+        functions.outline("losses")  # a helper that no table names may have any parameter
+        (tmp_path / "losses.py").write_text(f"{text}LOSSES = {{'mse': mse}}\n")
+        functions.outline.cache_clear()
+        with pytest.raises(NameError) as caught:
+            functions.outline("losses")
+    finally:
+        functions.outline.cache_clear()
+    assert str(caught.value).startswith(f"{tmp_path}/losses.py: mse(): {message}")
+    assert "give the parameter a plain type and default" in str(caught.value)
+
+
+def test_needs_stand_beside_the_functions() -> None:
+    """The outline has those of the modules; each is of a function that recipes can name."""
+    found = {}
+    for kind in FUNCTION_TABLES:
+        for name, function in FUNCTIONS[kind].items():
+            module = import_module(function.__module__) if inspect.isfunction(function) else None
+            own = getattr(module, "NEEDS", {}).get(function, Needs())
+            assert needs_of(kind, name) == own
+            if own != Needs():
+                found[name] = own
+    assert len(found) == len(losses.NEEDS) + len(mixing.NEEDS)
+    assert found["sade"].keys == {"model.experts": [3]}
+    assert needs_of("loss", "no such loss") == Needs()
 
 
 def scaled(x: float, *, factor: float, power: int = 1) -> float:

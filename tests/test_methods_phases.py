@@ -114,10 +114,13 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
 def test_ldam_wants_its_cosine_head(digits: Path, tmp_path: Path) -> None:
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--recipe", "digits/cross-entropy")
     ldam = setting("stage1.terms.erm", "loss=ldam", "scale=30")
-    for more in ((), ("--set", "model.head=cosine", "--set", "model.head_scale=20")):
-        result = cpmix(*command, *ldam, *more)
+    for settings, message in (
+        ((), 'needs model.head = "cosine", not "linear"'),
+        (("head=cosine", "head_scale=20"), "needs stage1.terms.erm.scale = model.head_scale (20.0)"),
+    ):
+        result = cpmix(*command, *ldam, *setting("model", *settings))
         assert result.code == 2
-        assert "stage1.terms.erm.scale = model.head_scale" in result.stderr
+        assert f'stage1.terms.erm.loss = "ldam" {message}' in result.stderr
     assert not (tmp_path / "run").exists()
 
 

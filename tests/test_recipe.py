@@ -148,7 +148,7 @@ def test_a_recipe_that_does_not_fit_the_data() -> None:
     with pytest.raises(UsageError, match=r"pairs: \[0, 4\] is not two of the 4 class ids"):
         settings = ["stage2.terms.cp.partner=fixed", "stage2.terms.cp.pairs=[[0, 4]]"]
         check_fits(load("toy/cpmix", settings=settings), 4, (2,))
-    with pytest.raises(UsageError, match="optimizer: nesterov needs momentum > 0"):
+    with pytest.raises(UsageError, match=r"optimizer.momentum = 0.0 needs optimizer.nesterov = false, not true"):
         load("digits/cpmix", settings=["optimizer.nesterov=true", "optimizer.momentum=0"])
 
 
@@ -221,8 +221,20 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["finetune.head=scale", "model.head=cosine"], 'model.head = "cosine" has no bias and no norms'),
-        (["evaluation.tau_norm=1", "model.head=cosine"], "evaluation.tau_norm"),
+        (
+            ["finetune.head=scale", "model.head=cosine"],
+            'finetune.head = "scale" needs model.head = "linear", not "cosine": a cosine head has no bias',
+        ),
+        (
+            ["evaluation.tau_norm=1", "model.head=cosine"],
+            'model.head = "cosine" needs evaluation.tau_norm = 0, not 1.0: it has no norms',
+        ),
+        (
+            ["data.crop=8"],
+            'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-flip-jitter" or "none"',
+        ),
+        (["data.augment=resized-crop-flip"], 'data.augment = "resized-crop-flip" needs data.crop = 1 or more, not 0'),
+        (["stage2.terms.cp.teacher=distillation"], 'stage2.terms.cp.teacher = "distillation" goes into stage1 only'),
         (["stage1.terms.erm.probability=0.5"], "probability needs partner"),
         (["stage1.terms.erm.match=transport"], "match needs partner"),
         (

@@ -1,14 +1,15 @@
-"""The functions that a recipe may name, and their parameters: known without importing torch.
+"""The functions that a recipe may name, their parameters and their needs: known without importing torch.
 
-losses.py, mixing.py and models.py import torch, seconds in which a misspelt name would go untold. So recipe.py checks
-against an outline of them, made from their source text: the tables at their foot, and functions of which the
-keyword-only parameters are left. terms.py binds the real ones by the same rules.
+losses.py, mixing.py and models.py import torch, seconds in which a misspelt name would go untold. So recipes are
+checked against an outline of them, made from their source text: the tables at their foot, and functions of which the
+keyword-only parameters are left. training/objective.py binds the real ones by the same rules.
 """
 
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,46 @@ FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a function of a term needs beside its parameters. It stands in NEEDS at the foot of the function's file."""
+
+    keys: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    """Key of the recipe, such as "model.head" -> the values that go with the function."""
+    why: str = ""
+    """The reason for these values, for the message."""
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> key of the recipe whose value it has to repeat."""
+    idle_without: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> step of the term, such as "reweight", without which it may only be 0."""
+    stage: str = ""
+    """The only stage that may have it; "": any."""
+    images: bool = False
+    """The data set has images, not points."""
+    class_pairs: str = ""
+    """Parameter that holds pairs of class ids, whose range is the data set's."""
+    package: str = ""
+    """Module that has to be installed, and ..."""
+    extra: str = ""
+    """... the optional extra of cpmix that installs it."""
+
+
 @cache
 def outline(module: str) -> dict[str, Any]:
     """What stands at the top of a module of this package: functions with nothing but their keyword-only parameters,
     and whatever else can be made without the packages that take long to import.
+
+    Raises:
+        NameError: a table of functions cannot be made so; what is in the way, and how to go without it.
     """
     path = Path(__file__).parents[1] / f"{module}.py"
     found: dict[str, Any] = {}
+    unreadable: dict[str, str] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             source = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            if (source or "").partition(".")[0] not in {*sys.stdlib_module_names, "pydantic"}:
+            light = {*sys.stdlib_module_names, "pydantic"}
+            if source is None or not (source.partition(".")[0] in light or source.startswith("cpmix_cli.recipe.")):
                 continue
         elif isinstance(node, ast.FunctionDef):
             node.args = ast.arguments([], [], None, node.args.kwonlyargs, node.args.kw_defaults, None, [])
@@ -53,16 +83,40 @@ def outline(module: str) -> dict[str, Any]:
             node = ast.Assign([node.target], node.value)
         elif not isinstance(node, ast.Assign):
             continue
-        code = compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec")
         try:
-            exec(code, found)
+            _run(node, path, found)
         except NameError as fault:
             tables = {table for known_in, names in FUNCTION_TABLES.values() if known_in == module for table in names}
             made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
-            if made & tables:
-                raise NameError(f"{path}: {', '.join(made)} may only name functions of this file: {fault}") from fault
+            if isinstance(node, ast.FunctionDef):  # which is no fault unless a table names it
+                unreadable[node.name] = _unreadable_parameter(node, path, found)
+            elif made & {*tables, "NEEDS"}:
+                told = f"{', '.join(made)} may only name functions of this file: {fault}"
+                raise NameError(f"{path}: {unreadable.get(str(fault.name), told)}") from fault
             # Otherwise a constant made with torch.
     return found
+
+
+def _run(node: ast.stmt, path: Path, found: dict[str, Any]) -> None:
+    """Execute one statement of a module, in the namespace `found`."""
+    exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec"), found)
+
+
+def _unreadable_parameter(function: ast.FunctionDef, path: Path, found: dict[str, Any]) -> str:
+    """Say which keyword-only parameter of a function cannot be read, and what to do."""
+    for parameter, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        for part, what in ((parameter.annotation, "type"), (default, "default")):
+            try:
+                _run(ast.Expr(part or ast.Constant(None)), path, dict(found))
+            except NameError as fault:
+                text = "" if part is None else ast.unparse(part)
+                return (
+                    f"{function.name}(): the {what} of the parameter {parameter.arg} is {text}, which cannot be read "
+                    f"without importing {fault.name}. Recipes are checked without that: give the parameter a plain "
+                    "type and default (float, int, bool, str, list, Literal, Annotated), and make anything else of its "
+                    "value inside of the function"
+                )
+    raise AssertionError(f"{function.name}() can be read")
 
 
 def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) -> Functions:
@@ -74,6 +128,12 @@ def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) ->
     """
     module, tables = FUNCTION_TABLES[kind]
     return {name: function for table in tables for name, function in namespace(module)[table].items()}
+
+
+def needs_of(kind: str, name: str) -> Needs:
+    """What a function needs; nothing where there is no such function."""
+    needs: Mapping[Any, Needs] = outline(FUNCTION_TABLES[kind][0]).get("NEEDS", {})
+    return needs.get(known(kind).get(name), Needs())
 
 
 def keywords(kind: str, name: object) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
+from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import UsageError, suggest
 
@@ -205,6 +206,8 @@ def resolve(
         recipe = Recipe.model_validate(tables)
     except ValidationError as fault:
         lines = [_explain(dict(error)) for error in fault.errors()]
+    else:
+        lines = unmet(recipe)
     lines += _function_faults(tables)
     if recipe is None or lines:
         count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"

@@ -5,8 +5,8 @@ what comes out is written beside each phase's output as a recipe that is itself 
 (folders, device) is a flag and never stands in a recipe. Imports nothing heavy.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from cpmix_cli.recipe.functions import TERM_KINDS, known
+from cpmix_cli.recipe.functions import TERM_KINDS, Needs, known, needs_of
 from cpmix_cli.runtime.errors import suggest
 
 # What each phase depends on. An output is refused to another recipe when one of its tables differs.
@@ -37,13 +37,29 @@ class Table(BaseModel):
     """A TOML table: unknown keys are faults, no type is coerced but int to float, and inf and nan are no numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Key -> keys that say nothing while it has its default: refused then, and left out of a resolved recipe."""
     _quiet: ClassVar[tuple[str, ...]] = ()
-    """Keys that a resolved recipe leaves out where they say what was so before there were such keys: the runs from then
-    stay what they are."""
+    """Keys that a resolved recipe leaves out while they have their defaults: runs that are older than the key stay what
+    they are."""
+
+    def _given(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that have another value than their default."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
+    @model_validator(mode="after")
+    def _has_no_idle_keys(self) -> Self:
+        for key, idle in self._idle_without.items():
+            if not self._given([key]) and (given := self._given(idle)):
+                default = type(self).model_fields[key].default
+                other = "" if default is None else f" other than {default}"
+                raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} {key}{other}")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        idle = {key for key in self._quiet if getattr(self, key) == type(self).model_fields[key].default}
+        idle = {key for without, keys in self._idle_without.items() if not self._given([without]) for key in keys}
+        idle |= set(self._quiet) - set(self._given(self._quiet))
         return {key: value for key, value in handler(self).items() if key not in idle}
 
 
@@ -65,15 +81,6 @@ class Data(Table):
     """Mean and deviation a channel: the published ones of CIFAR-10, ImageNet or iNaturalist, the training set's own, or
     0 and 1."""
     _quiet: ClassVar[tuple[str, ...]] = ("crop",)
-
-    @model_validator(mode="after")
-    def _crops_have_a_size(self) -> "Data":
-        resized = self.augment.startswith("resized-crop")
-        if resized and not self.crop:
-            raise ValueError(f'augment = "{self.augment}" resizes to crop: crop = 0 is no size')
-        if self.crop and not resized and self.augment != "none":
-            raise ValueError(f'crop goes with a resized-crop or with "none", not with augment = "{self.augment}"')
-        return self
 
     def input_shape(self, shape: Sequence[int]) -> list[int]:
         """What the network sees of images (H, W, channels) or points (D,) of `shape`."""
@@ -120,21 +127,10 @@ class Model(Table):
             raise ValueError(f"unknown.{suggest(name, known('model'))}")
         return name
 
-    _of_experts: ClassVar[tuple[str, ...]] = ("shared_stages", "expert_width", "expert_layout", "detached_experts")
-
-    @model_validator(mode="after")
-    def _has_experts(self) -> "Model":
-        given = [key for key in self._of_experts if getattr(self, key) != type(self).model_fields[key].default]
-        if self.experts == 1 and given:
-            raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} experts = 2 or more")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As a resolved recipe shows it: of a plain network, nothing of experts."""
-        dropped = ["experts", *self._of_experts] if self.experts == 1 else []
-        dropped += [key for key in ("init", "frozen", "sync_batchnorm") if not getattr(self, key)]
-        return {key: value for key, value in handler(self).items() if key not in dropped}
+    _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
+        "experts": ("shared_stages", "expert_width", "expert_layout", "detached_experts")
+    }
+    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "frozen", "sync_batchnorm")
 
 
 class ParameterGroup(Table):
@@ -143,15 +139,6 @@ class ParameterGroup(Table):
     prefix: str
     lr_factor: float = Field(default=1.0, ge=0, le=1e6)
     weight_decay: float | None = Field(default=None, ge=0)
-
-
-T = TypeVar("T", bound="Optimizer | Finetune")
-
-
-def _checked_nesterov(table: T) -> T:
-    if table.nesterov and table.momentum == 0:
-        raise ValueError("nesterov needs momentum > 0")
-    return table
 
 
 class Optimizer(Table):
@@ -174,10 +161,6 @@ class Optimizer(Table):
     """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
     which the expert answers for (ACE)."""
     _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> "Optimizer":
-        return _checked_nesterov(self)
 
 
 class Schedule(Table):
@@ -215,13 +198,13 @@ class Confusion(Table):
     _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
 
 
-class TermRecipe(BaseModel):
+class TermRecipe(Table):
     """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
 
     Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
         "partner": (
             *("match", "ratio", "alpha", "per_sample", "mix", "label"),
@@ -230,7 +213,6 @@ class TermRecipe(BaseModel):
         "match": ("match_power",),
         "reweight": ("reweight_after", "reweight_norm"),
     }
-    """Step -> keys that say nothing in a term without it."""
 
     draw: Literal["natural", "class-uniform"] = "natural"
     """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
@@ -270,11 +252,6 @@ class TermRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "TermRecipe":
-        for step, keys in self._idle_without.items():
-            fields = type(self).model_fields
-            given = [key for key in keys if getattr(self, key) != fields[key].default]
-            if getattr(self, step) is None and given:
-                raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} {step}")
         missing = [key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None]
         if self.partner is not None and missing:
             raise ValueError(f"a partner needs {', '.join(missing)}")
@@ -285,16 +262,19 @@ class TermRecipe(BaseModel):
         """Kind -> name of each function named."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
 
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As a resolved recipe shows it: no keys of steps that the term does not have."""
-        dropped = {key for step, keys in self._idle_without.items() if getattr(self, step) is None for key in keys}
-        return {key: value for key, value in handler(self).items() if key not in dropped}
-
     @property
     def parameters(self) -> dict[str, Any]:
         """The keys that belong to the functions named."""
         return dict(self.__pydantic_extra__ or {})
+
+    def needs(self, place: str) -> Iterator[tuple[str, Needs]]:
+        """What the functions named need, each with its own words: 'stage1.terms.erm.loss = "ldam"'.
+
+        Args:
+            place: of the term in the recipe.
+        """
+        for kind, name in self.functions.items():
+            yield f'{place}.{kind} = "{name}"', needs_of(kind, name)
 
 
 class Stage(Table):
@@ -334,10 +314,6 @@ class Finetune(Stage):
     batchnorm: Literal["frozen", "shift"] = "frozen"
     """frozen: the network is in eval mode; shift: running statistics move."""
 
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> "Finetune":
-        return _checked_nesterov(self)
-
 
 class Evaluation(Table):
     """Measuring a checkpoint; always fp32."""
@@ -357,13 +333,6 @@ class Evaluation(Table):
     tau_norm: float = Field(default=0.0, ge=0, le=100)
     """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
 
-    @model_validator(mode="after")
-    def _threshold_is_of_routers(self) -> "Evaluation":
-        usual = type(self).model_fields["routing_threshold"].default
-        if self.routing_threshold != usual and self.aggregate != "routed":
-            raise ValueError('routing_threshold needs aggregate = "routed"')
-        return self
-
 
 class Recipe(Table):
     """A whole recipe."""
@@ -379,69 +348,12 @@ class Recipe(Table):
     finetune: Finetune | None = None
     evaluation: Evaluation = Evaluation()
 
-    @model_validator(mode="after")
-    def _stages_fit(self) -> "Recipe":
-        scaled = self.finetune is not None and self.finetune.head == "scale"
-        routed = self.finetune is not None and self.finetune.head == "routers"
-        if self.model.head == "cosine" and (scaled or self.model.head_bias == "rare" or self.evaluation.tau_norm):
-            raise ValueError(
-                'model.head = "cosine" has no bias and no norms: it goes without model.head_bias = "rare", '
-                'finetune.head = "scale" and evaluation.tau_norm'
-            )
-        for name, term in self._terms():
-            if term.loss == "ldam" and (self.model.head, term.parameters.get("scale")) != (
-                "cosine",
-                self.model.head_scale,
-            ):
-                raise ValueError(
-                    f'{name}.loss = "ldam" takes its margins off scaled cosines: it wants model.head = "cosine" and '
-                    f"{name}.scale = model.head_scale ({self.model.head_scale:g})"
-                )
-            if (term.loss == "routing") != (routed and name.startswith("finetune.")):
-                raise ValueError(f'{name}: loss = "routing" and finetune.head = "routers" go together')
-            if term.parameters.get("temperature_spread") and term.reweight is None:
-                raise ValueError(
-                    f"{name}.temperature_spread is of the epochs whose class weights count: needs reweight"
-                )
-            if term.teacher is not None and not name.startswith("stage1."):
-                raise ValueError(f"{name}.teacher: only stage1 has one")
-            if term.loss == "sade" and self.model.experts != 3:
-                raise ValueError(f'{name}.loss = "sade" is one of 3 experts: model.experts = {self.model.experts}')
-            if term.loss == "ace" and self.model.experts < 2:
-                raise ValueError(f'{name}.loss = "ace" is one of several experts: model.experts = 1')
-        if routed and self.model.experts < 2:
-            raise ValueError('finetune.head = "routers" needs several experts')
-        if self.finetune is not None and routed and not all(p.startswith("routers") for p in self.finetune.train):
-            raise ValueError('finetune.head = "routers" trains nothing else: it wants finetune.train = ["routers"]')
-        if self.optimizer.expert_rates != "equal" and self.model.experts == 1:
-            raise ValueError('optimizer.expert_rates = "target-share" needs several experts')
-        if self.model.experts == 1 and self.evaluation.aggregate != "mean":
-            raise ValueError(f'evaluation.aggregate = "{self.evaluation.aggregate}" needs several experts')
-        if self.evaluation.aggregate == "routed" and not routed:
-            raise ValueError('evaluation.aggregate = "routed" needs finetune.head = "routers"')
-        if self.evaluation.aggregate == "targets" and self.model.head == "cosine":
-            raise ValueError(
-                'evaluation.aggregate = "targets" scales heads to one size, which says nothing of the logits of '
-                'model.head = "cosine"'
-            )
-        s = self.schedule
-        if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
-            raise ValueError(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
-        if s.stage1_epochs > s.epochs:
-            raise ValueError(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
-        if (self.stage2 is None) != (s.stage1_epochs == s.epochs):
-            raise ValueError(
-                f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
-                f"but [stage2] is {'missing' if self.stage2 is None else 'given'}"
-            )
-        return self
-
-    def _terms(self) -> Iterator[tuple[str, TermRecipe]]:
-        """All terms that count, with their names from the top."""
+    def terms(self, *, idle: bool = False) -> Iterator[tuple[str, TermRecipe]]:
+        """All terms that count and, if asked for, idle ones of weight 0, with their places such as stage1.terms.erm."""
         for table in ("stage1", "stage2", "finetune"):
             stage: Stage | None = getattr(self, table)
             for name, term in stage.terms.items() if stage is not None else ():
-                if term.weight > 0:
+                if term.weight > 0 or idle:
                     yield f"{table}.terms.{name}", term
 
     def tables(self) -> dict[str, Any]:

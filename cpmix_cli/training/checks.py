@@ -7,8 +7,8 @@ import torch
 
 from cpmix_cli.data.batches import NORMALISATIONS
 from cpmix_cli.models import MODELS, within
-from cpmix_cli.recipe.schema import Recipe, Stage
-from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
+from cpmix_cli.recipe.schema import Recipe
+from cpmix_cli.runtime.errors import EnvironmentFault, UsageError, counted, indented
 
 
 def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True) -> None:
@@ -43,20 +43,19 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
             'data.normalisation = "dataset": of images that stay in their files no statistics are known; '
             "pack them (build-lt --pack S), or name published ones"
         )
-    for table in ("stage1", "stage2", "finetune"):
-        stage = getattr(recipe, table)
-        if stage is not None:
-            faults += _pair_faults(stage, table, num_classes)
-            for name, term in stage.terms.items():
-                if term.mix == "box" and len(shape) != 3:
-                    faults.append(f'{table}.terms.{name}.mix = "box": for images, the data set has points')
-                if term.match == "transport" and find_spec("ot") is None:
-                    raise EnvironmentFault(
-                        f'{table}.terms.{name}.match = "transport" needs POT', fix="pip install 'cpmix[transport]'"
-                    )
+    for place, term in recipe.terms(idle=True):
+        for what, needs in term.needs(place):
+            if needs.images and len(shape) != 3:
+                faults.append(f"{what}: for images, the data set has points")
+            if needs.package and find_spec(needs.package) is None:
+                raise EnvironmentFault(
+                    f'{what} needs the package "{needs.package}"', fix=f"pip install 'cpmix[{needs.extra}]'"
+                )
+            for pair in term.parameters.get(needs.class_pairs, []):
+                if len(pair) != 2 or not all(0 <= c < num_classes for c in pair):
+                    faults.append(f"{place}.{needs.class_pairs}: {pair} is not two of the {num_classes} class ids")
     if faults:
-        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise UsageError(f"the recipe has {count}:\n    " + "\n    ".join(faults))
+        raise UsageError(f"the recipe has {counted(len(faults), 'fault')}:{indented(faults)}")
 
 
 def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
@@ -88,15 +87,4 @@ def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
         f'{key}: no parameter of the network starts with "{prefix}"; some are {", ".join(known[:1] + known[-2:])}'
         for key, prefix, known in wanted
         if not any(name.startswith(prefix) for name in known)
-    ]
-
-
-def _pair_faults(stage: Stage, table: str, num_classes: int) -> list[str]:
-    """Faults of `fixed` pairs, the one parameter whose range is the data set's."""
-    return [
-        f"{table}.terms.{name}.pairs: {pair} is not two of the {num_classes} class ids"
-        for name, term in stage.terms.items()
-        if term.partner == "fixed"
-        for pair in term.parameters.get("pairs", [])
-        if len(pair) != 2 or not all(0 <= c < num_classes for c in pair)
     ]

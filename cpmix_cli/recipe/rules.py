@@ -1,0 +1,110 @@
+"""What goes with what in a recipe: keys of different tables, and what the functions that terms name need.
+
+A rule between keys is a line of RULES. What a function needs stands beside it, in NEEDS at the foot of its file; what
+it needs of a data set and of the machine is checked in training/checks.py. Keys that are idle without another key of
+their own table stand in that table (schema.Table).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from cpmix_cli.recipe.schema import Recipe, TermRecipe
+
+
+class Rule(NamedTuple):
+    """A key with one of these values needs another key with one of those."""
+
+    key: str
+    """ "table.key"; `*` is each term that counts."""
+    values: Sequence[object]
+    other: str
+    allowed: Sequence[object]
+    why: str = ""
+
+
+RESIZED = ["resized-crop-flip", "resized-crop-flip-jitter"]
+SEVERAL = range(2, 101)
+RULES = (
+    Rule("data.augment", RESIZED, "data.crop", range(1, 4097), "it resizes to that"),
+    Rule("data.crop", range(1, 4097), "data.augment", [*RESIZED, "none"]),
+    Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
+    Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
+    Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
+    Rule("optimizer.momentum", [0], "optimizer.nesterov", [False]),
+    Rule("optimizer.expert_rates", ["target-share"], "model.experts", SEVERAL),
+    Rule("finetune.momentum", [0], "finetune.nesterov", [False]),
+    Rule("finetune.head", ["routers"], "model.experts", SEVERAL),
+    Rule("finetune.head", ["routers"], "finetune.train", [["routers"], ["routers."]], "it trains nothing else"),
+    Rule("finetune.head", ["routers"], "finetune.terms.*.loss", ["routing"]),
+    Rule("evaluation.aggregate", ["targets", "test-time", "routed"], "model.experts", SEVERAL),
+    Rule("evaluation.aggregate", ["targets"], "model.head", ["linear"], "heads of one size say nothing of cosines"),
+    Rule("evaluation.aggregate", ["routed"], "finetune.head", ["routers"]),
+    Rule("evaluation.aggregate", ["mean", "targets", "test-time"], "evaluation.routing_threshold", [0.5]),
+)
+
+
+def unmet(recipe: Recipe) -> list[str]:
+    """Return what does not go together in a recipe whose tables are valid by themselves, a line each."""
+    faults = []
+    for key, values, other, allowed, why in RULES:
+        for place, value in _values(recipe, key):
+            if value in values:
+                faults += _missing(recipe, f"{place} = {_shown(value)}", other, allowed, why)
+    for place, term in recipe.terms():
+        faults += _unmet_of_functions(recipe, place, term)
+    s = recipe.schedule
+    if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
+        faults.append(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
+    if s.stage1_epochs > s.epochs:
+        faults.append(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
+    elif (recipe.stage2 is None) != (s.stage1_epochs == s.epochs):
+        faults.append(
+            f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
+            f"but [stage2] is {'missing' if recipe.stage2 is None else 'given'}"
+        )
+    return faults
+
+
+def _unmet_of_functions(recipe: Recipe, place: str, term: TermRecipe) -> Iterator[str]:
+    """Lines of unmet() for the functions of the term at `place`."""
+    for what, needs in term.needs(place):
+        for other, allowed in needs.keys.items():
+            yield from _missing(recipe, what, other, allowed, needs.why)
+        for parameter, other in needs.repeats.items():
+            yield from (
+                f"{what} needs {place}.{parameter} = {other} ({_shown(value)})"
+                for _, value in _values(recipe, other)
+                if term.parameters.get(parameter) != value
+            )
+        for parameter, step in needs.idle_without.items():
+            if term.parameters.get(parameter) and getattr(term, step) is None:
+                yield f"{place}.{parameter} needs {step}"
+        if needs.stage and not place.startswith(f"{needs.stage}."):
+            yield f"{what} goes into {needs.stage} only"
+
+
+def _missing(recipe: Recipe, what: str, other: str, allowed: Sequence[object], why: str) -> list[str]:
+    """What `what` needs of another key and does not find, a line for each place of that key."""
+    several = f"{allowed.start} or more" if isinstance(allowed, range) else " or ".join(map(_shown, allowed))
+    return [
+        f"{what} needs {place} = {several}, not {_shown(value)}{f': {why}' if why else ''}"
+        for place, value in _values(recipe, other)
+        if value not in allowed
+    ]
+
+
+def _values(recipe: Recipe, key: str) -> list[tuple[str, Any]]:
+    """The places that a key stands for and their values; None where a table is missing."""
+    found: list[tuple[str, Any]] = [("", recipe)]
+    for part in key.split("."):
+        if part == "*":
+            found = [(f"{at}.{name}", t) for at, terms in found for name, t in (terms or {}).items() if t.weight > 0]
+        else:
+            found = [(f"{at}.{part}", getattr(value, part, None)) for at, value in found]
+    return [(place[1:], value) for place, value in found]
+
+
+def _shown(value: object) -> str:
+    """A value as TOML has it."""
+    return "(none)" if value is None else json.dumps(value)
