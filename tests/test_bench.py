@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import cpmix, files, must
+from conftest import files, must, refused
 
 PHASES = ["stage1", "stage2", "finetune"]
 
@@ -68,13 +68,17 @@ def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
 
 
 def test_bench_needs_images(toy: Path) -> None:
-    result = cpmix("bench", "--data", toy)
-    assert result.code == 3
-    assert f"{toy} holds points" in result.stderr
+    refused(3, f"{toy} holds points", "bench", "--data", toy)
 
 
 def test_bench_names_a_fault_of_the_recipe_before_it_measures(digits: Path) -> None:
-    result = cpmix("bench", "--data", digits, "--set", "stage2.terms.cp.partner=confusing")
-    assert result.code == 2
-    assert 'stage2.terms.cp.partner = "confusing": unknown' in result.stderr
+    result = refused(
+        2,
+        'stage2.terms.cp.partner = "confusing": unknown',
+        "bench",
+        "--data",
+        digits,
+        "--set",
+        "stage2.terms.cp.partner=confusing",
+    )
     assert result.stdout == ""

@@ -12,12 +12,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import cpmix, files, must
+from conftest import cpmix, files, must, refused
 from test_build_lt import write_cifar
 
 from cpmix_cli.commands.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
 from cpmix_cli.recipe.loading import load, recipe_names
-from cpmix_cli.results.comparison import ComparisonRow, Cost, EvaluatedRun, evaluations_of
+from cpmix_cli.results.comparison import COST_KEYS, ComparisonRow, EvaluatedRun, evaluations_of
 from cpmix_cli.results.methods import recognised
 from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
@@ -104,17 +104,21 @@ def test_what_the_training_took(seeds: list[Path]) -> None:
     assert [line.split()[:3] for line in lines[at + 3 : at + 5]] == [["1", "75,002", "3"], ["2", "75,002", "3+1"]]
 
 
+def cost(*values: object) -> dict[str, Any]:
+    return dict(zip(COST_KEYS, values, strict=True))
+
+
 def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
-    hours = [replace(measured, cost=Cost(3600.0 * h, 7200.0 * h, float(h), "H100")) for h in (1, 3)]
+    hours = [replace(measured, cost=cost(2.0, 3600.0 * h, float(h), "H100")) for h in (1, 3)]
     rows = [(1, ComparisonRow(hours)), (2, ComparisonRow(hours)), (3, ComparisonRow([measured]))]
     sheet = cost_sheet(rows)
     assert sheet.rows[0] == ["1 and 2", "75,002", "3", "2", "2 h 00 min", "2.00", "H100"]
     assert sheet.rows[1][0] == "3"
     assert sheet.rows[1][5] == "-"
-    mixed = ComparisonRow([hours[0], replace(hours[1], cost=Cost(1.0, 1.0, 0.5, "A100"))]).cost()
+    mixed = ComparisonRow([hours[0], replace(hours[1], cost=cost(1.0, 1.0, 0.5, "A100"))]).cost()
     assert mixed == {"images_per_second": None, "training_seconds": None, "gpu_hours": 0.75, "device": "A100, H100"}
-    unknown = cost_sheet([(1, ComparisonRow([replace(measured, cost=None)]))])
+    unknown = cost_sheet([(1, ComparisonRow([replace(measured, cost=cost(None, None, None, None))]))])
     assert unknown.rows == [["1", "75,002", "3", "-", "-", "-"]]
     assert unknown.lines[-1] == "-: a phase is out of reach"
 
@@ -309,9 +313,7 @@ def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:
     metrics = run / "evaluation" / "stage1" / "metrics.json"
     text = metrics.read_text()
     metrics.write_text(text.replace("top1", "top2"))
-    result = cpmix("compare", run)
-    assert result.code == 3
-    assert f"{metrics} is damaged" in result.stderr
+    refused(3, f"{metrics} is damaged", "compare", run)
     metrics.write_text(text)
     (run / "evaluation" / "stage1").rename(run / "evaluation" / "stage1-mine")
     result = cpmix("compare", run)
@@ -328,9 +330,7 @@ def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags(flags: list[str], message: str) -> None:
-    result = cpmix("compare", "nowhere", *flags)
-    assert result.code == 2
-    assert message in result.stderr
+    refused(2, message, "compare", "nowhere", *flags)
 
 
 # -- the paper's tables ------------------------------------------------------------------------------------------------
@@ -563,9 +563,7 @@ def test_out_is_written_whole_and_not_over_another_file(seeds: list[Path], tmp_p
     assert must("compare", *seeds, "--format", "markdown", "--out", out).stdout == f"done: {out}\n"
     assert out.read_text() == shown
     assert files(tmp_path) == ["deep/table.md"]
-    result = cpmix("compare", *seeds, "--out", out)
-    assert result.code == 4
-    assert f"{out} exists" in result.stderr
+    refused(4, f"{out} exists", "compare", *seeds, "--out", out)
     assert out.read_text() == shown
     result = must("compare", *seeds, "--json", "--out", out, "--overwrite")
     assert result.json == {"command": "compare", "status": "done", "file": str(out)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import cpmix, must
+from conftest import cpmix, must, refused, setting, trained
 from PIL import Image
 
 from cpmix_cli.artifacts import records
@@ -18,18 +18,9 @@ from cpmix_cli.recipe.loading import load
 from cpmix_cli.report import paper_figures
 from cpmix_cli.results.methods import OBJECTIVES, minimised
 
-MIXUP = [
-    arg
-    for key in ("partner=permutation", "ratio=beta", "alpha=1.0", "mix=linear", "label=lambda")
-    for arg in ("--set", f"stage1.terms.erm.{key}")
-]
-
-
-def trained(data: Path, recipe: str, run: Path, *flags: object) -> Path:
-    """A run of one stage, evaluated."""
-    must("train-stage1", "--data", data, "--recipe", recipe, "--out", run, *flags)
-    must("evaluate", "--from", run)
-    return run
+MIXUP = setting(
+    "partner=permutation", "ratio=beta", "alpha=1.0", "mix=linear", "label=lambda", table="stage1.terms.erm"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +29,10 @@ def toys(toy: Path, _toy_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("toys")
     shutil.copytree(_toy_run, folder / "cpmix")
     for recipe in ("cross-entropy", "mixup", "fixed-pairs"):
-        trained(toy, f"toy/{recipe}", folder / recipe)
-    trained(toy, "toy/cross-entropy", folder / "cross-entropy-1", "--seed", 1)
+        trained(toy, folder / recipe, "--recipe", f"toy/{recipe}")
+    trained(toy, folder / "cross-entropy-1", "--recipe", "toy/cross-entropy", "--seed", 1)
     must("build-lt", "toy", "--rho", 5, "--out", folder / "data-rho5")
-    trained(folder / "data-rho5", "toy/cross-entropy", folder / "cross-entropy-rho5")
+    trained(folder / "data-rho5", folder / "cross-entropy-rho5", "--recipe", "toy/cross-entropy")
     return folder
 
 
@@ -56,10 +47,10 @@ def hand(digits: Path, _digits_run: Path, tmp_path_factory: pytest.TempPathFacto
     plain = ("--recipe", "digits/balanced-softmax", "--epochs", 6, "--out", folder / "balanced-softmax")
     must("train-stage2", "--from", folder / "cpmix", *plain)
     must("evaluate", "--from", folder / "balanced-softmax")
-    trained(digits, "digits/cross-entropy", folder / "cross-entropy", "--epochs", 2)
-    trained(digits, "digits/cross-entropy", folder / "mixup", "--epochs", 2, *MIXUP)
+    trained(digits, folder / "cross-entropy", "--recipe", "digits/cross-entropy", "--epochs", 2)
+    trained(digits, folder / "mixup", "--recipe", "digits/cross-entropy", "--epochs", 2, *MIXUP)
     must("build-lt", "digits", "--rho", 1, "--out", folder / "data-rho1")
-    trained(folder / "data-rho1", "digits/cross-entropy", folder / "balanced", "--epochs", 1)
+    trained(folder / "data-rho1", folder / "balanced", "--recipe", "digits/cross-entropy", "--epochs", 1)
     return folder
 
 
@@ -204,9 +195,9 @@ def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_pat
     must("build-lt", "toy", "--subset-seed", 1, "--out", tmp_path / "data")
     other = tmp_path / "other"
     must("train-stage1", "--data", tmp_path / "data", "--recipe", "toy/cross-entropy", "--seed", 2, "--out", other)
-    result = cpmix("figure", 2, *(toys / name for name in TOYS), other)
-    assert result.code == 3
-    assert f" and {other} are of different subsets of toy-LT-20\n" in result.stderr
+    refused(
+        3, f" and {other} are of different subsets of toy-LT-20\n", "figure", 2, *(toys / name for name in TOYS), other
+    )
 
 
 def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path: Path) -> None:
@@ -222,17 +213,8 @@ def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path:
 
 def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    must(
-        "train-stage1",
-        "--data",
-        toy,
-        "--recipe",
-        "toy/cross-entropy",
-        "--out",
-        other,
-        "--set",
-        "stage1.terms.erm.draw=class-uniform",
-    )
+    draw = setting("stage1.terms.erm.draw=class-uniform")
+    must("train-stage1", "--data", toy, "--recipe", "toy/cross-entropy", "--out", other, *draw)
     result = must(
         "figure", 2, *(toys / name for name in TOYS), other, toys / "cpmix" / "stage1", "--out", tmp_path / "f.svg"
     )
@@ -268,14 +250,24 @@ def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path)
         ("(b)", "Mixup", "mixup"),
         ("(c)", "ERM", "balanced"),
     ]
-    result = cpmix("figure", 3, *runs[1:])
-    assert result.code == 3
-    assert "error: figure 3 needs a run of ERM on balanced digits\n" in result.stderr
-    assert "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1, then train" in result.stderr
-    result = cpmix("figure", 3, runs[0], hand / "cpmix")
-    assert result.code == 3
-    assert "is a run of ERM or Mixup on long-tailed data\n" in result.stderr
-    assert "fix: see recipes/figures/figure3.sh" in result.stderr
+    refused(
+        3,
+        [
+            "error: figure 3 needs a run of ERM on balanced digits\n",
+            "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1, then train",
+        ],
+        "figure",
+        3,
+        *runs[1:],
+    )
+    refused(
+        3,
+        ["is a run of ERM or Mixup on long-tailed data\n", "fix: see recipes/figures/figure3.sh"],
+        "figure",
+        3,
+        runs[0],
+        hand / "cpmix",
+    )
 
 
 def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,13 +286,11 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
     assert legend == ["ERM", "Mixup", "Balanced Softmax", "CP-Mix, finetuned"]
     matrix, line = matrix_of(hand / "mixup", "stage1", 10), drawn[0].subfigs[1].axes[0].lines[1]
     np.testing.assert_allclose(line.get_ydata(), 100 * matrix.diagonal() / matrix.sum(1))
-    result = cpmix("figure", 4, *runs[:2], runs[3])
-    assert result.code == 3
-    assert "error: figure 4 needs a run of Balanced Softmax on digits-LT-20\n" in result.stderr
+    result = refused(
+        3, "error: figure 4 needs a run of Balanced Softmax on digits-LT-20\n", "figure", 4, *runs[:2], runs[3]
+    )
     assert "--recipe digits/balanced-softmax --out ckpt/balanced-softmax and what it says next" in result.stderr
-    result = cpmix("figure", 4, *runs, runs[2])
-    assert result.code == 3
-    assert "are both Balanced Softmax on digits-LT-20\n" in result.stderr
+    refused(3, "are both Balanced Softmax on digits-LT-20\n", "figure", 4, *runs, runs[2])
 
 
 @pytest.mark.parametrize("number", [5, 6])
@@ -315,9 +305,7 @@ def test_figures_5_and_6_place_what_is_given(number: int, hand: Path, tmp_path: 
 
 
 def test_figure_1_is_of_one_data_set(hand: Path) -> None:
-    result = cpmix("figure", 1, hand / "cross-entropy", hand / "balanced")
-    assert result.code == 3
-    assert "error: the runs are of 2 data sets: " in result.stderr
+    refused(3, "error: the runs are of 2 data sets: ", "figure", 1, hand / "cross-entropy", hand / "balanced")
 
 
 def test_a_finetuned_run_is_shown_as_its_method(digits_run: Path, tmp_path: Path) -> None:
@@ -331,9 +319,7 @@ def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: P
     record["dataset"] |= {"relative": "gone", "absolute": "/gone"}
     del record["digest"]
     records.publish_record(run / "stage1" / "run.json", record)
-    result = cpmix("figure", 1, run, "--out", tmp_path / "f.svg")
-    assert result.code == 3
-    assert "fix: give its folder with --data FOLDER\n" in result.stderr
+    refused(3, "fix: give its folder with --data FOLDER\n", "figure", 1, run, "--out", tmp_path / "f.svg")
     must("figure", 1, run, "--out", tmp_path / "f.svg", "--data", hand / "data-rho1", "--data", digits)
 
 
@@ -367,7 +353,7 @@ def test_the_default_name_and_wrong_ones(hand: Path, tmp_path: Path, monkeypatch
 def test_figure_2_refuses_runs_of_a_method_that_differ_in_more_than_the_seed(toys: Path, toy: Path) -> None:
     other = toys / "slow"
     if not other.exists():
-        trained(toy, "toy/cross-entropy", other, "--seed", 7, "--set", "optimizer.lr=0.05")
+        trained(toy, other, "--recipe", "toy/cross-entropy", "--seed", 7, "--set", "optimizer.lr=0.05")
     runs = [toys / name for name in TOYS]
     result = cpmix("figure", 2, *runs, other, "--out", toys / "mixed.pdf")
     assert result.code == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cpmix, must
+from conftest import cpmix, must, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_published import LAST_BLOCK
@@ -267,9 +267,7 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
     name = published.with_suffix(".pth").name
     run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]
     wanted = [*run, "--set", f"model.init={name}"]
-    result = cpmix(*wanted)
-    assert result.code == 2
-    assert f'model.init = "{name}": the recipe starts from these weights' in result.stderr
+    result = refused(2, f'model.init = "{name}": the recipe starts from these weights', *wanted)
     assert f"cpmix import-weights {name} --sha256 {name[9:17]}, and give --init {published.name}" in result.stderr
     (tmp_path / "other").mkdir()
     other = imported(tmp_path / "other", seed=1)
@@ -280,17 +278,18 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
     )
     assert f'the recipe has model.init = "{name}", sha256 {name[9:17]}\n' in result.stderr
     assert "or take any weights with --set model.init=" in result.stderr
-    result = cpmix(*wanted, "--init", published.with_suffix(".pth"))
-    assert result.code == 3
-    assert "is a PyTorch checkpoint" in result.stderr
-    assert f"cpmix import-weights {published.with_suffix('.pth')} --sha256 {name[9:17]}\n" in result.stderr
+    refused(
+        3,
+        ["is a PyTorch checkpoint", f"cpmix import-weights {published.with_suffix('.pth')} --sha256 {name[9:17]}\n"],
+        *wanted,
+        "--init",
+        published.with_suffix(".pth"),
+    )
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     result = cpmix(*wanted, "--init", tmp_path / "foreign.safetensors")
     assert result.code == 3
     assert "foreign.safetensors does not say what it was made from; the recipe has model.init" in result.stderr
-    result = cpmix(*wanted, "--init", tmp_path)
-    assert result.code == 3
-    assert f"cannot read {tmp_path}" in result.stderr
+    refused(3, f"cannot read {tmp_path}", *wanted, "--init", tmp_path)
     assert must(*wanted, "--init", published, "--json").json["status"] == "dry run"
     assert must(*run, "--set", "model.init=", "--init", other, "--json").json["status"] == "dry run"
     random = must(*run, "--json")
@@ -303,9 +302,18 @@ def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp
 
 def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> None:
     flags = ["--set", "data.crop=0", "--set", "data.augment=crop-flip"]
-    result = cpmix("train-stage1", "--data", photos, "--recipe", "places-lt/cpmix", *flags, "--out", tmp_path / "r")
-    assert result.code == 2
-    assert "https://download.pytorch.org/models/resnet152-394f9c45.pth" in result.stderr
+    result = refused(
+        2,
+        "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+        "train-stage1",
+        "--data",
+        photos,
+        "--recipe",
+        "places-lt/cpmix",
+        *flags,
+        "--out",
+        tmp_path / "r",
+    )
     sha = PUBLISHED_WEIGHTS["resnet152-394f9c45.pth"]
     assert f"cpmix import-weights resnet152-394f9c45.pth --sha256 {sha}, and give" in result.stderr
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import cpmix, must
+from conftest import must, refused
 
 from cpmix_cli.data.longtail import GROUPS, group_of
 from cpmix_cli.report.images import ContactSheet
@@ -586,16 +586,18 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     must("confusion-report", "--from", digits_run)
     assert len(page_data(digits_run)["runs"]) == 1
 
-    refused = cpmix("confusion-report", "--from", digits_run, "--compare", digits_run)
-    assert refused.code == 2
-    assert "is given twice" in refused.stderr
-    refused = cpmix("confusion-report", "--from", digits_run, "--compare", toy_run)
-    assert refused.code == 3
-    assert f"{toy_run} has other classes than {digits_run}" in refused.stderr
+    refused(2, "is given twice", "confusion-report", "--from", digits_run, "--compare", digits_run)
+    refused(
+        3,
+        f"{toy_run} has other classes than {digits_run}",
+        "confusion-report",
+        "--from",
+        digits_run,
+        "--compare",
+        toy_run,
+    )
     shutil.rmtree(other / "evaluation")
-    refused = cpmix("confusion-report", "--from", digits_run, "--compare", other)
-    assert refused.code == 3
-    assert f"fix: cpmix evaluate --from {other}" in refused.stderr
+    refused(3, f"fix: cpmix evaluate --from {other}", "confusion-report", "--from", digits_run, "--compare", other)
 
 
 def test_images_are_as_many_as_asked_for(digits_run: Path) -> None:

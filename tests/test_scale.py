@@ -139,39 +139,19 @@ def test_phases_add_up() -> None:
 
 
 RECIPE = """
+extends = "digits/cpmix"
 [data]
 augment = "resized-crop-flip"
 crop = 64
 normalisation = "imagenet"
-[model]
-name = "resnet8"
-precision = "fp32"
 [optimizer]
 batch_size = 32
 [schedule]
 epochs = 4
 stage1_epochs = 2
-[stage1.terms.erm]
-[stage2.terms.erm]
-[stage2.terms.cp]
-draw = "class-uniform"
-partner = "confusion"
-ratio = "beta"
-alpha = 1.0
-mix = "linear"
-label = "lambda"
-[stage2.terms.mix]
-partner = "permutation"
-ratio = "beta"
-alpha = 1.0
-mix = "linear"
-label = "lambda"
 [finetune]
 epochs = 1
-lr = 0.1
 batch_size = 16
-train = ["head"]
-[finetune.terms.erm]
 """
 PHASES = ["stage1", "stage2", "finetune"]
 QUICK = ("--rounds", 1, "--seconds", 0, "--device", "cpu")

@@ -1,7 +1,7 @@
 """compare: evaluations of many runs in one table, or in the form of a table of CP-Mix's paper.
 
 Reads records and metrics; trains and predicts nothing. Runs share a row when they agree in all that was recorded of
-them but the seed (measured.py). What rows of one method differ in is said below the table.
+them but the seed (results/comparison.py). What rows of one method differ in is said below the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +119,6 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
     """A row as plain values, full precision."""
     run, published = row.first, row.published()
     mean = row.statistics("top1")[0]
-    cost = row.cost()
     return {
         "method": run.name,
         "recipe": run.method.recipe,
@@ -136,7 +135,7 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
         "precision": run.conditions["precision"],
         "epochs": list(run.epochs),
         "full_epochs": run.full_epochs,
-        **cost,
+        **row.cost(),
         "paper": float(published[1]) if published else None,
         "paper_copied": published[0].copied if published else None,
         "difference": mean - float(published[1]) if published and mean is not None else None,
@@ -144,33 +143,32 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
     }
 
 
-def flat(row: ComparisonRow) -> dict[str, Any]:
-    """The same for CSV: no value is a list or table."""
-    fields = row_fields(row)
-    measures = {f"{key}_{part}": value for key in MEASURES for part, value in fields[key].items()}
-    record: dict[str, Any] = {}
-    for key, value in fields.items():
-        if key in MEASURES:
-            record |= {name: number for name, number in measures.items() if name.startswith(f"{key}_")}
-        elif key in ("seeds", "runs"):
-            record[key] = " ".join(map(str, value))
-        elif key == "epochs":
-            record[key] = "+".join(map(str, value))
-        elif key == "changed":
-            record[key] = said(value)
-        elif key != "conditions":
-            record[key] = value
-    return record
-
-
 def records_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """A record for each row, for CSV; the last column says in what it differs from others of its method."""
-    records = [flat(row) | {"differs": ""} for row in rows]
+    """A record for each row, for CSV: no value is a list or table; the last column says in what it differs from others
+    of its method.
+    """
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {}
+        for key, value in row_fields(row).items():
+            if key in MEASURES:
+                record |= {f"{key}_{part}": number for part, number in value.items()}
+            elif key != "conditions":
+                record[key] = FLATTEN[key](value) if key in FLATTEN else value
+        records.append(record | {"differs": ""})
     for entry in differences_of(rows):
         for place, number in enumerate(entry["rows"]):
             values = (f"{key}={shown(values[place])}" for key, values in entry["keys"].items())
             records[number - 1]["differs"] = "; ".join(values)
     return records
+
+
+FLATTEN: dict[str, Callable[[Any], str]] = {
+    "seeds": lambda seeds: " ".join(map(str, seeds)),
+    "runs": " ".join,
+    "epochs": lambda epochs: "+".join(map(str, epochs)),
+    "changed": said,
+}
 
 
 def with_deviation(row: ComparisonRow, measure: str) -> str:
@@ -189,13 +187,11 @@ def sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[S
         with_deviations: of every measure, and not of top-1 alone, which keeps the table within a terminal.
     """
     numbered = list(enumerate(rows, start=1))
-    sheets = []
-    for data in dict.fromkeys(row.first.data for row in rows):
-        sheets.append(
-            accuracy_sheet(data, [(n, row) for n, row in numbered if row.first.data == data], with_deviations)
-        )
-    lines = accuracy_lines(numbered, with_deviations)
-    sheets[-1] = replace(sheets[-1], lines=lines)
+    sheets = [
+        accuracy_sheet(data, [(n, row) for n, row in numbered if row.first.data == data], with_deviations)
+        for data in dict.fromkeys(row.first.data for row in rows)
+    ]
+    sheets[-1] = replace(sheets[-1], lines=accuracy_lines(numbered, with_deviations))
     return [*sheets, cost_sheet(numbered)]
 
 
@@ -238,11 +234,8 @@ def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviation
             )
         run = row.first
         if len(run.method.changed) > MAX_NAMED:
-            keys = dict(list(run.method.changed.items())[:MAX_LISTED])
-            more = len(run.method.changed) - len(keys)
-            lines.append(
-                f"{run.name}: {run.method.recipe} but for {said(keys)}" + (f" and {more} more" if more else "")
-            )
+            keys = [said({key: value}) for key, value in run.method.changed.items()]
+            lines.append(f"{run.name}: {run.method.recipe} but for {shortened(keys, MAX_LISTED)}")
     known = [(number, row, found) for number, row in numbered if (found := row.published())]
     if known:
         lines.append("paper: top-1 in its Tables 1 to 4")
@@ -306,27 +299,34 @@ def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict
     records = []
     for theirs in table.rows:
         for column, cell in zip(table.columns, theirs.cells, strict=True):
-            found: list[ComparisonRow | None] = [row for row in rows if row.stands_for(theirs, column)]
-            for ours in found or [None]:
-                mean, deviation = ours.statistics(column.measure) if ours is not None else (None, None)
-                records.append(
-                    {
-                        "method": theirs.name,
-                        "column": column.header,
-                        "data": column.data,
-                        "measure": column.measure,
-                        "paper": float(cell) if cell is not None else None,
-                        "paper_copied": theirs.copied,
-                        "ours_mean": mean,
-                        "ours_std": deviation,
-                        "n": len(ours.runs) if ours is not None else 0,
-                        "epochs": ours.first.conditions["schedule.epochs"] if ours is not None else None,
-                        "full_epochs": ours.first.full_epochs if ours is not None else None,
-                        "runs": " ".join(str(r.run) for r in ours.runs) if ours is not None else "",
-                        "note": theirs.note,
-                    }
-                )
+            cells = {
+                "method": theirs.name,
+                "column": column.header,
+                "data": column.data,
+                "measure": column.measure,
+                "paper": float(cell) if cell is not None else None,
+                "paper_copied": theirs.copied,
+            }
+            found = [row for row in rows if row.stands_for(theirs, column)]
+            for ours in [our_fields(row, column) for row in found] or [NO_RUN]:
+                records.append({**cells, **ours, "note": theirs.note})
     return records
+
+
+NO_RUN = {"ours_mean": None, "ours_std": None, "n": 0, "epochs": None, "full_epochs": None, "runs": ""}
+
+
+def our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
+    """What a record has of a row of ours."""
+    mean, deviation = row.statistics(column.measure)
+    return {
+        "ours_mean": mean,
+        "ours_std": deviation,
+        "n": len(row.runs),
+        "epochs": row.first.conditions["schedule.epochs"],
+        "full_epochs": row.first.full_epochs,
+        "runs": " ".join(str(run.run) for run in row.runs),
+    }
 
 
 def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:

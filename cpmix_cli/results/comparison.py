@@ -12,7 +12,7 @@ from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tables import METRICS_COLUMNS, read_table
 from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.recipe.loading import recipe_names
-from cpmix_cli.recipe.schema import Evaluation, Recipe
+from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
 from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
 from cpmix_cli.runs import folders, run_json
@@ -23,19 +23,8 @@ from cpmix_cli.runtime.errors import InputError
 
 MAX_NAMED = 3
 """Changed keys with which a method still goes by its name."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the phases took that lead to a checkpoint: all of them, wherever they are."""
-
-    seconds: float
-    """Of their epochs, by the clock."""
-    images: float
-    """That passed through the network; an image of several terms counts as often."""
-    gpu_hours: float | None
-    """None on a CPU."""
-    device: str
+COST_KEYS = ("images_per_second", "training_seconds", "gpu_hours", "device")
+"""Images through the network, once for each term; seconds of the epochs by the clock; hours None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class EvaluatedRun:
     stage: str
     """before or after the finetune, none where the recipe has none, or before stage 2; and the evaluation's label."""
     forms: frozenset[bool]
-    """Which rows of the paper it may stand for, by Row.finetuned."""
+    """Which rows of the paper it may stand for, by PaperRow.finetuned."""
     seed: int
     numbers: dict[str, Any]
     conditions: dict[str, Any]
@@ -63,8 +52,8 @@ class EvaluatedRun:
     """Of the phases that lead to the checkpoint."""
     full_epochs: int | None
     """Of both stages in the recipe, where --epochs made them fewer or more."""
-    cost: Cost | None
-    """None where a phase is out of reach."""
+    cost: dict[str, Any]
+    """Values of COST_KEYS over all phases that lead to the checkpoint; None if one is out of reach."""
 
     @property
     def key(self) -> str:
@@ -96,16 +85,17 @@ class ComparisonRow:
 
     def cost(self) -> dict[str, Any]:
         """Means over the runs; None where one has no cost, and of speed where devices differ."""
-        costs = [run.cost for run in self.runs if run.cost is not None]
-        known = len(costs) == len(self.runs)
-        devices = sorted({cost.device for cost in costs})
-        alike = known and len(devices) == 1
-        on_gpu = known and all(cost.gpu_hours is not None for cost in costs)
+        devices = {run.cost["device"] for run in self.runs}
+
+        def mean(key: str) -> float | None:
+            values = [run.cost[key] for run in self.runs]
+            return None if None in values else fmean(values)
+
         return {
-            "images_per_second": fmean(c.images / c.seconds for c in costs) if alike else None,
-            "training_seconds": fmean(c.seconds for c in costs) if alike else None,
-            "gpu_hours": fmean(c.gpu_hours or 0.0 for c in costs) if on_gpu else None,
-            "device": ", ".join(devices) if known else None,
+            "images_per_second": mean("images_per_second") if len(devices) == 1 else None,
+            "training_seconds": mean("training_seconds") if len(devices) == 1 else None,
+            "gpu_hours": mean("gpu_hours"),
+            "device": None if None in devices else ", ".join(sorted(devices)),
         }
 
     def published(self) -> tuple[PaperRow, str] | None:
@@ -203,7 +193,7 @@ def evaluated_run(folder: Path, record: dict[str, Any], source: PhaseFolder) -> 
         num_parameters=trained["num_parameters"],
         epochs=epochs_to(source, recipe),
         full_epochs=rescaled or None,
-        cost=cost_of(leading) if leading is not None else None,
+        cost=dict.fromkeys(COST_KEYS) if leading is None else cost_of(leading),
     )
 
 
@@ -214,7 +204,7 @@ def split_name(data: str) -> tuple[str, float | None]:
 
 
 def stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]:
-    """Measured.stage but for a label, and Measured.forms."""
+    """EvaluatedRun.stage but for a label, and EvaluatedRun.forms."""
     last = "stage1" if recipe.stage2 is None else "stage2"
     if source.phase == "finetune":
         origin = source.origin()
@@ -244,8 +234,8 @@ def leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
     return found
 
 
-def cost_of(leading: Sequence[PhaseFolder]) -> Cost:
-    """See Cost.
+def cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
+    """See COST_KEYS.
 
     Raises:
         InputError: metrics are damaged.
@@ -263,12 +253,12 @@ def cost_of(leading: Sequence[PhaseFolder]) -> Cost:
         r["device"] if r["device"] != "cpu" else f"cpu, {r['threads']} thread{'s' * (r['threads'] > 1)}"
         for r in records
     ]
-    return Cost(
-        seconds=seconds,
-        images=images,
-        gpu_hours=None if any(r["device"] == "cpu" for r in records) else sum(r["gpu_hours"] for r in records),
-        device=" and ".join(dict.fromkeys(devices)),
-    )
+    return {
+        "images_per_second": images / seconds,
+        "training_seconds": seconds,
+        "gpu_hours": None if any(r["device"] == "cpu" for r in records) else sum(r["gpu_hours"] for r in records),
+        "device": " and ".join(dict.fromkeys(devices)),
+    }
 
 
 def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,14 +267,6 @@ def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tables.items():
         found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-USUAL = {
-    **flattened({"evaluation": Evaluation().model_dump()}),
-    "few_inclusive": False,
-    "test_distribution": "uniform",
-}
-"""What an evaluation says that was made before one could choose."""
 
 
 def conditions_of(
@@ -319,7 +301,6 @@ def conditions_of(
         "precision": trained["precision"],
         "init": init,
         **flattened(tables),
-        **USUAL,
         **flattened(evaluated),
     }
 
