@@ -78,7 +78,7 @@ def refused(code: int, messages: str | Sequence[str], *arguments: object) -> Res
     return ended(cpmix(*arguments), code, messages)
 
 
-def ended(result: Result, code: int, messages: str | Sequence[str]) -> Result:
+def ended(result: Result, code: int, messages: str | Sequence[str] = ()) -> Result:
     """Check the exit code of a command and that stderr has each message and no traceback; returns its result."""
     assert result.code == code, result.stderr
     for message in (messages,) if isinstance(messages, str) else messages:

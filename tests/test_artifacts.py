@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import resource
 import socket
 import subprocess
 import threading
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import file_limit, flip
 
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.tensors import publish_tensors, read_header, read_tensors
@@ -104,14 +104,11 @@ def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
 
 def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
     files.check_place(tmp_path, 1000, largest_file=1000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (900, before[1]))
-    try:
+    said = r"1,000 bytes are needed, a file may have 900 here \(ulimit -f\)"
+    with file_limit(900):
         files.check_place(tmp_path, 5000, largest_file=900)
-        with pytest.raises(EnvironmentFault, match=r"1,000 bytes are needed, a file may have 900 here \(ulimit -f\)"):
+        with pytest.raises(EnvironmentFault, match=said):
             files.check_place(tmp_path, 5000, largest_file=1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_in_the_files_place_stays(tmp_path: Path) -> None:
@@ -184,9 +181,7 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     sha = publish_tensors(path, {"x": torch.ones(8)})
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    flip(path, -3)
     with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
         read_tensors(path, sha)
 

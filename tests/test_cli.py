@@ -1,7 +1,6 @@
 """The command line itself: help, exit codes, streams, start-up, and an installed wheel."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -9,23 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import cpmix, files, must
+from conftest import cpmix, files, must, process, refused
 
 from cpmix_cli.results.paper import PAPER_TABLES
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
 HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
-
-
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """cpmix in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "cpmix_cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
 
 
 def test_help_lists_the_six_commands_in_order_then_the_helpers() -> None:
@@ -119,9 +108,8 @@ def test_the_quick_check_leaves_to_the_phase_what_it_cannot_know(
         folder.mkdir(exist_ok=True)
         record = json.loads((digits / "dataset.json").read_text())
         (folder / "dataset.json").write_text(json.dumps(record | damage))
-        result = cpmix("train-stage1", "--data", folder, "--set", "optimizer.lr=0.1", "--out", tmp_path / "run")
-        assert result.code == 3
-        assert "dataset.json" in result.stderr
+        flags = ("--data", folder, "--set", "optimizer.lr=0.1", "--out", tmp_path / "run")
+        refused(3, "dataset.json", "train-stage1", *flags)
 
 
 def test_completion_imports_nothing_heavy() -> None:
@@ -139,9 +127,7 @@ def imported_by(arguments: list[str], **environment: str) -> tuple[int, list[str
         "heavy = {'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}\n"
         "sys.__stdout__.write(f'\\n{code or 0} ' + ','.join(heavy & set(sys.modules)))"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    found = process(*arguments, code=code, env=environment)
     status, _, names = found.stdout.splitlines()[-1].partition(" ")
     return int(status), sorted(filter(None, names.split(",")))
 
@@ -157,45 +143,47 @@ def test_json_does_not_outlast_its_command(tmp_path: Path) -> None:
     assert must("--version").stdout.startswith("cpmix ")
 
 
+TRAIN = "train-stage1 --data {data} --out run"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("line", "code", "message"),
     [
-        (["train"], 2, "No such command 'train'"),
-        (["train-stage1"], 2, "--data is missing"),
-        (["train-stage1", "--data", "nowhere"], 3, "no data set in nowhere"),
-        (["train-stage2"], 2, "Missing option '--from'"),
-        (["train-stage2", "--from", "nowhere"], 3, "no run folder nowhere"),
-        (["finetune", "--from", "."], 3, "holds no finished stage1 or stage2"),
-        (["evaluate", "--from", "."], 3, "fix: cpmix train-stage1 --data DATA --out ."),
-        (["evaluate", "--from", ".", "--phase", "stage3"], 2, "takes no phase stage3"),
-        (["evaluate", "--from", ".", "--label", "a/b"], 2, '--label "a/b"'),
-        (["confusion-report", "--from", "."], 3, "holds no finished"),
-        (["evaluate", "--from", ".", "--device", "gpu"], 2, '--device "gpu"'),
+        ("train", 2, "No such command 'train'"),
+        ("train-stage1", 2, "--data is missing"),
+        ("train-stage1 --data nowhere", 3, "no data set in nowhere"),
+        ("train-stage2", 2, "Missing option '--from'"),
+        ("train-stage2 --from nowhere", 3, "no run folder nowhere"),
+        ("finetune --from .", 3, "holds no finished stage1 or stage2"),
+        ("evaluate --from .", 3, "fix: cpmix train-stage1 --data DATA --out ."),
+        ("evaluate --from . --phase stage3", 2, "takes no phase stage3"),
+        ("evaluate --from . --label a/b", 2, '--label "a/b"'),
+        ("confusion-report --from .", 3, "holds no finished"),
+        ("evaluate --from . --device gpu", 2, '--device "gpu"'),
+        (f"{TRAIN} --epochs 0", 2, "Invalid value for '--epochs'"),
+        (f"{TRAIN} --epochs two", 2, "Invalid value for '--epochs'"),
+        (f"{TRAIN} --seed -1", 2, "Invalid value for '--seed'"),
+        (f"{TRAIN} --epochs 1", 2, "this recipe has 2 stages, one epoch each at least"),
+        (f"{TRAIN} --set optimizer.lr", 2, "is not table.key=value"),
+        (f"{TRAIN} --set optimizer.lr=nan", 2, "optimizer.lr"),
+        (f"{TRAIN} --set nothing.at=all", 2, "nothing: unknown key"),
+        (f"{TRAIN} --bad-flag", 2, "No such option"),
+        (f"{TRAIN} --recipe digits/cpmx", 2, 'Did you mean "digits/cpmix"?'),
+        (f"{TRAIN} --recipe none.toml", 2, "no file none.toml"),
     ],
 )
-def test_mistakes_get_their_exit_code_and_no_traceback(
-    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistakes_get_their_exit_code_and_write_nothing(
+    line: str, code: int, message: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = cpmix(*arguments)
-    assert result.code == code
-    assert message in result.stderr
+    result = refused(code, (), *line.format(data=digits).split())
+    assert message in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert files(tmp_path) == []
 
 
-def test_a_fault_in_the_recipe_shows_before_anything_is_written(digits: Path, tmp_path: Path) -> None:
-    flags = ("--data", digits, "--out", tmp_path / "run")
-    result = cpmix("train-stage1", *flags, "--set", "stage2.terms.cp.partner=confusing")
-    assert result.code == 2
-    assert 'stage2.terms.cp.partner = "confusing": unknown. Did you mean "confusion"?' in result.stderr
-    assert cpmix("train-stage1", *flags, "--recipe", "digits/cp").code == 2
-    assert not (tmp_path / "run").exists()
-
-
 def test_json_errors_are_one_object_too(tmp_path: Path) -> None:
-    result = cpmix("evaluate", "--from", tmp_path, "--json")
-    assert result.code == 3
+    result = refused(3, (), "evaluate", "--from", tmp_path, "--json")
     assert result.json["exit_code"] == 3
     assert result.json["error"].startswith("error: ")
 
@@ -213,40 +201,18 @@ def test_every_table_of_the_paper_can_be_asked_for() -> None:
     assert message.endswith(f"Known: {', '.join(sorted(PAPER_TABLES))}.\n")
 
 
-def test_a_device_that_is_not_there(digits: Path, tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    flags = ("--data", digits, "--out", tmp_path / "run", "--device", "cuda")
-    result = cpmix("train-stage1", *flags)
-    assert result.code == 4
-    assert "device cuda is not there" in result.stderr
-
-
 def test_divergence_ends_with_5_and_keeps_no_result(digits: Path, tmp_path: Path) -> None:
     flags = ("--data", digits, "--out", tmp_path, "--epochs", 6)
-    result = cpmix("train-stage1", *flags, "--set", "optimizer.lr=1e30")
-    assert result.code == 5
-    assert "the loss is not finite at step 2 of epoch 1, learning rate 1e+30; loss terms: erm nan;" in result.stderr
-    assert "no state was saved before" in result.stderr
-    assert "learning rate" in result.stderr
+    said = "the loss is not finite at step 2 of epoch 1, learning rate 1e+30; loss terms: erm nan;"
+    refused(5, (said, "no state was saved before"), "train-stage1", *flags, "--set", "optimizer.lr=1e30")
     assert not (tmp_path / "stage1" / "run.json").exists()
-
-
-def test_an_output_folder_that_cannot_be_made(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path / "file" / "run")
-    assert result.code == 4
-    assert "cannot write" in result.stderr
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
     """In an sbatch log: no control character even where FORCE_COLOR is set, one line an epoch, JSON alone on stdout."""
     flags = ["--data", str(digits), "--out", str(tmp_path), "--epochs", "6", "--json"]
-    result = shell("train-stage1", *flags, FORCE_COLOR="1", COLUMNS="40")
-    assert result.returncode == 0
+    result = process("train-stage1", *flags, env={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    assert result.code == 0
     assert result.stdout.count("\n") == 1
     assert result.stdout.startswith("{")
     assert not any(c in result.stdout + result.stderr for c in "\r\x1b")
@@ -265,24 +231,13 @@ def test_a_reader_that_leaves_is_no_bug() -> None:
 
 def test_an_installed_wheel_finds_its_recipes(digits: Path, tmp_path: Path) -> None:
     build = "import os, sys, hatchling.build as b; os.chdir(sys.argv[1]); print(b.build_wheel(sys.argv[2]))"
-    name = subprocess.run(
-        [sys.executable, "-c", build, str(REPOSITORY), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    name = process(REPOSITORY, tmp_path, code=build).stdout.strip()
     installed = tmp_path / "site"
     with zipfile.ZipFile(tmp_path / name) as wheel:
         wheel.extractall(installed)
     held = files(installed / "cpmix_cli" / "recipes")
     assert held == files(REPOSITORY / "recipes")
-    command = [sys.executable, "-m", "cpmix_cli", "train-stage1"]
-    result = subprocess.run(
-        [*command, "--data", digits, "--out", "run", "--dry-run", "--recipe", "digits/balanced-softmax"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-    )
-    assert result.returncode == 0, result.stderr
+    command = ("train-stage1", "--data", digits, "--out", "run", "--dry-run", "--recipe", "digits/balanced-softmax")
+    result = process(*command, cwd=tmp_path, env={"PYTHONPATH": str(installed)})
+    assert result.code == 0, result.stderr
     assert "dry run" in result.stdout

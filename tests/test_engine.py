@@ -1,24 +1,20 @@
 """The training loop: one step of each stage against a plain loop over samples, and what may change and what may not."""
 
 import copy
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpmix_cli.confusion import draw_confused
-from cpmix_cli.data.batches import Batches, ClassPool, ImageBatches, PointBatches
+from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
 from cpmix_cli.evaluation import prediction
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe.schema import Data, Model, Optimizer, ParameterGroup, Stage
-from cpmix_cli.runtime import signals
-from cpmix_cli.runtime.errors import Diverged, Interrupted
-from cpmix_cli.training.loop import first_step, fit, load_state, make_optimizer, state_tensors
+from cpmix_cli.runtime.errors import Diverged
+from cpmix_cli.training.loop import first_step, fit, make_optimizer
 from cpmix_cli.training.objective import Term, compile_stage, draw_epoch
 from cpmix_cli.training.step import Plan, TrainingData, TrainingState
 
@@ -86,13 +82,6 @@ def crop(image: Tensor, uniforms: list[float]) -> Tensor:
     return out
 
 
-def one_hot_loss(logits: Tensor, target: list[float], shift: list[float]) -> Tensor:
-    """- sum_c q_c log softmax(z + shift)_c of one sample, term by term."""
-    z = logits + torch.tensor(shift)
-    log_sum = torch.log(sum(torch.exp(z[c]) for c in range(len(target))))  # type: ignore[arg-type]
-    return sum((-q * (z[c] - log_sum) for c, q in enumerate(target)), torch.zeros(()))
-
-
 def check_against_loop(
     state: TrainingState,
     terms: list[Term],
@@ -126,99 +115,6 @@ def check_against_loop(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
     assert state.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     return state
-
-
-def erm_loop(epoch: int) -> Callable[[Classifier], Tensor]:
-    """Balanced Softmax over the samples of the epoch's one step."""
-    draws = draw_epoch(terms_of(erm=ERM), 24, 64, (11, "stage2"), epoch, 9, 3)
-    prior = [float(torch.tensor(n).log()) for n in COUNTS]
-
-    def loop(model: Classifier) -> Tensor:
-        order = draws["order"][0, :24].tolist()
-        x = torch.stack([crop(IMAGES[i], draws["augment"][0, b].tolist()) for b, i in enumerate(order)])
-        logits = model(x)
-        losses = []
-        for b, i in enumerate(order):
-            target = [float(c == LABELS[i]) for c in range(4)]
-            losses.append(one_hot_loss(logits[b], target, prior))
-        return torch.stack(losses).sum() / len(losses)
-
-    return loop
-
-
-def test_one_step_of_stage_1_is_that_of_a_loop_over_samples() -> None:
-    check_against_loop(fresh(), terms_of(erm=ERM), erm_loop(1))
-
-
-def test_two_steps_with_nesterov_and_parameter_groups() -> None:
-    """v = 0.9 v + g + decay w, and w loses factor * rate * (g + decay w + 0.9 v); the first group that fits counts."""
-    groups = [
-        ParameterGroup(prefix="head.bias", lr_factor=0.5, weight_decay=0.0),
-        ParameterGroup(prefix="head", lr_factor=3.0),
-        ParameterGroup(prefix="conv1", lr_factor=0.0),
-        ParameterGroup(prefix="blocks.1", lr_factor=0.1, weight_decay=0.05),
-    ]
-    recipe = Optimizer(momentum=MOMENTUM, nesterov=True, weight_decay=DECAY, groups=groups)
-    state = fresh()
-    state.optimizer = make_optimizer(state.model, recipe)
-    for epoch in (1, 2):
-        state.epoch, state.step = epoch, 0
-        check_against_loop(state, terms_of(erm=ERM), erm_loop(epoch), nesterov=True, groups=groups)
-
-
-def test_one_step_of_stage_2_is_that_of_a_loop_over_samples() -> None:
-    """Equation (13) on the same draws: three batches in one forward, Eq. (9) labels, stage 1's momentum carried on."""
-    state = fresh()
-    fit(plan_of(terms_of(erm=ERM), 2), data(), state, publish=never)
-    state.confusion[3, 0] += 4.0
-    before = state.confusion.clone()
-    state.epoch, state.step = 3, 0
-    terms = terms_of(erm=ERM, cp=CP, mix=MIX)
-    draws = draw_epoch(terms, 24, 64, (11, "stage2"), 3, 9, 3)
-    prior = [float(torch.tensor(n).log()) for n in COUNTS]
-    by_class = [torch.nonzero(c == LABELS).flatten().tolist() for c in range(4)]
-
-    def eq9(lam: float, a: int, b: int) -> list[float]:
-        lam_y = 0.5 * lam + 0.5 * COUNTS[b] / (COUNTS[a] + COUNTS[b])
-        target = [0.0] * 4
-        target[a] += lam_y
-        target[b] += 1 - lam_y
-        return target
-
-    def loop(model: Classifier) -> Tensor:
-        order = draws["order"][0, :24].tolist()
-        natural = [crop(IMAGES[i], draws["augment"][0, b].tolist()) for b, i in enumerate(order)]
-        labels = [int(LABELS[i]) for i in order]
-        targets = [[float(c == y) for c in range(4)] for y in labels]
-
-        lam = float(draws["cp/ratio"][0, 0])
-        paired = []
-        for b in range(24):
-            c_t = int(float(draws["cp/class"][0, b]) * 4)
-            uniform = draws["cp/partner"][0, b : b + 1]
-            c_m = int(draw_confused(before, torch.tensor([c_t]), uniform)[0])
-            pictures = []
-            for c, image, augment in (
-                (c_t, "cp/image", "cp/augment"),
-                (c_m, "cp/partner-image", "cp/partner-augment"),
-            ):
-                i = by_class[c][int(float(draws[image][0, b]) * COUNTS[c])]
-                pictures.append(crop(IMAGES[i], draws[augment][0, b].tolist()))
-            paired.append(lam * pictures[0] + (1 - lam) * pictures[1])
-            targets.append(eq9(lam, c_t, c_m))
-
-        lam = float(draws["mix/ratio"][0, 0])
-        partner = sorted(range(24), key=lambda b: float(draws["mix/partner"][0, b]))
-        mixed = [lam * natural[b] + (1 - lam) * natural[partner[b]] for b in range(24)]
-        targets += [eq9(lam, labels[b], labels[partner[b]]) for b in range(24)]
-
-        logits = model(torch.stack(natural + paired + mixed))
-        shifts = [prior] * 24 + [[0.0] * 4] * 48
-        losses = [one_hot_loss(z, q, s) for z, q, s in zip(logits, targets, shifts, strict=True)]
-        erm, cp, mix = (torch.stack(losses[24 * i : 24 * i + 24]).sum() / 24 for i in range(3))
-        return erm + 2.5 * cp + 2.5 * mix
-
-    check_against_loop(state, terms, loop)
 
 
 def test_confusions_are_the_errors_of_the_epoch() -> None:
@@ -288,70 +184,6 @@ def test_t_1_and_equal_counts_make_the_mix_term_plain_mixup() -> None:
     assert states[0].history[-1]["loss"] == states[1].history[-1]["loss"]
     assert states[0].history[-1]["num_confusions"] is None
     assert states[0].history[-1]["train_accuracy"] is None
-
-
-class Signalling:
-    """Images whose reader gets SIGTERM while it makes the natural batch of a step (the first of three a step)."""
-
-    def __init__(self, batches: Batches, at: int) -> None:
-        self._batches = batches
-        self._left = 3 * at
-        self.num_uniforms, self.device, self.resident = batches.num_uniforms, batches.device, True
-
-    def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        if self._left == 0:
-            signal.raise_signal(signal.SIGTERM)
-        self._left -= 1
-        return self._batches.batch(indices, uniforms)
-
-    def plain(self, indices: Tensor) -> Tensor:
-        return self._batches.plain(indices)
-
-    def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        self._batches.prefetch(indices, uniforms)
-
-
-def signalling(step: int) -> TrainingData:
-    whole = data()
-    return TrainingData(Signalling(whole.batches, step), whole.labels, whole.class_counts)
-
-
-def test_stopping_at_any_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped by a real signal, saved as tensors and loaded into a fresh state, a run goes on bit for bit."""
-    terms = terms_of(erm=ERM, cp=CP, mix=MIX)
-    plan = plan_of(terms, 2, batch=10)  # 3 steps an epoch
-    whole = fresh()
-    fit(plan, data(), whole, publish=never)
-    previous = signal.signal(signal.SIGTERM, signals._handle)
-    for stop_at in range(6):
-        first = fresh()
-        saved: dict[str, Tensor] = {}
-
-        def save(state: TrainingState = first, into: dict[str, Tensor] = saved) -> None:
-            into.clear()
-            into.update({n: t.clone() for n, t in state_tensors(state).items()})
-
-        monkeypatch.setattr(signals, "_pending", None)
-        with pytest.raises(Interrupted, match="SIGTERM") as caught:
-            fit(plan, signalling(stop_at), first, publish=save)
-        assert caught.value.exit_code == 75
-        assert (first.epoch, first.step) == (stop_at // 3 + 1, stop_at % 3 + 1)
-        monkeypatch.setattr(signals, "_pending", None)
-
-        second = fresh()
-        load_state(second, saved, Path("memory"))
-        second.epoch, second.step = first.epoch, first.step
-        second.sums, second.history = saved["sums"], list(first.history)
-        fit(plan, data(), second, publish=never)
-        for name, tensor in state_tensors(whole).items():
-            if name not in ("sums", "history"):  # they hold the clock
-                assert tensor.equal(state_tensors(second)[name]), (stop_at, name)
-        assert [without_clock(r) for r in second.history] == [without_clock(r) for r in whole.history]
-    signal.signal(signal.SIGTERM, previous)
-
-
-def without_clock(row: dict[str, float | None]) -> dict[str, float | None]:
-    return {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:

@@ -1,42 +1,20 @@
 """Signals at any moment: the exit code, what is saved, and that the same command ends in the bytes of a whole run."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import cpmix, files, must
+from conftest import Result, cpmix, ended, files, forget_signals, must, process, refused, signalled, write_image
 from equality import contents
-from PIL import Image
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for
-from cpmix_cli.runtime import signals
 from cpmix_cli.training.objective import Part, TermBatch
 from cpmix_cli.training.step import Step
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
-
-
-def forget_signals() -> None:
-    signals._pending = None
-    signals._has_state = False
-
-
-@pytest.fixture
-def handlers() -> object:
-    """cpmix's signal handlers in this process."""
-    previous = {number: signal.getsignal(number) for number in signals.HANDLED}
-    signals.install()
-    forget_signals()
-    yield
-    forget_signals()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
 
 
 # -- bit for bit -------------------------------------------------------------------------------------------------------
@@ -141,10 +119,9 @@ main()
 """
 
 
-def hooked(hook: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def hooked(hook: str, *arguments: object) -> Result:
     """cpmix in a process of its own, and its own process group, with code that runs first."""
-    command = [sys.executable, "-c", HOOKED.format(hook=hook), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    return process(*arguments, code=HOOKED.format(hook=hook), start_new_session=True)
 
 
 def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> str:
@@ -163,7 +140,7 @@ def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> s
 def test_a_signal_while_torch_is_imported(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     result = hooked(on_event("import", "args[0] == 'torch'", number), "train-stage1", "--data", digits, "--out", out)
-    assert result.returncode == (130 if number == signal.SIGINT else 75)
+    ended(result, 130 if number == signal.SIGINT else 75)
     assert result.stderr.splitlines() == [
         f"interrupted: {number.name} received; what was published stays",
         "  fix: run the same command again to go on",
@@ -175,30 +152,17 @@ def test_a_signal_while_torch_is_imported(digits: Path, tmp_path: Path, number: 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
-    arguments = [sys.executable, "-m", "cpmix_cli", *map(str, command)]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "epoch=3/" in line:
-                os.kill(process.pid, number)
-                break
-        stderr = process.stderr.read()
-    assert process.returncode == 75
-    assert f"{number.name} received; stage1 is saved at epoch" in stderr
-    assert "run the same command again" in stderr
+    said = (f"{number.name} received; stage1 is saved at epoch", "run the same command again")
+    ended(signalled(number, "epoch=3/", *command), 75, said)
     assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
     if number != signal.SIGINT:
         return
-    result = cpmix("evaluate", "--from", tmp_path)
-    assert result.code == 3
-    assert "stage1 is not finished" in result.stderr
-    result = cpmix("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
-    assert result.code == 4  # begun with --epochs 600
-    assert "schedule.epochs: 600 -> 6" in result.stderr
+    refused(3, "stage1 is not finished", "evaluate", "--from", tmp_path)
+    shorter = ("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    refused(4, "schedule.epochs: 600 -> 6", *shorter)
     # There is a state now, so Ctrl-C while the data are read is 75 too: the same command goes on.
     result = hooked(on_event("open", "str(args[0]).endswith('train.safetensors')", number), *command)
-    assert result.returncode == 75
-    assert "SIGINT received; what was published stays" in result.stderr
+    ended(result, 75, "SIGINT received; what was published stays")
     assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
 
 
@@ -211,10 +175,10 @@ def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: sign
         "    raise AssertionError('still here')\n"
         "step.Step.__call__ = call"
     )
-    result = hooked(hook, "train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
-    assert result.returncode == code, result.stderr
+    command = ("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    ended(hooked(hook, *command), code)
     assert files(tmp_path) == ["stage1/.cpmix-lock", "stage1/recipe.toml"]
-    must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)  # the lock is a dead process's
+    must(*command)  # the lock is a dead process's
     assert ".cpmix-lock" not in " ".join(files(tmp_path))
 
 
@@ -222,12 +186,11 @@ def test_a_signal_to_the_whole_group_while_images_are_read(tmp_path: Path) -> No
     """As Slurm and a terminal send it; the threads that read images get it too."""
     generator = np.random.default_rng(0)
     for i in range(300):
-        folder = tmp_path / "mine" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        write_image(tmp_path / "mine" / "ab"[i % 2] / f"{i}.png", pixels)
     arguments = ("build-lt", "image-folder", "--data-root", tmp_path / "mine", "--image-size", 16, "--out")
-    result = hooked(on_event("open", "str(args[0]).endswith('150.png')", signal.SIGTERM), *arguments, tmp_path / "set")
-    assert result.returncode == 75, result.stderr
+    hook = on_event("open", "str(args[0]).endswith('150.png')", signal.SIGTERM)
+    ended(hooked(hook, *arguments, tmp_path / "set"), 75)
     assert not (tmp_path / "set").exists()
     must(*arguments, tmp_path / "set")
     must(*arguments, tmp_path / "other")
@@ -238,18 +201,9 @@ def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: 
     """The derived files are missing; the same command makes them from the state."""
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
     hash_of_name = temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
-    result = hooked(on_event("open", f"{hash_of_name!r} in str(args[0])", signal.SIGINT), *command)
-    assert result.returncode == 75, result.stderr
-    assert files(tmp_path / "run") == [
-        f"stage1/{name}"
-        for name in (
-            "class_counts.parquet",
-            "confusion_pairs.parquet",
-            "model.safetensors",
-            "recipe.toml",
-            "training_state.safetensors",
-        )
-    ]
+    ended(hooked(on_event("open", f"{hash_of_name!r} in str(args[0])", signal.SIGINT), *command), 75)
+    made = ["class_counts.parquet", "confusion_pairs.parquet", "model.safetensors", "recipe.toml", TRAINING_STATE]
+    assert files(tmp_path / "run") == [f"stage1/{name}" for name in made]
     must(*command)
     must("train-stage1", "--data", digits, "--out", tmp_path / "whole", "--epochs", 6)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
@@ -260,16 +214,14 @@ def test_ctrl_c_while_torch_is_imported_for_a_begun_phase(tmp_path: Path, flags:
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "training_state.safetensors").touch()
     hook = on_event("import", "args[0] == 'torch'", signal.SIGINT)
-    assert hooked(hook, "train-stage1", "--data", "x", "--out", tmp_path, *flags).returncode == code
+    ended(hooked(hook, "train-stage1", "--data", "x", "--out", tmp_path, *flags), code)
 
 
 def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
     hook = "import atexit\natexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))"
     result = hooked(hook, "--version")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.code, result.stderr) == (0, "")
 
 
 def test_ctrl_c_while_the_first_modules_are_imported() -> None:
-    result = hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version")
-    assert result.returncode == 130
-    assert "Traceback" not in result.stderr
+    ended(hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version"), 130)

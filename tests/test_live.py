@@ -1,6 +1,5 @@
 """The live view: its numbers against those of a whole epoch, and what a person sees on a real pseudo-terminal."""
 
-import codecs
 import fcntl
 import os
 import pty
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import pyte
 import pytest
 import torch
 from equality import contents
@@ -133,48 +133,21 @@ def test_images_and_errors_of_real_steps(tables: Any) -> None:
 # -- what a person sees ------------------------------------------------------------------------------------------------
 
 
-class Screen:
-    """Enough of a terminal for what rich writes: lines that wrap, cursor up, erase a line, show and hide the cursor."""
+class Screen(pyte.Screen):
+    """A terminal so high that nothing leaves it at the top."""
 
     def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.lines: list[str] = [""]
         self.ever: set[str] = set()  # lines that stood here until they were rubbed out, however briefly
-        self.row = self.column = 0
-        self.cursor = True
+        super().__init__(columns, 500)
 
-    def write(self, text: str) -> None:
-        """What the program sends."""
-        for control, number, letter, character in re.findall(r"(\x1b\[([?\d;]*)([A-Za-z]))|([^\x1b])", text):
-            if not control:
-                self._put(character)
-            elif letter == "A":
-                self.row -= int(number)
-                assert self.row >= 0
-            elif control == "\x1b[2K":
-                self.ever.add(self.lines[self.row])
-                self.lines[self.row] = ""
-            elif number == "?25":
-                self.cursor = letter == "h"
-            else:
-                assert letter == "m", control
-
-    def _put(self, character: str) -> None:
-        if character == "\r":
-            self.column = 0
-            return
-        if character == "\n" or self.column == self.columns:
-            self.row, self.column = self.row + 1, 0
-            self.lines += [""] * (self.row + 1 - len(self.lines))
-        if character != "\n":
-            line = self.lines[self.row].ljust(self.column)
-            self.lines[self.row] = line[: self.column] + character + line[self.column + 1 :]
-            self.column += 1
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        self.ever.add(self.display[self.cursor.y])
+        super().erase_in_line(how, private)
 
     @property
     def text(self) -> list[str]:
         """Its lines; those at the foot that are empty left out."""
-        return "\n".join(line.rstrip() for line in self.lines).rstrip().split("\n")
+        return "\n".join(line.rstrip() for line in self.display).rstrip().split("\n")
 
 
 class Terminal:
@@ -189,8 +162,7 @@ class Terminal:
         self.screen = Screen(columns)
         self.sent = b""
         self._seen = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text = ""
+        self._stream = pyte.ByteStream(self.screen)
         self._person, self.program = pty.openpty()
         fcntl.ioctl(self.program, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
@@ -202,12 +174,8 @@ class Terminal:
                 self.sent += os.read(self._person, 1 << 20)
             except OSError:  # nobody has it open any more
                 break
-        # A letter or a control sequence may have come in part.
-        self._text += self._decoder.decode(self.sent[self._seen :])
+        self._stream.feed(self.sent[self._seen :])
         self._seen = len(self.sent)
-        whole = len(self._text) - len(re.search(r"(\x1b(\[[?\d;]*)?)?\Z", self._text)[0])  # type: ignore[index]
-        self.screen.write(self._text[:whole])
-        self._text = self._text[whole:]
         return self.screen.text
 
     def hang_up(self) -> None:
@@ -271,7 +239,7 @@ def test_a_view_below_the_lines(terminal: Callable[..., Terminal]) -> None:
     shown.line("stage1 epoch=2/2 loss=1.5000")
     shown.close()
     assert found.look() == ["stage1 epoch=1/2 loss=2.0000", "stage1 epoch=2/2 loss=1.5000"]
-    assert found.screen.cursor
+    assert not found.screen.cursor.hidden
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(40, 24), (60, 15), (76, 5), (20, 4), (100, 3), (30, 1)])
@@ -292,7 +260,7 @@ def test_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Term
     assert found.look()[: len(wrapped)] == wrapped
     shown.close()
     assert found.look() == wrapped
-    assert found.screen.cursor
+    assert not found.screen.cursor.hidden
 
 
 def test_the_lines_alone_on_a_terminal_that_can_only_print(terminal: Callable[..., Terminal]) -> None:
@@ -418,7 +386,7 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
         ["finetune", "epoch=1/1"],
     ]
     assert not [line for line in screen if "so far" in line or "━" in line]
-    assert found.screen.cursor
+    assert not found.screen.cursor.hidden
     labels = {re.split(r"\s{2,}", line.strip())[0] for line in found.screen.ever}
     assert labels >= {"loss", "erm", "cp", "mix", "train accuracy, %", "many", "medium", "few"}
     assert any(re.fullmatch(r"\d as \d", label) for label in labels)
@@ -429,11 +397,11 @@ def test_a_signal_leaves_the_terminal_clean(digits: Path, tmp_path: Path) -> Non
     process = started(found, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
     while not any("so far" in line for line in found.look()) and process.poll() is None:
         pass
-    assert found.screen.cursor  # a second signal or a SIGKILL leaves it no time
+    assert not found.screen.cursor.hidden  # a second signal or a SIGKILL leaves it no time
     process.send_signal(signal.SIGINT)
     while process.poll() is None:  # a terminal that nobody reads would hold it up
         found.look()
     screen = found.look()
     assert "interrupted: SIGINT received; stage1 is saved at epoch" in "".join(screen), screen
     assert not [line for line in screen if "so far" in line or "━" in line]
-    assert found.screen.cursor
+    assert not found.screen.cursor.hidden

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import cpmix, files, must
+from conftest import cpmix, files, must, refused
 
 from cpmix_cli.artifacts import locks
 from cpmix_cli.artifacts.files import TEMPORARY
@@ -186,8 +186,7 @@ with hold(Path(sys.argv[1]), wait=True) as lock:
 def test_status_of_a_phase_in_the_making(digits: Path, tmp_path: Path) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
     leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
-    result = cpmix("status", tmp_path, "--json")
-    assert result.code == 75
+    result = refused(75, (), "status", tmp_path, "--json")
     (run,) = result.json["runs"]
     assert (run["phases"][1]["status"], run["phases"][1]["because"]) == ("running", "by node7, pid 77, Slurm job 4711")
     assert run["next"] is None
@@ -199,8 +198,7 @@ def test_a_phase_in_the_making_is_left_alone(digits: Path, digits_run: Path, tmp
     must("train-stage1", "--data", digits, "--out", other, "--epochs", 6)
     leave_lock(other / "stage2", elsewhere)
     for flags in ([], ["--dry-run"], ["--overwrite"]):
-        result = cpmix("train-stage2", "--from", other, *flags)
-        assert result.code == 4
+        result = refused(4, (), "train-stage2", "--from", other, *flags)
         assert result.stderr.splitlines()[-2:] == [
             f"error: {other / 'stage2'} is being written by another process (node7, pid 77, Slurm job 4711)",
             "  fix: wait until it has finished, or write elsewhere with --out FOLDER",

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import COUNTS, CP, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
+from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
 from test_losses import slow_loss
 from torch import Tensor
 
 from cpmix_cli.confusion import draw_confused
 from cpmix_cli.models import Classifier, build_model
-from cpmix_cli.recipe.schema import Model, Optimizer
+from cpmix_cli.recipe.schema import Model, Optimizer, ParameterGroup
 from cpmix_cli.training.loop import make_optimizer
 from cpmix_cli.training.objective import draw_epoch
 from cpmix_cli.training.step import TrainingState
@@ -31,6 +31,8 @@ LDAM = {"loss": "ldam", "scale": 30.0}
 SMOOTHING = {"loss": "label-aware-smoothing", "smooth_head": 0.4, "smooth_tail": 0.1}
 # A method's terms, by name; "head" is that of the network.
 METHODS: dict[str, dict[str, Any]] = {
+    "balanced softmax": {"erm": ERM},
+    "cpmix": {"erm": ERM, "cp": CP, "mix": MIX},
     "class-balanced": {"erm": {**NATURAL, **DRW, "reweight_after": 0}},
     "class-balanced, divided by the count": {"erm": {**NATURAL, **DRW, "reweight_norm": "count"}},
     "focal": {"erm": {**NATURAL, "loss": "focal", "gamma": 1.0}},
@@ -237,6 +239,26 @@ def test_one_step_is_that_of_loops(tables: dict[str, Any]) -> None:
         check_against_loop(state, terms_of(**tables), loop)
         gates |= {float(g) for n, g in loop.draws.items() if n.endswith("/gate")}
     assert not gates or gates == {0.0, 1.0}
+
+
+def test_two_steps_with_nesterov_and_parameter_groups() -> None:
+    """v = 0.9 v + g + decay w, and w loses factor * rate * (g + decay w + 0.9 v); the first group that fits counts.
+
+    The second step is one of stage 2 by Equation (13), with the momentum of the first.
+    """
+    groups = [
+        ParameterGroup(prefix="head.bias", lr_factor=0.5, weight_decay=0.0),
+        ParameterGroup(prefix="head", lr_factor=3.0),
+        ParameterGroup(prefix="conv1", lr_factor=0.0),
+        ParameterGroup(prefix="blocks.1", lr_factor=0.1, weight_decay=0.05),
+    ]
+    state = fresh()
+    state.optimizer = make_optimizer(state.model, Optimizer(nesterov=True, weight_decay=2e-4, groups=groups))
+    for epoch, method in ((1, "balanced softmax"), (2, "cpmix")):
+        state.epoch, state.step = epoch, 0
+        loop = Loop(METHODS[method], epoch, state.confusion.clone(), state.model)
+        check_against_loop(state, terms_of(**METHODS[method]), loop, nesterov=True, groups=groups)
+        state.confusion[3, 0] += 4.0
 
 
 def test_regmixup_of_its_code_is_the_mean_over_both_batches() -> None:

@@ -6,42 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import cpmix, files, must
+from conftest import files, must, refused, unchanged
 from equality import contents
 
 from cpmix_cli.artifacts import tables
 from cpmix_cli.artifacts.files import sha256
 from cpmix_cli.artifacts.tensors import read_tensors
 
-TRAINING = [
-    "class_counts.parquet",
-    "confusion_pairs.parquet",
-    "metrics.parquet",
-    "model.safetensors",
-    "recipe.toml",
-    "run.json",
-    "training_state.safetensors",
-]
-EVALUATION = [
-    "logits.safetensors",
-    "metrics.json",
-    "per_class.parquet",
-    "predictions.parquet",
-    "run.json",
-]
-REPORT = [
-    "class_accuracy.png",
-    "class_accuracy.svg",
-    "confused_pairs.parquet",
-    "confusion_histogram.png",
-    "confusion_histogram.svg",
-    "confusion_matrix.parquet",
-    "confusion_matrix.png",
-    "confusion_matrix.svg",
-    "confusion_matrix_grouped.png",
-    "confusion_matrix_grouped.svg",
-    "run.json",
-]
+TRAINING = ["class_counts.parquet", "confusion_pairs.parquet", "metrics.parquet", "model.safetensors"]
+TRAINING += ["recipe.toml", "run.json", "training_state.safetensors"]
+EVALUATION = ["logits.safetensors", "metrics.json", "per_class.parquet", "predictions.parquet", "run.json"]
+PICTURES = ["class_accuracy", "confusion_histogram", "confusion_matrix", "confusion_matrix_grouped"]
+REPORT = [f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")]
+REPORT += ["confused_pairs.parquet", "confusion_matrix.parquet", "run.json"]
 
 
 def test_digits_leaves_exactly_these_files(digits_run: Path) -> None:
@@ -74,13 +51,9 @@ def test_the_report_of_an_evaluation_written_elsewhere(digits_run: Path, tmp_pat
     result = must("evaluate", "--from", digits_run, "--phase", "stage1", "--out", other)
     assert result.stderr.endswith(f"next: cpmix confusion-report --from {digits_run} --phase stage1 --out {other}\n")
     must("confusion-report", "--from", digits_run, "--phase", "stage1", "--out", other)
-    assert files(other) == sorted(
-        [
-            *(f"evaluation/stage1/{name}" for name in EVALUATION),
-            *(f"confusion/stage1/{name}" for name in REPORT),
-            "confusion/index.html",
-        ]
-    )
+    expected = [f"evaluation/stage1/{name}" for name in EVALUATION]
+    expected += [f"confusion/stage1/{name}" for name in REPORT]
+    assert files(other) == sorted([*expected, "confusion/index.html"])
 
 
 def test_evaluation_json_and_files_agree(digits: Path, digits_run: Path) -> None:
@@ -128,12 +101,7 @@ def test_metrics_and_pairs_of_the_stages(digits_run: Path) -> None:
     tuned = pd.read_parquet(digits_run / "finetune" / "metrics.parquet")
     assert one["epoch"].tolist() == [1, 2, 3, 4]
     assert two["epoch"].tolist() == [5, 6]
-    assert [c for c in two.columns if c.startswith("loss")] == [
-        "loss",
-        "loss_erm",
-        "loss_cp",
-        "loss_mix",
-    ]
+    assert [c for c in two.columns if c.startswith("loss")] == ["loss", "loss_erm", "loss_cp", "loss_mix"]
     total = two["loss_erm"] + two["loss_cp"] + two["loss_mix"]
     assert two["loss"].tolist() == pytest.approx(total.tolist())
 
@@ -156,16 +124,6 @@ def test_nothing_but_the_head_moves_in_finetune(digits_run: Path) -> None:
     assert moved == {"head.weight", "head.bias"}
 
 
-def test_shifted_batch_norm_moves_running_statistics_only(digits_run: Path, tmp_path: Path) -> None:
-    flags = ("--set", "finetune.batchnorm=shift", "--out", tmp_path / "shift")
-    must("finetune", "--from", digits_run, *flags)
-    before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
-    after, _ = read_tensors(tmp_path / "shift" / "finetune" / "model.safetensors")
-    moved = {name for name in before if not before[name].equal(after[name])}
-    kinds = {name.rsplit(".", 1)[1] for name in moved if not name.startswith("head")}
-    assert kinds == {"running_mean", "running_var", "num_batches_tracked"}
-
-
 def test_head_can_be_drawn_again(digits_run: Path, tmp_path: Path) -> None:
     flags = ("--set", "finetune.head=reinit", "--set", "finetune.lr=1e-9")
     must("finetune", "--from", digits_run, *flags, "--out", tmp_path / "crt")
@@ -174,19 +132,13 @@ def test_head_can_be_drawn_again(digits_run: Path, tmp_path: Path) -> None:
     assert (before["head.weight"] - after["head.weight"]).abs().mean() > 0.05
 
 
-@pytest.mark.parametrize(
-    ("phase", "command"),
-    [("stage1", "train-stage1"), ("stage2", "train-stage2"), ("finetune", "finetune")],
-)
-def test_a_phase_made_again_alone_gives_the_same_bytes(
-    phase: str, command: str, digits: Path, digits_run: Path
-) -> None:
+@pytest.mark.parametrize("phase", ["stage1", "stage2", "finetune"])
+def test_a_phase_made_again_alone_gives_the_same_bytes(phase: str, digits: Path, digits_run: Path) -> None:
     before = contents(digits_run / phase)
     others = {p: contents(digits_run / p) for p in ("stage1", "stage2", "finetune") if p != phase}
-    where = ["--data", digits, "--out", digits_run] if phase == "stage1" else ["--from", digits_run]
-    if phase == "stage1":
-        where += ["--epochs", "6"]
-    must(command, *where, "--overwrite")
+    first = ["--data", digits, "--out", digits_run, "--epochs", 6]
+    where = first if phase == "stage1" else ["--from", digits_run]
+    must(phase if phase == "finetune" else f"train-{phase}", *where, "--overwrite")
     assert contents(digits_run / phase) == before
     assert {p: contents(digits_run / p) for p in others} == others
 
@@ -199,29 +151,19 @@ def test_a_later_phase_needs_only_the_files_of_the_one_before(digits_run: Path, 
 
 
 def test_the_same_command_twice_is_up_to_date(digits: Path, digits_run: Path) -> None:
-    before = {name: (digits_run / name).read_bytes() for name in files(digits_run)}
-    for command in (
-        ("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6),
-        ("train-stage2", "--from", digits_run),
-        ("finetune", "--from", digits_run),
-        ("evaluate", "--from", digits_run),
-        ("confusion-report", "--from", digits_run),
-    ):
-        result = must(*command)
-        assert "up to date: " in result.stdout
-        assert must(*command, "--json").json["status"] == "up to date"
-    assert {name: (digits_run / name).read_bytes() for name in files(digits_run)} == before
+    later = ("train-stage2", "finetune", "evaluate", "confusion-report")
+    commands: list[tuple[object, ...]] = [("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)]
+    with unchanged(digits_run):
+        for command in [*commands, *((name, "--from", digits_run) for name in later)]:
+            assert "up to date: " in must(*command).stdout
+            assert must(*command, "--json").json["status"] == "up to date"
 
 
 def test_another_recipe_on_a_finished_phase_is_refused_with_the_difference(digits: Path, digits_run: Path) -> None:
-    before = {name: (digits_run / name).read_bytes() for name in files(digits_run)}
     flags = ("--epochs", 6, "--set", "optimizer.lr=0.05", "--seed", 3)
-    result = cpmix("train-stage1", "--data", digits, "--out", digits_run, *flags)
-    assert result.code == 4
-    assert "optimizer.lr: 0.1 -> 0.05" in result.stderr
-    assert "seed: 0 -> 3" in result.stderr
-    assert "--overwrite" in result.stderr
-    assert {name: (digits_run / name).read_bytes() for name in files(digits_run)} == before
+    command = ("train-stage1", "--data", digits, "--out", digits_run, *flags)
+    with unchanged(digits_run):
+        refused(4, ("optimizer.lr: 0.1 -> 0.05", "seed: 0 -> 3", "--overwrite"), *command)
 
 
 def test_two_stage_2s_from_one_stage_1(digits_run: Path, tmp_path: Path) -> None:
@@ -238,44 +180,24 @@ def test_two_stage_2s_from_one_stage_1(digits_run: Path, tmp_path: Path) -> None
 
 
 def test_a_stage_2_under_another_stage_1_recipe_is_refused(digits_run: Path, tmp_path: Path) -> None:
-    flags = ("--recipe", "digits/balanced-softmax", "--out", tmp_path / "o")
-    result = cpmix("train-stage2", "--from", digits_run, *flags)  # without --epochs 6
-    assert result.code == 3
-    assert "schedule.epochs: 6 -> 60" in result.stderr
-    result = cpmix("train-stage2", "--from", digits_run, "--seed", 1, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert "seed: 0 -> 1" in result.stderr
+    flags = ("--recipe", "digits/balanced-softmax", "--out", tmp_path / "o")  # without --epochs 6
+    refused(3, "schedule.epochs: 6 -> 60", "train-stage2", "--from", digits_run, *flags)
+    refused(3, "seed: 0 -> 1", "train-stage2", "--from", digits_run, "--seed", 1, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
     flags = ("--set", "stage2.terms.cp.t=1.0", "--out", tmp_path / "o")
     must("train-stage2", "--from", digits_run, *flags)
 
 
 def test_a_stale_phase_is_named_and_never_chosen(digits: Path, digits_run: Path) -> None:
-    must(
-        "train-stage1",
-        "--data",
-        digits,
-        "--out",
-        digits_run,
-        "--epochs",
-        6,
-        "--seed",
-        9,
-        "--overwrite",
-    )
+    must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 9, "--overwrite")
     result = must("evaluate", "--from", digits_run)
     assert "evaluate: takes stage1" in result.stderr
     assert "stage2 is stale (stage1 was trained again since) and is not used" in result.stderr
     assert "finetune is stale (stage1 was trained again since) and is not used" in result.stderr
     assert json.loads((digits_run / "evaluation/stage1/metrics.json").read_text())["phase"] == "stage1"
-    result = cpmix("evaluate", "--from", digits_run, "--phase", "finetune")
-    assert result.code == 3
-    assert "is stale: stage1 was trained again since" in result.stderr
-    result = cpmix("finetune", "--from", digits_run)
-    assert result.code == 3
-    assert "cpmix train-stage2 --from" in result.stderr
-    result = cpmix("train-stage2", "--from", digits_run)
-    assert result.code == 4  # its stage 2 came from another stage 1: not replaced unasked
+    refused(3, "is stale: stage1 was trained again since", "evaluate", "--from", digits_run, "--phase", "finetune")
+    refused(3, "cpmix train-stage2 --from", "finetune", "--from", digits_run)
+    refused(4, (), "train-stage2", "--from", digits_run)  # its stage 2 came from another stage 1: not replaced unasked
     must("train-stage2", "--from", digits_run, "--overwrite")
     must("finetune", "--from", digits_run, "--overwrite")
     assert "takes finetune" in must("evaluate", "--from", digits_run).stderr
@@ -285,9 +207,7 @@ def test_a_stale_phase_is_named_and_never_chosen(digits: Path, digits_run: Path)
 def test_finetune_on_half_a_recipe_must_be_asked_for(digits_run: Path) -> None:
     shutil.rmtree(digits_run / "stage2")
     shutil.rmtree(digits_run / "finetune")
-    result = cpmix("finetune", "--from", digits_run)
-    assert result.code == 3
-    assert "only stage 1 is done" in result.stderr
+    refused(3, "only stage 1 is done", "finetune", "--from", digits_run)
     must("finetune", "--from", digits_run, "--phase", "stage1")
     assert must("evaluate", "--from", digits_run / "stage1", "--json").json["phase"] == "stage1"
 
@@ -302,14 +222,6 @@ def test_a_phase_that_the_recipe_lacks_is_skipped(digits: Path, toy_run: Path, t
     must("finetune", "--from", tmp_path)
     assert "nothing to do: the recipe has no finetune" in must("finetune", "--from", toy_run).stdout
     assert not (toy_run / "finetune").exists()
-
-
-def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
-    flags = ("--data", digits, "--out", tmp_path / "run", "--epochs", 6)
-    result = must("train-stage1", *flags, "--dry-run", "--json")
-    assert result.json["status"] == "dry run"
-    assert (result.json["epochs"], result.json["steps_per_epoch"]) == (4, 7)
-    assert not (tmp_path / "run").exists()
 
 
 def test_test_curve_selects_nothing(digits: Path, digits_run: Path, tmp_path: Path) -> None:
@@ -334,37 +246,19 @@ def test_a_moved_run_finds_its_data(digits: Path, digits_run: Path, tmp_path: Pa
     must("train-stage2", "--from", tmp_path / "else" / "a" / "run")
     shutil.move(tmp_path / "else" / "set", tmp_path / "away")
     moved = tmp_path / "else" / "a" / "run"
-    result = cpmix("finetune", "--from", moved)
-    assert result.code == 3
-    assert "--data FOLDER" in result.stderr
+    refused(3, "--data FOLDER", "finetune", "--from", moved)
     must("finetune", "--from", moved, "--data", tmp_path / "away")
 
 
 def test_another_data_set_is_not_taken(toy: Path, digits_run: Path) -> None:
-    result = cpmix("evaluate", "--from", digits_run, "--data", toy)
-    assert result.code == 3
-    assert "holds another data set (toy-lt-rho20)" in result.stderr
-
-
-def test_a_damaged_checkpoint_is_refused(digits_run: Path) -> None:
-    path = digits_run / "finetune" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 4
-    path.write_bytes(data)
-    result = cpmix("evaluate", "--from", digits_run, "--overwrite")
-    assert result.code == 3
-    assert f"{path} is damaged" in result.stderr
-    assert "Traceback" not in result.stderr
+    refused(3, "holds another data set (toy-lt-rho20)", "evaluate", "--from", digits_run, "--data", toy)
 
 
 def test_report_wants_a_current_evaluation(digits_run: Path) -> None:
-    result = cpmix("confusion-report", "--from", digits_run, "--phase", "stage1")
-    assert result.code == 3
-    assert f"fix: cpmix evaluate --from {digits_run} --phase stage1" in result.stderr
+    command = ("confusion-report", "--from", digits_run, "--phase", "stage1")
+    refused(3, f"fix: cpmix evaluate --from {digits_run} --phase stage1", *command)
     must("finetune", "--from", digits_run, "--set", "finetune.lr=0.01", "--overwrite")
-    result = cpmix("confusion-report", "--from", digits_run)
-    assert result.code == 3
-    assert "is of an older checkpoint" in result.stderr
+    refused(3, "is of an older checkpoint", "confusion-report", "--from", digits_run)
     assert "its input changed, so it is made again" in must("evaluate", "--from", digits_run).stderr
     must("confusion-report", "--from", digits_run)
 
@@ -374,9 +268,6 @@ def test_labelled_evaluation_stands_beside_the_plain_one(digits_run: Path) -> No
     first = json.loads((digits_run / "evaluation" / "finetune" / "metrics.json").read_text())
     second = json.loads((digits_run / "evaluation" / "finetune-small" / "metrics.json").read_text())
     assert first == second
-    result = cpmix("evaluate", "--from", digits_run, "--set", "optimizer.lr=1.0")
-    assert result.code == 2
-    assert "changes what was trained: optimizer.lr: 0.1 -> 1.0" in result.stderr
-    result = cpmix("evaluate", "--from", digits_run, "--few-inclusive")
-    assert result.code == 4
-    assert "few_inclusive: False -> True" in result.stderr
+    command = ("evaluate", "--from", digits_run, "--set", "optimizer.lr=1.0")
+    refused(2, "changes what was trained: optimizer.lr: 0.1 -> 1.0", *command)
+    refused(4, "few_inclusive: False -> True", "evaluate", "--from", digits_run, "--few-inclusive")

@@ -1,17 +1,15 @@
 """status and recipes: what stands where, and the command that goes on."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import cpmix, files, must
+from conftest import Result, cpmix, must, refused, signalled, unchanged
 
 from cpmix_cli.recipe.loading import load, recipe_names
 
@@ -25,18 +23,26 @@ def follow(command: str) -> None:
 
 def next_of(run: Path) -> str:
     """The one command that status prints for a run that can go on."""
-    result = cpmix("status", run)
-    assert result.code == 75, result.stderr
-    (following,) = [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+    (following,) = printed(refused(75, (), "status", run))
     return following
+
+
+def printed(result: Result) -> list[str]:
+    """The next commands that status has printed."""
+    return [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+
+
+def phases_of(run: Path) -> list[dict[str, Any]]:
+    """What status says of the phases of a run."""
+    found: list[dict[str, Any]] = cpmix("status", run, "--json").json["runs"][0]["phases"]
+    return found
 
 
 def test_the_table_of_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
     begun = tmp_path / "my run"  # a shell would take this for two words
     shutil.copytree(digits_run / "stage1", begun / "stage1")
     top1 = f"{json.loads((digits_run / 'evaluation/finetune/metrics.json').read_text())['top1']:.2f}"
-    result = cpmix("status", digits_run, begun)
-    assert result.code == 75
+    result = refused(75, (), "status", digits_run, begun)
     width = len(str(begun))
     finished = str(digits_run).ljust(width)
     assert result.stdout.splitlines() == [
@@ -57,23 +63,18 @@ def test_the_table_of_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Pat
 
 
 def test_a_finished_run(digits_run: Path) -> None:
-    before = {name: (digits_run / name).read_bytes() for name in files(digits_run)}
-    result = cpmix("status", digits_run, "--json")
-    assert result.code == 0
-    assert result.json["status"] == "done"
-    (run,) = result.json["runs"]
+    with unchanged(digits_run):
+        found = must("status", digits_run, "--json").json
+    assert found["status"] == "done"
+    (run,) = found["runs"]
     assert run["run"] == str(digits_run)
-    assert [(p["phase"], p["status"]) for p in run["phases"]] == [
-        ("stage1", "done"),
-        ("stage2", "done"),
-        ("finetune", "done"),
-    ]
+    phases = [(p["phase"], p["status"]) for p in run["phases"]]
+    assert phases == [("stage1", "done"), ("stage2", "done"), ("finetune", "done")]
     for phase in run["phases"]:
         assert phase["epochs"] == phase["total_epochs"] > 0
         evaluation = digits_run / "evaluation" / phase["phase"] / "metrics.json"
         expected = json.loads(evaluation.read_text())["top1"] if evaluation.exists() else None
         assert phase["top1"] == expected
-    assert {name: (digits_run / name).read_bytes() for name in files(digits_run)} == before
 
 
 def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path: Path) -> None:
@@ -82,17 +83,14 @@ def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path
     seen = []
     for _ in range(5):
         result = cpmix("status", run)
-        following = [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+        following = printed(result)
         seen.append((result.code, [line.split()[2] for line in following]))
         if not following:
             break
         follow(following[0])
     assert seen == [(75, ["train-stage2"]), (0, ["evaluate"]), (0, ["confusion-report"]), (0, [])]
-    lines = result.stdout.splitlines()
-    assert [line.removeprefix(str(run)).split()[:3] for line in lines[2:]] == [
-        ["stage1", "done", "1/1"],
-        ["stage2", "done", "1/1"],
-    ]
+    lines = [line.removeprefix(str(run)).split()[:3] for line in result.stdout.splitlines()[2:]]
+    assert lines == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
 
 
 def test_a_stale_phase(toy_run: Path) -> None:
@@ -100,24 +98,12 @@ def test_a_stale_phase(toy_run: Path) -> None:
     changed = load(str(stage1)).to_toml().replace("seed = 0", "seed = 5")
     stage1.with_name("seed5.toml").write_text(changed)
     data = json.loads((toy_run / "stage1" / "run.json").read_text())["dataset"]["absolute"]
-    again = [
-        "train-stage1",
-        "--data",
-        data,
-        "--out",
-        toy_run,
-        "--recipe",
-        stage1.with_name("seed5.toml"),
-        "--overwrite",
-    ]
-    must(*again)
-    result = cpmix("status", toy_run)
-    assert result.code == 75
-    assert "stale (stage1 was trained again since)" in result.stdout
-    (following,) = [line for line in result.stdout.splitlines() if line.startswith("next: ")]
-    assert following == f"next: cpmix train-stage2 --from {toy_run} --overwrite"
-    follow(following)
-    assert cpmix("status", toy_run, "--json").json["runs"][0]["phases"][1]["status"] == "done"
+    recipe = ("--recipe", stage1.with_name("seed5.toml"))
+    must("train-stage1", "--data", data, "--out", toy_run, *recipe, "--overwrite")
+    assert "stale (stage1 was trained again since)" in cpmix("status", toy_run).stdout
+    assert next_of(toy_run) == f"next: cpmix train-stage2 --from {toy_run} --overwrite"
+    follow(next_of(toy_run))
+    assert phases_of(toy_run)[1]["status"] == "done"
 
 
 def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run: Path, tmp_path: Path) -> None:
@@ -132,20 +118,14 @@ def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run:
     assert load(str(recipe)).tables()["stage2"]["terms"]["cp"]["partner"] == "random"
 
     must(*again, "--epochs", 6, "--seed", 5)  # now neither recipe fits: refused, and no CP-Mix under this name
-    result = cpmix(*shlex.split(next_of(other))[2:])
-    assert result.code == 3
-    assert "seed: 5 -> 0" in result.stderr
+    refused(3, "seed: 5 -> 0", *shlex.split(next_of(other))[2:])
 
 
 def test_stage1_again_with_other_epochs_or_without_a_stage2(digits: Path, digits_run: Path) -> None:
     again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
     must(*again, "--epochs", 12)
-    (run,) = cpmix("status", digits_run, "--json").json["runs"]
-    assert [(p["status"], p["epochs"], p["total_epochs"]) for p in run["phases"]] == [
-        ("done", 8, 8),
-        ("stale", 2, 2),
-        ("stale", 1, 1),
-    ]
+    found = [(p["status"], p["epochs"], p["total_epochs"]) for p in phases_of(digits_run)]
+    assert found == [("done", 8, 8), ("stale", 2, 2), ("stale", 1, 1)]
     must(*again, "--epochs", 4, "--recipe", "digits/cross-entropy")
     assert next_of(digits_run) == f"next: cpmix finetune --from {digits_run} --overwrite"  # stage 2 is no part of it
     follow(next_of(digits_run))
@@ -157,14 +137,10 @@ def test_stage1_again_with_other_epochs_or_without_a_stage2(digits: Path, digits
 def test_a_second_run_from_one_stage1(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
-    result = cpmix("status", digits_run, other, "--json")
-    assert result.code == 75
+    result = refused(75, (), "status", digits_run, other, "--json")
     phases = result.json["runs"][1]["phases"]
-    assert [(p["phase"], p["status"]) for p in phases] == [
-        ("stage1", "elsewhere"),
-        ("stage2", "done"),
-        ("finetune", "absent"),
-    ]
+    found = [(p["phase"], p["status"]) for p in phases]
+    assert found == [("stage1", "elsewhere"), ("stage2", "done"), ("finetune", "absent")]
     assert phases[0]["because"] == f"in {digits_run}"
     assert result.json["runs"][1]["next"] == f"cpmix finetune --from {other}"
     shutil.rmtree(digits_run)  # the second run is complete without the first
@@ -180,22 +156,13 @@ def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digit
         must(*command)
         command = ["train-stage2", "--from", str(run), "--out", str(other)]
     at = "epoch=3/" if phase == "stage1" else "epoch=63/"
-    with subprocess.Popen([sys.executable, "-m", "cpmix_cli", *command], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if at in line:
-                os.kill(process.pid, signal.SIGTERM)
-                break
-        process.stderr.read()
-    assert process.returncode == 75
+    assert signalled(signal.SIGTERM, at, *command).code == 75
     place = run if phase == "stage1" else other
-    result = cpmix("status", place, "--json")
-    assert result.code == 75
-    (found,) = [p for p in result.json["runs"][0]["phases"] if p["phase"] == phase]
+    (found,) = [p for p in phases_of(place) if p["phase"] == phase]
     assert found["status"] == "interrupted"
     assert 3 <= found["epochs"] < found["total_epochs"]
-    follow(result.json["runs"][0]["next"])
-    assert cpmix("status", place, "--json").json["runs"][0]["phases"][phase == "stage2"]["status"] == "done"
+    follow(next_of(place))
+    assert phases_of(place)[phase == "stage2"]["status"] == "done"
 
 
 def test_an_interrupted_phase_whose_input_was_trained_again(digits: Path, digits_run: Path) -> None:
@@ -203,11 +170,11 @@ def test_an_interrupted_phase_whose_input_was_trained_again(digits: Path, digits
     recipe = digits_run / "stage2" / "recipe.toml"
     assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --recipe {recipe}"
     must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 5, "--overwrite")
-    phase = cpmix("status", digits_run, "--json").json["runs"][0]["phases"][1]
+    phase = phases_of(digits_run)[1]
     assert (phase["status"], phase["because"]) == ("interrupted", "stage1 was trained again since")
     assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --overwrite"
     follow(next_of(digits_run))
-    assert cpmix("status", digits_run, "--json").json["runs"][0]["phases"][1]["status"] == "done"
+    assert phases_of(digits_run)[1]["status"] == "done"
 
 
 def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tmp_path: Path) -> None:
@@ -262,33 +229,24 @@ def test_damage_to_an_interrupted_phase(digits_run: Path) -> None:
     hit = [n for n in said[::17] if n not in range(seal + 1, seal + 7) and data[n : n + 1] != b"~"]
     damaged += [data[:n] + b"~" + data[n + 1 :] for n in hit]
     assert len(hit) > 50
-    for number, bad in enumerate(damaged):
+    for bad in damaged:
         state.write_bytes(bad)
-        result = cpmix("status", digits_run)
-        assert result.code == 3, number
-        assert str(state) in result.stderr
+        refused(3, str(state), "status", digits_run)
     state.write_bytes(data)
     for content in ("seed = = 3", text.replace("[stage1", "[stage9")):
         recipe.write_text(content)
-        result = cpmix("status", digits_run)
-        assert result.code == 3
-        assert str(recipe) in result.stderr
+        refused(3, str(recipe), "status", digits_run)
     recipe.unlink()
-    result = cpmix("status", digits_run)
-    assert result.code == 3
-    assert f"cannot read {recipe}" in result.stderr
+    refused(3, f"cannot read {recipe}", "status", digits_run)
 
 
 def test_folders_that_are_no_runs(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
-        result = cpmix("status", folder, "--json")
-        assert result.code == 3
+        result = refused(3, (), "status", folder, "--json")
         assert message in result.json["error"]
     record = digits_run / "stage2" / "run.json"
     record.write_text(record.read_text().replace('"epochs"', '"epoch"'))
-    result = cpmix("status", digits_run)
-    assert result.code == 3
-    assert f"{record} was changed after it was written" in result.stderr
+    refused(3, f"{record} was changed after it was written", "status", digits_run)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
@@ -330,6 +288,4 @@ def test_two_recipes_are_told_apart() -> None:
     lines = must("recipes", "digits/cpmix", "digits/balanced-softmax").stdout.splitlines()
     assert lines == ["stage2.terms.cp: (table) -> (none)", "stage2.terms.mix: (table) -> (none)"]
     assert must("recipes", "toy/cpmix", "toy/cpmix").stdout == "no difference\n"
-    result = cpmix("recipes", "digits/cp-mix", "toy/cpmix")
-    assert result.code == 2
-    assert 'Did you mean "digits/cpmix"?' in result.stderr
+    refused(2, 'Did you mean "digits/cpmix"?', "recipes", "digits/cp-mix", "toy/cpmix")

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import cpmix, must, pipeline
+from conftest import Result, cpmix, ended, must, pipeline, refused, unchanged, write_image
 from equality import contents
-from PIL import Image
 
 ARMED = [False]
 
@@ -122,10 +121,11 @@ def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
     assert json.loads(stdout)["folder"] == str(run / "evaluation" / "stage2")
 
 
-def shell(line: str, **places: object) -> subprocess.CompletedProcess[str]:
-    """A line for the shell in which {cpmix} and places are filled in."""
+def shell(line: str, **places: object) -> Result:
+    """Run a line of the shell in which {cpmix} and places are filled in."""
     text = line.format(cpmix=f"{sys.executable} -m cpmix_cli", **places)
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {text}"], capture_output=True, text=True)
+    found = subprocess.run(["bash", "-c", f"set -o pipefail; {text}"], capture_output=True, text=True)
+    return Result(found.returncode, found.stdout, found.stderr)
 
 
 TRAIN = "{cpmix} train-stage1 --data {toy} --out {run} --epochs 20"
@@ -144,19 +144,17 @@ TRAIN = "{cpmix} train-stage1 --data {toy} --out {run} --epochs 20"
 )
 def test_a_log_that_nobody_reads_stops_no_run(line: str, toy: Path, tmp_path: Path) -> None:
     result = shell(line, toy=toy, run=tmp_path / "run")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "run" / "stage1" / "run.json").is_file()
 
 
 def test_a_result_that_nobody_reads(toy_run: Path) -> None:
     result = shell("{cpmix} status {run} | head -0", run=toy_run)
-    assert (result.returncode, result.stderr) == (0, "")
-    result = shell("{cpmix} status {run} >/dev/full", run=toy_run)
-    assert result.returncode == 4
+    assert (result.code, result.stderr) == (0, "")
+    result = ended(shell("{cpmix} status {run} >/dev/full", run=toy_run), 4)
     assert result.stderr == "error: cannot write the result to standard output: No space left on device\n"
-    result = shell("{cpmix} status {run} --json >/dev/full", run=toy_run)
-    assert result.returncode == 4
+    ended(shell("{cpmix} status {run} --json >/dev/full", run=toy_run), 4)
 
 
 def test_no_control_codes_without_a_terminal(toy: Path, tmp_path: Path) -> None:
@@ -176,10 +174,8 @@ def test_no_control_codes_without_a_terminal(toy: Path, tmp_path: Path) -> None:
 
 def test_control_codes_in_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     for name in ("a\x1b[31mred", "b\x07\x9b2J"):
-        folder = tmp_path / "mine" / name
-        folder.mkdir(parents=True)
         for i in range(3):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+            write_image(tmp_path / "mine" / name / f"{i}.png", (i, 0, 0))
     result = must("build-lt", "image-folder", "--data-root", tmp_path / "mine", "--out", tmp_path / "data")
     assert r"a\x1b[31mred" in result.stdout
     assert r"b\x07\x9b2J" in result.stdout
@@ -187,40 +183,32 @@ def test_control_codes_in_names_are_shown_and_not_obeyed(tmp_path: Path) -> None
 
 
 def test_a_dry_run_takes_a_step_of_every_phase(digits: Path, digits_run: Path, tmp_path: Path) -> None:
-    before = contents(digits_run)
     flags = ("--data", digits, "--out", tmp_path / "new", "--epochs", 6, "--dry-run")
-    result = must("train-stage1", *flags, "--json")
-    assert result.json["phases_tried"] == ["stage1", "stage2", "finetune"]
-    assert must("train-stage1", *flags, "--recipe", "digits/cross-entropy", "--json").json["phases_tried"] == [
-        "stage1",
-        "finetune",
-    ]
-    result = cpmix("train-stage1", *flags, "--set", "stage2.terms.cp.weight=1e39")
-    assert result.code == 5
-    assert "needed by: stage2" in result.stderr
-    result = cpmix("train-stage1", *flags, "--set", "optimizer.lr=1e300")
-    assert (result.code, "optimizer.lr = 1e+300: Input should be less than" in result.stderr) == (2, True)
-    for command in ("train-stage2", "finetune"):
-        result = must(command, "--from", digits_run, "--overwrite", "--dry-run")
-        assert "all checks passed, a step of" in result.stdout
-    assert contents(digits_run) == before
+    found = must("train-stage1", *flags, "--json").json
+    assert found["phases_tried"] == ["stage1", "stage2", "finetune"]
+    assert (found["status"], found["epochs"], found["steps_per_epoch"]) == ("dry run", 4, 7)
+    found = must("train-stage1", *flags, "--recipe", "digits/cross-entropy", "--json").json
+    assert found["phases_tried"] == ["stage1", "finetune"]
+    refused(5, "needed by: stage2", "train-stage1", *flags, "--set", "stage2.terms.cp.weight=1e39")
+    said = "optimizer.lr = 1e+300: Input should be less than"
+    refused(2, said, "train-stage1", *flags, "--set", "optimizer.lr=1e300")
+    with unchanged(digits_run):
+        for command in ("train-stage2", "finetune"):
+            result = must(command, "--from", digits_run, "--overwrite", "--dry-run")
+            assert "all checks passed, a step of" in result.stdout
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flags", ["--help", "--version", "methods", "train-stage1 --help"])
 def test_help_and_version_that_nobody_reads(flags: str) -> None:
     result = shell("{cpmix} {flags} | head -0", flags=flags)
-    assert (result.returncode, result.stderr) == (0, "")
-    result = shell("{cpmix} {flags} >/dev/full", flags=flags)
-    assert result.returncode == 4
-    assert "No space left on device" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert (result.code, result.stderr) == (0, "")
+    ended(shell("{cpmix} {flags} >/dev/full", flags=flags), 4, "No space left on device")
 
 
 def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     result = shell("cd {gone} && rmdir {gone} && PYTHONPATH={here} {cpmix} methods", gone=tmp_path, here=Path.cwd())
-    assert result.returncode == 4
-    assert "the working directory is not there any more" in result.stderr
+    ended(result, 4, "the working directory is not there any more")
 
 
 @pytest.mark.parametrize("line", ["train-stage2 --from", "status", "build-lt toy --out"])
