@@ -40,7 +40,7 @@ def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Pat
     tensors["labels"][0] = label
     sha = publish_tensors(data / "train.safetensors", tensors)
     records.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
-    refused(3, f"{data}/{message}", "train-stage1", "--data", data, "--out", tmp_path / "run")
+    refused(3, (str(data), message), "train-stage1", "--data", data, "--out", tmp_path / "run")
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

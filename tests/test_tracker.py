@@ -102,7 +102,7 @@ def test_overwriting_replaces_the_curves_when_it_replaces_the_run(toy: Path, tmp
 
 
 def warnings(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if "tracker" in line]
+    return [line for line in stderr.splitlines() if line.startswith("warning: --tracker")]
 
 
 Breaks = Callable[[pytest.MonkeyPatch, Path], None]
