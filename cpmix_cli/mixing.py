@@ -6,12 +6,13 @@ of the term; an Annotated pydantic Field gives their range.
 
     partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS)
                                                 or classes [B] (CLASS_PARTNERS)
-    match(x1, y1, x2, y2, state)             -> for each partner the position of its image in the batch [B]
+    match(f1, y1, f2, y2, state)             -> for each partner the position of its image in the batch [B]
     ratio(drawn [K], n1 [B], n2 [B])         -> lambda_x [K], from draws of Beta(alpha, alpha)
-    mix(x1, x2, lam [K], uniforms [K, 2])    -> mixed inputs, and lambda_x as it came out
+    mix(x1, x2, lam [K], uniforms [K, V])    -> mixed inputs, and lambda_x as it came out; V: see MIX_UNIFORMS
     label(lam [K], n1 [B], n2 [B])           -> lambda_y [B]
 
-1 is the batch that was drawn, 2 its partners. A class partner is followed by a uniform draw of an image of that class.
+1 is the batch that was drawn, 2 its partners; f are features [B, D] of the network in eval mode. A class partner is
+followed by a uniform draw of an image of that class.
 A match may run other libraries and wait for the device, so a stage that has one is no CUDA graph. Paper: Sec. 2.2, 4.
 """
 
@@ -41,9 +42,7 @@ class MixingState:
     confusion: Tensor
     """K [C, C] float64."""
     num_fallbacks: Tensor
-    """Scalar float64: draws of this epoch whose class had no confusion yet. Partners add to it in place."""
-    features: Callable[[Tensor], Tensor]
-    """Inputs -> the network's features [B, D], in eval mode and without a gradient."""
+    """Scalar float64: draws of this step whose class had no confusion yet. Partners add to it in place."""
 
 
 # -- partners in the batch ---------------------------------------------------------------------------------------------
@@ -115,9 +114,9 @@ def fixed(uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[l
 
 
 def transport(
-    x1: Tensor,
+    f1: Tensor,
     y1: Tensor,
-    x2: Tensor,
+    f2: Tensor,
     y2: Tensor,
     state: MixingState,
     *,
@@ -136,7 +135,7 @@ def transport(
     """
     import ot
 
-    f1, f2 = (F.normalize(state.features(x).double(), dim=1) for x in (x1, x2))
+    f1, f2 = (F.normalize(f.double(), dim=1) for f in (f1, f2))
     rows = state.confusion[y2]
     confused = (rows / rows.sum(1, keepdim=True).clamp(min=1e-12))[:, y1]
     cost = feature_weight * (1 - f2 @ f1.t()) + (1 - feature_weight) * (1 - confused)
@@ -179,7 +178,7 @@ def box(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, 
         x1: images [B, channels, H, W].
         x2: the same.
         lam: [K].
-        uniforms: of the centre, [K, 2].
+        uniforms: of the centre [K, 2].
 
     Source: Yun et al., CutMix, and its code, which cuts the sides down to whole and even pixels.
     """
@@ -231,6 +230,8 @@ CLASS_PARTNERS: dict[str, Callable[..., Tensor]] = {
 MATCHES: dict[str, Callable[..., Tensor]] = {"transport": transport}
 RATIOS: dict[str, Callable[..., Tensor]] = {"beta": beta, "unimix": unimix_ratio}
 MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": linear, "box": box}
+MIX_UNIFORMS = {"linear": 0, "box": 2}
+"""V, the uniforms that a mix takes."""
 LABELS: dict[str, Callable[..., Any]] = {
     "lambda": same_ratio,
     "imbalance-aware": imbalance_aware,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import draw_epoch
 from torch import Tensor
 
 from cpmix_cli.data.batches import ClassPool, ImageBatches, PointBatches
@@ -14,9 +15,11 @@ from cpmix_cli.evaluation import prediction
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe.schema import Data, Model, Optimizer, ParameterGroup, Stage
 from cpmix_cli.runtime.errors import Diverged
-from cpmix_cli.training.loop import first_step, fit, make_optimizer
-from cpmix_cli.training.objective import Term, compile_stage, draw_epoch
-from cpmix_cli.training.step import Plan, TrainingData, TrainingState
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.loop import first_step, fit
+from cpmix_cli.training.objective import Term, compile_stage
+from cpmix_cli.training.plan import Plan, make_optimizer
+from cpmix_cli.training.state import EpochSums, TrainingState
 
 LR, MOMENTUM, DECAY = 0.1, 0.9, 2e-4
 COUNTS = [14, 6, 3, 1]
@@ -38,7 +41,7 @@ CP = {"draw": "class-uniform", "partner": "confusion", **MIXED}
 MIX = {"draw": "natural", "partner": "permutation", **MIXED}
 
 
-def terms_of(**tables: dict[str, object]) -> list[Term]:
+def terms_of(**tables: dict[str, object]) -> tuple[Term, ...]:
     return compile_stage(Stage.model_validate({"terms": tables}))
 
 
@@ -62,8 +65,13 @@ def fresh(epoch: int = 1) -> TrainingState:
     return TrainingState(model, make_optimizer(model, recipe), confusion, epoch=epoch)
 
 
-def plan_of(terms: list[Term], epochs: int, *, batch: int = 64, joint: bool = True) -> Plan:
+def plan_of(terms: tuple[Term, ...], epochs: int, *, batch: int = 64, joint: bool = True) -> Plan:
     return Plan("stage2", 11, terms, joint, 1, epochs, epochs, batch, lambda *_: LR)
+
+
+def sums_of(plan: Plan, device: str = "cpu") -> EpochSums:
+    """Empty sums of a plan's terms."""
+    return EpochSums([term.name for term in plan.terms], device)
 
 
 def never() -> None:
@@ -84,7 +92,7 @@ def crop(image: Tensor, uniforms: list[float]) -> Tensor:
 
 def check_against_loop(
     state: TrainingState,
-    terms: list[Term],
+    terms: tuple[Term, ...],
     loop: Callable[[Classifier], Tensor],
     *,
     nesterov: bool = False,

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import cpmix, must
-from test_engine import COUNTS, terms_of
+from draws import draw_epoch
+from test_engine import COUNTS, sums_of, terms_of
 from torch import Tensor
 
 from cpmix_cli.artifacts import tables
@@ -26,10 +27,11 @@ from cpmix_cli.models import Classifier, add_routers, build_model
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Model, Optimizer
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.training.objective import Term, TermBatch, draw_epoch
+from cpmix_cli.training.objective import ClassWeights, Output, Term, TermBatch
 from cpmix_cli.training.phase import training_data
-from cpmix_cli.training.plan import PhaseContext, fresh_state, prepared
-from cpmix_cli.training.step import Plan, Step, TrainingState, sum_names
+from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, rehearsal
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
 
 CPU = torch.device("cpu")
 Views = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -221,7 +223,8 @@ def term(**table: object) -> Term:
 
 def batch(labels: Tensor, y2: Tensor | None = None, lam: Tensor | None = None) -> TermBatch:
     weights = torch.tensor([0.4, 0.8, 1.2, 1.6], dtype=torch.float64)
-    return TermBatch(torch.empty(0), labels, y2, lam, None, weights, torch.ones(1, dtype=torch.float64))
+    classes = ClassWeights(weights, torch.ones(1, dtype=torch.float64), (None, None))
+    return TermBatch(torch.empty(0), labels, y2, lam, class_weights=classes)
 
 
 def test_ride_of_one_expert_is_ldam_drw() -> None:
@@ -229,7 +232,7 @@ def test_ride_of_one_expert_is_ldam_drw() -> None:
     grown = []
     for made in (term(**LDAM), term(**LDAM, **DIVERSE)):
         z = logits.clone().requires_grad_()
-        loss = made.loss(z, batch(labels), N)
+        loss = made.loss(Output(z), batch(labels), N)
         loss.backward()
         assert z.grad is not None
         grown.append((loss.detach(), z.grad))
@@ -238,17 +241,19 @@ def test_ride_of_one_expert_is_ldam_drw() -> None:
 
 def test_ride_sums_ldam_over_its_experts() -> None:
     logits, labels, _ = drawn(3)
-    single = sum(term(**LDAM).loss(z[None], batch(labels), N) for z in logits)
+    single = sum(term(**LDAM).loss(Output(z[None]), batch(labels), N) for z in logits)
     extra = expert_diversity(logits, N, torch.ones(1), diversity=0.45, temperature_spread=0.05)
-    torch.testing.assert_close(term(**LDAM, **DIVERSE).loss(logits, batch(labels), N), single + extra)
+    torch.testing.assert_close(term(**LDAM, **DIVERSE).loss(Output(logits), batch(labels), N), single + extra)
 
 
 def test_mixed_ride_of_equal_labels_is_ride() -> None:
     """CMO + RIDE: the diversity counts once, whatever lambda is."""
     logits, labels, lam = drawn(3)
     mixed = {"partner": "frequency-power", "power": 0.0, "ratio": "beta", "alpha": 1.0, "mix": "box", "label": "lambda"}
-    plain = term(**LDAM, **DIVERSE).loss(logits, batch(labels), N)
-    torch.testing.assert_close(term(**LDAM, **DIVERSE, **mixed).loss(logits, batch(labels, labels, lam), N), plain)
+    plain = term(**LDAM, **DIVERSE).loss(Output(logits), batch(labels), N)
+    torch.testing.assert_close(
+        term(**LDAM, **DIVERSE, **mixed).loss(Output(logits), batch(labels, labels, lam), N), plain
+    )
 
 
 def test_distillation_is_that_of_loops() -> None:
@@ -658,12 +663,12 @@ def first_step(setting: PhaseContext, plan: Plan, state: TrainingState) -> tuple
     size = min(plan.batch_size, len(data.labels))
     draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, (plan.seed, plan.phase), 1, plan.num_epochs, 3)
     chosen = draws["order"][0, :size]
-    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+    state.sums = sums_of(plan)
     step = Step(plan, data, state)
     step.begin_epoch(1)
     x = data.batches.batch(chosen, draws["augment"][0, :size])
     step(0)
-    return x, data.labels[chosen], dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
+    return x, data.labels[chosen], state.sums.read()
 
 
 def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path, tmp_path: Path) -> None:
@@ -738,7 +743,7 @@ def test_routers_learn_in_fp32(digits: Path) -> None:
     settings = ["model.experts=3", "finetune.head=routers", 'finetune.train=["routers"]']
     settings += [f"finetune.terms.erm.{key}" for key in ("loss=routing", "draw=natural")]
     setting = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "bf16", {})
-    plan, state = prepared(setting, "finetune")
+    plan, state = rehearsal(setting, "finetune")
     state.model.train(plan.train_mode)
     model = copy.deepcopy(state.model)
     x, labels, sums = first_step(setting, plan, state)

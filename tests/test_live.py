@@ -21,11 +21,13 @@ import pyte
 import pytest
 import torch
 from equality import contents
-from test_engine import COUNTS, CP, ERM, LABELS, MIX, data, fresh, plan_of, terms_of
+from test_engine import COUNTS, CP, ERM, MIX, data, fresh, plan_of, sums_of, terms_of
 
 from cpmix_cli.runtime.console import EpochProgress, warn
+from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.live import LiveView
-from cpmix_cli.training.step import Step, TrainingData, TrainingState, sum_names
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
 
 # -- its numbers -------------------------------------------------------------------------------------------------------
 
@@ -35,7 +37,7 @@ def looked_at(plan: Any, counts: list[int], confusion: list[list[float]], **at: 
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     state = fresh()
     state.confusion = torch.tensor(confusion, dtype=torch.float64)
-    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+    state.sums = sums_of(plan)
     state.epoch, state.step = at.get("epoch", 1), at.get("step", 0)
     whole = TrainingData(data().batches, labels, torch.tensor(counts))
     step = Step(plan, whole, state)
@@ -48,7 +50,7 @@ def test_an_epoch_by_hand() -> None:
     plan = plan_of(terms_of(erm=ERM), 9, batch=41)
     view, state = looked_at(plan, [101, 20, 2], [[0, 0, 7], [0, 0, 0], [0, 0, 0]], epoch=2)
     state.confusion += torch.tensor([[0, 10, 0], [5, 0, 0], [1, 0, 0]])
-    state.sums[:] = torch.tensor([6.0, 6.0, 9.0, 107.0, 16.0, 3.0, 0.0, 0.0])
+    state.sums.values[:] = torch.tensor([6.0, 6.0, 9.0, 107.0, 16.0, 3.0, 0.0, 0.0])
     state.step = 3
     groups = [("  many", "90.10"), ("  medium", "75.00"), ("  few", "50.00")]  # 91/101, 15/20, 1/2
     expected = [("", "epoch 2"), ("loss", "2.0000"), ("train accuracy, %", "86.99"), *groups]  # 107/123
@@ -57,7 +59,7 @@ def test_an_epoch_by_hand() -> None:
     view.end_epoch()
     state.epoch, state.step = 3, 1
     state.confusion[2, 1] += 3
-    state.sums[:] = torch.tensor([1.5, 1.5, 9.0, 38.0, 3.0, 1.0, 0.0, 0.0])
+    state.sums.values[:] = torch.tensor([1.5, 1.5, 9.0, 38.0, 3.0, 1.0, 0.0, 0.0])
     table = view.table()
     assert table[:3] == [
         ("", "epoch 2", "epoch 3 so far"),
@@ -109,25 +111,29 @@ def test_images_and_errors_of_real_steps(tables: Any) -> None:
     """Of the images that are counted, as many are wrong as K has grown by; batch by batch."""
     plan = plan_of(terms_of(**tables), 100, batch=10)
     state = fresh()
-    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+    state.sums = sums_of(plan)
     step = Step(plan, data(), state)
+    view = LiveView(plan, data(), state, step, ())
     for epoch in range(1, 6):
         state.epoch, state.step = epoch, 0
-        state.sums.zero_()
+        state.sums.values.zero_()
         before = state.confusion.clone()
         step.begin_epoch(epoch)
         seen = torch.zeros(len(COUNTS), dtype=torch.float64)
         for number in range(3):
             step(number)
             state.step += 1
-            labels = LABELS[step._inputs["order"][number][: 4 if number == 2 else 10]]
-            mixed = step._inputs["cmo/gate"][number, 0] if "cmo" in tables else 0
+            draws = step.inputs.epoch.draws.terms[0]  # type: ignore[union-attr]
+            labels = draws.labels[number][: 4 if number == 2 else 10]
+            mixed = float(draws.mixing.gate[number, 0]) if "cmo" in tables else 0.0  # type: ignore[union-attr, index]
             seen += torch.bincount(labels, minlength=len(COUNTS)) * (1 - mixed)
-            assert step.counted_images(0).tolist() == seen.tolist()
+            assert view._images().tolist() == seen.tolist()
         grown = (state.confusion - before).sum(1)
-        assert (grown <= seen).all() and grown.sum() == state.sums[sum_names(plan.terms).index("errors")]
+        assert (grown <= seen).all() and grown.sum() == state.sums["errors"]
         last = torch.bincount(labels, minlength=len(COUNTS)) * (1 - mixed)
-        assert step.counted_images(2).tolist() == last.tolist()
+        view._since = 2
+        assert view._images().tolist() == last.tolist()
+        view._since = 0
 
 
 # -- what a person sees ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from cpmix_cli.mixing import (
 def state(counts: list[int]) -> MixingState:
     size = len(counts)
     zero = torch.zeros((), dtype=torch.float64)
-    return MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero, lambda x: x.flatten(1))
+    return MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
 
 
 def test_equation_9_by_hand() -> None:

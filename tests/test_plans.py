@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import draw_epoch
 from test_engine import COUNTS, IMAGES, LABELS, STD, fresh, never
 
 from cpmix_cli.data.batches import ImageBatches
@@ -14,10 +15,9 @@ from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Recipe
+from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
-from cpmix_cli.training.objective import draw_epoch
-from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan
-from cpmix_cli.training.step import TrainingData
+from cpmix_cli.training.plan import PhaseContext, begin_finetune, finetune_plan
 
 FINETUNE = {
     "epochs": 2,
@@ -50,7 +50,9 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
     the classifier behind at half of it; all else stands still.
     """
     state = fresh()
-    plan = head_plan(setting(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1]), state)
+    where = setting(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
+    plan = finetune_plan(where)
+    begin_finetune(where, state)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     batches = ImageBatches(IMAGES, Data(augment="none", normalisation="dataset"), [0.5], [STD])
     features = state.model.eval().features(batches.plain(torch.arange(24))).detach()
@@ -94,7 +96,7 @@ def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: in
     """As many as hold the training images, class-uniform though their draws are."""
     counts = exponential_counts(num_max, num_classes, 200).tolist()
     where = setting(load(name, rho=200), counts, [32, 32, 3])
-    plan = head_plan(where, fresh_state(where))
+    plan = finetune_plan(where)
     assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
     draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
     assert draws["erm/class"].shape == (steps, batch)

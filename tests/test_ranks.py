@@ -22,7 +22,7 @@ from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
 from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
 from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
-from cpmix_cli.training.objective import Part
+from cpmix_cli.training.slices import BatchSlice
 
 # -- who and where -----------------------------------------------------------------------------------------------------
 
@@ -91,8 +91,8 @@ def test_parts_of_a_batch(size: int, count: int) -> None:
     values = torch.arange(1.0, size + 1).double() ** 2
     means, seen = [], []
     for number in range(count):
-        part = Part(number, count, size)
-        own, weights = part.of(values), part.weights(torch.device("cpu"))
+        part = BatchSlice(number, count, size)
+        own, weights = part.select(values), part.image_weights(torch.device("cpu"))
         assert len(own) == part.length == -(-size // count)
         assert (weights is None) == (size % count == 0)
         weights = torch.ones(part.length).double() if weights is None else weights
@@ -104,10 +104,10 @@ def test_parts_of_a_batch(size: int, count: int) -> None:
 
 def test_what_fills_a_part_up_comes_from_the_beginning() -> None:
     """Ten images for four ranks: 0 1 2, 3 4 5, 6 7 8, and 9 with 0 and 1 again, which count nothing."""
-    parts = [Part(number, 4, 10) for number in range(4)]
-    found = [part.of(torch.arange(10)).tolist() for part in parts]
+    parts = [BatchSlice(number, 4, 10) for number in range(4)]
+    found = [part.select(torch.arange(10)).tolist() for part in parts]
     assert found == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]]
-    weights = parts[3].weights(torch.device("cpu"))
+    weights = parts[3].image_weights(torch.device("cpu"))
     assert weights is not None
     assert weights.tolist() == [1.2, 0.0, 0.0]
 

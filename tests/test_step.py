@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import must
-from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, terms_of
+from draws import draw_epoch
+from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Optimizer
-from cpmix_cli.training.loop import fit, make_optimizer, state_tensors
-from cpmix_cli.training.objective import compile_stage, draw_epoch
-from cpmix_cli.training.step import Step, TrainingData, TrainingState, own_stream, sum_names
+from cpmix_cli.training.graphs import own_stream
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.loop import fit
+from cpmix_cli.training.objective import compile_stage
+from cpmix_cli.training.plan import make_optimizer
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "unique_dim"}
 SENDS = {"lift_fresh", "lift_fresh_copy"}  # torch.tensor(number): on a GPU, a copy from the host's memory
@@ -57,7 +62,7 @@ def started(
         group["fused"] = True  # as on a GPU, also where this runs on the CPU
     state.confusion = state.confusion.to(device)
     plan = replace(plan_of(terms, 100, batch=10, joint=joint), micro_batches=pieces, partners_ahead=ahead)
-    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+    state.sums = sums_of(plan, device)
     batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
     step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
     step.begin_epoch(1)
@@ -72,7 +77,7 @@ def test_a_step_reads_nothing_from_the_device_and_sends_nothing(tables: Any, joi
     with Operations() as operations:
         for number in range(3):
             step(number)
-    assert operations.seen["convolution"] and operations.seen["index"]
+    assert operations.seen["convolution"] and operations.seen["index_select"]
     assert not operations.seen.keys() & (READS | SENDS)
 
 
@@ -97,14 +102,14 @@ def test_all_that_a_step_changes_stays_where_it_is() -> None:
     """A graph writes to the addresses it was recorded with."""
     step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX))
     step(0)  # makes the momentum
-    tensors = state_tensors(state)
+    tensors = state.tensors()
     del tensors["history"]
     before = {name: (t.data_ptr(), t.clone()) for name, t in tensors.items()}
     for epoch in (1, 2):
         step.begin_epoch(epoch)
         for number in range(3):
             step(number)
-    after = state_tensors(state)
+    after = state.tensors()
     assert all(after[name].data_ptr() == address for name, (address, _) in before.items())
     assert all(not after[name].equal(values) for name, (_, values) in before.items())
 
@@ -118,16 +123,16 @@ def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with(
         )
         state = fresh()
         state.confusion[0, 1] = state.confusion[1, 0] = 3.0
-        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64)
+        state.sums = sums_of(plan)
         step, seen = Step(plan, data(), state), []
         for epoch in (1, 2):
             state.epoch_confusion = state.confusion.clone() if epoch == 1 else state.epoch_confusion
             step.begin_epoch(epoch)
             for number in range(3):
                 step(number)
-                seen.append(state.sums.clone())
+                seen.append(state.sums.values.clone())
         sums.append(torch.stack(seen))
-    names = sum_names(plan.terms)
+    names = list(state.sums.read())
     errors, fallbacks = names.index("errors"), names.index("fallbacks")
     assert sums[0][-1, errors] > 0
     assert sums[1][-1, errors] == 0
@@ -142,7 +147,7 @@ def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
     step, state = started(terms)
     for number in range(2):
         step(number)
-    model, before = copy.deepcopy(state.model), state.sums.clone()
+    model, before = copy.deepcopy(state.model), state.sums.read()
     step(2)
     draws = draw_epoch(terms, 24, 10, (11, "stage2"), 1, 9, 3)
     order = draws["order"].flatten()
@@ -151,7 +156,7 @@ def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
     logits = model(data().batches.batch(last, draws["augment"][2, :4])).detach()
     shifted = logits + torch.tensor(COUNTS).log()
     expected = sum(shifted[b].logsumexp(0) - shifted[b, LABELS[i]] for b, i in enumerate(last.tolist())) / 4
-    added = dict(zip(sum_names(terms), (state.sums - before).tolist(), strict=True))
+    added = {name: value - before[name] for name, value in state.sums.read().items()}
     assert added["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert added["correct"] == (logits.argmax(1) == LABELS[last]).sum()
     assert added["correct"] + added["errors"] == 4
@@ -225,14 +230,14 @@ def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
     """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
     states = []
     for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
-        monkeypatch.setattr("cpmix_cli.training.step.EAGER_STEPS", eager)
+        monkeypatch.setattr("cpmix_cli.training.graphs.EAGER_STEPS", eager)
         with own_stream(torch.device(device)):
             step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
             for epoch in range(1, 9):
                 step.begin_epoch(epoch)
                 for number in range(3):
                     step(number)
-        states.append({n: t.cpu() for n, t in state_tensors(state).items() if n != "history"})
+        states.append({n: t.cpu() for n, t in state.tensors().items() if n != "history"})
     replayed, eagerly, on_cpu = states
     for name, tensor in replayed.items():
         torch.testing.assert_close(tensor, eagerly[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -16,7 +16,7 @@ from cpmix_cli.commands.train_stage1 import read_weights
 from cpmix_cli.models import build_model, load_backbone
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.loop import load_model
+from cpmix_cli.training.state import load_model
 
 
 def save(content: object, path: Path) -> str:

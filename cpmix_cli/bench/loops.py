@@ -25,17 +25,12 @@ from cpmix_cli.data.batches import Batches
 from cpmix_cli.data.stream import ImageReader
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
-from cpmix_cli.training.loop import epoch_steps, synchronize
-from cpmix_cli.training.step import (
-    EAGER_STEPS,
-    Plan,
-    Replayed,
-    Step,
-    TrainingData,
-    TrainingState,
-    own_stream,
-    sum_names,
-)
+from cpmix_cli.training.graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
+from cpmix_cli.training.inputs import STEPS_AHEAD, TrainingData
+from cpmix_cli.training.loop import epoch_steps
+from cpmix_cli.training.plan import Plan
+from cpmix_cli.training.state import EpochSums, TrainingState
+from cpmix_cli.training.step import Step
 
 RATE = 1e-5
 
@@ -77,7 +72,7 @@ class TrainingLoop(TimedLoop):
         super().__init__(data.labels.device)
         self._data, self._state = data, state
         self._plan = replace(plan, learning_rate=lambda *_: RATE)
-        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=self.device)
+        state.sums = EpochSums([term.name for term in plan.terms], self.device)
         state.model.train(plan.train_mode)
         self._step = Step(self._plan, data, state)
         self._num_steps = plan.num_steps(len(data.labels))
@@ -126,7 +121,7 @@ class NetworkAlone(TimedLoop):
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
         self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
-        self._step = Replayed(self._run, self.device, record=record)
+        self._step = CudaGraphRunner(self._run, self.device, record=record)
 
     def _run(self, key: int) -> None:
         losses = []
@@ -172,7 +167,7 @@ class InputAlone(TimedLoop):
 
     def take(self, num_steps: int) -> int:
         for _ in range(num_steps):
-            while len(self._coming) <= Step.STEPS_AHEAD:
+            while len(self._coming) <= STEPS_AHEAD:
                 self._coming.append(next(self._draws))
                 self._batches.prefetch(*self._coming[-1])
             self._batches.batch(*self._coming.popleft())

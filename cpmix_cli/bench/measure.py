@@ -25,9 +25,10 @@ from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.loop import synchronize
+from cpmix_cli.training.graphs import synchronize
+from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.objective import compile_stage
-from cpmix_cli.training.step import Plan, TrainingData
+from cpmix_cli.training.plan import Plan
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
 MIN_STEPS = 3  # of a loop in a round
@@ -199,15 +200,12 @@ def recipe_for(dataset: Dataset, name: str, options: BenchOptions) -> Recipe:
     """
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    if any(term.taught for term in compile_stage(recipe.stage1)):
+    if any(term.distillation is not None for term in compile_stage(recipe.stage1)):
         raise UsageError(f"{name} learns from a teacher, which bench has not")
     return recipe
 
 
-def not_projected(recipe: Recipe, plans: Iterable[Plan]) -> list[str]:
+def not_projected(plans: Iterable[Plan]) -> list[str]:
     """What a recipe also takes time for, and nothing here times."""
-    extra = {
-        "the matching of partners": any(term.matched for plan in plans for term in plan.terms),
-        "the predictions on another split after each epoch": recipe.confusion.source != "train",
-    }
-    return [what for what, there in extra.items() if there]
+    matches = any(term.recipe.match is not None for plan in plans for term in plan.terms)
+    return ["the matching of partners"] if matches else []

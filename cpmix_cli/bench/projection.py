@@ -31,14 +31,16 @@ from cpmix_cli.data.shards import Shards, shard_name
 from cpmix_cli.data.sources import OFFICIAL_LISTS
 from cpmix_cli.data.stream import FileReader, ImageReader
 from cpmix_cli.flags import BenchOptions
+from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
-from cpmix_cli.recipe.schema import Data, Recipe, Stage
+from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
-from cpmix_cli.training.objective import Part
-from cpmix_cli.training.plan import PhaseContext, prepared
-from cpmix_cli.training.step import EAGER_STEPS, Plan, TrainingData
+from cpmix_cli.training.graphs import EAGER_STEPS
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
+from cpmix_cli.training.slices import BatchSlice
 
 PACKED_SIDE = 256
 """Pixels of packed images where there are none yet: what all of the published sets are tested at."""
@@ -137,9 +139,9 @@ def share(
     Source of the bytes: a ring all-reduce of n bytes sends 2 (W - 1) / W n from each rank.
     """
     images = measured.kept[kept]
-    part = Part(0, world_size * load.micro_batches, size)
+    part = BatchSlice(0, world_size * load.micro_batches, size)
     num_images = part.length * load.micro_batches
-    made = num_images * (load.made_whole if part.count == 1 else load.made_in_parts)
+    made = num_images * (load.made_whole if part.num_slices == 1 else load.made_in_parts)
     pairs = measured.count_seconds * (load.codes > 0) + measured.draw_seconds * load.draws
     device = made / _speed_at(images.augment, part.length)
     device += num_images * load.num_terms / _speed_at(measured.network[phase], part.length) + pairs
@@ -223,7 +225,7 @@ def run(options: BenchOptions) -> None:
     )
     plans, loads, network, gradients, buffers = {}, {}, {}, {}, 0
     for phase in phases:
-        plan, state = prepared(setting, phase)
+        plan, state = rehearsal(setting, phase)
         plans[phase] = plan
         loads[phase] = _load(recipe, plan, num_images)
         parameters = [p for p in state.model.parameters() if p.requires_grad]
@@ -250,7 +252,7 @@ def run(options: BenchOptions) -> None:
         {"world_size": size, "images": {how: project(measured, assumed, loads, how, size) for how in kept}}
         for size in sizes
     ]
-    left_out = [*measure.not_projected(recipe, plans.values()), "evaluations", "checkpoints", "start-up"]
+    left_out = [*measure.not_projected(plans.values()), "evaluations", "checkpoints", "start-up"]
     if recipe.model.sync_batchnorm:
         left_out.insert(0, "SyncBatchNorm's own messages")
     fields = {
@@ -290,9 +292,11 @@ def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
 
 
 def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
-    naturals = int(any(term.natural for term in plan.terms))
-    made_whole, made_in_parts = (naturals + sum(len(t.wanted(whole)) for t in plan.terms) for whole in (True, False))
-    stage: Stage = getattr(recipe, plan.phase)
+    terms = [term.recipe for term in plan.terms]
+    made_whole = any(term.draw == "natural" for term in terms) + sum(term.draw != "natural" for term in terms)
+    made_whole += sum(term.partner in CLASS_PARTNERS for term in terms)
+    # In slices, partners from the batch may be another rank's, and are made anew.
+    made_in_parts = made_whole + sum(term.partner in BATCH_PARTNERS for term in terms)
     return Load(
         epochs=plan.last_epoch - plan.first_epoch + 1,
         num_images=num_images,
@@ -302,14 +306,14 @@ def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
         made_whole=made_whole,
         made_in_parts=made_in_parts,
         codes=int(plan.counts_errors(plan.last_epoch)),
-        draws=sum(term.partner == "confusion" for term in stage.terms.values()),
+        draws=sum(term.partner == "confusion" for term in terms),
     )
 
 
 def _at_once(plan: Plan, num_images: int, world_sizes: Iterable[int]) -> set[int]:
     """Images of a term that a rank takes at once, for each number of ranks."""
     size = min(plan.batch_size, num_images)
-    return {Part(0, world_size * plan.micro_batches, size).length for world_size in world_sizes}
+    return {BatchSlice(0, world_size * plan.micro_batches, size).length for world_size in world_sizes}
 
 
 def _speeds(

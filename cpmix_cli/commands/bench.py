@@ -33,9 +33,9 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
 from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.training.plan import PhaseContext, prepared
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
-from cpmix_cli.training.step import TrainingData
 
 
 def run(options: BenchOptions) -> None:
@@ -77,15 +77,15 @@ def run(options: BenchOptions) -> None:
         return ReferenceLoop(pictures, model.to(device), recipe.optimizer.batch_size, workers)
 
     def alone(phase: str, precision: str) -> TimedLoop:
-        return NetworkAlone(data, *prepared(replace(setting, precision=precision), phase))
+        return NetworkAlone(data, *rehearsal(replace(setting, precision=precision), phase))
 
     def training(phase: str) -> TimedLoop:
-        return TrainingLoop(data, *prepared(setting, phase))
+        return TrainingLoop(data, *rehearsal(setting, phase))
 
     def plain() -> TimedLoop:
         model = recipe.model.model_copy(update={"experts": 1})  # at its full width, whatever the experts'
         changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
-        return NetworkAlone(data, *prepared(changed, "stage1"))
+        return NetworkAlone(data, *rehearsal(changed, "stage1"))
 
     # Each phase stands beside the network it is compared with.
     loops: dict[str, Callable[[], TimedLoop]] = {"reference": reference}
@@ -108,7 +108,7 @@ def run(options: BenchOptions) -> None:
     costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
 
     network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
-    plans = {phase: prepared(setting, phase)[0] for phase in phases}
+    plans = {phase: make_plan(setting, phase) for phase in phases}
     epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
     projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
@@ -135,7 +135,7 @@ def run(options: BenchOptions) -> None:
         "peak_memory_bytes": {name.replace(" ", "_"): t.peak_bytes for name, t in timings.items()},
         "images_per_second_by_round": {name.replace(" ", "_"): t.images_per_second for name, t in timings.items()},
         "projected_seconds": projected | {"total": sum(projected.values())},
-        "not_projected": not_projected(recipe, plans.values()),
+        "not_projected": not_projected(plans.values()),
         "gpu_hours": hours if device.type == "cuda" else 0.0,
         "start_up_seconds": start_up,
         "pairs": costs,

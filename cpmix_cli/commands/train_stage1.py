@@ -21,8 +21,8 @@ from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
-from cpmix_cli.training.plan import PhaseContext, fresh_state, stage_plan
-from cpmix_cli.training.step import Plan, TrainingState
+from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, stage_plan
+from cpmix_cli.training.state import TrainingState
 
 
 def run(options: TrainStage1Options) -> None:
@@ -111,7 +111,7 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
         UsageError: one is without the other.
         InputError: the teacher learnt from images normalised differently.
     """
-    taught = [term.name for term in compile_stage(recipe.stage1) if term.taught]
+    taught = [term.name for term in compile_stage(recipe.stage1) if term.distillation is not None]
     if taught and source is None:
         raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
     if source is not None and not taught:
@@ -131,6 +131,7 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
 
 def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContext) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
+    plan = stage_plan(setting, "stage1")
     state = fresh_state(setting)
     if init is not None:
         taken = load_backbone(state.model, read_weights(init, setting.inputs["init"]), init)
@@ -138,7 +139,6 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContex
     elif state.model.frozen:
         # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
         console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
-    plan = stage_plan(setting, "stage1")
     if teacher is not None:
         # As it was trained: what its [evaluation] does to weights is for its own evaluations.
         trained = teacher.recipe().model_copy(update={"evaluation": schema.Evaluation()})

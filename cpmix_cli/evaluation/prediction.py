@@ -19,8 +19,8 @@ from cpmix_cli.experts import combined, routed_weights
 from cpmix_cli.models import Classifier, build_model
 from cpmix_cli.recipe.schema import Evaluation, Recipe
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.training import loop
 from cpmix_cli.training.randomness import torch_generator
+from cpmix_cli.training.state import load_model
 
 PREDICTED_AHEAD = 3
 """Batches that are read from disk while another is predicted."""
@@ -162,7 +162,7 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
         top = recipe.finetune.router_top
     seen = recipe.data.input_shape(shape)
     model = build_model(recipe.model, num_classes, seen, generator, scaled=scaled, router_top=top)
-    loop.load_model(model, tensors, path)
+    load_model(model, tensors, path)
     if recipe.evaluation.tau_norm:
         tau_normalised(model, recipe.evaluation.tau_norm)
     return model

@@ -258,6 +258,11 @@ class TermRecipe(Table):
         return self
 
     @property
+    def is_gated(self) -> bool:
+        """Some batches of the term go unmixed."""
+        return self.probability < 1 or self.unmixed_first > 0 or self.unmixed_last > 0
+
+    @property
     def functions(self) -> dict[str, str]:
         """Kind -> name of each function named."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}

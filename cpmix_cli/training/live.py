@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
-from cpmix_cli.training.step import Plan, Step, TrainingData, TrainingState, sum_names
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.plan import Plan
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
 
 NUM_PAIRS = 5
 
@@ -28,7 +32,7 @@ class Reading:
 
     epoch: int
     step: int
-    sums: list[float]
+    sums: dict[str, float]
     began: Cells
     """K at the beginning of the epoch, or of this run's part of it."""
     cells: Cells
@@ -93,8 +97,23 @@ class LiveView:
 
     def _read(self) -> Reading:
         state = self._state
-        images = self._step.counted_images(self._since).cpu().numpy()
-        return Reading(state.epoch, state.step, state.sums.tolist(), self._began, self._cells(), images)
+        return Reading(state.epoch, state.step, state.sums.read(), self._began, self._cells(), self._images())
+
+    def _images(self) -> NDArray[np.float64]:
+        """Images of each class [C] that the epoch has taken where their errors are counted."""
+        plan, term, epoch = self._plan, self._plan.counted_term, self._step.inputs.epoch
+        images = torch.zeros(len(self._names), dtype=torch.float64)
+        if term is None or epoch is None:
+            return images.numpy()
+        draws = epoch.draws.terms[plan.terms.index(term)]
+        labels = draws.labels.cpu()
+        counted = torch.ones(len(labels), dtype=torch.float64)
+        if draws.mixing is not None and draws.mixing.gate is not None:  # in the batches that it leaves unmixed
+            counted -= draws.mixing.gate[:, 0].cpu()
+        size = plan.batch_size
+        taken = slice(self._since * size, min(self._state.step * size, self._num_samples))
+        counted = counted.repeat_interleave(size)[taken]
+        return images.index_add_(0, labels.flatten()[taken], counted).numpy()
 
     def _title(self, reading: Reading) -> str:
         whole = reading.step == self._plan.num_steps(self._num_samples)
@@ -111,7 +130,7 @@ class LiveView:
     def _numbers(self, reading: Reading, confusions: "pd.Series[float]") -> dict[str, str]:
         """Label of a row -> what stands there."""
         plan = self._plan
-        sums = dict(zip(sum_names(plan.terms), reading.sums, strict=True))
+        sums = reading.sums
         numbers = {"loss": f"{sums['loss'] / reading.step:.4f}"}
         if len(plan.terms) > 1:
             numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / reading.step:.4f}" for term in plan.terms}

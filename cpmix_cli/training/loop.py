@@ -1,4 +1,4 @@
-"""The one training loop, its state on disk, and prediction.
+"""The one training loop.
 
 fit() serves all three training phases; what differs stands in the recipe's terms and in the TrainingState it starts
 from. What a step computes is in step.py; here are its epochs, what is read from it and when it is saved.
@@ -6,162 +6,17 @@ from. What a step computes is in step.py; here are its epochs, what is read from
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from cpmix_cli.models import Classifier
-from cpmix_cli.recipe.schema import Optimizer
 from cpmix_cli.runtime import console, ranks, signals
-from cpmix_cli.runtime.errors import Diverged, InputError, Interrupted, shortened
+from cpmix_cli.runtime.errors import Diverged, Interrupted
+from cpmix_cli.training.graphs import EAGER_STEPS, own_stream, synchronize
+from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.live import LiveView
-from cpmix_cli.training.step import EAGER_STEPS, Plan, Step, TrainingData, TrainingState, own_stream, sum_names
-
-
-def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimizer:
-    """SGD or Adam over the parameters that require a gradient, in groups with their own lr_factor and weight decay.
-
-    The rate of each group is a scalar on the device, which every step sets.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        own = next((g for g in recipe.groups if name.startswith(g.prefix)), None)
-        decay = recipe.weight_decay
-        if own is not None and own.weight_decay is not None:
-            decay = own.weight_decay
-        groups.setdefault((own.lr_factor if own else 1.0, decay), []).append(parameter)
-    # Fused: one launch that reads the rate, in float32, on the device. On the CPU it would gain next to nothing.
-    device = next(model.parameters()).device
-    fused = device.type == "cuda"
-    rate = torch.zeros((), dtype=torch.float32 if fused else torch.float64, device=device)
-    parameters = [
-        {"params": p, "weight_decay": decay, "lr_factor": factor, "lr": rate.clone()}
-        for (factor, decay), p in groups.items()
-    ]
-    if recipe.kind == "adam":
-        return torch.optim.Adam(parameters, fused=fused, capturable=fused)
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
-
-
-# -- the state on disk -------------------------------------------------------------------------------------------------
-
-
-def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """A TrainingState as named tensors; the history as float64 [epochs, columns], NaN for null."""
-    rows = [[math.nan if v is None else v for v in row.values()] for row in state.history]
-    return {**_numbers(state), "history": torch.tensor(rows, dtype=torch.float64)}
-
-
-def _numbers(state: TrainingState) -> dict[str, Tensor]:
-    """All tensors of a state but the history: all of them are finite where training goes well."""
-    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
-    tensors["confusion"] = state.confusion
-    if state.epoch_confusion is not None and state.step > 0:
-        tensors["epoch_confusion"] = state.epoch_confusion
-    tensors["sums"] = state.sums
-    return tensors
-
-
-def load_model(model: Classifier, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into a network, names, shapes, types and values checked first.
-
-    Raises:
-        InputError: the file is of another network or another number of classes, or holds values that are not finite.
-    """
-    _check_fits(tensors, model.state_dict(), path)
-    model.load_state_dict(tensors)
-
-
-def _check_fits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not those of `own` by name, shape and type, or not finite."""
-    expected = {name: _kind(t) for name, t in own.items()}
-    found = {name: _kind(t) for name, t in tensors.items()}
-    if expected != found:
-        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise InputError(
-            f"{path} does not fit the network: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} tensors differ)"
-        )
-    if bad := not_finite(tensors):
-        raise InputError(f"{path} holds values that are not finite: {bad}")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Names of the tensors with a value that is not finite, the first few; "" if there are none."""
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-    return shortened(bad, 5)
-
-
-def load_state(state: TrainingState, tensors: dict[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
-    """Copy a saved state's network, optimizer and confusion counts into `state`; all of it is checked first.
-
-    Args:
-        state: what is filled.
-        tensors: of training_state.safetensors.
-        path: where they came from, for the message.
-        optimizer: False leaves the optimizer fresh.
-
-    Raises:
-        InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
-    """
-    saved = {n: t for n, t in tensors.items() if n not in ("sums", "history", "epoch_confusion")}
-    own = {f"model.{name}": t for name, t in state.model.state_dict().items()} | {"confusion": state.confusion}
-    if optimizer:
-        own |= _optimizer_tensors(state)
-    else:  # that of another phase, over other parameters
-        saved = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
-    counts = ["confusion"]
-    if optimizer and "epoch_confusion" in tensors:  # of an epoch under way
-        counts.append("epoch_confusion")
-        saved["epoch_confusion"], own["epoch_confusion"] = tensors["epoch_confusion"], state.confusion
-    _check_fits(saved, own, path)
-    if any((saved[name] < 0).any() or saved[name].diagonal().any() for name in counts):
-        raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
-    state.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
-    state.confusion.copy_(saved["confusion"])
-    if not optimizer:
-        return
-    state.epoch_confusion = saved.get("epoch_confusion")
-    for name, parameter in state.model.named_parameters():
-        prefix = f"optimizer.{name}."
-        values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        for key, value in values.items():
-            # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
-            like = parameter if value.shape == parameter.shape else value
-            state.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
-
-
-def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """What state_tensors() gives of the optimizer after a step, shapes and types alone."""
-    found: dict[str, Tensor] = {}
-    for group in state.optimizer.param_groups:
-        adam, momentum = isinstance(state.optimizer, torch.optim.Adam), group.get("momentum")
-        trained = {id(p) for p in group["params"]}
-        for name, p in state.model.named_parameters():
-            if id(p) not in trained:
-                continue
-            like = p.detach()
-            keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if momentum else ()
-            found |= {f"optimizer.{name}.{key}": like for key in keys}
-            if adam:
-                found[f"optimizer.{name}.step"] = torch.zeros(())
-    return found
-
-
-# -- the loop ----------------------------------------------------------------------------------------------------------
+from cpmix_cli.training.plan import Plan
+from cpmix_cli.training.state import EpochSums, TrainingState
+from cpmix_cli.training.step import Step
 
 
 def fit(
@@ -201,7 +56,7 @@ def fit(
         state.epoch, state.step = state.epoch + 1, 0
     device, here = data.labels.device, ranks.current()
     if state.step == 0:
-        state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+        state.sums = EpochSums([term.name for term in plan.terms], device)
     done = (state.epoch - plan.first_epoch) * steps + state.step
     warm_up = 1 if device.type == "cpu" else EAGER_STEPS + 1
     total = (plan.last_epoch - plan.first_epoch + 1) * steps
@@ -221,10 +76,10 @@ def fit(
                     # A signal to one rank stops them all, after the same step.
                     if signals.adopt(here.max_over_ranks(signals.number())) and state.step < steps:
                         _check_finite(plan, state, steps)
-                        state.sums[-2] += time.perf_counter() - started
+                        state.sums["seconds"].add_(time.perf_counter() - started)
                         _publish(publish, plan, state)
                         raise _interrupted(plan, state)
-                state.sums[-2] += time.perf_counter() - started
+                state.sums["seconds"].add_(time.perf_counter() - started)
                 row = _metrics_row(plan, state, len(data.labels))
                 if view:
                     view.end_epoch()
@@ -253,14 +108,14 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
             epoch.
     """
     if state.step == 0:
-        state.sums.zero_()
+        state.sums.values.zero_()
         if state.epoch > plan.confusion_start:
             state.confusion *= plan.confusion_decay
         if plan.partners_ahead:
             state.epoch_confusion = state.confusion.to("cpu", copy=True)
     step.begin_epoch(state.epoch)
-    reads_each = state.sums.device.type == "cpu"
-    before = state.sums.tolist()
+    reads_each = state.sums.values.device.type == "cpu"
+    before = state.sums.read()
     while state.step < num_steps:
         step(state.step)
         state.step += 1
@@ -283,18 +138,20 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
     steps = plan.num_steps(len(data.labels))
     if state.step == steps:  # the epoch it stands at is complete
         state.epoch, state.step = min(state.epoch + 1, plan.last_epoch), 0
-    state.sums = torch.zeros(len(sum_names(plan.terms)), dtype=torch.float64, device=device)
+    state.sums = EpochSums([term.name for term in plan.terms], device)
     state.model.train(plan.train_mode)
     with own_stream(device):
         step = Step(plan, data, state)
         step.begin_epoch(state.epoch)
         step(state.step)
         state.step += 1
-        _check_finite(plan, state, steps, [0.0] * len(state.sums))
+        _check_finite(plan, state, steps, dict.fromkeys(state.sums.read(), 0.0))
         _check_weights(plan, state)
 
 
-def _check_finite(plan: Plan, state: TrainingState, steps: int, before: list[float] | None = None) -> list[float]:
+def _check_finite(
+    plan: Plan, state: TrainingState, steps: int, before: dict[str, float] | None = None
+) -> dict[str, float]:
     """Look at the sums of the epoch, and return them.
 
     Args:
@@ -303,11 +160,10 @@ def _check_finite(plan: Plan, state: TrainingState, steps: int, before: list[flo
         steps: of an epoch.
         before: the sums one step ago, where they are known: then the message has the step's own losses.
     """
-    found = state.sums.tolist()
-    sums = dict(zip(sum_names(plan.terms), found, strict=True))
+    sums = state.sums.read()
     if math.isfinite(sums["loss"]) and math.isfinite(sums["gradient_norm"]):
-        return found
-    earlier = dict(zip(sums, before or found, strict=True))
+        return sums
+    earlier = before or sums
     step = state.step if before else int(sums["finite_steps"]) + 1
     rate = plan.learning_rate(state.epoch, step - 1, steps)
 
@@ -345,7 +201,7 @@ def _check_weights(plan: Plan, state: TrainingState) -> None:
     Raises:
         Diverged: they are not finite.
     """
-    if bad := not_finite(_numbers(state)):
+    if bad := state.not_finite():
         raise Diverged(
             f"weights are not finite after step {state.step} of epoch {state.epoch}: {bad}",
             needed_by=plan.phase,
@@ -357,15 +213,9 @@ def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:
     return signals.interrupted(f"{plan.phase} is saved at epoch {state.epoch}, step {state.step}")
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:
     """The row of metrics.parquet for the finished epoch."""
-    s = dict(zip(sum_names(plan.terms), state.sums.tolist(), strict=True))
+    s = state.sums.read()
     steps = plan.num_steps(num_samples)
     counts = plan.collect_confusion and plan.counted_term is not None
     row: dict[str, float | None] = {"epoch": state.epoch}

@@ -28,9 +28,9 @@ from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.training import loop
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.loop import load_state
-from cpmix_cli.training.plan import PhaseContext, fresh_state, head_plan, prepared, stage_plan
-from cpmix_cli.training.step import Plan, TrainingData, TrainingState, sum_names
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_state, make_plan, rehearsal
+from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.tracker import Tracker, forget
 
 Prepare = Callable[[PhaseContext], tuple[Plan, TrainingState]]
@@ -174,8 +174,10 @@ def load_source(source: PhaseFolder, phase: str, setting: PhaseContext) -> tuple
     path, sha = source.output(files.TRAINING_STATE)
     tensors, _ = read_tensors(path, sha)
     state = fresh_state(setting)
-    load_state(state, tensors, path, optimizer=phase != "finetune")
-    plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)
+    state.load(tensors, path, optimizer=phase != "finetune")
+    if phase == "finetune":
+        begin_finetune(setting, state)
+    plan = make_plan(setting, phase)
     state.epoch = plan.first_epoch
     return plan, state
 
@@ -228,7 +230,18 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
             raise UsageError("model.sync_batchnorm: torch has it on GPUs alone", fix="--set model.sync_batchnorm=false")
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     if begun:
-        restore(plan, state, tensors, begun, plan.num_steps(len(data.labels)), folder)
+        path = folder.path / files.TRAINING_STATE
+        state.load(tensors, path)
+        state.load_progress(
+            tensors,
+            path,
+            terms=[term.name for term in plan.terms],
+            epoch=begun["epoch"],
+            step=begun["step"],
+            columns=begun["columns"],
+            epochs=(plan.first_epoch, plan.last_epoch),
+            num_steps=plan.num_steps(len(data.labels)),
+        )
         console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
         if begun["threads"] != threads:
             console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
@@ -252,7 +265,8 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
     if not data.batches.resident:
         console.note(f"{folder.phase}: images are read from disk as they are wanted")
     for term in plan.terms:
-        if (spread := term.weight_spread(data.class_counts)) < 1.05:
+        class_weights = None if term.reweight is None else term.reweight(data.class_counts)
+        if class_weights is not None and (spread := float(class_weights.max() / class_weights.min())) < 1.05:
             console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
     weights, saved = sizes(plan, state)
     there = sum(path.stat().st_size for path in folder.files(files.MODEL, files.TRAINING_STATE))
@@ -275,7 +289,7 @@ def rehearse(started: LoadedPhase) -> list[str]:
     phases = [phase for phase in later if getattr(recipe, phase) is not None]
     loop.first_step(started.plan, started.data, started.state)
     for phase in phases:
-        plan, state = prepared(setting, phase)
+        plan, state = rehearsal(setting, phase)
         loop.first_step(plan, started.data, state)
     return [started.plan.phase, *phases]
 
@@ -347,7 +361,7 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
             forget(folder.path)
             recorder.publish(files.RECIPE, recipe)
             overwrites = False
-        tensors = loop.state_tensors(state)
+        tensors = state.tensors()
         metadata = {
             "format": records.FORMAT,
             "phase": folder.phase,
@@ -427,37 +441,6 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> Tra
             fix="cpmix build-lt ... --overwrite",
         )
     return TrainingData(batches, labels.to(device), counts.to(device))
-
-
-def restore(
-    plan: Plan,
-    state: TrainingState,
-    tensors: dict[str, torch.Tensor],
-    saved: dict[str, Any],
-    num_steps: int,
-    folder: PhaseFolder,
-) -> None:
-    """Bring a state to where its training_state.safetensors left it; `num_steps` are those of an epoch.
-
-    Raises:
-        InputError: the file does not fit the network or the plan.
-    """
-    path = folder.path / files.TRAINING_STATE
-    sums, history = tensors.pop("sums", torch.empty(0)), tensors.pop("history", torch.empty(0))
-    loop.load_state(state, tensors, path)
-    columns = tables.metrics_schema([term.name for term in plan.terms]).names if len(history) else []
-    if len(sums) != len(sum_names(plan.terms)) or sorted(saved["columns"]) != sorted(columns):
-        raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
-    state.epoch, state.step = saved["epoch"], saved["step"]
-    if not (plan.first_epoch <= state.epoch <= plan.last_epoch and state.step <= num_steps):
-        raise InputError(f"{path} stands at epoch {state.epoch}, step {state.step}, which is none of {plan.phase}")
-    finished = state.epoch - plan.first_epoch + (state.step == num_steps)
-    if len(history) != finished or history.numel() != finished * len(columns):
-        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
-    state.sums = sums.to(state.confusion.device)
-    state.history = [
-        {k: None if v != v else v for k, v in zip(saved["columns"], row, strict=True)} for row in history.tolist()
-    ]
 
 
 def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder: output.Recorder) -> None:

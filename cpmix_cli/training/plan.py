@@ -1,20 +1,79 @@
-"""What each phase trains: its plan, and the state it starts from where no checkpoint gives one."""
+"""What each phase trains and for how long, and the state it starts from where no checkpoint gives one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import target_classes
-from cpmix_cli.models import add_routers, add_scale, build_model, initialise, within
+from cpmix_cli.models import Classifier, add_routers, add_scale, build_model, initialise, within
 from cpmix_cli.recipe.schema import Optimizer, ParameterGroup, Recipe, Schedule
-from cpmix_cli.training.loop import make_optimizer
-from cpmix_cli.training.objective import compile_stage
+from cpmix_cli.training.objective import Term, compile_stage
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.schedule import learning_rate
-from cpmix_cli.training.step import Plan, TrainingState
+from cpmix_cli.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how long."""
+
+    phase: str
+    seed: int
+    terms: tuple[Term, ...]
+    joint_forward: bool
+    first_epoch: int
+    """Counted over both stages, from 1."""
+    last_epoch: int
+    num_epochs: int
+    """Of both stages together."""
+    batch_size: int
+    """Of all ranks together."""
+    learning_rate: Callable[[int, int, int], float]
+    """(epoch, step, steps per epoch) -> learning rate; parameter groups scale it by their lr_factor."""
+    train_mode: bool = True
+    """False keeps batch norm in eval mode."""
+    collect_confusion: bool = True
+    confusion_start: int = 1
+    confusion_decay: float = 1.0
+    partners_ahead: bool = False
+    """Partners of a whole epoch are chosen when it begins."""
+    micro_batches: int = 1
+    """Slices that each rank takes its share of a batch in."""
+    teacher: Classifier | None = None
+    """Network whose mean logits the terms with distillation learn from; in eval mode, and never trained."""
+    precision: str = "fp32"
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of an epoch over so many images; the last one takes what is left."""
+        return -(-num_samples // self.batch_size)
+
+    def size(self, number: int, num_samples: int) -> int:
+        """Images of the batch of step `number`, from 0."""
+        return min(self.batch_size, num_samples - number * self.batch_size)
+
+    def counts_errors(self, epoch: int) -> bool:
+        """Whether the errors of this epoch's batches go into the confusion counts."""
+        return self.collect_confusion and self.counted_term is not None and epoch >= self.confusion_start
+
+    @property
+    def measured_terms(self) -> list[Term]:
+        """The unmixed terms whose predictions make the training accuracy: up to the first natural one, which sees
+        every image of the epoch once.
+        """
+        unmixed = [term for term in self.terms if term.mixing is None]
+        naturals = [i for i, term in enumerate(unmixed) if term.recipe.draw == "natural"]
+        return unmixed[: naturals[0] + 1] if naturals else unmixed
+
+    @property
+    def counted_term(self) -> Term | None:
+        """The natural term whose errors are counted: an unmixed one, or else one that leaves some batches unmixed."""
+        naturals = [term for term in self.terms if term.recipe.draw == "natural"]
+        always = [term for term in naturals if term.mixing is None]
+        return next(iter(always + [term for term in naturals if term.recipe.is_gated]), None)
 
 
 @dataclass(frozen=True)
@@ -29,29 +88,14 @@ class PhaseContext:
     """Hashes of the files given by flags, by flag."""
 
 
-def fresh_state(setting: PhaseContext) -> TrainingState:
-    """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
-    recipe, dataset, device = setting.recipe, setting.dataset, setting.device
-    generator = torch_generator(recipe.seed, "weights")
-    model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
-    settings = recipe.optimizer
-    if settings.expert_rates == "target-share":
-        counts = torch.tensor(dataset.class_counts)
-        shares = (target_classes(counts, recipe.model.experts) * counts).sum(1) / counts.sum()
-        own = [
-            ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share))
-            for k, share in enumerate(shares)
-            for part in ("experts", "head")
-        ]
-        settings = settings.model_copy(update={"groups": [*settings.groups, *own]})
-    return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
+def make_plan(context: PhaseContext, phase: str) -> Plan:
+    """The plan of a phase."""
+    return finetune_plan(context) if phase == "finetune" else stage_plan(context, phase)
 
 
-def stage_plan(setting: PhaseContext, phase: str) -> Plan:
+def stage_plan(context: PhaseContext, phase: str) -> Plan:
     """The plan of stage 1 or 2: one schedule and one optimizer over both."""
-    recipe = setting.recipe
+    recipe = context.recipe
     stage = recipe.stage1 if phase == "stage1" else recipe.stage2
     assert stage is not None
     schedule = recipe.schedule
@@ -69,33 +113,15 @@ def stage_plan(setting: PhaseContext, phase: str) -> Plan:
         confusion_decay=recipe.confusion.decay,
         partners_ahead=recipe.confusion.refresh == "epoch",
         micro_batches=recipe.optimizer.micro_batches,
-        precision=setting.precision,
+        precision=context.precision,
     )
 
 
-def head_plan(setting: PhaseContext, state: TrainingState) -> Plan:
-    """The finetune's plan; `state` is made ready for it: parameters frozen, the head as asked, a fresh optimizer."""
-    recipe = setting.recipe
+def finetune_plan(context: PhaseContext) -> Plan:
+    """The plan of the finetune."""
+    recipe = context.recipe
     table = recipe.finetune
     assert table is not None
-    if table.head == "reinit":
-        initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
-    elif table.head == "scale":
-        add_scale(state.model)
-    elif table.head == "routers":
-        generator = torch_generator(recipe.seed, "finetune", "routers")
-        add_routers(state.model, setting.dataset.num_classes, table.router_top, generator)
-    for name, parameter in state.model.named_parameters():
-        parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
-    optimizer = Optimizer(
-        lr=table.lr,
-        momentum=table.momentum,
-        nesterov=table.nesterov,
-        weight_decay=table.weight_decay,
-        batch_size=table.batch_size,
-        groups=table.groups,
-    )
-    state.optimizer = make_optimizer(state.model, optimizer)
     schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
     return Plan(
         phase="finetune",
@@ -111,14 +137,90 @@ def head_plan(setting: PhaseContext, state: TrainingState) -> Plan:
         collect_confusion=False,
         partners_ahead=recipe.confusion.refresh == "epoch",
         micro_batches=recipe.optimizer.micro_batches,
-        precision=setting.precision,
+        precision=context.precision,
     )
 
 
-def prepared(setting: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
-    """A phase's plan, and a fresh state in which every class has been confused with every other."""
-    state = fresh_state(setting)
-    plan = head_plan(setting, state) if phase == "finetune" else stage_plan(setting, phase)
+def fresh_state(context: PhaseContext) -> TrainingState:
+    """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
+    recipe, dataset, device = context.recipe, context.dataset, context.device
+    generator = torch_generator(recipe.seed, "weights")
+    model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
+    settings = recipe.optimizer
+    if settings.expert_rates == "target-share":
+        counts = torch.tensor(dataset.class_counts)
+        shares = (target_classes(counts, recipe.model.experts) * counts).sum(1) / counts.sum()
+        own = [
+            ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share))
+            for k, share in enumerate(shares)
+            for part in ("experts", "head")
+        ]
+        settings = settings.model_copy(update={"groups": [*settings.groups, *own]})
+    return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
+
+
+def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
+    """Make a trained state ready for the finetune: parameters frozen, the head as asked, a fresh optimizer."""
+    recipe = context.recipe
+    table = recipe.finetune
+    assert table is not None
+    if table.head == "reinit":
+        initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
+    elif table.head == "scale":
+        add_scale(state.model)
+    elif table.head == "routers":
+        generator = torch_generator(recipe.seed, "finetune", "routers")
+        add_routers(state.model, context.dataset.num_classes, table.router_top, generator)
+    for name, parameter in state.model.named_parameters():
+        parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
+    optimizer = Optimizer(
+        lr=table.lr,
+        momentum=table.momentum,
+        nesterov=table.nesterov,
+        weight_decay=table.weight_decay,
+        batch_size=table.batch_size,
+        groups=table.groups,
+    )
+    state.optimizer = make_optimizer(state.model, optimizer)
+
+
+def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimizer:
+    """SGD or Adam over the parameters that require a gradient, in groups with their own lr_factor and weight decay.
+
+    The learning rate of each group is a scalar on the device, which every step sets.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = next((g for g in recipe.groups if name.startswith(g.prefix)), None)
+        decay = recipe.weight_decay
+        if own is not None and own.weight_decay is not None:
+            decay = own.weight_decay
+        groups.setdefault((own.lr_factor if own else 1.0, decay), []).append(parameter)
+    # Fused: one launch that reads the rate, in float32, on the device. On the CPU it would gain next to nothing.
+    device = next(model.parameters()).device
+    fused = device.type == "cuda"
+    rate = torch.zeros((), dtype=torch.float32 if fused else torch.float64, device=device)
+    parameters = [
+        {"params": p, "weight_decay": decay, "lr_factor": factor, "lr": rate.clone()}
+        for (factor, decay), p in groups.items()
+    ]
+    if recipe.kind == "adam":
+        return torch.optim.Adam(parameters, fused=fused, capturable=fused)
+    return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
+
+
+def rehearsal(context: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
+    """A phase's plan, and a fresh state in which every class has been confused with every other: for a dry run, and for
+    timings.
+    """
+    plan = make_plan(context, phase)
+    state = fresh_state(context)
+    if phase == "finetune":
+        begin_finetune(context, state)
     state.epoch = max(plan.first_epoch, plan.confusion_start)
     state.confusion.fill_(1).fill_diagonal_(0)
     return plan, state

@@ -1,0 +1,230 @@
+"""The training state: all that a run resumes from, held, saved and restored."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cpmix_cli.artifacts.tables import metrics_schema
+from cpmix_cli.models import Classifier
+from cpmix_cli.runtime.errors import InputError, shortened
+
+
+class EpochSums:
+    """Sums over the steps of an epoch, on the device.
+
+    Args:
+        terms: names of the phase's terms.
+        device: where.
+    """
+
+    def __init__(self, terms: Sequence[str] = (), device: torch.device | str = "cpu") -> None:
+        losses = [f"loss_{name}" for name in terms]
+        self._names = ["loss", *losses, "gradient_norm", "correct", "errors", "finite_steps", "seconds", "fallbacks"]
+        self._num_measured = self._names.index("finite_steps")
+        self.values = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        """[T + 7] float64; stays at its address."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A sum as a view: sums["seconds"].add_(...)."""
+        return self.values[self._names.index(name)]
+
+    def add(
+        self, *, losses: Sequence[Tensor], gradient_norm: Tensor, correct: Tensor, errors: Tensor, fallbacks: Tensor
+    ) -> None:
+        """Add one step.
+
+        Args:
+            losses: the objective, then each term.
+            gradient_norm: of all trained parameters.
+            correct: images that are right where that is measured.
+            errors: that were counted.
+            fallbacks: partners drawn without a confusion.
+        """
+        measured = self.values[: self._num_measured]
+        measured += torch.stack([v.double() for v in (*losses, gradient_norm, correct, errors)])
+        # A sum that is not finite never is again: this one counts the steps before the first that was not.
+        self["finite_steps"].add_(measured.isfinite().all())
+        self["fallbacks"].add_(fallbacks)
+
+    def read(self) -> dict[str, float]:
+        """All sums by name. Waits for the device."""
+        return dict(zip(self._names, self.values.tolist(), strict=True))
+
+
+@dataclass
+class TrainingState:
+    """All that a run resumes from."""
+
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    confusion: Tensor
+    """K [C, C] float64."""
+    epoch: int
+    """The epoch under way, counted as in Plan; the last one when all is done."""
+    step: int = 0
+    """Steps of that epoch already taken."""
+    sums: EpochSums = field(default_factory=EpochSums)
+    """Of the epoch under way."""
+    history: list[dict[str, float | None]] = field(default_factory=list)
+    """Rows of metrics.parquet."""
+    epoch_confusion: Tensor | None = None
+    """K as it was when the epoch under way began, on the CPU; None if partners are not chosen from that."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as named tensors; the history as float64 [epochs, columns], NaN for null."""
+        rows = [[math.nan if v is None else v for v in row.values()] for row in self.history]
+        return {**self._finite_tensors(), "history": torch.tensor(rows, dtype=torch.float64)}
+
+    def not_finite(self) -> str:
+        """Names of tensors with a value that is not finite; "" if training goes well."""
+        return not_finite(self._finite_tensors())
+
+    def _finite_tensors(self) -> dict[str, Tensor]:
+        """All tensors but the history."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+        tensors["confusion"] = self.confusion
+        if self.epoch_confusion is not None and self.step > 0:
+            tensors["epoch_confusion"] = self.epoch_confusion
+        tensors["sums"] = self.sums.values
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
+        """Copy a saved state's network, optimizer and confusion counts; all of it is checked first.
+
+        Args:
+            tensors: of training_state.safetensors.
+            path: where they came from, for the message.
+            optimizer: False leaves the optimizer fresh.
+
+        Raises:
+            InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
+        """
+        saved = {n: t for n, t in tensors.items() if n not in ("sums", "history", "epoch_confusion")}
+        own = {f"model.{name}": t for name, t in self.model.state_dict().items()} | {"confusion": self.confusion}
+        if optimizer:
+            own |= self._optimizer_tensors()
+        else:  # that of another phase, over other parameters
+            saved = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
+        counts = ["confusion"]
+        if optimizer and "epoch_confusion" in tensors:  # of an epoch under way
+            counts.append("epoch_confusion")
+            saved["epoch_confusion"], own["epoch_confusion"] = tensors["epoch_confusion"], self.confusion
+        check_fits(saved, own, path)
+        if any((saved[name] < 0).any() or saved[name].diagonal().any() for name in counts):
+            raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
+        self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
+        self.confusion.copy_(saved["confusion"])
+        if not optimizer:
+            return
+        self.epoch_confusion = saved.get("epoch_confusion")
+        for name, parameter in self.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            for key, value in values.items():
+                # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
+                like = parameter if value.shape == parameter.shape else value
+                self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+
+    def load_progress(
+        self,
+        tensors: Mapping[str, Tensor],
+        path: Path,
+        *,
+        terms: Sequence[str],
+        epoch: int,
+        step: int,
+        columns: Sequence[str],
+        epochs: tuple[int, int],
+        num_steps: int,
+    ) -> None:
+        """Copy a saved state's place in the training: epoch, step, sums and history; all of it is checked first.
+
+        Args:
+            tensors: of training_state.safetensors.
+            path: where they came from, for the message.
+            terms: names of the phase's terms.
+            epoch: the epoch under way.
+            step: its steps already taken.
+            columns: of the history.
+            epochs: the first and the last of the phase.
+            num_steps: of an epoch.
+
+        Raises:
+            InputError: the sums or the history are not of this phase.
+        """
+        sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
+        expected = metrics_schema(list(terms)).names if len(history) else []
+        self.sums = EpochSums(terms, self.confusion.device)
+        if len(sums) != len(self.sums.values) or sorted(columns) != sorted(expected):
+            raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
+        if not (epochs[0] <= epoch <= epochs[1] and step <= num_steps):
+            raise InputError(f"{path} stands at epoch {epoch}, step {step}, which is none of this phase")
+        finished = epoch - epochs[0] + (step == num_steps)
+        if len(history) != finished or history.numel() != finished * len(columns):
+            raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
+        self.epoch, self.step = epoch, step
+        self.sums.values.copy_(sums)
+        self.history = [
+            {k: None if v != v else v for k, v in zip(columns, row, strict=True)} for row in history.tolist()
+        ]
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """What tensors() gives of the optimizer after a step, shapes and types alone."""
+        found: dict[str, Tensor] = {}
+        for group in self.optimizer.param_groups:
+            adam, momentum = isinstance(self.optimizer, torch.optim.Adam), group.get("momentum")
+            trained = {id(p) for p in group["params"]}
+            for name, p in self.model.named_parameters():
+                if id(p) not in trained:
+                    continue
+                like = p.detach()
+                keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if momentum else ()
+                found |= {f"optimizer.{name}.{key}": like for key in keys}
+                if adam:
+                    found[f"optimizer.{name}.step"] = torch.zeros(())
+        return found
+
+
+def load_model(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy weights into a network, names, shapes, types and values checked first.
+
+    Raises:
+        InputError: the file is of another network or another number of classes, or holds values that are not finite.
+    """
+    check_fits(tensors, model.state_dict(), path)
+    model.load_state_dict(dict(tensors))
+
+
+def check_fits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not those of `own` by name, shape and type, or not finite.
+
+    Raises:
+        InputError: with the first that differs.
+    """
+    expected = {name: _kind(t) for name, t in own.items()}
+    found = {name: _kind(t) for name, t in tensors.items()}
+    if expected != found:
+        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise InputError(
+            f"{path} does not fit the network: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
+            f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} tensors differ)"
+        )
+    if bad := not_finite(tensors):
+        raise InputError(f"{path} holds values that are not finite: {bad}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Names of the tensors with a value that is not finite, the first few; "" if there are none."""
+    return shortened([name for name, t in tensors.items() if not t.isfinite().all()], 5)
