@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 import torch
 from conftest import file_limit, flip
 
@@ -164,7 +165,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
                 path.symlink_to(path)
             case "dangling link":
                 path.symlink_to(tmp_path / "nowhere")
-        for read in (files.read_bytes, read_tensors, read_header, records.read_record):
+        for read in (files.read_bytes, read_tensors, read_header, records.read_fields):
             with pytest.raises(InputError, match=f"cannot read {path}"):
                 read(path)
 
@@ -199,13 +200,34 @@ def test_what_is_no_safetensors_or_parquet_is_refused(tmp_path: Path, content: b
 def test_an_edited_record_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     records.publish_record(path, {"format": records.FORMAT, "phase": "stage1"})
-    assert records.read_record(path) == {"format": records.FORMAT, "phase": "stage1"}
+    assert records.read_fields(path) == {"format": records.FORMAT, "phase": "stage1"}
     path.write_text(path.read_text().replace("stage1", "stage2"))
     with pytest.raises(InputError, match="was changed"):
-        records.read_record(path)
+        records.read_fields(path)
     records.publish_record(path, {"format": 99})
     with pytest.raises(InputError, match="format 99"):
-        records.read_record(path)
+        records.read_fields(path)
+
+
+class Named(records.Record):
+    """A record for tests."""
+
+    name: str
+    size: int = 3
+
+
+def test_a_record_is_an_object_that_cannot_change(tmp_path: Path) -> None:
+    """Fields that nobody reads are no fault: another release may have written more."""
+    path = tmp_path / "named.json"
+    records.publish_record(path, {"format": records.FORMAT, "name": "x", "else": 1})
+    named = records.read_record(path, Named)
+    assert (named.name, named.size) == ("x", 3)
+    with pytest.raises(ValidationError, match="frozen"):
+        named.name = "y"  # type: ignore[misc]
+    for fields, place in (({}, "name"), ({"name": 7}, "name"), ({"name": "x", "size": "3"}, "size")):
+        records.publish_record(path, {"format": records.FORMAT, **fields})
+        with pytest.raises(InputError, match=f"named.json is no such record: {place}: "):
+            records.read_record(path, Named)
 
 
 def test_confusion_tables_are_sparse_and_read_back(tmp_path: Path) -> None:
@@ -259,7 +281,7 @@ def test_deep_nesting_is_refused(tmp_path: Path, text: str) -> None:
             read(path)
     path.write_text(text)
     with pytest.raises(InputError, match="not a cpmix record"):
-        records.read_record(path)
+        records.read_fields(path)
 
 
 def test_any_changed_byte_of_a_record_is_noticed(tmp_path: Path) -> None:
@@ -267,13 +289,13 @@ def test_any_changed_byte_of_a_record_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     records.publish_record(path, {"format": records.FORMAT, "name": "caf\udce9", "numbers": [1, 2.5, None]})
     whole = path.read_bytes()
-    assert records.read_record(path)["name"] == "caf\udce9"
+    assert records.read_fields(path)["name"] == "caf\udce9"
     for place in range(len(whole)):
         for value in (9, 10, 13, 32, whole[place] ^ 1, whole[place] ^ 32):
             if value != whole[place]:
                 path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
                 with pytest.raises(InputError):
-                    records.read_record(path)
+                    records.read_fields(path)
 
 
 PAIRS = {"true_class": [0, 1], "predicted_class": [1, 0], "count": [3, 4]}
@@ -358,7 +380,7 @@ def test_a_record_is_not_read_beyond_its_bounds(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text("[" + "[]," * 1_000_000 + "[]]")
     with pytest.raises(InputError, match="a file of its kind has at most 2,000,000"):
-        records.read_record(path)
+        records.read_fields(path)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def data(digits: Path, tmp_path: Path) -> Path:
 )
 def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Path, label: int, message: str) -> None:
     """The hashes are right, the labels are not."""
-    record = records.read_record(data / "dataset.json")
+    record = records.read_fields(data / "dataset.json")
     tensors, _ = read_tensors(data / "train.safetensors")
     tensors["labels"][0] = label
     sha = publish_tensors(data / "train.safetensors", tensors)

@@ -183,7 +183,7 @@ def test_real_cifar100_lt(tmp_path: Path) -> None:
     assert (numbers["num_train"], numbers["num_test"]) == (9502, 10000)
     assert (numbers["largest"], numbers["smallest"]) == (500, 2)
     assert numbers["groups"] == {"many": 30, "medium": 31, "few": 39}
-    record = records.read_record(tmp_path / "dataset.json")
+    record = records.read_fields(tmp_path / "dataset.json")
     assert record["classes"][:3] == ["apple", "aquarium_fish", "baby"]
     chosen = pd.read_parquet(tmp_path / "train.parquet")
     source = pq.read_table(next(REAL.glob("train-*.parquet")), columns=["fine_label"])

@@ -188,7 +188,7 @@ def test_something_else_in_a_files_place_is_refused(kind: str, toy: Path, toy_ru
 
 def republish(folder: Path, name: str, sha: str) -> None:
     """Make run.json vouch for a file, as a stranger would who knows how."""
-    record = records.read_record(folder / RUN)
+    record = records.read_fields(folder / RUN)
     records.publish_record(folder / RUN, {**record, "outputs": {**record["outputs"], name: sha}})
 
 
@@ -269,11 +269,11 @@ def test_pairs_out_of_range_under_the_right_hash(toy_run: Path, change: dict[str
 def test_a_record_made_by_hand(toy_run: Path, key: str, value: object) -> None:
     """Its digest holds, its fields are others."""
     path = toy_run / "stage2" / RUN
-    record = records.read_record(path)
+    record = records.read_fields(path)
     record[key] = value
     if value == "gone":
         del record[key]
-    if (key, value) in (("epochs", 7), ("made_from", {"x": {}})):
+    if (key, value) == ("epochs", 7):
         return  # as good as any
     records.publish_record(path, record)
     for command in (("evaluate", "--from", toy_run), ("status", toy_run), ("train-stage2", "--from", toy_run)):
@@ -284,7 +284,7 @@ def test_a_record_made_by_hand(toy_run: Path, key: str, value: object) -> None:
 
 def test_a_file_name_that_leads_out_of_the_folder(toy_run: Path) -> None:
     path = toy_run / "stage2" / RUN
-    record = records.read_record(path)
+    record = records.read_fields(path)
     records.publish_record(path, {**record, "outputs": {**record["outputs"], "../../etc/passwd": "0" * 64}})
     refused(3, "outputs.../../etc/passwd", "train-stage2", "--from", toy_run)
 
@@ -293,11 +293,11 @@ def test_a_file_name_that_leads_out_of_the_folder(toy_run: Path) -> None:
 def test_a_newer_format(toy: Path, toy_run: Path, tmp_path: Path, name: str) -> None:
     if name == "dataset.json":
         path = Path(shutil.copytree(toy, tmp_path / "data")) / name
-        records.publish_record(path, {**records.read_record(path), "format": 2})
+        records.publish_record(path, {**records.read_fields(path), "format": 2})
         result = cpmix("train-stage1", "--data", path.parent, "--out", tmp_path / "o")
     elif name == "stage1/run.json":
         path = toy_run / name
-        records.publish_record(path, {**records.read_record(path), "format": 2})
+        records.publish_record(path, {**records.read_fields(path), "format": 2})
         result = cpmix("train-stage2", "--from", toy_run)
     else:
         interrupt(toy_run / "stage1")
@@ -352,7 +352,7 @@ def test_what_a_run_says_of_its_data_set_sealed_by_hand(
 ) -> None:
     """`predict` goes by it alone."""
     path = digits_run / "finetune" / RUN
-    record = records.read_record(path)
+    record = records.read_fields(path)
     records.publish_record(path, {**record, "dataset": {**record["dataset"], **edit}})
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     for command in (("predict", "--from", digits_run, tmp_path / "x.png"), ("evaluate", "--from", digits_run)):
@@ -362,7 +362,7 @@ def test_what_a_run_says_of_its_data_set_sealed_by_hand(
 def test_a_data_set_for_a_recipe_that_is_not_there(toy: Path, tmp_path: Path) -> None:
     """It is not the command line that is wrong."""
     path = Path(shutil.copytree(toy, tmp_path / "data")) / DATASET
-    records.publish_record(path, {**records.read_record(path), "recipe": "toy/cpmx"})
+    records.publish_record(path, {**records.read_fields(path), "recipe": "toy/cpmx"})
     command = ("train-stage1", "--data", path.parent, "--out", tmp_path / "run", "--dry-run")
     refused(3, f'{path}: no recipe "toy/cpmx"', *command)
     must(*command, "--recipe", "toy/cpmix")
@@ -383,7 +383,7 @@ def test_a_data_set_for_a_recipe_that_is_not_there(toy: Path, tmp_path: Path) ->
 )
 def test_a_data_set_sealed_by_hand(digits: Path, tmp_path: Path, edit: dict[str, object]) -> None:
     path = Path(shutil.copytree(digits, tmp_path / "data")) / DATASET
-    records.publish_record(path, {**records.read_record(path), **edit})
+    records.publish_record(path, {**records.read_fields(path), **edit})
     refused(3, f"{path} is no such record", "train-stage1", "--data", path.parent, "--out", tmp_path / "run")
 
 

@@ -258,7 +258,7 @@ def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: 
             pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
             own = tmp_path / name / phase / CONFUSION_PAIRS
             assert own.read_bytes() == (alone / CONFUSION_PAIRS).read_bytes()
-    record = records.read_record(tmp_path / "three" / "stage2" / artifacts.RUN)
+    record = records.read_fields(tmp_path / "three" / "stage2" / artifacts.RUN)
     assert record["ranks"] == 3
 
 

@@ -1,11 +1,11 @@
-"""Records on disk: JSON with a digest of its own content."""
+"""Records on disk: JSON with a digest of its own content, read as objects whose fields are checked once."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cpmix_cli.artifacts.files import MAX_RECORD, _record_bytes, _unique, digest, publish, read_bytes
 from cpmix_cli.runtime.errors import InputError
@@ -13,55 +13,69 @@ from cpmix_cli.runtime.errors import InputError
 FORMAT = 1
 
 
-def publish_record(path: Path, record: Mapping[str, Any]) -> str:
-    """Publish a JSON record with the digest of its own content, for people and programs to read."""
-    return publish(path, _record_bytes({**record, "digest": digest(dict(record))}))
+class Record(BaseModel):
+    """Base of what is read from disk: names the fields that its readers use. Other fields of the file are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON record whose own digest holds.
+Read = TypeVar("Read", bound=Record)
+
+
+def publish_record(path: Path, fields: Mapping[str, Any]) -> str:
+    """Publish fields as a JSON record with the digest of its own content, for people and programs to read."""
+    return publish(path, _record_bytes({**fields, "digest": digest(dict(fields))}))
+
+
+def read_record(path: Path, model: type[Read]) -> Read:
+    """Read a JSON record whose own digest holds.
 
     Raises:
-        InputError: missing, not JSON, of another format, or changed since it was written.
+        InputError: missing, not JSON, of another format, changed since it was written, or without a field that `model`
+            requires.
     """
+    return checked(path, model, read_fields(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return all fields of a JSON record, its digest checked and left out; see read_record()."""
     data = read_bytes(path, limit=MAX_RECORD)
     try:
-        record = json.loads(data, object_pairs_hook=_unique)
-        as_published = _record_bytes(record) == data
-        sealed = record.pop("digest")
+        fields = json.loads(data, object_pairs_hook=_unique)
+        as_published = _record_bytes(fields) == data
+        sealed = fields.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise InputError(f"{path} is damaged: not a cpmix record") from fault
-    if digest(record) != sealed or not as_published:
+    if digest(fields) != sealed or not as_published:
         raise InputError(
             f"{path} was changed after it was written",
             fix="restore it, or make it again with --overwrite",
         )
-    check_format(path, record)
-    return dict(record)
+    check_format(path, fields)
+    return dict(fields)
 
 
-def checked(path: Path, entry: type[BaseModel], record: dict[str, Any]) -> dict[str, Any]:
-    """A record that has what its readers count on. It may have been made by hand, digest and all.
+def checked(path: Path, model: type[Read], fields: Any) -> Read:
+    """Return the fields of a file as a record. The file may have been made by hand, digest and all.
 
     Raises:
-        InputError: with the first thing that is not so.
+        InputError: with the first field that is missing or wrong.
     """
     try:
-        entry.model_validate(record)
+        return model.model_validate(fields)
     except ValidationError as fault:
         first = fault.errors()[0]
         raise InputError(f"{path} is no such record: {'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
-    return record
 
 
-def check_format(path: Path, record: Mapping[str, Any]) -> None:
+def check_format(path: Path, fields: Mapping[str, Any]) -> None:
     """Refuse what another version of cpmix wrote.
 
     Raises:
         InputError: its format is not FORMAT.
     """
-    if record.get("format") != FORMAT:
+    if fields.get("format") != FORMAT:
         raise InputError(
-            f"{path} has format {record.get('format')}, this cpmix reads format {FORMAT}",
+            f"{path} has format {fields.get('format')}, this cpmix reads format {FORMAT}",
             fix="use the cpmix version that wrote it, or make it again",
         )

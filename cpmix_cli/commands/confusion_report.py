@@ -124,7 +124,7 @@ def read_reported(
     evaluations = (out or root) / "evaluation"
     if not (evaluations / source.phase / RUN).is_file():
         evaluations = root / "evaluation"
-    dataset = folders.find_dataset(root, source.record(), data, data_root=data_root)
+    dataset = folders.find_dataset(root, source.record().dataset, data, data_root=data_root)
     evaluation = evaluations / source.phase
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
@@ -162,7 +162,7 @@ def is_own_page(index: Path, folder: Path) -> bool:
     """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
     if not index.is_file() or not (folder / RUN).is_file():
         return False
-    return bool(run_json.read_run(folder, run_json.ReportRecord)["page"] == sha256(read_bytes(index)))
+    return run_json.read_run(folder, run_json.ReportRecord).page == sha256(read_bytes(index))
 
 
 def write(
@@ -191,8 +191,7 @@ def write(
         for name, _, files in pictures:
             for kind, data in files.items():
                 recorder.publish(f"{name}.{kind}", data)
-        recorder.set(page=publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
-        recorder.finish()
+        recorder.finish(page=publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
 
 
 def make_page(
@@ -312,7 +311,7 @@ def facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[t
         ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
         ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
         ("Checkpoint", f"{source.phase}, sha256 {source.output(MODEL)[1][:16]}"),
-        ("Network", f"{source.recipe().model.name}, {record['num_parameters']:,} parameters"),
+        ("Network", f"{source.recipe().model.name}, {record.num_parameters:,} parameters"),
         ("Test images", f"{int(matrix.sum()):,}, {minority_share(matrix, counts)}"),
     ]
 
@@ -329,7 +328,7 @@ def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
 def report(folder: Path, index: Path, own: Reported, pairs: pd.DataFrame, status: str) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
-    picture = folder / run_json.read_run(folder, run_json.ReportRecord)["picture"]
+    picture = folder / run_json.read_run(folder, run_json.ReportRecord).picture
     size = len(own.predictions)
     wrong = size - int(own.shown.matrix.trace())
     top = pairs.head(NUM_SHOWN)

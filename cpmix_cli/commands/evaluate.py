@@ -54,7 +54,7 @@ def run(options: EvaluateOptions) -> None:
         raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by")
     root, named = folders.locate(options.from_folder)
     source = folders.choose_phase(root, options.phase or named, PHASES)
-    dataset = folders.find_dataset(root, source.record(), options.data, data_root=options.data_root)
+    dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
     if dataset.few_inclusive:
         options = replace(options, few_inclusive=True)
     recipe = requested_recipe(options, source)
@@ -96,14 +96,14 @@ def run(options: EvaluateOptions) -> None:
         output.clear(folder)
         recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
         publish(recorder, source, recipe, dataset, found, profile, tests, options, sha)
+        fields: dict[str, Any] = {}
         if not options.is_plain:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
             recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
-            recorder.set(data_root=str(tests.data_root) if by_path else None)
-        recorder.set(source={"phase": source.phase, "sha256": sha})
-        recorder.set(dataset=folders.dataset_entry(dataset, options.out or root))
-        recorder.finish()
+            fields["data_root"] = str(tests.data_root) if by_path else None
+        fields["source"] = {"phase": source.phase, "sha256": sha}
+        recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     report(folder, "done")
     if label is None:  # the report is of the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []

@@ -147,15 +147,15 @@ def read_runs(options: FigureOptions) -> list[Candidate]:
     for folder in options.folders:
         root, named = locate(folder)
         source = choose_phase(root, named, PHASES)
-        recipe, record = source.recipe(), source.record()
+        recipe, known = source.recipe(), source.record().dataset
         method = minimised(recipe, source.phase)
         if method is None:
             console.warn(f"{source.path} is not used: it is none of {', '.join(OBJECTIVES)}")
             continue
         if source.phase == "finetune" and method != "CP-Mix":
             console.warn(f"{source.path} is finetuned, which the paper's {method} is not: {root}/PHASE names a phase")
-        place = given.get(record["dataset"]["fingerprint"])
-        dataset = find_dataset(root, record, place)
+        place = given.get(known.fingerprint)
+        dataset = find_dataset(root, known, place)
         found.append(Candidate(source, method, recipe, dataset))
     return found
 

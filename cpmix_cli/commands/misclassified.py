@@ -64,13 +64,13 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
 def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
     """Where each image comes from: its file's path, or its place in the published test split."""
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    if files.SAMPLES in record["outputs"]:
-        data_root = Path(record["data_root"]) if record.get("data_root") is not None else None
+    if files.SAMPLES in record.outputs:
+        data_root = Path(record.data_root) if record.data_root is not None else None
         schema = tables.split_schema(data_root is not None)
         path, sha = run_json.output_of(evaluation, record, files.SAMPLES)
         samples = tables.read_table(path, schema, sha)
     else:
-        dataset = folders.find_dataset(root, record, options.data, data_root=options.data_root)
+        dataset = folders.find_dataset(root, record.dataset, options.data, data_root=options.data_root)
         samples, data_root = dataset.samples("test"), dataset.data_root
     if not wrong["sample_id"].isin(samples["sample_id"]).all():
         raise InputError(f"{evaluation} is of other samples than are recorded", fix="evaluate again with --overwrite")

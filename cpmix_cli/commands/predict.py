@@ -30,8 +30,8 @@ def run(options: PredictOptions) -> None:
     """
     root, named = folders.locate(options.from_folder)
     source = folders.choose_phase(root, options.phase or named, PHASES)
-    seen = source.record()["dataset"]
-    if len(seen["shape"]) != 3:
+    seen = source.record().dataset
+    if len(seen.shape) != 3:
         raise InputError(f"{source.path} is a network of points and takes no images")
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
@@ -40,10 +40,10 @@ def run(options: PredictOptions) -> None:
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
-    model = read_model(source, recipe, len(classes), seen["shape"]).to(device)
+    model = read_model(source, recipe, len(classes), seen.shape).to(device)
     check_headers(paths)
-    reader = FileReader(paths, seen["shape"], recipe.data, upright=True)
-    batches = stream_batches(reader, recipe.data, seen["mean"], seen["std"], device)
+    reader = FileReader(paths, seen.shape, recipe.data, upright=True)
+    batches = stream_batches(reader, recipe.data, seen.mean, seen.std, device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
     confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)

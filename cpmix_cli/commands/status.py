@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cpmix_cli.artifacts import files, locks
 from cpmix_cli.evaluation.saved import read_numbers
@@ -116,7 +115,7 @@ def inspect_phase(folder: PhaseFolder, total: int) -> PhaseStatus:
         epochs = len(tensors.get("history", ()))
         total = epochs_of(folder.recipe())[folder.phase]
         return PhaseStatus(folder.phase, shown, epochs, total, None, because)
-    epochs = folder.record()["epochs"]
+    epochs = folder.record().epochs
     return PhaseStatus(folder.phase, status, epochs, epochs, accuracy(folder), because)
 
 
@@ -126,7 +125,7 @@ def accuracy(folder: PhaseFolder) -> float | None:
     if not (evaluation / files.RUN).is_file():
         return None
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    if record["source"]["sha256"] != folder.output(files.MODEL)[1]:
+    if record.source.sha256 != folder.output(files.MODEL)[1]:
         return None
     return float(read_numbers(evaluation)["top1"])
 
@@ -143,8 +142,8 @@ def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     again = folder.stale_because() is not None
     words = [COMMANDS[phase]]
     if origin is None:
-        words += ["--data", str(data_folder(root, begun) or begun["dataset"]["absolute"]), "--out", str(root)]
-        for flag, path in begun.get("inputs", {}).items():
+        words += ["--data", str(data_folder(root, begun.dataset) or begun.dataset.absolute), "--out", str(root)]
+        for flag, path in begun.inputs.items():
             words += [f"--{flag}", path]
     else:
         if not epochs_of(recipe)[origin.phase]:  # stage 2, which the run no longer has
@@ -156,8 +155,9 @@ def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
             words += ["--phase", "stage1"]
         if origin.run.resolve() != root.resolve():
             words += ["--out", str(root)]
-        if origin.done and data_folder(origin.run, origin.record()) is None and (data := data_folder(root, begun)):
-            words += ["--data", str(data)]
+        if origin.done and data_folder(origin.run, origin.record().dataset) is None:
+            data = data_folder(root, begun.dataset)
+            words += ["--data", str(data)] if data else []
     if not again or (origin is not None and origin.done and keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / files.RECIPE)]
     return console.typed(*words, *(["--overwrite"] if again else []))
@@ -170,19 +170,19 @@ def keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
     method without a word.
     """
     recipe = folder.recipe()
-    if origin.record()["made_from"]["recipe"] == recipe.tables_of(origin.phase):
+    if origin.record().made_from.recipe == recipe.tables_of(origin.phase):
         return True
     mine, theirs = (r.tables().get(folder.phase, {}) for r in (recipe, origin.recipe()))
     return {**mine, "epochs": None} != {**theirs, "epochs": None}  # --epochs rescales those of finetune
 
 
-def data_folder(run: Path, begun: dict[str, Any]) -> Path | None:
+def data_folder(run: Path, known: run_json.DatasetReference) -> Path | None:
     """Where the data set of a phase is, if it still is where the phase says."""
     try:
-        folder = find_dataset(run, begun, None).folder
+        folder = find_dataset(run, known, None).folder
     except InputError:
         return None
-    near = beside(run, begun["dataset"]["relative"])
+    near = beside(run, known.relative)
     return near if near.resolve() == folder.resolve() else folder
 
 

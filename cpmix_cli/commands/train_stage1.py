@@ -99,7 +99,7 @@ def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
     """
     root, named = folders.locate(run.parent if run.is_file() else run)
     source = folders.choose_phase(root, named, run_json.PHASES)
-    if source.record()["dataset"]["fingerprint"] != dataset.fingerprint:
+    if source.record().dataset.fingerprint != dataset.fingerprint:
         raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
     return source
 

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 from torch import Tensor
 
 from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
+from cpmix_cli.artifacts.records import Record
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.data.shards import REPAIR, Shards
@@ -33,10 +34,8 @@ Storage = Literal["tensors", "shards", "files"]
 """Whole in memory; packed squares that are read one by one; the image files themselves, below data_root."""
 
 
-class Shaped(BaseModel):
+class Shaped(Record):
     """The part of a record that says what a network takes: images with their statistics, or points."""
-
-    model_config = ConfigDict(strict=True)
 
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
     mean: list[Annotated[float, Field(allow_inf_nan=False)]]
@@ -291,7 +290,8 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
             f"no data set in {folder} ({DATASET} is missing)", fix="cpmix build-lt SOURCE, then --data FOLDER"
         )
     path = folder / DATASET
-    record = records.checked(path, Entry, records.read_record(path))
+    record = records.read_fields(path)
+    records.checked(path, Entry, record)
     path = folder / CLASS_COUNTS
     counts = tables.read_class_counts(path, record["files"].get(path.name, ""))
     if counts["class_name"].tolist() != record["classes"]:

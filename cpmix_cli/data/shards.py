@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts import locks, records
 from cpmix_cli.artifacts.files import digest, open_file, publishing, wait_for
+from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.decoding import SHOWN, in_threads, of_all, read_each, read_square
 from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import InputError, indented
@@ -169,6 +170,17 @@ class Shards:
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
+class PackedShard(Record):
+    """Record of a finished shard, from which an interrupted build continues."""
+
+    images: str
+    """Digest of the packed files, their sizes, and how they were packed."""
+    hashes: str
+    """sha256 of each image, in hexadecimal, one after the other."""
+    values: list[list[int]]
+    """How often each value occurs in each channel [3, 256]."""
+
+
 @dataclass
 class Packing:
     """Images to pack as the shards of a split.
@@ -279,13 +291,13 @@ class Packing:
     def _taken_over(self, number: int) -> bool:
         """Whether a shard that is there is of these images; then its hashes and values are, too."""
         try:
-            record = records.read_record(self._record(number))
-            if record["images"] != self._key(number):
+            record = records.read_record(self._record(number), PackedShard)
+            if record.images != self._key(number):
                 return False
             images = self._shards.images(number)
-            self.hashes[images] = np.frombuffer(bytes.fromhex(record["hashes"]), dtype=np.uint8).reshape(-1, 32)
-            self.values += np.array(record["values"])
-        except (InputError, KeyError, ValueError):
+            self.hashes[images] = np.frombuffer(bytes.fromhex(record.hashes), dtype=np.uint8).reshape(-1, 32)
+            self.values += np.array(record.values)
+        except (InputError, ValueError):
             return False
         signals.state_is_saved()
         return True

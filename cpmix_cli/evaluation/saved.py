@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.evaluation.accuracy import confusion_matrix
@@ -29,7 +28,7 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
     if not (evaluation / files.RUN).is_file():
         raise InputError(f"no evaluation {evaluation}", fix=again)
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    if record["source"]["sha256"] != source.output(files.MODEL)[1]:
+    if record.source.sha256 != source.output(files.MODEL)[1]:
         raise InputError(f"{evaluation} is of an older checkpoint of {source.phase}", fix=again)
     path, sha = run_json.output_of(evaluation, record, files.PREDICTIONS)
     table = tables.read_table(path, tables.PREDICTIONS_SCHEMA, sha)
@@ -86,10 +85,8 @@ def accuracy_row(name: str, numbers: dict[str, Any]) -> list[str]:
     return [name, *cells, f"{numbers['num_test']:,}"]
 
 
-class Numbers(BaseModel):
+class Numbers(records.Record):
     """What readers of an evaluation's metrics.json count on."""
-
-    model_config = ConfigDict(strict=True)
 
     top1: float
     many: float | None
@@ -113,7 +110,8 @@ def read_numbers(evaluation: Path) -> dict[str, Any]:
         numbers: dict[str, Any] = json.loads(files.read_bytes(path, sha, limit=files.MAX_RECORD))
     except (ValueError, RecursionError) as fault:
         raise InputError(f"{path} is no JSON") from fault
-    return records.checked(path, Numbers, numbers)
+    records.checked(path, Numbers, numbers)
+    return numbers
 
 
 def _place(name: str) -> tuple[int, str]:

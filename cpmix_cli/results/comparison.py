@@ -15,9 +15,9 @@ from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
 from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
-from cpmix_cli.runs import folders, run_json
+from cpmix_cli.runs import folders
 from cpmix_cli.runs.folders import PhaseFolder, epochs_of
-from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runs.run_json import PHASES, EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
@@ -131,10 +131,10 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
     found, left_out = [], []
     for path in paths:
         folder = path.parent
-        record = run_json.read_run(folder, run_json.EvaluationRecord)
-        if record["phase"] != f"evaluation/{folder.name}":
-            raise InputError(f"{path} is of {record['phase']}, and not of evaluation/{folder.name}")
-        source = PhaseFolder(root, record["source"]["phase"])
+        record = read_run(folder, EvaluationRecord)
+        if record.phase != f"evaluation/{folder.name}":
+            raise InputError(f"{path} is of {record.phase}, and not of evaluation/{folder.name}")
+        source = PhaseFolder(root, record.source.phase)
         if phase is not None and source.phase != phase:
             continue
         if why := unusable(source, record):
@@ -148,7 +148,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
     return found, left_out
 
 
-def unusable(source: PhaseFolder, record: Mapping[str, Any]) -> str | None:
+def unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
     """Why an evaluation says nothing of its run, or None."""
     status = source.status()
     if status == "absent":
@@ -157,25 +157,25 @@ def unusable(source: PhaseFolder, record: Mapping[str, Any]) -> str | None:
         return f"{source.phase} is being trained again"
     if status == "stale":
         return f"{source.phase} is stale ({source.stale_because()})"
-    if record["source"]["sha256"] != source.output(files.MODEL)[1]:
+    if record.source.sha256 != source.output(files.MODEL)[1]:
         return f"it is of an older checkpoint of {source.phase}"
     return None
 
 
-def evaluated_run(folder: Path, record: dict[str, Any], source: PhaseFolder) -> EvaluatedRun:
+def evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -> EvaluatedRun:
     """An evaluation with what is recorded of its checkpoint.
 
     Raises:
         InputError: a record, recipe or table is damaged.
     """
     trained, recipe = source.record(), source.recipe()
-    data = trained["dataset"]["name"]
+    data = trained.dataset.name
     family, rho = split_name(data)
     method = recognised(recipe, source.phase, family, rho)
     leading = leading_phases(source)
     label = folder.name.removeprefix(source.phase).removeprefix("-")
     stage, forms = stage_of(source, recipe)
-    conditions = conditions_of(folder, record, trained, recipe, source.phase, leading)
+    conditions = conditions_of(record, trained, recipe, source.phase, leading)
     usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
     rescaled = recipe.schedule.rescaled_from
     return EvaluatedRun(
@@ -189,8 +189,8 @@ def evaluated_run(folder: Path, record: dict[str, Any], source: PhaseFolder) -> 
         seed=recipe.seed,
         numbers=read_numbers(folder),
         conditions=conditions,
-        checkpoint=record["source"]["sha256"],
-        num_parameters=trained["num_parameters"],
+        checkpoint=record.source.sha256,
+        num_parameters=trained.num_parameters,
         epochs=epochs_to(source, recipe),
         full_epochs=rescaled or None,
         cost=dict.fromkeys(COST_KEYS) if leading is None else cost_of(leading),
@@ -249,14 +249,11 @@ def cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
             raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
         images += float((table["images_per_second"] * table["seconds"]).sum())
         seconds += float(table["seconds"].sum())
-    devices = [
-        r["device"] if r["device"] != "cpu" else f"cpu, {r['threads']} thread{'s' * (r['threads'] > 1)}"
-        for r in records
-    ]
+    devices = [r.device if r.device != "cpu" else f"cpu, {r.threads} thread{'s' * (r.threads > 1)}" for r in records]
     return {
         "images_per_second": images / seconds,
         "training_seconds": seconds,
-        "gpu_hours": None if any(r["device"] == "cpu" for r in records) else sum(r["gpu_hours"] for r in records),
+        "gpu_hours": None if any(r.device == "cpu" for r in records) else sum(r.gpu_hours for r in records),
         "device": " and ".join(dict.fromkeys(devices)),
     }
 
@@ -270,38 +267,26 @@ def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def conditions_of(
-    folder: Path,
-    record: Mapping[str, Any],
-    trained: Mapping[str, Any],
+    record: EvaluationRecord,
+    trained: PhaseRecord,
     recipe: Recipe,
     phase: str,
     leading: Sequence[PhaseFolder] | None,
 ) -> dict[str, Any]:
-    """What runs of one row share: all but the seed, and the precision as it was resolved.
-
-    Raises:
-        InputError: the evaluation in `folder` does not say how it was made.
-    """
-    dataset, made_from = trained["dataset"], record["made_from"]
-    evaluated = made_from.get("recipe")
-    if not isinstance(evaluated, dict):
-        raise InputError(f"{folder / files.RUN} says nothing of how it was evaluated", fix="evaluate again")
-    tests = str(made_from.get("dataset"))
+    """What runs of one row share: all but the seed, and the precision as it was resolved."""
+    dataset, tests = trained.dataset, record.made_from.dataset
     own, _, split = tests.partition(" ")
-    own_tests = own == dataset["fingerprint"]
+    own_tests = own == dataset.fingerprint
     tables = {key: value for key, value in recipe.tables_of(phase).items() if key != "seed"}
     tables["model"] = {key: value for key, value in tables["model"].items() if key != "precision"}
-    init = "unknown"
-    if leading is not None:
-        init = str(leading[0].record()["made_from"].get("init", "none"))[:12]
     return {
-        "data set": dataset["name"],
-        "subset": dataset["fingerprint"][:12],
+        "data set": dataset.name,
+        "subset": dataset.fingerprint[:12],
         "test images": f"own {split or 'test'} split" if own_tests else f"others, {files.sha256(tests.encode())[:12]}",
-        "precision": trained["precision"],
-        "init": init,
+        "precision": trained.precision,
+        "init": "unknown" if leading is None else leading[0].record().made_from.init[:12],
         **flattened(tables),
-        **flattened(evaluated),
+        **flattened(record.made_from.recipe),
     }
 
 
@@ -314,7 +299,7 @@ def name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
     if len(method.changed) <= MAX_NAMED:
         return f"{method.method} ({said(method.changed)})"
     for folder in reversed(leading or []):
-        words = [str(word) for word in folder.record().get("argv", [])]
+        words = folder.record().argv
         given = [w.removeprefix("--recipe=") for w in words if w.startswith("--recipe=")]
         given += [after for word, after in pairwise(words) if word == "--recipe"]
         if given and given[-1] not in recipe_names() and Path(given[-1]).name != files.RECIPE:

@@ -8,19 +8,28 @@ guessed from file times.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from cpmix_cli.artifacts import tensors
 from cpmix_cli.artifacts.files import RECIPE, RUN, TRAINING_STATE, is_there, read_bytes, wait_for
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
 from cpmix_cli.runs.following import remake
-from cpmix_cli.runs.run_json import PHASES, PhaseRecord, _state_entry, output_of, read_run
+from cpmix_cli.runs.run_json import (
+    PHASES,
+    BegunRecord,
+    DatasetReference,
+    PhaseRecord,
+    StateRecord,
+    output_of,
+    read_run,
+    read_state_record,
+)
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 
 Status = Literal["absent", "interrupted", "done", "stale"]
+Begun = TypeVar("Begun", bound=BegunRecord)
 
 
 @dataclass(frozen=True)
@@ -49,22 +58,18 @@ class PhaseFolder:
         """Done, or a training state is there."""
         return self.done or is_there(self.path / TRAINING_STATE)
 
-    def record(self) -> dict[str, Any]:
-        """run.json, verified.
+    def record(self) -> PhaseRecord:
+        """Read run.json of a done phase.
 
         Raises:
             InputError: the phase is not done, or its record is damaged, or of another phase.
         """
         return self._own(RUN, read_run(self.path, PhaseRecord))
 
-    def _own(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
-        """A record of this phase; a folder may have been copied under another's name.
-
-        Raises:
-            InputError: of another.
-        """
-        if record["phase"] != self.phase:
-            raise InputError(f"{self.path / name} is of {record['phase']}, and not of {self.phase}")
+    def _own(self, name: str, record: Begun) -> Begun:
+        """Return a record of this phase; refuse another phase's, whose folder was copied under this name."""
+        if record.phase != self.phase:
+            raise InputError(f"{self.path / name} is of {record.phase}, and not of {self.phase}")
         return record
 
     def files(self, *names: str) -> list[Path]:
@@ -75,16 +80,21 @@ class PhaseFolder:
         """Path and recorded hash of one of the phase's files."""
         return output_of(self.path, self.record(), name)
 
-    def begun(self) -> dict[str, Any]:
-        """Source, data set and inputs of a done or interrupted phase: its record, or its training state's metadata.
+    def state(self) -> StateRecord:
+        """Read the metadata of the training state.
+
+        Raises:
+            InputError: missing, damaged, or of another phase.
+        """
+        return self._own(TRAINING_STATE, read_state_record(self.path / TRAINING_STATE))
+
+    def begun(self) -> BegunRecord:
+        """Read what is recorded of a done or interrupted phase: its run.json, or its training state's metadata.
 
         Raises:
             InputError: that is damaged.
         """
-        if self.done:
-            return self.record()
-        path = self.path / TRAINING_STATE
-        return self._own(path.name, _state_entry(path, tensors.check_seal(path, tensors.read_header(path)[1])))
+        return self.record() if self.done else self.state()
 
     def recipe(self) -> Recipe:
         """The resolved recipe of a done or interrupted phase, verified.
@@ -93,7 +103,7 @@ class PhaseFolder:
             InputError: recipe.toml is missing or damaged.
         """
         path = self.path / RECIPE
-        sha = self.output(RECIPE)[1] if self.done else self.begun()["recipe_sha256"]
+        sha = self.output(RECIPE)[1] if self.done else self.state().recipe_sha256
         read_bytes(path, sha)
         try:
             return load(str(path))
@@ -106,20 +116,20 @@ class PhaseFolder:
         Raises:
             InputError: what says so is damaged.
         """
-        source = self.begun().get("source")
-        return PhaseFolder(beside(self.run, source["run"]), source["phase"]) if source else None
+        source = self.begun().source
+        return PhaseFolder(beside(self.run, source.run), source.phase) if source else None
 
     def stale_because(self) -> str | None:
         """Why a done or interrupted phase no longer belongs to its input, or None.
 
         An input that is out of reach (its run was deleted or left behind in a move) says nothing against the phase.
         """
-        origin = self.origin()
-        if origin is None or not origin.path.is_dir():
+        source, origin = self.begun().source, self.origin()
+        if source is None or origin is None or not origin.path.is_dir():
             return None
         if not origin.done:
             return f"{origin.phase} is being trained again"
-        if origin.output(TRAINING_STATE)[1] != self.begun()["source"]["sha256"]:
+        if origin.output(TRAINING_STATE)[1] != source.sha256:
             return f"{origin.phase} was trained again since"
         return origin.stale_because()
 
@@ -198,16 +208,20 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
     )
 
 
-def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, data_root: Path | None = None) -> Dataset:
-    """The data set a run was made from: --data, the recorded relative path, or the recorded absolute one; `data_root`
-    see open_dataset().
+def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data_root: Path | None = None) -> Dataset:
+    """Open the data set of a run.
+
+    Args:
+        run: run folder.
+        known: how the run recorded its data set.
+        given: --data; without it, the recorded relative and absolute paths are tried.
+        data_root: see open_dataset().
 
     Raises:
         InputError: none of them holds the data set with the recorded fingerprint, or `data_root` not its images.
         UsageError: see open_dataset().
     """
-    known = record["dataset"]
-    places = [given] if given is not None else [run / known["relative"], Path(known["absolute"])]
+    places = [given] if given is not None else [run / known.relative, Path(known.absolute)]
     seen = []
     for place in places:
         try:
@@ -215,11 +229,11 @@ def find_dataset(run: Path, record: dict[str, Any], given: Path | None, *, data_
         except InputError as fault:
             seen.append(fault.message)
             continue
-        if found.fingerprint == known["fingerprint"]:
+        if found.fingerprint == known.fingerprint:
             return found if data_root is None else open_dataset(place, data_root=data_root)
         seen.append(f"{place} holds another data set ({found.name})")
     raise InputError(
-        f"the data set {known['name']} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
+        f"the data set {known.name} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
         fix="give its folder with --data FOLDER",
     )
 
@@ -244,7 +258,7 @@ def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, origin: str) -
     Raises:
         InputError: with the keys that differ.
     """
-    changed = differences(folder.record()["made_from"]["recipe"], recipe.tables_of(folder.phase))
+    changed = differences(folder.record().made_from.recipe, recipe.tables_of(folder.phase))
     if changed:
         raise InputError(
             f"{folder.path} was trained differently from {origin}:\n    " + "\n    ".join(changed),

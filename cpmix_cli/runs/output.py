@@ -20,7 +20,7 @@ from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import tensor_bytes
 from cpmix_cli.recipe.schema import differences
-from cpmix_cli.runs.run_json import read_run, read_state
+from cpmix_cli.runs.run_json import RunRecord, read_run, read_state
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
@@ -51,14 +51,14 @@ def decide(
     if overwrite:
         if not files.is_there(folder / files.RUN):
             with suppress(InputError):
-                if read_state(folder / files.TRAINING_STATE)[1]["made_from"] == made_from:
+                if read_state(folder / files.TRAINING_STATE)[1].made_from.inputs() == made_from:
                     return "resume"
     else:
         if files.is_there(folder / files.RUN):
-            record = read_run(folder)
-            found, outputs = record["made_from"], record["outputs"]
+            record = read_run(folder, RunRecord)
+            found, outputs = record.made_from.inputs(), record.outputs
         elif files.is_there(path := folder / files.TRAINING_STATE):
-            found, state = read_state(path)[1]["made_from"], "resume"
+            found, state = read_state(path)[1].made_from.inputs(), "resume"
     if found is None:
         return "fresh"
     if found == made_from:
@@ -110,10 +110,6 @@ class Recorder:
             "source": None,
         }
 
-    def set(self, **fields: Any) -> None:
-        """Add or replace fields."""
-        self._fields |= fields
-
     def publish(self, name: str, data: bytes) -> str:
         """Publish a file of the folder and record it; returns its hash."""
         self._lock.check()
@@ -128,11 +124,12 @@ class Recorder:
         """Publish a safetensors file of the folder and record it."""
         self.publish(name, tensor_bytes(tensors, metadata))
 
-    def finish(self) -> dict[str, Any]:
-        """Publish run.json and return what it says."""
+    def finish(self, **fields: Any) -> None:
+        """Publish run.json with more `fields`."""
         now = time.time()
         record = {
             **self._fields,
+            **fields,
             "outputs": self._outputs,
             "argv": sys.argv,
             "versions": {
@@ -148,7 +145,6 @@ class Recorder:
         }
         self._lock.check()
         records.publish_record(self._folder / files.RUN, record)
-        return record
 
 
 def _iso(seconds: float) -> str:

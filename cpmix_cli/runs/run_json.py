@@ -1,14 +1,14 @@
-"""The records of a run folder: what readers of run.json and of a training state count on."""
+"""The records of a run folder: run.json and the metadata of a training state."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from cpmix_cli.artifacts import files, records
-from cpmix_cli.artifacts.tensors import check_seal, read_tensors
+from cpmix_cli.artifacts.records import Record
+from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
 from cpmix_cli.data.dataset import FileName, Shaped, Storage
 from cpmix_cli.runtime.errors import InputError
 
@@ -38,44 +38,77 @@ class DatasetReference(Shaped):
     storage: Storage = "tensors"
 
 
-class SourceReference(BaseModel):
+class SourceReference(Record):
     """The checkpoint that something was made from."""
-
-    model_config = ConfigDict(strict=True)
 
     phase: TrainingPhase
     sha256: str
     run: Place = "."
 
 
-class RunRecord(BaseModel):
-    """What readers of any run.json count on."""
+class MadeFrom(Record):
+    """What an output depends on; other inputs are kept beside these two as hashes by name."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="allow")
+
+    recipe: dict[str, Any]
+    """Those tables of the resolved recipe that the output depends on."""
+    dataset: str
+    """Fingerprint of the data set, or of other test images."""
+    init: str = "none"
+    """sha256 of the file that --init named."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return all inputs as they were recorded; see output.decide()."""
+        return self.model_dump(exclude_unset=True)
+
+
+class RunRecord(Record):
+    """Fields of any run.json."""
 
     phase: str
-    made_from: dict[str, Any]
+    made_from: MadeFrom
     outputs: dict[FileName, str]
 
 
-class PhaseRecord(RunRecord):
-    """What readers of a training phase's run.json count on."""
+class BegunRecord(Record):
+    """Fields that a training phase's run.json and its training state share."""
 
     phase: TrainingPhase
+    made_from: MadeFrom
     source: SourceReference | None
     dataset: DatasetReference
-    device: str
     precision: Literal["fp32", "bf16"]
     threads: int
     ranks: int = 1
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Paths of other input files by the flag that names them; only a training state records them."""
+
+
+class PhaseRecord(BegunRecord, RunRecord):
+    """Fields of a training phase's run.json."""
+
+    phase: TrainingPhase
+    device: str
     num_parameters: int
     epochs: int
     training_seconds: float
     gpu_hours: float
+    argv: list[str] = Field(default_factory=list)
+
+
+class StateRecord(BegunRecord):
+    """Fields of a training state's metadata."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=0)]
+    columns: list[str]
+    recipe_sha256: str
+    tensors_digest: str
 
 
 class EvaluationRecord(RunRecord):
-    """What readers of an evaluation's run.json count on."""
+    """Fields of an evaluation's run.json."""
 
     source: SourceReference
     dataset: DatasetReference
@@ -83,63 +116,54 @@ class EvaluationRecord(RunRecord):
 
 
 class ReportRecord(RunRecord):
-    """What readers of a report's run.json count on."""
+    """Fields of a report's run.json."""
 
     page: str
     picture: str
 
 
-class StateRecord(BaseModel):
-    """What readers of a training state's metadata count on."""
-
-    model_config = ConfigDict(strict=True)
-
-    phase: TrainingPhase
-    made_from: dict[str, Any]
-    precision: Literal["fp32", "bf16"]
-    threads: int
-    ranks: int = 1
-    epoch: Annotated[int, Field(ge=1)]
-    step: Annotated[int, Field(ge=0)]
-    columns: list[str]
-    source: SourceReference | None
-    dataset: DatasetReference
-    inputs: dict[str, str]
-    recipe_sha256: str
-    tensors_digest: str
+Run = TypeVar("Run", bound=RunRecord)
 
 
-def read_run(folder: Path, entry: type[RunRecord] = RunRecord) -> dict[str, Any]:
-    """A folder's run.json, verified.
+def read_run(folder: Path, model: type[Run]) -> Run:
+    """Read a folder's run.json.
 
     Raises:
         InputError: missing or damaged, or a record of something else.
     """
-    path = folder / files.RUN
-    return records.checked(path, entry, records.read_record(path))
+    return records.read_record(folder / files.RUN, model)
 
 
-def output_of(folder: Path, record: Mapping[str, Any], name: str) -> tuple[Path, str]:
+def output_of(folder: Path, record: RunRecord, name: str) -> tuple[Path, str]:
     """Path and recorded hash of one of a folder's files.
 
     Raises:
         InputError: its run.json does not name the file.
     """
-    if name not in record["outputs"]:
+    if name not in record.outputs:
         raise InputError(f"{folder / files.RUN} records no {name}")
-    return folder / name, str(record["outputs"][name])
+    return folder / name, record.outputs[name]
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an interrupted phase's training state, verified by what it says of itself.
+def read_state(path: Path) -> tuple[dict[str, Tensor], StateRecord]:
+    """Read tensors and metadata of an interrupted phase's training state, verified by its own digests.
 
     Raises:
         InputError: missing or damaged.
     """
     tensors, metadata = read_tensors(path)
-    return tensors, _state_entry(path, check_seal(path, metadata, tensors))
+    return tensors, _state_record(path, check_seal(path, metadata, tensors))
 
 
-def _state_entry(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def read_state_record(path: Path) -> StateRecord:
+    """Read the metadata of a training state alone; its tensors are not verified.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    return _state_record(path, check_seal(path, read_header(path)[1]))
+
+
+def _state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:
     records.check_format(path, metadata)
     return records.checked(path, StateRecord, metadata)

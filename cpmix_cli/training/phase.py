@@ -24,6 +24,7 @@ from cpmix_cli.recipe import loading
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, following, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError
 from cpmix_cli.training import loop
@@ -83,7 +84,7 @@ class LoadedPhase:
     state: TrainingState
     data: TrainingData
     setting: PhaseContext
-    begun: dict[str, Any] | None
+    begun: StateRecord | None
     """Metadata of the state that it goes on from."""
     curves: Tracker | None
 
@@ -147,7 +148,7 @@ def continued(
         UsageError: the recipe that the flags ask for is wrong, or does not fit the data set.
         InputError: the source is damaged or was trained differently, or its data set is not found.
     """
-    dataset = folders.find_dataset(source.run, source.record(), options.data, data_root=options.data_root)
+    dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
     recipe = source.recipe()  # flags that change it are no reason to take it unverified
     if options.changes_recipe:
         recipe = loading.load(
@@ -212,13 +213,13 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
     device = hardware.use_device(asked.options.device)
     threads = torch.get_num_threads()
     tensors: dict[str, torch.Tensor] = {}
-    begun: dict[str, Any] | None = None
+    begun: StateRecord | None = None
     if how == "resume":
         tensors, begun = run_json.read_state(folder.path / files.TRAINING_STATE)
-        refuse_unlike(begun["tensors_digest"], f"what they read in {folder.path / files.TRAINING_STATE}")
+        refuse_unlike(begun.tensors_digest, f"what they read in {folder.path / files.TRAINING_STATE}")
         signals.state_is_saved()
-    earlier = begun or (source.record() if source is not None else None)
-    precision = earlier["precision"] if earlier else hardware.resolve_precision(recipe.model.precision, device)
+    earlier: BegunRecord | None = begun or (source.record() if source is not None else None)
+    precision = earlier.precision if earlier else hardware.resolve_precision(recipe.model.precision, device)
     fix = "start them on machines of one kind, or say which: --device, --set model.precision"
     refuse_unlike(files.digest([device.type, precision]), "device or precision", fix)
     data = training_data(dataset, recipe, device)
@@ -236,18 +237,18 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
             tensors,
             path,
             terms=[term.name for term in plan.terms],
-            epoch=begun["epoch"],
-            step=begun["step"],
-            columns=begun["columns"],
+            epoch=begun.epoch,
+            step=begun.step,
+            columns=begun.columns,
             epochs=(plan.first_epoch, plan.last_epoch),
             num_steps=plan.num_steps(len(data.labels)),
         )
-        console.note(f"{folder.phase}: goes on after epoch {begun['epoch']}, step {begun['step']}")
-        if begun["threads"] != threads:
-            console.warn(f"begun with {begun['threads']} threads, going on with {threads}: not bit for bit")
-        if begun["ranks"] != here.size:
+        console.note(f"{folder.phase}: goes on after epoch {begun.epoch}, step {begun.step}")
+        if begun.threads != threads:
+            console.warn(f"begun with {begun.threads} threads, going on with {threads}: not bit for bit")
+        if begun.ranks != here.size:
             console.warn(
-                f"begun with {ranks_of(begun['ranks'])}, going on with {here.size}: the draws stay the same, but batch "
+                f"begun with {ranks_of(begun.ranks)}, going on with {here.size}: the draws stay the same, but batch "
                 "norm sees other parts of a batch, and sums are not bit for bit"
             )
     console.note(
@@ -388,7 +389,7 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
     publish_results(plan, state, dataset, recorder)
     seconds = sum(row["seconds"] or 0.0 for row in state.history)
     on_gpu = setting.device.type == "cuda"
-    recorder.set(
+    recorder.finish(
         **known,
         device=hardware.device_name(setting.device) if on_gpu else "cpu",
         num_parameters=parameters(state.model),
@@ -397,7 +398,6 @@ def finish(asked: PhaseRequest, started: LoadedPhase, lock: Lock) -> None:
         capture_seconds=round(capture_seconds, 3),
         gpu_hours=round(here.size * seconds / 3600, 4) if on_gpu else 0.0,
     )
-    recorder.finish()
 
 
 def with_last_good_state(
@@ -414,8 +414,8 @@ def with_last_good_state(
     path = folder.path / files.TRAINING_STATE
     fix = fault.fix
     if path.exists() and not overwrites:
-        begun = folder.begun()
-        kept = f"the last good state is kept: epoch {begun['epoch']}, step {begun['step']}, in {path}"
+        saved = folder.state()
+        kept = f"the last good state is kept: epoch {saved.epoch}, step {saved.step}, in {path}"
     elif source is not None:
         kept = f"the last good state is that of {source.phase}, in {source.path / files.TRAINING_STATE}"
         if folder.phase == "stage2":  # whose rate is that of stage 1
@@ -514,19 +514,19 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
         "status": status,
         "folder": str(folder.path),
         "phase": folder.phase,
-        "epochs": record["epochs"],
-        "seconds": record["training_seconds"],
+        "epochs": record.epochs,
+        "seconds": record.training_seconds,
         "num_confusion_pairs": num_pairs,
         **{k: numbers[k] for k in ("loss", "train_accuracy", "num_confusions", "num_fallbacks")},
     }
     accuracy = numbers["train_accuracy"]
     row = [
         folder.phase,
-        str(record["epochs"]),
+        str(record.epochs),
         f"{numbers['loss']:.4f}",
         "-" if accuracy is None else f"{100 * accuracy:.2f}",
         f"{num_pairs:,}",
-        console.duration(record["training_seconds"]),
+        console.duration(record.training_seconds),
     ]
     header = (
         "phase",
