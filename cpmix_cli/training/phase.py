@@ -508,8 +508,8 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
         raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
     last = table.iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}
-    pairs, sha_of_pairs = folder.output(files.CONFUSION_PAIRS)
-    num_pairs = len(tables.read_table(pairs, tables.CONFUSION_SCHEMA, sha_of_pairs))
+    num_classes = len(tables.read_class_counts(*folder.output(files.CLASS_COUNTS)))
+    num_pairs = len(tables.read_confusions(*folder.output(files.CONFUSION_PAIRS), num_classes))
     fields = {
         "status": status,
         "folder": str(folder.path),
