@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 import torch
 from conftest import file_limit, flip
+from pydantic import ValidationError
 
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.tensors import publish_tensors, read_header, read_tensors
