@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cpmix, files, must
+from conftest import files, must, refused
 from PIL import Image
 
 from cpmix_cli.artifacts import records
@@ -69,9 +69,7 @@ def test_building_again_gives_the_same_bytes(toy: Path, tmp_path: Path) -> None:
 def test_another_data_set_in_the_folder_is_refused_and_kept(tmp_path: Path) -> None:
     must("build-lt", "toy", "--out", tmp_path)
     before = (tmp_path / "dataset.json").read_bytes()
-    result = cpmix("build-lt", "toy", "--rho", 100, "--out", tmp_path)
-    assert result.code == 4
-    assert "rho: 20 -> 100.0" in result.stderr
+    refused(4, "rho: 20 -> 100.0", "build-lt", "toy", "--rho", 100, "--out", tmp_path)
     assert (tmp_path / "dataset.json").read_bytes() == before
     must("build-lt", "toy", "--rho", 100, "--out", tmp_path, "--overwrite")
     assert json.loads((tmp_path / "dataset.json").read_text())["rho"] == 100
@@ -93,6 +91,27 @@ def test_toy_is_the_paper_s(toy: Path) -> None:
     ("flags", "code", "message"),
     [
         (["digit"], 2, 'Did you mean "digits"?'),
+        (
+            ["digits", "--download"],
+            2,
+            "no public copy to fetch (those with one: cifar10, cifar100, fashion-mnist)",
+        ),
+        (["digits", "--image-size", "32"], 2, "the images of digits have one size"),
+        (["digits", "--profile", "step"], 2, "--profile: digits has its own"),
+        (["digits", "--pack", "8"], 2, "digits does not come as image files"),
+        (["digits", "--list-dir", "."], 2, "digits does not come as image files"),
+        (["image-folder"], 3, "--data-root FOLDER"),
+        (["image-folder", "--data-root", "none"], 3, "cannot read none"),
+        (["image-folder", "--profile", "paretto", "--rho", "2"], 2, 'no profile "paretto". Did you mean "pareto"?'),
+        (["image-folder", "--profile", "pareto"], 2, "--profile: without --rho all images are kept"),
+        (["places-lt", "--rho", "10"], 2, "places-lt is as long-tailed as its lists say"),
+        (["places-lt", "--profile", "pareto"], 2, "places-lt has its own"),
+        (["places-lt", "--subset-seed", "3"], 2, "places-lt has the images that its lists say"),
+        (["places-lt", "--pack", "32", "--image-size", "16"], 2, "--pack says the size"),
+        (["places-lt", "--pack", "4"], 2, "8 to 1024 pixels a side"),
+        (["places-lt", "--download"], 2, "places-lt has no public copy to fetch"),
+        (["places-lt", "--data-root", "."], 3, "--list-dir DIR"),
+        (["places-lt", "--list-dir", "."], 3, "places-lt needs the folder that holds the images"),
         (["digits", "--rho", "0.5"], 2, "the imbalance factor is 1 or more"),
         (["digits", "--rho", "1000"], 3, "leaves no image in 3 classes"),
         (["digits", "--val-per-class", "124"], 3, 'class "8" has 174 images; holding out 174 leaves none to train on'),
@@ -108,9 +127,7 @@ def test_toy_is_the_paper_s(toy: Path) -> None:
 def test_refusals(flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
-    result = cpmix("build-lt", *flags)
-    assert result.code == code
-    assert message in result.stderr
+    refused(code, message, "build-lt", *flags)
     assert files(tmp_path) == []
 
 
@@ -158,21 +175,15 @@ def test_a_test_image_in_the_training_set_is_warned_of(tmp_path: Path) -> None:
 def test_damaged_sources(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     path = tmp_path / "train-00000-of-00001.parquet"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert f"{path} is not a readable Parquet file" in result.stderr
+    build = ["build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o"]
+    path.write_bytes(path.read_bytes()[:-5000])
+    refused(3, f"{path} is not a readable Parquet file", *build)
     bad = pa.table({"img": [{"bytes": b"GIF", "path": None}] * 10, "label": list(range(10))})
     pq.write_table(bad, path)
-    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert f"image 0 of {path} cannot be decoded" in result.stderr
+    refused(3, f"image 0 of {path} cannot be decoded", *build)
     pq.write_table(bad.rename_columns(["image", "label"]), path)
-    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert "expected img and fine_label" in result.stderr
-    assert not (tmp_path / "o" / "dataset.json").exists()
+    refused(3, "expected img and fine_label", *build)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.cifar
@@ -196,6 +207,7 @@ def test_labels_that_no_class_has(tmp_path: Path) -> None:
     """Out of range, -100 (ignored elsewhere), missing, and a class without an image."""
     write_cifar(tmp_path)
     path = tmp_path / "train-00000-of-00001.parquet"
+    build = ["build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o"]
     table = pq.read_table(path)
     labels = table["label"].to_pylist()
     for wrong, message in (
@@ -204,11 +216,7 @@ def test_labels_that_no_class_has(tmp_path: Path) -> None:
         (None, "1 labels are missing"),
     ):
         pq.write_table(table.set_column(1, "label", pa.array([wrong, *labels[1:]])), path)
-        result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
-        assert result.code == 3
-        assert message in result.stderr
+        refused(3, message, *build)
     pq.write_table(table.filter(pc.not_equal(table["label"], 4)), path)
-    result = cpmix("build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert "classes without a training image: class_4" in result.stderr
+    refused(3, "classes without a training image: class_4", *build)
     assert not (tmp_path / "o").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import cpmix, files, must
+from conftest import cpmix, files, must, refused
 from PIL import Image
 
 from cpmix_cli.data.dataset import open_dataset
@@ -68,9 +68,8 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
     assert dataset.samples("test")["path"].tolist() == [
         f"test/red/00{i}.{'png' if i % 2 == 0 else 'jpg'}" for i in range(3)
     ]
-    result = cpmix("build-lt", "image-folder", "--data-root", tmp_path / "p", "--test-per-class", 2)
-    assert result.code == 2
-    assert "has its own test split" in result.stderr
+    build_again = ["build-lt", "image-folder", "--data-root", tmp_path / "p"]
+    refused(2, "has its own test split", *build_again, "--test-per-class", 2)
 
 
 def test_rho_takes_the_largest_profile_by_rank(tmp_path: Path) -> None:
@@ -87,9 +86,7 @@ def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
     assert "up to date" in again.stdout
     Image.new("RGB", (20, 20)).save(tmp_path / "p" / "red" / "new.png")
     flags = ["--data-root", tmp_path / "p", "--out", tmp_path / "d"]
-    result = cpmix("build-lt", "image-folder", "--image-size", 16, *flags)
-    assert result.code == 4
-    assert "listing:" in result.stderr
+    refused(4, "listing:", "build-lt", "image-folder", "--image-size", 16, *flags)
     result = cpmix("build-lt", "image-folder", *flags)
     assert "image_size: 16 -> 64" in result.stderr
 
@@ -112,19 +109,8 @@ def test_layouts_that_cannot_be_trained_on(
     if extra:
         write_images(root / extra, {"green": 1})
     before = files(root)
-    result = cpmix("build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d")
-    assert result.code == 3
-    assert message in result.stderr
+    refused(3, message, "build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d")
     assert (files(root), (tmp_path / "d").exists()) == (before, False)
-
-
-def test_flags_that_do_not_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
-    assert "--data-root FOLDER" in cpmix("build-lt", "image-folder").stderr
-    assert cpmix("build-lt", "image-folder", "--data-root", tmp_path / "none").code == 3
-    result = cpmix("build-lt", "digits", "--image-size", 32)
-    assert result.code == 2
-    assert "the images of digits have one size" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -144,16 +130,6 @@ def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: 
     assert (dataset.class_counts.tolist(), dataset.record["profile"]) == (counts, profile)
     other = cpmix(*command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
     assert (other.code, "profile: " in other.stderr) == (4, True)
-
-
-def test_profiles_that_cannot_be(tmp_path: Path) -> None:
-    command = ["build-lt", "image-folder", "--data-root", tmp_path, "--profile"]
-    result = cpmix(*command, "paretto", "--rho", 10)
-    assert (result.code, 'no profile "paretto". Did you mean "pareto"?' in result.stderr) == (2, True)
-    result = cpmix(*command, "pareto")
-    assert (result.code, "--profile: without --rho all images are kept" in result.stderr) == (2, True)
-    result = cpmix("build-lt", "digits", "--profile", "step")
-    assert (result.code, "--profile: digits has its own" in result.stderr) == (2, True)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -201,25 +177,21 @@ def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(bad / "float.tif")
     (bad / "empty.jpg").touch()
     (bad / "text.png").write_text("no image")
-    Image.new("1", (12_000, 12_000)).save(bad / "bomb.png")
     whole = (bad / "001.jpg").read_bytes()
     (bad / "001.jpg").write_bytes(whole[:-40])
     (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "p" / "test" / "red" / "bad.gif").write_bytes(b"GIF89a")
-    result = cpmix("build-lt", "image-folder", "--data-root", tmp_path / "p", "--out", tmp_path / "d")
-    assert result.code == 3
-    assert "7 files cannot be read as an image" in result.stderr
+    build_bad = ["build-lt", "image-folder", "--data-root", tmp_path / "p", "--out", tmp_path / "d"]
+    result = refused(3, "6 files cannot be read as an image", *build_bad)
     reasons = {
-        "float.tif": "32-bit pixels",
-        "empty.jpg": "not an image",
-        "text.png": "not an image",
-        "bomb.png": "more than 89,478,485 pixels",
-        "001.jpg": "truncated",
-        "gone.png": "No such file",
-        "bad.gif": ": ",
+        bad / "float.tif": "32-bit pixels",
+        bad / "empty.jpg": "not an image",
+        bad / "text.png": "not an image",
+        bad / "001.jpg": "image file is truncated",
+        bad / "gone.png": "No such file",
+        tmp_path / "p" / "test" / "red" / "bad.gif": "",
     }
-    lines = {Path(line.split(": ")[0]).name: line for line in result.stderr.splitlines() if str(tmp_path) in line}
-    assert {name: reason for name, reason in reasons.items() if reason not in lines[name]} == {}
+    assert {path for path, why in reasons.items() if f"\n    {path}: {why}" not in result.stderr} == set()
     assert not (tmp_path / "d").exists()
     with pytest.raises(UnreadableImages):
         read_squares([bad / "empty.jpg"], 8)
@@ -283,19 +255,13 @@ def test_predict_refuses(trained: Path, tmp_path: Path) -> None:
         (tmp_path / "missing.png", "no such file"),
         (tmp_path / "none", "holds no images"),
     ):
-        result = cpmix("predict", place, *run)
-        assert result.code == 3
-        assert message in result.stderr
-    result = cpmix("predict", tmp_path / "broken.png", "--from", tmp_path)
-    assert result.code == 3
-    assert "holds no finished" in result.stderr
+        refused(3, message, "predict", place, *run)
+    refused(3, "holds no finished", "predict", tmp_path / "broken.png", "--from", tmp_path)
 
 
 def test_a_network_of_points_takes_no_images(toy_run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    result = cpmix("predict", tmp_path / "a.png", "--from", toy_run)
-    assert result.code == 3
-    assert "takes no images" in result.stderr
+    refused(3, "takes no images", "predict", tmp_path / "a.png", "--from", toy_run)
 
 
 def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
@@ -323,18 +289,14 @@ def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
     again = must(*command, "--test-data", trained / "data", "--label", "own", "--json").json
     assert {k: again[k] for k in plain} == plain
     (tmp_path / "more" / "violet").mkdir()
-    result = cpmix(*command, "--test-data", tmp_path / "more")
-    assert result.code == 3
-    assert "1 sub-folder (violet) of no known class" in result.stderr
+    refused(3, "1 sub-folder (violet) of no known class", *command, "--test-data", tmp_path / "more")
 
 
 def test_test_data_of_another_kind(trained: Path, digits: Path, toy: Path, toy_run: Path) -> None:
     run = ["evaluate", "--from", trained / "run", "--phase", "stage1", "--test-data"]
     assert "has samples of shape (8, 8, 1), the network takes (16, 16, 3)" in cpmix(*run, digits).stderr
     assert cpmix(*run, trained / "nowhere").code == 3
-    result = cpmix("evaluate", "--from", toy_run, "--test-data", trained / "photos")
-    assert result.code == 3
-    assert "a network of points takes no images" in result.stderr
+    refused(3, "a network of points takes no images", "evaluate", "--from", toy_run, "--test-data", trained / "photos")
 
 
 def test_misclassified_files(trained: Path, tmp_path: Path) -> None:
@@ -349,9 +311,5 @@ def test_misclassified_files(trained: Path, tmp_path: Path) -> None:
     cell = must("misclassified", *run, "--label", "files", "--true", "blue", "--predicted", 1, "--json").json
     assert [i["image"] for i in cell["images"]] == [str(wrong)]
     assert must("misclassified", *run, "--label", "files", "--true", "red", "--json").json["images"] == []
-    result = cpmix("misclassified", *run, "--label", "files", "--true", "bleu")
-    assert result.code == 2
-    assert 'Did you mean "blue"?' in result.stderr
-    result = cpmix("misclassified", *run, "--label", "none")
-    assert result.code == 3
-    assert "--label none" in result.stderr
+    refused(2, 'Did you mean "blue"?', "misclassified", *run, "--label", "files", "--true", "bleu")
+    refused(3, "--label none", "misclassified", *run, "--label", "none")

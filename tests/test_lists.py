@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Result, cpmix, files, must
+from conftest import Result, cpmix, ended, files, must, refused, write_image
 from jpeg_tree import make
-from PIL import Image
 
 from cpmix_cli.data import lists, sources
 from cpmix_cli.data.dataset import open_dataset
@@ -109,10 +108,9 @@ def test_a_list_that_lacks_a_line_is_not_the_published_one(tmp_path: Path) -> No
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "Places_LT_train.txt"
     path.write_text(path.read_text().partition("\n")[2])
-    result = cpmix("build-lt", "places-lt", "--list-dir", tmp_path, "--data-root", tmp_path)
-    assert result.code == 3
-    assert f"{path} has 62,499 images; the published list has 62,500" in result.stderr
-    assert "fix: fetch the list again" in result.stderr
+    build_short = ("build-lt", "places-lt", "--list-dir", tmp_path, "--data-root", tmp_path)
+    message = f"{path} has 62,499 images; the published list has 62,500"
+    refused(3, (message, "fix: fetch the list again"), *build_short)
 
 
 # -- what is wrong with a list -----------------------------------------------------------------------------------------
@@ -166,10 +164,7 @@ def test_faults_of_lines(tmp_path: Path) -> None:
 def test_lists_that_cannot_be(places: Path, list_name: str, old: str, new: str, message: str) -> None:
     path = places / "lists" / f"Places_LT_{list_name}.txt"
     path.write_text(path.read_text().replace(old, new))
-    result = build(places, "--out", places / "d", "--json")
-    assert result.code == 3
-    assert message in result.stderr
-    assert str(path) in result.stderr
+    result = ended(build(places, "--out", places / "d", "--json"), 3, (message, str(path)))
     assert result.json["exit_code"] == 3
     assert not (places / "d").exists()
 
@@ -183,30 +178,12 @@ def test_a_class_without_a_training_image(places: Path) -> None:
 def test_a_val_image_in_another_split_is_warned_of(places: Path) -> None:
     path = places / "lists" / "Places_LT_val.txt"
     path.write_text(path.read_text().replace("val0000.jpg 0", "train0000.jpg 0"))
-    result = build(places, "--out", places / "d")
-    assert result.code == 0
-    assert "warning: 1 images of" in result.stderr
+    ended(build(places, "--out", places / "d"), 0, "warning: 1 images of")
 
 
-def test_flags_that_do_not_belong(places: Path) -> None:
-    for flags, code, message in (
-        (["--rho", 10], 2, "places-lt is as long-tailed as its lists say"),
-        (["--profile", "pareto"], 2, "places-lt has its own"),
-        (["--subset-seed", 3], 2, "places-lt has the images that its lists say"),
-        (["--val-per-class", 1], 2, "places-lt has its own val split"),
-        (["--test-per-class", 1], 2, "places-lt has its own test split"),
-        (["--pack", 32, "--image-size", 16], 2, "--pack says the size"),
-        (["--pack", 4], 2, "8 to 1024 pixels a side"),
-        (["--download"], 2, ""),
-    ):
-        result = build(places, *flags)
-        assert (result.code, message in result.stderr) == (code, True), result.stderr
-    assert "--list-dir DIR" in cpmix("build-lt", "places-lt", "--data-root", places).stderr
-    assert cpmix("build-lt", "places-lt", "--data-root", places).code == 3
-    result = cpmix("build-lt", "places-lt", "--list-dir", places / "lists")
-    assert (result.code, "places-lt needs the folder that holds the images" in result.stderr) == (3, True)
-    assert "digits does not come as image files" in cpmix("build-lt", "digits", "--pack", 8).stderr
-    assert "digits does not come as image files" in cpmix("build-lt", "digits", "--list-dir", places).stderr
+def test_official_lists_have_their_own_splits(places: Path) -> None:
+    for split in ("val", "test"):
+        ended(build(places, f"--{split}-per-class", 1), 2, f"places-lt has its own {split} split")
 
 
 # -- the data set ------------------------------------------------------------------------------------------------------
@@ -240,13 +217,9 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
     assert str(moved.paths("val")[0]).startswith(f"{elsewhere}/train/")
     assert build(places, "--json").json["status"] == "up to date"
     assert build(places, "--verify", "--json").json["status"] == "up to date"
-    refused = cpmix("train-stage1", "--data", folder, "--recipe", "image-folder/cpmix", "--dry-run")
-    assert refused.code == 2
-    assert (
-        'data.normalisation = "dataset": of images that stay in their files no statistics are known' in refused.stderr
-    )
-    other = build(places, "--few-inclusive", "--out", folder)
-    assert (other.code, "few_inclusive: (none) -> True" in other.stderr) == (4, True)
+    no_statistics = 'data.normalisation = "dataset": of images that stay in their files no statistics are known'
+    refused(2, no_statistics, "train-stage1", "--data", folder, "--recipe", "image-folder/cpmix", "--dry-run")
+    ended(build(places, "--few-inclusive", "--out", folder), 4, "few_inclusive: (none) -> True")
 
 
 @pytest.mark.parametrize("pack", [0, 16])
@@ -280,34 +253,29 @@ def test_a_folder_for_each_source_below_one_root(places: Path) -> None:
 def test_missing_and_unreadable_files(places: Path, pack: int) -> None:
     images = places / "images" / "train"
     (images / "zoo" / "train0001.jpg").unlink()
-    result = build(places, "--out", places / "d", "--pack", pack)
-    assert (result.code, "1 file cannot be read as an image" in result.stderr) == (3, True)
-    assert f"{images}/zoo/train0001.jpg: No such file or directory" in result.stderr
+    flags = ("--out", places / "d", "--pack", pack)
+    missing = f"1 file cannot be read as an image:\n    {images}/zoo/train0001.jpg: No such file or directory\n"
+    ended(build(places, *flags), 3, missing)
     assert not (places / "d-unreadable.txt").exists()
     for i in range(30):
         (images / "airfield" / f"train{i:04d}.jpg").unlink()
         (images / "airfield" / f"train{i:04d}.jpg").write_text("" if i == 0 else "no image")
     (images / "zoo" / "train0001.jpg").mkdir()
-    result = build(places, "--out", places / "d", "--pack", pack)
-    assert result.code == 3  # what stat sees comes first
-    assert "2 files cannot be read as an image" in result.stderr
-    assert f"{images}/airfield/train0000.jpg: empty" in result.stderr
-    assert f"{images}/zoo/train0001.jpg: not a file" in result.stderr
+    seen_by_stat = ("2 files cannot be", f"{images}/airfield/train0000.jpg: empty", "zoo/train0001.jpg: not a file")
+    ended(build(places, *flags), 3, seen_by_stat)  # before any file is opened
     (images / "zoo" / "train0001.jpg").rmdir()
     for path in (images / "zoo" / "train0001.jpg", images / "airfield" / "train0000.jpg"):
         path.unlink(missing_ok=True)
-        Image.new("RGB", (20, 20)).save(path)
-    result = build(places, "--out", places / "d", "--pack", pack)
-    assert result.code == 3
-    assert "29 files cannot be read as an image" in result.stderr
-    assert f"... and 9 more; {places / 'd-unreadable.txt'} lists all" in result.stderr
+        write_image(path)
+    result = build(places, *flags)
+    ended(result, 3, ("29 files cannot be read", f"... and 9 more; {places / 'd-unreadable.txt'} lists all"))
     assert result.stderr.count("not an image") == 20
     listed = (places / "d-unreadable.txt").read_text().splitlines()
     assert sorted(listed) == [f"{images}/airfield/train{i:04d}.jpg: not an image" for i in range(1, 30)]
     assert not (places / "d" / "dataset.json").exists()
     for i in range(1, 30):
-        Image.new("RGB", (20, 20)).save(images / "airfield" / f"train{i:04d}.jpg")
-    assert build(places, "--out", places / "d", "--pack", pack).code == 0
+        write_image(images / "airfield" / f"train{i:04d}.jpg")
+    assert build(places, *flags).code == 0
     assert not (places / "d-unreadable.txt").exists()
 
 
@@ -322,8 +290,7 @@ def test_own_lists(places: Path, tmp_path: Path) -> None:
     ).json
     assert (numbers["num_train"], numbers["largest"], numbers["smallest"]) == (30 + 9 + 3, 30, 3)
     (places / "lists" / "my_train.txt").touch()
-    result = cpmix("build-lt", "image-folder", *where)
-    assert (result.code, "has 2 lists for train: Places_LT_train.txt, my_train.txt" in result.stderr) == (3, True)
+    refused(3, "has 2 lists for train: Places_LT_train.txt, my_train.txt", "build-lt", "image-folder", *where)
     assert "no list *train.txt in" in cpmix("build-lt", "image-folder", "--list-dir", places, *where[2:]).stderr
 
 

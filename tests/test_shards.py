@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Result, cpmix, files, must
+from conftest import Result, cpmix, ended, files, flip, must, process
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -137,15 +135,6 @@ def test_a_test_image_in_the_training_set_is_warned_of(photos: Path, tmp_path: P
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, place: int) -> None:
-    """Another byte at a place of a file."""
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-
-
 def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     path = tmp_path / "d" / "train-00001.shard"
@@ -169,13 +158,10 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
         packed.load_all()
     assert pack(photos, tmp_path / "d").code == 0  # which looks at sizes, not at 86 GB
     result = pack(photos, tmp_path / "d", "--verify", "--json")
-    assert result.code == 3
-    assert result.json["exit_code"] == 3
-    assert f"{path}: 1 damaged, the first is image 6" in result.stderr
+    assert ended(result, 3, f"{path}: 1 damaged, the first is image 6").json["exit_code"] == 3
     path.unlink()
-    mended = pack(photos, tmp_path / "d", "--verify")
-    assert (mended.code, "packing 1 missing shards of train again" in mended.stderr) == (0, True)
-    assert "6 of 10 train images are packed already" in mended.stderr
+    packed_again = ("packing 1 missing shards of train again", "6 of 10 train images are packed already")
+    ended(pack(photos, tmp_path / "d", "--verify"), 0, packed_again)
     assert pack(photos, tmp_path / "d", "--verify").stderr.startswith("next: ")
     assert files(tmp_path / "d") == sorted([*FILES, "train-00001.shard", "train-00002.shard"])
 
@@ -210,12 +196,8 @@ def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -
     upside_down.save(data, "JPEG", quality=30)
     path.write_bytes(data.getvalue() + bytes(size - len(data.getvalue())))  # as long as before
     (tmp_path / "d" / "train-00002.shard").unlink()
-    result = pack(photos, tmp_path / "d")
-    assert result.code == 3
-    assert (
-        f"{path} is not what was packed: 1 images of {tmp_path / 'd' / 'train-00002.shard'} have changed"
-        in result.stderr
-    )
+    changed = f"{path} is not what was packed: 1 images of {tmp_path / 'd' / 'train-00002.shard'} have changed"
+    ended(pack(photos, tmp_path / "d"), 3, changed)
     assert not (tmp_path / "d" / "train-00002.shard").exists()
     assert pack(photos, tmp_path / "d", "--overwrite").code == 0
 
@@ -223,23 +205,21 @@ def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -
 def test_a_changed_list_of_hashes(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     flip(tmp_path / "d" / "test-hashes.parquet", 60)
-    result = pack(photos, tmp_path / "d")
-    assert (result.code, "test-hashes.parquet is damaged" in result.stderr) == (3, True)
+    ended(pack(photos, tmp_path / "d"), 3, "test-hashes.parquet is damaged")
 
 
 def test_no_room(photos: Path, tmp_path: Path) -> None:
     """Of a file, as ulimit -f has it."""
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
     result = run(limited + MAIN, photos, tmp_path / "d")
-    assert (result.returncode, b"a file may have 3,000 here (ulimit -f)" in result.stderr) == (4, True)
+    ended(result, 4, "a file may have 3,000 here (ulimit -f)")
     assert files(tmp_path / "d") == []
 
 
 def test_another_storage_takes_the_folder_over(photos: Path, tmp_path: Path) -> None:
     command = ["build-lt", "image-folder", "--data-root", photos, "--image-size", SIZE, "--out", tmp_path / "d"]
     must(*command)
-    result = pack(photos, tmp_path / "d")
-    assert (result.code, "storage: (none) -> 'shards'" in result.stderr) == (4, True)
+    ended(pack(photos, tmp_path / "d"), 4, "storage: (none) -> 'shards'")
     assert pack(photos, tmp_path / "d", "--overwrite").code == 0
     assert files(tmp_path / "d") == sorted([*FILES, "train-00001.shard", "train-00002.shard"])
     must(*command, "--overwrite")
@@ -255,13 +235,9 @@ MAIN = (
 )
 
 
-def command(program: str, photos: Path, out: Path) -> list[str]:
+def run(program: str, photos: Path, out: Path) -> Result:
     arguments = ["build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", out]
-    return [sys.executable, "-c", program, *map(str, arguments)]
-
-
-def run(program: str, photos: Path, out: Path) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command(program, photos, out), capture_output=True, check=False)
+    return process(*arguments, code=program)
 
 
 def stops_at(event: str, name: str, number: signal.Signals) -> str:
@@ -283,10 +259,10 @@ def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.S
     assert pack(photos, tmp_path / "whole").code == 0
     out = tmp_path / "d"
     for _ in range(2):  # the second finds the same four, and has nothing of its own to go on with
-        process = run(stops_at("open", "last.jpg", number), photos, out)
-        assert (process.returncode, process.stdout) == (75 if number != signal.SIGKILL else -9, b"")
+        result = run(stops_at("open", "last.jpg", number), photos, out)
+        assert (result.code, result.stdout) == (75 if number != signal.SIGKILL else -9, "")
     if number != signal.SIGKILL:
-        assert b"fix: run the same command again to go on" in process.stderr
+        assert "fix: run the same command again to go on" in result.stderr
         assert not list(out.glob(".cpmix-*"))
     assert not (out / "dataset.json").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.shard")}
@@ -304,17 +280,14 @@ def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.S
 
 def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path: Path) -> None:
     (photos / "train" / "b" / "004.jpg").write_text("no image")
-    result = pack(photos, tmp_path / "d")
-    assert result.code == 3
-    assert "1 file cannot be read as an image" in result.stderr
+    ended(pack(photos, tmp_path / "d"), 3, "1 file cannot be read as an image")
     finished = {path.name for path in (tmp_path / "d").glob("*.shard")}
     assert len(finished) == 3  # of 4, with those of test
     for name in ("train/a/000.jpg", "train/b/004.jpg"):
         Image.new("RGB", (20, 20), "red").save(photos / name)
     record = json.loads((tmp_path / "d" / "packing-test-00000.shard.json").read_text())
     assert sorted(record) == ["digest", "format", "hashes", "images", "values"]
-    result = pack(photos, tmp_path / "d")
-    assert result.code == 0
+    assert pack(photos, tmp_path / "d").code == 0
     whole = pack(photos, tmp_path / "whole", "--json")
     assert open_dataset(tmp_path / "d").fingerprint == whole.json["fingerprint"]
 
@@ -323,12 +296,12 @@ def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp
     """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
     whole, out, path = tmp_path / "whole", tmp_path / "d", photos / "train" / "a" / "000.jpg"
     assert pack(photos, whole).code == 0
-    assert run(stops_at("open", "test/a/000.jpg", signal.SIGTERM), photos, out).returncode == 75
+    assert run(stops_at("open", "test/a/000.jpg", signal.SIGTERM), photos, out).code == 75
     first = path.read_bytes()
     Image.new("RGB", (20, 20), "red").save(path)
     place = open_dataset(whole).paths("train").index(path)
     record = f"packing-train-{place // 4:05d}.shard.json"
-    assert run(stops_at("os.rename", record, signal.SIGKILL), photos, out).returncode == -9
+    assert run(stops_at("os.rename", record, signal.SIGKILL), photos, out).code == -9
     path.write_bytes(first)
     assert pack(photos, out).code == 0
     assert (stored(out) == stored(whole)).all()

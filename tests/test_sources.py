@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cpmix, files, must
+from conftest import Canary, files, must, refused
 
 from cpmix_cli.data import cifar
 from cpmix_cli.data.download import REMOTES, Remote, download
@@ -22,16 +22,6 @@ from cpmix_cli.data.sources import DEBIAN_FASHION, FASHION_NAMES
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 NAMES = ["cat", "dog"]
-
-
-class Canary:
-    """Unpickled by an unguarded reader, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.path,))
 
 
 def batch(first: int, size: int, extra: object = None) -> bytes:
@@ -132,9 +122,7 @@ def test_commands_refuse_a_false_archive(batches: dict[str, bytes], tmp_path: Pa
     root = tmp_path / "root"
     root.mkdir()
     (root / "cifar-10-python.tar.gz").write_bytes(archive)
-    result = cpmix("build-lt", "cifar10", "--rho", 10, "--data-root", root, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert cifar.CIFAR10.sha256 in result.stderr
+    refused(3, cifar.CIFAR10.sha256, "build-lt", "cifar10", "--rho", 10, "--data-root", root, "--out", tmp_path / "o")
     assert files(tmp_path) == ["root/cifar-10-python.tar.gz"]
 
 
@@ -161,16 +149,11 @@ def test_layouts_agree_with_torchvision_s() -> None:
 def test_fashion_mnist_that_is_not_the_published_one(tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"other images"))
-    result = cpmix("build-lt", "fashion-mnist", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert f"{path} is not the published file" in result.stderr
+    build = ["build-lt", "fashion-mnist", "--out", tmp_path / "o", "--data-root"]
+    refused(3, f"{path} is not the published file", *build, tmp_path)
     path.write_bytes(gzip.compress(b"other images")[:-9])
-    result = cpmix("build-lt", "fashion-mnist", "--data-root", tmp_path, "--out", tmp_path / "o")
-    assert result.code == 3
-    assert f"{path} is damaged" in result.stderr
-    result = cpmix("build-lt", "fashion-mnist", "--data-root", tmp_path / "none")
-    assert result.code == 3
-    assert "dataset-fashion-mnist" in result.stderr
+    refused(3, f"{path} is damaged", *build, tmp_path)
+    refused(3, "dataset-fashion-mnist", *build, tmp_path / "none")
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
@@ -247,11 +230,3 @@ def test_no_network(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"cannot fetch http://127\.0\.0\.1:9/set\.gz"):
         download("a-set", tmp_path / "into", nobody)
     assert files(tmp_path / "into") == []
-
-
-def test_nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = cpmix("build-lt", "digits", "--download")
-    assert result.code == 2
-    assert "digits has no public copy to fetch (those with one: cifar10, cifar100, fashion-mnist)" in result.stderr
-    assert files(tmp_path) == []

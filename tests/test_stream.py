@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Result, cpmix, must
+from conftest import cpmix, ended, forget_signals, must, refused, setting
 from equality import contents
 from jpeg_tree import picture
 from numpy.typing import NDArray
@@ -28,24 +28,17 @@ from cpmix_cli.data.batches import CropBatches, ImageBatches, open_batches, pict
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.stream import FileReader, StreamedBatches
 from cpmix_cli.recipe.schema import Data
-from cpmix_cli.runtime import hardware, signals
+from cpmix_cli.runtime import hardware
 from cpmix_cli.runtime.errors import InputError
 
 CPU = torch.device("cpu")
 SIZE, CROP = 40, 24
 JITTER = Data(augment="resized-crop-flip-jitter", crop=CROP, normalisation="imagenet")
 FLAGS = (
-    "--recipe",
-    "digits/cpmix",
-    "--epochs",
-    3,
-    "--set",
-    f"data.crop={CROP}",
-    "--set",
-    "data.normalisation=imagenet",
+    *("--recipe", "digits/cpmix", "--epochs", 3),
+    *setting(f"crop={CROP}", "normalisation=imagenet", "augment=resized-crop-flip-jitter", table="data"),
+    *setting("optimizer.batch_size=16", "finetune.batch_size=16", "finetune.epochs=1"),
 )
-FLAGS += ("--set", "data.augment=resized-crop-flip-jitter", "--set", "optimizer.batch_size=16")
-FLAGS += ("--set", "finetune.batch_size=16", "--set", "finetune.epochs=1")
 
 
 @pytest.fixture(scope="session")
@@ -365,16 +358,8 @@ def test_all_commands_on_images_that_stay_in_their_files(tree: Path, tmp_path: P
 def test_experts_are_weighted_on_images_from_disk(tree: Path, tmp_path: Path, streamed: None) -> None:
     flags = ("--set", "model.experts=2", "--set", 'confusion.refresh="epoch"')
     must("train-stage1", "--data", tree / "shards", "--out", tmp_path / "run", *FLAGS, *flags)
-    evaluate = (
-        "evaluate",
-        "--from",
-        tmp_path / "run",
-        "--phase",
-        "stage1",
-        "--set",
-        'evaluation.aggregate="test-time"',
-    )
-    weights = must(*evaluate, "--json").json["expert_weights"]
+    evaluate = ("evaluate", "--from", tmp_path / "run", "--phase", "stage1")
+    weights = must(*evaluate, *setting('evaluation.aggregate="test-time"'), "--json").json["expert_weights"]
     assert sum(weights) == pytest.approx(1, abs=1e-3)
 
 
@@ -388,11 +373,7 @@ def test_a_broken_image_in_the_middle_of_training_is_named(tree: Path, tmp_path:
         broken.write_bytes(b"nothing of the kind" if damage == "text" else content[: len(content) // 2])
     run = tmp_path / "run"
     train = ("train-stage1", "--data", tree / "files", "--data-root", images, "--out", run, *FLAGS)
-    result = cpmix(*train)
-    assert result.code == 3
-    assert f"{broken} cannot be read as an image" in result.stderr.replace("\n", "")
-    assert "the train split of image-folder-lists-files" in result.stderr
-    assert "--data-root" in result.stderr
+    refused(3, (f"{broken} cannot be read as an image", "--data-root"), *train)
     broken.write_bytes(content)
     must(*train)
 
@@ -403,13 +384,12 @@ def test_a_damaged_shard_in_the_middle_of_training_is_named(tree: Path, tmp_path
     content = bytearray(shard.read_bytes())
     content[17 * SIZE * SIZE * 3] ^= 1
     shard.write_bytes(content)
-    result = cpmix("train-stage1", "--data", data, "--out", tmp_path / "run", *FLAGS)
-    assert result.code == 3
-    assert f"{shard}: image 17 of the train split is damaged" in result.stderr
+    train = ("train-stage1", "--data", data, "--out", tmp_path / "run", *FLAGS)
+    refused(3, f"{shard}: image 17 of the train split is damaged", *train)
 
 
 def test_a_signal_while_images_are_read_ends_at_once_and_goes_on_bit_for_bit(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tree: Path, tmp_path: Path, handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image takes 0.1 s here, an epoch of them 2 s and more: the signal comes in the first, and the step under way
     is all that is waited for."""
@@ -420,8 +400,6 @@ def test_a_signal_while_images_are_read_ends_at_once_and_goes_on_bit_for_bit(
         time.sleep(0.1)
         real(*arguments)  # type: ignore[arg-type]
 
-    previous = {number: signal.getsignal(number) for number in signals.HANDLED}
-    signals.install()
     sent: list[float] = []
 
     def send() -> None:
@@ -429,26 +407,21 @@ def test_a_signal_while_images_are_read_ends_at_once_and_goes_on_bit_for_bit(
         os.kill(os.getpid(), signal.SIGTERM)
 
     train = ("train-stage1", "--data", tree / "files", "--out", tmp_path / "run", *FLAGS)
-    try:
-        signals._pending = None
-        with monkeypatch.context() as patched:
-            patched.setattr(FileReader, "read", slowly)
-            real_batch = StreamedBatches.batch
+    with monkeypatch.context() as patched:
+        patched.setattr(FileReader, "read", slowly)
+        real_batch = StreamedBatches.batch
 
-            def batch(self: StreamedBatches, *arguments: torch.Tensor) -> torch.Tensor:
-                if not sent:
-                    threading.Timer(0.2, send).start()
-                return real_batch(self, *arguments)
+        def batch(self: StreamedBatches, *arguments: torch.Tensor) -> torch.Tensor:
+            if not sent:
+                threading.Timer(0.2, send).start()
+            return real_batch(self, *arguments)
 
-            patched.setattr(StreamedBatches, "batch", batch)
-            result: Result = cpmix(*train)
-        waited = time.monotonic() - sent[0]
-        assert (result.code, waited < 3) == (75, True), result.stderr
-        assert "SIGTERM received; stage1 is saved at epoch 1, step 1" in result.stderr
-    finally:
-        signals._pending, signals._has_state = None, False
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        patched.setattr(StreamedBatches, "batch", batch)
+        result = cpmix(*train)
+    waited = time.monotonic() - sent[0]
+    ended(result, 75, "SIGTERM received; stage1 is saved at epoch 1, step 1")
+    assert waited < 3
+    forget_signals()
     must(*train)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
@@ -458,30 +431,26 @@ def test_a_signal_while_images_are_read_ends_at_once_and_goes_on_bit_for_bit(
 
 def test_data_root_is_checked(tree: Path, digits: Path, tmp_path: Path) -> None:
     train = ("train-stage1", "--out", tmp_path / "run", *FLAGS, "--data")
-    result = cpmix(*train, tree / "files", "--data-root", tmp_path)
-    assert result.code == 3
-    assert "32 of 32 that were looked for are not in it, such as " in result.stderr
-    assert f"name the folder that takes the place of {tree / 'images'}" in result.stderr
-    result = cpmix(*train, tree / "files", "--data-root", tmp_path / "nothing")
-    assert (result.code, f"no folder {tmp_path / 'nothing'}" in result.stderr) == (3, True)
-    result = cpmix(*train, digits, "--data-root", tree / "images")
-    assert (result.code, "has no image files" in result.stderr) == (2, True)
+    takes_its_place = f"name the folder that takes the place of {tree / 'images'}"
+    missing = ("32 of 32 that were looked for are not in it, such as ", takes_its_place)
+    refused(3, missing, *train, tree / "files", "--data-root", tmp_path)
+    refused(3, f"no folder {tmp_path / 'nothing'}", *train, tree / "files", "--data-root", tmp_path / "nothing")
+    refused(2, "has no image files", *train, digits, "--data-root", tree / "images")
     data = shutil.copytree(tree / "files", tmp_path / "data")
     images = shutil.copytree(tree / "images", tmp_path / "images")
     build = ("--list-dir", tree / "lists", "--data-root", images, "--pack", 0, "--image-size", SIZE, "--overwrite")
     must("build-lt", "image-folder", *build, "--out", data)
     shutil.rmtree(images)
-    result = cpmix(*train, data)
-    assert (result.code, "name the folder where they are: --data-root DIR" in result.stderr) == (3, True)
+    refused(3, "name the folder where they are: --data-root DIR", *train, data)
     assert not (tmp_path / "run").exists()
 
 
 def test_recipes_that_the_images_do_not_fit(tree: Path, toy: Path, tmp_path: Path) -> None:
     train = ("train-stage1", "--out", tmp_path / "run", "--data")
-    result = cpmix(*train, tree / "shards", *FLAGS, "--set", "data.crop=41")
-    assert (result.code, "data.crop = 41: the images have 40 x 40 pixels" in result.stderr) == (2, True)
-    result = cpmix(*train, toy, "--set", "data.crop=8", "--set", 'data.augment="none"')
-    assert (result.code, "data.crop = 8: for images, the data set has points" in result.stderr) == (2, True)
+    too_large = "data.crop = 41: the images have 40 x 40 pixels"
+    refused(2, too_large, *train, tree / "shards", *FLAGS, *setting("data.crop=41"))
+    points = "data.crop = 8: for images, the data set has points"
+    refused(2, points, *train, toy, *setting("data.crop=8", 'data.augment="none"'))
 
 
 def test_bench_times_what_comes_from_disk_beside_pillow_in_workers(tree: Path) -> None:
