@@ -409,10 +409,8 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
 
 def test_every_number_by_hand(opened: Any) -> None:
     """A page of three classes: tables, panel, plots and thumbnails against what HAND says."""
-    chosen = pd.DataFrame(
-        {"true_class": [2, 2], "predicted_class": [1, 1], "confidence": [0.9, 0.6], "sample_id": [7, 8]}
-    )
-    images = ContactSheet(chosen, 8, (16, 8), f"data:image/png;base64,{base64.b64encode(PNG).decode()}")
+    sprite = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    images = ContactSheet(np.array([2, 2]), np.array([1, 1]), [90, 60], 8, 16, 8, sprite)
     confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 6, 0]])
     shows = opened(rendered([shown(HAND, COUNTS, confusions=confusions)], NAMES, images=images))
     page = shows.page

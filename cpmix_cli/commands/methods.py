@@ -4,7 +4,6 @@ A recipe says it in its [about] table, which no training looks at; paper.py has 
 method a trained recipe is. Reads TOML alone.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from cpmix_cli.results.methods import Method, all_methods, stem
@@ -16,19 +15,6 @@ SHOWN = "cifar100-lt"
 LARGE = tuple(column.data for column in PAPER_TABLES["table2"].columns)
 
 
-@dataclass(frozen=True)
-class Printed:
-    """What CP-Mix's paper prints for the method of a recipe."""
-
-    cells: dict[str, str]
-    """Accuracy by rho in Table 1, for its data set, or in Table 3, which is at rho 200; in Table 2 by data set, or in
-    Table 4, which is on ImageNet-LT. A recipe of CIFAR-100-LT has those of the large data sets too."""
-    copied: bool
-    """Its authors copied them from other papers."""
-    note: str
-    """What to know of them."""
-
-
 def run() -> None:
     """List the methods.
 
@@ -37,7 +23,14 @@ def run() -> None:
     """
     methods = all_methods()
     listed = [
-        {"method": m.name, "kind": m.kind, "paper": m.paper, "needs": m.needs, "recipes": told(m)} for m in methods
+        {
+            "method": m.name,
+            "kind": m.kind,
+            "paper": m.paper,
+            "needs": m.needs,
+            "recipes": [printed(name, about.note) for name, about in m.recipes.items()],
+        }
+        for m in methods
     ]
     rows = [[m.name, m.kind, *small_cells(m), stem(next(iter(m.recipes))), citation(m.paper), m.needs] for m in methods]
     large = [[m.name, *cells] for m in methods if any(cells := large_cells(m))]
@@ -65,10 +58,15 @@ def citation(paper: str) -> str:
     return ", ".join([parts[0], parts[-1]]) if len(parts) > 1 else paper
 
 
-def printed(name: str) -> Printed:
-    """What the paper has for the recipe of this name."""
+def printed(name: str, note: str = "") -> dict[str, Any]:
+    """What CP-Mix's paper prints for the method of a recipe: name, cells, copied, note.
+
+    `cells` has the accuracy by rho in Table 1 for the recipe's data set, in Table 2 by data set, in the ablations of
+    Tables 3 (rho 200) and 4 (ImageNet-LT) by table. A recipe of SHOWN has those of the large data sets too. `copied`
+    means that its authors took them from other papers. `note` is about them, else the one given.
+    """
     family, _, method = name.rpartition("/")
-    cells: dict[str, str] = {}
+    cells: dict[str, float] = {}
     copied, notes = False, []
     for key in ("table1", "table2", "table3", "table4"):
         for row in PAPER_TABLES[key].rows:
@@ -78,20 +76,11 @@ def printed(name: str) -> Printed:
                 if cell and family in ((column.family,) if key == "table1" else (column.family, SHOWN))
             }
             if row.recipe == method and found:
-                cells |= found
+                cells |= {place: float(cell) for place, cell in found.items()}
                 copied = copied or row.copied
                 notes.append(row.name if key in ("table3", "table4") else row.note)
-    return Printed(cells, copied, "; ".join(dict.fromkeys(filter(None, notes))))
-
-
-def told(method: Method) -> list[dict[str, Any]]:
-    """Its recipes as plain values."""
-    listed = []
-    for name, about in method.recipes.items():
-        found = printed(name)
-        cells = {key: float(cell) for key, cell in found.cells.items()}
-        listed.append({"name": name, "cells": cells, "copied": found.copied, "note": found.note or about.note})
-    return listed
+    said = "; ".join(dict.fromkeys(filter(None, notes)))
+    return {"name": name, "cells": cells, "copied": copied, "note": said or note}
 
 
 def small_cells(method: Method) -> list[str]:
@@ -105,7 +94,7 @@ def large_cells(method: Method) -> list[str]:
 
 
 def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
-    """A cell a column, the first of its keys that the method has; copied ones with a star."""
+    """Text per column, of the first of its keys that the method has; copied ones with a star."""
     known = printed(f"{SHOWN}/{stem(next(iter(method.recipes)))}")
-    found = [next((known.cells[key] for key in keys if key in known.cells), None) for keys in columns]
-    return ["" if cell is None else f"{float(cell):.2f}{'*' if known.copied else ' '}" for cell in found]
+    found = [next((known["cells"][key] for key in keys if key in known["cells"]), None) for keys in columns]
+    return ["" if cell is None else f"{cell:.2f}{'*' if known['copied'] else ' '}" for cell in found]

@@ -18,16 +18,22 @@ COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """N thumbnails, COLUMNS in a row."""
+    """N thumbnails in rows, as the page has them."""
 
-    chosen: pd.DataFrame
-    """true_class, predicted_class, confidence and sample_id of each thumbnail."""
+    true_class: NDArray[Any]
+    """[N], as predicted_class."""
+    predicted_class: NDArray[Any]
+    confidence: list[int]
+    """Per cent [N]."""
     side: int
     """Pixels of a thumbnail, which is square."""
-    size: tuple[int, int]
-    """Width and height of the sheet."""
-    url: str
+    width: int
+    """Of the sheet, in pixels."""
+    height: int
+    sprite: str
     """data: URL, WebP."""
+    columns: int = COLUMNS
+    """Thumbnails in a row."""
 
 
 def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
@@ -69,5 +75,12 @@ def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) ->
         page.paste(thumbnail, (number % COLUMNS * side, number // COLUMNS * side))
     buffer = io.BytesIO()
     page.save(buffer, "WEBP", quality=85)
-    url = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return ContactSheet(chosen, side, (width, height), url)
+    return ContactSheet(
+        chosen["true_class"].to_numpy(),
+        chosen["predicted_class"].to_numpy(),
+        [round(100 * value) for value in chosen["confidence"].tolist()],
+        side,
+        width,
+        height,
+        f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}",
+    )

@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
-from cpmix_cli.report.images import COLUMNS, ContactSheet
+from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.pairs import relation, trim_confusions
 from cpmix_cli.runtime.console import on_a_line
 
@@ -91,9 +91,9 @@ def render_page(
     data = {
         "names": [on_a_line(name) for name in class_names],
         "runs": [_run_data(run) for run in runs],
-        "pairs": {name: _int32(pairs[name]) for name in ("rarer_class", "commoner_class")},
-        "clustered": _int32(clustered),
-        "images": None if images is None else _sheet_data(images),
+        "pairs": {name: pairs[name].to_numpy() for name in ("rarer_class", "commoner_class")},
+        "clustered": clustered,
+        "images": None if images is None else vars(images),
         "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in COLOUR_MAPS.items()},
     }
     sources = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
@@ -112,7 +112,7 @@ def render_page(
         reliability=escape("; ".join(_reliability_in_words(run) for run in runs)),
         embedded="".join(_picture(caption, png) for caption, png in embedded),
         pictures="\n".join(_links(caption, places) for caption, places in pictures),
-        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=_int32).replace("<", "\\u003c"),
         script=script,
     )
 
@@ -128,16 +128,15 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _int32(values: Any) -> str:
-    """Whole numbers as base64 of little-endian int32."""
+def _int32(values: Array) -> str:
+    """An array of whole numbers in JSON: base64 of little-endian int32."""
     return base64.b64encode(np.asarray(values, dtype="<i4").tobytes()).decode()
 
 
-def _cells(matrix: Array) -> dict[str, str]:
+def _cells(matrix: Array) -> dict[str, Array]:
     """Cells that are not zero."""
     true, predicted = np.nonzero(matrix)
-    columns = {"true_class": true, "predicted_class": predicted, "count": matrix[true, predicted]}
-    return {name: _int32(values) for name, values in columns.items()}
+    return {"true_class": true, "predicted_class": predicted, "count": matrix[true, predicted]}
 
 
 def _run_data(run: ShownRun) -> Mapping[str, Any]:
@@ -147,26 +146,13 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
         kept = trim_confusions(kept, run.matrix)
     return {
         "name": run.name,
-        "train_counts": _int32(run.class_counts),
-        "groups": _int32([GROUPS.index(group) for group in run.groups]),
+        "train_counts": run.class_counts,
+        "groups": np.array([GROUPS.index(group) for group in run.groups]),
         "matrix": _cells(run.matrix),
         "confusion_pairs": None if kept is None else _cells(kept),
-        "errors": None if run.confusions is None else _int32(run.confusions.sum(1)),
+        "errors": None if run.confusions is None else run.confusions.sum(1),
         "trimmed": kept is not run.confusions,
         "calibration": {"images": images, "confidence": confidence, "accuracy": accuracy},
-    }
-
-
-def _sheet_data(sheet: ContactSheet) -> Mapping[str, Any]:
-    return {
-        "true_class": _int32(sheet.chosen["true_class"]),
-        "predicted_class": _int32(sheet.chosen["predicted_class"]),
-        "confidence": [round(100 * value) for value in sheet.chosen["confidence"].tolist()],
-        "side": sheet.side,
-        "columns": COLUMNS,
-        "width": sheet.size[0],
-        "height": sheet.size[1],
-        "sprite": sheet.url,
     }
 
 
