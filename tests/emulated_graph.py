@@ -1,0 +1,457 @@
+"""CUDA graphs emulated on the CPU: a tape of ATen calls stands in for torch.cuda.CUDAGraph.
+
+Capture: every ATen call of a step is run and kept (function, arguments, results); then all that it changed is put back,
+as a real capture runs nothing. Replay: the calls run again on the same tensor objects, their results copied into the
+kept ones. After each replay all that the tape made itself is overwritten with NaN or nonsense: a graph's memory is
+another's afterwards, so nothing may be read from it later.
+
+What cannot be seen on a CPU: copies between host and device that are no read by name (`.to(device)` in a step).
+"""
+
+import contextlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.models import build_model
+from cpmix_cli.recipe import loading as recipes
+from cpmix_cli.runtime import console, signals
+from cpmix_cli.runtime.errors import Interrupted
+from cpmix_cli.training import graphs as graphs_module
+from cpmix_cli.training import loop
+from cpmix_cli.training.graphs import CudaGraphRunner
+from cpmix_cli.training.inputs import EpochInputs, TrainingData
+from cpmix_cli.training.phase import training_data
+from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
+
+# -- all that is known of cpmix_cli's inside: what is patched, what a step reads, how a run is prepared ----------------
+
+EPOCHS = 9
+"""Of both stages together; the last three of a phase are trained."""
+BATCH = 80
+"""Of the 213 images: two full batches an epoch and one of 53."""
+SMALL = ["model.name=resnet8", "data.normalisation=dataset", f"optimizer.batch_size={BATCH}"]
+
+
+def setup(name: str, phase: str, dataset: Dataset, *settings: str) -> "Setup":
+    """A phase of a recipe, made small enough for `dataset`."""
+    recipe = recipes.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record["rho"])
+    if recipe.finetune is not None:
+        three = recipe.finetune.model_copy(update={"epochs": 3, "batch_size": BATCH})
+        recipe = recipe.model_copy(update={"finetune": three})
+    precision = "fp32" if recipe.model.precision == "auto" else recipe.model.precision
+    setting = PhaseContext(recipe, dataset, torch.device("cpu"), precision, {})
+    return Setup(setting, phase, training_data(dataset, recipe, setting.device))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained on what."""
+
+    setting: PhaseContext
+    phase: str
+    data: TrainingData
+
+    def begin(self) -> tuple[Plan, TrainingState]:
+        """The last three epochs of the phase, and a fresh state; class 0 has never been confused."""
+        plan, state = rehearsal(self.setting, self.phase)
+        plan = replace(plan, first_epoch=max(plan.first_epoch, plan.last_epoch - 2))
+        state.epoch = plan.first_epoch
+        state.confusion[0] = 0
+        for group in state.optimizer.param_groups:
+            group["fused"] = True  # as on a GPU
+        if any(term.distillation is not None for term in plan.terms):
+            recipe, dataset = self.setting.recipe, self.setting.dataset
+            model = recipe.model.model_copy(update={"experts": 6})
+            shape = recipe.data.input_shape(dataset.shape)
+            teacher = build_model(model, dataset.num_classes, shape, torch.Generator().manual_seed(1))
+            plan = replace(plan, teacher=teacher.eval())
+        return plan, state
+
+
+def distinct_setups(folder: str) -> dict[str, tuple[str, str]]:
+    """Recipe and phase of each training that the recipes of a folder have, those that are alike once; by its name."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in recipes.recipe_names():
+        if not name.startswith(f"{folder}/"):
+            continue
+        recipe = recipes.load(name, settings=SMALL, epochs=EPOCHS, rho=20.0).model_dump(mode="json")
+        for phase in ("stage1", "stage2", "finetune"):
+            if recipe[phase] is not None:
+                tables = ("model", "data", "optimizer", "confusion", "schedule", phase)
+                found.setdefault(json.dumps([phase, *(recipe[table] for table in tables)]), (name, phase))
+    return {f"{name.partition('/')[2]} {phase}": (name, phase) for name, phase in found.values()}
+
+
+def fit(setup: Setup, plan: Plan, state: TrainingState, stop_at: tuple[int, int] | None = None, **more: Any) -> None:
+    """The training loop, to its end or until it is stopped at an epoch and a step."""
+    asked = stop_at and mock.patch.multiple(
+        signals, number=lambda: int((state.epoch, state.step) == stop_at), adopt=bool
+    )
+    console.mute(True)
+    try:
+        with asked or contextlib.nullcontext(), contextlib.suppress(Interrupted):
+            loop.fit(plan, setup.data, state, publish=lambda: None, **more)
+    finally:
+        console.mute(False)
+    assert (state.epoch, state.step) == (stop_at or (plan.last_epoch, plan.num_steps(len(setup.data.labels))))
+
+
+def resumed(setup: Setup, state: TrainingState) -> tuple[Plan, TrainingState]:
+    """A fresh state filled with the tensors of one that was stopped."""
+    plan, fresh = setup.begin()
+    saved = {name: t.clone().contiguous() for name, t in state.tensors().items()}
+    path = Path("memory")
+    fresh.load(saved, path)
+    fresh.load_progress(
+        saved,
+        path,
+        terms=[term.name for term in plan.terms],
+        epoch=state.epoch,
+        step=state.step,
+        columns=list(state.history[0]),
+        epochs=(plan.first_epoch, plan.last_epoch),
+        num_steps=plan.num_steps(len(setup.data.labels)),
+    )
+    return plan, fresh
+
+
+def results(state: TrainingState) -> dict[str, Tensor]:
+    """All that a state holds, but the clock."""
+    tensors = {name: t.detach().clone() for name, t in state.tensors().items()}
+    tensors["sums"][list(state.sums.read()).index("seconds")] = 0
+    clock = [list(state.history[0]).index(name) for name in ("seconds", "images_per_second")]
+    tensors["history"][:, clock] = 0
+    tensors["history"].nan_to_num_(-1.0)  # the nulls
+    return tensors
+
+
+@contextlib.contextmanager
+def recorded(graphs: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]:
+    """Steps are recorded on the CPU too, after one eager one; the graphs and the steps go into the lists."""
+    original = CudaGraphRunner.__init__
+
+    def init(self: CudaGraphRunner, function: Any, device: torch.device, *, record: bool = True) -> None:
+        original(self, function, device, record=record)
+        self._record = record
+        steps.append(function.__self__)
+
+    def new_graph() -> EmulatedGraph:
+        graphs.append(EmulatedGraph())
+        return graphs[-1]
+
+    with (
+        mock.patch.object(CudaGraphRunner, "__init__", init),
+        mock.patch.multiple(graphs_module, _graph_memory=lambda: None, EAGER_STEPS=1),
+        mock.patch.multiple(
+            torch.cuda,
+            CUDAGraph=new_graph,
+            graph=lambda graph, pool, stream: graph.capture(),
+            synchronize=lambda: None,
+            current_stream=lambda: None,
+        ),
+    ):
+        yield
+
+
+def outside_tensors(step: Step) -> dict[str, list[Tensor]]:
+    """All tensors that a step may read without having made them, by what they are."""
+    plan, state, data = step._plan, step._state, step._data
+
+    def of(thing: object) -> list[Tensor]:
+        return [value for value in vars(thing).values() if isinstance(value, Tensor)]
+
+    return {
+        "weights": list(state.model.parameters()),
+        "statistics": list(state.model.buffers()),
+        "momentum": [t for values in state.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)],
+        "learning rates": [group["lr"] for group in state.optimizer.param_groups],
+        "confusion counts": [state.confusion],
+        "sums": [state.sums.values],
+        "step number": [step.inputs._counter],
+        "labels": [data.labels],
+        "class counts": [data.class_counts],
+        "images by class": of(step.inputs._pool),
+        "images": of(data.batches),
+        "teacher": [*plan.teacher.parameters(), *plan.teacher.buffers()] if plan.teacher else [],
+    } | {f"input {name}": [tensor] for name, tensor in _named("", step.inputs.epoch)}
+
+
+def _named(name: str, tree: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dataclasses and tuples by the names of their fields."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, tuple):
+        for number, part in enumerate(tree):
+            yield from _named(f"{name}[{number}]", part)
+    elif is_dataclass(tree):
+        for part in fields(tree):
+            yield from _named(f"{name}.{part.name}".removeprefix("."), getattr(tree, part.name))
+
+
+WRITTEN = {"weights", "statistics", "momentum", "learning rates", "confusion counts", "sums"}
+"""What a step may write to of all that it has not made."""
+
+
+def _around(owner: Any, name: str, before: Callable[..., None], after: Callable[..., None]) -> Any:
+    original = getattr(owner, name)
+
+    def changed(*args: Any) -> Any:
+        before(*args)
+        found = original(*args)
+        after(*args)
+        return found
+
+    return mock.patch.object(owner, name, changed)
+
+
+def _before(owner: Any, name: str, what: Callable[..., None]) -> Any:
+    return _around(owner, name, what, lambda *_: None)
+
+
+def _after(owner: Any, name: str, what: Callable[..., None]) -> Any:
+    return _around(owner, name, lambda *_: None, what)
+
+
+def _replace_inputs(step: Step, epoch: int) -> None:
+    step.inputs.epoch = None
+
+
+def _replace_number(inputs: EpochInputs, number: int) -> None:
+    inputs._counter = inputs._counter.clone()
+
+
+def _replace_sums(plan: Plan, step: Step, state: TrainingState, num_steps: int) -> None:
+    state.sums.values = state.sums.values.clone()
+
+
+def _bake_number(step: Step, size: int) -> None:
+    for parameter in step._state.model.parameters():
+        parameter.data.mul_(1 - 1e-3 * step.inputs._number)
+
+
+def _read_gradient(step: Step, number: int) -> None:
+    gradients = [p.grad for p in step._state.model.parameters() if p.grad is not None]
+    step._state.sums.values[0] += gradients[0].isfinite().all()
+
+
+def _read_sum(step: Step, size: int) -> None:
+    float(step._state.sums.values[0])
+
+
+def _list_sums(step: Step, size: int) -> None:
+    step._state.sums.values.tolist()
+
+
+def _choose_by_mask(step: Step, size: int) -> None:
+    step._data.labels[step._data.labels > 0]
+
+
+def _send_number(step: Step, size: int) -> None:
+    step._state.sums.values.add_(torch.tensor(0.0))
+
+
+def _use_stray(stray: Tensor, step: Step, size: int) -> None:
+    step._state.sums.values.add_(stray)
+
+
+def _write_labels(step: Step, size: int) -> None:
+    step._data.class_counts.add_(1)
+
+
+FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inputs replaced": partial(_before, Step, "begin_epoch", _replace_inputs),
+    "the step's number replaced": partial(_before, EpochInputs, "select", _replace_number),
+    "sums replaced": partial(_before, loop, "epoch_steps", _replace_sums),
+    "a value of Python baked in": partial(_after, Step, "_run", _bake_number),
+    "the graph's memory read after it": partial(_after, Step, "__call__", _read_gradient),
+}
+"""Faults that only a replay shows."""
+READING: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
+    "a sum as a number": ("_local_scalar_dense", partial(_after, Step, "_run", _read_sum)),
+    "the sums as a list": ("tolist", partial(_after, Step, "_run", _list_sums)),
+    "labels by a mask": ("index", partial(_after, Step, "_run", _choose_by_mask)),
+    "a number sent": ("lift_fresh", partial(_after, Step, "_run", _send_number)),
+}
+"""Faults that make the host wait, and the call that tells."""
+
+
+def stray(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A step that reads a tensor which nobody knows."""
+    return _after(Step, "_run", partial(_use_stray, tensor))
+
+
+def miswritten() -> AbstractContextManager[Any]:
+    """A step that writes where none may."""
+    return _after(Step, "_run", _write_labels)
+
+
+# -- the graph ---------------------------------------------------------------------------------------------------------
+
+READS = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique", "_unique2", "unique_dim"),
+    *("bincount", "multinomial", "histc", "repeat_interleave", "lift_fresh", "lift_fresh_copy"),
+}
+"""ATen calls that make the host wait, or send what it holds; and choices by a mask."""
+METHODS = ("tolist", "numpy", "cpu")
+"""Reads that are no ATen call on the CPU."""
+
+
+class Tape(TorchDispatchMode):
+    """Keeps every ATen call, and what it touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.outside: dict[int, tuple[Tensor, torch.UntypedStorage, int]] = {}
+        """By storage: a tensor that no call of the tape has made, a copy of the storage as it was, and the number of
+        times that it had been written to, as torch counts them."""
+        self.made: dict[int, Tensor] = {}
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.made and storage._cdata not in self.outside:
+                self.outside[storage._cdata] = (tensor, storage.clone(), tensor._version)
+        name = function.overloadpacket.__name__
+        masked = name.lstrip("_").startswith("index") and any(
+            t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1])
+        )
+        if name in READS or masked:
+            self.reads[name] += 1
+        out = function(*args, **kwargs)
+        for tensor in _tensors(out):
+            key = tensor.untyped_storage()._cdata
+            if key not in self.made and key not in self.outside:
+                self.made[key] = tensor
+        self.calls.append((function, args, kwargs, out))
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class EmulatedGraph:
+    """In place of torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+        self.tape = Tape()
+        self.written: set[int] = set()
+        """Storages from outside that the step wrote to."""
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """In place of torch.cuda.graph."""
+        tape = self.tape
+
+        def counted(name: str) -> Callable[..., Any]:
+            original = getattr(Tensor, name)
+
+            def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                tape.reads[name] += 1
+                return original(tensor, *args, **kwargs)
+
+            return method
+
+        with mock.patch.multiple(Tensor, **{name: counted(name) for name in METHODS}), tape:
+            yield
+        for key, (tensor, before, version) in tape.outside.items():
+            storage = tensor.untyped_storage()
+            # Batch norm's statistics change uncounted; a rate is written that may be the old one.
+            if tensor._version != version or not _bytes(storage).equal(_bytes(before)):
+                self.written.add(key)
+                storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run the calls again, then spoil all that they have made."""
+        self.num_replays += 1
+        for function, args, kwargs, out in self.tape.calls:
+            again = function(*args, **kwargs)
+            for kept, new in zip(_tensors(out), _tensors(again), strict=True):
+                if kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+        for tensor in self.tape.made.values():
+            tensor.detach().fill_(math.nan if tensor.is_floating_point() else tensor.dtype == torch.bool or -77)
+
+
+# -- a training, and what came of it -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What came of a training."""
+
+    tensors: dict[str, Tensor]
+    """See results()."""
+    state: TrainingState
+    num_replays: list[int] = field(default_factory=list)
+    """Of each graph."""
+    reads: Counter[str] = field(default_factory=Counter)
+    """Calls of a recorded step that make the host wait."""
+    read: set[str] = field(default_factory=set)
+    """What recorded steps read from outside, as outside_tensors() names it."""
+    written: set[str] = field(default_factory=set)
+    """What of that they wrote to."""
+
+    def differs_from(self, other: "Outcome") -> list[str]:
+        """Names of the tensors that are not the same bit for bit."""
+        names = sorted(self.tensors.keys() | other.tensors.keys())
+        mine, theirs = self.tensors, other.tensors
+        return [n for n in names if n not in mine or n not in theirs or not mine[n].equal(theirs[n])]
+
+
+def train(
+    setup: Setup,
+    *,
+    emulate: bool,
+    fault: AbstractContextManager[Any] | None = None,
+    start: tuple[Plan, TrainingState] | None = None,
+    stop_at: tuple[int, int] | None = None,
+    **more: Any,
+) -> Outcome:
+    """Train from the beginning or from `start`; `more` goes to loop.fit()."""
+    plan, state = start or setup.begin()
+    graphs: list[EmulatedGraph] = []
+    steps: list[Step] = []
+    with recorded(graphs, steps) if emulate else contextlib.nullcontext(), fault or contextlib.nullcontext():
+        fit(setup, plan, state, stop_at, **more)
+    outcome = Outcome(results(state), state)
+    known: dict[int, str] = {}
+    for step in steps:
+        for name, tensors in outside_tensors(step).items():
+            known |= {tensor.untyped_storage()._cdata: name for tensor in tensors}
+    for graph in graphs:
+        outcome.num_replays.append(graph.num_replays)
+        outcome.reads += graph.tape.reads
+        names = {key: known.get(key, _unknown(tensor)) for key, (tensor, *_) in graph.tape.outside.items()}
+        outcome.read |= set(names.values())
+        outcome.written |= {names[key] for key in graph.written}
+    return outcome
+
+
+def _unknown(tensor: Tensor) -> str:
+    return f"unknown {tuple(tensor.shape)} {tensor.dtype}"
