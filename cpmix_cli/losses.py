@@ -45,6 +45,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """[B] -> [B, C] bool. torch's one_hot looks at the labels first, which makes the host wait."""
+    return labels[:, None] == torch.arange(num_classes, device=labels.device)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
     """(1/B) sum_b w_b (-z_y + log sum_c exp z_c). Paper: Eq. (1) with l = cross entropy."""
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
@@ -93,7 +98,7 @@ def sigmoid_focal(
 
     Source: Cui et al., Class-balanced loss; wants `model.head_bias = "rare"`.
     """
-    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    targets = _one_hot(labels, logits.shape[1]).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (weights * (_chance_of_error(losses) ** gamma * losses).sum(1)).mean()
 
@@ -117,7 +122,7 @@ def ldam(
     Source: Cao et al., LDAM-DRW, and its code, which multiplies by s in the loss: the same.
     """
     margins = max_margin * (class_counts.min() / class_counts.to(logits.dtype)) ** 0.25
-    shift = scale * F.one_hot(labels, logits.shape[1]) * margins
+    shift = scale * _one_hot(labels, logits.shape[1]) * margins
     return cross_entropy(logits - shift, labels, weights, class_counts)
 
 
@@ -145,7 +150,7 @@ def lade(
     """
     prior = class_counts.to(logits.dtype) / class_counts.sum()
     batch_size, num_classes = logits.shape
-    own = F.one_hot(labels, num_classes).to(logits.dtype)
+    own = _one_hot(labels, num_classes).to(logits.dtype)
     mean_own = (own * logits).sum(0) / own.sum(0).clamp(min=1)
     uniform = torch.logsumexp(logits - torch.log(num_classes * prior[labels][:, None]), 0) - math.log(batch_size)
     regulariser = (prior * (-mean_own + uniform + remine * uniform**2)).sum()
