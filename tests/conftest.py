@@ -21,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cpmix_cli.artifacts import files as artifact_files
+from cpmix_cli.artifacts import records
 from cpmix_cli.cli import app
 from cpmix_cli.runtime import signals
 from cpmix_cli.runtime.hardware import num_threads
@@ -137,6 +138,11 @@ def flip(path: Path, place: int = -1, bit: int = 1) -> bytes:
     damaged[place] ^= bit
     path.write_bytes(damaged)
     return whole
+
+
+def edit_record(path: Path, **changes: object) -> None:
+    """Change fields of a record and seal it again, as a stranger would who knows how."""
+    records.publish_record(path, {**records.read_fields(path), **changes})
 
 
 def write_image(path: Path, pixels: Any = (0, 0, 0), size: tuple[int, int] = (20, 20)) -> Path:

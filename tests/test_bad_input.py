@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Result, ended, files, must, process, refused, unchanged, without_gpu
+from conftest import Result, edit_record, ended, files, must, process, refused, unchanged, without_gpu
 from equality import exact_contents
 from test_interruption import hooked
 
@@ -35,11 +35,11 @@ def data(digits: Path, tmp_path: Path) -> Path:
 )
 def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Path, label: int, message: str) -> None:
     """The hashes are right, the labels are not."""
-    record = records.read_fields(data / "dataset.json")
     tensors, _ = read_tensors(data / "train.safetensors")
     tensors["labels"][0] = label
     sha = publish_tensors(data / "train.safetensors", tensors)
-    records.publish_record(data / "dataset.json", {**record, "files": {**record["files"], "train.safetensors": sha}})
+    recorded = records.read_fields(data / "dataset.json")["files"]
+    edit_record(data / "dataset.json", files={**recorded, "train.safetensors": sha})
     refused(3, (str(data), message), "train-stage1", "--data", data, "--out", tmp_path / "run")
 
 
@@ -65,12 +65,12 @@ def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, c
 
 
 @pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate", "confusion-report", "predict x.png"])
-def test_from_a_folder_that_holds_no_run(command: str, digits: Path) -> None:
+def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, digits: Path) -> None:
     with unchanged(digits):
         refused(3, f"cpmix train-stage1 --data DATA --out {digits}", *command.split(), "--from", digits)
 
 
-def test_stage_2_before_stage_1(tmp_path: Path) -> None:
+def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
     result = refused(3, (), "train-stage2", "--from", tmp_path)
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'stage1'} is absent",
@@ -144,7 +144,7 @@ def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path:
     assert "goes on" not in result.stderr
 
 
-def test_a_full_disk_while_building(tmp_path: Path) -> None:
+def test_a_build_that_finds_no_room_can_be_given_again(tmp_path: Path) -> None:
     said = ("a file may have 10,000 here (ulimit -f)", "fix: raise the limit, or choose another folder with --out")
     ended(limited("build-lt", "digits", "--out", tmp_path / "d", size=10_000), 4, said)
     assert "dataset.json" not in files(tmp_path)
@@ -168,7 +168,7 @@ def test_an_output_below_a_file_is_refused(digits: Path, tmp_path: Path, flags: 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(digits: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_refused(digits: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     try:
         refused(4, "Permission denied", "train-stage1", "--data", digits, "--out", tmp_path / "run", "--dry-run")
@@ -179,7 +179,7 @@ def test_a_read_only_folder(digits: Path, tmp_path: Path) -> None:
 # -- the hand ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_faults_of_a_recipe_and_its_settings_at_once(digits: Path, tmp_path: Path) -> None:
+def test_all_faults_of_a_recipe_are_told_at_once(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         'seed = -1\n[optimizer]\nlr = "fast"\nmomentun = 0.9\n[schedule]\nepochs = 2.5\n[stage1.terms.erm]\nloss = 3\n'
     )

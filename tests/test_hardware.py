@@ -27,7 +27,9 @@ CORES = len(os.sched_getaffinity(0))
         ({}, {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
     ],
 )
-def test_threads(environment: dict[str, str], files: dict[str, str], expected: int, tmp_path: Path) -> None:
+def test_threads_follow_the_environment_and_quotas(
+    environment: dict[str, str], files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")

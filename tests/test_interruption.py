@@ -63,7 +63,7 @@ def run_to_the_end(*arguments: object) -> int:
     raise AssertionError("it never ends")
 
 
-def test_a_run_stopped_after_every_single_step(
+def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
     handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both stages and the finetune, with learning rates, sample order, draws, lambdas and pairs traced."""
@@ -140,7 +140,9 @@ def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> s
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_torch_is_imported(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_while_torch_is_imported_ends_the_command(
+    digits: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "run"
     result = hooked(on_event("import", "args[0] == 'torch'", number), "train-stage1", "--data", digits, "--out", out)
     ended(result, 130 if number == signal.SIGINT else 75)
@@ -185,7 +187,7 @@ def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: sign
     assert ".cpmix-lock" not in " ".join(files(tmp_path))
 
 
-def test_a_signal_to_the_whole_group_while_images_are_read(tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_while_images_are_read_ends_once(tmp_path: Path) -> None:
     """As Slurm and a terminal send it; the threads that read images get it too."""
     generator = np.random.default_rng(0)
     for i in range(300):
@@ -200,7 +202,7 @@ def test_a_signal_to_the_whole_group_while_images_are_read(tmp_path: Path) -> No
     assert contents(tmp_path / "set") == contents(tmp_path / "other")
 
 
-def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: Path) -> None:
+def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(digits: Path, tmp_path: Path) -> None:
     """The derived files are missing; the same command makes them from the state."""
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
     hash_of_name = temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
@@ -213,7 +215,9 @@ def test_a_signal_between_the_last_epoch_and_the_record(digits: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 75), (["--overwrite"], 130)])
-def test_ctrl_c_while_torch_is_imported_for_a_begun_phase(tmp_path: Path, flags: list[str], code: int) -> None:
+def test_ctrl_c_while_torch_is_imported_says_whether_a_phase_is_begun(
+    tmp_path: Path, flags: list[str], code: int
+) -> None:
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "training_state.safetensors").touch()
     hook = on_event("import", "args[0] == 'torch'", signal.SIGINT)
@@ -226,5 +230,5 @@ def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
     assert (result.code, result.stderr) == (0, "")
 
 
-def test_ctrl_c_while_the_first_modules_are_imported() -> None:
+def test_ctrl_c_while_the_first_modules_are_imported_shows_no_traceback() -> None:
     ended(hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version"), 130)

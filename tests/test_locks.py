@@ -75,7 +75,7 @@ DEAD = 2**22 - 1  # a pid beyond those in use
         ({"slurm_job": "11"}, 0, False),  # this job, alive
     ],
 )
-def test_which_locks_are_taken_over(
+def test_locks_of_the_dead_are_taken_over_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_by: dict[str, object], silent: float, taken: bool
 ) -> None:
     for name, value in (("SLURM_JOB_ID", "11"), ("SLURM_STEP_ID", "4"), ("SLURM_PROCID", "0")):
@@ -183,7 +183,7 @@ with hold(Path(sys.argv[1]), wait=True) as lock:
 """
 
 
-def test_status_of_a_phase_in_the_making(digits: Path, tmp_path: Path) -> None:
+def test_status_shows_a_phase_in_the_making_as_running(digits: Path, tmp_path: Path) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
     leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
     result = refused(75, (), "status", tmp_path, "--json")

@@ -17,7 +17,7 @@ def weights(run: Path, phase: str) -> dict[str, torch.Tensor]:
     return tensors.read_tensors(run / phase / "model.safetensors")[0]
 
 
-def test_mislas_finetune(digits_run: Path, tmp_path: Path) -> None:
+def test_a_mislas_finetune_learns_scales_and_moves_statistics(digits_run: Path, tmp_path: Path) -> None:
     """Scales are learnt beside the classifier, at another rate; the rest of the network moves its statistics alone."""
     flags = setting("head=scale", "batchnorm=shift", 'groups=[{prefix="head.scale", lr_factor=5.0}]', table="finetune")
     flags += setting(*SMOOTHING, table="finetune.terms.erm")
@@ -45,7 +45,7 @@ def test_lws_finetune_learns_scales_alone(digits_run: Path, tmp_path: Path) -> N
     torch.testing.assert_close(logits[1], logits[0] * after["head.scale"])
 
 
-def test_logit_adjustment_after_training(digits_run: Path) -> None:
+def test_logit_adjustment_after_training_shifts_the_logits(digits_run: Path) -> None:
     plain = must("evaluate", "--from", digits_run, "--json").json
     flags = ("--set", "evaluation.logit_adjustment=1.5")
     adjusted = must("evaluate", "--from", digits_run, *flags, "--json").json
@@ -59,7 +59,7 @@ def test_logit_adjustment_after_training(digits_run: Path) -> None:
     assert Path(labelled["folder"]).name == "finetune-la"
 
 
-def test_tau_norm_after_training(digits_run: Path) -> None:
+def test_tau_norm_after_training_scales_the_logits(digits_run: Path) -> None:
     plain = must("evaluate", "--from", digits_run, "--phase", "stage2", "--json").json
     flags = ("--phase", "stage2", "--set", "evaluation.tau_norm=0.5", "--json")
     normed = must("evaluate", "--from", digits_run, *flags).json
@@ -100,7 +100,7 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
     refused(3, ("has no val split", "--val-per-class"), "evaluate", "--from", tmp_path / "other", "--split", "val")
 
 
-def test_ldam_wants_its_cosine_head(digits: Path, tmp_path: Path) -> None:
+def test_ldam_needs_its_cosine_head(digits: Path, tmp_path: Path) -> None:
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--recipe", "digits/cross-entropy")
     ldam = setting("loss=ldam", "scale=30", table="stage1.terms.erm")
     for settings, message in (
@@ -167,13 +167,13 @@ def test_otmix_runs_and_resumes_its_draws(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["drawn", "rare"])
-def test_initial_bias_of_the_head(bias: str, generator: torch.Generator) -> None:
+def test_the_head_starts_from_the_bias_of_the_recipe(bias: str, generator: torch.Generator) -> None:
     model = build_model(Model.model_validate({"name": "resnet8", "head_bias": bias}), 10, (8, 8, 1), generator)
     rare = torch.full((10,), -2.1972246)  # -log 9
     assert torch.allclose(model.state_dict()["head.bias"], rare) == (bias == "rare")
 
 
-def test_cosine_head(generator: torch.Generator) -> None:
+def test_a_cosine_head_gives_cosines(generator: torch.Generator) -> None:
     """As LDAM's: no bias, class vectors of length 1 at first; 469,904 parameters for ResNet-32 at 100 classes."""
     model = build_model(Model(head="cosine"), 100, (32, 32, 3), generator)
     assert sum(p.numel() for p in model.parameters()) == 469_904

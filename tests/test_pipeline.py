@@ -166,7 +166,7 @@ def test_another_recipe_on_a_finished_phase_is_refused_with_the_difference(digit
         refused(4, ("optimizer.lr: 0.1 -> 0.05", "seed: 0 -> 3", "--overwrite"), *command)
 
 
-def test_two_stage_2s_from_one_stage_1(digits_run: Path, tmp_path: Path) -> None:
+def test_two_stage_2s_start_from_one_stage_1(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "bs"
     flags = ("--recipe", "digits/balanced-softmax", "--epochs", 6, "--out", other)
     first_stage = contents(digits_run / "stage1")
@@ -254,7 +254,7 @@ def test_another_data_set_is_not_taken(toy: Path, digits_run: Path) -> None:
     refused(3, "holds another data set (toy-lt-rho20)", "evaluate", "--from", digits_run, "--data", toy)
 
 
-def test_report_wants_a_current_evaluation(digits_run: Path) -> None:
+def test_a_report_needs_a_current_evaluation(digits_run: Path) -> None:
     command = ("confusion-report", "--from", digits_run, "--phase", "stage1")
     refused(3, f"fix: cpmix evaluate --from {digits_run} --phase stage1", *command)
     must("finetune", "--from", digits_run, "--set", "finetune.lr=0.01", "--overwrite")

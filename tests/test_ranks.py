@@ -51,7 +51,7 @@ SRUN = {
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, Ranks()),
     ],
 )
-def test_who_this_process_is(environment: Mapping[str, str], expected: Ranks) -> None:
+def test_the_environment_says_which_rank_this_is(environment: Mapping[str, str], expected: Ranks) -> None:
     assert find(environment) == expected
     assert ranks.is_later(environment) == (expected.rank > 0)
 
@@ -60,7 +60,7 @@ def test_who_this_process_is(environment: Mapping[str, str], expected: Ranks) ->
     "changes",
     [{"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "4"}],
 )
-def test_variables_that_make_no_sense(changes: Mapping[str, str]) -> None:
+def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) -> None:
     with pytest.raises(EnvironmentFault, match="make no sense"):
         find(TORCHRUN | changes)
     with pytest.raises(EnvironmentFault, match="SLURM_STEP_TASKS_PER_NODE = 4 nodes"):
@@ -78,7 +78,7 @@ def test_variables_that_make_no_sense(changes: Mapping[str, str]) -> None:
         ({}, ("localhost", 20000)),
     ],
 )
-def test_where_they_meet(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
+def test_the_environment_says_where_ranks_meet(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
     assert rendezvous_address(environment) == expected
 
 
@@ -262,7 +262,7 @@ def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: 
     assert record["ranks"] == 3
 
 
-def test_all_commands_under_torchrun(tmp_path: Path) -> None:
+def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
     """What does not train is the first rank's alone."""
     run, data = tmp_path / "run", tmp_path / "digits"
     commands = [
@@ -379,7 +379,7 @@ def test_an_error_of_one_ends_all(digits: Path, tmp_path: Path) -> None:
     assert errs[1].startswith("error: rank 1: no data set in data")
 
 
-def test_ranks_that_read_different_files(digits: Path, toy: Path, tmp_path: Path) -> None:
+def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, data in zip(folders, (digits, toy), strict=True):
         folder.mkdir()
@@ -392,7 +392,7 @@ def test_ranks_that_read_different_files(digits: Path, toy: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_ranks_that_never_come(missing: int, digits: Path, tmp_path: Path) -> None:
+def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
     launched = Launched(2, words, without=[missing], extra={"JOIN_SECONDS": "2"})
     codes, _, errs = launched.end()
@@ -409,7 +409,7 @@ def test_a_run_that_diverges_is_said_once(digits: Path, tmp_path: Path) -> None:
     assert errs[1] == ""
 
 
-def test_batch_norm_across_ranks_is_of_gpus(digits: Path, tmp_path: Path) -> None:
+def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "model.sync_batchnorm=true")
     codes, _, errs = Launched(2, words).end()
     assert codes == [2, 2]

@@ -61,14 +61,14 @@ def test_a_mixed_term_needs_all_its_steps() -> None:
         load("digits/cross-entropy", settings=["stage1.terms.erm.ratio=beta"])
 
 
-def test_no_coercion() -> None:
+def test_types_are_not_coerced() -> None:
     for setting in ("optimizer.lr='0.1'", "seed=true", "optimizer.batch_size=12.0"):
         with pytest.raises(UsageError):
             load("digits/cpmix", settings=[setting])
     assert load("digits/cpmix", settings=["optimizer.lr=1"]).optimizer.lr == 1.0
 
 
-def test_unknown_recipe_and_bad_setting() -> None:
+def test_unknown_recipes_and_bad_settings_are_refused() -> None:
     with pytest.raises(UsageError, match='Did you mean "digits/cpmix"'):
         load("digits/cp-mix")
     with pytest.raises(UsageError, match=r"is not table\.key=value"):
@@ -113,14 +113,14 @@ def test_by_rho_overrides_only_its_rho(tmp_path: Path) -> None:
     assert load(str(path), rho=100).optimizer.lr == 0.1
 
 
-def test_shared_stage_1() -> None:
+def test_methods_share_their_stage_1() -> None:
     for data in ("digits", "toy", "cifar100-lt"):
         ours, baseline = load(f"{data}/cpmix"), load(f"{data}/balanced-softmax")
         assert ours.tables_of("stage1") == baseline.tables_of("stage1")
         assert ours.tables_of("stage2") != baseline.tables_of("stage2")
 
 
-def test_a_recipe_that_does_not_fit_the_data() -> None:
+def test_a_recipe_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(UsageError, match=r'"resnet32": takes images, the data set has samples of shape \(2,\)'):
         check_fits(load("cifar100-lt/cpmix"), 4, (2,))
     with pytest.raises(UsageError, match='"cifar10": for 3 channels, the images have 1'):
@@ -184,7 +184,7 @@ def test_another_function_takes_the_old_ones_parameters_with_it() -> None:
         load("cifar100-lt/cpmix", settings=["stage2.terms.cp.label=lambda", "stage2.terms.cp.t=0.5"])
 
 
-def test_a_decay_for_each_milestone() -> None:
+def test_each_milestone_may_have_its_decay() -> None:
     settings = ["schedule.milestones=[100, 160, 200]", "schedule.decay=[0.1, 0.1, 0.01]"]
     assert load("cifar100-lt/cpmix", settings=settings).schedule.decay == [0.1, 0.1, 0.01]
     with pytest.raises(UsageError, match=r"schedule\.decay has 1 factors for 2 milestones"):
@@ -227,7 +227,7 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
         (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
     ],
 )
-def test_faults_of_the_keys_that_methods_need(settings: list[str], message: str) -> None:
+def test_faults_of_the_keys_that_methods_need_are_told(settings: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         load("cifar100-lt/cpmix", settings=settings)
 
@@ -247,7 +247,7 @@ ODD_TEXTS = {
 
 
 @pytest.mark.parametrize("name", ODD_TEXTS)
-def test_texts_that_no_recipe_has(name: str, tmp_path: Path) -> None:
+def test_texts_that_no_recipe_has_are_refused(name: str, tmp_path: Path) -> None:
     text, message = ODD_TEXTS[name]
     base = "n" * 300 if name == "extends" else "digits/cpmix"
     path = tmp_path / "mine.toml"
@@ -266,19 +266,19 @@ def test_texts_that_no_recipe_has(name: str, tmp_path: Path) -> None:
         ("optimizer.lr=" + "[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
 )
-def test_settings_that_no_recipe_has(setting: str, message: str) -> None:
+def test_settings_that_no_recipe_has_are_refused(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load("digits/cpmix", settings=[setting])
     assert caught.value.message.startswith(f'--set "{setting[:80]}...": ')
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".toml", "n/" * 3000 + "n.toml"])
-def test_names_longer_than_a_file_can_have(name: str) -> None:
+def test_names_longer_than_a_file_can_have_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="too long"):
         load(name)
 
 
-def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
+def test_recipes_that_extend_each_other_without_end_are_refused(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / f"{i}.toml").write_text(f'extends = "{tmp_path}/{i + 1}.toml"\n')
     with pytest.raises(UsageError, match=r"0\.toml extends more than 16 recipes"):
@@ -300,7 +300,7 @@ def test_recipes_that_extend_each_other_without_end(tmp_path: Path) -> None:
         ("schedule.epochs=1000001", "Input should be less than or equal to 1000000"),
     ],
 )
-def test_numbers_without_bounds(setting: str, message: str) -> None:
+def test_numbers_out_of_bounds_are_refused(setting: str, message: str) -> None:
     settings = ["stage2.terms.cp.loss=focal", setting] if "gamma" in setting else [setting]
     with pytest.raises(UsageError, match=re.escape(message)):
         load("digits/cpmix", settings=settings)

@@ -303,7 +303,7 @@ COMMANDS = [
 ]
 
 
-def test_all_phases_in_one_job(recorder: Cluster) -> None:
+def test_one_job_runs_all_phases(recorder: Cluster) -> None:
     assert recorder.run("pipeline.sbatch", **RUN, FLAGS="--epochs 5 --seed 1") == (0, "")
     assert recorder.asked() == COMMANDS
     assert {flags["--kill-on-bad-exit"] for flags, _ in recorder.read("srun")} == {"0"}

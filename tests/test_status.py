@@ -38,7 +38,7 @@ def phases_of(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_table_of_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
+def test_the_table_shows_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
     begun = tmp_path / "my run"  # a shell would take this for two words
     shutil.copytree(digits_run / "stage1", begun / "stage1")
     top1 = f"{json.loads((digits_run / 'evaluation/finetune/metrics.json').read_text())['top1']:.2f}"
@@ -62,7 +62,7 @@ def test_the_table_of_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Pat
     assert next_of(begun) == f"next: cpmix finetune --from '{begun}'"
 
 
-def test_a_finished_run(digits_run: Path) -> None:
+def test_a_finished_run_is_done_and_left_alone(digits_run: Path) -> None:
     with unchanged(digits_run):
         found = must("status", digits_run, "--json").json
     assert found["status"] == "done"
@@ -93,7 +93,7 @@ def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path
     assert lines == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
 
 
-def test_a_stale_phase(toy_run: Path) -> None:
+def test_a_stale_phase_is_shown_and_made_again(toy_run: Path) -> None:
     stage1 = toy_run / "stage1" / "recipe.toml"
     changed = load(str(stage1)).to_toml().replace("seed = 0", "seed = 5")
     stage1.with_name("seed5.toml").write_text(changed)
@@ -121,7 +121,7 @@ def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run:
     refused(3, "seed: 5 -> 0", *shlex.split(next_of(other))[2:])
 
 
-def test_stage1_again_with_other_epochs_or_without_a_stage2(digits: Path, digits_run: Path) -> None:
+def test_stage1_trained_again_makes_later_phases_stale(digits: Path, digits_run: Path) -> None:
     again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
     must(*again, "--epochs", 12)
     found = [(p["status"], p["epochs"], p["total_epochs"]) for p in phases_of(digits_run)]
@@ -134,7 +134,7 @@ def test_stage1_again_with_other_epochs_or_without_a_stage2(digits: Path, digits
     assert run["next"] == f"cpmix evaluate --from {digits_run}"
 
 
-def test_a_second_run_from_one_stage1(digits_run: Path, tmp_path: Path) -> None:
+def test_a_second_run_finds_its_stage1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
     result = refused(75, (), "status", digits_run, other, "--json")
@@ -165,7 +165,7 @@ def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digit
     assert phases_of(place)[phase == "stage2"]["status"] == "done"
 
 
-def test_an_interrupted_phase_whose_input_was_trained_again(digits: Path, digits_run: Path) -> None:
+def test_an_interrupted_phase_whose_input_was_trained_again_begins_anew(digits: Path, digits_run: Path) -> None:
     (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
     recipe = digits_run / "stage2" / "recipe.toml"
     assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --recipe {recipe}"
@@ -192,7 +192,7 @@ def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tm
     assert next_of(other) == f"next: cpmix train-stage2 --from {digits_run} --out {other} --overwrite"
 
 
-def test_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path) -> None:
+def test_the_next_command_names_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path) -> None:
     here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
     shutil.copytree(digits, here)
     must("train-stage1", "--data", here, "--out", run, "--epochs", 6)
@@ -206,7 +206,7 @@ def test_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path
     assert cpmix("status", run).code == 0
 
 
-def test_a_run_behind_a_symbolic_link(digits_run: Path, tmp_path: Path) -> None:
+def test_a_run_behind_a_symbolic_link_goes_on_there(digits_run: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     must("train-stage2", "--from", digits_run, "--out", tmp_path / "deep" / "other")
     (tmp_path / "deep" / "other" / "stage2" / "run.json").unlink()
@@ -216,7 +216,7 @@ def test_a_run_behind_a_symbolic_link(digits_run: Path, tmp_path: Path) -> None:
     follow(next_of(link))
 
 
-def test_damage_to_an_interrupted_phase(digits_run: Path) -> None:
+def test_damage_to_an_interrupted_phase_is_noticed(digits_run: Path) -> None:
     stage2 = digits_run / "stage2"
     (stage2 / "run.json").unlink()
     state, recipe = stage2 / "training_state.safetensors", stage2 / "recipe.toml"
@@ -240,7 +240,7 @@ def test_damage_to_an_interrupted_phase(digits_run: Path) -> None:
     refused(3, f"cannot read {recipe}", "status", digits_run)
 
 
-def test_folders_that_are_no_runs(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_runs_are_refused(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
         result = refused(3, (), "status", folder, "--json")
         assert message in result.json["error"]
@@ -270,7 +270,7 @@ def test_a_recipe_is_shown_resolved_and_can_be_used(tmp_path: Path) -> None:
     assert fields["recipe"] == mine.tables()
 
 
-def test_a_recipe_at_another_imbalance(tmp_path: Path) -> None:
+def test_a_recipe_is_shown_at_another_imbalance(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text(load("toy/cpmix").to_toml() + "\n[by_rho.200.optimizer]\nlr = 0.03\n")
     assert must("recipes", mine, "--rho", 200, "--json").json["recipe"]["optimizer"]["lr"] == 0.03

@@ -60,7 +60,7 @@ def test_nothing_asks_for_a_socket(tmp_path: Path, no_network: None) -> None:
     must("methods", "--json")
 
 
-def test_a_home_and_caches_that_cannot_be_written(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_a_home_and_caches_that_cannot_be_written_change_nothing(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     names = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TORCH_HOME", "HF_HOME", "MPLCONFIGDIR")
     run = tmp_path / "run"
     codes, _, stderr = session(
@@ -90,7 +90,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_paths(name: str, tmp_path: Path) -> None:
+def test_odd_paths_are_taken(name: str, tmp_path: Path) -> None:
     place = tmp_path / NAMES[name]
     data, run = place / "data", place / "run"
     must("build-lt", "toy", "--out", data)
@@ -103,7 +103,7 @@ def test_odd_paths(name: str, tmp_path: Path) -> None:
     assert must("status", run, "--json").json["runs"][0]["status"] == "done"
 
 
-def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
+def test_a_path_that_is_no_utf_8_is_taken(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data, run = place / "data", place / "run"
     codes, stdout, stderr = session(
@@ -149,7 +149,7 @@ def test_a_log_that_nobody_reads_stops_no_run(line: str, toy: Path, tmp_path: Pa
     assert (tmp_path / "run" / "stage1" / "run.json").is_file()
 
 
-def test_a_result_that_nobody_reads(toy_run: Path) -> None:
+def test_a_result_that_nobody_reads_is_an_error_only_on_a_full_disk(toy_run: Path) -> None:
     result = shell("{cpmix} status {run} | head -0", run=toy_run)
     assert (result.code, result.stderr) == (0, "")
     result = ended(shell("{cpmix} status {run} >/dev/full", run=toy_run), 4)
@@ -157,7 +157,7 @@ def test_a_result_that_nobody_reads(toy_run: Path) -> None:
     ended(shell("{cpmix} status {run} --json >/dev/full", run=toy_run), 4)
 
 
-def test_no_control_codes_without_a_terminal(toy: Path, tmp_path: Path) -> None:
+def test_without_a_terminal_no_control_codes_are_written(toy: Path, tmp_path: Path) -> None:
     """Whatever the environment says of colours."""
     _, stdout, stderr = session(
         ("train-stage1", "--data", toy, "--out", tmp_path / "run", "--epochs", 4),
@@ -200,19 +200,19 @@ def test_a_dry_run_takes_a_step_of_every_phase(digits: Path, digits_run: Path, t
 
 
 @pytest.mark.parametrize("flags", ["--help", "--version", "methods", "train-stage1 --help"])
-def test_help_and_version_that_nobody_reads(flags: str) -> None:
+def test_help_that_nobody_reads_is_an_error_only_on_a_full_disk(flags: str) -> None:
     result = shell("{cpmix} {flags} | head -0", flags=flags)
     assert (result.code, result.stderr) == (0, "")
     ended(shell("{cpmix} {flags} >/dev/full", flags=flags), 4, "No space left on device")
 
 
-def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
+def test_a_working_directory_that_was_deleted_is_told(tmp_path: Path) -> None:
     result = shell("cd {gone} && rmdir {gone} && PYTHONPATH={here} {cpmix} methods", gone=tmp_path, here=Path.cwd())
     ended(result, 4, "the working directory is not there any more")
 
 
 @pytest.mark.parametrize("line", ["train-stage2 --from", "status", "build-lt toy --out"])
-def test_a_name_longer_than_a_file_can_have(line: str, tmp_path: Path) -> None:
+def test_a_name_longer_than_a_file_can_have_is_refused(line: str, tmp_path: Path) -> None:
     result = cpmix(*line.split(), tmp_path / ("n" * 300))
     assert result.code in (3, 4)
     assert "nnn" in result.stdout + result.stderr
