@@ -48,7 +48,7 @@ def test_a_folder_is_kept_as_imbalanced_as_it_is(tmp_path: Path) -> None:
     together = [*dataset.samples("train")["path"], *tests["path"]]
     assert sorted(together) == sorted(f for f in files(tmp_path / "photos") if not f.endswith("txt"))
     assert dataset.shape == [64, 64, 3]
-    assert dataset.record["recipe"] == "image-folder/cpmix"
+    assert dataset.record.recipe == "image-folder/cpmix"
 
 
 def test_a_class_keeps_one_image_to_train_on(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: 
     suffix = "" if profile == "ranked" else f"-{profile}"
     assert numbers["folder"] == f"data/image-folder-p-lt-rho16{suffix}-8px"
     dataset = open_dataset(tmp_path / numbers["folder"])
-    assert (dataset.class_counts.tolist(), dataset.record["profile"]) == (counts, profile)
+    assert (dataset.class_counts.tolist(), dataset.record.profile) == (counts, profile)
     other = cpmix(*command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
     assert (other.code, "profile: " in other.stderr) == (4, True)
 

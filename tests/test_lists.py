@@ -219,7 +219,7 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
     assert build(places, "--verify", "--json").json["status"] == "up to date"
     no_statistics = 'data.normalisation = "dataset": of images that stay in their files no statistics are known'
     refused(2, no_statistics, "train-stage1", "--data", folder, "--recipe", "image-folder/cpmix", "--dry-run")
-    ended(build(places, "--few-inclusive", "--out", folder), 4, "few_inclusive: (none) -> True")
+    ended(build(places, "--few-inclusive", "--out", folder), 4, "few_inclusive: False -> True")
 
 
 @pytest.mark.parametrize("pack", [0, 16])

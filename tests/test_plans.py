@@ -1,7 +1,6 @@
 """The finetune's plan: its steps and draws, and the head that comes out of it, against updates by hand."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from draws import draw_epoch
 from test_engine import COUNTS, IMAGES, LABELS, STD, fresh, never
 
 from cpmix_cli.data.batches import ImageBatches
-from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.dataset import unwritten_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Recipe
@@ -41,7 +40,7 @@ RECIPE = {
 
 
 def setting(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseContext:
-    dataset = Dataset(Path(), {"shape": shape}, [str(c) for c in range(len(counts))], np.array(counts))
+    dataset = unwritten_dataset("plans", np.array(counts), shape, recipe="", rho=None, storage="tensors")
     return PhaseContext(recipe, dataset, torch.device("cpu"), "fp32", {})
 
 

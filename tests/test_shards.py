@@ -81,13 +81,13 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
         n * SIZE * SIZE * 3 for n in (4, 4, 2)
     ]
     dataset = open_dataset(tmp_path / "d")
-    assert (dataset.storage, dataset.shape, dataset.record["shard_images"]) == ("shards", [SIZE, SIZE, 3], 4)
+    assert (dataset.storage, dataset.shape, dataset.record.shard_images) == ("shards", [SIZE, SIZE, 3], 4)
     images = stored(tmp_path / "d")
     for path, image in zip(dataset.paths("train"), images, strict=True):
         assert (image == np.asarray(read_square(path, SIZE, upright=True))).all()
     pixels = images.reshape(-1, 3) / 255
-    np.testing.assert_allclose(dataset.record["mean"], pixels.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(dataset.record["std"], pixels.std(0), rtol=1e-12)
+    np.testing.assert_allclose(dataset.record.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(dataset.record.std, pixels.std(0), rtol=1e-12)
     assert pack(photos, tmp_path / "d", "--json").json["status"] == "up to date"
     name = must(
         "build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", tmp_path / "e", "--json"
@@ -219,7 +219,7 @@ def test_no_room(photos: Path, tmp_path: Path) -> None:
 def test_another_storage_takes_the_folder_over(photos: Path, tmp_path: Path) -> None:
     command = ["build-lt", "image-folder", "--data-root", photos, "--image-size", SIZE, "--out", tmp_path / "d"]
     must(*command)
-    ended(pack(photos, tmp_path / "d"), 4, "storage: (none) -> 'shards'")
+    ended(pack(photos, tmp_path / "d"), 4, "storage: 'tensors' -> 'shards'")
     assert pack(photos, tmp_path / "d", "--overwrite").code == 0
     assert files(tmp_path / "d") == sorted([*FILES, "train-00001.shard", "train-00002.shard"])
     must(*command, "--overwrite")

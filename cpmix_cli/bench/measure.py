@@ -85,7 +85,7 @@ def random_images(count: int, shape: Sequence[int]) -> Tensor:
 
 def training_data(dataset: Dataset, recipe: Data, images: Tensor, labels: Tensor, device: torch.device) -> TrainingData:
     """Images [N, H, W, channels] and their labels [N], resident on the device, as data of a data set."""
-    batches = make_batches(images.to(device), recipe, dataset.record["mean"], dataset.record["std"])
+    batches = make_batches(images.to(device), recipe, dataset.record.mean, dataset.record.std)
     return TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
 
 
@@ -198,7 +198,7 @@ def recipe_for(dataset: Dataset, name: str, options: BenchOptions) -> Recipe:
     Raises:
         UsageError: its faults, or it does not fit the data set, or wants a teacher.
     """
-    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record["rho"])
+    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     if any(term.distillation is not None for term in compile_stage(recipe.stage1)):
         raise UsageError(f"{name} learns from a teacher, which bench has not")

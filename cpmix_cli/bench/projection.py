@@ -207,7 +207,7 @@ def run(options: BenchOptions) -> None:
     sizes = options.world_sizes
     device = hardware.use_device(options.device)
     dataset, num_images, source = _training_set(options)
-    name = options.recipe or dataset.record["recipe"]
+    name = options.recipe or dataset.record.recipe
     recipe = measure.recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     setting = PhaseContext(recipe, dataset, device, precision, {})
@@ -374,7 +374,7 @@ def _images(
     if recipe.crop:
         record, shape = dataset.record, (recipe.crop, recipe.crop, 3)
         seen = measure.random_images(NUM_READ, shape).to(device)
-        cropped = augmenting(CropBatches(seen, recipe, record["mean"], record["std"], cropped=True))
+        cropped = augmenting(CropBatches(seen, recipe, record.mean, record.std, cropped=True))
 
     def reading(reader: ImageReader, indices: Sequence[int]) -> float:
         return _median_speed(*_warm(lambda _: ReadingAlone(reader, indices, whole.num_uniforms), 1), options)

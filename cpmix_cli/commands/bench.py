@@ -52,7 +52,7 @@ def run(options: BenchOptions) -> None:
     device = hardware.use_device(options.device)
     memory = Memory(device)
     dataset = training_set(options.data, options.data_root)
-    name = options.recipe or dataset.record["recipe"]
+    name = options.recipe or dataset.record.recipe
     recipe = recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import locks, records, tables
 from cpmix_cli.data import shards
-from cpmix_cli.data.dataset import Dataset, Storage, open_dataset
+from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
 from cpmix_cli.data.download import download
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
@@ -57,20 +57,18 @@ def run(options: BuildOptions) -> None:
 
     name = folder_name(options, source, rho)
     folder = options.out or Path("data") / name
-    made_from: dict[str, Any] = {
-        "source": options.source,
-        "rho": rho,
-        "profile": profile if rho is not None else None,
-        "subset_seed": options.subset_seed,
-        "val_per_class": options.val_per_class,
-        "test_per_class": test_per_class,
-        "image_size": size if source.root else None,
-        "listing": source.listing,
-    }
-    if storage != "tensors":
-        made_from["storage"] = storage
-    if options.few_inclusive:
-        made_from["few_inclusive"] = True
+    request = DatasetRequest(
+        source=options.source,
+        rho=rho,
+        profile=profile if rho is not None else None,
+        subset_seed=options.subset_seed,
+        val_per_class=options.val_per_class,
+        test_per_class=test_per_class,
+        image_size=size if source.root else None,
+        listing=source.listing,
+        storage=storage,
+        few_inclusive=options.few_inclusive,
+    )
 
     status = "up to date"
     if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
@@ -91,14 +89,14 @@ def run(options: BuildOptions) -> None:
                         stored = store_shards(folder, lock, splits, source.root, sizes, size, upright)
                     else:
                         stored = store_files(folder, splits, source.root, size)
-                    _write(folder, lock, name, made_from, source, splits, stored)
+                    _write(folder, lock, name, request, source, splits, stored)
                     clear(folder, open_dataset(folder))
                     status = "built"
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
-        _check_existing(dataset, made_from)
+        _check_existing(dataset, request)
     elif shared := num_duplicates(dataset):
-        console.warn(f"{shared} of {dataset.record['num_test']} test images are identical to a training image")
+        console.warn(f"{shared} of {dataset.record.num_test} test images are identical to a training image")
     if options.verify:
         _verify(dataset)
     _show(dataset, status)
@@ -240,7 +238,7 @@ def _write(
     folder: Path,
     lock: locks.Lock,
     name: str,
-    made_from: dict[str, Any],
+    request: DatasetRequest,
     source: Source,
     splits: Mapping[str, Split],
     stored: Stored,
@@ -260,8 +258,7 @@ def _write(
     counts, num_test = (
         np.bincount(splits[name].labels, minlength=len(source.class_names)) for name in ("train", "test")
     )
-    few_inclusive = bool(made_from.get("few_inclusive"))
-    groups = [group_of(int(n), few_inclusive=few_inclusive) for n in counts]
+    groups = [group_of(int(n), few_inclusive=request.few_inclusive) for n in counts]
     files[artifacts.CLASS_COUNTS] = tables.publish_table(
         folder / artifacts.CLASS_COUNTS,
         tables.CLASS_COUNTS_SCHEMA,
@@ -276,7 +273,7 @@ def _write(
     record = {
         "format": records.FORMAT,
         "name": name,
-        **made_from,
+        **request.fields(),
         "classes": source.class_names,
         "num_train": int(counts.sum()),
         "num_test": int(num_test.sum()),
@@ -298,15 +295,14 @@ def _write(
 # -- a finished data set -----------------------------------------------------------------------------------------------
 
 
-def _check_existing(dataset: Dataset, made_from: dict[str, Any]) -> None:
+def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
     """Check the files of a data set that exists, and that it is the one asked for; pack missing shards again."""
-    wanted = made_from | {key: made_from.get(key) for key in ("storage", "few_inclusive")}
-    if changed := differences({key: dataset.record.get(key) for key in wanted}, wanted):
+    if changed := differences(dataset.record.request.model_dump(), request.model_dump()):
         raise EnvironmentFault(
             f"{dataset.folder} holds another data set:{indented(changed)}",
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
-    artifacts.verify(dataset.folder, dataset.record["files"])
+    artifacts.verify(dataset.folder, dataset.record.files)
     if dataset.storage == "shards":
         _repair(dataset)
     locks.tidy(dataset.folder)
@@ -326,7 +322,7 @@ def _repair(dataset: Dataset) -> None:
             sizes = np.zeros(len(paths), dtype=np.int64)
             packing = shards.Packing(
                 *(dataset.folder, split, dataset.data_root, paths, sizes),
-                *(dataset.shape[0], dataset.upright, dataset.record["shard_images"]),
+                *(dataset.shape[0], dataset.upright, dataset.record.shard_images),
             )
             packing.pack(missing, lock, expected=recorded.hashes)
             clear(dataset.folder, dataset)
@@ -357,29 +353,29 @@ def num_duplicates(dataset: Dataset) -> int:
 
 def _show(dataset: Dataset, status: str) -> None:
     record, counts = dataset.record, dataset.class_counts
-    groups = record["groups"]
-    medium, few = ("21..100", "<=20") if dataset.few_inclusive else ("20..100", "<20")
+    groups = record.groups
+    medium, few = ("21..100", "<=20") if record.few_inclusive else ("20..100", "<20")
     fields = {
         "status": status,
         "folder": str(dataset.folder),
         "num_classes": len(counts),
-        "num_train": record["num_train"],
-        "num_test": record["num_test"],
+        "num_train": record.num_train,
+        "num_test": record.num_test,
         "largest": int(counts.max()),
         "smallest": int(counts.min()),
         "groups": groups,
-        "fingerprint": record["fingerprint"],
+        "fingerprint": record.fingerprint,
     }
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
     lines = [
-        *console.histogram(counts.tolist(), record["classes"]),
+        *console.histogram(counts.tolist(), record.classes),
         "",
-        f"{record['name']}: {record['num_train']:,} training and {record['num_test']:,} test images, "
+        f"{record.name}: {record.num_train:,} training and {record.num_test:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():.4g})",
         f"groups: {shown} classes",
         f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)
-    following = console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record['name']}")
+    following = console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record.name}")
     console.note(f"next: {following}")

@@ -131,7 +131,7 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
         "runs": [str(r.run) for r in row.runs],
         **{key: dict(zip(("mean", "std"), row.statistics(key), strict=True)) for key in MEASURES},
         "num_parameters": run.num_parameters,
-        "num_experts": run.numbers.get("num_experts"),
+        "num_experts": run.numbers.num_experts,
         "precision": run.conditions["precision"],
         "epochs": list(run.epochs),
         "full_epochs": run.full_epochs,

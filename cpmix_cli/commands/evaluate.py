@@ -55,7 +55,7 @@ def run(options: EvaluateOptions) -> None:
     root, named = folders.locate(options.from_folder)
     source = folders.choose_phase(root, options.phase or named, PHASES)
     dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
-    if dataset.few_inclusive:
+    if dataset.record.few_inclusive:
         options = replace(options, few_inclusive=True)
     recipe = requested_recipe(options, source)
     device = use_device(options.device)
@@ -175,7 +175,7 @@ def learnt_weights(
         found = []
         for number in range(2):
             changed = weakly_changed(tests.pictures(batch), torch_generator(recipe.seed, "view", call, number))
-            batches = make_batches(changed.to(device), recipe.data, dataset.record["mean"], dataset.record["std"])
+            batches = make_batches(changed.to(device), recipe.data, dataset.record.mean, dataset.record.std)
             found.append(prediction.predict(model, batches, len(batch), recipe.evaluation.batch_size))
         return found[0], found[1]
 
@@ -272,9 +272,9 @@ def report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
     numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent, folder.name)
-    experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers["experts"], start=1)]
+    experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers.experts, start=1)]
     console.result(
-        {"status": status, "folder": str(folder), **numbers},
+        {"status": status, "folder": str(folder), "phase": numbers.phase, **numbers.model_dump()},
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=[*rows, *experts],

@@ -60,13 +60,13 @@ class Candidate:
     @property
     def rho(self) -> float:
         """Imbalance factor: the one built for, else the largest class over the smallest."""
-        recorded, counts = self.dataset.record["rho"], self.dataset.class_counts
-        return float(recorded) if recorded is not None else float(counts.max() / counts.min())
+        recorded, counts = self.dataset.record.rho, self.dataset.class_counts
+        return float(recorded if recorded is not None else counts.max() / counts.min())
 
     @property
     def data(self) -> str:
         """The data set as the paper writes it: CIFAR100-LT-200, balanced CIFAR100."""
-        title = SOURCE_TITLES.get(self.dataset.record["source"])
+        title = SOURCE_TITLES.get(self.dataset.record.source)
         if title is None:
             return self.dataset.name
         return f"balanced {title}" if self.balanced else f"{title}-LT-{self.rho:g}"
@@ -278,7 +278,7 @@ TOY_METHODS = ("ERM", "Mixup", "similar-pair mixup", "CP-Mix")
 def figure2(options: FigureOptions, found: list[Candidate]) -> Drawn:
     """The toy example: regions at one imbalance factor, accuracy and confusion over all, over seeds."""
     for one in found:
-        if one.dataset.record["source"] != "toy":
+        if one.dataset.record.source != "toy":
             raise InputError(
                 f"{one.source.run} is of {one.dataset.name}, and not of the toy data", fix="cpmix build-lt toy"
             )
@@ -343,7 +343,7 @@ def figure3(options: FigureOptions, found: list[Candidate]) -> Drawn:
     even = [group for group in groups if group[0].balanced and group[0].dataset.class_names == names]
     balanced = next((chosen["ERM"] for group in even if (chosen := by_method(group, ["ERM"]))), None)
     if balanced is None:
-        source = erm.dataset.record["source"]
+        source = erm.dataset.record.source
         build = console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1")
         raise InputError(
             f"{console.command} needs a run of ERM on balanced {SOURCE_TITLES.get(source, source)}",

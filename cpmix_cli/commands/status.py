@@ -127,7 +127,7 @@ def accuracy(folder: PhaseFolder) -> float | None:
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if record.source.sha256 != folder.output(files.MODEL)[1]:
         return None
-    return float(read_numbers(evaluation)["top1"])
+    return read_numbers(evaluation).top1
 
 
 def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:

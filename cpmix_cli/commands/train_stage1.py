@@ -42,7 +42,7 @@ def run(options: TrainStage1Options) -> None:
         settings=options.settings,
         epochs=options.epochs,
         seed=options.seed,
-        rho=dataset.record["rho"],
+        rho=dataset.record.rho,
     )
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     source = None if options.teacher is None else choose_teacher(options.teacher, dataset)

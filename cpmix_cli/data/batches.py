@@ -257,7 +257,7 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     Raises:
         InputError: the split's files are missing or damaged.
     """
-    mean, std = dataset.record["mean"], dataset.record["std"]
+    mean, std = dataset.record.mean, dataset.record.std
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
         return make_batches(inputs.to(device), recipe, mean, std), labels

@@ -50,12 +50,32 @@ class Shaped(Record):
         return self
 
 
-class Entry(Shaped):
-    """What readers of a dataset.json count on."""
+class DatasetRequest(Record):
+    """What build-lt was asked for; equal requests give equal data sets."""
+
+    source: str
+    rho: int | float | None
+    """Imbalance factor, as it was given: 20 and 20.0 are written differently."""
+    profile: str | None
+    subset_seed: int
+    val_per_class: int
+    test_per_class: int | None
+    image_size: int | None
+    listing: str | None
+    """Digest of the list of image files."""
+    storage: Storage = "tensors"
+    few_inclusive: bool = False
+    """Classes of exactly 20 training images are few."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return what dataset.json records of it."""
+        return self.model_dump(exclude_defaults=True)
+
+
+class DatasetRecord(Shaped, DatasetRequest):
+    """Fields of a dataset.json."""
 
     name: str
-    source: str
-    rho: float | None
     classes: list[str]
     num_train: int
     num_test: int
@@ -64,11 +84,15 @@ class Entry(Shaped):
     files: dict[FileName, str]
     data_root: str | None
     fingerprint: str
-    storage: Storage = "tensors"
     shard_images: Annotated[int, Field(ge=1)] = 1
 
+    @property
+    def request(self) -> DatasetRequest:
+        """What build-lt was asked for."""
+        return DatasetRequest(**self.model_dump(include=set(DatasetRequest.model_fields)))
+
     @model_validator(mode="after")
-    def _storage_fits(self) -> "Entry":
+    def _storage_fits(self) -> "DatasetRecord":
         if (not self.mean and len(self.shape) == 3) != (self.storage == "files"):
             raise ValueError(f"{len(self.mean)} means of storage {self.storage}")
         if self.storage != "tensors" and (self.shape != [self.shape[0]] * 2 + [3] or self.data_root is None):
@@ -76,7 +100,7 @@ class Entry(Shaped):
         return self
 
     @model_validator(mode="after")
-    def _groups_are_all(self) -> "Entry":
+    def _groups_are_all(self) -> "DatasetRecord":
         if len(self.groups) != 3:
             raise ValueError("groups are many, medium and few")
         return self
@@ -87,8 +111,7 @@ class Dataset:
     """A data set folder, its record checked; pixels are read when asked for."""
 
     folder: Path
-    record: dict[str, Any]
-    class_names: list[str]
+    record: DatasetRecord
     class_counts: NDArray[np.int64]
     """Training images a class [C]."""
     moved_to: Path | None = None
@@ -97,17 +120,17 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Digest of lists, labels and packed pixels."""
-        return str(self.record["fingerprint"])
+        return self.record.fingerprint
 
     @property
     def name(self) -> str:
         """Source, rho and whatever else the folder name says."""
-        return str(self.record["name"])
+        return self.record.name
 
     @property
-    def few_inclusive(self) -> bool:
-        """Classes of exactly 20 training images are few, as build-lt was told."""
-        return bool(self.record.get("few_inclusive", False))
+    def class_names(self) -> list[str]:
+        """Name of each class [C]."""
+        return self.record.classes
 
     @property
     def num_classes(self) -> int:
@@ -117,13 +140,12 @@ class Dataset:
     @property
     def shape(self) -> list[int]:
         """Shape of one image (H, W, channels) or point (2,)."""
-        return list(self.record["shape"])
+        return self.record.shape
 
     @property
     def storage(self) -> Storage:
         """How images are kept, and so what gives them: read(), shards() or paths()."""
-        storage: Storage = self.record.get("storage", "tensors")
-        return storage
+        return self.record.storage
 
     @property
     def has_statistics(self) -> bool:
@@ -133,7 +155,7 @@ class Dataset:
     @property
     def upright(self) -> bool:
         """Whether EXIF's rotation is applied: to people's own images, see decoding.py."""
-        return bool(self.record["source"] == "image-folder")
+        return self.record.source == "image-folder"
 
     def recipe(self) -> str:
         """Name of the recipe for this data where none is asked for.
@@ -141,7 +163,7 @@ class Dataset:
         Raises:
             InputError: there is none of that name.
         """
-        name = str(self.record["recipe"])
+        name = self.record.recipe
         try:
             find_recipe(name)
         except UsageError as fault:  # nobody's --recipe: the data set says it
@@ -184,7 +206,7 @@ class Dataset:
     @property
     def splits(self) -> list[str]:
         """Those that there are of train, val and test."""
-        return [split for split in SPLITS if f"{split}.parquet" in self.record["files"]]
+        return [split for split in SPLITS if f"{split}.parquet" in self.record.files]
 
     def samples(self, split: str) -> pd.DataFrame:
         """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
@@ -215,7 +237,7 @@ class Dataset:
         path = self.folder / f"{split}-{HASHES}"
         table = tables.read_table(path, tables.HASHES_SCHEMA, self._sha(path))
         hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
-        return Shards(self.folder, split, hashes, self.shape, self.record["shard_images"])
+        return Shards(self.folder, split, hashes, self.shape, self.record.shard_images)
 
     def paths(self, split: str) -> list[Path]:
         """The image file of each sample of a split, below data_root; of a source whose images are files.
@@ -224,18 +246,18 @@ class Dataset:
             InputError: the list is damaged.
         """
         root = self.data_root
-        assert root is not None  # Entry sees to it where images are read from their files
+        assert root is not None  # DatasetRecord sees to it where images are read from their files
         return [root / path for path in self.samples(split)["path"]]
 
     def _sha(self, path: Path) -> str:
-        if path.name not in self.record["files"]:
+        if path.name not in self.record.files:
             raise InputError(f"{self.folder / DATASET} records no {path.name}")
-        return str(self.record["files"][path.name])
+        return self.record.files[path.name]
 
     @property
     def data_root(self) -> Path | None:
         """Folder of the image files; None for sets that come in a file of their own."""
-        root = self.moved_to or self.record.get("data_root")
+        root = self.moved_to or self.record.data_root
         return Path(root) if root is not None else None
 
 
@@ -254,10 +276,16 @@ def unwritten_dataset(
     """
     classes, channels = [str(c) for c in range(len(counts))], shape[-1]
     groups = Counter(map(group_of, counts.tolist()))
-    entry = Entry(
+    record = DatasetRecord(
         name=name,
         source=name,
         rho=rho,
+        profile=None,
+        subset_seed=0,
+        val_per_class=0,
+        test_per_class=None,
+        image_size=None,
+        listing=None,
         classes=classes,
         num_train=int(counts.sum()),
         num_test=0,
@@ -271,7 +299,7 @@ def unwritten_dataset(
         mean=[0.5] * channels,
         std=[0.25] * channels,
     )
-    return Dataset(Path(), entry.model_dump(), classes, counts)
+    return Dataset(Path(), record, counts)
 
 
 def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
@@ -290,16 +318,14 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
             f"no data set in {folder} ({DATASET} is missing)", fix="cpmix build-lt SOURCE, then --data FOLDER"
         )
     path = folder / DATASET
-    record = records.read_fields(path)
-    records.checked(path, Entry, record)
+    record = records.read_record(path, DatasetRecord)
     path = folder / CLASS_COUNTS
-    counts = tables.read_class_counts(path, record["files"].get(path.name, ""))
-    if counts["class_name"].tolist() != record["classes"]:
+    counts = tables.read_class_counts(path, record.files.get(path.name, ""))
+    if counts["class_name"].tolist() != record.classes:
         raise InputError(f"{path} names other classes than {folder / DATASET}")
     dataset = Dataset(
         folder=folder,
         record=record,
-        class_names=list(record["classes"]),
         class_counts=np.asarray(counts["num_train"], dtype=np.int64),
         moved_to=data_root,
     )
@@ -310,7 +336,7 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
 
 def _check_moved(dataset: Dataset, data_root: Path) -> None:
     """Look for some of the image files, from the first to the last."""
-    if dataset.record["data_root"] is None:
+    if dataset.record.data_root is None:
         raise UsageError(
             f"--data-root {data_root}: {dataset.name} has no image files, all of it is in {dataset.folder}",
             fix="drop the flag",
@@ -324,7 +350,7 @@ def _check_moved(dataset: Dataset, data_root: Path) -> None:
             f"{data_root} is not the folder of {dataset.name}'s images: {len(missing)} of {len(looked_for)} that were "
             f"looked for are not in it, such as {missing[0]}",
             needed_by="--data-root",
-            fix=f"name the folder that takes the place of {dataset.record['data_root']}",
+            fix=f"name the folder that takes the place of {dataset.record.data_root}",
         )
 
 

@@ -150,7 +150,7 @@ def clear(folder: Path, dataset: Dataset | None = None) -> None:
         folder: of the data set.
         dataset: the one that is there now.
     """
-    keep = set(dataset.record["files"]) if dataset is not None else set()
+    keep = set(dataset.record.files) if dataset is not None else set()
     if dataset is not None and dataset.storage == "shards":
         for split in dataset.splits:
             recorded = dataset.recorded_shards(split)

@@ -82,8 +82,8 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
                 needed_by="evaluate --test-data",
             )
         # Normalised as in training: the network has not seen what a test set's own statistics would do to it.
-        own = {key: dataset.record[key] for key in ("mean", "std")}
-        tests = own_tests(replace(other, record=other.record | own), "test")
+        own = {"mean": dataset.record.mean, "std": dataset.record.std}
+        tests = own_tests(replace(other, record=other.record.model_copy(update=own)), "test")
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
@@ -96,7 +96,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
     def reader(recipe: Data) -> FileReader:
         return FileReader(paths, dataset.shape, recipe, upright=True)
 
-    mean, std = dataset.record["mean"], dataset.record["std"]
+    mean, std = dataset.record.mean, dataset.record.std
     return TestSet(
         lambda recipe, device: stream_batches(reader(recipe), recipe, mean, std, device),
         lambda at: torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), at.tolist())))),

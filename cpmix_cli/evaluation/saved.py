@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import ConfigDict
 
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.evaluation.accuracy import confusion_matrix
@@ -78,28 +78,47 @@ def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
     return rows
 
 
-def accuracy_row(name: str, numbers: dict[str, Any]) -> list[str]:
-    """The cells under ACCURACY_HEADER."""
-    keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
-    cells = ["-" if numbers[key] is None else f"{numbers[key]:.2f}" for key in keys]
-    return [name, *cells, f"{numbers['num_test']:,}"]
-
-
-class Numbers(records.Record):
-    """What readers of an evaluation's metrics.json count on."""
+class Accuracy(records.Record):
+    """Numbers of accuracy.summary(), in per cent; None for a group without classes."""
 
     top1: float
     many: float | None
     medium: float | None
     few: float | None
     balanced_accuracy: float
-    ece: float
     num_test: int
-    experts: list[dict[str, float | int | None]]
+    num_classes_without_test: int
+    ece: float
 
 
-def read_numbers(evaluation: Path) -> dict[str, Any]:
-    """An evaluation's metrics.json, verified.
+class EvaluationNumbers(Accuracy):
+    """Fields of an evaluation's metrics.json; what the first release wrote besides is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    phase: str
+    test_distribution: str
+    num_test_profile: int | None
+    num_experts: int
+    expert_weights: list[float] | None
+    experts_used: float
+    experts: list[Accuracy]
+    logit_adjustment: float
+    tau_norm: float
+    aggregate: str
+    routing_threshold: float
+    temperature: float
+    checkpoint_sha256: str
+
+
+def accuracy_row(name: str, numbers: Accuracy) -> list[str]:
+    """Return the cells under ACCURACY_HEADER."""
+    shares = (numbers.top1, numbers.many, numbers.medium, numbers.few, numbers.balanced_accuracy, numbers.ece)
+    return [name, *("-" if share is None else f"{share:.2f}" for share in shares), f"{numbers.num_test:,}"]
+
+
+def read_numbers(evaluation: Path) -> EvaluationNumbers:
+    """Read an evaluation's metrics.json.
 
     Raises:
         InputError: it or the evaluation's record is missing or damaged.
@@ -107,11 +126,10 @@ def read_numbers(evaluation: Path) -> dict[str, Any]:
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     path, sha = run_json.output_of(evaluation, record, files.EVALUATION)
     try:
-        numbers: dict[str, Any] = json.loads(files.read_bytes(path, sha, limit=files.MAX_RECORD))
+        numbers = json.loads(files.read_bytes(path, sha, limit=files.MAX_RECORD))
     except (ValueError, RecursionError) as fault:
         raise InputError(f"{path} is no JSON") from fault
-    records.checked(path, Numbers, numbers)
-    return numbers
+    return records.checked(path, EvaluationNumbers, numbers)
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tables import METRICS_COLUMNS, read_table
-from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
@@ -43,7 +43,7 @@ class EvaluatedRun:
     forms: frozenset[bool]
     """Which rows of the paper it may stand for, by PaperRow.finetuned."""
     seed: int
-    numbers: dict[str, Any]
+    numbers: EvaluationNumbers
     conditions: dict[str, Any]
     """All that it has to share with others in its row, by names with dots."""
     checkpoint: str
@@ -80,7 +80,7 @@ class ComparisonRow:
 
     def statistics(self, measure: str) -> tuple[float | None, float | None]:
         """Mean and sample standard deviation of a measure; None where there is none."""
-        values = [run.numbers[measure] for run in self.runs if run.numbers[measure] is not None]
+        values = [value for run in self.runs if (value := getattr(run.numbers, measure)) is not None]
         return (fmean(values) if values else None, stdev(values) if len(values) > 1 else None)
 
     def cost(self) -> dict[str, Any]:

@@ -246,8 +246,8 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
         "absolute": str(dataset.folder.resolve()),
         "fingerprint": dataset.fingerprint,
         "shape": dataset.shape,
-        "mean": dataset.record["mean"],
-        "std": dataset.record["std"],
+        "mean": dataset.record.mean,
+        "std": dataset.record.std,
         **({} if dataset.storage == "tensors" else {"storage": dataset.storage}),
     }
 

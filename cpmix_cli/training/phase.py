@@ -156,7 +156,7 @@ def continued(
             settings=options.settings,
             epochs=options.epochs,
             seed=options.seed,
-            rho=dataset.record["rho"],
+            rho=dataset.record.rho,
         )
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     folders.require_same_upstream(source, recipe, origin=options.recipe or "what is asked")
@@ -448,7 +448,7 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     recorder.publish_tensors(files.MODEL, state.model.state_dict())
     pairs = tables.confusion_columns(state.confusion)
     recorder.publish_table(files.CONFUSION_PAIRS, tables.CONFUSION_SCHEMA, pairs)
-    counts = files.read_bytes(dataset.folder / files.CLASS_COUNTS, dataset.record["files"][files.CLASS_COUNTS])
+    counts = files.read_bytes(dataset.folder / files.CLASS_COUNTS, dataset.record.files[files.CLASS_COUNTS])
     recorder.publish(files.CLASS_COUNTS, counts)
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
     schema = tables.metrics_schema([term.name for term in plan.terms])
