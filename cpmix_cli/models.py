@@ -10,6 +10,7 @@ business: see build_model().
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpmix_cli.recipe.schema import Model
+from cpmix_cli.recipe.schema import Finetune, Model
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
 
@@ -312,11 +313,15 @@ class ImageNetExperts(Classifier):
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
         block, planes = type(stages[0][0]), [64, 128, 256, 512]
         self.shared = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, *stages[:shared])
-        num_in = planes[shared - 1] * block.expansion
         own = [round(recipe.expert_width * p) for p in planes[shared:]]
         lengths = [len(stage) for stage in stages[shared:]]
-        branches = (_imagenet_stages(block, num_in, own, lengths) for _ in range(experts))
-        self.experts = Experts(branches, detached=recipe.detached_experts)
+
+        def branch() -> nn.Sequential:
+            network.inplanes = planes[shared - 1] * block.expansion  # of torchvision's, which each stage moves on
+            made = (network._make_layer(block, *stage, stride=2) for stage in zip(own, lengths, strict=True))
+            return nn.Sequential(*itertools.chain.from_iterable(made))
+
+        self.experts = Experts((branch() for _ in range(experts)), detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
         # torchvision's modules -> those here; a block of an expert's own stages is there once for each.
         self._places = {"conv1": ["shared.0"], "bn1": ["shared.1"]}
@@ -348,18 +353,6 @@ def _torchvision_resnet(name: str) -> Any:
     return getattr(resnet, name)()
 
 
-def _imagenet_stages(block: Any, num_in: int, planes: Sequence[int], lengths: Sequence[int]) -> nn.Sequential:
-    """Stages of torchvision's blocks, each halving height and width."""
-    made = []
-    for width, length in zip(planes, lengths, strict=True):
-        num_out = width * block.expansion
-        shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride=2, bias=False), nn.BatchNorm2d(num_out))
-        made.append(block(num_in, width, stride=2, downsample=shortcut))
-        made += [block(num_out, width) for _ in range(length - 1)]
-        num_in = num_out
-    return nn.Sequential(*made)
-
-
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
     sqrt 2), linear biases as PyTorch draws them; the vectors of a cosine head uniform on the cube, then of length 1.
@@ -376,90 +369,72 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
                     module.bias.uniform_(-bound, bound, generator=generator)
 
 
-def _takes(shape: Sequence[int], dimensions: int, what: str) -> None:
-    if len(shape) != dimensions:
-        raise ValueError(f"takes {what}, the data set has samples of shape {tuple(shape)}")
+def cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, blocks: int) -> Classifier:
+    """A ResNet of the CIFAR papers, of width 16; of several experts where [model] has them.
 
+    Args:
+        num_classes: C.
+        shape: of an image (H, W, channels).
+        recipe: [model].
+        blocks: of each stage.
 
-def _cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, blocks: int) -> Classifier:
-    _takes(shape, 3, "images")
+    Raises:
+        ValueError: for points, or experts that it cannot have.
+    """
+    if len(shape) != 3:
+        raise ValueError(f"takes images, the data set has samples of shape {tuple(shape)}")
     if recipe.experts > 1:
         return CifarExperts(num_classes, shape[-1], blocks, 16, recipe)
     return CifarResNet(num_classes, num_channels=shape[-1], blocks=blocks, width=16)
 
 
-def resnet32(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """ResNet-32 for 32 x 32 images."""
-    return _cifar_resnet(num_classes, shape, recipe, blocks=5)
+def imagenet_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, name: str) -> Classifier:
+    """One of torchvision's ResNets (stride in the 3 x 3 convolution); of several experts where [model] has them.
 
+    Args:
+        num_classes: C.
+        shape: of an image (H, W, 3).
+        recipe: [model].
+        name: torchvision's.
 
-def resnet8(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """One block a stage at width 16 (75,002 parameters for 10 classes of grey images): for 8 x 8 digits."""
-    return _cifar_resnet(num_classes, shape, recipe, blocks=1)
-
-
-def _imagenet_resnet(name: str, num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
+    Raises:
+        ValueError: for points, grey or small images, or experts that it cannot have.
+    """
+    if recipe.experts > 1 and name.startswith("resnext"):
+        raise ValueError(f"model.experts = {recipe.experts}: the groups of its convolutions have no narrower version")
     # At 32 pixels the last map is a single one, and batch norm cannot train on a last batch of one image.
     if len(shape) != 3 or shape[-1] != 3 or min(shape[:2]) <= 32:
         raise ValueError(
             f"takes RGB images of more than 32 x 32 pixels, the data set has samples of shape {tuple(shape)}"
         )
-    if recipe.experts == 1:
-        return ImageNetResNet(name, num_classes)
-    return ImageNetExperts(name, num_classes, recipe)
-
-
-def resnet18(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """torchvision's ResNet-18, 11.2 million parameters. Source: He et al., Table 1."""
-    return _imagenet_resnet("resnet18", num_classes, shape, recipe)
-
-
-def resnet50(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """torchvision's ResNet-50 (stride in the 3 x 3 convolution), 23.5 million parameters and the head."""
-    return _imagenet_resnet("resnet50", num_classes, shape, recipe)
-
-
-def resnet10(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """ResNet-18 with one block a stage, 4.9 million parameters. Source: the smaller network of the ImageNet-LT papers
-    (Liu et al., OLTR).
-    """
-    return _imagenet_resnet("resnet10", num_classes, shape, recipe)
-
-
-def resnet101(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """torchvision's ResNet-101, 42.5 million parameters and the head."""
-    return _imagenet_resnet("resnet101", num_classes, shape, recipe)
-
-
-def resnet152(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """torchvision's ResNet-152, 58.1 million parameters and the head. Paper: Places-LT."""
-    return _imagenet_resnet("resnet152", num_classes, shape, recipe)
-
-
-def resnext50(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """torchvision's ResNeXt-50 32 x 4d, 23.0 million parameters and the head."""
     if recipe.experts > 1:
-        raise ValueError(f"model.experts = {recipe.experts}: the groups of its convolutions have no narrower version")
-    return _imagenet_resnet("resnext50_32x4d", num_classes, shape, recipe)
+        return ImageNetExperts(name, num_classes, recipe)
+    return ImageNetResNet(name, num_classes)
 
 
 def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """100 hidden units over 2-D points. Paper: B.1."""
-    _takes(shape, 1, "points")
+    """100 hidden units over 2-D points. Paper: B.1.
+
+    Raises:
+        ValueError: for images, or experts.
+    """
+    if len(shape) != 1:
+        raise ValueError(f"takes points, the data set has samples of shape {tuple(shape)}")
     if recipe.experts > 1:
         raise ValueError(f"model.experts = {recipe.experts}: it has no stages to share")
     return PointNet(num_classes, num_inputs=shape[-1], num_hidden=100)
 
 
 MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
-    "resnet32": resnet32,
-    "resnet8": resnet8,
-    "resnet10": resnet10,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "resnext50": resnext50,
+    "resnet32": partial(cifar_resnet, blocks=5),  # for 32 x 32 images
+    "resnet8": partial(cifar_resnet, blocks=1),  # for 8 x 8 digits: 75,002 parameters at 10 classes of grey images
+    # Parameters without the head. ResNet-10 is the smaller network of the ImageNet-LT papers (Liu et al., OLTR).
+    "resnet10": partial(imagenet_resnet, name="resnet10"),  # 4.9 million
+    "resnet18": partial(imagenet_resnet, name="resnet18"),  # 11.2 million. Source: He et al., Table 1
+    "resnet50": partial(imagenet_resnet, name="resnet50"),  # 23.5 million
+    "resnet101": partial(imagenet_resnet, name="resnet101"),  # 42.5 million
+    "resnet152": partial(imagenet_resnet, name="resnet152"),  # 58.1 million. Paper: Places-LT
+    "resnext50": partial(imagenet_resnet, name="resnext50_32x4d"),  # 23.0 million
     "one-hidden-layer": one_hidden_layer,
 }
 
@@ -513,15 +488,7 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def build_model(
-    recipe: Model,
-    num_classes: int,
-    shape: Sequence[int],
-    generator: torch.Generator,
-    *,
-    scaled: bool = False,
-    router_top: int = 0,
-) -> Classifier:
+def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
     """The network of a recipe, its weights drawn from `generator`.
 
     Args:
@@ -529,8 +496,6 @@ def build_model(
         num_classes: C.
         shape: of one image (H, W, channels) or point (2,).
         generator: for the weights.
-        scaled: with a ScaledHead, as `finetune.head = "scale"` leaves it.
-        router_top: with routers, as `finetune.head = "routers"` leaves it; see add_routers(). 0: without.
 
     Raises:
         ValueError: the network cannot take such samples.
@@ -543,14 +508,27 @@ def build_model(
         for head in model.heads:
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, -math.log(max(num_classes - 1, 1)))
-    if scaled:
-        add_scale(model)
-    if router_top:
-        add_routers(model, num_classes, router_top, generator)
     model.frozen = tuple(recipe.frozen)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not within(name, model.frozen)
     return model
+
+
+def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator: torch.Generator) -> None:
+    """Make a trained network's head the one that the finetune starts from, as `finetune.head` says.
+
+    Args:
+        model: changed in place.
+        recipe: [finetune].
+        num_classes: C.
+        generator: for what is drawn anew.
+    """
+    if recipe.head == "reinit":
+        initialise(model.head, generator)
+    elif recipe.head == "scale":
+        model.replace_heads(ScaledHead)
+    elif recipe.head == "routers":
+        add_routers(model, num_classes, recipe.router_top, generator)
 
 
 def add_scale(model: Classifier) -> None:

@@ -16,7 +16,7 @@ from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.batches import Batches, open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import combined, routed_weights
-from cpmix_cli.models import Classifier, build_model
+from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.schema import Evaluation, Recipe
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.randomness import torch_generator
@@ -156,12 +156,9 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
     path, sha = source.output(files.MODEL)
     tensors, _ = read_tensors(path, sha)
     generator = torch_generator(recipe.seed, "weights")
-    scaled = source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "scale"
-    top = 0
-    if source.phase == "finetune" and recipe.finetune is not None and recipe.finetune.head == "routers":
-        top = recipe.finetune.router_top
-    seen = recipe.data.input_shape(shape)
-    model = build_model(recipe.model, num_classes, seen, generator, scaled=scaled, router_top=top)
+    model = build_model(recipe.model, num_classes, recipe.data.input_shape(shape), generator)
+    if source.phase == "finetune" and recipe.finetune is not None:
+        change_head(model, recipe.finetune, num_classes, generator)
     load_model(model, tensors, path)
     if recipe.evaluation.tau_norm:
         tau_normalised(model, recipe.evaluation.tau_norm)
