@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.recipe.schema import Finetune, Model
-from cpmix_cli.runtime.errors import InputError, counted, indented
 
 
 class Classifier(nn.Module):
@@ -459,33 +459,12 @@ def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) 
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
     body = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
     given = {place: t for name, t in body.items() for place in model.places_of(name)}
-    faults = []
-    for name in sorted(own.keys() | given.keys()):
-        if name not in own:
-            faults.append(f"{name}: not in the network")
-        elif name not in given:
-            if not name.endswith("num_batches_tracked"):
-                faults.append(f"{name}: missing")
-        elif own[name].shape != given[name].shape:
-            faults.append(f"{name}: has shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}")
-        elif own[name].is_floating_point() != given[name].is_floating_point():
-            faults.append(f"{name}: holds {_kind(given[name])}, expected {_kind(own[name])}")
-        elif not given[name].to(own[name].dtype).isfinite().all():  # a float64 may be beyond float32
-            faults.append(f"{name}: holds values that are not finite")
-    if faults:
-        raise InputError(
-            f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}",
-            needed_by="--init",
-            fix="choose the network that these weights are of with --set model.name=NAME",
-        )
+    fix = "choose the network that these weights are of with --set model.name=NAME"
+    check_fit(path, given, own, exact=False, needed_by="--init", fix=fix)
     with torch.no_grad():
         for name in given:
             own[name].copy_(given[name])
     return len(given)
-
-
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
@@ -529,11 +508,6 @@ def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator
         model.replace_heads(ScaledHead)
     elif recipe.head == "routers":
         add_routers(model, num_classes, recipe.router_top, generator)
-
-
-def add_scale(model: Classifier) -> None:
-    """Put a learnable scale behind each linear head."""
-    model.replace_heads(ScaledHead)
 
 
 def add_routers(model: Classifier, num_classes: int, top: int, generator: torch.Generator) -> None:

@@ -208,16 +208,16 @@ def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
 
 HEAD = "model.head.weight"
 STATE_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "extra": (lambda t: t.update(more=torch.zeros(1)), "more is (1,) float32, expected nothing"),
-    "missing": (lambda t: t.pop(HEAD), f"{HEAD} is missing, expected (4, 100) float32"),
-    "shape": (put(HEAD, lambda t: t[:3].clone()), f"{HEAD} is (3, 100) float32, expected (4, 100) float32"),
-    "type": (put(HEAD, torch.Tensor.double), f"{HEAD} is (4, 100) float64"),
-    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"holds values that are not finite: {HEAD}"),
-    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "holds values that are not finite: confusion"),
+    "extra": (lambda t: t.update(more=torch.zeros(1)), "more: not in the network"),
+    "missing": (lambda t: t.pop(HEAD), f"{HEAD}: missing"),
+    "shape": (put(HEAD, lambda t: t[:3].clone()), f"{HEAD}: has shape (3, 100), expected (4, 100)"),
+    "type": (put(HEAD, torch.Tensor.double), f"{HEAD}: holds float64, expected float32"),
+    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"{HEAD}: holds values that are not finite"),
+    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "confusion: holds values that are not finite"),
     "below 0": (put("confusion", lambda t: t - 1), "holds confusion counts below 0"),
     "diagonal": (put("confusion", lambda t: t + torch.eye(4, dtype=t.dtype)), "of a class with itself"),
-    "classes": (put("confusion", lambda t: t[:3, :3].clone()), "confusion is (3, 3) float64"),
-    "no momentum": (lambda t: t.pop("optimizer.head.bias.momentum_buffer"), "momentum_buffer is missing"),
+    "classes": (put("confusion", lambda t: t[:3, :3].clone()), "confusion: has shape (3, 3), expected (4, 4)"),
+    "no momentum": (lambda t: t.pop("optimizer.head.bias.momentum_buffer"), "momentum_buffer: missing"),
 }
 
 
@@ -244,7 +244,8 @@ def test_weights_that_are_not_finite_are_refused(toy_run: Path) -> None:
     tensors, _ = read_tensors(path)
     tensors["head.bias"][1] = torch.nan
     republish(path.parent, path.name, publish_tensors(path, tensors))
-    refused(3, f"{path} holds values that are not finite: head.bias", "evaluate", "--from", toy_run, "--overwrite")
+    message = f"{path} does not fit the network, 1 tensor:\n    head.bias: holds values that are not finite"
+    refused(3, message, "evaluate", "--from", toy_run, "--overwrite")
 
 
 def test_pairs_out_of_range_are_refused(toy_run: Path) -> None:

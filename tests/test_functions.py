@@ -33,23 +33,11 @@ def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatc
         functions.outline.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("parameter", "message"),
-    [
-        (
-            "kind: torch.dtype",
-            "the type of the parameter kind is torch.dtype, which cannot be read without importing torch",
-        ),
-        (
-            "scale: float = np.pi",
-            "the default of the parameter scale is np.pi, which cannot be read without importing np",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("parameter", "package"), [("kind: torch.dtype", "torch"), ("scale: float = np.pi", "np")])
 def test_a_parameter_that_cannot_be_read_says_so(
-    parameter: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parameter: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = f"import numpy as np\nimport torch\ndef mse(logits, *, power: int, {parameter}): ...\n"
+    text = f"import numpy as np\nimport torch\ndef mse(logits, *, inputs: int, {parameter}): ...\n"
     (tmp_path / "losses.py").write_text(text)
     monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
     functions.outline.cache_clear()
@@ -61,7 +49,8 @@ def test_a_parameter_that_cannot_be_read_says_so(
             functions.outline("losses")
     finally:
         functions.outline.cache_clear()
-    assert str(caught.value).startswith(f"{tmp_path}/losses.py: mse(): {message}")
+    message = f"{tmp_path}/losses.py: mse(): the parameter {parameter} cannot be read without importing {package}. "
+    assert str(caught.value).startswith(message)
     assert "give the parameter a plain type and default" in str(caught.value)
 
 

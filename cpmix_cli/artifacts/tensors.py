@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.artifacts.files import _unique, canonical_json, digest, open_file, publish, read_bytes
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, counted, indented
 
 MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
 
@@ -108,3 +108,45 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
         return _parse_header(text)
     except _NOT_A_HEADER as fault:
         raise InputError(f"{path} is not a valid safetensors file") from fault
+
+
+def check_fit(
+    path: Path,
+    given: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    *,
+    exact: bool = True,
+    needed_by: str = "",
+    fix: str = "",
+) -> None:
+    """Check tensors against those that they are to be copied into.
+
+    Args:
+        path: where they came from, for the message.
+        given: the tensors by name.
+        own: those of the network or state, for their names, shapes and types.
+        exact: False takes any floating-point type for another, and lets counters of batch norm be missing.
+        needed_by: for the message.
+        fix: the same.
+
+    Raises:
+        InputError: with every tensor that is missing, unknown, of another shape or type, or not finite.
+    """
+    faults = []
+    for name in sorted(own.keys() | given.keys()):
+        expected, found = own.get(name), given.get(name)
+        if expected is None:
+            faults.append(f"{name}: not in the network")
+        elif found is None:
+            if exact or not name.endswith("num_batches_tracked"):
+                faults.append(f"{name}: missing")
+        elif expected.shape != found.shape:
+            faults.append(f"{name}: has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+        elif expected.dtype != found.dtype and (exact or expected.is_floating_point() != found.is_floating_point()):
+            kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (found, expected)]
+            faults.append(f"{name}: holds {kinds[0]}, expected {kinds[1]}")
+        elif not found.to(expected.dtype).isfinite().all():  # a float64 may be beyond float32
+            faults.append(f"{name}: holds values that are not finite")
+    if faults:
+        message = f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}"
+        raise InputError(message, needed_by=needed_by, fix=fix)

@@ -7,6 +7,7 @@ keyword-only parameters are left. training/objective.py binds the real ones by t
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,13 +84,14 @@ def outline(module: str) -> dict[str, Any]:
             node = ast.Assign([node.target], node.value)
         elif not isinstance(node, ast.Assign):
             continue
+        code = compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec")
         try:
-            _run(node, path, found)
+            exec(code, found)
         except NameError as fault:
             tables = {table for known_in, names in FUNCTION_TABLES.values() if known_in == module for table in names}
             made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
             if isinstance(node, ast.FunctionDef):  # which is no fault unless a table names it
-                unreadable[node.name] = _unreadable_parameter(node, path, found)
+                unreadable[node.name] = _unreadable_parameter(node, str(fault.name))
             elif made & {*tables, "NEEDS"}:
                 told = f"{', '.join(made)} may only name functions of this file: {fault}"
                 raise NameError(f"{path}: {unreadable.get(str(fault.name), told)}") from fault
@@ -97,26 +99,16 @@ def outline(module: str) -> dict[str, Any]:
     return found
 
 
-def _run(node: ast.stmt, path: Path, found: dict[str, Any]) -> None:
-    """Execute one statement of a module, in the namespace `found`."""
-    exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec"), found)
-
-
-def _unreadable_parameter(function: ast.FunctionDef, path: Path, found: dict[str, Any]) -> str:
-    """Say which keyword-only parameter of a function cannot be read, and what to do."""
-    for parameter, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        for part, what in ((parameter.annotation, "type"), (default, "default")):
-            try:
-                _run(ast.Expr(part or ast.Constant(None)), path, dict(found))
-            except NameError as fault:
-                text = "" if part is None else ast.unparse(part)
-                return (
-                    f"{function.name}(): the {what} of the parameter {parameter.arg} is {text}, which cannot be read "
-                    f"without importing {fault.name}. Recipes are checked without that: give the parameter a plain "
-                    "type and default (float, int, bool, str, list, Literal, Annotated), and make anything else of its "
-                    "value inside of the function"
-                )
-    raise AssertionError(f"{function.name}() can be read")
+def _unreadable_parameter(function: ast.FunctionDef, package: str) -> str:
+    """Say which keyword-only parameter of a function cannot be read without a package, and what to do."""
+    given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    texts = [ast.unparse(name) + (f" = {ast.unparse(default)}" if default else "") for name, default in given]
+    culprit = next(text for text in texts if re.search(rf"\b{package}\b", text))
+    return (
+        f"{function.name}(): the parameter {culprit} cannot be read without importing {package}. Recipes are checked "
+        "without that: give the parameter a plain type and default (float, int, bool, str, list, Literal, Annotated), "
+        "and make anything else of its value inside of the function"
+    )
 
 
 def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) -> Functions:

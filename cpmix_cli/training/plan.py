@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import target_classes
-from cpmix_cli.models import Classifier, add_routers, add_scale, build_model, initialise, within
+from cpmix_cli.models import Classifier, build_model, change_head, within
 from cpmix_cli.recipe.schema import Optimizer, ParameterGroup, Recipe, Schedule
 from cpmix_cli.training.objective import Term, compile_stage
 from cpmix_cli.training.randomness import torch_generator
@@ -166,13 +166,8 @@ def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
     recipe = context.recipe
     table = recipe.finetune
     assert table is not None
-    if table.head == "reinit":
-        initialise(state.model.head, torch_generator(recipe.seed, "finetune", "head"))
-    elif table.head == "scale":
-        add_scale(state.model)
-    elif table.head == "routers":
-        generator = torch_generator(recipe.seed, "finetune", "routers")
-        add_routers(state.model, context.dataset.num_classes, table.router_top, generator)
+    generator = torch_generator(recipe.seed, "finetune", "routers" if table.head == "routers" else "head")
+    change_head(state.model, table, context.dataset.num_classes, generator)
     for name, parameter in state.model.named_parameters():
         parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
     optimizer = Optimizer(

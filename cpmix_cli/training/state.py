@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.artifacts.tables import metrics_schema
+from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime.errors import InputError, shortened
 
@@ -80,8 +81,8 @@ class TrainingState:
         return {**self._finite_tensors(), "history": torch.tensor(rows, dtype=torch.float64)}
 
     def not_finite(self) -> str:
-        """Names of tensors with a value that is not finite; "" if training goes well."""
-        return not_finite(self._finite_tensors())
+        """Names of tensors with a value that is not finite, the first few; "" if training goes well."""
+        return shortened([name for name, t in self._finite_tensors().items() if not t.isfinite().all()], 5)
 
     def _finite_tensors(self) -> dict[str, Tensor]:
         """All tensors but the history."""
@@ -117,7 +118,7 @@ class TrainingState:
         if optimizer and "epoch_confusion" in tensors:  # of an epoch under way
             counts.append("epoch_confusion")
             saved["epoch_confusion"], own["epoch_confusion"] = tensors["epoch_confusion"], self.confusion
-        check_fits(saved, own, path)
+        check_fit(path, saved, own)
         if any((saved[name] < 0).any() or saved[name].diagonal().any() for name in counts):
             raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
         self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
@@ -199,32 +200,5 @@ def load_model(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> 
     Raises:
         InputError: the file is of another network or another number of classes, or holds values that are not finite.
     """
-    check_fits(tensors, model.state_dict(), path)
+    check_fit(path, tensors, model.state_dict())
     model.load_state_dict(dict(tensors))
-
-
-def check_fits(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not those of `own` by name, shape and type, or not finite.
-
-    Raises:
-        InputError: with the first that differs.
-    """
-    expected = {name: _kind(t) for name, t in own.items()}
-    found = {name: _kind(t) for name, t in tensors.items()}
-    if expected != found:
-        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise InputError(
-            f"{path} does not fit the network: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} tensors differ)"
-        )
-    if bad := not_finite(tensors):
-        raise InputError(f"{path} holds values that are not finite: {bad}")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Names of the tensors with a value that is not finite, the first few; "" if there are none."""
-    return shortened([name for name, t in tensors.items() if not t.isfinite().all()], 5)
