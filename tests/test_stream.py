@@ -82,13 +82,10 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Numbers:
     """Image i is all i (and half its first uniform); a few are damaged. Counts what is read."""
 
-    def __init__(self, count: int, side: int = 2, damaged: tuple[int, ...] = (), seconds: float = 0.0) -> None:
+    def __init__(self, side: int = 2, damaged: tuple[int, ...] = (), seconds: float = 0.0) -> None:
         self.shape = [side, side, 3]
         self.seen: list[int] = []
-        self._count, self._damaged, self._seconds = count, damaged, seconds
-
-    def __len__(self) -> int:
-        return self._count
+        self._damaged, self._seconds = damaged, seconds
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
         time.sleep(self._seconds)
@@ -197,7 +194,7 @@ def test_crops_of_stored_squares_are_those_of_files_of_that_size(generator: torc
 
 
 def test_what_is_announced_is_read_ahead_and_once() -> None:
-    reader = Numbers(10)
+    reader = Numbers()
     batches = plain_numbers(reader)
     first, second = torch.tensor([4, 2]), torch.tensor([7, 7])
     batches.prefetch(first, uniform(0, 0.5))
@@ -214,7 +211,7 @@ def test_what_is_announced_is_read_ahead_and_once() -> None:
 
 def test_announcements_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of order, never asked for, asked for twice or never announced: the images are right all the same."""
-    reader = Numbers(50)
+    reader = Numbers()
     batches = plain_numbers(reader)
     asked = [torch.tensor([i, i + 1]) for i in range(6)]
     for indices in asked:
@@ -237,7 +234,7 @@ def test_announcements_are_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_damaged_image_is_told_when_its_batch_is_asked_for(readers: None) -> None:
-    batches = plain_numbers(Numbers(100, damaged=(70, 31, 90)))
+    batches = plain_numbers(Numbers(damaged=(70, 31, 90)))
     batches.prefetch(torch.arange(50, 100), None)
     batches.prefetch(torch.arange(0, 50), None)
     for _ in range(2):
@@ -249,7 +246,7 @@ def test_the_first_damaged_image_is_told_when_its_batch_is_asked_for(readers: No
 
 
 def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = Numbers(100, side=8)
+    reader = Numbers(side=8)
     monkeypatch.setattr(stream, "AHEAD_BYTES", 25 * 8 * 8 * 3)
     batches = plain_numbers(reader)
     asked = torch.split(torch.arange(100), 10)
@@ -266,7 +263,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.Monkey
 def test_memory_of_an_epoch_over_a_set_that_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 MB of images, 32 of them in a batch, with 40 MB to read ahead."""
     monkeypatch.setattr(stream, "AHEAD_BYTES", 40_000_000)
-    reader = Numbers(250, side=256)
+    reader = Numbers(side=256)
     none = torch.empty(0, 256, 256, 3, dtype=torch.uint8)
     recipe = Data(augment="none", crop=16, normalisation="none")
     batches = StreamedBatches(reader, CropBatches(none, recipe, [], []), CPU)

@@ -12,22 +12,13 @@ from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import locks, records, tables
-from cpmix_cli.data import shards
+from cpmix_cli.data import shards, storage
 from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
 from cpmix_cli.data.download import download
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
 from cpmix_cli.data.splits import Source, Split
-from cpmix_cli.data.storage import (
-    Stored,
-    clear,
-    look_for_files,
-    store_files,
-    store_shards,
-    store_tensors,
-    take,
-)
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
@@ -45,7 +36,7 @@ def run(options: BuildOptions) -> None:
     _check_flags(options)
     if options.download:
         download(options.source, places(options.source, options.data_root)[0])
-    storage, size = how_stored(options)
+    kind, size = how_stored(options)
     source = SOURCES[options.source](options.data_root, options.list_dir)
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test is not None and options.test_per_class is not None:
@@ -66,7 +57,7 @@ def run(options: BuildOptions) -> None:
         test_per_class=test_per_class,
         image_size=size if source.root else None,
         listing=source.listing,
-        storage=storage,
+        storage=kind,
         few_inclusive=options.few_inclusive,
     )
 
@@ -75,22 +66,22 @@ def run(options: BuildOptions) -> None:
         parts = choose(
             replace(source, profile=profile), rho, options.subset_seed, options.val_per_class, test_per_class
         )
-        splits = take(source, parts)
+        splits = storage.take(source, parts)
         artifacts.check_place(folder, 0)
         with _unreadable_listed_beside(folder):
-            sizes = look_for_files(source.root, splits) if source.root and storage != "tensors" else {}
+            sizes = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
             with locks.hold(folder, wait=True) as lock:
                 # Another process may have built it while this one waited.
                 if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
-                    if storage == "tensors" or source.root is None:
-                        stored = store_tensors(folder, splits, source.root, size)
-                    elif storage == "shards":
+                    if kind == "tensors" or source.root is None:
+                        stored = storage.store_tensors(folder, splits, source.root, size)
+                    elif kind == "shards":
                         upright = options.source == "image-folder"
-                        stored = store_shards(folder, lock, splits, source.root, sizes, size, upright)
+                        stored = storage.store_shards(folder, lock, splits, source.root, sizes, size, upright)
                     else:
-                        stored = store_files(folder, splits, source.root, size)
+                        stored = storage.store_files(folder, splits, source.root, size)
                     _write(folder, lock, name, request, source, splits, stored)
-                    clear(folder, open_dataset(folder))
+                    storage.clear(folder, open_dataset(folder))
                     status = "built"
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
@@ -241,7 +232,7 @@ def _write(
     request: DatasetRequest,
     source: Source,
     splits: Mapping[str, Split],
-    stored: Stored,
+    stored: storage.Stored,
 ) -> None:
     """Publish the lists, the class counts and, last, dataset.json."""
     files = dict(stored.files)
@@ -325,7 +316,7 @@ def _repair(dataset: Dataset) -> None:
                 *(dataset.shape[0], dataset.upright, dataset.record.shard_images),
             )
             packing.pack(missing, lock, expected=recorded.hashes)
-            clear(dataset.folder, dataset)
+            storage.clear(dataset.folder, dataset)
 
 
 def _verify(dataset: Dataset) -> None:

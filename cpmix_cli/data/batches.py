@@ -194,12 +194,12 @@ class CropBatches(Resident):
         for first in range(0, count, size):
             piece = slice(first, first + size)
             images = self._images[indices[piece]]
-            x = self._augmented(images, uniforms[piece]) if uniforms is not None else self._middle(images)
+            if uniforms is not None:
+                x = self._augmented(images, uniforms[piece])
+            else:
+                x = augment.planes(augment.middle(images, self._size))
             seen[piece] = x.sub_(self._offset).mul_(self._scale)
         return seen
-
-    def _middle(self, images: Tensor) -> Tensor:
-        return augment.planes(augment.middle(images, self._size))
 
     def _augmented(self, images: Tensor, uniforms: Tensor) -> Tensor:
         flip = augment.flips(uniforms)

@@ -47,10 +47,6 @@ class ImageReader(Protocol):
     shape: list[int]
     """Of what read() gives: height, width, channels."""
 
-    def __len__(self) -> int:
-        """N."""
-        ...
-
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
         """Image `index` as its uniforms [U] want it, or (None) as it is tested on, into uint8 [h, w, channels].
 
@@ -84,9 +80,6 @@ class FileReader:
         # Pillow names no file. Python's filters are the process's, and so are they set here and not in the threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
         """With uniforms the random resized crop, where the recipe has one; else the test image's middle.
@@ -268,11 +261,10 @@ class _PrefetchJob:
 
 
 class _Threads:
-    """Threads that read, started when there is something to read; all streams of the process share them.
+    """Threads that read, shared by all streams of the process; started with the first job."""
 
-    Daemons, for a file system that hangs may not hold up the end; but asked to stop and waited for when the program
-    ends, for a while: Python takes no care of what such threads are in.
-    """
+    # Daemons: a file system that hangs must not hold up the end. But they are asked to stop, and waited for a while:
+    # Python does not care what daemons are in the middle of.
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
