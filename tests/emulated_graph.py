@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,12 @@ from torch.utils._pytree import tree_leaves
 
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.models import build_model
-from cpmix_cli.recipe import loading as recipes
+from cpmix_cli.recipe import loading
 from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import Interrupted
-from cpmix_cli.training import graphs as graphs_module
-from cpmix_cli.training import loop
+from cpmix_cli.training import graphs, loop
 from cpmix_cli.training.graphs import CudaGraphRunner
-from cpmix_cli.training.inputs import EpochInputs, TrainingData
+from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.phase import training_data
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 from cpmix_cli.training.state import TrainingState
@@ -50,33 +50,33 @@ SMALL = ["model.name=resnet8", "data.normalisation=dataset", f"optimizer.batch_s
 
 def setup(name: str, phase: str, dataset: Dataset, *settings: str) -> "Setup":
     """A phase of a recipe, made small enough for `dataset`."""
-    recipe = recipes.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record["rho"])
+    recipe = loading.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record["rho"])
     if recipe.finetune is not None:
         three = recipe.finetune.model_copy(update={"epochs": 3, "batch_size": BATCH})
         recipe = recipe.model_copy(update={"finetune": three})
     precision = "fp32" if recipe.model.precision == "auto" else recipe.model.precision
-    setting = PhaseContext(recipe, dataset, torch.device("cpu"), precision, {})
-    return Setup(setting, phase, training_data(dataset, recipe, setting.device))
+    context = PhaseContext(recipe, dataset, torch.device("cpu"), precision, {})
+    return Setup(context, phase, training_data(dataset, recipe, context.device))
 
 
 @dataclass(frozen=True)
 class Setup:
     """What is trained on what."""
 
-    setting: PhaseContext
+    context: PhaseContext
     phase: str
     data: TrainingData
 
     def begin(self) -> tuple[Plan, TrainingState]:
         """The last three epochs of the phase, and a fresh state; class 0 has never been confused."""
-        plan, state = rehearsal(self.setting, self.phase)
+        plan, state = rehearsal(self.context, self.phase)
         plan = replace(plan, first_epoch=max(plan.first_epoch, plan.last_epoch - 2))
         state.epoch = plan.first_epoch
         state.confusion[0] = 0
         for group in state.optimizer.param_groups:
             group["fused"] = True  # as on a GPU
         if any(term.distillation is not None for term in plan.terms):
-            recipe, dataset = self.setting.recipe, self.setting.dataset
+            recipe, dataset = self.context.recipe, self.context.dataset
             model = recipe.model.model_copy(update={"experts": 6})
             shape = recipe.data.input_shape(dataset.shape)
             teacher = build_model(model, dataset.num_classes, shape, torch.Generator().manual_seed(1))
@@ -87,10 +87,10 @@ class Setup:
 def distinct_setups(folder: str) -> dict[str, tuple[str, str]]:
     """Recipe and phase of each training that the recipes of a folder have, those that are alike once; by its name."""
     found: dict[str, tuple[str, str]] = {}
-    for name in recipes.recipe_names():
+    for name in loading.recipe_names():
         if not name.startswith(f"{folder}/"):
             continue
-        recipe = recipes.load(name, settings=SMALL, epochs=EPOCHS, rho=20.0).model_dump(mode="json")
+        recipe = loading.load(name, settings=SMALL, epochs=EPOCHS, rho=20.0).model_dump(mode="json")
         for phase in ("stage1", "stage2", "finetune"):
             if recipe[phase] is not None:
                 tables = ("model", "data", "optimizer", "confusion", "schedule", phase)
@@ -98,7 +98,7 @@ def distinct_setups(folder: str) -> dict[str, tuple[str, str]]:
     return {f"{name.partition('/')[2]} {phase}": (name, phase) for name, phase in found.values()}
 
 
-def fit(setup: Setup, plan: Plan, state: TrainingState, stop_at: tuple[int, int] | None = None, **more: Any) -> None:
+def fit(setup: Setup, plan: Plan, state: TrainingState, stop_at: tuple[int, int] | None) -> None:
     """The training loop, to its end or until it is stopped at an epoch and a step."""
     asked = stop_at and mock.patch.multiple(
         signals, number=lambda: int((state.epoch, state.step) == stop_at), adopt=bool
@@ -106,7 +106,7 @@ def fit(setup: Setup, plan: Plan, state: TrainingState, stop_at: tuple[int, int]
     console.mute(True)
     try:
         with asked or contextlib.nullcontext(), contextlib.suppress(Interrupted):
-            loop.fit(plan, setup.data, state, publish=lambda: None, **more)
+            loop.fit(plan, setup.data, state, publish=lambda: None)
     finally:
         console.mute(False)
     assert (state.epoch, state.step) == (stop_at or (plan.last_epoch, plan.num_steps(len(setup.data.labels))))
@@ -116,11 +116,10 @@ def resumed(setup: Setup, state: TrainingState) -> tuple[Plan, TrainingState]:
     """A fresh state filled with the tensors of one that was stopped."""
     plan, fresh = setup.begin()
     saved = {name: t.clone().contiguous() for name, t in state.tensors().items()}
-    path = Path("memory")
-    fresh.load(saved, path)
+    fresh.load(saved, Path("memory"))
     fresh.load_progress(
         saved,
-        path,
+        Path("memory"),
         terms=[term.name for term in plan.terms],
         epoch=state.epoch,
         step=state.step,
@@ -142,7 +141,7 @@ def results(state: TrainingState) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def recorded(graphs: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]:
+def recorded(made: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]:
     """Steps are recorded on the CPU too, after one eager one; the graphs and the steps go into the lists."""
     original = CudaGraphRunner.__init__
 
@@ -152,12 +151,12 @@ def recorded(graphs: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]
         steps.append(function.__self__)
 
     def new_graph() -> EmulatedGraph:
-        graphs.append(EmulatedGraph())
-        return graphs[-1]
+        made.append(EmulatedGraph())
+        return made[-1]
 
     with (
         mock.patch.object(CudaGraphRunner, "__init__", init),
-        mock.patch.multiple(graphs_module, _graph_memory=lambda: None, EAGER_STEPS=1),
+        mock.patch.multiple(graphs, _graph_memory=lambda: None, EAGER_STEPS=1),
         mock.patch.multiple(
             torch.cuda,
             CUDAGraph=new_graph,
@@ -184,24 +183,23 @@ def outside_tensors(step: Step) -> dict[str, list[Tensor]]:
         "confusion counts": [state.confusion],
         "sums": [state.sums.values],
         "step number": [step.inputs._counter],
-        "labels": [data.labels],
         "class counts": [data.class_counts],
         "images by class": of(step.inputs._pool),
         "images": of(data.batches),
         "teacher": [*plan.teacher.parameters(), *plan.teacher.buffers()] if plan.teacher else [],
-    } | {f"input {name}": [tensor] for name, tensor in _named("", step.inputs.epoch)}
+    } | {f"input {name}": [values] for name, values in _leaves(step.inputs.epoch, [term.name for term in plan.terms])}
 
 
-def _named(name: str, tree: object) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dataclasses and tuples by the names of their fields."""
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, tuple):
-        for number, part in enumerate(tree):
-            yield from _named(f"{name}[{number}]", part)
-    elif is_dataclass(tree):
-        for part in fields(tree):
-            yield from _named(f"{name}.{part.name}".removeprefix("."), getattr(tree, part.name))
+def _leaves(thing: Any, terms: list[str], name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an object of dataclasses by their path, terms by their name."""
+    if isinstance(thing, Tensor):
+        yield name, thing
+    elif isinstance(thing, tuple):
+        for term, own in zip(terms, thing, strict=True):
+            yield from _leaves(own, terms, term)
+    elif is_dataclass(thing):
+        for part in fields(thing):
+            yield from _leaves(getattr(thing, part.name), terms, f"{name}.{part.name}".lstrip("."))
 
 
 WRITTEN = {"weights", "statistics", "momentum", "learning rates", "confusion counts", "sums"}
@@ -232,11 +230,12 @@ def _replace_inputs(step: Step, epoch: int) -> None:
     step.inputs.epoch = None
 
 
-def _replace_number(inputs: EpochInputs, number: int) -> None:
-    inputs._counter = inputs._counter.clone()
+def _replace_number(step: Step, number: int) -> None:
+    step.inputs._counter = step.inputs._counter.clone()
 
 
 def _replace_sums(plan: Plan, step: Step, state: TrainingState, num_steps: int) -> None:
+    state.sums = copy(state.sums)
     state.sums.values = state.sums.values.clone()
 
 
@@ -270,13 +269,13 @@ def _use_stray(stray: Tensor, step: Step, size: int) -> None:
     step._state.sums.values.add_(stray)
 
 
-def _write_labels(step: Step, size: int) -> None:
+def _write_class_counts(step: Step, size: int) -> None:
     step._data.class_counts.add_(1)
 
 
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inputs replaced": partial(_before, Step, "begin_epoch", _replace_inputs),
-    "the step's number replaced": partial(_before, EpochInputs, "select", _replace_number),
+    "the step's number replaced": partial(_before, Step, "__call__", _replace_number),
     "sums replaced": partial(_before, loop, "epoch_steps", _replace_sums),
     "a value of Python baked in": partial(_after, Step, "_run", _bake_number),
     "the graph's memory read after it": partial(_after, Step, "__call__", _read_gradient),
@@ -298,7 +297,7 @@ def stray(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def miswritten() -> AbstractContextManager[Any]:
     """A step that writes where none may."""
-    return _after(Step, "_run", _write_labels)
+    return _after(Step, "_run", _write_class_counts)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -431,20 +430,20 @@ def train(
     fault: AbstractContextManager[Any] | None = None,
     start: tuple[Plan, TrainingState] | None = None,
     stop_at: tuple[int, int] | None = None,
-    **more: Any,
 ) -> Outcome:
-    """Train from the beginning or from `start`; `more` goes to loop.fit()."""
+    """Train from the beginning or from `start` to the end, or to the epoch and step of `stop_at`."""
     plan, state = start or setup.begin()
-    graphs: list[EmulatedGraph] = []
+    made: list[EmulatedGraph] = []
     steps: list[Step] = []
-    with recorded(graphs, steps) if emulate else contextlib.nullcontext(), fault or contextlib.nullcontext():
-        fit(setup, plan, state, stop_at, **more)
+    with recorded(made, steps) if emulate else contextlib.nullcontext(), fault or contextlib.nullcontext():
+        fit(setup, plan, state, stop_at)
     outcome = Outcome(results(state), state)
     known: dict[int, str] = {}
     for step in steps:
         for name, tensors in outside_tensors(step).items():
-            known |= {tensor.untyped_storage()._cdata: name for tensor in tensors}
-    for graph in graphs:
+            for tensor in tensors:
+                known.setdefault(tensor.untyped_storage()._cdata, name)
+    for graph in made:
         outcome.num_replays.append(graph.num_replays)
         outcome.reads += graph.tape.reads
         names = {key: known.get(key, _unknown(tensor)) for key, (tensor, *_) in graph.tape.outside.items()}

@@ -1,8 +1,7 @@
-"""One step as device work alone: it reads nothing back, sends nothing and moves nothing; and the graph made of it."""
+"""What one step computes, and on a GPU the graph made of it; without one see test_graph.py."""
 
 import copy
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ from conftest import must
 from draws import draw_epoch
 from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.recipe.loading import load
@@ -25,8 +23,6 @@ from cpmix_cli.training.plan import make_optimizer
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "unique_dim"}
-SENDS = {"lift_fresh", "lift_fresh_copy"}  # torch.tensor(number): on a GPU, a copy from the host's memory
 TERMS = {
     "stage 1": {"erm": ERM},
     "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
@@ -38,21 +34,7 @@ TERMS = {
 }
 
 
-class Operations(TorchDispatchMode):
-    """Records the name of every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def started(
-    terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu", pieces: int = 1, ahead: bool = False
-) -> tuple[Step, TrainingState]:
+def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu") -> tuple[Step, TrainingState]:
     """A step at the beginning of epoch 1, on 24 images in batches of 10."""
     state = fresh()
     state.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -61,57 +43,12 @@ def started(
     for group in state.optimizer.param_groups:
         group["fused"] = True  # as on a GPU, also where this runs on the CPU
     state.confusion = state.confusion.to(device)
-    plan = replace(plan_of(terms, 100, batch=10, joint=joint), micro_batches=pieces, partners_ahead=ahead)
+    plan = plan_of(terms, 100, batch=10, joint=joint)
     state.sums = sums_of(plan, device)
     batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
     step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
     step.begin_epoch(1)
     return step, state
-
-
-@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
-@pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
-@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
-def test_a_step_reads_nothing_from_the_device_and_sends_nothing(tables: Any, joint: bool, adam: bool) -> None:
-    step, _ = started(terms_of(**tables), joint=joint, adam=adam)
-    with Operations() as operations:
-        for number in range(3):
-            step(number)
-    assert operations.seen["convolution"] and operations.seen["index_select"]
-    assert not operations.seen.keys() & (READS | SENDS)
-
-
-@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
-def test_nor_does_one_of_uneven_parts_with_partners_drawn_ahead(tables: Any) -> None:
-    step, _ = started(terms_of(**tables), pieces=3, ahead=True)
-    with Operations() as operations:
-        for number in range(3):
-            step(number)
-    assert operations.seen["convolution"] == 3 * 3 * 7
-    assert not operations.seen.keys() & (READS | SENDS)
-
-
-def test_the_recorder_of_operations_sees_reads_and_sends() -> None:
-    with Operations() as operations:
-        float(torch.tensor(1.0) + 1)
-        torch.ones(3)[torch.ones(3, dtype=torch.bool)].sum()
-    assert operations.seen.keys() >= {"_local_scalar_dense", "lift_fresh", "index"}
-
-
-def test_all_that_a_step_changes_stays_where_it_is() -> None:
-    """A graph writes to the addresses it was recorded with."""
-    step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX))
-    step(0)  # makes the momentum
-    tensors = state.tensors()
-    del tensors["history"]
-    before = {name: (t.data_ptr(), t.clone()) for name, t in tensors.items()}
-    for epoch in (1, 2):
-        step.begin_epoch(epoch)
-        for number in range(3):
-            step(number)
-    after = state.tensors()
-    assert all(after[name].data_ptr() == address for name, (address, _) in before.items())
-    assert all(not after[name].equal(values) for name, (_, values) in before.items())
 
 
 def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with() -> None:
