@@ -27,7 +27,7 @@ from cpmix_cli.runtime import signals
 from cpmix_cli.runtime.hardware import num_threads
 
 # The commands set it too; the tests compare bytes, so all of them must use the same number.
-torch.set_num_threads(num_threads(os.environ, Path("/sys/fs/cgroup")))
+torch.set_num_threads(num_threads(os.environ))
 
 
 artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests

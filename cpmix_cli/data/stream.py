@@ -275,7 +275,7 @@ class _Threads:
     def give(self, parts: list[tuple[_PrefetchJob, range]], *, urgent: bool) -> None:
         """Parts of a job, to be read in their order."""
         if not self._threads:
-            count = hardware.num_readers(os.environ, Path("/sys/fs/cgroup"), ranks.current().local_size)
+            count = hardware.num_readers(os.environ, ranks.current().local_size)
             self._threads = [threading.Thread(target=self._work, daemon=True, name="reader") for _ in range(count)]
             for thread in self._threads:
                 thread.start()

@@ -1,11 +1,11 @@
 """What a run computes on: the device, its precision, and the threads of the CPU."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import joblib
 import torch
 
 from cpmix_cli.runtime import ranks
@@ -27,7 +27,7 @@ def use_device(name: str) -> torch.device:
         raise EnvironmentFault(f"device cuda is not there (torch {torch.__version__})", fix="use --device cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(num_threads(os.environ, Path("/sys/fs/cgroup"), here.local_size))
+    torch.set_num_threads(num_threads(os.environ, here.local_size))
     # cuDNN's default rounds the factors of a float32 convolution to 10 bits (TF32).
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     if name == "cpu" or here.size == 1:
@@ -56,7 +56,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def num_threads(environment: Mapping[str, str], cgroup: Path, local_size: int = 1) -> int:
+def num_threads(environment: Mapping[str, str], local_size: int = 1) -> int:
     """Cores that this process may use: those it is bound to (its share of all, where several ranks are bound to none),
     or fewer where OMP_NUM_THREADS, SLURM_CPUS_PER_TASK or the quota of its control group (a container's --cpus) says
     so.
@@ -65,26 +65,24 @@ def num_threads(environment: Mapping[str, str], cgroup: Path, local_size: int = 
 
     Args:
         environment: os.environ.
-        cgroup: where the control group's files are mounted.
         local_size: ranks on this machine.
     """
-    return _cores(environment, cgroup, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
+    return _cores(environment, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
 
 
-def num_readers(environment: Mapping[str, str], cgroup: Path, local_size: int = 1) -> int:
+def num_readers(environment: Mapping[str, str], local_size: int = 1) -> int:
     """Threads that read images: as num_threads(), but for OMP_NUM_THREADS, which torchrun sets to 1."""
-    return _cores(environment, cgroup, local_size, ("SLURM_CPUS_PER_TASK",))
+    return _cores(environment, local_size, ("SLURM_CPUS_PER_TASK",))
 
 
-def _cores(environment: Mapping[str, str], cgroup: Path, local_size: int, names: Sequence[str]) -> int:
-    limits = [len(os.sched_getaffinity(0))]
-    if limits[0] == os.cpu_count():
+def _cores(environment: Mapping[str, str], local_size: int, names: Sequence[str]) -> int:
+    limits: list[int] = [joblib.cpu_count()]  # looks at the binding and at quotas
+    if len(os.sched_getaffinity(0)) == os.cpu_count():
         limits.append(limits[0] // local_size)
     for name in names:
         value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may give a number for each nesting level
         if value.isdigit():
             limits.append(int(value))
-    limits += [math.ceil(quota) for quota in (_quota_v2(cgroup), _quota_v1(cgroup)) if quota is not None]
     return max(1, min(limits))
 
 
@@ -125,23 +123,6 @@ def _number_after(path: Path, word: str) -> int | None:
     except OSError:
         return None
     return next((int(line[1]) for line in lines if line[0] == word), None)
-
-
-def _quota_v2(cgroup: Path) -> float | None:
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _quota_v1(cgroup: Path) -> float | None:
-    try:
-        quota = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
-        period = int((cgroup / "cpu/cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError):
-        return None
 
 
 def device_name(device: torch.device) -> str:
