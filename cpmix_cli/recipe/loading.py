@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Recipe, Stage, Table, TermRecipe
-from cpmix_cli.runtime.errors import UsageError, suggest
+from cpmix_cli.runtime.errors import UsageError, counted, indented, suggest
 
 MAX_BYTES = 4_000_000  # of a recipe and of a record looked at here; the record of 10,000 classes has half a million
 MAX_DEPTH = 16  # of tables in tables; a recipe has 4
@@ -81,7 +78,27 @@ def load(
         UsageError: file, syntax, keys, types, ranges or settings are wrong; all faults are listed.
     """
     path = find_recipe(name)
-    return resolve(read_tables(path), origin=str(path), settings=settings, epochs=epochs, seed=seed, rho=rho)
+    tables = read_tables(path)
+    tables.pop("about", None)
+    by_rho = tables.pop("by_rho", {})
+    if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
+        raise UsageError(f"recipe {path}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
+    if rho is not None and f"{rho:g}" in by_rho:
+        tables = _merged(tables, by_rho[f"{rho:g}"])
+    for setting in settings:
+        tables = _merged(tables, _parse_setting(setting))
+    if seed is not None:
+        tables["seed"] = seed
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tables)
+        faults = unmet(recipe)
+    except ValidationError as fault:
+        faults = [_explain(dict(error)) for error in fault.errors()]
+    faults += _function_faults(tables)
+    if recipe is None or faults:
+        raise UsageError(f"recipe {path} has {counted(len(faults), 'fault')}:{indented(faults)}")
+    return rescaled(recipe, epochs) if epochs is not None else recipe
 
 
 def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
@@ -178,41 +195,6 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
     if not isinstance(tables, dict) or last not in tables:
         raise UsageError(f'{path}: without: the recipe that it extends has no "{key}"', needed_by="--recipe")
     del tables[last]
-
-
-def resolve(
-    tables: dict[str, Any],
-    *,
-    origin: str,
-    settings: Sequence[str] = (),
-    epochs: int | None = None,
-    seed: int | None = None,
-    rho: float | None = None,
-) -> Recipe:
-    """A checked recipe from plain tables; see load()."""
-    tables = dict(tables)
-    tables.pop("about", None)
-    by_rho = tables.pop("by_rho", {})
-    if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
-        raise UsageError(f"recipe {origin}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
-    if rho is not None and f"{rho:g}" in by_rho:
-        tables = _merged(tables, by_rho[f"{rho:g}"])
-    for setting in settings:
-        tables = _merged(tables, _parse_setting(setting))
-    if seed is not None:
-        tables["seed"] = seed
-    lines, recipe = [], None
-    try:
-        recipe = Recipe.model_validate(tables)
-    except ValidationError as fault:
-        lines = [_explain(dict(error)) for error in fault.errors()]
-    else:
-        lines = unmet(recipe)
-    lines += _function_faults(tables)
-    if recipe is None or lines:
-        count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
-        raise UsageError(f"recipe {origin} has {count}:\n    " + "\n    ".join(lines))
-    return rescaled(recipe, epochs) if epochs is not None else recipe
 
 
 def _function_faults(tables: dict[str, Any]) -> list[str]:
@@ -332,13 +314,9 @@ def _explain(error: dict[str, Any]) -> str:
 
 def _keys_of(location: list[str]) -> list[str]:
     """Field names of the table at `location`."""
-    model: Any = Recipe
+    table: Any = Recipe
     for part in location:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        options = getattr(field.annotation, "__args__", (field.annotation,))
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, Table)), None)
-    return list(model.model_fields) if model is not None else []
+        field = getattr(table, "model_fields", {}).get(part)
+        options = () if field is None else getattr(field.annotation, "__args__", (field.annotation,))
+        table = next((o for o in options if isinstance(o, type) and issubclass(o, Table)), None)
+    return list(getattr(table, "model_fields", ()))
