@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from cpmix_cli import __version__
+from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
 from cpmix_cli.flags import (
     BenchOptions,
     BuildOptions,
@@ -38,7 +39,6 @@ from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, UsageError
 
 PIPELINE, HELPERS = "Commands", "Helpers"
-PHASES = ("stage1", "stage2", "finetune")
 TRAINING = ("train-stage1", "train-stage2", "finetune")
 
 
@@ -136,7 +136,7 @@ def _root(
 
 def _look_for_state(folder: Path, *, overwrite: bool) -> None:
     """From here on Ctrl-C exits with 75 if the phase has a state on disk, while torch is still to be imported."""
-    if not overwrite and os.path.lexists(folder / "training_state.safetensors"):
+    if not overwrite and os.path.lexists(folder / TRAINING_STATE):
         signals.state_is_saved()
 
 

@@ -17,9 +17,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args
 
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+
+TrainingPhase = Literal["stage1", "stage2", "finetune"]
+PHASES: tuple[str, ...] = get_args(TrainingPhase)
+"""Training phases in their order; a run folder has a folder for each."""
 
 DATASET = "dataset.json"
 RUN = "run.json"

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.bench import measure
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, ReadingAlone, TimedLoop
 from cpmix_cli.data.batches import Batches, CropBatches
@@ -34,7 +35,6 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.recipe.schema import Data, Recipe
-from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.graphs import EAGER_STEPS

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.bench import projection
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, PilImages, ReferenceLoop, TimedLoop, TrainingLoop
 from cpmix_cli.bench.measure import (
@@ -31,7 +32,6 @@ from cpmix_cli.bench.measure import (
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
-from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal

@@ -368,5 +368,4 @@ def _show(dataset: Dataset, status: str) -> None:
         f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)
-    following = console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record.name}")
-    console.note(f"next: {following}")
+    console.follow(console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record.name}"))

@@ -25,7 +25,7 @@ from cpmix_cli.results.comparison import (
 )
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
-from cpmix_cli.runs.folders import locate
+from cpmix_cli.runs.choosing import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, shortened
 

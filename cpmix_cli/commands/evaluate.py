@@ -28,8 +28,8 @@ from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, output
+from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.hardware import use_device
@@ -52,8 +52,8 @@ def run(options: EvaluateOptions) -> None:
         raise UsageError("--ratio is that of a --test-distribution: forward or backward")
     if not math.isfinite(options.ratio):
         raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by")
-    root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES)
+    source = choose(options.from_folder, options.phase)
+    root = source.run
     dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
     if dataset.record.few_inclusive:
         options = replace(options, few_inclusive=True)
@@ -108,10 +108,10 @@ def run(options: EvaluateOptions) -> None:
     if label is None:  # the report is of the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []
         flags += ["--out", str(options.out)] if options.out else []
-        console.note(f"next: {console.typed('confusion-report', '--from', root, *flags)}")
+        console.follow(console.typed("confusion-report", "--from", root, *flags))
     elif options.out is None:
         flags = ["--phase", source.phase, "--label", label]
-        console.note(f"next: {console.typed('misclassified', '--from', root, *flags)}")
+        console.follow(console.typed("misclassified", "--from", root, *flags))
 
 
 def default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:

@@ -22,8 +22,8 @@ from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, warn_of_boxes
 from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
-from cpmix_cli.runs.folders import PhaseFolder, beside, choose_phase, find_dataset, locate
-from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runs.choosing import choose
+from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
@@ -145,8 +145,8 @@ def read_runs(options: FigureOptions) -> list[Candidate]:
     given = {open_dataset(folder).fingerprint: folder for folder in reversed(options.data)}
     found = []
     for folder in options.folders:
-        root, named = locate(folder)
-        source = choose_phase(root, named, PHASES)
+        source = choose(folder)
+        root = source.run
         recipe, known = source.recipe(), source.record().dataset
         method = minimised(recipe, source.phase)
         if method is None:

@@ -6,7 +6,8 @@ head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.flags import FinetuneOptions
-from cpmix_cli.runs import folders
+from cpmix_cli.runs.choosing import choose_phase, locate
+from cpmix_cli.runs.following import next_command
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.phase import continued, train
 
@@ -18,14 +19,14 @@ def run(options: FinetuneOptions) -> None:
         InputError: only stage 1 of two stages is done, and --phase does not name it.
         CpmixError: see training.phase.continued() and train().
     """
-    root, named = folders.locate(options.from_folder)
+    root, named = locate(options.from_folder)
     phase = options.phase or (named if named != "finetune" else None)
-    source = folders.choose_phase(root, phase, ("stage1", "stage2"))
+    source = choose_phase(root, phase, ("stage1", "stage2"))
     asked = continued(options, source, "finetune", accuracy_on_test)
     recipe = asked.recipe
     if phase is None and source.phase == "stage1" and recipe.stage2 is not None and recipe.finetune is not None:
         raise InputError(
-            f"{root} has a stage 2 in its recipe, but only stage 1 is done",
-            fix=f"cpmix train-stage2 --from {root}   (or name the phase: --phase stage1)",
+            f"{root} has a stage 2 in its recipe, but only stage 1 is done; --phase stage1 finetunes that",
+            fix=next_command(root),
         )
     train(asked)

@@ -72,8 +72,7 @@ def run(options: ImportOptions) -> None:
         },
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
-    following = console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out)
-    console.note(f"next: {following}")
+    console.follow(console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out))
 
 
 def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from cpmix_cli.artifacts import files, tables
 from cpmix_cli.evaluation.saved import read_predictions
 from cpmix_cli.flags import MisclassifiedOptions
 from cpmix_cli.runs import folders, run_json
-from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, suggest
 
@@ -20,8 +20,8 @@ def run(options: MisclassifiedOptions) -> None:
         UsageError: no such class.
         InputError: the phase was not evaluated, or files are damaged.
     """
-    root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES)
+    source = choose(options.from_folder, options.phase)
+    root = source.run
     classes = tables.read_class_counts(*source.output(files.CLASS_COUNTS))["class_name"].tolist()
     true = _class_id("--true", options.true, classes)
     predicted = _class_id("--predicted", options.predicted, classes)

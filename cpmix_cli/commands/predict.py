@@ -12,8 +12,7 @@ from cpmix_cli.data.decoding import check_headers
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
-from cpmix_cli.runs import folders
-from cpmix_cli.runs.run_json import PHASES
+from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 from cpmix_cli.runtime.hardware import use_device
@@ -28,8 +27,7 @@ def run(options: PredictOptions) -> None:
         InputError: no finished phase, no images, or images that cannot be read.
         EnvironmentFault: --out exists, or cannot be written; the device is not there.
     """
-    root, named = folders.locate(options.from_folder)
-    source = folders.choose_phase(root, options.phase or named, PHASES)
+    source = choose(options.from_folder, options.phase)
     seen = source.record().dataset
     if len(seen.shape) != 3:
         raise InputError(f"{source.path} is a network of points and takes no images")

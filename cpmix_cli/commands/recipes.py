@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.flags import RecipesOptions
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, Stage, differences
@@ -50,7 +51,7 @@ def show_budgets(options: RecipesOptions) -> None:
     rows = [
         [
             entry["name"],
-            " + ".join(str(entry[key]) for key in ("stage1_epochs", "stage2_epochs", "finetune_epochs") if entry[key]),
+            " + ".join(str(entry[key]) for phase in PHASES if entry[key := f"{phase}_epochs"]),
             f"{entry['image_passes']:.1f}",
             "-" if entry["to_cpmix"] is None else f"{entry['to_cpmix']:.2f}",
         ]
@@ -67,14 +68,11 @@ def show_budgets(options: RecipesOptions) -> None:
 def budget(options: RecipesOptions, name: str) -> dict[str, Any]:
     """What a recipe costs; to_cpmix is null where its data set has no recipe cpmix."""
     recipe = resolved(options, name)
-    schedule = recipe.schedule
     passes = image_passes(recipe)
     cpmix = f"{name.rpartition('/')[0]}/cpmix"
     return {
         "name": name,
-        "stage1_epochs": schedule.stage1_epochs,
-        "stage2_epochs": schedule.epochs - schedule.stage1_epochs,
-        "finetune_epochs": 0 if recipe.finetune is None else recipe.finetune.epochs,
+        **{f"{phase}_epochs": recipe.epochs_of(phase) for phase in PHASES},
         "image_passes": round(passes, 4),
         "to_cpmix": round(passes / image_passes(resolved(options, cpmix)), 4) if cpmix in recipe_names() else None,
     }

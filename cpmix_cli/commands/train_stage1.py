@@ -14,7 +14,7 @@ from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
 from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
 from cpmix_cli.recipe import loading, schema
-from cpmix_cli.runs import folders, run_json
+from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
@@ -97,8 +97,7 @@ def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
     Raises:
         InputError: none is done, or it was trained on other data.
     """
-    root, named = folders.locate(run.parent if run.is_file() else run)
-    source = folders.choose_phase(root, named, run_json.PHASES)
+    source = choose(run.parent if run.is_file() else run)
     if source.record().dataset.fingerprint != dataset.fingerprint:
         raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
     return source

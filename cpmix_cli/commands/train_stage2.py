@@ -5,7 +5,7 @@ Weights, momentum, schedule and confusion counts continue from stage 1; many sta
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.flags import TrainStage2Options
-from cpmix_cli.runs import folders
+from cpmix_cli.runs.choosing import choose_phase, locate
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.phase import continued, train
 
@@ -17,8 +17,8 @@ def run(options: TrainStage2Options) -> None:
         UsageError: --from names another phase.
         CpmixError: see training.phase.continued() and train().
     """
-    root, named = folders.locate(options.from_folder)
+    root, named = locate(options.from_folder)
     if named not in (None, "stage1"):
         raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"--from {root}")
-    source = folders.choose_phase(root, "stage1", ("stage1",))
+    source = choose_phase(root, "stage1", ("stage1",))
     train(continued(options, source, "stage2", accuracy_on_test))

@@ -8,10 +8,10 @@ import torch
 from pydantic import ConfigDict
 
 from cpmix_cli.artifacts import files, records, tables
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.evaluation.accuracy import confusion_matrix
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.run_json import PHASES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
@@ -28,7 +28,7 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
     if not (evaluation / files.RUN).is_file():
         raise InputError(f"no evaluation {evaluation}", fix=again)
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    if record.source.sha256 != source.output(files.MODEL)[1]:
+    if not source.is_source_of(record):
         raise InputError(f"{evaluation} is of an older checkpoint of {source.phase}", fix=again)
     path, sha = run_json.output_of(evaluation, record, files.PREDICTIONS)
     table = tables.read_table(path, tables.PREDICTIONS_SCHEMA, sha)

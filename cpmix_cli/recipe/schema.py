@@ -361,6 +361,12 @@ class Recipe(Table):
                 if term.weight > 0 or idle:
                     yield f"{table}.terms.{name}", term
 
+    def epochs_of(self, phase: str) -> int:
+        """Epochs of a training phase; 0 if the recipe lacks it."""
+        stage1 = self.schedule.stage1_epochs
+        of_finetune = self.finetune.epochs if self.finetune else 0
+        return {"stage1": stage1, "stage2": self.schedule.epochs - stage1, "finetune": of_finetune}[phase]
+
     def tables(self) -> dict[str, Any]:
         """Plain nested dictionaries, as TOML and JSON hold them."""
         return self.model_dump(exclude_none=True)

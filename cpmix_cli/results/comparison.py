@@ -9,15 +9,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.artifacts.tables import METRICS_COLUMNS, read_table
 from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
 from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
-from cpmix_cli.runs import folders
-from cpmix_cli.runs.folders import PhaseFolder, epochs_of
-from cpmix_cli.runs.run_json import PHASES, EvaluationRecord, PhaseRecord, read_run
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.following import begun_phases
+from cpmix_cli.runs.run_json import EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
@@ -127,7 +128,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
             f"{root} holds evaluations, but not the run that they are of",
             fix="give a run folder; evaluate without --out writes into it",
         )
-    folders.begun_phases(root)
+    begun_phases(root)
     found, left_out = [], []
     for path in paths:
         folder = path.parent
@@ -157,7 +158,7 @@ def unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
         return f"{source.phase} is being trained again"
     if status == "stale":
         return f"{source.phase} is stale ({source.stale_because()})"
-    if record.source.sha256 != source.output(files.MODEL)[1]:
+    if not source.is_source_of(record):
         return f"it is of an older checkpoint of {source.phase}"
     return None
 
@@ -221,7 +222,7 @@ def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
     if source.phase != "stage1":
         origin = source.origin()
         passed = ["stage1", *(["stage2"] if origin is not None and origin.phase == "stage2" else []), source.phase]
-    return tuple(epochs_of(recipe)[phase] for phase in passed)
+    return tuple(recipe.epochs_of(phase) for phase in passed)
 
 
 def leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:

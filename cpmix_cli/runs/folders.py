@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cpmix_cli.artifacts.files import RECIPE, RUN, TRAINING_STATE, is_there, read_bytes, wait_for
+from cpmix_cli.artifacts.files import MODEL, RECIPE, RUN, TRAINING_STATE, is_there, read_bytes
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
-from cpmix_cli.runs.following import remake
 from cpmix_cli.runs.run_json import (
-    PHASES,
     BegunRecord,
     DatasetReference,
+    EvaluationRecord,
     PhaseRecord,
     StateRecord,
     output_of,
     read_run,
     read_state_record,
 )
-from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 
 Status = Literal["absent", "interrupted", "done", "stale"]
@@ -133,6 +131,18 @@ class PhaseFolder:
             return f"{origin.phase} was trained again since"
         return origin.stale_because()
 
+    def evaluation(self, label: str | None = None) -> Path:
+        """The folder of its evaluation: RUN/evaluation/PHASE or RUN/evaluation/PHASE-LABEL."""
+        return self.run / "evaluation" / (self.phase if label is None else f"{self.phase}-{label}")
+
+    def is_source_of(self, evaluation: EvaluationRecord) -> bool:
+        """Whether an evaluation is of the present checkpoint of this phase.
+
+        Raises:
+            InputError: the phase's record is damaged.
+        """
+        return evaluation.source.sha256 == self.output(MODEL)[1]
+
     def status(self) -> Status:
         """absent, interrupted, done or stale."""
         if self.done:
@@ -144,68 +154,6 @@ def beside(run: Path, relative: str) -> Path:
     """A path recorded relative to a run folder, as it can be typed; whole where a symbolic link is in the way."""
     typed, real = Path(os.path.normpath(run / relative)), (run / relative).resolve()
     return typed if typed.resolve() == real else real
-
-
-def locate(source: Path) -> tuple[Path, str | None]:
-    """FOLDER -> run folder, and the phase where FOLDER is a phase's own folder.
-
-    Raises:
-        InputError: FOLDER does not exist.
-    """
-    if not source.is_dir():
-        raise InputError(f"no run folder {source}", fix=remake(source, "stage1", "absent"))
-    if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
-        return source.parent, source.resolve().name
-    return source, None
-
-
-def begun_phases(run: Path) -> list[PhaseFolder]:
-    """The phases of a run that are done, stale or interrupted, in their order.
-
-    Raises:
-        InputError: there are none, or a record is damaged.
-    """
-    begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
-    if not begun:
-        raise InputError(f"{run} holds no phase of a run", fix=remake(run, "stage1", "absent"))
-    return begun
-
-
-def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> PhaseFolder:
-    """The phase a later command takes: the one named, else the last that is done and not stale; says which.
-
-    Raises:
-        UsageError: no such phase.
-        InputError: it is not done, or stale.
-    """
-    if wanted is not None:
-        if wanted not in candidates:
-            raise UsageError(f"{console.command} takes no phase {wanted}: one of {', '.join(candidates)}")
-        folder = PhaseFolder(run, wanted)
-        if not folder.is_begun:  # the job before may have ended on another machine, a moment ago
-            wait_for(folder.path / RUN)
-        status = folder.status()
-        if status != "done":
-            why = folder.stale_because() if status == "stale" else None
-            raise InputError(f"{folder.path} is {status}{f': {why}' if why else ''}", fix=remake(run, wanted, status))
-        return folder
-    passed_over: list[str] = []
-    for phase in reversed(candidates):
-        folder = PhaseFolder(run, phase)
-        status = folder.status()
-        if status == "done":
-            for line in passed_over:
-                console.warn(line)
-            console.note(f"{console.command}: takes {phase} of {run}")
-            return folder
-        if status == "stale":
-            passed_over.append(f"{phase} is stale ({folder.stale_because()}) and is not used")
-        elif status == "interrupted":
-            passed_over.append(f"{phase} is not finished and is not used")
-    detail = f" ({'; '.join(passed_over)})" if passed_over else ""
-    raise InputError(
-        f"{run} holds no finished {' or '.join(candidates)}{detail}", fix=remake(run, candidates[0], "absent")
-    )
 
 
 def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data_root: Path | None = None) -> Dataset:
@@ -264,13 +212,3 @@ def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, origin: str) -
             f"{folder.path} was trained differently from {origin}:\n    " + "\n    ".join(changed),
             fix=f"train {folder.phase} with that recipe into another folder, or drop the changed keys",
         )
-
-
-def epochs_of(recipe: Recipe) -> dict[str, int]:
-    """Epochs of each phase; 0 where the recipe has none."""
-    schedule = recipe.schedule
-    return {
-        "stage1": schedule.stage1_epochs,
-        "stage2": schedule.epochs - schedule.stage1_epochs,
-        "finetune": recipe.finetune.epochs if recipe.finetune else 0,
-    }

@@ -1,21 +1,17 @@
 """The records of a run folder: run.json and the metadata of a training state."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from cpmix_cli.artifacts import files, records
+from cpmix_cli.artifacts.files import TrainingPhase
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
 from cpmix_cli.data.dataset import FileName, Shaped, Storage
 from cpmix_cli.runtime.errors import InputError
-
-TrainingPhase = Literal["stage1", "stage2", "finetune"]
-
-
-PHASES: tuple[str, ...] = get_args(TrainingPhase)
 
 
 def _place(path: str) -> str:

@@ -98,6 +98,11 @@ def typed(*words: object) -> str:
     return shlex.join(["cpmix", *map(str, words)])
 
 
+def follow(command: str) -> None:
+    """The command to type next, on stderr."""
+    note(f"next: {command}")
+
+
 def warn(text: str) -> None:
     """A warning on stderr."""
     note(f"warning: {text}")

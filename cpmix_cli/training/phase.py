@@ -102,15 +102,15 @@ def train(asked: PhaseRequest) -> None:
         Diverged, Interrupted: see loop.fit().
     """
     folder, here = asked.folder, ranks.current()
-    if getattr(asked.recipe, folder.phase) is None:
-        report_nothing_to_do(folder)
+    if asked.source is not None and not asked.recipe.epochs_of(folder.phase):
+        report_nothing_to_do(folder.phase, asked.source)
         return
     refuse_unlike(files.digest(asked.made_from), "the recipe, the data set or the inputs that they read")
     how = asked.decide()
     if how == "done":
         if here.first:
             locks.tidy(folder.path)
-            report(folder, asked.recipe, "up to date")
+            report(folder, "up to date")
     elif asked.options.dry_run:
         if here.first:
             locks.refuse_if_held(folder.path)
@@ -130,7 +130,7 @@ def train(asked: PhaseRequest) -> None:
                     finish(asked, started, lock)
                 status = "done"
             if here.first:
-                report(folder, asked.recipe, status)
+                report(folder, status)
 
 
 def continued(
@@ -286,7 +286,7 @@ def rehearse(started: LoadedPhase) -> list[str]:
         Diverged: a loss is not finite.
     """
     setting, recipe = started.setting, started.setting.recipe
-    later = run_json.PHASES[run_json.PHASES.index(started.plan.phase) + 1 :]
+    later = files.PHASES[files.PHASES.index(started.plan.phase) + 1 :]
     phases = [phase for phase in later if getattr(recipe, phase) is not None]
     loop.first_step(started.plan, started.data, started.state)
     for phase in phases:
@@ -475,12 +475,12 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def report_nothing_to_do(folder: PhaseFolder) -> None:
+def report_nothing_to_do(phase: str, source: PhaseFolder) -> None:
     """Report a phase that the recipe lacks, and the next command."""
-    reason = f"the recipe has no {'stage 2' if folder.phase == 'stage2' else folder.phase}"
+    reason = f"the recipe has no {'stage 2' if phase == 'stage2' else phase}"
     fields = {"status": "skipped", "skipped": True, "reason": reason}
     console.result(fields, lines=[f"nothing to do: {reason}"])
-    console.note(f"next: {console.typed('evaluate', '--from', folder.run)}")
+    console.follow(following.next_command(source.run))
 
 
 def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str]) -> None:
@@ -499,7 +499,7 @@ def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str])
     console.result(fields, lines=[f"dry run: {path} would be written; all checks passed, {tried}"])
 
 
-def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
+def report(folder: PhaseFolder, status: str) -> None:
     """The phase's last epoch as a table, and the next command."""
     record = folder.record()
     path, sha = folder.output(files.METRICS)
@@ -537,4 +537,4 @@ def report(folder: PhaseFolder, recipe: Recipe, status: str) -> None:
         ">training time",
     )
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
-    console.note(f"next: {following.next_command(folder.run, folder.phase, recipe)}")
+    console.follow(following.next_command(folder.run))
