@@ -58,12 +58,7 @@ def note(text: str) -> None:
 
 
 def _out(text: str) -> None:
-    """A line of the result.
-
-    Raises:
-        BrokenPipeError: the reader left.
-        EnvironmentFault: it cannot be written.
-    """
+    """A line of the result; raises as flush() does."""
     if sys.stdout is not None and not _muted:
         with _writing():
             print(text, flush=True)
@@ -73,7 +68,8 @@ def flush() -> None:
     """What others (click's help) could not write to stdout.
 
     Raises:
-        BrokenPipeError, EnvironmentFault: see _out().
+        BrokenPipeError: the reader left.
+        EnvironmentFault: it cannot be written.
     """
     if sys.stdout is not None:
         with _writing():
@@ -82,7 +78,7 @@ def flush() -> None:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """While something is written to stdout; raises what _out() says."""
+    """While something is written to stdout; raises as flush() does."""
     try:
         yield
     except OSError as fault:
@@ -217,34 +213,29 @@ class Progress:
         self._total = total
         self._first = self._done = done
         self._started = time.perf_counter()
-        self._live = _live_view()
-        self._next = self._started + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
+        self._view = _View()
+        self._pause = self.VIEW_SECONDS if self._view.live else self.LINE_SECONDS
+        self._next = self._started + self._pause
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            with suppress(OSError, ValueError):
-                self._live.stop()
+        self._view.close()
 
     def step(self, count: int = 1) -> None:
         """`count` more are done."""
         self._done += count
         if (now := time.perf_counter()) < self._next:
             return
+        self._next = now + self._pause
         new = self._done - self._first
         left = (now - self._started) / new * (self._total - self._done)
-        self._next = now + (self.LINE_SECONDS if self._live is None else self.VIEW_SECONDS)
-        if self._live is None:
+        if self._view.live:
+            self._view.draw((self._doing, self._done, self._total, left))
+        else:
             rate = f"{new / (now - self._started):,.0f} a second, {duration(left)} left"
             note(f"{self._doing}: {self._done:,} of {self._total:,}, {rate}")
-            return
-        try:
-            with self._live.console as screen:
-                self._live.update(_view(screen.size, (self._doing, self._done, self._total, left), ()), refresh=True)
-        except (OSError, ValueError):  # the terminal is gone; the work is not
-            self._live = None
 
 
 class EpochProgress:
@@ -264,10 +255,9 @@ class EpochProgress:
     TIMED_STEPS = 5
     VIEW_SECONDS = 1.0
     VIEW_SHARE = 0.005
-    WIDTH = 76
 
     look: Callable[[], Sequence[Sequence[str]]]
-    """Gives the rows of the view, the heading first and the most telling next; wanted where has_view."""
+    """Gives the rows of the view, the heading first and the most telling next; needed if has_view."""
 
     def __init__(
         self, phase: str, num_steps: int, first_step: int, warm_up: int, synchronize: Callable[[], None]
@@ -280,12 +270,12 @@ class EpochProgress:
         self._started = time.perf_counter()
         self._lines: list[str] = []
         self._next_view = self._next_lines = 0.0
-        self._live = _live_view()
+        self._view = _View()
 
     @property
     def has_view(self) -> bool:
         """stderr is a terminal that can show it."""
-        return self._live is not None
+        return self._view.live is not None
 
     def step(self, done: int) -> None:
         """`done` steps of the phase are finished (counted from its first epoch)."""
@@ -301,7 +291,7 @@ class EpochProgress:
                 f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
                 f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
-        if self._live is not None:
+        if self.has_view:
             if time.perf_counter() >= self._next_view:
                 self._look_and_draw(done, timed)
             elif self._lines and time.perf_counter() >= self._next_lines:
@@ -311,7 +301,7 @@ class EpochProgress:
         self._synchronize()  # waiting for the steps is no cost of the view
         began = time.perf_counter()
         mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
-        self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)))
+        self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)), self.look())
         ended = time.perf_counter()
         # The first drawing also loads what it draws with.
         pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
@@ -319,89 +309,91 @@ class EpochProgress:
 
     def line(self, text: str) -> None:
         """One plain line; where there is a view, above it and within a second."""
-        if self._live is None:
-            note(text)
-        else:
+        if self.has_view:
             self._lines.append(printable(text))
+        else:
+            note(text)
 
     def close(self) -> None:
         """Take the view away."""
-        if self._live is not None:
-            self._draw()
-            self._drop_view()
+        self._draw()
+        self._view.close()
 
-    def _draw(self, bar: tuple[str, int, int, float | None] | None = None) -> None:
+    def _draw(self, bar: "Bar | None" = None, rows: Sequence[Sequence[str]] = ()) -> None:
         """Print the lines that wait, and draw the view anew if there is a bar for it."""
-        assert self._live is not None
         self._next_lines = time.perf_counter() + self.VIEW_SECONDS
-        rows = self.look() if bar is not None else ()
         lines, self._lines = self._lines, []
+        self._view.draw(bar, rows, lines)
+
+
+Bar = tuple[str, int, int, float | None]
+"""What is done, how many of it are, of how many, and the seconds left; None where nobody knows yet."""
+
+
+class _View:
+    """A place at the foot of the terminal that stderr is; `live` is None where it is none, or can only print lines."""
+
+    WIDTH = 76
+    live: "Live | None" = None
+
+    def __init__(self) -> None:
+        if sys.stderr is None or _muted or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        screen = Console(stderr=True)
+        if not screen.is_interactive:
+            return
+        # No refresh thread: it would take CPU time in the middle of a training step.
+        live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
+        with suppress(OSError):
+            live.start()
+            screen.show_cursor(True)  # a process that is killed could not give it back
+            self.live = live
+
+    def draw(self, bar: Bar | None, rows: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
+        """Print lines above the view, and draw it anew if there is a bar for it."""
+        if self.live is None:
+            return
         try:
-            with self._live.console as screen:
+            with self.live.console as screen:
                 if lines:
                     screen.print("\n".join(lines), markup=False, emoji=False, highlight=False, soft_wrap=True)
                 if bar is not None:
-                    self._live.update(_view(screen.size, bar, rows), refresh=True)
+                    self.live.update(self._drawn(screen.size, bar, rows), refresh=True)
         except (OSError, ValueError):  # the terminal is gone; the run is not
-            self._drop_view()
+            self.close()
 
-    def _drop_view(self) -> None:
-        live, self._live = self._live, None
+    def close(self) -> None:
+        """Take it away."""
+        live, self.live = self.live, None
         if live is not None:
             with suppress(OSError, ValueError):
                 live.stop()
 
+    def _drawn(self, size: tuple[int, int], bar: Bar, rows: Sequence[Sequence[str]]) -> "RenderableType":
+        """A bar, and below it as many rows as there is room for: the first the heading, its first cell a label."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
 
-def _live_view() -> "Live | None":
-    """An empty place at the foot of the terminal that stderr is; None where it is none, or can only print lines."""
-    if sys.stderr is None or _muted or not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.live import Live
-
-    screen = Console(stderr=True)
-    if not screen.is_interactive:
-        return None
-    # Drawn by the training loop alone: a thread of rich's would take its time whenever it likes.
-    live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
-    try:
-        live.start()
-        screen.show_cursor(True)  # a process that is killed could not give it back
-    except OSError:
-        return None
-    return live
-
-
-def _view(
-    size: tuple[int, int], bar: tuple[str, int, int, float | None], rows: Sequence[Sequence[str]]
-) -> "RenderableType":
-    """A bar, and under it as many rows as there is room for.
-
-    Args:
-        size: columns and lines of the terminal.
-        bar: the phase, its steps done, all of them, and the seconds left, None where nobody knows yet.
-        rows: cells; the first row is the heading, the first column a label.
-    """
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    phase, done, num_steps, seconds_left = bar
-    left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-    top = Table.grid(padding=(0, 1))
-    top.add_column(no_wrap=True)
-    top.add_column(ratio=1)
-    top.add_column(no_wrap=True)
-    top.add_row(Text(phase), ProgressBar(num_steps, done), Text(f"{done}/{num_steps}{left}"))
-    shown = list(rows[: max(0, size[1] - 3)])  # the bar, a line of the log and the cursor's have theirs
-    while shown and not any(shown[-1][1:]):  # a heading whose rows have none
-        shown.pop()
-    table = Table.grid(padding=(0, 2))
-    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    for _ in rows[0][1:] if rows else ():
-        table.add_column(justify="right", no_wrap=True)
-    for number, row in enumerate(shown):
-        table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
-    top.width = table.width = min(size[0], EpochProgress.WIDTH)
-    return Group(top, table)
+        doing, done, total, seconds_left = bar
+        left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+        top = Table.grid(padding=(0, 1))
+        top.add_column(no_wrap=True)
+        top.add_column(ratio=1)
+        top.add_column(no_wrap=True)
+        top.add_row(Text(doing), ProgressBar(total, done), Text(f"{done}/{total}{left}"))
+        shown = list(rows[: max(0, size[1] - 3)])  # the bar, a line of the log and the cursor's have theirs
+        while shown and not any(shown[-1][1:]):  # a heading whose rows have none
+            shown.pop()
+        table = Table.grid(padding=(0, 2))
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        for _ in rows[0][1:] if rows else ():
+            table.add_column(justify="right", no_wrap=True)
+        for number, row in enumerate(shown):
+            table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
+        top.width = table.width = min(size[0], self.WIDTH)
+        return Group(top, table)
