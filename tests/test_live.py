@@ -32,7 +32,9 @@ from cpmix_cli.training.step import Step
 # -- its numbers -------------------------------------------------------------------------------------------------------
 
 
-def looked_at(plan: Any, counts: list[int], confusion: list[list[float]], **at: int) -> tuple[LiveView, TrainingState]:
+def looked_at(
+    plan: Any, counts: list[int], confusion: list[list[float]], *, few_inclusive: bool = False, **at: int
+) -> tuple[LiveView, TrainingState]:
     """A view of `counts` images a class, before a step is taken."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     state = fresh()
@@ -42,7 +44,18 @@ def looked_at(plan: Any, counts: list[int], confusion: list[list[float]], **at: 
     whole = TrainingData(data().batches, labels, torch.tensor(counts))
     step = Step(plan, whole, state)
     step.begin_epoch(state.epoch)
-    return LiveView(plan, whole, state, step, ["cat", "dog", "lynx"][: len(counts)]), state
+    return LiveView(plan, whole, state, step, ["cat", "dog", "lynx"][: len(counts)], few_inclusive), state
+
+
+def test_groups_are_those_that_build_lt_was_told() -> None:
+    """Of classes of 101, 20 and 2 images the one of 20 is medium, or few with --few-inclusive."""
+    plan = plan_of(terms_of(erm=ERM), 9, batch=41)
+    for few_inclusive, expected in ((False, ("50.00", "0.00")), (True, ("-", "25.00"))):
+        view, state = looked_at(plan, [101, 20, 2], [[0.0] * 3] * 3, few_inclusive=few_inclusive, epoch=2)
+        state.confusion += torch.tensor([[0, 0, 0], [10, 0, 0], [2, 0, 0]])
+        state.step = 3
+        rows = {row[0].strip(): row[1] for row in view.table()}
+        assert (rows["medium"], rows["few"]) == expected
 
 
 def test_an_epoch_by_hand() -> None:

@@ -49,17 +49,24 @@ class LiveView:
         state: what is trained, at the beginning of this run; read and never changed.
         step: takes its steps.
         class_names: by class id; without them ids are shown.
+        few_inclusive: classes of exactly 20 training images are few, as build-lt was told.
     """
 
     def __init__(
-        self, plan: Plan, data: TrainingData, state: TrainingState, step: Step, class_names: Sequence[str]
+        self,
+        plan: Plan,
+        data: TrainingData,
+        state: TrainingState,
+        step: Step,
+        class_names: Sequence[str],
+        few_inclusive: bool = False,
     ) -> None:
         self._plan = plan
         self._num_samples = len(data.labels)
         self._state = state
         self._step = step
         self._names = class_names or [str(c) for c in range(len(data.class_counts))]
-        self._groups = np.array([group_of(n) for n in data.class_counts.tolist()])
+        self._groups = np.array([group_of(n, few_inclusive=few_inclusive) for n in data.class_counts.tolist()])
         self._before: Reading | None = None
         self._begin(state.epoch, state.step, self._cells())
 

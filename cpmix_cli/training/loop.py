@@ -29,6 +29,7 @@ def fit(
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 0,
     class_names: Sequence[str] = (),
+    few_inclusive: bool = False,
 ) -> float:
     """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are.
 
@@ -41,6 +42,7 @@ def fit(
         test_accuracy: fraction of test images right, for a curve that selects nothing.
         eval_every: epochs between its points; 0 for none.
         class_names: by class id, for the live view.
+        few_inclusive: classes of exactly 20 training images are few, for the live view.
 
     Returns:
         Seconds of the training that went into recording CUDA graphs.
@@ -66,7 +68,7 @@ def fit(
         with signals.in_loop(), own_stream(device):
             here.max_over_ranks(0)  # from here on whoever is missed is missed in the middle of a step
             step = Step(plan, data, state)
-            view = LiveView(plan, data, state, step, class_names) if progress.has_view else None
+            view = LiveView(plan, data, state, step, class_names, few_inclusive) if progress.has_view else None
             if view:
                 progress.look = view.table
             while True:

@@ -322,6 +322,7 @@ def fit(asked: PhaseRequest, started: LoadedPhase, publish: Callable[[], None]) 
         test_accuracy=test,
         eval_every=options.eval_every,
         class_names=dataset.class_names,
+        few_inclusive=dataset.record.few_inclusive,
     )
 
 
