@@ -284,6 +284,9 @@ def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
         "samples.parquet",
     ]
     assert must(*command, "--test-data", tmp_path / "more", "--json").json["status"] == "up to date"
+    edited = tmp_path / "more" / "red" / "000.png"
+    edited.write_bytes(edited.read_bytes()[:-1] + b"\0")  # the last checksum: as long as before, and as legible
+    assert must(*command, "--test-data", tmp_path / "more", "--json").json["status"] == "done"
     # The data set's own test split, given as a folder, is the plain evaluation again.
     plain = json.loads((trained / "run" / "evaluation" / "stage1" / "metrics.json").read_text())
     again = must(*command, "--test-data", trained / "data", "--label", "own", "--json").json
