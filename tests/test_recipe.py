@@ -242,7 +242,7 @@ ODD_TEXTS = {
     "by_rho": ("by_rho = 3", "by_rho holds a table"),
     "by_rho.20": ("by_rho.20 = 3", "by_rho holds a table"),
     "extends": ("", 'recipe "nnn'),
-    "large": ("#" * 5_000_000, "at most 4,000,000 are read"),
+    "large": ("#" * 5_000_000, "a file of its kind has at most 4,000,000"),
 }
 
 

@@ -17,73 +17,41 @@ from cpmix_cli.artifacts.files import publish, read_bytes
 from cpmix_cli.runtime.errors import InputError
 
 
-def _schema(*fields: tuple[str, pa.DataType] | tuple[str, pa.DataType, bool]) -> pa.Schema:
-    """(name, type) or (name, type, nullable) triples; columns are not nullable unless said."""
-    return pa.schema([pa.field(f[0], f[1], nullable=len(f) == 3 and bool(f[2])) for f in fields])
+def _schema(*columns: str) -> pa.Schema:
+    """Return the schema of columns "name type"; a type that ends in ? allows null."""
+    fields = []
+    for column in columns:
+        name, kind = column.rsplit(" ", 1)
+        type_ = pa.binary(32) if kind == "sha256" else pa.type_for_alias(kind.removesuffix("?"))
+        fields.append(pa.field(name, type_, nullable=kind.endswith("?")))
+    return pa.schema(fields)
 
 
 CLASS_COUNTS_SCHEMA = _schema(
-    ("class_id", pa.int32()),
-    ("class_name", pa.string()),
-    ("num_train", pa.int64()),
-    ("num_test", pa.int64()),
-    ("group", pa.string()),
+    "class_id int32", "class_name string", "num_train int64", "num_test int64", "group string"
 )
 
 
 def split_schema(by_path: bool) -> pa.Schema:
     """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
-    origin = ("path", pa.string()) if by_path else ("source_index", pa.int64())
-    return _schema(("sample_id", pa.int64()), ("label", pa.int32()), origin)
+    return _schema("sample_id int64", "label int32", "path string" if by_path else "source_index int64")
 
 
-HASHES_SCHEMA = _schema(("sample_id", pa.int64()), ("sha256", pa.binary(32)))
+HASHES_SCHEMA = _schema("sample_id int64", "sha256 sha256")
 """sha256 of each packed image of a split."""
-CONFUSION_SCHEMA = _schema(
-    ("true_class", pa.int32()),
-    ("predicted_class", pa.int32()),
-    ("count", pa.int64()),
-)
-
-
+CONFUSION_SCHEMA = _schema("true_class int32", "predicted_class int32", "count int64")
 PER_CLASS_SCHEMA = _schema(
-    ("class_id", pa.int32()),
-    ("class_name", pa.string()),
-    ("group", pa.string()),
-    ("num_train", pa.int64()),
-    ("num_test", pa.int64()),
-    ("num_correct", pa.int64()),
-    ("accuracy", pa.float64(), True),
+    *("class_id int32", "class_name string", "group string"),
+    *("num_train int64", "num_test int64", "num_correct int64", "accuracy double?"),
 )
-
-
-PREDICTIONS_SCHEMA = _schema(
-    ("sample_id", pa.int64()),
-    ("label", pa.int32()),
-    ("predicted", pa.int32()),
-    ("confidence", pa.float32()),
-)
-
-
+PREDICTIONS_SCHEMA = _schema("sample_id int64", "label int32", "predicted int32", "confidence float")
 CONFUSED_PAIRS_SCHEMA = _schema(
-    ("rarer_class", pa.int32()),
-    ("commoner_class", pa.int32()),
-    ("rarer_as_commoner", pa.int64()),
-    ("commoner_as_rarer", pa.int64()),
-    ("count", pa.int64()),
-    ("minority_share", pa.float64()),
+    *("rarer_class int32", "commoner_class int32", "rarer_as_commoner int64"),
+    *("commoner_as_rarer int64", "count int64", "minority_share double"),
 )
-
-
 PREDICTED_IMAGES_SCHEMA = _schema(
-    ("path", pa.string()),
-    ("rank", pa.int64()),
-    ("class_id", pa.int32()),
-    ("class_name", pa.string()),
-    ("confidence", pa.float32()),
+    "path string", "rank int64", "class_id int32", "class_name string", "confidence float"
 )
-
-
 METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
     "epoch",
     "learning_rate",
@@ -110,7 +78,7 @@ def metrics_schema(terms: list[str]) -> pa.Schema:
     names: list[str] = []
     for name in METRICS_COLUMNS:
         names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
-    return _schema(*((n, pa.int64() if n in integers else pa.float64(), n in nullable) for n in names))
+    return _schema(*(f"{n} {'int64' if n in integers else 'double'}{'?' * (n in nullable)}" for n in names))
 
 
 def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:

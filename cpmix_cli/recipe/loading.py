@@ -1,8 +1,5 @@
 """Recipes from files and flags: found by name, merged, checked whole, rescaled to other lengths."""
 
-import json
-import os
-import stat
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cpmix_cli.artifacts.files import PHASES, read_bytes
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Recipe, Stage, Table, TermRecipe
-from cpmix_cli.runtime.errors import UsageError, counted, indented, suggest
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, suggest
 
-MAX_BYTES = 4_000_000  # of a recipe and of a record looked at here; the record of 10,000 classes has half a million
+MAX_BYTES = 4_000_000  # of a recipe
 MAX_DEPTH = 16  # of tables in tables; a recipe has 4
 MAX_EXTENDS = 16
 
@@ -115,8 +113,10 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     if len(above) > MAX_EXTENDS:
         raise UsageError(f"{above[-1]} extends more than {MAX_EXTENDS} recipes, one on the other", needed_by="--recipe")
     try:
-        tables = _parse(_read_small(path).decode())
-    except (ValueError, OSError) as fault:
+        tables = _parse(read_bytes(path, limit=MAX_BYTES).decode())
+    except InputError as fault:
+        raise UsageError(fault.message, needed_by="--recipe") from fault
+    except ValueError as fault:
         raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
     without = tables.pop("without", [])
     if (base := tables.pop("extends", None)) is None:
@@ -134,30 +134,6 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     for key in without if isinstance(without, list) else [without]:
         _take_away(below, key, path)
     return _merged(below, tables)
-
-
-def _read_small(path: Path) -> bytes:
-    """The bytes of a small file; artifacts.py has what reads large ones, and imports torch.
-
-    Raises:
-        OSError: it is missing, unreadable, a folder, pipe or device, or has more than MAX_BYTES.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no file")
-        if status.st_size > MAX_BYTES:
-            raise OSError(f"{path} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-        return file.read(MAX_BYTES)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A small JSON file's object with its numbers as floats; None where that cannot be read or is none."""
-    try:
-        found = json.loads(_read_small(path), parse_int=float)  # an int may be too large for a float
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -200,7 +176,7 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
 def _function_faults(tables: dict[str, Any]) -> list[str]:
     """What is wrong with the functions that terms name and with their parameters, whatever else is wrong with them."""
     faults = []
-    for stage in ("stage1", "stage2", "finetune"):
+    for stage in PHASES:
         terms = tables[stage].get("terms") if isinstance(tables.get(stage), dict) else None
         for name, term in terms.items() if isinstance(terms, dict) else []:
             if isinstance(term, dict):

@@ -1,10 +1,25 @@
 """What can be said of --recipe, --set and --epochs before torch is imported."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpmix_cli.recipe.loading import _read_json, _read_small, find_recipe, load, read_tables, recipe_names
+from cpmix_cli.artifacts.files import DATASET, RECIPE, RUN, read_bytes
+from cpmix_cli.artifacts.records import Record, read_record
+from cpmix_cli.recipe.loading import MAX_BYTES, find_recipe, load, read_tables, recipe_names
+from cpmix_cli.runtime.errors import InputError
+
+
+class DatasetRecipe(Record):
+    """Fields of a dataset.json that decide which recipe is read."""
+
+    recipe: str
+    rho: float | None
+
+
+class Outputs(Record):
+    """The field of a run.json that names its files."""
+
+    outputs: dict[str, str]
 
 
 def check_request(
@@ -30,15 +45,15 @@ def check_request(
     """
     rho = None
     if data is not None:
-        record = _read_json(data / "dataset.json")
-        if record is None or not {"recipe", "rho"} <= record.keys():
+        try:
+            record = read_record(data / DATASET, DatasetRecipe)
+        except InputError:
             return
-        own, rho = record["recipe"], record["rho"]
-        if own not in recipe_names() or not isinstance(rho, float | None):
+        if record.recipe not in recipe_names():
             return
-        name = name or own
+        name, rho = name or record.recipe, record.rho
     if name is None:
-        finished = next((folder for folder in phases if (folder / "run.json").is_file()), None)
+        finished = next((folder for folder in phases if (folder / RUN).is_file()), None)
         name = None if finished is None else _own_recipe(finished)
     if name is None or (rho is None and "by_rho" in read_tables(find_recipe(name))):
         return
@@ -46,14 +61,12 @@ def check_request(
 
 
 def _own_recipe(phase: Path) -> str | None:
-    """The recipe of a finished phase, if it is the one that its record names; no user's --recipe is at fault for
-    another.
+    """Return the recipe of a finished phase; None if its run.json names another, which no user's --recipe is to blame
+    for.
     """
-    path = phase / "recipe.toml"
-    record = _read_json(phase / "run.json")
-    outputs = record.get("outputs") if record is not None else None
+    path = phase / RECIPE
     try:
-        sha = hashlib.sha256(_read_small(path)).hexdigest()
-    except OSError:
+        read_bytes(path, read_record(phase / RUN, Outputs).outputs.get(RECIPE, ""), limit=MAX_BYTES)
+    except InputError:
         return None
-    return str(path) if isinstance(outputs, dict) and outputs.get(path.name) == sha else None
+    return str(path)
