@@ -95,12 +95,12 @@ def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     own = files.temporary_for(path)
     host, digest = own.name.removeprefix(files.TEMPORARY).rsplit("-", 2)[0], own.name.rsplit("-", 1)[1]
-    dead, alive = (f"{files.TEMPORARY}{host}-{pid}-{digest}" for pid in (2**22 - 1, os.getpid()))
+    dead, alive = (f"{files.TEMPORARY}{host}-{pid}-{digest}" for pid in (2**22 - 1, os.getppid()))
     other = f"{files.TEMPORARY}{host}-{2**22 - 1}-00000000"
     for name in (dead, f"{dead}-before", alive, other):
         (tmp_path / name).write_bytes(b"half")
-    files.sweep(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, other])
+    files.publish_out(path, b"whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, other, path.name])
 
 
 def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:

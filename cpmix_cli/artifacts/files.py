@@ -188,16 +188,27 @@ def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
                 leftover.unlink(missing_ok=True)
 
 
-def sweep(path: Path) -> None:
-    """Remove what processes of this machine left that died while they published this very file: for one outside a
-    locked folder, whose sweep sees to the rest.
+def refuse_existing(path: Path | None, *, overwrite: bool) -> None:
+    """Raise EnvironmentFault if the file of --out exists and there is no --overwrite."""
+    if path is not None and path.exists() and not overwrite:
+        raise EnvironmentFault(f"{path} exists", fix="write elsewhere, or replace it with --overwrite")
+
+
+def publish_out(path: Path, data: bytes) -> None:
+    """Publish the file of --out, which lies in no locked folder: make its folder, and remove what processes of this
+    machine left that died while they published this very file.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
     """
+    make_folder(path.parent)
     *_, name = temporary_for(path).name.rpartition("-")
     for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
         pid = left.name.removesuffix("-before").split("-")[-2]
         if not Path(f"/proc/{pid}").exists():
             with suppress(OSError):
                 left.unlink()
+    publish(path, data)
 
 
 def json_text(value: Any) -> str:

@@ -27,7 +27,7 @@ from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, Pape
 from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.choosing import locate
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, shortened
+from cpmix_cli.runtime.errors import InputError, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Keys of metrics.json, per cent -> column names."""
@@ -43,8 +43,7 @@ def run(options: CompareOptions) -> None:
         InputError: a folder that holds no run, or none of its evaluations is of use; damaged records or metrics.
         EnvironmentFault: --out exists, or cannot be written.
     """
-    if options.out is not None and options.out.exists() and not options.overwrite:
-        raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
+    files.refuse_existing(options.out, overwrite=options.overwrite)
     measured: list[EvaluatedRun] = []
     left_out: list[str] = []
     seen: set[tuple[Path, str | None]] = set()
@@ -94,9 +93,7 @@ def publish(
     text = (
         files.json_text(console.with_command(fields)) if console.as_json else "\n".join(map(console.printable, lines))
     )
-    files.make_folder(options.out.parent)
-    files.sweep(options.out)
-    files.publish(options.out, (text + "\n").encode("utf-8", "backslashreplace"))
+    files.publish_out(options.out, (text + "\n").encode("utf-8", "backslashreplace"))
     console.result({"status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.artifacts.files import make_folder, publish, read_bytes, sweep
+from cpmix_cli.artifacts.files import publish_out, read_bytes
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import matrix_of, read_predictions
@@ -123,9 +123,7 @@ def run(options: FigureOptions) -> None:
                 f"{out} exists and is not this figure", fix="write elsewhere, or replace it with --overwrite"
             )
     for out, data in new.items():
-        make_folder(out.parent)
-        sweep(out)
-        publish(out, data)
+        publish_out(out, data)
     report(options, drawn, list(files), "done" if new else "up to date")
 
 

@@ -57,9 +57,7 @@ def run(options: ImportOptions) -> None:
             raise EnvironmentFault(f"{out} holds something else", fix="choose another --out, or give --overwrite")
         status = "up to date"
     else:
-        files.make_folder(out.parent)
-        files.sweep(out)
-        files.publish(out, converted)
+        files.publish_out(out, converted)
     values = sum(t.numel() for t in tensors.values())
     sha = files.sha256(converted)
     console.result(

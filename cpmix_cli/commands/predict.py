@@ -14,7 +14,7 @@ from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
 from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.runtime.hardware import use_device
 
 NUM_SHOWN = 50
@@ -31,8 +31,7 @@ def run(options: PredictOptions) -> None:
     seen = source.record().dataset
     if len(seen.shape) != 3:
         raise InputError(f"{source.path} is a network of points and takes no images")
-    if options.out is not None and options.out.exists() and not options.overwrite:
-        raise EnvironmentFault(f"{options.out} exists", fix="write elsewhere, or replace it with --overwrite")
+    files.refuse_existing(options.out, overwrite=options.overwrite)
     device = use_device(options.device)
     paths = image_folder.find_images(options.images)
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
@@ -56,9 +55,7 @@ def run(options: PredictOptions) -> None:
         "confidence": confidence.flatten().numpy(),
     }
     if options.out is not None:
-        files.make_folder(options.out.parent)
-        files.sweep(options.out)
-        tables.publish_table(options.out, tables.PREDICTED_IMAGES_SCHEMA, columns)
+        files.publish_out(options.out, tables.table_bytes(tables.PREDICTED_IMAGES_SCHEMA, columns))
     guesses = [
         [{"class": classes[c], "confidence": round(p, 4)} for c, p in zip(row, chances, strict=True)]
         for row, chances in zip(classified.tolist(), confidence.tolist(), strict=True)
