@@ -115,7 +115,7 @@ def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) ->
     """The functions of a kind by name.
 
     Args:
-        kind: a key of TABLES.
+        kind: a key of FUNCTION_TABLES.
         namespace: module -> what stands in it.
     """
     module, tables = FUNCTION_TABLES[kind]
