@@ -1,6 +1,7 @@
 """Imports go down the list of rooms, never up, and no command imports another: a room knows only the rooms below it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_commands_are_what_help_lists() -> None:
     assert names <= set(listed)
     assert names == {name for name in listed if (PACKAGE / "commands" / f"{name.replace('-', '_')}.py").exists()}
     assert names == set(cli.typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+def test_the_package_s_readme_lists_every_file() -> None:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- \[`[\w.]+`\]\(([\w/.]+)\): ", text, re.MULTILINE)
+    assert sorted(listed) == sorted(path.relative_to(PACKAGE).as_posix() for path in FILES)
+    for name in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (PACKAGE / name).is_file() or (PACKAGE.parent / name).is_file(), name
