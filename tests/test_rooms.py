@@ -64,5 +64,5 @@ def test_the_package_s_readme_lists_every_file() -> None:
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- \[`[\w.]+`\]\(([\w/.]+)\): ", text, re.MULTILINE)
     assert sorted(listed) == sorted(path.relative_to(PACKAGE).as_posix() for path in FILES)
-    for name in re.findall(r"`(\w+/\w+\.py)`", text):
+    for name in re.findall(r"`([a-z]+/\w+\.py)`", text):
         assert (PACKAGE / name).is_file() or (PACKAGE.parent / name).is_file(), name
