@@ -16,7 +16,7 @@ from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
-from cpmix_cli.training.plan import PhaseContext, begin_finetune, finetune_plan
+from cpmix_cli.training.plan import PhaseContext, begin_finetune, make_plan
 
 FINETUNE = {
     "epochs": 2,
@@ -50,7 +50,7 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
     """
     state = fresh()
     where = setting(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
-    plan = finetune_plan(where)
+    plan = make_plan(where, "finetune")
     begin_finetune(where, state)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     batches = ImageBatches(IMAGES, Data(augment="none", normalisation="dataset"), [0.5], [STD])
@@ -95,7 +95,7 @@ def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: in
     """As many as hold the training images, class-uniform though their draws are."""
     counts = exponential_counts(num_max, num_classes, 200).tolist()
     where = setting(load(name, rho=200), counts, [32, 32, 3])
-    plan = finetune_plan(where)
+    plan = make_plan(where, "finetune")
     assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
     draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
     assert draws["erm/class"].shape == (steps, batch)

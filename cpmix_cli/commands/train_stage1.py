@@ -21,7 +21,7 @@ from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
-from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, stage_plan
+from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
 from cpmix_cli.training.state import TrainingState
 
 
@@ -130,7 +130,7 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
 
 def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContext) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
-    plan = stage_plan(setting, "stage1")
+    plan = make_plan(setting, "stage1")
     state = fresh_state(setting)
     if init is not None:
         taken = load_backbone(state.model, read_weights(init, setting.inputs["init"]), init)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import target_classes
 from cpmix_cli.models import Classifier, build_model, change_head, within
-from cpmix_cli.recipe.schema import Optimizer, ParameterGroup, Recipe, Schedule
+from cpmix_cli.recipe.schema import Finetune, Optimizer, ParameterGroup, Recipe, Schedule
 from cpmix_cli.training.objective import Term, compile_stage
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.schedule import learning_rate
@@ -89,21 +89,32 @@ class PhaseContext:
 
 
 def make_plan(context: PhaseContext, phase: str) -> Plan:
-    """The plan of a phase."""
-    return finetune_plan(context) if phase == "finetune" else stage_plan(context, phase)
-
-
-def stage_plan(context: PhaseContext, phase: str) -> Plan:
-    """The plan of stage 1 or 2: one schedule and one optimizer over both."""
-    recipe = context.recipe
-    stage = recipe.stage1 if phase == "stage1" else recipe.stage2
+    """The plan of a phase. Stages 1 and 2 have one schedule and one optimizer over both."""
+    recipe, schedule = context.recipe, context.recipe.schedule
+    stage = {"stage1": recipe.stage1, "stage2": recipe.stage2, "finetune": recipe.finetune}[phase]
     assert stage is not None
-    schedule = recipe.schedule
-    return Plan(
+    plan = partial(
+        Plan,
         phase=phase,
         seed=recipe.seed,
         terms=compile_stage(stage),
         joint_forward=stage.forward == "joint",
+        partners_ahead=recipe.confusion.refresh == "epoch",
+        micro_batches=recipe.optimizer.micro_batches,
+        precision=context.precision,
+    )
+    if isinstance(stage, Finetune):
+        own = Schedule(epochs=stage.epochs, stage1_epochs=stage.epochs, warmup_epochs=0, kind=stage.kind)
+        return plan(
+            first_epoch=1,
+            last_epoch=stage.epochs,
+            num_epochs=stage.epochs,
+            batch_size=stage.batch_size,
+            learning_rate=partial(learning_rate, stage.lr, own),
+            train_mode=stage.batchnorm == "shift",
+            collect_confusion=False,
+        )
+    return plan(
         first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
         last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
         num_epochs=schedule.epochs,
@@ -111,33 +122,6 @@ def stage_plan(context: PhaseContext, phase: str) -> Plan:
         learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),
         confusion_start=recipe.confusion.start_epoch,
         confusion_decay=recipe.confusion.decay,
-        partners_ahead=recipe.confusion.refresh == "epoch",
-        micro_batches=recipe.optimizer.micro_batches,
-        precision=context.precision,
-    )
-
-
-def finetune_plan(context: PhaseContext) -> Plan:
-    """The plan of the finetune."""
-    recipe = context.recipe
-    table = recipe.finetune
-    assert table is not None
-    schedule = Schedule(epochs=table.epochs, stage1_epochs=table.epochs, warmup_epochs=0, kind=table.kind)
-    return Plan(
-        phase="finetune",
-        seed=recipe.seed,
-        terms=compile_stage(table),
-        joint_forward=table.forward == "joint",
-        first_epoch=1,
-        last_epoch=table.epochs,
-        num_epochs=table.epochs,
-        batch_size=table.batch_size,
-        learning_rate=partial(learning_rate, table.lr, schedule),
-        train_mode=table.batchnorm == "shift",
-        collect_confusion=False,
-        partners_ahead=recipe.confusion.refresh == "epoch",
-        micro_batches=recipe.optimizer.micro_batches,
-        precision=context.precision,
     )
 
 
