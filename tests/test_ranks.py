@@ -413,8 +413,9 @@ def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> Non
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "model.sync_batchnorm=true")
     codes, _, errs = Launched(2, words).end()
     assert codes == [2, 2]
-    assert errs[0].splitlines()[-2:] == [
+    assert errs[0].splitlines()[-3:] == [
         "error: model.sync_batchnorm: torch has it on GPUs alone",
+        "  needed by: train-stage1",
         "  fix: --set model.sync_batchnorm=false",
     ]
     must(*words, "--epochs", 6)  # alone it has nothing to do
