@@ -200,6 +200,11 @@ def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_pat
     )
 
 
+def test_runs_without_a_place_are_told_with_the_methods_that_have_one(toys: Path) -> None:
+    run = toys / "cpmix"
+    refused(3, f"error: none of {run} is a run of ERM or Mixup\n", "figure", 3, run)
+
+
 def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(toys / "mixup", tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
     result = cpmix("figure", 2, *(toys / name for name in TOYS if name != "mixup"), bare)

@@ -97,7 +97,10 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
     assert cpmix(*command, "--test-data", digits).code == 2
     other = ("--out", tmp_path / "other", "--recipe", "digits/cross-entropy", "--epochs", 1)
     must("train-stage1", "--data", digits, *other)
-    refused(3, ("has no val split", "--val-per-class"), "evaluate", "--from", tmp_path / "other", "--split", "val")
+    needed = "  needed by: --split val\n"
+    refused(
+        3, ("has no val split", needed, "--val-per-class"), "evaluate", "--from", tmp_path / "other", "--split", "val"
+    )
 
 
 def test_ldam_needs_its_cosine_head(digits: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def by_data(options: FigureOptions, found: Sequence[Candidate], wanted: Collecti
         if one.method in wanted:
             groups.setdefault(one.dataset.fingerprint, []).append(one)
     if not groups:
-        raise nothing_given(options, f"a run of {', '.join(wanted)}")
+        raise nothing_given(options, f"a run of {' or '.join(wanted)}")
     titles: dict[str, Candidate] = {}
     for first, *_ in groups.values():
         if (other := titles.setdefault(first.data, first)) is not first:

@@ -201,7 +201,11 @@ class Dataset:
             InputError: it is not there.
         """
         if split not in self.splits:
-            raise InputError(f"{self.folder} has no {split} split", fix="cpmix build-lt ... --val-per-class K")
+            raise InputError(
+                f"{self.folder} has no {split} split",
+                needed_by=f"--split {split}",
+                fix="cpmix build-lt ... --val-per-class K",
+            )
 
     @property
     def splits(self) -> list[str]:
