@@ -231,12 +231,14 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
             raise UsageError("model.sync_batchnorm: torch has it on GPUs alone", fix="--set model.sync_batchnorm=false")
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     if begun:
-        path = folder.path / files.TRAINING_STATE
+        path, names = folder.path / files.TRAINING_STATE, [term.name for term in plan.terms]
+        if begun.columns and sorted(begun.columns) != sorted(tables.metrics_schema(names).names):
+            raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
         state.load(tensors, path)
         state.load_progress(
             tensors,
             path,
-            terms=[term.name for term in plan.terms],
+            terms=names,
             epoch=begun.epoch,
             step=begun.step,
             columns=begun.columns,

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpmix_cli.artifacts.tables import metrics_schema
 from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime.errors import InputError, shortened
@@ -162,9 +161,8 @@ class TrainingState:
             InputError: the sums or the history are not of this phase.
         """
         sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
-        expected = metrics_schema(list(terms)).names if len(history) else []
         self.sums = EpochSums(terms, self.confusion.device)
-        if len(sums) != len(self.sums.values) or sorted(columns) != sorted(expected):
+        if len(sums) != len(self.sums.values):
             raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
         if not (epochs[0] <= epoch <= epochs[1] and step <= num_steps):
             raise InputError(f"{path} stands at epoch {epoch}, step {step}, which is none of this phase")
