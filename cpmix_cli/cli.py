@@ -147,7 +147,7 @@ def _run_of(folder: Path) -> tuple[Path, str | None]:
 
 def _check_recipe(options: TrainingOptions | BenchOptions, name: str | None, data: Path | None, *phases: Path) -> None:
     """Report faults of the recipe before torch is imported, see check_request()."""
-    from cpmix_cli.recipe.requests import check_request
+    from cpmix_cli.recipe.early_checks import check_request
 
     if name is not None or options.settings or options.epochs is not None:
         check_request(name, options.settings, options.epochs, data=data, phases=phases)

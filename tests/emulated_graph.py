@@ -31,8 +31,8 @@ from cpmix_cli.models import build_model
 from cpmix_cli.recipe import loading
 from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import Interrupted
-from cpmix_cli.training import graphs, loop
-from cpmix_cli.training.graphs import CudaGraphRunner
+from cpmix_cli.training import cuda_graphs, loop
+from cpmix_cli.training.cuda_graphs import CudaGraphRunner
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.phase import training_data
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
@@ -156,7 +156,7 @@ def recorded(made: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]:
 
     with (
         mock.patch.object(CudaGraphRunner, "__init__", init),
-        mock.patch.multiple(graphs, _graph_memory=lambda: None, EAGER_STEPS=1),
+        mock.patch.multiple(cuda_graphs, _graph_memory=lambda: None, EAGER_STEPS=1),
         mock.patch.multiple(
             torch.cuda,
             CUDAGraph=new_graph,

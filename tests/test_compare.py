@@ -20,7 +20,7 @@ from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.results.comparison import COST_KEYS, ComparisonRow, EvaluatedRun, evaluations_of
 from cpmix_cli.results.methods import recognised
 from cpmix_cli.results.paper import PAPER_TABLES
-from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
+from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 
 SHORT = ("--epochs", 3)  # 2 + 1, finetune 1
 

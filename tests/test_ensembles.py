@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import cpmix, must
 from draws import draw_epoch
-from test_engine import COUNTS, sums_of, terms_of
+from test_loop import COUNTS, sums_of, terms_of
 from torch import Tensor
 
 from cpmix_cli.artifacts import tables

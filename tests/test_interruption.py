@@ -12,9 +12,9 @@ from equality import contents
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for
 from cpmix_cli.mixing import MixingState
+from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.objective import TermBatch
 from cpmix_cli.training.randomness import Draws, map_tensors
-from cpmix_cli.training.slices import BatchSlice
 from cpmix_cli.training.step import Step
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]

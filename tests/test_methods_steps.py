@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import draw_epoch
-from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
+from test_loop import COUNTS, CP, ERM, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
 from test_losses import slow_loss
 from torch import Tensor
 
@@ -302,7 +302,7 @@ def test_epochs_match_more_and_more_often() -> None:
 
 
 def test_errors_are_counted_where_a_batch_goes_unmixed() -> None:
-    from test_engine import data, never, plan_of
+    from test_loop import data, never, plan_of
 
     from cpmix_cli.training.loop import fit
 

@@ -22,7 +22,7 @@ from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
 from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
 from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
-from cpmix_cli.training.slices import BatchSlice
+from cpmix_cli.training.batch_slices import BatchSlice
 
 # -- who and where -----------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cpmix_cli.recipe.early_checks import check_request
 from cpmix_cli.recipe.loading import load, recipe_names
-from cpmix_cli.recipe.requests import check_request
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.checks import check_fits
 

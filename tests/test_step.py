@@ -1,4 +1,4 @@
-"""What one step computes, and on a GPU the graph made of it; without one see test_graph.py."""
+"""What one step computes, and on a GPU the graph made of it; without one see test_cuda_graphs.py."""
 
 import copy
 import math
@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import must
 from draws import draw_epoch
-from test_engine import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
+from test_loop import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
 from torch import Tensor
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Optimizer
-from cpmix_cli.training.graphs import own_stream
+from cpmix_cli.training.cuda_graphs import own_stream
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
 from cpmix_cli.training.objective import compile_stage
@@ -167,7 +167,7 @@ def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
     """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
     states = []
     for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
-        monkeypatch.setattr("cpmix_cli.training.graphs.EAGER_STEPS", eager)
+        monkeypatch.setattr("cpmix_cli.training.cuda_graphs.EAGER_STEPS", eager)
         with own_stream(torch.device(device)):
             step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
             for epoch in range(1, 9):

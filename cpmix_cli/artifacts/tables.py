@@ -17,7 +17,7 @@ from cpmix_cli.artifacts.files import publish, read_bytes
 from cpmix_cli.runtime.errors import InputError
 
 
-def _schema(*columns: str) -> pa.Schema:
+def schema_of(*columns: str) -> pa.Schema:
     """Return the schema of columns "name type"; a type that ends in ? allows null."""
     fields = []
     for column in columns:
@@ -27,58 +27,31 @@ def _schema(*columns: str) -> pa.Schema:
     return pa.schema(fields)
 
 
-CLASS_COUNTS_SCHEMA = _schema(
+CLASS_COUNTS_SCHEMA = schema_of(
     "class_id int32", "class_name string", "num_train int64", "num_test int64", "group string"
 )
 
 
 def split_schema(by_path: bool) -> pa.Schema:
     """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
-    return _schema("sample_id int64", "label int32", "path string" if by_path else "source_index int64")
+    return schema_of("sample_id int64", "label int32", "path string" if by_path else "source_index int64")
 
 
-HASHES_SCHEMA = _schema("sample_id int64", "sha256 sha256")
+HASHES_SCHEMA = schema_of("sample_id int64", "sha256 sha256")
 """sha256 of each packed image of a split."""
-CONFUSION_SCHEMA = _schema("true_class int32", "predicted_class int32", "count int64")
-PER_CLASS_SCHEMA = _schema(
+CONFUSION_SCHEMA = schema_of("true_class int32", "predicted_class int32", "count int64")
+PER_CLASS_SCHEMA = schema_of(
     *("class_id int32", "class_name string", "group string"),
     *("num_train int64", "num_test int64", "num_correct int64", "accuracy double?"),
 )
-PREDICTIONS_SCHEMA = _schema("sample_id int64", "label int32", "predicted int32", "confidence float")
-CONFUSED_PAIRS_SCHEMA = _schema(
+PREDICTIONS_SCHEMA = schema_of("sample_id int64", "label int32", "predicted int32", "confidence float")
+CONFUSED_PAIRS_SCHEMA = schema_of(
     *("rarer_class int32", "commoner_class int32", "rarer_as_commoner int64"),
     *("commoner_as_rarer int64", "count int64", "minority_share double"),
 )
-PREDICTED_IMAGES_SCHEMA = _schema(
+PREDICTED_IMAGES_SCHEMA = schema_of(
     "path string", "rank int64", "class_id int32", "class_name string", "confidence float"
 )
-METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
-    "epoch",
-    "learning_rate",
-    "loss",
-    "gradient_norm",
-    "train_accuracy",
-    "num_confusions",
-    "num_fallbacks",
-    "test_accuracy",
-    "images_per_second",
-    "seconds",
-)
-
-
-def metrics_schema(terms: list[str]) -> pa.Schema:
-    """Schema of metrics.parquet for a phase with these terms, one row an epoch.
-
-    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps;
-    train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
-    null but for --eval-every; images_per_second counts an image each time it passes through the network.
-    """
-    integers = {"epoch", "num_confusions", "num_fallbacks"}
-    nullable = {"train_accuracy", "num_confusions", "test_accuracy"}
-    names: list[str] = []
-    for name in METRICS_COLUMNS:
-        names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
-    return _schema(*(f"{n} {'int64' if n in integers else 'double'}{'?' * (n in nullable)}" for n in names))
 
 
 def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ from cpmix_cli.data.batches import Batches
 from cpmix_cli.data.stream import ImageReader
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
-from cpmix_cli.training.graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
+from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
 from cpmix_cli.training.inputs import STEPS_AHEAD, TrainingData
 from cpmix_cli.training.loop import epoch_steps
 from cpmix_cli.training.plan import Plan

@@ -25,7 +25,7 @@ from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.graphs import synchronize
+from cpmix_cli.training.cuda_graphs import synchronize
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.plan import Plan

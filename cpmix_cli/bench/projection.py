@@ -37,10 +37,10 @@ from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
-from cpmix_cli.training.graphs import EAGER_STEPS
+from cpmix_cli.training.batch_slices import BatchSlice
+from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
-from cpmix_cli.training.slices import BatchSlice
 
 PACKED_SIDE = 256
 """Pixels of packed images where there are none yet: what all of the published sets are tested at."""

@@ -24,8 +24,8 @@ from cpmix_cli.results.comparison import (
     split_name,
 )
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
-from cpmix_cli.results.tables import Sheet, csv_text, latex, markdown, plain
-from cpmix_cli.runs.choosing import locate
+from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
+from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, shortened
 

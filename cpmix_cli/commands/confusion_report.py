@@ -37,8 +37,8 @@ from cpmix_cli.report.images import ContactSheet, most_confused, sheet
 from cpmix_cli.report.page import ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
 from cpmix_cli.runs import folders, output, run_json
-from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 

@@ -28,8 +28,8 @@ from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, output
-from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.hardware import use_device

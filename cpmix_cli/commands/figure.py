@@ -22,8 +22,8 @@ from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, warn_of_boxes
 from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
-from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 

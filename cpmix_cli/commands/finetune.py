@@ -6,8 +6,8 @@ head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.flags import FinetuneOptions
-from cpmix_cli.runs.choosing import choose_phase, locate
-from cpmix_cli.runs.following import next_command
+from cpmix_cli.runs.next_command import next_command
+from cpmix_cli.runs.phase_choice import choose_phase, locate
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.phase import continued, train
 

@@ -8,7 +8,7 @@ from cpmix_cli.artifacts import files, tables
 from cpmix_cli.evaluation.saved import read_predictions
 from cpmix_cli.flags import MisclassifiedOptions
 from cpmix_cli.runs import folders, run_json
-from cpmix_cli.runs.choosing import choose
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, suggest
 

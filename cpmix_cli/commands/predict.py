@@ -12,7 +12,7 @@ from cpmix_cli.data.decoding import check_headers
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
-from cpmix_cli.runs.choosing import choose
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.runtime.hardware import use_device

@@ -7,9 +7,9 @@ from cpmix_cli.artifacts import files, locks
 from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.flags import StatusOptions
 from cpmix_cli.runs import run_json
-from cpmix_cli.runs.choosing import locate
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.following import read_run
+from cpmix_cli.runs.next_command import read_run
+from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EXIT_INTERRUPTED
 

@@ -14,8 +14,8 @@ from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
 from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
 from cpmix_cli.recipe import loading, schema
-from cpmix_cli.runs.choosing import choose
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits

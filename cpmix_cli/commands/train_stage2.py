@@ -5,7 +5,7 @@ Weights, momentum, schedule and confusion counts continue from stage 1; many sta
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.flags import TrainStage2Options
-from cpmix_cli.runs.choosing import choose_phase, locate
+from cpmix_cli.runs.phase_choice import choose_phase, locate
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.phase import continued, train
 

@@ -10,17 +10,18 @@ from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.files import PHASES
-from cpmix_cli.artifacts.tables import METRICS_COLUMNS, read_table
+from cpmix_cli.artifacts.tables import read_table
 from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
 from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.following import begun_phases
+from cpmix_cli.runs.next_command import begun_phases
 from cpmix_cli.runs.run_json import EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.metrics import METRICS_COLUMNS
 
 MAX_NAMED = 3
 """Changed keys with which a method still goes by its name."""

@@ -16,18 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from cpmix_cli.data.batches import Batches, ClassPool
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.runtime import ranks
+from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
 from cpmix_cli.training.objective import Term
 from cpmix_cli.training.plan import Plan
-from cpmix_cli.training.randomness import (
-    Draws,
-    ImageRequest,
-    Partners,
-    Sampler,
-    TermDraws,
-    leaves,
-    map_tensors,
-)
-from cpmix_cli.training.slices import BatchSlice, batch_slices
+from cpmix_cli.training.randomness import Draws, ImageRequest, Partners, Sampler, TermDraws, leaves, map_tensors
 
 STEPS_AHEAD = 2
 """Images that come from disk are prefetched so many steps before they are needed."""

@@ -11,9 +11,10 @@ from functools import partial
 
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, Interrupted
-from cpmix_cli.training.graphs import EAGER_STEPS, own_stream, synchronize
+from cpmix_cli.training.cuda_graphs import EAGER_STEPS, own_stream, synchronize
 from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.live import LiveView
+from cpmix_cli.training.live_view import LiveView
+from cpmix_cli.training.metrics import epoch_line, metrics_row
 from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import EpochSums, TrainingState
 from cpmix_cli.training.step import Step
@@ -82,7 +83,7 @@ def fit(
                         _publish(publish, plan, state)
                         raise _interrupted(plan, state)
                 state.sums["seconds"].add_(time.perf_counter() - started)
-                row = _metrics_row(plan, state, len(data.labels))
+                row = metrics_row(plan, state, len(data.labels))
                 if view:
                     view.end_epoch()
                 if test_accuracy and eval_every and state.epoch % eval_every == 0:
@@ -213,41 +214,3 @@ def _check_weights(plan: Plan, state: TrainingState) -> None:
 
 def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:
     return signals.interrupted(f"{plan.phase} is saved at epoch {state.epoch}, step {state.step}")
-
-
-def _metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:
-    """The row of metrics.parquet for the finished epoch."""
-    s = state.sums.read()
-    steps = plan.num_steps(num_samples)
-    counts = plan.collect_confusion and plan.counted_term is not None
-    row: dict[str, float | None] = {"epoch": state.epoch}
-    row["learning_rate"] = sum(plan.learning_rate(state.epoch, step, steps) for step in range(steps)) / steps
-    row["loss"] = s["loss"] / steps
-    row |= {f"loss_{term.name}": s[f"loss_{term.name}"] / steps for term in plan.terms}
-    row["gradient_norm"] = s["gradient_norm"] / steps
-    seen = num_samples * len(plan.measured_terms)
-    row["train_accuracy"] = s["correct"] / seen if seen else None
-    row["num_confusions"] = s["errors"] if counts else None
-    row["num_fallbacks"] = s["fallbacks"]
-    row["test_accuracy"] = None
-    row["images_per_second"] = num_samples * len(plan.terms) / s["seconds"]
-    row["seconds"] = s["seconds"]
-    return row
-
-
-def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:
-    """One plain line an epoch, key=value."""
-    parts = [f"{plan.phase} epoch={row['epoch']:.0f}/{plan.last_epoch}"]
-    parts += [f"lr={row['learning_rate']:.4g}", f"loss={row['loss']:.4f}"]
-    if len(plan.terms) > 1:
-        parts += [f"loss_{t.name}={row[f'loss_{t.name}']:.4f}" for t in plan.terms]
-    if row["train_accuracy"] is not None:
-        parts.append(f"train_accuracy={100 * row['train_accuracy']:.2f}%")
-    if row["num_confusions"] is not None:
-        parts.append(f"confusions={row['num_confusions']:.0f}")
-    if row["num_fallbacks"]:
-        parts.append(f"fallbacks={row['num_fallbacks']:.0f}")
-    if row["test_accuracy"] is not None:
-        parts.append(f"test_accuracy={100 * row['test_accuracy']:.2f}%")
-    parts += [f"images/s={row['images_per_second']:.0f}", f"seconds={row['seconds']:.1f}"]
-    return " ".join(parts)

@@ -19,8 +19,8 @@ from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
 from cpmix_cli.recipe.schema import Stage, TermRecipe
+from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.randomness import Partners, TermDraws
-from cpmix_cli.training.slices import BatchSlice
 
 FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in FUNCTION_TABLES}
 

@@ -22,17 +22,17 @@ from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.runs import folders, following, output, run_json
+from cpmix_cli.runs import folders, next_command, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError
-from cpmix_cli.training import loop
+from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_state, make_plan, rehearsal
 from cpmix_cli.training.state import TrainingState
-from cpmix_cli.training.tracker import Tracker, forget
+from cpmix_cli.training.tensorboard import Tracker, forget
 
 Prepare = Callable[[PhaseContext], tuple[Plan, TrainingState]]
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
@@ -232,7 +232,7 @@ def start(asked: PhaseRequest, how: str) -> LoadedPhase:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     if begun:
         path, names = folder.path / files.TRAINING_STATE, [term.name for term in plan.terms]
-        if begun.columns and sorted(begun.columns) != sorted(tables.metrics_schema(names).names):
+        if begun.columns and sorted(begun.columns) != sorted(metrics.metrics_schema(names).names):
             raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
         state.load(tensors, path)
         state.load_progress(
@@ -454,7 +454,7 @@ def publish_results(plan: Plan, state: TrainingState, dataset: Dataset, recorder
     counts = files.read_bytes(dataset.folder / files.CLASS_COUNTS, dataset.record.files[files.CLASS_COUNTS])
     recorder.publish(files.CLASS_COUNTS, counts)
     columns = {name: [row[name] for row in state.history] for name in state.history[0]}
-    schema = tables.metrics_schema([term.name for term in plan.terms])
+    schema = metrics.metrics_schema([term.name for term in plan.terms])
     recorder.publish_table(files.METRICS, schema, columns)
 
 
@@ -483,7 +483,7 @@ def report_nothing_to_do(phase: str, source: PhaseFolder) -> None:
     reason = f"the recipe has no {'stage 2' if phase == 'stage2' else phase}"
     fields = {"status": "skipped", "skipped": True, "reason": reason}
     console.result(fields, lines=[f"nothing to do: {reason}"])
-    console.follow(following.next_command(source.run))
+    console.follow(next_command.next_command(source.run))
 
 
 def report_dry_run(asked: PhaseRequest, started: LoadedPhase, phases: list[str]) -> None:
@@ -507,7 +507,7 @@ def report(folder: PhaseFolder, status: str) -> None:
     record = folder.record()
     path, sha = folder.output(files.METRICS)
     table = tables.read_table(path, sha=sha)
-    if table.empty or not set(tables.METRICS_COLUMNS) <= set(table.columns):
+    if table.empty or not set(metrics.METRICS_COLUMNS) <= set(table.columns):
         raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
     last = table.iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}
@@ -540,4 +540,4 @@ def report(folder: PhaseFolder, status: str) -> None:
         ">training time",
     )
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
-    console.follow(following.next_command(folder.run))
+    console.follow(next_command.next_command(folder.run))

@@ -2,7 +2,7 @@
 
 The data flows one way: Inputs of the step -> partners -> requests for images -> batches of the terms -> the networks'
 output -> losses -> EpochSums. A step reads nothing back from the device, and all that it changes stays at its address,
-so a CUDA graph can hold a whole step (graphs.py). The CPU runs the same code.
+so a CUDA graph can hold a whole step (cuda_graphs.py). The CPU runs the same code.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +15,12 @@ from cpmix_cli.confusion import NO_ERROR, confusion_codes, count_confusions
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime import ranks
-from cpmix_cli.training.graphs import CudaGraphRunner
+from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
+from cpmix_cli.training.cuda_graphs import CudaGraphRunner
 from cpmix_cli.training.inputs import EpochInputs, Inputs, TrainingData, fetch
 from cpmix_cli.training.objective import Output, TermBatch
 from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.randomness import Draws, TermDraws
-from cpmix_cli.training.slices import BatchSlice, batch_slices
 from cpmix_cli.training.state import TrainingState
 
 

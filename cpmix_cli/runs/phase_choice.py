@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cpmix_cli.artifacts.files import PHASES, RUN, wait_for
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.following import next_command
+from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 

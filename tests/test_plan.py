@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import draw_epoch
-from test_engine import COUNTS, IMAGES, LABELS, STD, fresh, never
+from test_loop import COUNTS, IMAGES, LABELS, STD, fresh, never
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.data.dataset import unwritten_dataset

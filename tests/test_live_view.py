@@ -21,11 +21,11 @@ import pyte
 import pytest
 import torch
 from equality import contents
-from test_engine import COUNTS, CP, ERM, MIX, data, fresh, plan_of, sums_of, terms_of
+from test_loop import COUNTS, CP, ERM, MIX, data, fresh, plan_of, sums_of, terms_of
 
 from cpmix_cli.runtime.console import EpochProgress, warn
 from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.live import LiveView
+from cpmix_cli.training.live_view import LiveView
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 

@@ -19,7 +19,7 @@ from test_interruption import run_to_the_end
 
 from cpmix_cli.runtime import signals
 from cpmix_cli.training import loop
-from cpmix_cli.training.tracker import EVENTS, Tracker
+from cpmix_cli.training.tensorboard import EVENTS, Tracker
 
 TRACKED = ("--tracker", "tensorboard")
 

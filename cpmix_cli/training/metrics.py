@@ -1,0 +1,73 @@
+"""The metrics of an epoch: columns of metrics.parquet, their values, the line on the console. Add a column here."""
+
+import pyarrow as pa
+
+from cpmix_cli.artifacts.tables import schema_of
+from cpmix_cli.training.plan import Plan
+from cpmix_cli.training.state import TrainingState
+
+METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
+    "epoch",
+    "learning_rate",
+    "loss",
+    "gradient_norm",
+    "train_accuracy",
+    "num_confusions",
+    "num_fallbacks",
+    "test_accuracy",
+    "images_per_second",
+    "seconds",
+)
+
+
+def metrics_schema(terms: list[str]) -> pa.Schema:
+    """Schema of metrics.parquet for a phase with these terms, one row an epoch.
+
+    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps;
+    train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
+    null but for --eval-every; images_per_second counts an image each time it passes through the network.
+    """
+    integers = {"epoch", "num_confusions", "num_fallbacks"}
+    nullable = {"train_accuracy", "num_confusions", "test_accuracy"}
+    names: list[str] = []
+    for name in METRICS_COLUMNS:
+        names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
+    return schema_of(*(f"{n} {'int64' if n in integers else 'double'}{'?' * (n in nullable)}" for n in names))
+
+
+def metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:
+    """The row of metrics.parquet for the finished epoch."""
+    s = state.sums.read()
+    steps = plan.num_steps(num_samples)
+    counts = plan.collect_confusion and plan.counted_term is not None
+    row: dict[str, float | None] = {"epoch": state.epoch}
+    row["learning_rate"] = sum(plan.learning_rate(state.epoch, step, steps) for step in range(steps)) / steps
+    row["loss"] = s["loss"] / steps
+    row |= {f"loss_{term.name}": s[f"loss_{term.name}"] / steps for term in plan.terms}
+    row["gradient_norm"] = s["gradient_norm"] / steps
+    seen = num_samples * len(plan.measured_terms)
+    row["train_accuracy"] = s["correct"] / seen if seen else None
+    row["num_confusions"] = s["errors"] if counts else None
+    row["num_fallbacks"] = s["fallbacks"]
+    row["test_accuracy"] = None
+    row["images_per_second"] = num_samples * len(plan.terms) / s["seconds"]
+    row["seconds"] = s["seconds"]
+    return row
+
+
+def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:
+    """One plain line an epoch, key=value."""
+    parts = [f"{plan.phase} epoch={row['epoch']:.0f}/{plan.last_epoch}"]
+    parts += [f"lr={row['learning_rate']:.4g}", f"loss={row['loss']:.4f}"]
+    if len(plan.terms) > 1:
+        parts += [f"loss_{t.name}={row[f'loss_{t.name}']:.4f}" for t in plan.terms]
+    if row["train_accuracy"] is not None:
+        parts.append(f"train_accuracy={100 * row['train_accuracy']:.2f}%")
+    if row["num_confusions"] is not None:
+        parts.append(f"confusions={row['num_confusions']:.0f}")
+    if row["num_fallbacks"]:
+        parts.append(f"fallbacks={row['num_fallbacks']:.0f}")
+    if row["test_accuracy"] is not None:
+        parts.append(f"test_accuracy={100 * row['test_accuracy']:.2f}%")
+    parts += [f"images/s={row['images_per_second']:.0f}", f"seconds={row['seconds']:.1f}"]
+    return " ".join(parts)
