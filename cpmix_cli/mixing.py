@@ -232,11 +232,7 @@ RATIOS: dict[str, Callable[..., Tensor]] = {"beta": beta, "unimix": unimix_ratio
 MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": linear, "box": box}
 MIX_UNIFORMS = {"linear": 0, "box": 2}
 """V, the uniforms that a mix takes."""
-LABELS: dict[str, Callable[..., Any]] = {
-    "lambda": same_ratio,
-    "imbalance-aware": imbalance_aware,
-    "remix": remix,
-}
+LABELS: dict[str, Callable[..., Any]] = {"lambda": same_ratio, "imbalance-aware": imbalance_aware, "remix": remix}
 NEEDS: dict[Callable[..., Any], Needs] = {
     fixed: Needs(class_pairs="pairs"),
     transport: Needs(package="ot", extra="transport"),

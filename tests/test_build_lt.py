@@ -91,11 +91,7 @@ def test_toy_is_the_paper_s(toy: Path) -> None:
     ("flags", "code", "message"),
     [
         (["digit"], 2, 'Did you mean "digits"?'),
-        (
-            ["digits", "--download"],
-            2,
-            "no public copy to fetch (those with one: cifar10, cifar100, fashion-mnist)",
-        ),
+        (["digits", "--download"], 2, "no public copy to fetch (those with one: cifar10, cifar100, fashion-mnist)"),
         (["digits", "--image-size", "32"], 2, "the images of digits have one size"),
         (["digits", "--profile", "step"], 2, "--profile: digits has its own"),
         (["digits", "--pack", "8"], 2, "digits does not come as image files"),

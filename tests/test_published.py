@@ -248,11 +248,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "stage2.terms.cp": CP,
         "stage2.terms.mix": {**EQ_9, "draw": "natural"},
     },
-    "otmix-ride": {
-        **RIDE,
-        "model": THREE,
-        ERM: {**OTMIX, "feature_weight": 0.05, "regularisation": 0.01, **RIDE[ERM]},
-    },
+    "otmix-ride": {**RIDE, "model": THREE, ERM: {**OTMIX, "feature_weight": 0.05, "regularisation": 0.01, **RIDE[ERM]}},
     "ride": RIDE,
     "ride-3": {**RIDE, "model": THREE},
     "ride-distilled": DISTILLED,
@@ -335,11 +331,7 @@ OF_RECIPE: dict[str, dict[str, dict[str, Any]]] = {
     },
     "places-lt/mislas": {**smoothed(5e-4, 0.4, 0.1), "model": {"frozen": LAST_BLOCK}},
     "places-lt/ride": {**optimizer(0.01, 128, 4e-4, groups=slower(0.1)), **experts(20, 0.02, **WHOLE_WIDTH)},
-    "places-lt/sade": {
-        **optimizer(0.01, 128, 4e-4, groups=slower(0.1)),
-        "model": WHOLE_WIDTH,
-        ERM: {"tau": 1.0},
-    },
+    "places-lt/sade": {**optimizer(0.01, 128, 4e-4, groups=slower(0.1)), "model": WHOLE_WIDTH, ERM: {"tau": 1.0}},
     "inaturalist2018/ace": {"model": {"shared_stages": 3, "head": "linear"}},
     "inaturalist2018/lade": {
         **LINEAR,
@@ -354,11 +346,7 @@ OF_RECIPE: dict[str, dict[str, dict[str, Any]]] = {
         for name in names("inaturalist2018", "ride cmo-ride cpmix-ride")
     },
     "inaturalist2018/otmix-ride": {**optimizer(0.2, 512, 2e-4), **experts(180, 0.015)},
-    "inaturalist2018/sade": {
-        **optimizer(0.2, 512, 2e-4),
-        "model": {"shared_stages": 2},
-        ERM: {"tau": 1.0},
-    },
+    "inaturalist2018/sade": {**optimizer(0.2, 512, 2e-4), "model": {"shared_stages": 2}, ERM: {"tau": 1.0}},
 }
 """Large data set or a recipe of it -> table -> keys, over those of its method, for the tables that the recipe has."""
 NO_FINETUNE = {"logit-adjusted-posthoc", "tau-norm", "ace", "cmo-ride", "cpmix-ride", "otmix-ride", "ride", "ride-3"}

@@ -56,10 +56,7 @@ def test_the_environment_says_which_rank_this_is(environment: Mapping[str, str],
     assert ranks.is_later(environment) == (expected.rank > 0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "4"}],
-)
+@pytest.mark.parametrize("changes", [{"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "4"}])
 def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) -> None:
     with pytest.raises(EnvironmentFault, match="make no sense"):
         find(TORCHRUN | changes)
@@ -229,10 +226,7 @@ WHOLE_NUMBERS = ["epoch", "train_accuracy", "num_confusions", "num_fallbacks"]
 
 def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
     settings = [word for change in ("model.precision=fp32", *changes) for word in ("--set", change)]
-    return [
-        ("train-stage1", "--data", data, "--out", run, "--epochs", 5, *settings),
-        ("train-stage2", "--from", run),
-    ]
+    return [("train-stage1", "--data", data, "--out", run, "--epochs", 5, *settings), ("train-stage2", "--from", run)]
 
 
 @pytest.mark.parametrize("refresh", ["step", "epoch"])

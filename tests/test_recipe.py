@@ -77,11 +77,7 @@ def test_unknown_recipes_and_bad_settings_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "stage1", "warmup", "milestones", "finetune"),
-    [
-        (300, 200, 10, [260, 280], 30),
-        (40, 27, 1.3333, [34.6667, 37.3333], 4),
-        (10, 7, 0.3333, [8.6667, 9.3333], 1),
-    ],
+    [(300, 200, 10, [260, 280], 30), (40, 27, 1.3333, [34.6667, 37.3333], 4), (10, 7, 0.3333, [8.6667, 9.3333], 1)],
 )
 def test_epochs_rescales_every_count(
     epochs: int, stage1: int, warmup: float, milestones: list[float], finetune: int

@@ -11,17 +11,7 @@ from cpmix_cli.training.schedule import learning_rate
 
 def test_warmup_and_drops_of_table_6() -> None:
     schedule = Schedule(epochs=300, warmup_epochs=10, milestones=[260, 280], decay=0.01)
-    expected = {
-        1: 0.01,
-        5: 0.05,
-        10: 0.1,
-        11: 0.1,
-        260: 0.1,
-        261: 1e-3,
-        280: 1e-3,
-        281: 1e-5,
-        300: 1e-5,
-    }
+    expected = {1: 0.01, 5: 0.05, 10: 0.1, 11: 0.1, 260: 0.1, 261: 1e-3, 280: 1e-3, 281: 1e-5, 300: 1e-5}
     for epoch, rate in expected.items():
         assert learning_rate(0.1, schedule, epoch, 0, 75) == pytest.approx(rate)
         assert learning_rate(0.1, schedule, epoch, 74, 75) == pytest.approx(rate)

@@ -48,8 +48,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: not a cpmix record") from fault
     if digest(fields) != sealed or not as_published:
         raise InputError(
-            f"{path} was changed after it was written",
-            fix="restore it, or make it again with --overwrite",
+            f"{path} was changed after it was written", fix="restore it, or make it again with --overwrite"
         )
     check_format(path, fields)
     return dict(fields)

@@ -166,12 +166,7 @@ def is_own_page(index: Path, folder: Path) -> bool:
 
 
 def write(
-    folder: Path,
-    index: Path,
-    made_from: dict[str, Any],
-    reported: list[Reported],
-    pairs: pd.DataFrame,
-    num_images: int,
+    folder: Path, index: Path, made_from: dict[str, Any], reported: list[Reported], pairs: pd.DataFrame, num_images: int
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
     own = reported[0]

@@ -425,12 +425,7 @@ def report(options: FigureOptions, drawn: Drawn, outs: list[Path], status: str) 
     header = ("panel", "method", "data set", ">seed", "phase", ">epochs", ">top-1 %", "run")
     rows = [[f"{r[k]:.2f}" if k == "top1" else str(r[k]) for k in keys] for r in listed]
     console.result(
-        {
-            "status": status,
-            "figure": options.number,
-            "files": [str(out) for out in outs],
-            "runs": listed,
-        },
+        {"status": status, "figure": options.number, "files": [str(out) for out in outs], "runs": listed},
         header=header,
         rows=rows,
         lines=[f"{status}: {out}" for out in outs],

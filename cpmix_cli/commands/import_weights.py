@@ -61,13 +61,7 @@ def run(options: ImportOptions) -> None:
     values = sum(t.numel() for t in tensors.values())
     sha = files.sha256(converted)
     console.result(
-        {
-            "status": status,
-            "out": str(out),
-            "num_tensors": len(tensors),
-            "num_values": values,
-            "sha256": sha,
-        },
+        {"status": status, "out": str(out), "num_tensors": len(tensors), "num_values": values, "sha256": sha},
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
     console.follow(console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out))

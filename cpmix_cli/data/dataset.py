@@ -328,10 +328,7 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
     if counts["class_name"].tolist() != record.classes:
         raise InputError(f"{path} names other classes than {folder / DATASET}")
     dataset = Dataset(
-        folder=folder,
-        record=record,
-        class_counts=np.asarray(counts["num_train"], dtype=np.int64),
-        moved_to=data_root,
+        folder=folder, record=record, class_counts=np.asarray(counts["num_train"], dtype=np.int64), moved_to=data_root
     )
     if data_root is not None:
         _check_moved(dataset, data_root)

@@ -28,11 +28,7 @@ PREDICTED_AHEAD = 3
 
 @torch.no_grad()
 def predict(
-    model: Classifier,
-    batches: Batches,
-    num_samples: int,
-    batch_size: int,
-    of: Callable[[Tensor], Tensor] | None = None,
+    model: Classifier, batches: Batches, num_samples: int, batch_size: int, of: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """Raw logits of each expert [E, N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no
     augmentation. With `of` what that function gives of the inputs, images along its second axis.

@@ -47,16 +47,7 @@ def matrix_of(predictions: pd.DataFrame, num_classes: int) -> torch.Tensor:
 
 POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")
 """Keys of [evaluation] under which the same network gives other logits."""
-ACCURACY_HEADER = (
-    "evaluation",
-    ">top-1",
-    ">many",
-    ">medium",
-    ">few",
-    ">balanced",
-    ">ECE",
-    ">images",
-)
+ACCURACY_HEADER = ("evaluation", ">top-1", ">many", ">medium", ">few", ">balanced", ">ECE", ">images")
 
 
 def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:

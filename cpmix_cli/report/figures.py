@@ -272,16 +272,7 @@ def draw_histograms(axes: Axes, matrices: Sequence[Array], styles: Sequence[dict
     axes.set_ylabel("ordered class pairs (log)")
 
 
-REGION_COLOURS = (
-    "#d62728",
-    "#9467bd",
-    "#7f7f7f",
-    "#e0a800",
-    "#1f77b4",
-    "#2ca02c",
-    "#8c564b",
-    "#17becf",
-)
+REGION_COLOURS = ("#d62728", "#9467bd", "#7f7f7f", "#e0a800", "#1f77b4", "#2ca02c", "#8c564b", "#17becf")
 POINT_MARKERS = "oD^sPvX*"
 """Beside the colours, for those who cannot tell them apart."""
 
@@ -468,13 +459,7 @@ def confusion_histogram(matrix: Array, *, title: str) -> Figure:
 
 
 def decision_regions(
-    axis: Array,
-    grid_classes: Array,
-    points: Array,
-    labels: Array,
-    class_names: list[str],
-    *,
-    title: str,
+    axis: Array, grid_classes: Array, points: Array, labels: Array, class_names: list[str], *, title: str
 ) -> Figure:
     """Where a classifier of the plane says what, under the training points; rarer classes are drawn on top.
 

@@ -45,10 +45,7 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     """
     wrong = predictions[predictions["label"] != predictions["predicted"]]
     cells = wrong.groupby(["label", "predicted"])["confidence"]
-    ranked = wrong.assign(
-        images=cells.transform("size"),
-        place=cells.rank(method="first", ascending=False),
-    )
+    ranked = wrong.assign(images=cells.transform("size"), place=cells.rank(method="first", ascending=False))
     ranked = ranked[ranked["place"] <= MAX_A_CELL]
     keys = ["images", "label", "predicted", "place"]
     ranked = ranked.sort_values(keys, ascending=[False, True, True, True]).head(limit)

@@ -269,11 +269,7 @@ def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def conditions_of(
-    record: EvaluationRecord,
-    trained: PhaseRecord,
-    recipe: Recipe,
-    phase: str,
-    leading: Sequence[PhaseFolder] | None,
+    record: EvaluationRecord, trained: PhaseRecord, recipe: Recipe, phase: str, leading: Sequence[PhaseFolder] | None
 ) -> dict[str, Any]:
     """What runs of one row share: all but the seed, and the precision as it was resolved."""
     dataset, tests = trained.dataset, record.made_from.dataset

@@ -132,11 +132,7 @@ class Recorder:
             **fields,
             "outputs": self._outputs,
             "argv": sys.argv,
-            "versions": {
-                "cpmix": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
+            "versions": {"cpmix": __version__, "python": platform.python_version(), "torch": torch.__version__},
             "host": socket.gethostname(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "started": _iso(self._started),

@@ -531,13 +531,6 @@ def report(folder: PhaseFolder, status: str) -> None:
         f"{num_pairs:,}",
         console.duration(record.training_seconds),
     ]
-    header = (
-        "phase",
-        ">epochs",
-        ">loss",
-        ">train acc %",
-        ">class pairs confused",
-        ">training time",
-    )
+    header = ("phase", ">epochs", ">loss", ">train acc %", ">class pairs confused", ">training time")
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
     console.follow(next_command.next_command(folder.run))
