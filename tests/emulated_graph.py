@@ -50,7 +50,7 @@ SMALL = ["model.name=resnet8", "data.normalisation=dataset", f"optimizer.batch_s
 
 def setup(name: str, phase: str, dataset: Dataset, *settings: str) -> "Setup":
     """A phase of a recipe, made small enough for `dataset`."""
-    recipe = loading.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record["rho"])
+    recipe = loading.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record.rho)
     if recipe.finetune is not None:
         three = recipe.finetune.model_copy(update={"epochs": 3, "batch_size": BATCH})
         recipe = recipe.model_copy(update={"finetune": three})

@@ -411,7 +411,7 @@ def test_beside_the_paper(cifar: Path) -> None:
 def test_copied_numbers_are_marked(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     method = replace(measured.method, exact=("cifar10-lt/mislas",))
-    row = ComparisonRow([replace(measured, method=method, numbers=measured.numbers | {"top1": 90.5})])
+    row = ComparisonRow([replace(measured, method=method, numbers=measured.numbers.model_copy(update={"top1": 90.5}))])
     assert accuracy_sheet("data", [(1, row)], with_deviations=False).rows[0][-2:] == ["90.0*", "+0.50"]
     assert accuracy_lines([(1, row)], with_deviations=False)[1].startswith("* copied there from other papers: ")
     early = ComparisonRow([replace(row.first, forms=frozenset({False}))])  # the paper's MiSLAS is the finetuned one
@@ -456,10 +456,14 @@ def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) ->
 def test_several_of_ours_in_one_cell(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     longer = replace(measured, run=Path("longer"), conditions=measured.conditions | {"schedule.epochs": 30})
-    whole = replace(measured, run=Path("whole"), full_epochs=None, numbers=measured.numbers | {"top1": 12.5})
-    seed = replace(measured, run=Path("seed"), full_epochs=None, numbers=measured.numbers | {"top1": 14.5})
+    whole = replace(
+        measured, run=Path("whole"), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": 12.5})
+    )
+    seed = replace(
+        measured, run=Path("seed"), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": 14.5})
+    )
     sheet = paper_sheet(PAPER_TABLES["table1"], [ComparisonRow(runs) for runs in ([measured], [longer], [whole, seed])])
-    top1 = f"{measured.numbers['top1']:.2f}"
+    top1 = f"{measured.numbers.top1:.2f}"
     assert sheet.rows[27] == ["", "ours", *[""] * 7, f"{top1} a / {top1} b / 13.50 +- 1.41 c"]
     assert sheet.lines[:3] == [
         f"a: 1 run of 3 of 300 epochs, {cifar}",
