@@ -40,7 +40,7 @@ class Batches(Protocol):
     """Where indices and uniforms are wanted: where resident images are, the CPU for those read from disk. Inputs come
     out on the device of the network."""
     resident: bool
-    """All images are there: nothing is to be announced, and a CUDA graph can hold a batch."""
+    """All images are there: nothing is to be prefetched, and a CUDA graph can hold a batch."""
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Augmented training inputs of `indices` [B], as `uniforms` [B, num_uniforms] float64 say."""

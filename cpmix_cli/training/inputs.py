@@ -6,7 +6,7 @@ step's number. Images that come from disk are prefetched some steps ahead.
 Shapes as in randomness.py: S steps per epoch, B batch; a selected step has no S.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,9 +116,8 @@ class EpochInputs:
     def row(self, size: int) -> Inputs:
         """The selected step, its first `size` images."""
         assert self.epoch is not None  # begin_epoch() came first
-        on_host: Callable[[Tensor], Tensor] | None = None
-        if not self._data.batches.resident:  # requests stay on the CPU, where the number is known
-            on_host = lambda t: t[self._number, :size]  # noqa: E731
+        resident = self._data.batches.resident  # other requests stay on the CPU, where the number is known
+        on_host = None if resident else lambda t: t[self._number, :size]
         return map_tensors(self.epoch, lambda t: t.index_select(0, self._counter)[0][:size], on_host)
 
     def choose_partners(self, inputs: Inputs, state: MixingState) -> Inputs:
