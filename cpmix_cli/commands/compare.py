@@ -27,7 +27,7 @@ from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, Pape
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, shortened
+from cpmix_cli.runtime.errors import InputError, UsageError, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Keys of metrics.json, per cent -> column names."""
@@ -40,9 +40,13 @@ def run(options: CompareOptions) -> None:
     """Gather the evaluations of all runs and lay them out.
 
     Raises:
+        UsageError: --json and another --format.
         InputError: a folder that holds no run, or none of its evaluations is of use; damaged records or metrics.
         EnvironmentFault: --out exists, or cannot be written.
     """
+    if console.as_json and options.form not in ("table", "json"):
+        raise UsageError(f"--json and --format {options.form}: give one of the two")
+    console.as_json = console.as_json or options.form == "json"
     files.refuse_existing(options.out, overwrite=options.overwrite)
     measured: list[EvaluatedRun] = []
     left_out: list[str] = []

@@ -6,6 +6,7 @@ method a trained recipe is. Reads TOML alone.
 
 from typing import Any
 
+from cpmix_cli.flags import MethodsOptions
 from cpmix_cli.results.methods import Method, all_methods, stem
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES
 from cpmix_cli.runtime import console
@@ -15,7 +16,7 @@ SHOWN = "cifar100-lt"
 LARGE = tuple(column.data for column in PAPER_TABLES["table2"].columns)
 
 
-def run() -> None:
+def run(options: MethodsOptions) -> None:
     """List the methods.
 
     Raises:
