@@ -87,18 +87,12 @@ class ComparisonRow:
 
     def cost(self) -> dict[str, Any]:
         """Means over the runs; None where one has no cost, and of speed where devices differ."""
-        devices = {run.cost["device"] for run in self.runs}
-
-        def mean(key: str) -> float | None:
-            values = [run.cost[key] for run in self.runs]
-            return None if None in values else fmean(values)
-
-        return {
-            "images_per_second": mean("images_per_second") if len(devices) == 1 else None,
-            "training_seconds": mean("training_seconds") if len(devices) == 1 else None,
-            "gpu_hours": mean("gpu_hours"),
-            "device": None if None in devices else ", ".join(sorted(devices)),
-        }
+        *numbers, devices = ([run.cost[key] for run in self.runs] for key in COST_KEYS)
+        means = [None if None in values else fmean(values) for values in numbers]
+        if len(set(devices)) > 1:
+            means[:2] = None, None
+        told = None if None in devices else ", ".join(sorted(set(devices)))
+        return dict(zip(COST_KEYS, (*means, told), strict=True))
 
     def published(self) -> tuple[PaperRow, str] | None:
         """The paper's row and top-1 accuracy for it."""
@@ -112,8 +106,7 @@ class ComparisonRow:
     def stands_for(self, row: PaperRow, column: Column) -> bool:
         """Whether a cell of the paper is of this method, data set and stage."""
         run = self.first
-        same = run.data == column.data and f"{column.family}/{row.recipe}" in run.method.exact
-        return same and row.finetuned in run.forms
+        return run.data == column.data and row.finetuned in run.forms and run.method.is_printed_in(row, column)
 
 
 def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], list[str]]:
@@ -139,18 +132,18 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
         source = PhaseFolder(root, record.source.phase)
         if phase is not None and source.phase != phase:
             continue
-        if why := unusable(source, record):
+        if why := _unusable(source, record):
             left_out.append(f"{folder} is left out: {why}")
             console.warn(left_out[-1])
         else:
-            found.append(evaluated_run(folder, record, source))
+            found.append(_evaluated_run(folder, record, source))
     if not found and not left_out:
         left_out.append(f"{root} is left out: it holds no evaluation" + (f" of {phase}" if phase else ""))
         console.warn(left_out[-1])
     return found, left_out
 
 
-def unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
+def _unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
     """Why an evaluation says nothing of its run, or None."""
     status = source.status()
     if status == "absent":
@@ -164,25 +157,19 @@ def unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
     return None
 
 
-def evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -> EvaluatedRun:
-    """An evaluation with what is recorded of its checkpoint.
-
-    Raises:
-        InputError: a record, recipe or table is damaged.
-    """
+def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -> EvaluatedRun:
+    """An evaluation with what is recorded of its checkpoint."""
     trained, recipe = source.record(), source.recipe()
     data = trained.dataset.name
-    family, rho = split_name(data)
-    method = recognised(recipe, source.phase, family, rho)
-    leading = leading_phases(source)
+    method = recognised(recipe, source.phase, *split_name(data))
+    leading = _leading_phases(source)
     label = folder.name.removeprefix(source.phase).removeprefix("-")
-    stage, forms = stage_of(source, recipe)
-    conditions = conditions_of(record, trained, recipe, source.phase, leading)
+    stage, forms = _stage_of(source, recipe)
+    conditions = _conditions_of(record, trained, recipe, source.phase, leading)
     usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
-    rescaled = recipe.schedule.rescaled_from
     return EvaluatedRun(
         run=source.run,
-        name=name_of(method, leading),
+        name=_name_of(method, leading),
         method=method,
         data=data,
         label=label,
@@ -194,8 +181,8 @@ def evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -
         checkpoint=record.source.sha256,
         num_parameters=trained.num_parameters,
         epochs=epochs_to(source, recipe),
-        full_epochs=rescaled or None,
-        cost=dict.fromkeys(COST_KEYS) if leading is None else cost_of(leading),
+        full_epochs=recipe.schedule.rescaled_from or None,
+        cost=dict.fromkeys(COST_KEYS) if leading is None else _cost_of(leading),
     )
 
 
@@ -205,7 +192,7 @@ def split_name(data: str) -> tuple[str, float | None]:
     return (found[1], float(found[2])) if found else (data, None)
 
 
-def stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]:
+def _stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]:
     """EvaluatedRun.stage but for a label, and EvaluatedRun.forms."""
     last = "stage1" if recipe.stage2 is None else "stage2"
     if source.phase == "finetune":
@@ -219,14 +206,12 @@ def stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]
 
 def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
     """Epochs of the phases up to this one."""
-    passed = [source.phase]
-    if source.phase != "stage1":
-        origin = source.origin()
-        passed = ["stage1", *(["stage2"] if origin is not None and origin.phase == "stage2" else []), source.phase]
-    return tuple(recipe.epochs_of(phase) for phase in passed)
+    origin = source.origin()
+    before = () if origin is None else PHASES[: PHASES.index(origin.phase) + 1]
+    return tuple(recipe.epochs_of(phase) for phase in (*before, source.phase))
 
 
-def leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
+def _leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
     """The phases that lead to a checkpoint, its own last; None where one is out of reach."""
     found = [source]
     while (origin := found[0].origin()) is not None:
@@ -236,12 +221,8 @@ def leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
     return found
 
 
-def cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
-    """See COST_KEYS.
-
-    Raises:
-        InputError: metrics are damaged.
-    """
+def _cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
+    """See COST_KEYS."""
     images = seconds = 0.0
     records = [folder.record() for folder in leading]
     for folder in leading:
@@ -260,35 +241,35 @@ def cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
     }
 
 
-def flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables by names with dots."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def conditions_of(
+def _conditions_of(
     record: EvaluationRecord, trained: PhaseRecord, recipe: Recipe, phase: str, leading: Sequence[PhaseFolder] | None
 ) -> dict[str, Any]:
     """What runs of one row share: all but the seed, and the precision as it was resolved."""
     dataset, tests = trained.dataset, record.made_from.dataset
     own, _, split = tests.partition(" ")
-    own_tests = own == dataset.fingerprint
-    tables = {key: value for key, value in recipe.tables_of(phase).items() if key != "seed"}
-    tables["model"] = {key: value for key, value in tables["model"].items() if key != "precision"}
+    tables = recipe.tables_of(phase)
+    del tables["seed"], tables["model"]["precision"]
+    others = f"others, {files.sha256(tests.encode())[:12]}"
     return {
         "data set": dataset.name,
         "subset": dataset.fingerprint[:12],
-        "test images": f"own {split or 'test'} split" if own_tests else f"others, {files.sha256(tests.encode())[:12]}",
+        "test images": f"own {split or 'test'} split" if own == dataset.fingerprint else others,
         "precision": trained.precision,
         "init": "unknown" if leading is None else leading[0].record().made_from.init[:12],
-        **flattened(tables),
-        **flattened(record.made_from.recipe),
+        **_flattened(tables),
+        **_flattened(record.made_from.recipe),
     }
 
 
-def name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
+def _name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
     """The method's name, and in brackets up to MAX_NAMED keys in which it is another. Beyond that it is another method,
     and goes by the file that --recipe named, or by a digest of the keys.
     """
@@ -334,27 +315,23 @@ def in_rows(measured: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
 
 def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """What rows of the same method, data set, rho and stage differ in: row numbers (from 1), and values by key."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for number, row in enumerate(rows):
+    alike: dict[tuple[Any, ...], dict[int, EvaluatedRun]] = {}
+    for number, row in enumerate(rows, start=1):
         run = row.first
-        alike.setdefault(
-            (run.method.method, split_name(run.data), run.stage.removesuffix(f", {run.label}")), []
-        ).append(number)
+        stage = run.stage.removesuffix(f", {run.label}")
+        alike.setdefault((run.method.method, split_name(run.data), stage), {})[number] = run
     found = []
-    for numbers in alike.values():
-        if len(numbers) > 1:
-            group = [rows[number].first for number in numbers]
-            keys = dict.fromkeys(key for run in group for key in run.conditions)
-            values = {key: [run.conditions.get(key) for run in group] for key in keys}
-            differing = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
-            if "schedule.epochs" in differing and len({run.method.recipe for run in group}) == 1:
-                # --epochs rescales other keys with it; those that were changed beside it are known.
-                kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
-                kept |= {key for key in differing if key.partition(".")[0] not in RESCALED}
-                differing = {key: found for key, found in differing.items() if key in kept}
-            if not differing:  # of one evaluation under two labels
-                continue
-            found.append({"rows": [number + 1 for number in numbers], "keys": differing})
+    for numbered in alike.values():
+        group = list(numbered.values())
+        keys = dict.fromkeys(key for run in group for key in run.conditions)
+        values = {key: [run.conditions.get(key) for run in group] for key in keys}
+        differing = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
+        if "schedule.epochs" in differing and len({run.method.recipe for run in group}) == 1:
+            # --epochs rescales other keys with it; those that were changed beside it are known.
+            kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
+            differing = {k: v for k, v in differing.items() if k in kept or k.partition(".")[0] not in RESCALED}
+        if differing:  # else alone, or one evaluation under two labels
+            found.append({"rows": list(numbered), "keys": differing})
     return found
 
 

@@ -1,24 +1,24 @@
 """Methods: what recipes say of theirs in [about], and which method a trained recipe is. Reads TOML alone.
 
-recognised() compares all settings with those of the recipes that come with cpmix. minimised() compares objectives only,
-whatever their parameters: in a figure, CP-Mix with another t is CP-Mix.
+recognised() compares all settings with those of the recipes that come with cpmix. minimised() compares objectives alone
+and leaves out parameters on purpose: a figure names a curve by its method, and CP-Mix with another t is CP-Mix there.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from cpmix_cli.recipe.loading import find_recipe, load, read_tables, recipe_names
-from cpmix_cli.recipe.schema import PHASE_TABLES, Evaluation, Recipe, Stage, Table, changed
+from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Stage, Table, changed
+from cpmix_cli.results.paper import Column, PaperRow
 from cpmix_cli.runtime.errors import UsageError
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
-
-
 KINDS = get_args(Kind)
 """In the order of the list."""
 
@@ -109,6 +109,10 @@ class Recognised:
     order: int
     """Place in the list of methods."""
 
+    def is_printed_in(self, row: PaperRow, column: Column) -> bool:
+        """The paper has this method in that cell."""
+        return f"{column.family}/{row.recipe}" in self.exact
+
 
 def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
     """Compare a resolved recipe with all that come with cpmix, at its epochs and rho. Only what the phase depends on
@@ -120,34 +124,14 @@ def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Re
         family: folder of the recipes for its data set, which come first.
         rho: of the data set.
     """
-    names = (*PHASE_TABLES[phase], "evaluation")
-    own = _told_apart(recipe)
+    known = _known_settings(recipe.schedule.epochs, rho)
+    counted = (*PHASE_TABLES[phase], "evaluation")
     found = []
-    for order, (method, name, theirs) in enumerate(_candidates(recipe.schedule.epochs, rho)):
-        differing = changed(theirs, own)
-        near = [entry for entry in differing if entry[0].partition(".")[0] in names]
+    for order, ((method, name), differing) in enumerate(_compared(_settings(recipe), known).items()):
+        near = {key: value for key, value in differing.items() if key.partition(".")[0] in counted}
         found.append((len(near), len(differing), name.rpartition("/")[0] != family, order, method, name, near))
     *_, order, method, name, near = min(found)
-    exact = tuple(entry[5] for entry in found if entry[0] == 0)
-    return Recognised(method, name, {key: value for key, _, value in near}, exact, order)
-
-
-@cache
-def _candidates(epochs: int, rho: float | None) -> list[tuple[str, str, dict[str, Any]]]:
-    """Method, name and tables of every recipe that can last so many epochs."""
-    found = []
-    for method in all_methods():
-        for name in method.recipes:
-            with suppress(UsageError):  # one epoch is none for two stages
-                found.append((method.name, name, _told_apart(load(name, epochs=epochs, rho=rho))))
-    return found
-
-
-def _told_apart(recipe: Recipe) -> dict[str, Any]:
-    """The tables by which methods are told apart."""
-    tables = recipe.tables()
-    model = {key: value for key, value in tables["model"].items() if key != "precision"}
-    return {key: value for key, value in tables.items() if key != "seed"} | {"model": model}
+    return Recognised(method, name, near, tuple(entry[5] for entry in found if not entry[0]), order)
 
 
 OBJECTIVES = {
@@ -167,32 +151,55 @@ def minimised(recipe: Recipe, phase: str) -> str | None:
     first of two stages, several experts, an evaluation after the fact, and confusions of other images than the training
     batches'.
     """
-    post_hoc, plain = (table.model_dump(exclude={"batch_size"}) for table in (recipe.evaluation, Evaluation()))
-    unlike = (
-        phase == "stage1" and recipe.stage2 is not None,
-        phase == "finetune" and _finetune_of(recipe) != _finetune_of(load("cifar100-lt/cpmix")),
-        recipe.model.experts > 1,
-        recipe.confusion.source != "train",
-        post_hoc != plain,
-    )
-    if any(unlike):
+    if phase == "stage1" and recipe.stage2 is not None:
         return None
-    objective = _objective(recipe.stage2 or recipe.stage1)
-    return next((name for name, known in _known_objectives().items() if known == objective), None)
+    compared = _compared(_objective(recipe, phase), _known_objectives(phase))
+    return next((method for method, differing in compared.items() if not differing), None)
 
 
-def _finetune_of(recipe: Recipe) -> tuple[Any, ...]:
-    finetune = recipe.finetune
-    return () if finetune is None else (finetune.head, finetune.batchnorm, _objective(finetune))
+Key = TypeVar("Key")
 
 
-def _objective(stage: Stage) -> list[list[tuple[str, str]]]:
-    """Draw and functions of each term that counts, in an order that does not depend on names."""
-    terms = ({"draw": term.draw, **term.functions} for term in stage.terms.values() if term.weight > 0)
-    return sorted(sorted(term.items()) for term in terms)
+def _compared(own: dict[str, Any], known: Mapping[Key, dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """The keys in which own tables differ from each of the known ones, with the own values."""
+    return {name: {key: value for key, _, value in changed(theirs, own)} for name, theirs in known.items()}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    tables = recipe.tables()
+    del tables["seed"], tables["model"]["precision"]
+    return tables
 
 
 @cache
-def _known_objectives() -> dict[str, list[list[tuple[str, str]]]]:
-    recipes = {method: load(name) for method, name in OBJECTIVES.items()}
-    return {method: _objective(recipe.stage2 or recipe.stage1) for method, recipe in recipes.items()}
+def _known_settings(epochs: int, rho: float | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """By method and name, the recipes that can last so many epochs."""
+    found = {}
+    for method in all_methods():
+        for name in method.recipes:
+            with suppress(UsageError):  # one epoch is none for two stages
+                found[method.name, name] = _settings(load(name, epochs=epochs, rho=rho))
+    return found
+
+
+def _objective(recipe: Recipe, phase: str) -> dict[str, Any]:
+    """What a phase minimises: draw and functions of each term that counts, whatever their names and parameters."""
+
+    def terms(stage: Stage) -> list[list[tuple[str, str]]]:
+        counted = ({"draw": term.draw, **term.functions} for term in stage.terms.values() if term.weight > 0)
+        return sorted(sorted(term.items()) for term in counted)
+
+    finetune = recipe.finetune if phase == "finetune" else None
+    return {
+        "terms": terms(recipe.stage2 or recipe.stage1),
+        "finetune": finetune and (finetune.head, finetune.batchnorm, terms(finetune)),
+        "experts": recipe.model.experts > 1,
+        "confusion": recipe.confusion.source,
+        "evaluation": recipe.evaluation.model_dump(exclude={"batch_size"}),
+    }
+
+
+@cache
+def _known_objectives(phase: str) -> dict[str, dict[str, Any]]:
+    finetuned = {"finetune": load("cifar100-lt/cpmix").finetune}
+    return {method: _objective(load(name).model_copy(update=finetuned), phase) for method, name in OBJECTIVES.items()}

@@ -9,17 +9,13 @@ from typing import Any
 
 from cpmix_cli.runtime.console import table_lines
 
-LATEX = {
-    **{character: f"\\{character}" for character in "%&_#${}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\n": " ",
-}
-MARKDOWN = {**{character: f"\\{character}" for character in "\\`*_|<[]"}, "\n": " "}
+_NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "%&_#${}"}
+    | {character: f"\\text{name}{{}}" for character, name in _NAMED.items()}
+    | {"\n": " "}
+)
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_|<[]"} | {"\n": " "})
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,11 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _markdown(text: str) -> str:
-    return "".join(MARKDOWN.get(character, character) for character in text).replace("+-", "±")
+    return text.translate(_MARKDOWN).replace("+-", "±")
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text).replace("+-", r"$\pm$")
+    return text.translate(_LATEX).replace("+-", r"$\pm$")
 
 
 def _latex_cell(text: str) -> str:
