@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import cpmix, files, must, process, refused
+from helpers.commands import cpmix, must, process, refused
+from helpers.files import files
 
 from cpmix_cli.results.paper import PAPER_TABLES
 

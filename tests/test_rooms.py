@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import must
+from helpers.commands import must
 
 from cpmix_cli import cli
 

@@ -1,0 +1,210 @@
+"""One writer a folder: who is refused and told what, who waits, and which locks outlive nobody."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from helpers.commands import cpmix, must, refused
+from helpers.files import files
+
+from cpmix_cli.artifacts import locks
+from cpmix_cli.artifacts.files import TEMPORARY
+from cpmix_cli.artifacts.locks import LOCK, Owner, hold
+from cpmix_cli.runtime.errors import EnvironmentFault
+
+
+def owner(**changes: object) -> Owner:
+    """This process, outside Slurm, but for some fields."""
+    return replace(locks._this_process(), **{"slurm_job": "", **changes})  # type: ignore[arg-type]
+
+
+def leave_lock(folder: Path, by: Owner, *, silent: float = 0.0) -> Path:
+    """A lock as another process would have left it, its last heartbeat some seconds ago."""
+    folder.mkdir(exist_ok=True)
+    path = folder / LOCK
+    path.write_text(json.dumps(asdict(by)))
+    os.utime(path, (time.time() - silent,) * 2)
+    return path
+
+
+def test_a_second_writer_is_refused_and_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with hold(tmp_path / "stage1"):
+        held = (
+            rf"stage1 is being written by another process \({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
+        )
+        with pytest.raises(EnvironmentFault, match=held) as caught:
+            hold(tmp_path / "stage1")
+        assert caught.value.exit_code == 4
+        with pytest.raises(EnvironmentFault, match=held):
+            locks.refuse_if_held(tmp_path / "stage1")
+        with hold(tmp_path / "stage2"):  # another phase of the same run
+            pass
+    with hold(tmp_path / "stage1"):
+        pass
+    assert files(tmp_path) == []
+
+
+def test_a_lock_under_which_nothing_was_written_leaves_nothing(tmp_path: Path) -> None:
+    with hold(tmp_path / "a" / "b" / "stage1"):
+        assert files(tmp_path) == [f"a/b/stage1/{LOCK}"]
+    assert list(tmp_path.iterdir()) == []
+
+
+DEAD = 2**22 - 1  # a pid beyond those in use
+
+
+@pytest.mark.parametrize(
+    ("left_by", "silent", "taken"),
+    [
+        ({}, 0, False),
+        ({"pid": DEAD}, 0, True),
+        ({"started": "1"}, 0, True),  # the pid is used again, by another process
+        ({"kernel": "another"}, 0, False),  # another container of this name: its processes are out of sight
+        ({"host": "elsewhere"}, 10, False),
+        ({"host": "elsewhere"}, 299, False),
+        ({"host": "elsewhere"}, 301, True),
+        ({"host": "elsewhere", "slurm_job": "12"}, 10, False),
+        ({"host": "elsewhere", "slurm_job": "11"}, 0, True),  # this job, before it was requeued
+        ({"host": "elsewhere", "slurm_job": "11", "slurm_task": "0.4.1"}, 0, False),  # another task of this step
+        ({"host": "elsewhere", "slurm_job": "11", "slurm_task": "0.3.1"}, 0, True),  # of an earlier step
+        ({"slurm_job": "11"}, 0, False),  # this job, alive
+    ],
+)
+def test_locks_of_the_dead_are_taken_over_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_by: dict[str, object], silent: float, taken: bool
+) -> None:
+    for name, value in (("SLURM_JOB_ID", "11"), ("SLURM_STEP_ID", "4"), ("SLURM_PROCID", "0")):
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "stage1"
+    leave_lock(folder, owner(**left_by), silent=silent)
+    if taken:
+        with hold(folder) as lock:
+            lock.check()
+            assert files(folder) == [LOCK]
+    else:
+        with pytest.raises(EnvironmentFault, match="is being written by another process"):
+            hold(folder)
+        assert files(folder) == [LOCK]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"host": 3}', "\x00\xff"])
+def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: str) -> None:
+    path = leave_lock(tmp_path, owner())
+    path.write_text(content)
+    with pytest.raises(EnvironmentFault, match="an unknown process"):
+        hold(tmp_path)
+    os.utime(path, (time.time() - 301,) * 2)
+    with hold(tmp_path) as lock:
+        lock.check()
+
+
+def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"whole")
+    (tmp_path / f"{TEMPORARY}elsewhere-1-abc").write_bytes(b"half")
+    (tmp_path / f"{LOCK}-elsewhere-1-1").write_text(json.dumps(asdict(owner(pid=DEAD))))
+    waiting = f"{LOCK}-elsewhere-2-1"  # of a process that is just about to ask
+    (tmp_path / waiting).write_text(json.dumps(asdict(owner(host="elsewhere"))))
+    with hold(tmp_path):
+        assert files(tmp_path) == [LOCK, waiting, "model.safetensors"]
+
+
+def test_a_lost_lock_ends_the_writing(tmp_path: Path) -> None:
+    """A process that was stopped for longer than a lock lasts finds another in its place."""
+    with hold(tmp_path) as lock:
+        lock.check()
+        leave_lock(tmp_path, owner(host="elsewhere", pid=5))
+        with pytest.raises(EnvironmentFault, match="was taken over by elsewhere, pid 5; nothing more is written"):
+            lock.check()
+    assert files(tmp_path) == [LOCK]  # it is the other's
+
+
+def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.05)
+    with hold(tmp_path):
+        path = tmp_path / LOCK
+        os.utime(path, (0, 0))
+        until = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert path.stat().st_mtime > 0
+
+
+CONTEND = """
+import sys, time
+from pathlib import Path
+from cpmix_cli.artifacts.locks import hold
+folder = Path(sys.argv[1])
+for _ in range(25):
+    with hold(folder, wait=True) as lock:
+        count = int((folder / "count").read_text())
+        time.sleep(0.001)
+        lock.check()
+        (folder / "count").write_text(str(count + 1))
+"""
+
+
+def test_no_two_hold_it_at_once(tmp_path: Path) -> None:
+    """Six processes count up by hand, over a dead one's lock to begin with."""
+    leave_lock(tmp_path, owner(pid=DEAD))
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", CONTEND, str(tmp_path)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(6)]
+    for process in processes:
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr.decode()
+    assert (tmp_path / "count").read_text() == "150"
+    assert files(tmp_path) == ["count"]
+
+
+def test_a_writer_that_leaves_nothing_leaves_those_who_wait_a_folder(tmp_path: Path) -> None:
+    """It takes away the folders that it made."""
+    folder = tmp_path / "a" / "b"
+    with hold(folder):
+        command = [sys.executable, "-c", WAIT, str(folder)]
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "waits for" in waiting.stderr.readline()
+    stdout, stderr = waiting.communicate()
+    assert (waiting.returncode, stdout) == (0, "held\n"), stderr
+
+
+WAIT = """
+import sys
+from pathlib import Path
+from cpmix_cli.artifacts.locks import hold
+with hold(Path(sys.argv[1]), wait=True) as lock:
+    lock.check()
+    print("held")
+"""
+
+
+def test_status_shows_a_phase_in_the_making_as_running(digits: Path, tmp_path: Path) -> None:
+    must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
+    result = refused(75, (), "status", tmp_path, "--json")
+    (run,) = result.json["runs"]
+    assert (run["phases"][1]["status"], run["phases"][1]["because"]) == ("running", "by node7, pid 77, Slurm job 4711")
+    assert run["next"] is None
+
+
+def test_a_phase_in_the_making_is_left_alone(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    elsewhere = owner(host="node7", pid=77, slurm_job="4711")
+    must("train-stage1", "--data", digits, "--out", other, "--epochs", 6)
+    leave_lock(other / "stage2", elsewhere)
+    for flags in ([], ["--dry-run"], ["--overwrite"]):
+        result = refused(4, (), "train-stage2", "--from", other, *flags)
+        assert result.stderr.splitlines()[-2:] == [
+            f"error: {other / 'stage2'} is being written by another process (node7, pid 77, Slurm job 4711)",
+            "  fix: wait until it has finished, or write elsewhere with --out FOLDER",
+        ]
+        assert files(other / "stage2") == [LOCK]
+    leave_lock(digits_run / "evaluation" / "finetune", elsewhere)
+    assert must("evaluate", "--from", digits_run).stdout.endswith("finetune\n")  # up to date: nothing to write
+    assert cpmix("evaluate", "--from", digits_run, "--overwrite").code == 4

@@ -1,0 +1,292 @@
+"""status and recipes: what stands where, and the command that goes on."""
+
+import json
+import shlex
+import shutil
+import signal
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import Result, cpmix, must, refused, signalled
+from helpers.files import unchanged
+
+from cpmix_cli.recipe.loading import load, recipe_names
+
+
+def follow(command: str) -> None:
+    """Type a command that cpmix has printed."""
+    words = shlex.split(command.removeprefix("next: "))
+    assert words[0] == "cpmix"
+    must(*words[1:])
+
+
+def next_of(run: Path) -> str:
+    """The one command that status prints for a run that can go on."""
+    (following,) = printed(refused(75, (), "status", run))
+    return following
+
+
+def printed(result: Result) -> list[str]:
+    """The next commands that status has printed."""
+    return [line for line in result.stdout.splitlines() if line.startswith("next: ")]
+
+
+def phases_of(run: Path) -> list[dict[str, Any]]:
+    """What status says of the phases of a run."""
+    found: list[dict[str, Any]] = cpmix("status", run, "--json").json["runs"][0]["phases"]
+    return found
+
+
+def test_the_table_shows_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "my run"  # a shell would take this for two words
+    shutil.copytree(digits_run / "stage1", begun / "stage1")
+    top1 = f"{json.loads((digits_run / 'evaluation/finetune/metrics.json').read_text())['top1']:.2f}"
+    result = refused(75, (), "status", digits_run, begun)
+    width = len(str(begun))
+    finished = str(digits_run).ljust(width)
+    assert result.stdout.splitlines() == [
+        f"{'run'.ljust(width)}  phase     status  epochs  top-1",
+        f"{'-' * width}  --------  ------  ------  -----",
+        f"{finished}  stage1    done       4/4      -",
+        f"{finished}  stage2    done       2/2      -",
+        f"{finished}  finetune  done       1/1  {top1}",
+        f"{begun}  stage1    done       4/4      -",
+        f"{begun}  stage2    absent     0/2      -",
+        f"{begun}  finetune  absent     0/1      -",
+        "",
+        f"next: cpmix train-stage2 --from '{begun}'",
+    ]
+    assert must("status", digits_run).stdout.endswith(f"done       1/1  {top1}\n")
+    follow(next_of(begun))
+    assert next_of(begun) == f"next: cpmix finetune --from '{begun}'"
+
+
+def test_a_finished_run_is_done_and_left_alone(digits_run: Path) -> None:
+    with unchanged(digits_run):
+        found = must("status", digits_run, "--json").json
+    assert found["status"] == "done"
+    (run,) = found["runs"]
+    assert run["run"] == str(digits_run)
+    phases = [(p["phase"], p["status"]) for p in run["phases"]]
+    assert phases == [("stage1", "done"), ("stage2", "done"), ("finetune", "done")]
+    for phase in run["phases"]:
+        assert phase["epochs"] == phase["total_epochs"] > 0
+        evaluation = digits_run / "evaluation" / phase["phase"] / "metrics.json"
+        expected = json.loads(evaluation.read_text())["top1"] if evaluation.exists() else None
+        assert phase["top1"] == expected
+
+
+def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    must("train-stage1", "--data", toy, "--out", run, "--epochs", 2, "--recipe", "toy/balanced-softmax")
+    seen = []
+    for _ in range(5):
+        result = cpmix("status", run)
+        following = printed(result)
+        seen.append((result.code, [line.split()[2] for line in following]))
+        if not following:
+            break
+        follow(following[0])
+    assert seen == [(75, ["train-stage2"]), (0, ["evaluate"]), (0, ["confusion-report"]), (0, [])]
+    lines = [line.removeprefix(str(run)).split()[:3] for line in result.stdout.splitlines()[2:]]
+    assert lines == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
+
+
+def test_a_stale_phase_is_shown_and_made_again(toy_run: Path) -> None:
+    stage1 = toy_run / "stage1" / "recipe.toml"
+    changed = load(str(stage1)).to_toml().replace("seed = 0", "seed = 5")
+    stage1.with_name("seed5.toml").write_text(changed)
+    data = json.loads((toy_run / "stage1" / "run.json").read_text())["dataset"]["absolute"]
+    recipe = ("--recipe", stage1.with_name("seed5.toml"))
+    must("train-stage1", "--data", data, "--out", toy_run, *recipe, "--overwrite")
+    assert "stale (stage1 was trained again since)" in cpmix("status", toy_run).stdout
+    assert next_of(toy_run) == f"next: cpmix train-stage2 --from {toy_run} --overwrite"
+    follow(next_of(toy_run))
+    assert phases_of(toy_run)[1]["status"] == "done"
+
+
+def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "random"
+    must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
+    again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
+    must(*again, "--epochs", 6)
+    recipe = other / "stage2" / "recipe.toml"
+    command = f"next: cpmix train-stage2 --from {digits_run} --out {other} --recipe {recipe} --overwrite"
+    assert next_of(other) == command
+    follow(command)
+    assert load(str(recipe)).tables()["stage2"]["terms"]["cp"]["partner"] == "random"
+
+    must(*again, "--epochs", 6, "--seed", 5)  # now neither recipe fits: refused, and no CP-Mix under this name
+    refused(3, "seed: 5 -> 0", *shlex.split(next_of(other))[2:])
+
+
+def test_stage1_trained_again_makes_later_phases_stale(digits: Path, digits_run: Path) -> None:
+    again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
+    must(*again, "--epochs", 12)
+    found = [(p["status"], p["epochs"], p["total_epochs"]) for p in phases_of(digits_run)]
+    assert found == [("done", 8, 8), ("stale", 2, 2), ("stale", 1, 1)]
+    must(*again, "--epochs", 4, "--recipe", "digits/cross-entropy")
+    assert next_of(digits_run) == f"next: cpmix finetune --from {digits_run} --overwrite"  # stage 2 is no part of it
+    follow(next_of(digits_run))
+    (run,) = must("status", digits_run, "--json").json["runs"]
+    assert [p["status"] for p in run["phases"]] == ["done", "stale", "done"]
+    assert run["next"] == f"cpmix evaluate --from {digits_run}"
+
+
+def test_a_second_run_finds_its_stage1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
+    result = refused(75, (), "status", digits_run, other, "--json")
+    phases = result.json["runs"][1]["phases"]
+    found = [(p["phase"], p["status"]) for p in phases]
+    assert found == [("stage1", "elsewhere"), ("stage2", "done"), ("finetune", "absent")]
+    assert phases[0]["because"] == f"in {digits_run}"
+    assert result.json["runs"][1]["next"] == f"cpmix finetune --from {other}"
+    shutil.rmtree(digits_run)  # the second run is complete without the first
+    follow(result.json["runs"][1]["next"])
+    assert cpmix("status", other).code == 0
+
+
+@pytest.mark.parametrize("phase", ["stage1", "stage2"])
+def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digits: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    command = ["train-stage1", "--data", str(digits), "--out", str(run), "--epochs", "90"]
+    if phase == "stage2":
+        must(*command)
+        command = ["train-stage2", "--from", str(run), "--out", str(other)]
+    at = "epoch=3/" if phase == "stage1" else "epoch=63/"
+    assert signalled(signal.SIGTERM, at, *command).code == 75
+    place = run if phase == "stage1" else other
+    (found,) = [p for p in phases_of(place) if p["phase"] == phase]
+    assert found["status"] == "interrupted"
+    assert 3 <= found["epochs"] < found["total_epochs"]
+    follow(next_of(place))
+    assert phases_of(place)[phase == "stage2"]["status"] == "done"
+
+
+def test_an_interrupted_phase_whose_input_was_trained_again_begins_anew(digits: Path, digits_run: Path) -> None:
+    (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
+    recipe = digits_run / "stage2" / "recipe.toml"
+    assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --recipe {recipe}"
+    must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 5, "--overwrite")
+    phase = phases_of(digits_run)[1]
+    assert (phase["status"], phase["because"]) == ("interrupted", "stage1 was trained again since")
+    assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --overwrite"
+    follow(next_of(digits_run))
+    assert phases_of(digits_run)[1]["status"] == "done"
+
+
+def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    must("train-stage2", "--from", digits_run, "--out", other)
+    (digits_run / "stage1" / "run.json").unlink()
+    result = cpmix("status", other, "--json").json["runs"][0]
+    assert result["phases"][1]["because"] == "stage1 is being trained again"
+    recipe = digits_run / "stage1" / "recipe.toml"
+    assert result["next"] == f"cpmix train-stage1 --data {digits} --out {digits_run} --recipe {recipe}"
+    follow(result["next"])
+    assert next_of(other) == f"next: cpmix finetune --from {other}"  # stage 1 ended in the same bytes
+    for name in ("run.json", "training_state.safetensors"):  # begun again, and killed before anything was saved
+        (digits_run / "stage1" / name).unlink()
+    assert next_of(other) == f"next: cpmix train-stage2 --from {digits_run} --out {other} --overwrite"
+
+
+def test_the_next_command_names_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path) -> None:
+    here, there, run = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    shutil.copytree(digits, here)
+    must("train-stage1", "--data", here, "--out", run, "--epochs", 6)
+    here.rename(there)
+    must("train-stage2", "--from", run, "--data", there)
+    (run / "stage2" / "run.json").unlink()
+    recipe = run / "stage2" / "recipe.toml"
+    assert next_of(run) == f"next: cpmix train-stage2 --from {run} --data {there} --recipe {recipe}"
+    follow(next_of(run))
+    follow(next_of(run))
+    assert cpmix("status", run).code == 0
+
+
+def test_a_run_behind_a_symbolic_link_goes_on_there(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    must("train-stage2", "--from", digits_run, "--out", tmp_path / "deep" / "other")
+    (tmp_path / "deep" / "other" / "stage2" / "run.json").unlink()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "deep" / "other")
+    assert next_of(link).startswith(f"next: cpmix train-stage2 --from {digits_run.resolve()} --out {link} ")
+    follow(next_of(link))
+
+
+def test_damage_to_an_interrupted_phase_is_noticed(digits_run: Path) -> None:
+    stage2 = digits_run / "stage2"
+    (stage2 / "run.json").unlink()
+    state, recipe = stage2 / "training_state.safetensors", stage2 / "recipe.toml"
+    data, text = state.read_bytes(), recipe.read_text()
+    size = 8 + int.from_bytes(data[:8], "little")
+    start, seal = data.index(b"__metadata__"), data.index(b'"digest')
+    said = range(start, data.index(b'}"}', start))
+    damaged = [data[:n] for n in range(0, size, 997)]
+    # Without its seal a state is read as it stands: what was sealed is whole.
+    hit = [n for n in said[::17] if n not in range(seal + 1, seal + 7) and data[n : n + 1] != b"~"]
+    damaged += [data[:n] + b"~" + data[n + 1 :] for n in hit]
+    assert len(hit) > 50
+    for bad in damaged:
+        state.write_bytes(bad)
+        refused(3, str(state), "status", digits_run)
+    state.write_bytes(data)
+    for content in ("seed = = 3", text.replace("[stage1", "[stage9")):
+        recipe.write_text(content)
+        refused(3, str(recipe), "status", digits_run)
+    recipe.unlink()
+    refused(3, f"cannot read {recipe}", "status", digits_run)
+
+
+def test_folders_that_are_no_runs_are_refused(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
+        result = refused(3, (), "status", folder, "--json")
+        assert message in result.json["error"]
+    record = digits_run / "stage2" / "run.json"
+    record.write_text(record.read_text().replace('"epochs"', '"epoch"'))
+    refused(3, f"{record} was changed after it was written", "status", digits_run)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_with_what_they_are() -> None:
+    listed = must("recipes", "--json").json["recipes"]
+    assert [entry["name"] for entry in listed] == recipe_names()
+    assert all(len(entry["description"]) > 20 for entry in listed)
+    lines = must("recipes").stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == recipe_names()
+
+
+def test_a_recipe_is_shown_resolved_and_can_be_used(tmp_path: Path) -> None:
+    shown = must("recipes", "digits/cpmix", "--epochs", 6, "--seed", 3, "--set", "optimizer.lr=0.05").stdout
+    assert tomllib.loads(shown)["optimizer"]["lr"] == 0.05
+    (tmp_path / "mine.toml").write_text(shown)
+    mine = load(str(tmp_path / "mine.toml"))
+    assert mine == load("digits/cpmix", settings=["optimizer.lr=0.05"], epochs=6, seed=3)
+    fields = must("recipes", tmp_path / "mine.toml", "--json").json
+    assert fields["recipe"] == mine.tables()
+
+
+def test_a_recipe_is_shown_at_another_imbalance(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(load("toy/cpmix").to_toml() + "\n[by_rho.200.optimizer]\nlr = 0.03\n")
+    assert must("recipes", mine, "--rho", 200, "--json").json["recipe"]["optimizer"]["lr"] == 0.03
+    lr = load("toy/cpmix").optimizer.lr
+    assert must("recipes", mine, "--rho", 50, "--json").json["recipe"]["optimizer"]["lr"] == lr
+    fields = must("recipes", "toy/cpmix", mine, "--rho", 200, "--json").json
+    assert fields == {
+        "command": "recipes",
+        "names": ["toy/cpmix", str(mine)],
+        "differences": [f"optimizer.lr: {lr} -> 0.03"],
+    }
+
+
+def test_two_recipes_are_told_apart() -> None:
+    lines = must("recipes", "digits/cpmix", "digits/balanced-softmax").stdout.splitlines()
+    assert lines == ["stage2.terms.cp: (table) -> (none)", "stage2.terms.mix: (table) -> (none)"]
+    assert must("recipes", "toy/cpmix", "toy/cpmix").stdout == "no difference\n"
+    refused(2, 'Did you mean "digits/cpmix"?', "recipes", "digits/cp-mix", "toy/cpmix")

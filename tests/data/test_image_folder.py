@@ -1,0 +1,319 @@
+"""A user's own images: layouts, formats, faults, and what is done with the trained network."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.commands import cpmix, must, refused
+from helpers.files import files
+from PIL import Image
+
+from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.data.decoding import UnreadableImages, read_squares
+from cpmix_cli.data.stream import FileReader
+from cpmix_cli.recipe.schema import Data
+
+COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 210)}
+
+
+def write_images(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Noisy images of a colour each, of different sizes and formats."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            size = (20 + 3 * (i % 4), 24 + 2 * (i % 3), 3)
+            pixels = np.clip(np.array(COLOURS[name]) + generator.normal(0, 25, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.{('png', 'jpg')[i % 2]}")
+
+
+def build(root: Path, out: Path, *flags: object) -> None:
+    must("build-lt", "image-folder", "--data-root", root, "--image-size", 16, "--out", out, *flags)
+
+
+def test_a_folder_is_kept_as_imbalanced_as_it_is(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", {"red": 60, "green": 12, "blue": 2})
+    (tmp_path / "photos" / "blue" / "notes.txt").write_text("not an image")
+    (tmp_path / "photos" / ".cache").mkdir()
+    result = must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "d")
+    assert "1 file left out, no image by the name" in result.stderr
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.name == "image-folder-photos"
+    assert dataset.class_names == ["blue", "green", "red"]
+    # Held out: the smaller of 10 and 20 per cent, rounded: 0 of 2, 2 of 12, 10 of 60.
+    assert dataset.class_counts.tolist() == [2, 10, 50]
+    tests = dataset.samples("test")
+    assert tests["label"].tolist() == [1] * 2 + [2] * 10
+    together = [*dataset.samples("train")["path"], *tests["path"]]
+    assert sorted(together) == sorted(f for f in files(tmp_path / "photos") if not f.endswith("txt"))
+    assert dataset.shape == [64, 64, 3]
+    assert dataset.record.recipe == "image-folder/cpmix"
+
+
+def test_a_class_keeps_one_image_to_train_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "p", {"red": 30, "blue": 3})
+    build(tmp_path / "p", tmp_path / "d", "--test-per-class", 5)
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.class_counts.tolist() == [1, 25]
+    assert dataset.samples("test")["label"].tolist() == [0] * 2 + [1] * 5
+
+
+def test_train_and_test_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "p" / "train", {"red": 8, "green": 4})
+    write_images(tmp_path / "p" / "test", {"red": 3})
+    build(tmp_path / "p", tmp_path / "d")
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.class_counts.tolist() == [4, 8]
+    assert dataset.samples("test")["path"].tolist() == [
+        f"test/red/00{i}.{'png' if i % 2 == 0 else 'jpg'}" for i in range(3)
+    ]
+    build_again = ["build-lt", "image-folder", "--data-root", tmp_path / "p"]
+    refused(2, "has its own test split", *build_again, "--test-per-class", 2)
+
+
+def test_rho_takes_the_largest_profile_by_rank(tmp_path: Path) -> None:
+    write_images(tmp_path / "p", {"red": 10, "green": 40, "blue": 6})
+    build(tmp_path / "p", tmp_path / "d", "--rho", 4, "--test-per-class", 1)
+    # 39, 9 and 5 are left; by rank 39 / 1, 9 / (1/2), 5 / (1/4) allow 18 in the largest: 18, 9, 4.
+    assert open_dataset(tmp_path / "d").class_counts.tolist() == [4, 18, 9]
+
+
+def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
+    write_images(tmp_path / "p", {"red": 6, "green": 6})
+    build(tmp_path / "p", tmp_path / "d")
+    again = must("build-lt", "image-folder", "--data-root", tmp_path / "p", "--image-size", 16, "--out", tmp_path / "d")
+    assert "up to date" in again.stdout
+    Image.new("RGB", (20, 20)).save(tmp_path / "p" / "red" / "new.png")
+    flags = ["--data-root", tmp_path / "p", "--out", tmp_path / "d"]
+    refused(4, "listing:", "build-lt", "image-folder", "--image-size", 16, *flags)
+    result = cpmix("build-lt", "image-folder", *flags)
+    assert "image_size: 16 -> 64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("counts", "extra", "message"),
+    [
+        ({}, None, "has no class sub-folders"),
+        ({"red": 4}, None, 'has one class, "red"; a classifier needs two'),
+        ({"red": 4, "green": 4, "blue": 0}, None, "1 class (blue) without an image"),
+        ({"red": 4}, "test", "1 sub-folder (green) of no known class"),
+    ],
+)
+def test_layouts_that_cannot_be_trained_on(
+    tmp_path: Path, counts: dict[str, int], extra: str | None, message: str
+) -> None:
+    root = tmp_path / "p"
+    root.mkdir()
+    write_images(root / "train" if extra else root, counts if not extra else {"red": 4, "blue": 4})
+    if extra:
+        write_images(root / extra, {"green": 1})
+    before = files(root)
+    refused(3, message, "build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d")
+    assert (files(root), (tmp_path / "d").exists()) == (before, False)
+
+
+@pytest.mark.parametrize(
+    ("profile", "counts"),
+    [("exponential", [16, 4, 1]), ("step", [16, 16, 1]), ("ranked", [16, 4, 1]), ("pareto", [16, 3, 1])],
+)
+def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 images of each class at rho 16; the profile is in the folder's name where it is not the default."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "p" / "train", dict.fromkeys(COLOURS, 16))
+    write_images(tmp_path / "p" / "test", dict.fromkeys(COLOURS, 1))
+    command = ["build-lt", "image-folder", "--data-root", "p", "--rho", 16, "--image-size", 8, "--profile", profile]
+    numbers = must(*command, "--json").json
+    suffix = "" if profile == "ranked" else f"-{profile}"
+    assert numbers["folder"] == f"data/image-folder-p-lt-rho16{suffix}-8px"
+    dataset = open_dataset(tmp_path / numbers["folder"])
+    assert (dataset.class_counts.tolist(), dataset.record.profile) == (counts, profile)
+    other = cpmix(*command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
+    assert (other.code, "profile: " in other.stderr) == (4, True)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def test_formats_that_people_have(tmp_path: Path) -> None:
+    """One picture, left half white, right half black, in every mode: the same pixels come out."""
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:, :8] = 255
+    picture = Image.fromarray(pixels)
+    grey16 = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.fromarray(255 - pixels[..., 0]))  # the white half is transparent: white again on white
+    rotated = Image.Exif()
+    rotated[0x0112] = 3  # upside down: the camera says to turn it by 180 degrees
+    picture.save(tmp_path / "a.png")
+    picture.convert("CMYK").save(tmp_path / "b.tif")
+    picture.convert("P").save(tmp_path / "c.png")
+    picture.convert("1").save(tmp_path / "d.png")
+    picture.convert("L").save(tmp_path / "e.bmp")
+    grey16.save(tmp_path / "f.png")
+    grey16.save(tmp_path / "g.tif")
+    clear.save(tmp_path / "h.png")
+    picture.rotate(180).save(tmp_path / "i.jpg", exif=rotated, quality=100, subsampling=0)
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 9
+    for path, image in zip(paths, read_squares(paths, 16), strict=True):
+        assert np.abs(image.astype(int) - pixels).max() <= 2, path
+    grey = np.empty((16, 16, 1), dtype=np.uint8)
+    FileReader(paths, grey.shape, Data(augment="none"), upright=True).read(0, None, grey)
+    assert (grey == pixels[..., :1]).all()
+
+
+def test_the_middle_of_a_wide_image_is_kept(tmp_path: Path) -> None:
+    pixels = np.zeros((10, 30, 3), dtype=np.uint8)
+    pixels[:, 10:20] = 200
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert (read_squares([tmp_path / "wide.png"], 10) == 200).all()
+
+
+def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "p" / "train", {"red": 4, "green": 4})
+    write_images(tmp_path / "p" / "test", {"red": 1})
+    bad = tmp_path / "p" / "train" / "red"
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(bad / "float.tif")
+    (bad / "empty.jpg").touch()
+    (bad / "text.png").write_text("no image")
+    whole = (bad / "001.jpg").read_bytes()
+    (bad / "001.jpg").write_bytes(whole[:-40])
+    (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "p" / "test" / "red" / "bad.gif").write_bytes(b"GIF89a")
+    build_bad = ["build-lt", "image-folder", "--data-root", tmp_path / "p", "--out", tmp_path / "d"]
+    result = refused(3, "6 files cannot be read as an image", *build_bad)
+    reasons = {
+        bad / "float.tif": "32-bit pixels",
+        bad / "empty.jpg": "not an image",
+        bad / "text.png": "not an image",
+        bad / "001.jpg": "image file is truncated",
+        bad / "gone.png": "No such file",
+        tmp_path / "p" / "test" / "red" / "bad.gif": "",
+    }
+    assert {path for path, why in reasons.items() if f"\n    {path}: {why}" not in result.stderr} == set()
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(UnreadableImages):
+        read_squares([bad / "empty.jpg"], 8)
+
+
+# -- the trained network -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, and a network that tells their colours apart; the data set and the photos are there."""
+    root = tmp_path_factory.mktemp("folder")
+    write_images(root / "photos", {"red": 40, "green": 20, "blue": 10})
+    build(root / "photos", root / "data")
+    recipe = ["--recipe", "digits/cross-entropy", "--epochs", 5, "--set", "optimizer.batch_size=16"]
+    must("train-stage1", "--data", root / "data", "--out", root / "run", *recipe)
+    must("evaluate", "--from", root / "run", "--phase", "stage1")
+    return root
+
+
+def test_predict(trained: Path, tmp_path: Path) -> None:
+    """From the run folder alone: it is moved, and the data set stays behind."""
+    write_images(tmp_path / "new", {"red": 3, "green": 2, "blue": 1}, seed=5)
+    run = tmp_path / "moved"
+    (tmp_path / "moved").mkdir()
+    for name in files(trained / "run" / "stage1"):
+        (run / "stage1").mkdir(exist_ok=True)
+        (run / "stage1" / name).write_bytes((trained / "run" / "stage1" / name).read_bytes())
+    red = tmp_path / "new" / "red" / "001.jpg"
+    result = must("predict", red, tmp_path / "new" / "green", "--from", run, "--phase", "stage1")
+    words = [line.split() for line in result.stdout.splitlines()]
+    assert words[0] == ["image", "class", "confidence"]
+    assert [w[:2] for w in words[2:]] == [
+        [str(red), "red"],
+        [str(tmp_path / "new" / "green" / "000.png"), "green"],
+        [str(tmp_path / "new" / "green" / "001.jpg"), "green"],
+    ]
+    out = tmp_path / "predictions.parquet"
+    command = ["predict", tmp_path / "new", "--from", run, "--phase", "stage1", "--top", 2, "--out", out]
+    numbers = must(*command, "--json").json
+    assert numbers["num_images"] == 6
+    table = pd.read_parquet(out)
+    assert table.columns.tolist() == ["path", "rank", "class_id", "class_name", "confidence"]
+    assert table["rank"].tolist() == [1, 2] * 6
+    first = table[table["rank"] == 1]
+    assert first["class_name"].tolist() == [Path(p).parent.name for p in first["path"]]
+    for prediction, (_, rows) in zip(numbers["predictions"], table.groupby("path", sort=False), strict=True):
+        assert [c["class"] for c in prediction["classes"]] == rows["class_name"].tolist()
+    refused = cpmix(*command)
+    assert refused.code == 4
+    assert f"{out} exists" in refused.stderr
+    must(*command, "--overwrite")
+
+
+def test_predict_refuses(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("no image")
+    (tmp_path / "none").mkdir()
+    run = ["--from", trained / "run", "--phase", "stage1"]
+    for place, message in (
+        (tmp_path / "broken.png", "broken.png: not an image"),
+        (tmp_path / "missing.png", "no such file"),
+        (tmp_path / "none", "holds no images"),
+    ):
+        refused(3, message, "predict", place, *run)
+    refused(3, "holds no finished", "predict", tmp_path / "broken.png", "--from", tmp_path)
+
+
+def test_a_network_of_points_takes_no_images(toy_run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    refused(3, "takes no images", "predict", tmp_path / "a.png", "--from", toy_run)
+
+
+def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "more", {"red": 4, "blue": 2}, seed=9)
+    (tmp_path / "more" / "blue" / "green.png").write_bytes(
+        (trained / "photos" / "green" / "000.png").read_bytes()  # lies in the wrong folder: one error
+    )
+    command = ["evaluate", "--from", trained / "run", "--phase", "stage1", "--out", tmp_path / "o"]
+    numbers = must(*command, "--test-data", tmp_path / "more", "--json").json
+    assert numbers["folder"] == str(tmp_path / "o" / "evaluation" / "stage1-more")
+    assert (numbers["num_test"], numbers["num_classes_without_test"]) == (7, 1)
+    assert numbers["top1"] == pytest.approx(100 * 6 / 7, abs=0.01)
+    assert numbers["balanced_accuracy"] == pytest.approx((100 + 200 / 3) / 2, abs=0.01)
+    assert files(tmp_path / "o" / "evaluation" / "stage1-more") == [
+        "logits.safetensors",
+        "metrics.json",
+        "per_class.parquet",
+        "predictions.parquet",
+        "run.json",
+        "samples.parquet",
+    ]
+    assert must(*command, "--test-data", tmp_path / "more", "--json").json["status"] == "up to date"
+    edited = tmp_path / "more" / "red" / "000.png"
+    edited.write_bytes(edited.read_bytes()[:-1] + b"\0")  # the last checksum: as long as before, and as legible
+    assert must(*command, "--test-data", tmp_path / "more", "--json").json["status"] == "done"
+    # The data set's own test split, given as a folder, is the plain evaluation again.
+    plain = json.loads((trained / "run" / "evaluation" / "stage1" / "metrics.json").read_text())
+    again = must(*command, "--test-data", trained / "data", "--label", "own", "--json").json
+    assert {k: again[k] for k in plain} == plain
+    (tmp_path / "more" / "violet").mkdir()
+    refused(3, "1 sub-folder (violet) of no known class", *command, "--test-data", tmp_path / "more")
+
+
+def test_test_data_of_another_kind(trained: Path, digits: Path, toy: Path, toy_run: Path) -> None:
+    run = ["evaluate", "--from", trained / "run", "--phase", "stage1", "--test-data"]
+    assert "has samples of shape (8, 8, 1), the network takes (16, 16, 3)" in cpmix(*run, digits).stderr
+    assert cpmix(*run, trained / "nowhere").code == 3
+    refused(3, "a network of points takes no images", "evaluate", "--from", toy_run, "--test-data", trained / "photos")
+
+
+def test_misclassified_files(trained: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "more", {"red": 2, "blue": 2}, seed=9)
+    wrong = tmp_path / "more" / "blue" / "green.png"
+    wrong.write_bytes((trained / "photos" / "green" / "000.png").read_bytes())
+    run = ["--from", trained / "run", "--phase", "stage1"]
+    must("evaluate", *run, "--test-data", tmp_path / "more", "--label", "files")
+    result = must("misclassified", *run, "--label", "files")
+    assert result.stdout.splitlines()[2].split()[:3] == [str(wrong), "blue", "green"]
+    assert result.stdout.splitlines()[3] == "1 misclassified images"
+    cell = must("misclassified", *run, "--label", "files", "--true", "blue", "--predicted", 1, "--json").json
+    assert [i["image"] for i in cell["images"]] == [str(wrong)]
+    assert must("misclassified", *run, "--label", "files", "--true", "red", "--json").json["images"] == []
+    refused(2, 'Did you mean "blue"?', "misclassified", *run, "--label", "files", "--true", "bleu")
+    refused(3, "--label none", "misclassified", *run, "--label", "none")

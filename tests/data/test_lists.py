@@ -1,0 +1,315 @@
+"""Lists of images: what is known of the official ones, faults in lists and files, and the data sets made of them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.commands import Result, cpmix, ended, must, refused
+from helpers.files import files, write_image
+from helpers.jpeg_tree import make
+
+from cpmix_cli.data import lists, sources
+from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
+
+SPLITS = Path(os.environ.get("CPMIX_SPLITS", Path(__file__).parents[3] / "shared" / "data" / "splits"))
+real = pytest.mark.skipif(not SPLITS.is_dir(), reason="no official lists at hand")
+
+COUNTS = {"airfield": 120, "alley": 20, "zoo": 3}
+TINY = lists.OfficialLists(
+    "places-lt",
+    {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
+    {"train": 143, "val": 3, "test": 6},
+    num_classes=3,
+    largest=120,
+    smallest=3,
+)
+
+
+def write_lists(folder: Path) -> None:
+    """Lists as Places-LT has them, of three classes."""
+    folder.mkdir(parents=True)
+    for split, counts in (("train", COUNTS), ("val", dict.fromkeys(COUNTS, 1)), ("test", dict.fromkeys(COUNTS, 2))):
+        place = "val" if split == "test" else "train"
+        lines = [
+            f"{place}/{name}/{split}{i:04d}.jpg {label}\n"
+            for label, (name, count) in enumerate(counts.items())
+            for i in range(count)
+        ]
+        (folder / f"Places_LT_{split}.txt").write_text("".join(lines))
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with lists/ and images/ of three classes, which build-lt takes for the whole of places-lt."""
+    write_lists(tmp_path / "official")
+    make(tmp_path / "official", tmp_path / "p", size=16, distinct=2)
+    monkeypatch.setitem(sources.SOURCES, "places-lt", sources.official(TINY))
+    monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
+    return tmp_path / "p"
+
+
+def build(places: Path, *flags: object) -> Result:
+    return cpmix("build-lt", "places-lt", "--list-dir", places / "lists", "--data-root", places / "images", *flags)
+
+
+# -- the official lists ------------------------------------------------------------------------------------------------
+
+
+@real
+def test_places_lt_is_the_published_one() -> None:
+    found = lists.read(SPLITS, lists.PLACES_LT, SPLITS)
+    counts = np.bincount(found.pool.labels)
+    groups = [
+        [(counts > 100).sum(), ((counts > few) & (counts <= 100)).sum(), (counts <= few).sum()] for few in (19, 20)
+    ]
+    assert groups == [[131, 163, 71], [131, 157, 77]]
+    splits = {"train": found.pool, "val": found.val, "test": found.test}
+    assert {name: len(split.paths) for name, split in splits.items() if split} == lists.PLACES_LT.num_images
+    assert (found.class_names[0], found.class_names[-1]) == ("airfield", "zen_garden")
+    assert found.pool.paths[0] == "train/airfield/00004851.jpg"
+
+
+@real
+def test_the_other_official_lists_that_are_at_hand() -> None:
+    for name, split, published in (
+        ("ImageNet_LT_val.txt", "val", lists.IMAGENET_LT),
+        ("ImageNet_LT_test.txt", "test", lists.IMAGENET_LT),
+        ("iNaturalist18_val.txt", "test", lists.INATURALIST2018),
+    ):
+        assert published.lists[split] == name
+        one = lists.read_list(SPLITS / name)
+        counts = np.bincount(one.labels)
+        assert (len(one.paths), len(counts)) == (published.num_images[split], published.num_classes)
+        assert counts.min() == counts.max()
+    with pytest.raises(InputError, match=r"cannot read .*ImageNet_LT_train\.txt: No such file"):
+        lists.read(SPLITS, lists.IMAGENET_LT, SPLITS)
+
+
+@real
+def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real lists, and a folder that holds something else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    result = cpmix("build-lt", "places-lt", "--list-dir", SPLITS, "--data-root", "other")
+    assert result.code == 3
+    first = "other/train/airfield/"
+    assert f"error: none of the 106,300 image files is there; the first would be {first}" in result.stderr
+    assert len(result.stderr.splitlines()) == 3
+    assert files(tmp_path) == []
+
+
+@real
+def test_a_list_that_lacks_a_line_is_not_the_published_one(tmp_path: Path) -> None:
+    for path in SPLITS.glob("Places_LT_*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "Places_LT_train.txt"
+    path.write_text(path.read_text().partition("\n")[2])
+    build_short = ("build-lt", "places-lt", "--list-dir", tmp_path, "--data-root", tmp_path)
+    message = f"{path} has 62,499 images; the published list has 62,500"
+    refused(3, (message, "fix: fetch the list again"), *build_short)
+
+
+# -- what is wrong with a list -----------------------------------------------------------------------------------------
+
+
+def test_faults_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "train/a/1.jpg 0\n\ntrain/a/1.jpg 1\n/abs/1.jpg 0\ntrain/../1.jpg 0\nnolabel.jpg\nb.jpg x\nb.jpg 1.0\n"
+        "with space/c.jpg 1\r\n./d.jpg 0\n 5\n"
+    )
+    with pytest.raises(InputError) as caught:
+        lists.read_list(path)
+    assert caught.value.message.splitlines() == [
+        f"{path} has 8 faults:",
+        "    line 3: train/a/1.jpg stands on line 1 already",
+        "    line 4: '/abs/1.jpg' is no plain path below the folder of the images",
+        "    line 5: 'train/../1.jpg' is no plain path below the folder of the images",
+        "    line 6: 'nolabel.jpg' is not 'PATH LABEL'",
+        "    line 7: 'b.jpg x' is not 'PATH LABEL'",
+        "    line 8: 'b.jpg 1.0' is not 'PATH LABEL'",
+        "    line 10: './d.jpg' is no plain path below the folder of the images",
+        "    line 11: ' 5' is not 'PATH LABEL'",
+    ]
+    path.write_text("a\x00.jpg 0\n")
+    with pytest.raises(InputError, match=r"line 1: .a.+x00.jpg 0. is not .PATH LABEL."):
+        lists.read_list(path)
+    path.write_text("a/1.jpg 0\nwith space/c.jpg 1\r\n")
+    found = lists.read_list(path)
+    assert (found.paths, found.labels.tolist()) == (["a/1.jpg", "with space/c.jpg"], [0, 1])
+    path.write_text("".join(f"{i}\n" for i in range(100)))
+    with pytest.raises(InputError, match=r"has 100 faults:(\n.*){20}\n    \.\.\. and 80 more\n"):
+        lists.read_list(path)
+    for content, message in ((b"", "lists no image"), (b"\xff\xfe", "not UTF-8 text")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            lists.read_list(path)
+
+
+@pytest.mark.parametrize(
+    ("list_name", "old", "new", "message"),
+    [
+        ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg 3", "label 3; labels are 0 to 2"),
+        ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg -1", "label -1; labels are 0 to 2"),
+        ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg 1", "the smallest 2; in the published list 120 and 3"),
+        ("train", "train/zoo/train0000.jpg 2", "val/zoo/test0000.jpg 2", "1 images of"),
+        ("test", "val/zoo/test0000.jpg 2\n", "", "has 5 images; the published list has 6"),
+        ("test", "val/zoo/test0001.jpg", "/val/zoo/test0001.jpg", "no plain path"),
+    ],
+)
+def test_lists_that_cannot_be(places: Path, list_name: str, old: str, new: str, message: str) -> None:
+    path = places / "lists" / f"Places_LT_{list_name}.txt"
+    path.write_text(path.read_text().replace(old, new))
+    result = ended(build(places, "--out", places / "d", "--json"), 3, (message, str(path)))
+    assert result.json["exit_code"] == 3
+    assert not (places / "d").exists()
+
+
+def test_a_class_without_a_training_image(places: Path) -> None:
+    path = places / "lists" / "Places_LT_train.txt"
+    path.write_text(path.read_text().replace("jpg 2", "jpg 1"))
+    assert "has no image of 1 of the 3 classes: 2" in build(places).stderr
+
+
+def test_a_val_image_in_another_split_is_warned_of(places: Path) -> None:
+    path = places / "lists" / "Places_LT_val.txt"
+    path.write_text(path.read_text().replace("val0000.jpg 0", "train0000.jpg 0"))
+    ended(build(places, "--out", places / "d"), 0, "warning: 1 images of")
+
+
+def test_official_lists_have_their_own_splits(places: Path) -> None:
+    for split in ("val", "test"):
+        ended(build(places, f"--{split}-per-class", 1), 2, f"places-lt has its own {split} split")
+
+
+# -- the data set ------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(places)
+    result = build(places)
+    assert (result.code, result.stderr) == (0, "next: cpmix train-stage1 --data data/places-lt --out ckpt/places-lt\n")
+    assert result.stdout.splitlines()[-3:] == [
+        "places-lt: 143 training and 6 test images, 3 classes, largest 120, smallest 3 (ratio 40)",
+        "groups: many (>100) 1, medium (20..100) 1, few (<20) 1 classes",
+        "built: data/places-lt",
+    ]
+    folder = places / "data" / "places-lt"
+    assert files(folder) == ["class_counts.parquet", "dataset.json", "test.parquet", "train.parquet", "val.parquet"]
+    record = json.loads((folder / "dataset.json").read_text())
+    expected = {"storage": "files", "shape": [256, 256, 3], "mean": [], "std": [], "recipe": "places-lt/cpmix"}
+    assert {key: record[key] for key in expected} == expected
+    assert record["classes"] == list(COUNTS)
+    dataset = open_dataset(folder)
+    assert dataset.splits == ["train", "val", "test"]
+    assert np.bincount(dataset.labels("train")).tolist() == list(COUNTS.values())
+    for split in dataset.splits:
+        for path, label in zip(dataset.paths(split), dataset.labels(split).tolist(), strict=True):
+            assert path.parent.name == record["classes"][label]
+            assert path.is_file()
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.symlink_to(record["data_root"])
+    moved = open_dataset(folder, data_root=elsewhere)
+    assert str(moved.paths("val")[0]).startswith(f"{elsewhere}/train/")
+    assert build(places, "--json").json["status"] == "up to date"
+    assert build(places, "--verify", "--json").json["status"] == "up to date"
+    no_statistics = 'data.normalisation = "dataset": of images that stay in their files no statistics are known'
+    refused(2, no_statistics, "train-stage1", "--data", folder, "--recipe", "image-folder/cpmix", "--dry-run")
+    ended(build(places, "--few-inclusive", "--out", folder), 4, "few_inclusive: False -> True")
+
+
+@pytest.mark.parametrize("pack", [0, 16])
+def test_the_fingerprint_is_of_paths_too(places: Path, pack: int) -> None:
+    first = build(places, "--pack", pack, "--out", places / "a", "--json").json["fingerprint"]
+    path = places / "lists" / "Places_LT_test.txt"
+    path.write_text(path.read_text().replace("zoo/test0001", "zoo/renamed"))
+    (places / "images" / "val" / "zoo" / "test0001.jpg").rename(places / "images" / "val" / "zoo" / "renamed.jpg")
+    assert build(places, "--pack", pack, "--out", places / "b", "--json").json["fingerprint"] != first
+    assert build(places, "--pack", pack, "--out", places / "a").code == 4
+
+
+def test_few_inclusive_is_remembered(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(places)
+    result = build(places, "--few-inclusive", "--image-size", 16)
+    assert "groups: many (>100) 1, medium (21..100) 0, few (<=20) 2 classes" in result.stdout
+    folder = places / "data" / "places-lt-16px-few-inclusive"
+    assert pd.read_parquet(folder / "class_counts.parquet")["group"].tolist() == ["many", "few", "few"]
+    record = json.loads((folder / "dataset.json").read_text())
+    assert (record["few_inclusive"], record["shape"]) == (True, [16, 16, 3])
+
+
+def test_a_folder_for_each_source_below_one_root(places: Path) -> None:
+    (places / "all").mkdir()
+    (places / "images").rename(places / "all" / "places-lt")
+    must("build-lt", "places-lt", "--list-dir", places / "lists", "--data-root", places / "all", "--out", places / "d")
+    assert open_dataset(places / "d").data_root == places / "all" / "places-lt"
+
+
+@pytest.mark.parametrize("pack", [0, 16])
+def test_missing_and_unreadable_files(places: Path, pack: int) -> None:
+    images = places / "images" / "train"
+    (images / "zoo" / "train0001.jpg").unlink()
+    flags = ("--out", places / "d", "--pack", pack)
+    missing = f"1 file cannot be read as an image:\n    {images}/zoo/train0001.jpg: No such file or directory\n"
+    ended(build(places, *flags), 3, missing)
+    assert not (places / "d-unreadable.txt").exists()
+    for i in range(30):
+        (images / "airfield" / f"train{i:04d}.jpg").unlink()
+        (images / "airfield" / f"train{i:04d}.jpg").write_text("" if i == 0 else "no image")
+    (images / "zoo" / "train0001.jpg").mkdir()
+    seen_by_stat = ("2 files cannot be", f"{images}/airfield/train0000.jpg: empty", "zoo/train0001.jpg: not a file")
+    ended(build(places, *flags), 3, seen_by_stat)  # before any file is opened
+    (images / "zoo" / "train0001.jpg").rmdir()
+    for path in (images / "zoo" / "train0001.jpg", images / "airfield" / "train0000.jpg"):
+        path.unlink(missing_ok=True)
+        write_image(path)
+    result = build(places, *flags)
+    ended(result, 3, ("29 files cannot be read", f"... and 9 more; {places / 'd-unreadable.txt'} lists all"))
+    assert result.stderr.count("not an image") == 20
+    listed = (places / "d-unreadable.txt").read_text().splitlines()
+    assert sorted(listed) == [f"{images}/airfield/train{i:04d}.jpg: not an image" for i in range(1, 30)]
+    assert not (places / "d" / "dataset.json").exists()
+    for i in range(1, 30):
+        write_image(images / "airfield" / f"train{i:04d}.jpg")
+    assert build(places, *flags).code == 0
+    assert not (places / "d-unreadable.txt").exists()
+
+
+def test_own_lists(places: Path, tmp_path: Path) -> None:
+    """Of whatever totals, at any size, and with an imbalance factor."""
+    where = ["--list-dir", places / "lists", "--data-root", places / "images"]
+    numbers = must("build-lt", "image-folder", *where, "--image-size", 16, "--out", tmp_path / "a", "--json").json
+    assert (numbers["num_train"], numbers["num_test"], numbers["num_classes"]) == (143, 6, 3)
+    assert open_dataset(tmp_path / "a").read("val")[0].shape == (3, 16, 16, 3)
+    numbers = must(
+        "build-lt", "image-folder", *where, "--pack", 16, "--rho", 10, "--out", tmp_path / "b", "--json"
+    ).json
+    assert (numbers["num_train"], numbers["largest"], numbers["smallest"]) == (30 + 9 + 3, 30, 3)
+    (places / "lists" / "my_train.txt").touch()
+    refused(3, "has 2 lists for train: Places_LT_train.txt, my_train.txt", "build-lt", "image-folder", *where)
+    assert "no list *train.txt in" in cpmix("build-lt", "image-folder", "--list-dir", places, *where[2:]).stderr
+
+
+def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_path: Path) -> None:
+    def names(train: str) -> list[str]:
+        (tmp_path / "train.txt").write_text(train)
+        (tmp_path / "test.txt").write_text("test/b/9.jpg 1\n")
+        return lists.read_own(tmp_path, tmp_path).class_names
+
+    assert names("x/a/1.jpg 0\ny/b/1.jpg 1\n") == ["a", "b"]
+    assert names("x/b/1.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]
+    assert names("x/a/1.jpg 0\nx/c/2.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]
+    assert names("1.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]
+
+
+def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with console.Progress("packed train images", 10) as progress:
+        progress.step(2)
+        monkeypatch.setattr(progress, "_next", 0.0)
+        progress.step(3)
+    assert capsys.readouterr().err.startswith("packed train images: 5 of 10, ")

@@ -1,0 +1,627 @@
+"""The page of confusion-report, in a real browser where there is one (Debian's chromium), and as text."""
+
+import base64
+import html
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.commands import must, refused
+
+from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.report.images import ContactSheet
+from cpmix_cli.report.page import ShownRun, render_page
+from cpmix_cli.report.pairs import clustered_order, confused_pairs
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # playwright's event loop
+
+
+def shown(matrix: np.ndarray, counts: np.ndarray, name: str = "run", confusions: np.ndarray | None = None) -> ShownRun:
+    """A run of the page with two bins of confidence."""
+    reliability = np.full((15, 3), np.nan)
+    reliability[:, 0] = 0
+    reliability[3], reliability[14] = (40, 0.25, 0.5), (60, 0.99, 0.9)
+    groups = [group_of(int(n)) for n in counts]
+    return ShownRun(name, [("Data", "by hand")], counts, groups, matrix, confusions, reliability)
+
+
+def rendered(runs: list[ShownRun], names: list[str], *, order: np.ndarray | None = None, **more: Any) -> str:
+    """A page with the smallest of everything else."""
+    pairs = confused_pairs(sum(run.matrix for run in runs), runs[0].class_counts)
+    named = pd.DataFrame({"rarer class": [names[c] for c in pairs["rarer_class"]], "confusions": pairs["count"]})
+    fields = {
+        "title": "Confusion",
+        "notes": [],
+        "accuracy": pd.DataFrame({"evaluation": ["stage1"], "top-1": ["12.50"]}),
+        "images": None,
+        "pictures": [],
+        "embedded": [],
+    }
+    clustered = clustered_order(runs[0].matrix) if order is None else order
+    return render_page(
+        **fields | more, runs=runs, class_names=names, pairs=pairs, named_pairs=named.head(100), clustered=clustered
+    )
+
+
+PNG = (Path(__file__).parents[2] / ".readme" / "report.png").read_bytes()
+HAND = np.array([[90, 10, 0], [5, 85, 10], [0, 30, 70]])
+COUNTS = np.array([500, 50, 5])
+NAMES = ["cat", "dog", "wolf"]
+
+
+# -- as text -----------------------------------------------------------------------------------------------------------
+
+
+def test_page_fetches_nothing_and_escapes_every_word() -> None:
+    evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
+    page = rendered(
+        [shown(HAND, COUNTS, evil)],
+        [evil, "b", "c"],
+        title=evil,
+        notes=[evil],
+        accuracy=pd.DataFrame({evil: [evil], "top-1": ["12.50"]}),
+        pictures=[(evil, ["stage1/a.png"])],
+        embedded=[(evil, b"\x89PNG")],
+    )
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert "<img src=x" not in page
+    assert not re.search(r"https?://|//cdn|@import|\bfetch\(|XMLHttpRequest", page)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)  # type: ignore[union-attr]
+    assert re.sub(r"'sha256-[^']+'", "HASH", policy) == (
+        "default-src 'none'; script-src HASH; style-src HASH; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    assert 'src="data:image/png;base64,iVBORw=="' in page
+    assert '<td class="number">12.50</td>' in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page).group(1))  # type: ignore[union-attr]
+    assert data["names"][0] == evil
+
+
+def test_page_is_in_full_without_scripts() -> None:
+    page = rendered([shown(HAND, COUNTS)], NAMES)
+    table = re.search(r'<table id="pairs".*?</table>', page, re.DOTALL)
+    assert table is not None
+    assert re.findall(r'<th scope="row">(\w+)</th><td class="number">(\d+)</td>', table[0]) == [
+        ("wolf", "40"),
+        ("dog", "15"),
+    ]
+
+
+def test_page_of_8142_classes_is_small() -> None:
+    size = 8142
+    generator = np.random.Generator(np.random.Philox(0))
+    matrix = np.zeros((size, size), dtype=np.int16)
+    np.add.at(matrix, (np.repeat(np.arange(size), 3), generator.integers(0, size, 3 * size)), 1)  # nothing is right
+    counts = np.maximum(2, (1000 * 500 ** (-np.arange(size) / size)).astype(np.int64))
+    names = [f"Genus{c} species-{c}" for c in range(size)]
+    # K of a whole training: nearly two million pairs.
+    confusions = np.zeros((size, size), dtype=np.float32)
+    np.add.at(confusions, (generator.integers(0, size, 2_000_000), generator.integers(0, size, 2_000_000)), 1)
+    np.fill_diagonal(confusions, 0)
+    assert len(rendered([shown(matrix, counts, confusions=confusions)], names, order=np.arange(size))) < 5_000_000
+
+
+# -- in the browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless chromium."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
+        yield running
+        running.close()
+
+
+class Opened:
+    """A page that is read, with all that the browser complained of."""
+
+    def __init__(self, browser: Any, path: Path, scheme: str = "light") -> None:
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1000}, color_scheme=scheme)
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda fault: self.complaints.append(str(fault)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-ready]")
+
+    def cell(self, row: int, column: int, number: int = 0) -> tuple[float, float]:
+        """Where the middle of a cell of a map is, in its canvas."""
+        place = self.page.evaluate(
+            f"(() => {{ const m = maps[{number}]; return [m.x({column}) + m.cell / 2, m.y({row}) + m.cell / 2]; }})()"
+        )
+        return place[0], place[1]
+
+    def point(self, row: int, column: int, number: int = 0) -> str:
+        """Point at a cell; what the tip says."""
+        x, y = self.cell(row, column, number)
+        self.page.locator("#maps canvas").nth(number).hover(position={"x": x, "y": y})
+        return str(self.page.locator("#tip").inner_text())
+
+    def colour(self, row: int, column: int, number: int = 0) -> list[int]:
+        """Of a cell, away from its number."""
+        x, y = self.cell(row, column, number)
+        away = f"- maps[{number}].cell * 0.4"
+        got: list[int] = self.page.evaluate(
+            f"[...maps[{number}].canvas.getContext('2d').getImageData({x} {away}, {y} {away}, 1, 1).data].slice(0, 3)"
+        )
+        return got
+
+    def close(self) -> None:
+        """Close it; nothing was fetched and nothing complained of."""
+        self.page.close()
+        # Chromium advises the tests themselves, which read single pixels.
+        assert [text for text in self.complaints if "willReadFrequently" not in text] == []
+        assert len(self.requests) == len([url for url in self.requests if url.startswith(("file:", "data:"))])
+        assert sum(url.startswith("file:") for url in self.requests) == 1
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens pages, and looks at their complaints at the end."""
+    pages = []
+
+    def show(content: str | Path, scheme: str = "light") -> Opened:
+        path = content
+        if isinstance(content, str):
+            path = tmp_path / f"page{len(pages)}.html"
+            path.write_text(content, encoding="utf-8")
+        pages.append(Opened(browser, path, scheme))  # type: ignore[arg-type]
+        return pages[-1]
+
+    yield show
+    for page in pages:
+        page.close()
+
+
+def test_pointing_at_cells_tells_what_they_are(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS, confusions=np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]]))], NAMES))
+    assert shows.point(2, 1) == "wolf taken for dog\n30 of 100 test images (30.0 %)\ntraining images: 5 and 50"
+    assert shows.point(0, 0) == "cat, right\n90 of 100 test images (90.0 %)\n500 training images"
+    assert shows.point(0, 2) == "cat taken for wolf\n0 of 100 test images (0.0 %)\ntraining images: 500 and 5"
+    panel = shows.page.locator("#cell")
+    assert "1 of 4 confusions of the class" in panel.inner_text()
+    shows.page.mouse.move(5, 5)
+    assert shows.page.locator("#tip").is_hidden()
+    assert "Point at a cell" in panel.inner_text()
+    x, y = shows.cell(2, 1)
+    shows.page.locator("#maps canvas").click(position={"x": x, "y": y})
+    shows.point(0, 0)
+    assert panel.locator("h3").inner_text() == "wolf taken for dog"  # a click keeps it
+
+
+def test_groups_are_the_sums_of_their_classes(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
+    shows.page.select_option("#grouping", "groups")
+    assert shows.page.evaluate("places.labels") == ["many", "medium", "few"]
+    assert shows.point(2, 1) == "few taken for medium\n30 of 100 test images (30.0 %)"
+    two = opened(rendered([shown(HAND, np.array([500, 400, 5]))], NAMES))
+    two.page.select_option("#grouping", "groups")
+    assert two.point(0, 0) == (
+        "many taken for a class of the same group\n190 of 200 test images (95.0 %), 175 of them right"
+    )
+    two.page.uncheck("#diagonal")  # the confusions within the group stay
+    assert two.page.evaluate("maps[0].value(0)") == 7.5
+    assert two.point(0, 0).endswith("190 of 200 test images (95.0 %), 175 of them right")
+    assert two.point(0, 1) == "many taken for few\n10 of 200 test images (5.0 %)"
+
+
+def test_cells_have_their_numbers(opened: Any) -> None:
+    shows = opened(rendered([shown(2 * HAND, COUNTS)], NAMES))
+    pictures = []
+    for numbers in ("percent", "images", "percent"):
+        shows.page.select_option("#numbers", numbers)
+        shows.page.wait_for_timeout(100)
+        pictures.append(shows.page.evaluate("maps[0].canvas.toDataURL()"))
+    assert pictures[0] == pictures[2] != pictures[1]
+
+
+def test_orders(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, np.array([5, 50, 500]))], ["b10", "b9", "a"]))
+    labels = {}
+    for order in ("count", "confusion", "accuracy", "name"):
+        shows.page.select_option("#order", order)
+        labels[order] = shows.page.evaluate("places.labels")
+    assert labels["count"] == ["a", "b9", "b10"]
+    assert labels["accuracy"] == ["b10", "b9", "a"]
+    assert labels["name"] == ["a", "b9", "b10"]
+    assert labels["confusion"][1] == "b9"  # confused with both
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_empty_cell_is_the_page_and_one_with_few_images_is_not(opened: Any, scheme: str) -> None:
+    matrix = np.array([[999, 1, 0], [100, 900, 0], [0, 0, 1000]])
+    shows = opened(rendered([shown(matrix, COUNTS)], NAMES), scheme)
+    background = shows.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page = [int(v) for v in re.findall(r"\d+", background)]
+    assert page == ([255, 255, 255] if scheme == "light" else [21, 23, 26])
+    assert shows.colour(0, 2) == page
+    contrasts = [contrast(shows.colour(*cell), page) for cell in ((0, 1), (1, 0), (1, 1))]
+    assert contrasts[0] > 1.1  # one image in a thousand
+    assert contrasts == sorted(contrasts)
+
+
+def contrast(a: list[int], b: list[int]) -> float:
+    """Of two colours, as WCAG 2 has it."""
+    light = []
+    for colour in (a, b):
+        linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (x / 255 for x in colour)]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(light) / min(light)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(opened: Any, scheme: str) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES), scheme)
+    for name in ("text", "quiet"):
+        words, page = (
+            [int(v[k : k + 2], 16) for k in (1, 3, 5)]
+            for v in (shows.page.evaluate(f"colour('{name}')"), shows.page.evaluate("colour('page')"))
+        )
+        assert contrast(words, page) > 4.5
+
+
+def test_compared_runs_stand_beside_each_other_with_their_difference(opened: Any) -> None:
+    better = np.array([[80, 20, 0], [5, 90, 5], [0, 10, 90]])
+    shows = opened(rendered([shown(HAND, COUNTS, "plain"), shown(better, COUNTS, "mixed")], NAMES))
+    titles = shows.page.locator("#maps h3").all_inner_texts()
+    assert titles == ["plain", "mixed", "mixed less plain"]
+    assert shows.page.evaluate("maps[2].value(2 * 3 + 1)") == -20
+    assert shows.point(2, 1, 2).splitlines() == [
+        "wolf taken for dog",
+        "plain: 30 of 100 test images (30.0 %)",
+        "mixed: 10 of 100 test images (10.0 %)",
+        "training images: 5 and 50",
+    ]
+    gain, loss = shows.colour(2, 2, 2), shows.colour(2, 1, 2)
+    assert gain[2] > gain[0] and loss[0] > loss[2]  # blue and orange
+    table = shows.page.locator("#pairs")
+    assert table.locator("tbody tr").first.locator("th, td").all_inner_texts()[-1] == "-25"  # dog and wolf: 40, then 15
+    keys = shows.page.locator(".legend").first.inner_text()
+    assert keys == "plainmixed"
+
+
+def test_keyboard_moves_zooms_and_speaks(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
+    page = shows.page
+    page.get_by_role("application", name="run. Arrow keys move").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(key)
+    assert page.locator("#spoken").inner_text().startswith("dog, right")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#spoken").inner_text().startswith("wolf taken for dog")
+    page.keyboard.press("End")
+    assert page.evaluate("state.cursor") == {"row": 2, "column": 2}
+    page.keyboard.press("Escape")
+    assert page.evaluate("state.cursor") is None
+
+
+def test_zoom_keeps_the_cell_and_shows_names(opened: Any) -> None:
+    size = 300
+    matrix = np.diag([9] * size) + np.eye(size, k=1, dtype=int)
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
+    page = shows.page
+    before = shows.cell(200, 201)
+    page.evaluate("zoom(0.1, { row: 200, column: 201 })")
+    page.wait_for_timeout(100)
+    assert page.evaluate("state.span") == 30
+    after = shows.cell(200, 201)
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 0.2 * 900
+    assert shows.point(200, 201).startswith("class 200 taken for class 201")
+    page.get_by_role("button", name="whole").click()
+    assert page.evaluate("state.span") == size
+    find = page.get_by_role("combobox", name="Find a class")
+    find.fill("CLASS 250")
+    find.press("Enter")
+    assert page.locator("#spoken").inner_text().startswith("class 250, right")
+    assert page.evaluate("state.cursor") == {"row": 250, "column": 250}
+    assert page.evaluate("state.span") == 12
+    page.select_option("#numbers", "images")
+    assert page.evaluate("[state.span, state.pinned]") == [12, True]  # what is looked at stays
+    find.fill("nothing like it")
+    find.press("Enter")
+    assert find.get_attribute("aria-invalid") == "true"
+    assert page.evaluate("state.cursor") == {"row": 250, "column": 250}
+
+
+def test_dragging_wheel_and_double_click_move_the_view(opened: Any) -> None:
+    size = 60
+    shows = opened(rendered([shown(np.diag([9] * size), np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))
+    page, canvas = shows.page, shows.page.locator("#maps canvas")
+    page.evaluate("look(20, 20, 20)")
+    page.wait_for_timeout(100)
+    cell = page.evaluate("maps[0].cell")
+    box = canvas.bounding_box()
+    x, y = shows.cell(30, 30)
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + x + 3 * cell, box["y"] + y + 2 * cell, steps=4)
+    page.mouse.up()
+    assert page.evaluate("[state.row0, state.column0].map(Math.round)") == [18, 17]
+    assert page.evaluate("state.pinned") is False  # a drag is no click
+    page.mouse.wheel(0, -100)
+    assert page.evaluate("state.span") == 20  # the page scrolls
+    canvas.scroll_into_view_if_needed()
+    x, y = shows.cell(25, 25)
+    canvas.hover(position={"x": x, "y": y})
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(100)
+    assert page.evaluate("state.span") == 16
+    x, y = shows.cell(25, 25)
+    canvas.dblclick(position={"x": x, "y": y})
+    assert page.evaluate("state.span") == 8
+
+
+def test_every_cell_with_images_can_be_pointed_at(opened: Any) -> None:
+    size = 200
+    matrix = np.diag([50] * size) + np.eye(size, k=1, dtype=int)
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
+    assert 2 < shows.page.evaluate("maps[0].cell") < 5
+    assert shows.point(100, 101).startswith("class 100 taken for class 101\n1 of 51")
+    assert shows.point(100, 100).startswith("class 100, right")
+    assert shows.point(100, 102).startswith("class 101, right")  # empty: the largest within reach
+
+
+def test_the_browsers_own_keys_stay_its_own(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
+    shows.page.locator("#maps canvas").focus()
+    shows.page.evaluate("addEventListener('keydown', (event) => { window.taken = event.defaultPrevented; })")
+    for key, taken in (("Control+0", False), ("Alt+ArrowLeft", False), ("Control+Minus", False), ("0", True)):
+        shows.page.keyboard.press(key)
+        assert shows.page.evaluate("taken") is taken, key
+
+
+def test_a_name_of_any_length_leaves_the_tables_readable(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], ["x" * 3000, "dog", "grey_wolf"]))
+    cells = shows.page.locator("#classes tbody th").all()
+    widths = [cell.bounding_box()["width"] for cell in cells]
+    assert widths[0] <= 24 * 16 + 1
+    assert max(cell.bounding_box()["height"] for cell in cells) < 40  # one line
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
+    runs = [shown(HAND, COUNTS, name) for name in ("plain", "mixed")]
+    shows = opened(rendered(runs, NAMES, embedded=[("picture", PNG)]))
+    shows.page.set_viewport_size({"width": width, "height": 800})
+    shows.page.wait_for_timeout(200)
+    assert shows.page.evaluate("document.documentElement.scrollWidth") == width
+    for number in range(3):
+        shows.page.locator("#maps canvas").nth(number).scroll_into_view_if_needed()
+        shows.point(2, 2, number)
+        box = shows.page.locator("#tip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_every_number_by_hand(opened: Any) -> None:
+    """A page of three classes: tables, panel, plots and thumbnails against what HAND says."""
+    sprite = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    images = ContactSheet(np.array([2, 2]), np.array([1, 1]), [90, 60], 8, 16, 8, sprite)
+    confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 6, 0]])
+    shows = opened(rendered([shown(HAND, COUNTS, confusions=confusions)], NAMES, images=images))
+    page = shows.page
+
+    def rows(table: str) -> list[list[str]]:
+        lines = page.locator(f"#{table} tbody tr").all()
+        return [line.locator("th, td").all_inner_texts() for line in lines]
+
+    assert page.locator("#pairs thead th").all_inner_texts() == [
+        *("rarer class", "training images", "commoner class", "its training images", "confusions"),
+        *("rarer as commoner", "rarer as commoner, share", "in training"),
+    ]
+    assert rows("pairs") == [
+        ["wolf", "5", "dog", "50", "40", "30", "75 %", "6"],
+        ["dog", "50", "cat", "500", "15", "5", "33 %", "3"],
+    ]
+    assert rows("classes") == [
+        ["cat", "many", "500", "100", "90.0 %", "94.7 %", "dog", "10"],
+        ["dog", "medium", "50", "100", "85.0 %", "68.0 %", "wolf", "10"],
+        ["wolf", "few", "5", "100", "70.0 %", "87.5 %", "dog", "30"],
+    ]
+    x, y = shows.cell(2, 1)
+    page.locator("#maps canvas").click(position={"x": x, "y": y})
+    assert page.locator("#cell dl").inner_text().split("\n") == [
+        *("the other way round", "10 of 100", "in training", "6 of 8 confusions of the class")
+    ]
+    assert "the 2 most confident of 30 images:" in page.locator("#cell").inner_text()
+    thumbs = page.locator(".thumb")
+    assert thumbs.all()[1].get_attribute("aria-label") == "test image: wolf taken for dog, confidence 0.60"
+    places = thumbs.evaluate_all("found => found.map((e) => e.style.backgroundPosition)")
+    assert places == ["0px 0px", "-64px 0px"]
+    x, y = shows.cell(1, 1)
+    page.locator("#maps canvas").click(position={"x": x, "y": y})
+    assert page.locator("#cell dl").inner_text().split("\n") == ["taken for it", "40 images of other classes"]
+
+    relation_, accuracy, histogram, calibration = (page.evaluate(f"plots[{k}].spec") for k in range(4))
+    assert sorted((p["x"], p["y"]) for p in relation_["points"]) == [(25, 0), (25, 0), (75, 10), (75, 30)]
+    assert [(p["x"], p["y"]) for p in accuracy["points"]] == [(500, 90), (50, 85), (5, 70)]
+    assert sum(bar["y"] for bar in histogram["bars"]) == 4
+    assert [bar["y"] for bar in histogram["bars"] if bar["from"] <= 10 < bar["to"]] == [2]
+    assert [(p["x"], p["y"]) for p in calibration["points"]] == [(0.25, 0.5), (0.99, 0.9)]
+    assert calibration["points"][1]["size"] > calibration["points"][0]["size"]
+    label = page.locator("#plot-calibration").get_attribute("aria-label")
+    assert label == "run: mean confidence 69.4 per cent, 74.0 per cent right"
+    words = page.locator("#plot-relation").get_attribute("aria-label")
+    assert words == (
+        "Training confused 4 of 6 ordered pairs of classes; of the test's 4 most confused ones, 2. For 2 of 2 classes "
+        "the most frequent confusion is the same. What a class is taken for in training and test overlaps by 75 per "
+        "cent."
+    )
+
+
+def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> None:
+    matrix = np.array([[5, 5, 0], [0, 0, 0], [0, 1, 9]])
+    shows = opened(rendered([shown(matrix, COUNTS)], NAMES))
+    shows.page.select_option("#order", "accuracy")
+    assert shows.page.evaluate("places.labels") == ["wolf", "cat", "dog"]
+    header = shows.page.locator("#classes").get_by_role("button", name="accuracy")
+    for _ in range(2):
+        header.click()
+        assert shows.page.locator("#classes tbody tr").last.locator("th").inner_text() == "dog"
+    assert "-" in shows.page.locator("#classes tbody tr").last.locator("td").all_inner_texts()
+
+
+def test_of_equally_large_classes_none_is_the_rarer(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, np.array([50, 50, 50]))], NAMES))
+    assert {line.locator("td").all_inner_texts()[5] for line in shows.page.locator("#pairs tbody tr").all()} == {"-"}
+
+
+def test_runs_of_other_imbalance_have_their_own_places_in_the_plot(opened: Any) -> None:
+    other = np.array([2, 900, 30])
+    shows = opened(rendered([shown(HAND, COUNTS, "a"), shown(HAND, other, "b")], NAMES))
+    spec = shows.page.evaluate("plots.find((p) => p.canvas.id === 'plot-accuracy').spec")
+    assert [p["x"] for p in spec["points"]] == [500, 50, 5, 900, 30, 2]
+    assert spec["x"]["low"] < 2 and spec["x"]["high"] > 900
+
+
+def test_long_tables_come_in_parts(opened: Any) -> None:
+    size = 130
+    matrix = np.diag([5] * size)
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))
+    rows = shows.page.locator("#classes tbody tr")
+    assert rows.count() == 100
+    more = shows.page.get_by_role("button", name="Show more (100 of 130)")
+    more.click()
+    assert rows.count() == size
+    assert more.is_hidden()
+    assert shows.page.evaluate("document.activeElement.id") == "classes"
+
+
+def test_tables_sort_filter_and_lead_to_the_cell(opened: Any) -> None:
+    size = 30
+    matrix = np.diag([50] * size)
+    matrix[np.arange(1, size), 0] = np.arange(1, size)  # class c is taken for class 0 c times
+    names = [f"class {c}" for c in range(size)]
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1) * 10)], names))
+    page = shows.page
+    table = page.locator("#pairs")
+    rows = table.locator("tbody tr")
+    assert rows.count() == size - 1
+    assert rows.first.locator("th").inner_text() == "class 29"  # most confused first
+    header = table.get_by_role("columnheader", name="training images", exact=False).first
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "descending"
+    assert rows.first.locator("th").inner_text() == "class 1"
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert rows.first.locator("th").inner_text() == "class 29"
+    table.get_by_role("button", name="rarer class").click()
+    assert [rows.nth(k).locator("th").inner_text() for k in (0, 1, 9)] == ["class 1", "class 2", "class 10"]
+    page.locator("#pairs-search").fill("CLASS 12")
+    assert [row.locator("th").inner_text() for row in rows.all()] == ["class 12"]
+    rows.first.click()
+    assert page.locator("#cell h3").inner_text() == "class 12 taken for class 0"
+    classes = page.locator("#classes tbody tr")
+    assert classes.count() == size
+    assert classes.nth(29).locator("th, td").all_inner_texts()[:4] == ["class 29", "few", "10", "79"]
+
+
+def test_every_control_and_picture_has_a_name(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS, confusions=np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]]))], NAMES))
+    page = shows.page
+    tree = page.locator("body").aria_snapshot()
+    for role in ("combobox", "searchbox", "button", "checkbox", "application", "img"):
+        named = re.findall(rf"""- '?{role} "[^"]+""", tree)
+        assert named, role
+        assert len(named) == len(re.findall(rf"- '?{role}\b", tree)), role
+    assert tree.count('img "') == 4  # the plots
+    assert page.evaluate("document.documentElement.lang") == "en"
+    levels = [int(level) for level in re.findall(r"heading.*\[level=(\d)\]", tree)]
+    assert levels[0] == 1 and levels.count(1) == 1
+
+
+def test_page_of_a_real_run(digits_run: Path, opened: Any) -> None:
+    must("confusion-report", "--from", digits_run, "--overwrite")
+    shows = opened(digits_run / "confusion" / "index.html")
+    cells = pd.read_parquet(digits_run / "confusion" / "finetune" / "confusion_matrix.parquet")
+    counts = pd.read_parquet(digits_run / "finetune" / "class_counts.parquet")["num_train"].to_numpy()
+    order = np.argsort(-counts, kind="stable").tolist()
+    wrong = cells[cells["true_class"] != cells["predicted_class"]].sort_values("count", ascending=False).iloc[0]
+    row, column = order.index(wrong["true_class"]), order.index(wrong["predicted_class"])
+    assert f"{wrong['count']} of 50 test images" in shows.point(row, column)
+    x, y = shows.cell(row, column)
+    shows.page.locator("#maps canvas").click(position={"x": x, "y": y})
+    thumbs = shows.page.get_by_role("img", name=re.compile("test image: .* taken for"))
+    assert thumbs.count() == min(8, wrong["count"])
+    for name in ("accuracy", "histogram", "calibration", "relation"):
+        data = shows.page.evaluate(
+            f"new Set(document.getElementById('plot-{name}').getContext('2d').getImageData(60, 10, 300, 250).data).size"
+        )
+        assert data > 3, name
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def page_data(run: Path) -> dict[str, Any]:
+    text = (run / "confusion" / "index.html").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(re.search(r'id="data">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
+    return found
+
+
+def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(digits_run, other)
+    result = must("confusion-report", "--from", digits_run, "--compare", other / "finetune", "--json")
+    assert result.json["status"] == "done"
+    assert [run["name"] for run in page_data(digits_run)["runs"]] == [digits_run.name, "other"]
+    again = must("confusion-report", "--from", digits_run, "--compare", other / "finetune", "--json")
+    assert again.json["status"] == "up to date"
+    must("confusion-report", "--from", digits_run)
+    assert len(page_data(digits_run)["runs"]) == 1
+
+    refused(2, "is given twice", "confusion-report", "--from", digits_run, "--compare", digits_run)
+    refused(
+        3,
+        f"{toy_run} has other classes than {digits_run}",
+        "confusion-report",
+        "--from",
+        digits_run,
+        "--compare",
+        toy_run,
+    )
+    shutil.rmtree(other / "evaluation")
+    refused(3, f"fix: cpmix evaluate --from {other}", "confusion-report", "--from", digits_run, "--compare", other)
+
+
+def test_images_are_as_many_as_asked_for(digits_run: Path) -> None:
+    whole = page_data(digits_run)["images"]
+    assert len(whole["confidence"]) > 3
+    must("confusion-report", "--from", digits_run, "--images", 2)
+    assert len(page_data(digits_run)["images"]["confidence"]) == 2
+    must("confusion-report", "--from", digits_run, "--images", 0)
+    assert page_data(digits_run)["images"] is None
+
+
+def test_the_toys_page_has_its_regions(toy_run: Path) -> None:
+    text = (toy_run / "confusion" / "index.html").read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 1
+    assert "Decision regions" in html.unescape(text)
+
+
+def test_groups_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    must("build-lt", "digits", "--rho", 6.2, "--out", data)
+    must("train-stage1", "--data", data, "--recipe", "digits/cross-entropy", "--epochs", 1, "--out", run)
+    for flags, group in (([], "medium"), (["--few-inclusive", "--overwrite"], "few")):
+        must("evaluate", "--from", run, *flags)
+        must("confusion-report", "--from", run)
+        found = page_data(run)["runs"][0]
+        counts, groups = (
+            np.frombuffer(base64.b64decode(found[key]), dtype="<i4").tolist() for key in ("train_counts", "groups")
+        )
+        assert GROUPS[groups[counts.index(20)]] == group

@@ -1,0 +1,421 @@
+"""Several ranks on the CPU: they take the draws of one, end together, and say it once."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers.commands import must
+from helpers.files import files
+
+from cpmix_cli.artifacts import files as artifacts
+from cpmix_cli.artifacts import records, tensors
+from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
+from cpmix_cli.runtime import ranks
+from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
+from cpmix_cli.training.batch_slices import BatchSlice
+
+# -- who and where -----------------------------------------------------------------------------------------------------
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Ranks()),
+        (TORCHRUN, Ranks(5, 8, 1, 4)),
+        (SRUN, Ranks(5, 7, 1, 3)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}, Ranks(5, 7, 1, 3)),
+        (SRUN | TORCHRUN, Ranks(5, 8, 1, 4)),
+        # A batch script: the variables of the allocation, and of no step with several tasks.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Ranks()),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Ranks()),
+        # What some clusters set for all jobs.
+        ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, Ranks()),
+    ],
+)
+def test_the_environment_says_which_rank_this_is(environment: Mapping[str, str], expected: Ranks) -> None:
+    assert find(environment) == expected
+    assert ranks.is_later(environment) == (expected.rank > 0)
+
+
+@pytest.mark.parametrize("changes", [{"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}, {"LOCAL_RANK": "4"}])
+def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) -> None:
+    with pytest.raises(EnvironmentFault, match="make no sense"):
+        find(TORCHRUN | changes)
+    with pytest.raises(EnvironmentFault, match="SLURM_STEP_TASKS_PER_NODE = 4 nodes"):
+        find({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4 nodes"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}, ("node7", 29500)),
+        ({"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-09,12]"}, ("gpu07", 21971)),
+        ({"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "gpu-a,gpu-b"}, ("gpu-a", 20021)),
+        ({"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "r[0-1,4]n[2,5]-ib,a[7]"}, ("r0n2-ib", 20021)),
+        ({"SLURM_JOB_ID": "3", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}, ("10.0.0.7", 20021)),
+        ({}, ("localhost", 20000)),
+    ],
+)
+def test_the_environment_says_where_ranks_meet(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
+    assert rendezvous_address(environment) == expected
+
+
+# -- parts of a batch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "count"), [(12, 3), (10, 4), (5, 4), (3, 4), (1, 4), (7, 1)])
+def test_parts_of_a_batch(size: int, count: int) -> None:
+    """Each image counts once, and the mean over the parts is that over the batch."""
+    values = torch.arange(1.0, size + 1).double() ** 2
+    means, seen = [], []
+    for number in range(count):
+        part = BatchSlice(number, count, size)
+        own, weights = part.select(values), part.image_weights(torch.device("cpu"))
+        assert len(own) == part.length == -(-size // count)
+        assert (weights is None) == (size % count == 0)
+        weights = torch.ones(part.length).double() if weights is None else weights
+        means.append((own * weights).mean())
+        seen += own[weights > 0].tolist()
+    assert seen == values.tolist()
+    torch.testing.assert_close(torch.stack(means).mean(), values.mean(), rtol=1e-14, atol=0)
+
+
+def test_what_fills_a_part_up_comes_from_the_beginning() -> None:
+    """Ten images for four ranks: 0 1 2, 3 4 5, 6 7 8, and 9 with 0 and 1 again, which count nothing."""
+    parts = [BatchSlice(number, 4, 10) for number in range(4)]
+    found = [part.select(torch.arange(10)).tolist() for part in parts]
+    assert found == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]]
+    weights = parts[3].image_weights(torch.device("cpu"))
+    assert weights is not None
+    assert weights.tolist() == [1.2, 0.0, 0.0]
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+RUN = """
+import sys
+from cpmix_cli.runtime import signals
+signals.install()
+from cpmix_cli import cli
+from cpmix_cli.runtime import console, ranks
+import os
+console.set_up()
+if "SLOW_STATE" in os.environ:  # a state that takes a second to write
+    import time
+    from cpmix_cli.artifacts import files
+    publish = files.publish
+    def slowly(path, data):
+        time.sleep(1.0 if path.name == "training_state.safetensors" else 0.0)
+        return publish(path, data)
+    files.publish = slowly
+ranks.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", 60))
+for number, line in enumerate(sys.argv[1:]):
+    console.mute(ranks.is_later(os.environ))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # the server of the command before may still stand there
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + min(number, 1))
+    try:
+        code = cli.app(line.split("|"), prog_name="cpmix", standalone_mode=False)
+    except cli.typer.Exit as leaves:
+        code = leaves.exit_code
+    except signals.Stopped as stop:
+        code = stop.code
+    if code:
+        sys.exit(code)
+"""
+
+
+class Launched:
+    """As many processes as ranks, as torchrun or srun starts them.
+
+    Args:
+        size: of them.
+        commands: each runs one after the other; words of the command line.
+        folders: where each runs.
+        srun: with Slurm's variables in place of torchrun's.
+        extra: environment variables of all.
+        without: ranks that are not started.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *commands: Sequence[object],
+        folders: Sequence[Path] | None = None,
+        srun: bool = False,
+        extra: Mapping[str, str] | None = None,
+        without: Sequence[int] = (),
+    ) -> None:
+        lines = ["|".join(map(str, command)) for command in commands]
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.processes = []
+        for rank in range(size):
+            own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+            if srun:
+                own = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": size, "SLURM_LOCALID": rank}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            environment = os.environ | {name: str(value) for name, value in own.items()} | dict(extra or {})
+            if rank not in without:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", RUN, *lines],
+                        cwd=folders[rank] if folders else None,
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
+                )
+
+    def wait_for(self, text: str) -> str:
+        """Read what the first rank says on stderr up to a line with this text; returns it."""
+        stream, read = self.processes[0].stderr, ""
+        assert stream is not None
+        for line in stream:
+            read += line
+            if text in line:
+                return read
+        raise AssertionError(read)
+
+    def end(self) -> tuple[list[int], list[str], list[str]]:
+        """Exit codes, stdouts and stderrs of all."""
+        try:
+            ended = [process.communicate(timeout=120) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes], [e[0] for e in ended], [e[1] for e in ended]
+
+
+def must_run(size: int, *commands: Sequence[object], srun: bool = False) -> str:
+    """Ranks that have to succeed, the first alone with something to say: its stderr."""
+    codes, outs, errs = Launched(size, *commands, srun=srun).end()
+    assert set(codes) == {0}, errs
+    assert outs[0]
+    assert not any(outs[1:])
+    assert not any(errs[1:])
+    return errs[0]
+
+
+def metrics(phase: Path) -> pd.DataFrame:
+    return pd.read_parquet(phase / METRICS).drop(columns=["seconds", "images_per_second"])
+
+
+WHOLE_NUMBERS = ["epoch", "train_accuracy", "num_confusions", "num_fallbacks"]
+
+
+def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
+    settings = [word for change in ("model.precision=fp32", *changes) for word in ("--set", change)]
+    return [("train-stage1", "--data", data, "--out", run, "--epochs", 5, *settings), ("train-stage2", "--from", run)]
+
+
+@pytest.mark.parametrize("refresh", ["step", "epoch"])
+def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: Path) -> None:
+    """A network without batch norm, 2,100 points in batches of 64: the last has 52, which three ranks share unevenly.
+
+    What is drawn and counted is the same, images and sums differ by rounding.
+    """
+    changes = ["optimizer.batch_size=64", f"confusion.refresh={refresh}", "stage2.terms.cp.per_sample=true"]
+    for command in pipeline(toy, tmp_path / "alone", *changes):
+        must(*command)
+    for command in pipeline(toy, tmp_path / "pieces", *changes, "optimizer.micro_batches=5"):
+        must(*command)
+    must_run(2, *pipeline(toy, tmp_path / "two", *changes), srun=refresh == "step")
+    must_run(3, *pipeline(toy, tmp_path / "three", *changes, "optimizer.micro_batches=2"))
+    for phase in ("stage1", "stage2"):
+        alone = tmp_path / "alone" / phase
+        expected = metrics(alone)
+        assert expected["num_confusions"].min() > 0
+        for name in ("pieces", "two", "three"):
+            found = metrics(tmp_path / name / phase)
+            assert found[WHOLE_NUMBERS].equals(expected[WHOLE_NUMBERS])
+            pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+            own = tmp_path / name / phase / CONFUSION_PAIRS
+            assert own.read_bytes() == (alone / CONFUSION_PAIRS).read_bytes()
+    record = records.read_fields(tmp_path / "three" / "stage2" / artifacts.RUN)
+    assert record["ranks"] == 3
+
+
+def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
+    """What does not train is the first rank's alone."""
+    run, data = tmp_path / "run", tmp_path / "digits"
+    commands = [
+        ("build-lt", "digits", "--out", data),
+        ("train-stage1", "--data", data, "--out", run, "--epochs", 6),
+        ("train-stage2", "--from", run),
+        ("finetune", "--from", run),
+        ("evaluate", "--from", run),
+        ("confusion-report", "--from", run),
+    ]
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    found = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        + ["|".join(map(str, command)) for command in commands],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("done: ") == 5
+    said = "stage1: batches of 64 over 2 ranks, 32 images a forward pass and term; the learning rate is the recipe's"
+    assert found.stderr.count(said) == 1
+    assert must("status", run).stdout.count("done") >= 3
+    assert (run / "confusion" / "index.html").is_file()
+    # Again, and on another number of ranks: up to date.
+    for command in commands[1:4]:
+        assert "up to date" in must(*command).stdout
+
+
+@pytest.mark.parametrize("refresh", ["step", "epoch"])
+def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, tmp_path: Path) -> None:
+    """... and the run goes on with another number of ranks, as if nothing had been."""
+    run = tmp_path / "run"
+    stage1, stage2 = pipeline(toy, run, f"confusion.refresh={refresh}", "optimizer.batch_size=8")
+    must(*stage1)
+    launched = Launched(4, stage2)
+    launched.wait_for("projected")
+    launched.processes[2].send_signal(signal.SIGTERM)
+    codes, _, errs = launched.end()
+    assert codes == [75] * 4, errs
+    assert errs[0].startswith("interrupted: SIGTERM received; stage2 is saved at epoch ")
+    assert not any(errs[1:])
+    assert files(run / "stage2") == ["recipe.toml", "training_state.safetensors"]
+    state, _ = tensors.read_tensors(run / "stage2" / TRAINING_STATE)
+    assert ("epoch_confusion" in state) == (refresh == "epoch")
+    found = must(*stage2)
+    assert "begun with 4 ranks, going on with 1: the draws stay the same" in found.stderr
+    whole = tmp_path / "whole"
+    must("train-stage2", "--from", run, "--out", whole)
+    assert metrics(run / "stage2")[WHOLE_NUMBERS].equals(metrics(whole / "stage2")[WHOLE_NUMBERS])
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_all_ranks_saves_though_it_comes_to_one_after_the_other(
+    number: signal.Signals, toy: Path, tmp_path: Path
+) -> None:
+    """The first rank's own comes while it writes what the second rank's asked for."""
+    words = ("train-stage1", "--data", toy, "--out", tmp_path / "run", "--epochs", 900, "--checkpoint-every", 1000)
+    launched = Launched(2, words, extra={"SLOW_STATE": "1"})
+    launched.wait_for("projected")
+    for process in reversed(launched.processes):
+        process.send_signal(number)
+        time.sleep(0.3)
+    codes, _, errs = launched.end()
+    assert codes == [75, 75], errs
+    assert f"interrupted: {number.name} received; stage1 is saved at epoch" in errs[0]
+    assert files(tmp_path / "run" / "stage1") == ["recipe.toml", "training_state.safetensors"]
+
+
+def test_class_weights_are_normed_over_the_batch_of_all_ranks(toy: Path, tmp_path: Path) -> None:
+    changes = ["stage1.terms.erm.reweight=effective-number", "stage1.terms.erm.beta=0.999"]
+    changes += ["stage1.terms.erm.loss=cross-entropy", "optimizer.batch_size=64"]
+    stage1, _ = pipeline(toy, tmp_path / "alone", *changes)
+    must(*stage1)
+    pieces, _ = pipeline(toy, tmp_path / "pieces", *changes, "optimizer.micro_batches=3")
+    must(*pieces)
+    found, expected = (metrics(tmp_path / name / "stage1") for name in ("pieces", "alone"))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> None:
+    launched = Launched(3, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
+    launched.wait_for("epoch=2/")
+    launched.processes[killed].kill()
+    codes, _, errs = launched.end()
+    assert codes == [-9 if rank == killed else 4 for rank in range(3)], errs
+    (said,) = [err for err in errs if "error: " in err]
+    assert f"error: rank {killed} of 3 is gone" in said
+    assert "fix: run the same command again" in said
+    assert sum("Traceback" in err for err in errs) == 0
+    assert not list((tmp_path / "run" / "stage1").glob(".lock*")) or killed == 0
+
+
+def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
+    codes, outs, errs = Launched(3, ("train-stage1", "--data", tmp_path / "none", "--json")).end()
+    assert codes == [3] * 3
+    assert errs[0].startswith(f"error: no data set in {tmp_path / 'none'}")
+    assert outs[0].startswith('{"error": ')
+    assert not any(errs[1:] + outs[1:])
+
+
+def test_an_error_of_one_ends_all(digits: Path, tmp_path: Path) -> None:
+    """One machine does not see the data set."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "data").symlink_to(digits)
+    codes, _, errs = Launched(2, ("train-stage1", "--data", "data", "--out", "run"), folders=folders).end()
+    assert codes == [3, 3]
+    assert errs[0] == ""
+    assert errs[1].startswith("error: rank 1: no data set in data")
+
+
+def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, data in zip(folders, (digits, toy), strict=True):
+        folder.mkdir()
+        (folder / "data").symlink_to(data)
+    words = ("train-stage1", "--data", "data", "--out", tmp_path / "run", "--recipe", "digits/cross-entropy")
+    codes, _, errs = Launched(2, words, folders=folders).end()
+    assert codes[0] != 0
+    assert codes[0] == codes[1]
+    assert sum("error: " in err for err in errs) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
+    launched = Launched(2, words, without=[missing], extra={"JOIN_SECONDS": "2"})
+    codes, _, errs = launched.end()
+    assert codes == [4]
+    assert f"error: rank {1 - missing} of 2 does not meet the others at 127.0.0.1:" in errs[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_is_said_once(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "optimizer.lr=1e20")
+    codes, _, errs = Launched(2, words).end()
+    assert codes == [5, 5]
+    assert "is not finite at step" in errs[0]
+    assert errs[1] == ""
+
+
+def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "model.sync_batchnorm=true")
+    codes, _, errs = Launched(2, words).end()
+    assert codes == [2, 2]
+    assert errs[0].splitlines()[-3:] == [
+        "error: model.sync_batchnorm: torch has it on GPUs alone",
+        "  needed by: train-stage1",
+        "  fix: --set model.sync_batchnorm=false",
+    ]
+    must(*words, "--epochs", 6)  # alone it has nothing to do
+
+
+def test_a_dry_run_of_ranks_writes_nothing(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--dry-run")
+    assert "over 2 ranks" in must_run(2, words)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,156 @@
+"""The training step as a CUDA graph, without a GPU: epochs of replayed steps are the eager ones bit for bit, over all
+methods' recipes; and a step makes the host wait for nothing, and reads and writes only what is known to stay where it
+is. See emulated_graph.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.commands import must
+from helpers.emulated_graph import (
+    FAULTS,
+    READING,
+    SMALL,
+    WRITTEN,
+    Outcome,
+    Setup,
+    distinct_setups,
+    miswritten,
+    resumed,
+    setup,
+    stray,
+    train,
+)
+
+from cpmix_cli.data.dataset import Dataset, open_dataset
+
+METHODS = distinct_setups("cifar100-lt")
+BOTH_GRAPHS = [5, 2]
+"""Replays in three epochs of two full batches and one of what is left, of which the first is eager."""
+VARIANTS = {
+    "bf16": ("model.precision=bf16",),
+    "two micro-batches": ("optimizer.micro_batches=2",),
+    "uneven micro-batches": ("optimizer.micro_batches=3",),
+    "decaying counts": ("confusion.decay=0.9",),
+    "partners of an epoch": ("confusion.refresh=epoch", "confusion.decay=0.9"),
+    "three experts": ("model.experts=3",),
+    "separate forwards": ("stage2.forward=separate",),
+    "a ratio for each image": ("stage2.terms.mix.per_sample=true",),
+    "a frozen stem": ('model.frozen=["conv1", "bn1"]',),
+    "jittered crops": ("data.crop=6", "data.augment=resized-crop-flip-jitter"),
+    "adam": ("optimizer.kind=adam", "optimizer.lr=0.001"),
+    "all at once": (
+        *("model.precision=bf16", "model.experts=3", "confusion.decay=0.9"),
+        *("optimizer.micro_batches=3", "data.augment=crop-flip-rotate", "data.padding=2"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """213 digits of 8 x 8 pixels, 64 to 3 a class."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    must("build-lt", "digits", "--rho", 20, "--val-per-class", 60, "--out", folder)
+    return open_dataset(folder)
+
+
+@pytest.fixture
+def cpmix(few_digits: Dataset) -> Setup:
+    """Stage 2 of CP-Mix."""
+    return setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL)
+
+
+def check(eager: Outcome, replayed: Outcome) -> None:
+    """What holds of every training that is recorded."""
+    assert replayed.num_replays == BOTH_GRAPHS
+    assert not replayed.reads
+    assert not [name for name in replayed.read if name.startswith("unknown")]
+    assert replayed.written <= WRITTEN
+    assert not replayed.differs_from(eager)
+
+
+@pytest.mark.parametrize(("recipe", "phase"), METHODS.values(), ids=list(METHODS))
+def test_replayed_epochs_of_all_methods_are_the_eager_ones(recipe: str, phase: str, few_digits: Dataset) -> None:
+    """But those of OTmix, which are never recorded."""
+    whole = setup(recipe, phase, few_digits, *SMALL)
+    replayed = train(whole, emulate=True)
+    if "otmix" in recipe and phase == "stage1":
+        assert replayed.num_replays == []
+    else:
+        check(train(whole, emulate=False), replayed)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=list(VARIANTS))
+def test_so_are_those_of_all_settings(settings: tuple[str, ...], few_digits: Dataset) -> None:
+    whole = setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL, *settings)
+    check(*(train(whole, emulate=emulate) for emulate in (False, True)))
+
+
+@pytest.mark.parametrize(("recipe", "phase"), [("toy/cpmix", "stage2"), ("toy/fixed-pairs", "stage1")])
+def test_so_are_those_of_points(recipe: str, phase: str, toy: Path) -> None:
+    dataset = open_dataset(toy)
+    batch = len(dataset.labels("train")) // 3 + 1
+    whole = setup(recipe, phase, dataset, f"optimizer.batch_size={batch}")
+    check(*(train(whole, emulate=emulate) for emulate in (False, True)))
+
+
+@pytest.mark.parametrize("stop_at", [(8, 1), (8, 3)], ids=["in an epoch", "at its end"])
+@pytest.mark.parametrize("settings", [(), ("confusion.refresh=epoch", "confusion.decay=0.9")], ids=["", "ahead"])
+def test_a_resumed_run_replays_to_the_same_end(
+    settings: tuple[str, ...], stop_at: tuple[int, int], few_digits: Dataset
+) -> None:
+    whole = setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL, *settings)
+    eager = train(whole, emulate=False)
+    half = train(whole, emulate=True, stop_at=stop_at)
+    rest = train(whole, emulate=True, start=resumed(whole, half.state))
+    assert half.num_replays and rest.num_replays
+    assert half.differs_from(eager)
+    assert not rest.differs_from(eager)
+
+
+def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: Setup) -> None:
+    mixing = ("mixing.choice", "mixing.ratio", "mixing.uniforms")
+    inputs = {
+        *("learning_rate", "counts_errors", "fallbacks", "draws.natural.index", "draws.natural.augment"),
+        *("cp.labels", "cp.first.index", "cp.first.augment", "cp.second.augment", "cp.mixing.image"),
+        *(f"cp.{name}" for name in mixing),
+        *(f"mix.{name}" for name in mixing),
+        "erm.labels",  # and those of mix, on the CPU the same tensor
+    }
+    found = train(cpmix, emulate=True)
+    assert found.written == WRITTEN
+    assert found.read == {
+        *(WRITTEN | {"step number", "class counts", "images", "images by class"}),
+        *(f"input {name}" for name in inputs),
+    }
+
+
+def test_a_taught_step_reads_its_teacher_too_and_leaves_it_as_it_is(few_digits: Dataset) -> None:
+    found = train(setup("cifar100-lt/ride-distilled", "stage1", few_digits, *SMALL), emulate=True)
+    assert "teacher" in found.read - found.written
+
+
+# -- faults that were put in on purpose --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_that_only_a_replay_shows_shows(name: str, cpmix: Setup) -> None:
+    eager, replayed = (train(cpmix, emulate=emulate, fault=FAULTS[name]()) for emulate in (False, True))
+    assert replayed.num_replays == BOTH_GRAPHS
+    assert replayed.differs_from(eager)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_step_that_waits_for_the_device_shows(name: str, cpmix: Setup) -> None:
+    call, fault = READING[name]
+    assert train(cpmix, emulate=True, fault=fault()).reads == {call: 2}
+
+
+def test_a_tensor_that_nobody_knows_shows(cpmix: Setup) -> None:
+    found = train(cpmix, emulate=True, fault=stray(torch.zeros(1)))
+    assert [name for name in found.read if name.startswith("unknown")] == ["unknown (1,) torch.float32"]
+
+
+def test_a_step_that_writes_where_none_may_shows(cpmix: Setup) -> None:
+    assert train(cpmix, emulate=True, fault=miswritten()).written - WRITTEN == {"class counts"}

@@ -1,0 +1,426 @@
+"""The live view: its numbers against those of a whole epoch, and what a person sees on a real pseudo-terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import pyte
+import pytest
+import torch
+from helpers.files import contents
+from helpers.training import COUNTS, CP, ERM, MIX, data, fresh, plan_of, sums_of, terms_of
+
+from cpmix_cli.runtime.console import EpochProgress, warn
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.live_view import LiveView
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
+
+# -- its numbers -------------------------------------------------------------------------------------------------------
+
+
+def looked_at(
+    plan: Any, counts: list[int], confusion: list[list[float]], *, few_inclusive: bool = False, **at: int
+) -> tuple[LiveView, TrainingState]:
+    """A view of `counts` images a class, before a step is taken."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    state = fresh()
+    state.confusion = torch.tensor(confusion, dtype=torch.float64)
+    state.sums = sums_of(plan)
+    state.epoch, state.step = at.get("epoch", 1), at.get("step", 0)
+    whole = TrainingData(data().batches, labels, torch.tensor(counts))
+    step = Step(plan, whole, state)
+    step.begin_epoch(state.epoch)
+    return LiveView(plan, whole, state, step, ["cat", "dog", "lynx"][: len(counts)], few_inclusive), state
+
+
+def test_groups_are_those_that_build_lt_was_told() -> None:
+    """Of classes of 101, 20 and 2 images the one of 20 is medium, or few with --few-inclusive."""
+    plan = plan_of(terms_of(erm=ERM), 9, batch=41)
+    for few_inclusive, expected in ((False, ("50.00", "0.00")), (True, ("-", "25.00"))):
+        view, state = looked_at(plan, [101, 20, 2], [[0.0] * 3] * 3, few_inclusive=few_inclusive, epoch=2)
+        state.confusion += torch.tensor([[0, 0, 0], [10, 0, 0], [2, 0, 0]])
+        state.step = 3
+        rows = {row[0].strip(): row[1] for row in view.table()}
+        assert (rows["medium"], rows["few"]) == expected
+
+
+def test_an_epoch_by_hand() -> None:
+    """123 images in three steps: K grows by 10 + 5 + 1 in epoch 2, and by 3 in the first step of epoch 3."""
+    plan = plan_of(terms_of(erm=ERM), 9, batch=41)
+    view, state = looked_at(plan, [101, 20, 2], [[0, 0, 7], [0, 0, 0], [0, 0, 0]], epoch=2)
+    state.confusion += torch.tensor([[0, 10, 0], [5, 0, 0], [1, 0, 0]])
+    state.sums.values[:] = torch.tensor([6.0, 6.0, 9.0, 107.0, 16.0, 3.0, 0.0, 0.0])
+    state.step = 3
+    groups = [("  many", "90.10"), ("  medium", "75.00"), ("  few", "50.00")]  # 91/101, 15/20, 1/2
+    expected = [("", "epoch 2"), ("loss", "2.0000"), ("train accuracy, %", "86.99"), *groups]  # 107/123
+    pairs = [("  cat as dog", "10"), ("  dog as cat", "5"), ("  lynx as cat", "1")]
+    assert view.table() == [*expected, ("images of a class taken for another", ""), *pairs]
+    view.end_epoch()
+    state.epoch, state.step = 3, 1
+    state.confusion[2, 1] += 3
+    state.sums.values[:] = torch.tensor([1.5, 1.5, 9.0, 38.0, 3.0, 1.0, 0.0, 0.0])
+    table = view.table()
+    assert table[:3] == [
+        ("", "epoch 2", "epoch 3 so far"),
+        ("loss", "2.0000", "1.5000"),
+        ("train accuracy, %", "86.99", "92.68"),
+    ]
+    assert table[-4:] == [
+        ("  cat as dog", "10", "0"),
+        ("  dog as cat", "5", "0"),
+        ("  lynx as dog", "0", "3"),
+        ("  lynx as cat", "1", "0"),
+    ]
+
+
+def test_counts_that_fade_are_compared_with_what_the_epoch_began_with() -> None:
+    plan = replace(plan_of(terms_of(erm=ERM), 9, batch=41), confusion_decay=0.25)
+    view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
+    state.confusion *= 0.25  # engine.epoch_steps()
+    state.confusion[0, 1] += 2
+    state.step = 3
+    assert view.table()[-1] == ("  cat as dog", "2")
+    view.end_epoch()
+    state.confusion *= 0.25
+    state.confusion[1, 0] += 4
+    state.epoch = 3
+    assert view.table()[-2:] == [("  dog as cat", "0", "4"), ("  cat as dog", "2", "0")]
+
+
+@pytest.mark.parametrize("changes", [{"collect_confusion": False}, {"confusion_start": 3}])
+def test_there_is_what_there_is_to_see(changes: dict[str, Any]) -> None:
+    """Without counted errors no groups and no pairs."""
+    plan = replace(plan_of(terms_of(erm=ERM), 9, batch=41), **changes)
+    view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
+    state.confusion[0, 1] += 2
+    state.step = 3
+    labels = [row[0] for row in view.table()]
+    assert labels == ["", "loss", "train accuracy, %"]
+
+
+TERMS = {
+    "stage 1": {"erm": ERM},
+    "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
+    "gated": {"cmo": {**MIX, "probability": 0.5}},
+}
+
+
+@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
+def test_images_and_errors_of_real_steps(tables: Any) -> None:
+    """Of the images that are counted, as many are wrong as K has grown by; batch by batch."""
+    plan = plan_of(terms_of(**tables), 100, batch=10)
+    state = fresh()
+    state.sums = sums_of(plan)
+    step = Step(plan, data(), state)
+    view = LiveView(plan, data(), state, step, ())
+    for epoch in range(1, 6):
+        state.epoch, state.step = epoch, 0
+        state.sums.values.zero_()
+        before = state.confusion.clone()
+        step.begin_epoch(epoch)
+        seen = torch.zeros(len(COUNTS), dtype=torch.float64)
+        for number in range(3):
+            step(number)
+            state.step += 1
+            draws = step.inputs.epoch.draws.terms[0]  # type: ignore[union-attr]
+            labels = draws.labels[number][: 4 if number == 2 else 10]
+            mixed = float(draws.mixing.gate[number, 0]) if "cmo" in tables else 0.0  # type: ignore[union-attr, index]
+            seen += torch.bincount(labels, minlength=len(COUNTS)) * (1 - mixed)
+            assert view._images().tolist() == seen.tolist()
+        grown = (state.confusion - before).sum(1)
+        assert (grown <= seen).all() and grown.sum() == state.sums["errors"]
+        last = torch.bincount(labels, minlength=len(COUNTS)) * (1 - mixed)
+        view._since = 2
+        assert view._images().tolist() == last.tolist()
+        view._since = 0
+
+
+# -- what a person sees ------------------------------------------------------------------------------------------------
+
+
+class Screen(pyte.Screen):
+    """A terminal so high that nothing leaves it at the top."""
+
+    def __init__(self, columns: int) -> None:
+        self.ever: set[str] = set()  # lines that stood here until they were rubbed out, however briefly
+        super().__init__(columns, 500)
+
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        self.ever.add(self.display[self.cursor.y])
+        super().erase_in_line(how, private)
+
+    @property
+    def text(self) -> list[str]:
+        """Its lines; those at the foot that are empty left out."""
+        return "\n".join(line.rstrip() for line in self.display).rstrip().split("\n")
+
+
+class Terminal:
+    """A pseudo-terminal: this process is the person in front of it.
+
+    Args:
+        columns: its width.
+        lines: its height.
+    """
+
+    def __init__(self, columns: int, lines: int) -> None:
+        self.screen = Screen(columns)
+        self.sent = b""
+        self._seen = 0
+        self._stream = pyte.ByteStream(self.screen)
+        self._person, self.program = pty.openpty()
+        fcntl.ioctl(self.program, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def look(self) -> list[str]:
+        """What stands on the screen when nothing more comes, or after half a second."""
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until and select.select([self._person], [], [], 0.02)[0]:
+            try:
+                self.sent += os.read(self._person, 1 << 20)
+            except OSError:  # nobody has it open any more
+                break
+        self._stream.feed(self.sent[self._seen :])
+        self._seen = len(self.sent)
+        return self.screen.text
+
+    def hang_up(self) -> None:
+        """The person closes the window."""
+        os.close(self._person)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
+    """terminal(columns, lines): stderr of this process is one from there on."""
+    opened: list[IO[str]] = []
+
+    def opens(columns: int, lines: int, kind: str = "xterm-256color") -> Terminal:
+        found = Terminal(columns, lines)
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"TERM": kind, "COLUMNS": str(columns), "LINES": str(lines)}.items():
+            monkeypatch.setenv(name, value)
+        stream = os.fdopen(found.program, "w", errors="backslashreplace")
+        opened.append(stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(EpochProgress, "VIEW_SECONDS", 0.0)
+        monkeypatch.setattr(EpochProgress, "VIEW_SHARE", float("inf"))
+        return found
+
+    yield opens
+    for stream in opened:
+        with suppress(OSError):  # hung up
+            stream.close()
+
+
+ROWS = [
+    ("", "epoch 1", "epoch 2 so far"),
+    ("loss", "2.0000", "1.5000"),
+    ("images of a class taken for another", "", ""),
+    ("  a class of very, very many words as another one of them", "10", "2"),
+]
+
+
+def progress(rows: Sequence[Sequence[str]] = ROWS) -> EpochProgress:
+    """Of a phase of 40 steps."""
+    shown = EpochProgress("stage1", 40, 0, 1, lambda: None)
+    shown.look = lambda: rows
+    return shown
+
+
+def test_a_view_below_the_lines(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(100, 30)
+    shown = progress()
+    shown.step(1)
+    first = found.look()
+    assert first[0].startswith("stage1 ━") and first[0].endswith("━ 1/40") and len(first[0]) == 76
+    assert first[1].endswith("   epoch 1  epoch 2 so far") and len(first[1]) == 76
+    assert first[2].split() == ["loss", "2.0000", "1.5000"]
+    assert first[4].startswith("  a class of very, very many words as") and first[4].split()[-3:] == ["…", "10", "2"]
+    shown.line("stage1 epoch=1/2 loss=2.0000")
+    shown.step(10)
+    assert found.look()[0] == "stage1 epoch=1/2 loss=2.0000"
+    assert found.look()[1].endswith("10/40, under 1 s left")
+    assert found.look()[2:] == first[1:]
+    shown.line("stage1 epoch=2/2 loss=1.5000")
+    shown.close()
+    assert found.look() == ["stage1 epoch=1/2 loss=2.0000", "stage1 epoch=2/2 loss=1.5000"]
+    assert not found.screen.cursor.hidden
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(40, 24), (60, 15), (76, 5), (20, 4), (100, 3), (30, 1)])
+def test_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Terminal]) -> None:
+    found = terminal(columns, lines)
+    shown = progress()
+    for done in (10, 20):
+        shown.step(done)
+        screen = found.look()
+        assert len(screen) <= max(1, lines - 2)
+        assert all(len(line) <= columns for line in screen)
+        assert f"{done}/40" in screen[0]
+    rows = min(len(ROWS), max(0, lines - 3))
+    assert len(screen) == 1 + (rows if rows != 3 else 2)  # no heading alone
+    shown.line("x" * 100)
+    shown.step(30)
+    wrapped = ["x" * columns] * (100 // columns) + ["x" * (100 % columns)] * (100 % columns > 0)
+    assert found.look()[: len(wrapped)] == wrapped
+    shown.close()
+    assert found.look() == wrapped
+    assert not found.screen.cursor.hidden
+
+
+def test_the_lines_alone_on_a_terminal_that_can_only_print(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(80, 24, "dumb")
+    shown = progress()
+    assert not shown.has_view
+    shown.step(1)
+    shown.line("stage1 epoch=1/2 loss=2.0000")
+    shown.close()
+    assert found.look() == ["stage1 epoch=1/2 loss=2.0000"]
+
+
+def test_no_colour_where_none_is_wanted(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in (True, False):
+        found = terminal(80, 24)
+        if not wanted:
+            monkeypatch.setenv("NO_COLOR", "1")
+        shown = progress()
+        shown.step(1)
+        found.look()
+        assert bool(re.search(rb"\x1b\[[\d;]*(3[0-8]|9[0-7])[;m]", found.sent)) == wanted
+        shown.close()
+
+
+def test_names_are_shown_and_not_obeyed(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(80, 24)
+    shown = progress([("", "epoch 1"), ("  a\x1b[2Jb\nc\td as [bold]x[/bold] :cat:", "7")])
+    shown.line("a\x1b[2Jb [bold] :cat:")
+    shown.step(1)
+    lines = found.look()
+    assert lines[0] == r"a\x1b[2Jb [bold] :cat:"
+    assert lines[-1].startswith(r"  a\x1b[2Jb\nc\td as [bold]x[/bold] :cat:  ")
+    shown.close()
+
+
+def test_what_others_say_stands_above(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(80, 24)
+    shown = progress()
+    shown.step(1)
+    warn("[the] clock is wrong")
+    shown.step(2)
+    assert found.look()[0] == "warning: [the] clock is wrong"
+    shown.close()
+    assert found.look() == ["warning: [the] clock is wrong"]
+
+
+def test_a_terminal_that_goes_away_stops_nothing(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(80, 24)
+    shown = progress()
+    shown.step(1)
+    stream = sys.stderr
+    found.hang_up()
+    for done in range(2, 40):
+        shown.step(done)
+        shown.line("nobody reads it")
+    assert not shown.has_view
+    assert sys.stderr is not stream  # that of this run, and no proxy of rich's
+    shown.close()
+
+
+def test_it_is_drawn_now_and_then(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal(80, 24)
+    monkeypatch.setattr(EpochProgress, "VIEW_SECONDS", 3600.0)
+    looks = []
+    shown = progress()
+    shown.look = lambda: looks.append(1) or ROWS  # type: ignore[func-returns-value]
+    for done in range(1, 40):
+        shown.step(done)
+    assert len(looks) == 1
+    shown.close()
+
+
+# -- real runs ---------------------------------------------------------------------------------------------------------
+
+RUN = """
+import sys
+from cpmix_cli.runtime import signals
+signals.install()
+from cpmix_cli import cli
+from cpmix_cli.runtime import console
+console.set_up()
+console.EpochProgress.VIEW_SECONDS, console.EpochProgress.VIEW_SHARE = 0.0, float("inf")
+for line in sys.argv[1:]:
+    cli.app(line.split("|"), prog_name="cpmix", standalone_mode=False)
+assert "tensorboard" not in sys.modules  # half a second, for --tracker alone
+"""
+
+
+def started(found: Terminal, *lines: tuple[object, ...]) -> "subprocess.Popen[bytes]":
+    """Commands one after the other in a process of its own, whose stderr is the terminal."""
+    words = ["|".join(map(str, line)) for line in lines]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *words],
+        stdin=found.program,
+        stdout=subprocess.DEVNULL,
+        stderr=found.program,
+        env={**environment, "TERM": "xterm-256color"},
+    )
+    os.close(found.program)
+    return process
+
+
+def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    found, run = Terminal(90, 40), tmp_path / "watched"
+    commands = [
+        ("train-stage1", "--data", digits, "--out", run, "--epochs", 6),
+        ("train-stage2", "--from", run),
+        ("finetune", "--from", run),
+    ]
+    process = started(found, *commands)
+    while process.poll() is None:
+        found.look()
+    while (screen := found.look()) != found.look():
+        pass
+    assert process.returncode == 0, screen
+    for phase in ("stage1", "stage2", "finetune"):
+        assert contents(run / phase) == contents(digits_run / phase)
+    epochs = [line.split()[:2] for line in screen if " epoch=" in line]
+    assert epochs == [
+        *(["stage1", f"epoch={e}/4"] for e in (1, 2, 3, 4)),
+        *(["stage2", f"epoch={e}/6"] for e in (5, 6)),
+        ["finetune", "epoch=1/1"],
+    ]
+    assert not [line for line in screen if "so far" in line or "━" in line]
+    assert not found.screen.cursor.hidden
+    labels = {re.split(r"\s{2,}", line.strip())[0] for line in found.screen.ever}
+    assert labels >= {"loss", "erm", "cp", "mix", "train accuracy, %", "many", "medium", "few"}
+    assert any(re.fullmatch(r"\d as \d", label) for label in labels)
+
+
+def test_a_signal_leaves_the_terminal_clean(digits: Path, tmp_path: Path) -> None:
+    found = Terminal(90, 40)
+    process = started(found, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
+    while not any("so far" in line for line in found.look()) and process.poll() is None:
+        pass
+    assert not found.screen.cursor.hidden  # a second signal or a SIGKILL leaves it no time
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:  # a terminal that nobody reads would hold it up
+        found.look()
+    screen = found.look()
+    assert "interrupted: SIGINT received; stage1 is saved at epoch" in "".join(screen), screen
+    assert not [line for line in screen if "so far" in line or "━" in line]
+    assert not found.screen.cursor.hidden

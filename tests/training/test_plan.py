@@ -1,0 +1,101 @@
+"""The finetune's plan: its steps and draws, and the head that comes out of it, against updates by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.draws import draw_epoch
+from helpers.training import COUNTS, IMAGES, LABELS, STD, fresh, never
+
+from cpmix_cli.data.batches import ImageBatches
+from cpmix_cli.data.dataset import unwritten_dataset
+from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Data, Recipe
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.loop import fit
+from cpmix_cli.training.plan import PhaseContext, begin_finetune, make_plan
+
+FINETUNE = {
+    "epochs": 2,
+    "lr": 0.2,
+    "momentum": 0.8,
+    "nesterov": True,
+    "weight_decay": 0.03,
+    "batch_size": 10,
+    "kind": "cosine",
+    "head": "scale",
+    "groups": [{"prefix": "head.scale", "weight_decay": 0.0}, {"prefix": "head", "lr_factor": 0.5}],
+    "terms": {"erm": {"draw": "class-uniform", "loss": "cross-entropy"}},
+}
+RECIPE = {
+    "seed": 5,
+    "model": {"name": "resnet8"},
+    "schedule": {"epochs": 7, "stage1_epochs": 7},
+    "stage1": {"terms": {"erm": {"draw": "natural"}}},
+    "finetune": FINETUNE,
+}
+
+
+def setting(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseContext:
+    dataset = unwritten_dataset("plans", np.array(counts), shape, recipe="", rho=None, storage="tensors")
+    return PhaseContext(recipe, dataset, torch.device("cpu"), "fp32", {})
+
+
+def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
+    """Two epochs of 10 + 10 + 4 images of uniformly drawn classes; scales at the whole rate and without weight decay,
+    the classifier behind at half of it; all else stands still.
+    """
+    state = fresh()
+    where = setting(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
+    plan = make_plan(where, "finetune")
+    begin_finetune(where, state)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    batches = ImageBatches(IMAGES, Data(augment="none", normalisation="dataset"), [0.5], [STD])
+    features = state.model.eval().features(batches.plain(torch.arange(24))).detach()
+    fit(plan, TrainingData(batches, LABELS, torch.tensor(COUNTS)), state, publish=never)
+
+    head = {name: before[f"head.{name}"].clone().requires_grad_() for name in ("scale", "weight", "bias")}
+    velocity = {name: torch.zeros_like(w) for name, w in head.items()}
+    for number in range(6):
+        epoch, step = number // 3 + 1, number % 3
+        draws = draw_epoch(plan.terms, 24, 10, (5, "finetune"), epoch, 2, 3)
+        assert draws["erm/class"].shape == draws["erm/image"].shape == (3, 10)
+        images, labels = [], []
+        for b in range((10, 10, 4)[step]):
+            y = int(float(draws["erm/class"][step, b]) * 4)
+            images.append(sum(COUNTS[:y]) + int(float(draws["erm/image"][step, b]) * COUNTS[y]))
+            labels.append(y)
+        logits = head["scale"] * (features[images] @ head["weight"].t() + head["bias"])
+        gradients = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(labels)), list(head.values()))
+        rate = 0.2 * (1 + math.cos(math.pi * number / 6)) / 2
+        for (name, w), g in zip(head.items(), gradients, strict=True):
+            factor, decay = (1.0, 0.0) if name == "scale" else (0.5, 0.03)
+            g = g + decay * w.detach()
+            velocity[name] = 0.8 * velocity[name] + g
+            w.data -= factor * rate * (g + 0.8 * velocity[name])
+    for name, tensor in state.model.state_dict().items():
+        expected = head[name.removeprefix("head.")].detach() if name.startswith("head.") else before[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-8, msg=name)
+    assert [row["epoch"] for row in state.history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_max", "num_classes", "batch", "steps"),
+    [
+        ("cifar100-lt/cpmix", 500, 100, 128, 75),  # 9,502 images: 74 * 128 + 30
+        ("cifar100-lt/crt", 500, 100, 512, 19),  # 18 * 512 + 286
+        ("cifar10-lt/cpmix", 5000, 10, 128, 88),  # 11,203: 87 * 128 + 67
+        ("cifar10-lt/lws", 5000, 10, 512, 22),  # 21 * 512 + 451
+    ],
+)
+def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: int, batch: int, steps: int) -> None:
+    """As many as hold the training images, class-uniform though their draws are."""
+    counts = exponential_counts(num_max, num_classes, 200).tolist()
+    where = setting(load(name, rho=200), counts, [32, 32, 3])
+    plan = make_plan(where, "finetune")
+    assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
+    draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
+    assert draws["erm/class"].shape == (steps, batch)

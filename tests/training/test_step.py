@@ -1,0 +1,202 @@
+"""What one step computes, and on a GPU the graph made of it; without one see test_cuda_graphs.py."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import must
+from helpers.draws import draw_epoch
+from helpers.training import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
+from torch import Tensor
+
+from cpmix_cli.data.batches import ImageBatches
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Data, Optimizer
+from cpmix_cli.training.cuda_graphs import own_stream
+from cpmix_cli.training.inputs import TrainingData
+from cpmix_cli.training.loop import fit
+from cpmix_cli.training.objective import compile_stage
+from cpmix_cli.training.plan import make_optimizer
+from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.step import Step
+
+TERMS = {
+    "stage 1": {"erm": ERM},
+    "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
+    "other partners": {
+        "uniform": {**CP, "partner": "class-uniform"},
+        "random": {**CP, "partner": "random", "per_sample": True},
+        "fixed": {**CP, "partner": "fixed", "pairs": [[0, 1], [2, 3]]},
+    },
+}
+
+
+def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu") -> tuple[Step, TrainingState]:
+    """A step at the beginning of epoch 1, on 24 images in batches of 10."""
+    state = fresh()
+    state.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kind: Any = "adam" if adam else "sgd"
+    state.optimizer = make_optimizer(state.model, Optimizer(kind=kind, lr=0.01))
+    for group in state.optimizer.param_groups:
+        group["fused"] = True  # as on a GPU, also where this runs on the CPU
+    state.confusion = state.confusion.to(device)
+    plan = plan_of(terms, 100, batch=10, joint=joint)
+    state.sums = sums_of(plan, device)
+    batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
+    step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
+    step.begin_epoch(1)
+    return step, state
+
+
+def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with() -> None:
+    """As if no error of it had been counted; the fall-backs are counted step by step."""
+    sums = []
+    for ahead in (True, False):
+        plan = replace(
+            plan_of(terms_of(erm=ERM, cp=CP, mix=MIX), 100, batch=10), partners_ahead=ahead, collect_confusion=ahead
+        )
+        state = fresh()
+        state.confusion[0, 1] = state.confusion[1, 0] = 3.0
+        state.sums = sums_of(plan)
+        step, seen = Step(plan, data(), state), []
+        for epoch in (1, 2):
+            state.epoch_confusion = state.confusion.clone() if epoch == 1 else state.epoch_confusion
+            step.begin_epoch(epoch)
+            for number in range(3):
+                step(number)
+                seen.append(state.sums.values.clone())
+        sums.append(torch.stack(seen))
+    names = list(state.sums.read())
+    errors, fallbacks = names.index("errors"), names.index("fallbacks")
+    assert sums[0][-1, errors] > 0
+    assert sums[1][-1, errors] == 0
+    assert len(sums[0][:, fallbacks].unique()) > 2
+    sums[0][:, errors] = 0
+    assert sums[0].equal(sums[1])
+
+
+def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
+    """24 images in batches of 10: the loss of the third step is the mean over the last 4, each seen once an epoch."""
+    terms = terms_of(erm=ERM)
+    step, state = started(terms)
+    for number in range(2):
+        step(number)
+    model, before = copy.deepcopy(state.model), state.sums.read()
+    step(2)
+    draws = draw_epoch(terms, 24, 10, (11, "stage2"), 1, 9, 3)
+    order = draws["order"].flatten()
+    assert order[:24].sort().values.tolist() == list(range(24))
+    last = order[20:24]
+    logits = model(data().batches.batch(last, draws["augment"][2, :4])).detach()
+    shifted = logits + torch.tensor(COUNTS).log()
+    expected = sum(shifted[b].logsumexp(0) - shifted[b, LABELS[i]] for b, i in enumerate(last.tolist())) / 4
+    added = {name: value - before[name] for name, value in state.sums.read().items()}
+    assert added["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert added["correct"] == (logits.argmax(1) == LABELS[last]).sum()
+    assert added["correct"] + added["errors"] == 4
+
+
+def test_batch_norm_sees_the_images_of_all_terms_together() -> None:
+    terms = terms_of(erm=ERM, cp={**CP, "ratio": "beta", "alpha": 1e-3})
+    state = fresh()
+    seen: list[Tensor] = []
+    state.model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    fit(plan_of(terms, 1), data(), state, publish=never)
+    (maps,) = seen
+    assert maps.shape == (48, 16, 8, 8)
+    pixels = maps.transpose(0, 1).reshape(16, -1).double()
+    norm = state.model.bn1
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * pixels.mean(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * pixels.var(1), rtol=1e-5, atol=1e-7)
+
+
+def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> None:
+    """100 epochs of the recipe for CIFAR, seen in the pixels: a chi-square of 80 degrees of freedom, and a binomial."""
+    recipe = load("cifar100-lt/cpmix")
+    terms = compile_stage(recipe.stage1)
+    # Each pixel holds its own row and column, so the crop can be read from it.
+    rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
+    image = torch.stack([rows, columns, rows], 2).to(torch.uint8)
+    batches = ImageBatches(
+        image.expand(128, -1, -1, -1), recipe.data.model_copy(update={"normalisation": "none"}), [], []
+    )
+    offsets, flips = torch.zeros(9, 9), 0.0
+    for epoch in range(1, 101):
+        draws = draw_epoch(terms, 128, 128, (0, "stage1"), epoch, 9, 3)
+        x = (batches.batch(draws["order"][0], draws["augment"][0]) * 255).round()
+        middle = x[:, :, 16, 15:17].long()  # inside the image whatever the crop: row + top - 3
+        flipped = middle[:, 1, 0] > middle[:, 1, 1]
+        top = middle[:, 0, 0] - 13
+        left = torch.where(flipped, middle[:, 1, 0] - 13, middle[:, 1, 0] - 12)
+        offsets.index_put_((top, left), torch.ones(128), accumulate=True)
+        flips += flipped.sum()
+    assert offsets.sum() == 12_800
+    expected = 12_800 / 81
+    assert ((offsets - expected) ** 2 / expected).sum() < 137  # exceeded once in 10,000 sets of draws
+    assert abs(flips - 6400) < 4 * math.sqrt(12_800 / 4)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
+@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
+def test_a_step_never_waits_for_the_gpu(tables: Any, joint: bool, adam: bool) -> None:
+    with own_stream(torch.device("cuda")):
+        step, _ = started(terms_of(**tables), joint=joint, adam=adam, device="cuda")
+        for epoch in range(1, 7):
+            step.begin_epoch(epoch)
+            for number in range(3):
+                recording = step.capture_seconds
+                torch.cuda.set_sync_debug_mode("error" if epoch < 2 or epoch > 4 else "default")
+                try:
+                    step(number)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                assert step.capture_seconds == recording or epoch in (2, 3, 4)
+    assert step.capture_seconds > 0
+
+
+@pytest.mark.gpu
+def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
+    states = []
+    for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
+        monkeypatch.setattr("cpmix_cli.training.cuda_graphs.EAGER_STEPS", eager)
+        with own_stream(torch.device(device)):
+            step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
+            for epoch in range(1, 9):
+                step.begin_epoch(epoch)
+                for number in range(3):
+                    step(number)
+        states.append({n: t.cpu() for n, t in state.tensors().items() if n != "history"})
+    replayed, eagerly, on_cpu = states
+    for name, tensor in replayed.items():
+        torch.testing.assert_close(tensor, eagerly[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert float(replayed["sums"][0]) == pytest.approx(float(on_cpu["sums"][0]), rel=0.02)
+
+
+@pytest.mark.gpu
+def test_all_phases_run_on_the_gpu(digits: Any, tmp_path: Any) -> None:
+    run = tmp_path / "run"
+    must(
+        "train-stage1",
+        "--data",
+        digits,
+        "--out",
+        run,
+        "--epochs",
+        12,
+        "--device",
+        "cuda",
+        "--set",
+        "model.precision=bf16",
+    )
+    must("train-stage2", "--from", run, "--device", "cuda")
+    must("finetune", "--from", run, "--device", "cuda")
+    assert must("evaluate", "--from", run, "--device", "cuda", "--json").json["top1"] > 60

@@ -1,0 +1,204 @@
+"""What goes wrong in a user's data, disk or hand ends with its exit code and message, and loses nothing."""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.commands import Result, ended, hooked, must, process, refused, without_gpu
+from helpers.files import edit_record, exact_contents, files, unchanged
+
+from cpmix_cli.artifacts import records
+from cpmix_cli.artifacts.files import TEMPORARY, check_place
+from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors
+from cpmix_cli.runtime.errors import EnvironmentFault
+
+# -- data set folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(digits: Path, tmp_path: Path) -> Path:
+    """A private copy of the digits data set."""
+    return Path(shutil.copytree(digits, tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (-100, "train.safetensors has labels -100 to 9; expected 0 to 9"),
+        (-1, "train.safetensors has labels -1 to 9; expected 0 to 9"),
+        (10, "train.safetensors has labels 0 to 10; expected 0 to 9"),
+        (9, "class_counts.parquet does not count the training labels"),
+    ],
+)
+def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Path, label: int, message: str) -> None:
+    """The hashes are right, the labels are not."""
+    tensors, _ = read_tensors(data / "train.safetensors")
+    tensors["labels"][0] = label
+    sha = publish_tensors(data / "train.safetensors", tensors)
+    recorded = records.read_fields(data / "dataset.json")["files"]
+    edit_record(data / "dataset.json", files={**recorded, "train.safetensors": sha})
+    refused(3, (str(data), message), "train-stage1", "--data", data, "--out", tmp_path / "run")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate"])
+@pytest.mark.parametrize("damage", ["other", "no toml", "missing", "folder", "device"])
+def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, command: str, damage: str) -> None:
+    path = digits_run / ("stage1" if command == "train-stage2" else "stage2") / "recipe.toml"
+    text = path.read_text()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "device":
+        path.symlink_to("/dev/zero")
+    elif damage != "missing":
+        path.write_text(text.replace("alpha = ", "alpha = 9") if damage == "other" else "[")
+    key = "evaluation.tau_norm=1" if command == "evaluate" else "finetune.terms.erm.weight=2"
+    more = ["--phase", "stage2"] if command == "evaluate" else ["--epochs", 6]
+    refused(3, str(path), command, "--from", digits_run, "--out", digits_run.parent / "out", "--set", key, *more)
+    assert not (digits_run.parent / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate", "confusion-report", "predict x.png"])
+def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, digits: Path) -> None:
+    with unchanged(digits):
+        refused(3, f"cpmix train-stage1 --data DATA --out {digits}", *command.split(), "--from", digits)
+
+
+def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
+    result = refused(3, (), "train-stage2", "--from", tmp_path)
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path / 'stage1'} is absent",
+        "  needed by: train-stage2",
+        f"  fix: cpmix train-stage1 --data DATA --out {tmp_path}",
+    ]
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def limited(*command: object, size: int) -> Result:
+    """cpmix in a process that may write no file beyond `size` bytes: what a full disk does to it, without one."""
+    return process(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def test_a_limit_on_files_is_seen_before_the_first_batch(digits: Path, digits_run: Path) -> None:
+    again = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
+    said = (f"cannot write {digits_run / 'stage1'}: File too large", "a file may have 100,000 here (ulimit -f)")
+    with unchanged(digits_run):
+        result = ended(limited(*again, size=100_000), 4, said)
+    assert "epoch=" not in result.stderr
+
+
+@pytest.mark.parametrize("ends", ["diverges", "finds no room", "is killed"])
+def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
+    digits: Path, digits_run: Path, ends: str
+) -> None:
+    """The finished stage 1 outlives a new one that comes to nothing."""
+    before = exact_contents(digits_run)
+    command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
+    if ends == "diverges":
+        words = (*command, "--set", "optimizer.lr=1e30")
+        refused(5, f"no state was saved before; {digits_run / 'stage1'} is left as it was", *words)
+    else:
+        doing = "raise OSError(28, 'No space left on device')" if ends == "finds no room" else "os.kill(os.getpid(), 9)"
+        hook = (
+            "import os, pathlib\n"
+            "def opened(path, *rest, real=pathlib.Path.open, **more):\n"
+            f"    if path.name.startswith({TEMPORARY!r}): {doing}\n"
+            "    return real(path, *rest, **more)\n"
+            "import cpmix_cli.artifacts\n"
+            "pathlib.Path.open = opened"
+        )
+        ended(hooked(hook, *command), 4 if ends == "finds no room" else -9)
+        assert (digits_run / "stage1" / "run.json").exists() is False  # it was to be replaced that moment
+        must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)  # as it was made: nothing is lost
+    assert {n: d for n, d in exact_contents(digits_run).items() if "run.json" not in n} == {
+        n: d for n, d in before.items() if "run.json" not in n
+    }
+
+
+def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    """A job that is queued again has its flag again."""
+    flags = ["--data", digits, "--epochs", 200, "--seed", 3]
+    command = ["train-stage1", *flags, "--out", digits_run, "--overwrite"]
+    hook = (
+        "import os, signal, cpmix_cli.training.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        "    real(self, number)\n"
+        "    if self._state.epoch == 5: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "step.Step.__call__ = call"
+    )
+    ended(hooked(hook, *command), 75, "stage1 is saved at epoch 5, step 1")
+    result = must(*command)
+    assert "stage1: goes on after epoch 5, step 1" in result.stderr
+    must("train-stage1", *flags, "--out", tmp_path / "whole")
+    ours, whole = (run / "stage1" / "model.safetensors" for run in (digits_run, tmp_path / "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+    result = must(*command)  # it is done, and so overwritten
+    assert "goes on" not in result.stderr
+
+
+def test_a_build_that_finds_no_room_can_be_given_again(tmp_path: Path) -> None:
+    said = ("a file may have 10,000 here (ulimit -f)", "fix: raise the limit, or choose another folder with --out")
+    ended(limited("build-lt", "digits", "--out", tmp_path / "d", size=10_000), 4, said)
+    assert "dataset.json" not in files(tmp_path)
+    must("build-lt", "digits", "--out", tmp_path / "d")
+
+
+def test_too_little_room_shows_before_the_first_batch(tmp_path: Path) -> None:
+    check_place(tmp_path / "a" / "b", 1000)
+    said = r"cannot write .*a/b: No space left on device: .* bytes are needed, .* are free"
+    with pytest.raises(EnvironmentFault, match=said):
+        check_place(tmp_path / "a" / "b", 2 * shutil.disk_usage(tmp_path).free)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_an_output_below_a_file_is_refused(digits: Path, tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = refused(4, "Not a directory", "train-stage1", "--data", digits, "--out", tmp_path / "file" / "run", *flags)
+    assert "epoch=" not in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(digits: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        refused(4, "Permission denied", "train-stage1", "--data", digits, "--out", tmp_path / "run", "--dry-run")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+# -- the hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'seed = -1\n[optimizer]\nlr = "fast"\nmomentun = 0.9\n[schedule]\nepochs = 2.5\n[stage1.terms.erm]\nloss = 3\n'
+    )
+    lines = (
+        "has 5 faults",
+        "seed = -1: Input should be greater than or equal to 0",
+        "optimizer.lr = 'fast': Input should be a valid number",
+        'optimizer.momentun: unknown key. Did you mean "momentum"?',
+        "schedule.epochs = 2.5: Input should be a valid integer",
+        "stage1.terms.erm.loss = 3: Input should be a valid string",
+    )
+    recipe = ("--recipe", tmp_path / "mine.toml")
+    refused(2, lines, "train-stage1", "--data", digits, "--out", tmp_path / "r", *recipe)
+    assert files(tmp_path) == ["mine.toml"]
+
+
+@without_gpu
+def test_a_device_that_is_missing_loses_nothing(digits: Path, digits_run: Path) -> None:
+    start = {"train-stage1": ("--data", digits, "--out", digits_run)}
+    with unchanged(digits_run):
+        for command in ("train-stage1", "train-stage2", "finetune", "evaluate"):
+            flags = start.get(command, ("--from", digits_run))
+            refused(4, "device cuda is not there", command, *flags, "--device", "cuda", "--overwrite")

@@ -1,0 +1,592 @@
+"""Files from outside: what rots, what strangers send, what is another's. Always exit 3 and the file's name."""
+
+import gzip
+import os
+import pickle
+import random
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.commands import cpmix, ended, must, process, refused
+from helpers.files import Canary, edit_record, files, flip, unchanged, write_image
+from PIL import Image
+
+from cpmix_cli.artifacts import records, tables
+from cpmix_cli.artifacts.files import CONFUSION_PAIRS, DATASET, MODEL, RECIPE, RUN, TRAINING_STATE, is_there, sha256
+from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors, sealed_metadata
+from cpmix_cli.runtime.errors import InputError
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+PLACES = 2000
+
+
+def changed(data: bytes, rng: random.Random, number: int) -> bytes:
+    """`data` with a byte changed, cut short, or longer."""
+    place = (0, len(data) - 1)[number] if number < 2 else rng.randrange(len(data))
+    match rng.randrange(8):
+        case 0:
+            return data[:place]
+        case 1:
+            return data[:place] + data[place + 1 :]
+        case 2:
+            return data + bytes([rng.randrange(256)])
+        case 3:
+            return data[:place] + bytes(min(16, len(data) - place)) + data[place + 16 :]
+        case _:
+            return data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
+
+
+def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    """Every file of every command, each read by that command again; 2,000 changes in all."""
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    begun = tmp_path / "begun"
+    again: dict[Path, tuple[object, ...]] = {
+        data: ("build-lt", "toy", "--out", data),
+        toy_run / "stage1": ("train-stage1", "--data", toy, "--out", toy_run),
+        toy_run / "stage2": ("train-stage2", "--from", toy_run),
+        toy_run / "evaluation" / "stage2": ("evaluate", "--from", toy_run),
+        toy_run / "confusion" / "stage2": ("confusion-report", "--from", toy_run),
+        begun / "stage1": ("status", begun),
+    }
+    shutil.copytree(toy_run / "stage1", begun / "stage1")
+    interrupt(begun / "stage1")
+    paths = [(folder / name, command) for folder, command in again.items() for name in files(folder)]
+    paths.append((begun / "stage1" / TRAINING_STATE, ("train-stage1", "--data", toy, "--out", begun)))
+    each = -(-PLACES // len(paths))
+    rng = random.Random(0)
+    silent, total = [], 0
+    for path, command in paths:
+        whole = path.read_bytes()
+        for number in range(each):
+            damaged = changed(whole, rng, number)
+            if damaged == whole:
+                continue
+            path.write_bytes(damaged)
+            total += 1
+            result = cpmix(*command)
+            if result.code != 3 or str(path) not in result.stderr or "Traceback" in result.stderr:
+                silent.append(f"{path}: {command[0]} exit {result.code}: {result.stderr}")
+        path.write_bytes(whole)
+        assert cpmix(*command).code in (0, 75), path  # whole again (status: 75, to be continued)
+        if command[0] == "train-stage1" and begun in path.parents:
+            break  # that was the last: it is done now
+    assert silent == []
+    assert total >= PLACES * 0.97  # some changes change nothing
+
+
+def interrupt(phase: Path) -> None:
+    """Make a finished phase one that was interrupted before its last two files, sealed as such."""
+    for name in files(phase):
+        if name not in (RECIPE, TRAINING_STATE):
+            (phase / name).unlink()
+
+
+def test_a_damaged_file_takes_no_more_memory_than_three_times_its_size(tmp_path: Path) -> None:
+    """In a process of its own, by the peak of its resident memory; three times the file at most."""
+    path = tmp_path / "big.safetensors"
+    size = 64 * 2**20
+    tensors = {f"t{i}": torch.zeros(size // 16) for i in range(4)}
+    publish_tensors(path, tensors, sealed_metadata(tensors, {}))
+    whole = path.read_bytes()
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from cpmix_cli.artifacts import tensors as files\n"
+        "from cpmix_cli.runtime.errors import InputError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    tensors, metadata = files.read_tensors(Path(sys.argv[1]))\n"
+        "    files.check_seal(Path(sys.argv[1]), metadata, tensors)\n"
+        "    said = 'whole'\n"
+        "except InputError: said = 'refused'\n"
+        "print(said, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+
+    def peak() -> tuple[str, int]:
+        said, grown = process(path, code=code).stdout.split()
+        return said, int(grown)
+
+    header = int.from_bytes(whole[:8], "little")
+    places = {"whole": None, "size": 5, "header": 8 + header // 2, "data": 8 + header + size // 2}
+    for name, place in places.items():
+        path.write_bytes(whole)
+        if place is not None:
+            flip(path, place, 4)
+        said, grown = peak()
+        assert said == ("whole" if name == "whole" else "refused"), name
+        assert grown <= 3 * len(whole), name
+
+
+# -- other kinds of file in a file's place -----------------------------------------------------------------------------
+
+
+def put_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def put_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"model": [1.0]}))
+
+
+def put_flipped(path: Path) -> None:
+    shutil.copy(path.with_name("aside"), path)
+    flip(path)
+
+
+PLACEHOLDERS: dict[str, Callable[[Path], None]] = {
+    "missing": lambda path: None,
+    "flipped": put_flipped,
+    "folder": put_folder,
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path),
+    "dangling": lambda path: path.symlink_to(path.with_name("nowhere")),
+    "pickle": put_pickle,
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", PLACEHOLDERS)
+def test_something_else_in_a_files_place_is_refused(kind: str, toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    evaluation = toy_run / "evaluation" / "stage2"
+    stage2 = toy_run / "stage2"
+    train = ("train-stage1", "--data", data, "--out", tmp_path / "new")
+    again = ("evaluate", "--from", toy_run, "--data", data, "--overwrite")
+    commands: list[tuple[Path, tuple[object, ...]]] = [
+        (data / DATASET, ("build-lt", "toy", "--out", data)),
+        *((data / name, train) for name in (DATASET, "train.safetensors", "class_counts.parquet")),
+        *((data / name, again) for name in ("test.safetensors", "test.parquet")),
+        (stage2 / RUN, ("train-stage2", "--from", toy_run)),
+        (stage2 / MODEL, ("evaluate", "--from", toy_run, "--overwrite")),
+        (stage2 / CONFUSION_PAIRS, ("train-stage2", "--from", toy_run)),
+        (toy_run / "stage1" / TRAINING_STATE, ("train-stage2", "--from", toy_run, "--overwrite")),
+        (evaluation / "predictions.parquet", ("confusion-report", "--from", toy_run, "--overwrite")),
+        (evaluation / "metrics.json", ("evaluate", "--from", toy_run)),
+    ]
+    with unchanged(data, toy_run):
+        for path, command in commands:
+            if kind == "missing" and (path.name, command[0]) in ((DATASET, "build-lt"), (RUN, "train-stage2")):
+                continue  # nothing was made yet
+            aside = path.rename(path.with_name("aside"))
+            PLACEHOLDERS[kind](path)
+            refused(3, path.name if kind == "missing" else str(path), *command)
+            path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
+            aside.rename(path)
+    assert not (tmp_path / "new").exists()
+
+
+# -- content that is wrong under the right hash ------------------------------------------------------------------------
+
+
+def republish(folder: Path, name: str, sha: str) -> None:
+    """Make run.json vouch for a file."""
+    edit_record(folder / RUN, outputs={**records.read_fields(folder / RUN)["outputs"], name: sha})
+
+
+def edit_state(path: Path, change: Callable[[dict[str, torch.Tensor]], object] = len, **metadata: object) -> str:
+    """Change tensors and metadata of a training state and seal it again; returns its hash."""
+    tensors, before = read_tensors(path)
+    change(tensors)
+    before.pop("digest")
+    return publish_tensors(path, tensors, sealed_metadata(tensors, {**before, **metadata}))
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+HEAD = "model.head.weight"
+STATE_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "extra": (lambda t: t.update(more=torch.zeros(1)), "more: not in the network"),
+    "missing": (lambda t: t.pop(HEAD), f"{HEAD}: missing"),
+    "shape": (put(HEAD, lambda t: t[:3].clone()), f"{HEAD}: has shape (3, 100), expected (4, 100)"),
+    "type": (put(HEAD, torch.Tensor.double), f"{HEAD}: holds float64, expected float32"),
+    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"{HEAD}: holds values that are not finite"),
+    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "confusion: holds values that are not finite"),
+    "below 0": (put("confusion", lambda t: t - 1), "holds confusion counts below 0"),
+    "diagonal": (put("confusion", lambda t: t + torch.eye(4, dtype=t.dtype)), "of a class with itself"),
+    "classes": (put("confusion", lambda t: t[:3, :3].clone()), "confusion: has shape (3, 3), expected (4, 4)"),
+    "no momentum": (lambda t: t.pop("optimizer.head.bias.momentum_buffer"), "momentum_buffer: missing"),
+}
+
+
+@pytest.mark.parametrize("edit", STATE_EDITS)
+def test_a_training_state_that_does_not_fit_is_refused(edit: str, toy: Path, tmp_path: Path) -> None:
+    """Another stage 1's state under the right hash: refused before anything of stage 2 is written."""
+    must("train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 4, "--set", "optimizer.kind=sgd")
+    change, message = STATE_EDITS[edit]
+    path = tmp_path / "stage1" / TRAINING_STATE
+    republish(path.parent, path.name, edit_state(path, change))
+    refused(3, (str(path), message), "train-stage2", "--from", tmp_path)
+    assert not (tmp_path / "stage2").exists()
+
+
+def test_weights_of_other_classes_are_refused(digits_run: Path, toy_run: Path) -> None:
+    path = digits_run / "finetune" / MODEL
+    tensors, _ = read_tensors(toy_run / "stage2" / MODEL)
+    republish(path.parent, path.name, publish_tensors(path, tensors))
+    refused(3, "does not fit the network", "evaluate", "--from", digits_run)
+
+
+def test_weights_that_are_not_finite_are_refused(toy_run: Path) -> None:
+    path = toy_run / "stage2" / MODEL
+    tensors, _ = read_tensors(path)
+    tensors["head.bias"][1] = torch.nan
+    republish(path.parent, path.name, publish_tensors(path, tensors))
+    message = f"{path} does not fit the network, 1 tensor:\n    head.bias: holds values that are not finite"
+    refused(3, message, "evaluate", "--from", toy_run, "--overwrite")
+
+
+def test_pairs_out_of_range_are_refused(toy_run: Path) -> None:
+    path = toy_run / "stage2" / CONFUSION_PAIRS
+    columns = {"true_class": [9], "predicted_class": [1], "count": [3]}
+    republish(path.parent, path.name, tables.publish_table(path, tables.CONFUSION_SCHEMA, columns))
+    refused(3, (str(path), "classes are 0 to 3"), "train-stage2", "--from", toy_run)
+
+
+@pytest.mark.parametrize("key", ["outputs", "made_from", "dataset", "epochs", "source"])
+@pytest.mark.parametrize("value", [None, 7, {"x": {}}, "gone"])
+def test_a_record_made_by_hand_is_refused(toy_run: Path, key: str, value: object) -> None:
+    """Its digest holds, its fields are others."""
+    path = toy_run / "stage2" / RUN
+    record = records.read_fields(path)
+    record[key] = value
+    if value == "gone":
+        del record[key]
+    if (key, value) == ("epochs", 7):
+        return  # as good as any
+    records.publish_record(path, record)
+    for command in (("evaluate", "--from", toy_run), ("status", toy_run), ("train-stage2", "--from", toy_run)):
+        if key == "source" and value is None:
+            continue  # a phase that started from nothing
+        refused(3, str(path), *command)
+
+
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(toy_run: Path) -> None:
+    republish(toy_run / "stage2", "../../etc/passwd", "0" * 64)
+    refused(3, "outputs.../../etc/passwd", "train-stage2", "--from", toy_run)
+
+
+@pytest.mark.parametrize("name", ["stage1/run.json", "stage1/training_state.safetensors", "dataset.json"])
+def test_a_newer_format_is_refused(toy: Path, toy_run: Path, tmp_path: Path, name: str) -> None:
+    if name == "dataset.json":
+        path = Path(shutil.copytree(toy, tmp_path / "data")) / name
+        edit_record(path, format=2)
+        command = ("train-stage1", "--data", path.parent, "--out", tmp_path / "o")
+    elif name == "stage1/run.json":
+        path = toy_run / name
+        edit_record(path, format=2)
+        command = ("train-stage2", "--from", toy_run)
+    else:
+        interrupt(toy_run / "stage1")
+        path = toy_run / name
+        edit_state(path, format=2)
+        command = ("train-stage1", "--data", toy, "--out", toy_run)
+    refused(3, f"{path} has format 2, this cpmix reads format 1", *command)
+
+
+PLACES_OF_STATES: dict[str, dict[str, object]] = {
+    "step -1": {"step": -1},
+    "step 10**9": {"step": 10**9},
+    "step 3": {"step": 3},
+    "epoch 0": {"epoch": 0},
+    "epoch 99": {"epoch": 99},
+    "precision": {"precision": "fp64"},
+    "phase": {"phase": "stage3"},
+    "columns": {"columns": ["epoch"]},
+    "source": {"source": {"phase": "nope", "sha256": "0", "run": "."}},
+    "run": {"source": {"phase": "stage1", "sha256": "0", "run": "a\x00b"}},
+}
+
+
+@pytest.mark.parametrize("edit", PLACES_OF_STATES)
+def test_a_state_sealed_by_hand_is_refused(digits_run: Path, edit: str) -> None:
+    """Interrupted after its last epoch, and then made to say that it stands elsewhere."""
+    interrupt(digits_run / "stage2")
+    path = digits_run / "stage2" / TRAINING_STATE
+    edit_state(path, **PLACES_OF_STATES[edit])
+    refused(3, str(path), "train-stage2", "--from", digits_run)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mean": [0.1, 0.2]},
+        {"std": []},
+        {"shape": [8, 8]},
+        {"shape": [2]},
+        {"shape": [0, 8, 1]},
+        {"relative": "a\x00b"},
+        {"absolute": "/a" * 3000},
+    ],
+)
+def test_a_runs_record_of_its_data_set_is_checked(digits_run: Path, tmp_path: Path, edit: dict[str, object]) -> None:
+    """`predict` goes by it alone."""
+    path = digits_run / "finetune" / RUN
+    edit_record(path, dataset={**records.read_fields(path)["dataset"], **edit})
+    write_image(tmp_path / "x.png")
+    for command in (("predict", "--from", digits_run, tmp_path / "x.png"), ("evaluate", "--from", digits_run)):
+        refused(3, f"{path} is no such record", *command)
+
+
+def test_a_data_set_whose_recipe_is_missing_is_refused(toy: Path, tmp_path: Path) -> None:
+    """It is not the command line that is wrong."""
+    path = Path(shutil.copytree(toy, tmp_path / "data")) / DATASET
+    edit_record(path, recipe="toy/cpmx")
+    command = ("train-stage1", "--data", path.parent, "--out", tmp_path / "run", "--dry-run")
+    refused(3, f'{path}: no recipe "toy/cpmx"', *command)
+    must(*command, "--recipe", "toy/cpmix")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mean": [0.1, 0.2]},
+        {"std": [-1.0]},
+        {"mean": [float("nan")]},
+        {"shape": [8, -8, 1]},
+        {"shape": [8, 8]},
+        {"groups": {}},
+        {"recipe": "r" * 400},
+        {"files": {"../../etc/passwd": "0" * 64}},
+    ],
+)
+def test_a_data_set_sealed_by_hand_is_refused(digits: Path, tmp_path: Path, edit: dict[str, object]) -> None:
+    path = Path(shutil.copytree(digits, tmp_path / "data")) / DATASET
+    edit_record(path, **edit)
+    refused(3, f"{path} is no such record", "train-stage1", "--data", path.parent, "--out", tmp_path / "run")
+
+
+# -- of another data set, subset or recipe -----------------------------------------------------------------------------
+
+
+def test_files_of_other_runs_are_refused(toy: Path, toy_run: Path, digits_run: Path, tmp_path: Path) -> None:
+    """Each taken from a run that is sound in itself."""
+    must("build-lt", "toy", "--rho", 10, "--out", tmp_path / "rho10")
+    must("train-stage1", "--data", tmp_path / "rho10", "--out", tmp_path / "other")
+    must("train-stage2", "--from", tmp_path / "other")
+    for name in ("training_state.safetensors", "confusion_pairs.parquet", "recipe.toml", "class_counts.parquet"):
+        path = toy_run / "stage1" / name
+        own = path.read_bytes()
+        if (tmp_path / "other" / "stage1" / name).read_bytes() == own:
+            assert name == "recipe.toml"
+            shutil.copy(digits_run / "stage1" / name, path)
+        else:
+            shutil.copy(tmp_path / "other" / "stage1" / name, path)
+        refused(3, f"{path} is damaged", "train-stage1", "--data", toy, "--out", toy_run)
+        path.write_bytes(own)
+    for flags in (["--data", tmp_path / "rho10"], ["--data", digits_run]):
+        refused(3, str(flags[1]), "train-stage2", "--from", toy_run, *flags, "--overwrite")
+    # A whole phase of another run beside this one's: its own record says what it was made from.
+    shutil.rmtree(toy_run / "stage2")
+    shutil.copytree(tmp_path / "other" / "stage2", toy_run / "stage2")
+    refused(3, "stage2 is stale: stage1 was trained again since", "evaluate", "--from", toy_run, "--phase", "stage2")
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_phase_under_another_ones_name_is_refused(digits_run: Path, done: bool) -> None:
+    shutil.rmtree(digits_run / "finetune")
+    shutil.copytree(digits_run / "stage2", digits_run / "finetune")
+    if not done:
+        interrupt(digits_run / "finetune")
+    name = RUN if done else TRAINING_STATE
+    commands = (("status", digits_run), ("evaluate", "--from", digits_run))
+    for command in commands if done else commands[:1]:
+        refused(3, f"{digits_run / 'finetune' / name} is of stage2, and not of finetune", *command)
+
+
+def test_what_is_out_of_sight_is_not_taken_for_absent(tmp_path: Path) -> None:
+    """As for a user who may not look into a folder: here a name that no file system takes."""
+    assert not is_there(tmp_path / "nowhere" / "x")
+    (tmp_path / "file").write_text("")
+    assert not is_there(tmp_path / "file" / "x")
+    with pytest.raises(InputError, match="File name too long"):
+        is_there(tmp_path / ("n" * 300))
+
+
+def test_a_damaged_evaluation_beside_a_sound_one_is_left_out(digits_run: Path) -> None:
+    must("evaluate", "--from", digits_run, "--phase", "stage1")
+    path = digits_run / "evaluation" / "stage1" / "metrics.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    result = must("evaluate", "--from", digits_run)
+    assert f"warning: left out: {path} is damaged" in result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == ["finetune", "up"]
+    must("confusion-report", "--from", digits_run)
+    refused(3, str(path), "evaluate", "--from", digits_run, "--phase", "stage1")
+
+
+# -- nothing is unpickled, nothing unpacked beyond its bounds ----------------------------------------------------------
+
+
+def test_pickles_are_never_executed(tmp_path: Path, toy: Path) -> None:
+    """In a CIFAR archive and its unpacked folder, a .pth, and files that claim to be safetensors or Parquet."""
+    canary = tmp_path / "sang"
+    payload = pickle.dumps({"data": Canary(canary), b"data": Canary(canary), "fine_labels": [0]})
+    source = tmp_path / "cifar-100-python"
+    source.mkdir()
+    for name in ("train", "test", "meta"):
+        (source / name).write_bytes(payload)
+    archive = tmp_path / "packed"
+    archive.mkdir()
+    with tarfile.open(archive / "cifar-100-python.tar.gz", "w:gz") as packed:
+        packed.add(source, "cifar-100-python")
+    weights = tmp_path / "weights.pth"
+    torch.save({"w": Canary(canary)}, weights)
+    renamed = tmp_path / "weights.safetensors"
+    renamed.write_bytes(payload)
+    sha = sha256(weights.read_bytes())
+    parquet = tmp_path / "parquet"
+    parquet.mkdir()
+    (parquet / "train-0.parquet").write_bytes(payload)
+    (parquet / "test-0.parquet").write_bytes(payload)
+    out = ("--out", tmp_path / "out")
+    commands: list[tuple[Path, tuple[object, ...]]] = [
+        (source, ("build-lt", "cifar100", "--data-root", tmp_path, *out)),
+        (archive, ("build-lt", "cifar100", "--data-root", archive, *out)),
+        (parquet, ("build-lt", "cifar100", "--data-root", parquet, *out)),
+        (weights, ("import-weights", weights, "--sha256", sha)),
+        (renamed, ("train-stage1", "--data", toy, "--init", renamed, *out)),
+        (weights, ("train-stage1", "--data", toy, "--init", weights, *out)),
+    ]
+    for path, command in commands:
+        refused(3, str(path), *command)
+        assert not canary.exists()
+    assert not (tmp_path / "out").exists()
+    pickle.loads(payload)  # it would have
+    assert canary.exists()
+
+
+def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
+    """Members that point out of the archive are not even looked at: the hash of the whole is wrong."""
+    (tmp_path / "evil").write_text("x")
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as packed:
+        for name in ("../outside", "/tmp/cpmix-outside", "cifar-100-python/train"):
+            packed.add(tmp_path / "evil", name)
+    before = files(tmp_path)
+    refused(
+        3, "is not the published archive", "build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "out"
+    )
+    assert files(tmp_path) == before
+    assert not Path("/tmp/cpmix-outside").exists()
+
+
+def test_a_bomb_in_a_gz_takes_no_memory(tmp_path: Path) -> None:
+    """4 GB of zeros under a published name: no more is unpacked than there should be."""
+    compress = zlib.compressobj(9, zlib.DEFLATED, 31)
+    with (tmp_path / "train-images-idx3-ubyte.gz").open("wb") as file:
+        for _ in range(4096):
+            file.write(compress.compress(bytes(2**20)))
+        file.write(compress.flush())
+    for name in ("train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"x"))
+    command = ["build-lt", "fashion-mnist", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
+    # The peak of a process starts at that of the one that forked it, pytest with all it has loaded: hence one between.
+    peak = "import resource, subprocess, sys\ncode = subprocess.run(sys.argv[1:]).returncode\n"
+    peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\nsys.exit(code)"
+    result = process(sys.executable, "-m", "cpmix_cli", *command, code=peak)
+    ended(result, 3, "train-images-idx3-ubyte.gz is not the published file")
+    assert int(result.stdout) < 1_500_000  # kilobytes
+
+
+def hugging_face(folder: Path, **changes: object) -> None:
+    """Two small files of the Parquet layout, whose images are one white PNG."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32), "white").save(folder / "white.png")
+    image = {"bytes": (folder / "white.png").read_bytes(), "path": None}
+    table = {"img": [image] * 200, "fine_label": list(range(100)) * 2, **changes}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(table), folder / f"{split}-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fine_label": ["cat"] * 200}, "not a readable Parquet file"),
+        ({"fine_label": [None, *range(199)]}, "1 labels are missing"),
+        ({"fine_label": [100] * 200}, "names 101 classes; expected 100"),
+        ({"fine_label": [-1, *range(1, 100)] * 2}, "has labels -1 to 99"),
+        ({"img": ["x"] * 200}, "not a readable Parquet file"),
+        ({"img": [{"bytes": b"GIF89a", "path": None}] * 200}, "cannot be decoded"),
+        ({"img": [{"bytes": None, "path": "x"}] * 200}, "cannot be decoded"),
+        ({"img": [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]}, "would unpack its"),
+    ],
+)
+def test_a_damaged_hugging_face_layout_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    hugging_face(tmp_path / "hf", **changes)
+    command = ("build-lt", "cifar100", "--rho", 1, "--data-root", tmp_path / "hf", "--out", tmp_path / "out")
+    refused(3, (message, str(tmp_path / "hf")), *command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_rotted_since_they_were_imported_are_refused(tmp_path: Path, toy: Path) -> None:
+    weights = tmp_path / "w.pth"
+    torch.save({"hidden.weight": torch.zeros(10, 2), "hidden.bias": torch.zeros(10)}, weights)
+    must("import-weights", weights, "--sha256", sha256(weights.read_bytes()))
+    path = tmp_path / "w.safetensors"
+    flip(path, -2, 64)
+    refused(3, f"{path} is damaged", "train-stage1", "--data", toy, "--init", path, "--out", tmp_path / "o")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_images_that_cannot_be_taken_are_all_named(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    whole = write_image(root / "ant" / "good.png").read_bytes()
+    write_image(root / "bee" / "good.png")
+    (root / "ant" / "bomb.png").write_bytes(png_of(100_000, 100_000))
+    (root / "ant" / "large.png").write_bytes(png_of(10_000, 10_000))
+    (root / "ant" / "cut.png").write_bytes(whole[:-20])
+    os.mkfifo(root / "bee" / "pipe.jpg")
+    (root / "bee" / "text.jpg").write_text("no image")
+    (root / "bee" / "folder.jpg").mkdir()
+    (root / "bee" / "loop.png").symlink_to(root / "bee" / "loop.png")
+    result = refused(3, (), "build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "out")
+    said = result.stderr.splitlines()
+    assert said[0].endswith("6 files cannot be read as an image:")
+    assert sorted(line.strip() for line in said[1:7]) == [
+        f"{root}/ant/bomb.png: more than 89,478,485 pixels",
+        f"{root}/ant/cut.png: image file is truncated",
+        f"{root}/ant/large.png: more than 89,478,485 pixels",
+        f"{root}/bee/loop.png: Too many levels of symbolic links",
+        f"{root}/bee/pipe.jpg: it is a pipe, not a file",
+        f"{root}/bee/text.jpg: not an image",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_names_that_no_table_can_hold_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    for name in (b"ant", b"b\xe9e"):
+        write_image(root / os.fsdecode(name) / "x.png")
+    command = ("build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "out")
+    refused(3, r"names that are no UTF-8, which no table can hold: 'b\xe9e/x.png'", *command)
+
+
+def test_json_of_a_fault_names_the_file_too(toy_run: Path) -> None:
+    (toy_run / "stage2" / MODEL).write_bytes(b"")
+    found = cpmix("evaluate", "--from", toy_run, "--overwrite", "--json").json
+    assert found["exit_code"] == 3
+    assert str(toy_run / "stage2" / MODEL) in found["error"]

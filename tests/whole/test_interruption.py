@@ -1,0 +1,210 @@
+"""Signals at any moment: the exit code, what is saved, and that the same command ends in the bytes of a whole run."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.commands import ended, hooked, must, refused, run_to_the_end, signalled
+from helpers.files import contents, files, write_image
+
+from cpmix_cli.artifacts import files as artifacts
+from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for
+from cpmix_cli.mixing import MixingState
+from cpmix_cli.training.batch_slices import BatchSlice
+from cpmix_cli.training.objective import TermBatch
+from cpmix_cli.training.randomness import Draws, map_tensors
+from cpmix_cli.training.step import Step
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+
+
+# -- bit for bit -------------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """What every optimizer step was made of; raises SIGTERM after each step where `stops` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stops: bool) -> None:
+        self.steps: list[tuple[object, ...]] = []
+        real_step, real_batches = Step.__call__, Step._batches
+
+        def batches(step: Step, draws: Draws, part: BatchSlice, state: MixingState) -> list[TermBatch]:
+            found = real_batches(step, draws, part, state)
+            self.steps[-1] += tuple(_listed(batch) for batch in found)
+            return found
+
+        def call(step: Step, number: int) -> None:
+            row = map_tensors(step.inputs.epoch, lambda values: values[number].tolist())  # type: ignore[arg-type, return-value]
+            self.steps.append((step._plan.phase, number, row, step._state.confusion.tolist()))
+            real_step(step, number)
+            if stops:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(Step, "__call__", call)
+        monkeypatch.setattr(Step, "_batches", batches)
+
+
+def _listed(batch: TermBatch) -> object:
+    """Images, both labels and lambdas of a batch, as exact values."""
+    return {name: value.tolist() for name, value in vars(batch).items() if hasattr(value, "tolist")}
+
+
+def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
+    handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stages and the finetune, with learning rates, sample order, draws, lambdas and pairs traced."""
+
+    def phases(run: Path) -> list[int]:
+        flags = ("--epochs", 3, "--set", "optimizer.batch_size=128", "--set", "finetune.batch_size=256")
+        return [
+            run_to_the_end("train-stage1", "--data", digits, "--out", run, *flags),
+            run_to_the_end("train-stage2", "--from", run),
+            run_to_the_end("finetune", "--from", run),
+        ]
+
+    with monkeypatch.context() as patched:
+        whole = Trace(patched, stops=False)
+        assert phases(tmp_path / "whole") == [0, 0, 0]
+    with monkeypatch.context() as patched:
+        stopped = Trace(patched, stops=True)
+        assert phases(tmp_path / "stopped") == [8, 4, 2]  # steps of 2, 1 and 1 epochs
+    assert len(whole.steps) == 14
+    assert whole.steps[9][2].draws.terms[1].mixing.ratio  # type: ignore[attr-defined]
+    assert stopped.steps == whole.steps
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", ["stage1", "stage2"])
+def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
+    handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    saved = []
+    real = artifacts.publish
+
+    def publish(path: Path, data: bytes) -> str:
+        if path.name == TRAINING_STATE:
+            saved.append(path.parent.name)
+        return real(path, data)
+
+    monkeypatch.setattr(artifacts, "publish", publish)
+    for name, flags in (("each", []), ("third", ["--checkpoint-every", 3])):
+        must("train-stage1", "--data", toy, "--out", tmp_path / name, "--epochs", 20, *flags)
+        must("train-stage2", "--from", tmp_path / name, *flags)
+    assert contents(tmp_path / "each" / phase) == contents(tmp_path / "third" / phase)
+    epochs = {p: len(pd.read_parquet(tmp_path / "each" / p / "metrics.parquet")) for p in ("stage1", "stage2")}
+    last = {"stage1": epochs["stage1"], "stage2": 20}
+    first = {"stage1": 1, "stage2": epochs["stage1"] + 1}
+    thirds = sum(e % 3 == 0 or e == last[phase] for e in range(first[phase], last[phase] + 1))
+    assert saved.count(phase) == epochs[phase] + thirds
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> str:
+    """A hook that sends a signal when Python is about to do something."""
+    return (
+        "left = [1]\n"
+        "def hook(event, args):\n"
+        f"    if event == {event!r} and left and ({test}):\n"
+        "        left.clear()\n"
+        f"        for _ in range({times}): os.killpg(0, {int(number)})\n"
+        "sys.addaudithook(hook)"
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_torch_is_imported_ends_the_command(
+    digits: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    result = hooked(on_event("import", "args[0] == 'torch'", number), "train-stage1", "--data", digits, "--out", out)
+    ended(result, 130 if number == signal.SIGINT else 75)
+    assert result.stderr.splitlines() == [
+        f"interrupted: {number.name} received; what was published stays",
+        "  fix: run the same command again to go on",
+    ]
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
+    said = (f"{number.name} received; stage1 is saved at epoch", "run the same command again")
+    ended(signalled(number, "epoch=3/", *command), 75, said)
+    assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
+    if number != signal.SIGINT:
+        return
+    refused(3, "stage1 is not finished", "evaluate", "--from", tmp_path)
+    shorter = ("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    refused(4, "schedule.epochs: 600 -> 6", *shorter)
+    # There is a state now, so Ctrl-C while the data are read is 75 too: the same command goes on.
+    result = hooked(on_event("open", "str(args[0]).endswith('train.safetensors')", number), *command)
+    ended(result, 75, "SIGINT received; what was published stays")
+    assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    hook = (
+        "import cpmix_cli.training.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        f"    os.kill(os.getpid(), {int(number)}); os.kill(os.getpid(), {int(number)})\n"
+        "    raise AssertionError('still here')\n"
+        "step.Step.__call__ = call"
+    )
+    command = ("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    ended(hooked(hook, *command), code)
+    assert files(tmp_path) == ["stage1/.cpmix-lock", "stage1/recipe.toml"]
+    must(*command)  # the lock is a dead process's
+    assert ".cpmix-lock" not in " ".join(files(tmp_path))
+
+
+def test_a_signal_to_the_whole_group_while_images_are_read_ends_once(tmp_path: Path) -> None:
+    """As Slurm and a terminal send it; the threads that read images get it too."""
+    generator = np.random.default_rng(0)
+    for i in range(300):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        write_image(tmp_path / "mine" / "ab"[i % 2] / f"{i}.png", pixels)
+    arguments = ("build-lt", "image-folder", "--data-root", tmp_path / "mine", "--image-size", 16, "--out")
+    hook = on_event("open", "str(args[0]).endswith('150.png')", signal.SIGTERM)
+    ended(hooked(hook, *arguments, tmp_path / "set"), 75)
+    assert not (tmp_path / "set").exists()
+    must(*arguments, tmp_path / "set")
+    must(*arguments, tmp_path / "other")
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
+
+
+def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(digits: Path, tmp_path: Path) -> None:
+    """The derived files are missing; the same command makes them from the state."""
+    command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
+    hash_of_name = temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
+    ended(hooked(on_event("open", f"{hash_of_name!r} in str(args[0])", signal.SIGINT), *command), 75)
+    made = ["class_counts.parquet", "confusion_pairs.parquet", "model.safetensors", "recipe.toml", TRAINING_STATE]
+    assert files(tmp_path / "run") == [f"stage1/{name}" for name in made]
+    must(*command)
+    must("train-stage1", "--data", digits, "--out", tmp_path / "whole", "--epochs", 6)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 75), (["--overwrite"], 130)])
+def test_ctrl_c_while_torch_is_imported_says_whether_a_phase_is_begun(
+    tmp_path: Path, flags: list[str], code: int
+) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "training_state.safetensors").touch()
+    hook = on_event("import", "args[0] == 'torch'", signal.SIGINT)
+    ended(hooked(hook, "train-stage1", "--data", "x", "--out", tmp_path, *flags), code)
+
+
+def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
+    hook = "import atexit\natexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    result = hooked(hook, "--version")
+    assert (result.code, result.stderr) == (0, "")
+
+
+def test_ctrl_c_while_the_first_modules_are_imported_shows_no_traceback() -> None:
+    ended(hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version"), 130)

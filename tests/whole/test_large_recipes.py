@@ -1,0 +1,340 @@
+"""Recipes for ImageNet-LT, Places-LT and iNaturalist 2018: the published numbers typed by hand, the rows of the paper
+that their runs stand for, and published weights and frozen stages in real training.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.commands import cpmix, must, refused
+from helpers.files import save
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
+from cpmix_cli.commands.compare import places
+from cpmix_cli.commands.recipes import image_passes
+from cpmix_cli.commands.train_stage1 import check_init
+from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model, load_backbone
+from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
+from cpmix_cli.recipe.schema import Model, changed
+from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun, evaluations_of
+from cpmix_cli.results.methods import recognised
+from cpmix_cli.results.paper import PAPER_TABLES
+from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.training.checks import check_fits
+
+CLASSES = {"imagenet-lt": 1000, "places-lt": 365, "inaturalist2018": 8142}
+IMAGES = {"imagenet-lt": 115_846, "places-lt": 62_500, "inaturalist2018": 437_513}
+LARGE = [name for name in recipe_names() if name.partition("/")[0] in CLASSES]
+LAST_BLOCK = load("places-lt/cpmix-last-block").model.frozen or []  # typed by hand in test_published.py
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_for_every_number_of_table_2() -> None:
+    rows = [
+        f"{column.data}/{row.recipe}"
+        for key in ("table2", "table4", "table7", "table8", "table9")
+        for row in PAPER_TABLES[key].rows
+        for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True)
+        if cell is not None
+    ]
+    assert sorted({*rows, "places-lt/cpmix-last-block"}) == LARGE
+    assert len(LARGE) == 13 + 9 + 7 + 1 + 15
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_fits_its_data_set(name: str) -> None:
+    check_fits(load(name), CLASSES[name.partition("/")[0]], (224, 224, 3))
+
+
+def test_the_header_has_the_paper_s_number_and_the_cost() -> None:
+    for key in ("table2", "table4"):
+        for row in PAPER_TABLES[key].rows:
+            for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
+                if cell is not None:
+                    assert cell in header(f"{column.data}/{row.recipe}"), (row.name, column.data)
+    for name in LARGE:
+        (cost,) = re.findall(r"Cost: [^=]*= ([\d.]+) million image passes", header(name))
+        assert cost == f"{image_passes(load(name)) * IMAGES[name.partition('/')[0]] / 1e6:.1f}", name
+
+
+def header(name: str) -> str:
+    """The comment at a recipe's head, in one line."""
+    lines = find_recipe(name).read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_what_is_not_comparable_says_so() -> None:
+    rows = ["ride", "otmix", "otmix-ride"]
+    wanted = {f"{data}/{row}" for data in ("imagenet-lt", "inaturalist2018") for row in rows} | {"places-lt/ride"}
+    assert {name for name in LARGE if "not comparable" in header(name)} == wanted
+    copied = {row.recipe for row in PAPER_TABLES["table2"].rows if row.copied}
+    assert {name.partition("/")[2] for name in LARGE if "copied" in header(name)} == copied
+
+
+def test_torchvision_has_the_weights_by_these_names() -> None:
+    from torchvision import models
+
+    for name, url in [
+        ("resnet152-394f9c45.pth", models.ResNet152_Weights.IMAGENET1K_V1.url),
+        ("resnet50-0676ba61.pth", models.ResNet50_Weights.IMAGENET1K_V1.url),
+    ]:
+        assert url == f"https://download.pytorch.org/models/{name}"
+        assert re.fullmatch(r"[0-9a-f]{64}", PUBLISHED_WEIGHTS[name])
+        assert PUBLISHED_WEIGHTS[name].startswith(name[-12:-4])
+
+
+def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None:
+    """Eight equal digits are not enough of a file whose 64 are known."""
+    recipe = load("places-lt/cpmix")
+    tensors = {"conv1.weight": torch.zeros(1)}
+    whole = PUBLISHED_WEIGHTS["resnet152-394f9c45.pth"]
+    for sha, fits in ((whole, True), ("394f9c45" + 56 * "0", False), (whole[:-1] + "9", False)):
+        origin = {"file": "resnet152-394f9c45.pth", "sha256": sha}
+        path = tmp_path / "w.safetensors"
+        path.write_bytes(tensor_bytes(tensors, sealed_metadata(tensors, origin)))
+        if fits:
+            check_init(recipe, path)
+        else:
+            with pytest.raises(
+                InputError, match=rf"was made from resnet152-394f9c45\.pth, sha256 {sha}; .* sha256 {whole}"
+            ):
+                check_init(recipe, path)
+
+
+def test_the_last_block_is_all_that_differs() -> None:
+    cp, last = (load(f"places-lt/{name}").tables() for name in ("cpmix", "cpmix-last-block"))
+    assert changed(cp, last) == [("model.frozen", None, LAST_BLOCK)]
+    with torch.device("meta"):
+        network = MODELS["resnet152"](365, (224, 224, 3), Model(name="resnet152"))
+    left = {name for name, _ in network.named_parameters() if not name.startswith(tuple(LAST_BLOCK))}
+    assert {name.rpartition(".")[0].rpartition(".")[0] or "head" for name in left} == {"layer4.2", "head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("resnet10", 1000, 5_418_792),
+        ("resnet101", 1000, 44_549_160),
+        ("resnext50", 1000, 25_028_904),
+        ("resnet152", 365, 58_891_693),
+    ],
+)
+def test_networks_have_their_known_size(name: str, classes: int, parameters: int) -> None:
+    with torch.device("meta"):
+        network = MODELS[name](classes, (224, 224, 3), Model(name=name))
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+# -- the paper's rows --------------------------------------------------------------------------------------------------
+
+
+def test_their_runs_stand_for_the_paper_s_rows(digits_run: Path) -> None:
+    """A run's record with the recipe and data set of each number in it: in that cell, and in no other of its table."""
+    must("evaluate", "--from", digits_run)
+    (measured, *_), _ = evaluations_of(digits_run, None)
+    for key in ("table2", "table4", "table7", "table8", "table9"):
+        for row in PAPER_TABLES[key].rows:
+            for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
+                if cell is not None:
+                    found = places(
+                        ComparisonRow([run_of(measured, f"{column.data}/{row.recipe}", row.finetuned)]),
+                        PAPER_TABLES[key],
+                    )
+                    assert {(r.recipe, c.data) for r, c in found} == {(row.recipe, column.data)}, (key, row.name)
+                    assert {c.measure for _, c in found} == {c.measure for c in PAPER_TABLES[key].columns}
+    last = run_of(measured, "places-lt/cpmix-last-block", True)
+    assert places(ComparisonRow([last]), PAPER_TABLES["table2"]) == []
+    assert (last.method.method, last.method.changed) == ("CP-Mix, last block", {})
+
+
+def run_of(measured: EvaluatedRun, name: str, finetuned: bool) -> EvaluatedRun:
+    """A record as a run of this recipe on its data set has it, before or after its finetune."""
+    recipe = load(name, epochs=20)
+    last = "stage2" if recipe.stage2 else "stage1"
+    phase = "finetune" if finetuned and recipe.finetune else last
+    data = name.partition("/")[0]
+    forms = frozenset({finetuned}) if recipe.finetune else frozenset({True, False})
+    return replace(measured, data=data, method=recognised(recipe, phase, data, None), forms=forms)
+
+
+# -- published weights and frozen stages, trained ----------------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 210)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set folder of three classes, 24, 12 and 6 images of 64 x 64 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.Generator(np.random.PCG64(0))
+    for (name, colour), count in zip(COLOURS.items(), (24, 12, 6), strict=True):
+        (folder / "p" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(np.array(colour) + generator.normal(0, 60, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "p" / name / f"{i:02d}.png")
+    out = folder / "data"
+    must("build-lt", "image-folder", "--data-root", folder / "p", "--image-size", 64, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-10's weights as import-weights made them, from a file named by its hash as torchvision's are."""
+    folder = tmp_path_factory.mktemp("published")
+    return imported(folder, seed=0)
+
+
+def imported(folder: Path, seed: int) -> Path:
+    """Random weights for 1,000 classes under torchvision's names, saved and imported."""
+    generator = torch.Generator().manual_seed(seed)
+    state = build_model(Model(name="resnet10"), 1000, (64, 64, 3), generator).state_dict()
+    sha = save({name.replace("head.", "fc."): t for name, t in state.items()}, folder / "w.pth")
+    path = (folder / "w.pth").rename(folder / f"resnet10-{sha[:8]}.pth")
+    must("import-weights", path, "--sha256", sha[:8])
+    return path.with_suffix(".safetensors")
+
+
+STAGES = ["conv1", "bn1", "layer1", "layer2", "layer3"]
+SMALL = ["model.name=resnet10", "data.crop=0", "data.augment=crop-flip", "optimizer.batch_size=16"]
+SMALL += ["finetune.batch_size=16", "model.precision=fp32", f"model.frozen={STAGES}"]
+# A finetune that asks for more than the head, in training mode: what is frozen stays even so.
+SMALL += ['finetune.train=["layer3", "layer4", "head"]', "finetune.batchnorm=shift"]
+FLAGS = ["--recipe", "imagenet-lt/cpmix", "--epochs", 3, *(word for key in SMALL for word in ("--set", key))]
+
+
+def test_what_is_frozen_stays_through_all_phases(photos: Path, published: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    name = published.with_suffix(".pth").name
+    must("train-stage1", "--data", photos, *FLAGS, "--set", f"model.init={name}", "--init", published, "--out", run)
+    must("train-stage2", "--from", run)
+    must("finetune", "--from", run)
+    before = load_file(published)
+    for phase in ("stage1", "stage2", "finetune"):
+        after = load_file(run / phase / "model.safetensors")
+        frozen = {n for n in after if n.startswith(tuple(STAGES))}
+        assert len(frozen) == 54
+        for tensor in frozen:
+            assert torch.equal(after[tensor], before[tensor]), (phase, tensor)
+        moved = after.keys() - frozen
+        assert {n.partition(".")[0] for n in moved} == {"layer4", "head"}
+        for tensor in moved:
+            assert tensor not in before or not torch.equal(after[tensor], before[tensor]), (phase, tensor)
+        before |= {n: after[n] for n in moved}
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "message"),
+    [
+        ("cpmix", ["layer"], 'the network has no "layer", but conv1, bn1, layer1, layer2, layer3, layer4, head'),
+        ("cpmix", [""], 'the network has no "", but conv1'),
+        ("cpmix", [*LAST_BLOCK[:5], "layer4", "head"], "model.frozen: all of it is frozen, nothing is left to train"),
+        ("cpmix", ["head"], "finetune.train: all of it is frozen, nothing is left to train"),
+        ("ride", ["layer1"], 'the network has no "layer1", but shared, experts, head'),
+    ],
+)
+def test_what_is_frozen_is_there_and_leaves_something(name: str, frozen: list[str], message: str) -> None:
+    recipe = load(f"imagenet-lt/{name}", settings=[f"model.frozen={frozen}"])
+    with pytest.raises(UsageError) as fault:
+        check_fits(recipe, 1000, (224, 224, 3))
+    assert message in str(fault.value)
+    assert "1 fault:" in str(fault.value) or "all of it" in message
+
+
+def test_a_frozen_module_is_not_its_namesakes() -> None:
+    """layer3.1 of ResNet-101 is neither layer3.10 nor layer3.19."""
+    with torch.device("meta"):
+        network = MODELS["resnet101"](5, (64, 64, 3), Model(name="resnet101"))
+    network.frozen = ("layer3.1", "bn1")
+    network.train()
+    still = {name for name, module in network.named_modules() if not module.training}
+    assert {name.partition(".")[0] for name in still} == {"layer3", "bn1"}
+    assert all(name == "bn1" or name.split(".")[1] == "1" for name in still)
+    recipe = Model(name="resnet10", frozen=["layer1.0.conv1", "head.bias"])
+    small = build_model(recipe, 5, (64, 64, 3), torch.Generator().manual_seed(0))
+    assert {name for name, p in small.named_parameters() if not p.requires_grad} == {
+        "layer1.0.conv1.weight",
+        "head.bias",
+    }
+
+
+def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp_path: Path) -> None:
+    name = published.with_suffix(".pth").name
+    run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]
+    wanted = [*run, "--set", f"model.init={name}"]
+    result = refused(2, f'model.init = "{name}": the recipe starts from these weights', *wanted)
+    assert f"cpmix import-weights {name} --sha256 {name[9:17]}, and give --init {published.name}" in result.stderr
+    (tmp_path / "other").mkdir()
+    other = imported(tmp_path / "other", seed=1)
+    result = cpmix(*wanted, "--init", other)
+    assert result.code == 3
+    assert re.search(
+        rf"{other} was made from {other.stem}\.pth, sha256 {other.stem[9:]}[0-9a-f]{{56}}; ", result.stderr
+    )
+    assert f'the recipe has model.init = "{name}", sha256 {name[9:17]}\n' in result.stderr
+    assert "or take any weights with --set model.init=" in result.stderr
+    refused(
+        3,
+        ["is a PyTorch checkpoint", f"cpmix import-weights {published.with_suffix('.pth')} --sha256 {name[9:17]}\n"],
+        *wanted,
+        "--init",
+        published.with_suffix(".pth"),
+    )
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    result = cpmix(*wanted, "--init", tmp_path / "foreign.safetensors")
+    assert result.code == 3
+    assert "foreign.safetensors does not say what it was made from; the recipe has model.init" in result.stderr
+    refused(3, f"cannot read {tmp_path}", *wanted, "--init", tmp_path)
+    assert must(*wanted, "--init", published, "--json").json["status"] == "dry run"
+    assert must(*run, "--set", "model.init=", "--init", other, "--json").json["status"] == "dry run"
+    random = must(*run, "--json")
+    assert random.json["status"] == "dry run"
+    said = "without --init, conv1, bn1, layer1, layer2, layer3 stay at random weights (model.frozen)"
+    assert random.stderr.count(said) == 1
+    assert "random weights" not in must(*wanted, "--init", published).stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> None:
+    flags = ["--set", "data.crop=0", "--set", "data.augment=crop-flip"]
+    result = refused(
+        2,
+        "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+        "train-stage1",
+        "--data",
+        photos,
+        "--recipe",
+        "places-lt/cpmix",
+        *flags,
+        "--out",
+        tmp_path / "r",
+    )
+    sha = PUBLISHED_WEIGHTS["resnet152-394f9c45.pth"]
+    assert f"cpmix import-weights resnet152-394f9c45.pth --sha256 {sha}, and give" in result.stderr
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3])
+def test_experts_all_start_from_the_published_stages(shared: int, generator: torch.Generator) -> None:
+    """Of full width, the features of each are those of the network itself."""
+    plain = build_model(Model(name="resnet10"), 5, (64, 64, 3), generator).eval()
+    for name, buffer in plain.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
+    recipe = Model(name="resnet10", experts=3, shared_stages=shared)
+    experts = build_model(recipe, 5, (64, 64, 3), generator).eval()
+    heads = [head.weight.clone() for head in experts.heads]
+    given = {name.replace("head.", "fc."): t for name, t in plain.state_dict().items()}
+    load_backbone(experts, given, Path("w"))
+    x = torch.randn(2, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        for features in experts.features(x).chunk(3, 1):
+            torch.testing.assert_close(features, plain.features(x))
+    assert all(torch.equal(head.weight, own) for head, own in zip(experts.heads, heads, strict=True))
+    narrow = build_model(recipe.model_copy(update={"expert_width": 0.5}), 5, (64, 64, 3), generator)
+    with pytest.raises(InputError, match=r"experts\.0\.0\.bn1\.bias: has shape"):
+        load_backbone(narrow, given, Path("w"))
