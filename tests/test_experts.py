@@ -657,9 +657,9 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def first_step(setting: PhaseContext, plan: Plan, state: TrainingState) -> tuple[Tensor, Tensor, dict[str, float]]:
+def first_step(context: PhaseContext, plan: Plan, state: TrainingState) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Take the first step of an epoch of one natural term; its images, their labels, and the sums."""
-    data = training_data(setting.dataset, setting.recipe, setting.device)
+    data = training_data(context.dataset, context.recipe, context.device)
     size = min(plan.batch_size, len(data.labels))
     draws = draw_epoch(plan.terms, len(data.labels), plan.batch_size, (plan.seed, plan.phase), 1, plan.num_epochs, 3)
     chosen = draws["order"][0, :size]
@@ -676,12 +676,12 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     recipe = ["--recipe", "digits/cross-entropy", "--set", "model.experts=2", "--set", "evaluation.tau_norm=1.0"]
     must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
     settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
-    setting = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "fp32", {})
-    plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), setting)
+    context = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "fp32", {})
+    plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), context)
     assert plan.teacher is not None and not plan.teacher.training
     saved, _ = read_tensors(tmp_path / "stage1" / "model.safetensors")
     student = copy.deepcopy(state.model).train()
-    x, labels, sums = first_step(setting, plan, state)
+    x, labels, sums = first_step(context, plan, state)
     assert all(tensor.equal(saved[name]) for name, tensor in plan.teacher.state_dict().items())
     teacher = build_model(Model(name="resnet8", experts=2), 10, (8, 8, 1), torch.Generator()).eval()
     teacher.load_state_dict(saved)
@@ -742,11 +742,11 @@ def test_routers_learn_in_fp32(digits: Path) -> None:
     """Under bf16 autocast too: their loss is that of their logits in full, as the experts' is."""
     settings = ["model.experts=3", "finetune.head=routers", 'finetune.train=["routers"]']
     settings += [f"finetune.terms.erm.{key}" for key in ("loss=routing", "draw=natural")]
-    setting = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "bf16", {})
-    plan, state = rehearsal(setting, "finetune")
+    context = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "bf16", {})
+    plan, state = rehearsal(context, "finetune")
     state.model.train(plan.train_mode)
     model = copy.deepcopy(state.model)
-    x, labels, sums = first_step(setting, plan, state)
+    x, labels, sums = first_step(context, plan, state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, routes = model.routed(x)
     assert routes.dtype == torch.bfloat16

@@ -210,7 +210,7 @@ def run(options: BenchOptions) -> None:
     name = options.recipe or dataset.record.recipe
     recipe = measure.recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
-    setting = PhaseContext(recipe, dataset, device, precision, {})
+    context = PhaseContext(recipe, dataset, device, precision, {})
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     batches = [recipe.optimizer.batch_size, *([recipe.finetune.batch_size] if recipe.finetune else [])]
     if sizes[-1] > (most := min(num_images, *batches)):
@@ -225,7 +225,7 @@ def run(options: BenchOptions) -> None:
     )
     plans, loads, network, gradients, buffers = {}, {}, {}, {}, 0
     for phase in phases:
-        plan, state = rehearsal(setting, phase)
+        plan, state = rehearsal(context, phase)
         plans[phase] = plan
         loads[phase] = _load(recipe, plan, num_images)
         parameters = [p for p in state.model.parameters() if p.requires_grad]

@@ -56,7 +56,7 @@ def run(options: BenchOptions) -> None:
     recipe = recipe_for(dataset, name, options)
     precision = hardware.resolve_precision(recipe.model.precision, device)
     best = hardware.resolve_precision("auto", device)
-    setting = PhaseContext(recipe, dataset, device, precision, {})
+    context = PhaseContext(recipe, dataset, device, precision, {})
     images: Tensor | None
     if options.data is None:
         labels = torch.arange(dataset.num_classes).repeat_interleave(torch.tensor(dataset.class_counts))
@@ -77,14 +77,14 @@ def run(options: BenchOptions) -> None:
         return ReferenceLoop(pictures, model.to(device), recipe.optimizer.batch_size, workers)
 
     def alone(phase: str, precision: str) -> TimedLoop:
-        return NetworkAlone(data, *rehearsal(replace(setting, precision=precision), phase))
+        return NetworkAlone(data, *rehearsal(replace(context, precision=precision), phase))
 
     def training(phase: str) -> TimedLoop:
-        return TrainingLoop(data, *rehearsal(setting, phase))
+        return TrainingLoop(data, *rehearsal(context, phase))
 
     def plain() -> TimedLoop:
         model = recipe.model.model_copy(update={"experts": 1})  # at its full width, whatever the experts'
-        changed = replace(setting, recipe=recipe.model_copy(update={"model": model}))
+        changed = replace(context, recipe=recipe.model_copy(update={"model": model}))
         return NetworkAlone(data, *rehearsal(changed, "stage1"))
 
     # Each phase stands beside the network it is compared with.
@@ -108,7 +108,7 @@ def run(options: BenchOptions) -> None:
     costs = [pair_costs(num_classes, recipe.optimizer.batch_size, device) for num_classes in PAIR_CLASSES]
 
     network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
-    plans = {phase: make_plan(setting, phase) for phase in phases}
+    plans = {phase: make_plan(context, phase) for phase in phases}
     epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
     projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600

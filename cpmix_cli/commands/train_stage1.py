@@ -128,12 +128,12 @@ def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
         )
 
 
-def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContext) -> tuple[Plan, TrainingState]:
+def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContext) -> tuple[Plan, TrainingState]:
     """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
-    plan = make_plan(setting, "stage1")
-    state = fresh_state(setting)
+    plan = make_plan(context, "stage1")
+    state = fresh_state(context)
     if init is not None:
-        taken = load_backbone(state.model, read_weights(init, setting.inputs["init"]), init)
+        taken = load_backbone(state.model, read_weights(init, context.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     elif state.model.frozen:
         # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
@@ -141,8 +141,8 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, setting: PhaseContex
     if teacher is not None:
         # As it was trained: what its [evaluation] does to weights is for its own evaluations.
         trained = teacher.recipe().model_copy(update={"evaluation": schema.Evaluation()})
-        model = read_model(teacher, trained, setting.dataset.num_classes, setting.dataset.shape)
-        plan = replace(plan, teacher=model.to(setting.device).eval().requires_grad_(False))
+        model = read_model(teacher, trained, context.dataset.num_classes, context.dataset.shape)
+        plan = replace(plan, teacher=model.to(context.device).eval().requires_grad_(False))
     return plan, state
 
 

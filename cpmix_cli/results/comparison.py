@@ -10,7 +10,6 @@ from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.files import PHASES
-from cpmix_cli.artifacts.tables import read_table
 from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
@@ -21,7 +20,7 @@ from cpmix_cli.runs.next_command import begun_phases
 from cpmix_cli.runs.run_json import EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.metrics import METRICS_COLUMNS
+from cpmix_cli.training.metrics import read_metrics
 
 MAX_NAMED = 3
 """Changed keys with which a method still goes by its name."""
@@ -226,10 +225,7 @@ def _cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
     images = seconds = 0.0
     records = [folder.record() for folder in leading]
     for folder in leading:
-        path, sha = folder.output(files.METRICS)
-        table = read_table(path, sha=sha)
-        if table.empty or not set(METRICS_COLUMNS) <= set(table.columns):
-            raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
+        table = read_metrics(folder)
         images += float((table["images_per_second"] * table["seconds"]).sum())
         seconds += float(table["seconds"].sum())
     devices = [r.device if r.device != "cpu" else f"cpu, {r.threads} thread{'s' * (r.threads > 1)}" for r in records]

@@ -65,9 +65,12 @@ class Ranks:
             raise Left((told - ENDED) // self.size)
         return told
 
-    def all_equal(self, number: int) -> bool:
-        """Whether all ranks give this number, of 0 to ENDED - 1."""
-        return self.max_over_ranks(number) == ENDED - 1 - self.max_over_ranks(ENDED - 1 - number)
+    def all_equal(self, sha: str) -> bool:
+        """Whether all ranks give this hex digest."""
+        parts = [int(sha[i : i + 8], 16) % ENDED for i in range(0, 32, 8)]
+        largest = [self.max_over_ranks(part) for part in parts]
+        smallest = [ENDED - 1 - self.max_over_ranks(ENDED - 1 - part) for part in parts]
+        return largest == smallest
 
     def sum_(self, values: "Tensor") -> "Tensor":
         """Sum over the ranks, in place, the same bits on each."""

@@ -1,8 +1,12 @@
 """The metrics of an epoch: columns of metrics.parquet, their values, the line on the console. Add a column here."""
 
+import pandas as pd
 import pyarrow as pa
 
-from cpmix_cli.artifacts.tables import schema_of
+from cpmix_cli.artifacts.files import METRICS
+from cpmix_cli.artifacts.tables import read_table, schema_of
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import TrainingState
 
@@ -33,6 +37,19 @@ def metrics_schema(terms: list[str]) -> pa.Schema:
     for name in METRICS_COLUMNS:
         names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
     return schema_of(*(f"{n} {'int64' if n in integers else 'double'}{'?' * (n in nullable)}" for n in names))
+
+
+def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
+    """Read metrics.parquet of a done phase.
+
+    Raises:
+        InputError: damaged, or without a column or a row that it must have.
+    """
+    path, sha = folder.output(METRICS)
+    table = read_table(path, sha=sha)
+    if table.empty or not set(METRICS_COLUMNS) <= set(table.columns):
+        raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
+    return table
 
 
 def metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:

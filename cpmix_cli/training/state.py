@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.models import Classifier
+from cpmix_cli.runs.run_json import StateRecord
 from cpmix_cli.runtime.errors import InputError, shortened
 
 
@@ -137,11 +138,9 @@ class TrainingState:
         self,
         tensors: Mapping[str, Tensor],
         path: Path,
+        saved: StateRecord,
         *,
         terms: Sequence[str],
-        epoch: int,
-        step: int,
-        columns: Sequence[str],
         epochs: tuple[int, int],
         num_steps: int,
     ) -> None:
@@ -150,16 +149,15 @@ class TrainingState:
         Args:
             tensors: of training_state.safetensors.
             path: where they came from, for the message.
+            saved: their metadata.
             terms: names of the phase's terms.
-            epoch: the epoch under way.
-            step: its steps already taken.
-            columns: of the history.
             epochs: the first and the last of the phase.
             num_steps: of an epoch.
 
         Raises:
             InputError: the sums or the history are not of this phase.
         """
+        epoch, step, columns = saved.epoch, saved.step, saved.columns
         sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
         self.sums = EpochSums(terms, self.confusion.device)
         if len(sums) != len(self.sums.values):

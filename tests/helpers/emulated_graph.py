@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.models import build_model
 from cpmix_cli.recipe import loading
+from cpmix_cli.runs.run_json import StateRecord
 from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import Interrupted
 from cpmix_cli.training import cuda_graphs, loop
@@ -120,10 +121,8 @@ def resumed(setup: Setup, state: TrainingState) -> tuple[Plan, TrainingState]:
     fresh.load_progress(
         saved,
         Path("memory"),
+        StateRecord.model_construct(epoch=state.epoch, step=state.step, columns=list(state.history[0])),
         terms=[term.name for term in plan.terms],
-        epoch=state.epoch,
-        step=state.step,
-        columns=list(state.history[0]),
         epochs=(plan.first_epoch, plan.last_epoch),
         num_steps=plan.num_steps(len(setup.data.labels)),
     )

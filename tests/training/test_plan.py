@@ -39,7 +39,7 @@ RECIPE = {
 }
 
 
-def setting(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseContext:
+def context_of(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseContext:
     dataset = unwritten_dataset("plans", np.array(counts), shape, recipe="", rho=None, storage="tensors")
     return PhaseContext(recipe, dataset, torch.device("cpu"), "fp32", {})
 
@@ -49,9 +49,9 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
     the classifier behind at half of it; all else stands still.
     """
     state = fresh()
-    where = setting(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
-    plan = make_plan(where, "finetune")
-    begin_finetune(where, state)
+    context = context_of(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
+    plan = make_plan(context, "finetune")
+    begin_finetune(context, state)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     batches = ImageBatches(IMAGES, Data(augment="none", normalisation="dataset"), [0.5], [STD])
     features = state.model.eval().features(batches.plain(torch.arange(24))).detach()
@@ -94,8 +94,8 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
 def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: int, batch: int, steps: int) -> None:
     """As many as hold the training images, class-uniform though their draws are."""
     counts = exponential_counts(num_max, num_classes, 200).tolist()
-    where = setting(load(name, rho=200), counts, [32, 32, 3])
-    plan = make_plan(where, "finetune")
+    context = context_of(load(name, rho=200), counts, [32, 32, 3])
+    plan = make_plan(context, "finetune")
     assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
     draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
     assert draws["erm/class"].shape == (steps, batch)
