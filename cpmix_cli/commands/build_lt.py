@@ -36,25 +36,28 @@ def run(options: BuildOptions) -> None:
     _check_flags(options)
     if options.download:
         download(options.source, places(options.source, options.data_root)[0])
-    kind, size = how_stored(options)
+    kind: Storage = "tensors"
+    size = options.image_size or IMAGE_SIZE
+    if options.pack:
+        kind, size = "shards", options.pack
+    elif options.pack == 0 or options.source in OFFICIAL_LISTS:
+        kind, size = "files", options.image_size or LARGE_IMAGE_SIZE
     source = SOURCES[options.source](options.data_root, options.list_dir)
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test is not None and options.test_per_class is not None:
         raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
     if source.val is not None and options.val_per_class:
         raise UsageError(f"--val-per-class: {options.source} has its own val split", fix="drop the flag")
-    test_per_class = options.test_per_class or source.test_per_class
-    profile = options.profile or source.profile
 
-    name = folder_name(options, source, rho)
+    name = _folder_name(options, source, rho)
     folder = options.out or Path("data") / name
     request = DatasetRequest(
         source=options.source,
         rho=rho,
-        profile=profile if rho is not None else None,
+        profile=None if rho is None else options.profile or source.profile,
         subset_seed=options.subset_seed,
         val_per_class=options.val_per_class,
-        test_per_class=test_per_class,
+        test_per_class=options.test_per_class or source.test_per_class,
         image_size=size if source.root else None,
         listing=source.listing,
         storage=kind,
@@ -63,10 +66,7 @@ def run(options: BuildOptions) -> None:
 
     status = "up to date"
     if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
-        parts = choose(
-            replace(source, profile=profile), rho, options.subset_seed, options.val_per_class, test_per_class
-        )
-        splits = storage.take(source, parts)
+        splits = storage.take(source, _choose(source, request))
         artifacts.check_place(folder, 0)
         with _unreadable_listed_beside(folder):
             sizes = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
@@ -86,7 +86,7 @@ def run(options: BuildOptions) -> None:
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
         _check_existing(dataset, request)
-    elif shared := num_duplicates(dataset):
+    elif shared := _num_duplicates(dataset):
         console.warn(f"{shared} of {dataset.record.num_test} test images are identical to a training image")
     if options.verify:
         _verify(dataset)
@@ -126,16 +126,7 @@ def _check_flags(options: BuildOptions) -> None:
         )
 
 
-def how_stored(options: BuildOptions) -> tuple[Storage, int]:
-    """Return the storage of the images, and their side in pixels."""
-    if options.pack:
-        return "shards", options.pack
-    if options.pack == 0 or options.source in OFFICIAL_LISTS:
-        return "files", options.image_size or LARGE_IMAGE_SIZE
-    return "tensors", options.image_size or IMAGE_SIZE
-
-
-def folder_name(options: BuildOptions, source: Source, rho: float | None) -> str:
+def _folder_name(options: BuildOptions, source: Source, rho: float | None) -> str:
     """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
     name = options.source
     if source.name:
@@ -150,63 +141,49 @@ def folder_name(options: BuildOptions, source: Source, rho: float | None) -> str
         name += f"-{options.image_size}px"
     if options.few_inclusive:
         name += "-few-inclusive"
-    if options.subset_seed:
-        name += f"-seed{options.subset_seed}"
-    if options.val_per_class:
-        name += f"-val{options.val_per_class}"
-    if options.test_per_class:
-        name += f"-test{options.test_per_class}"
-    return name
+    numbers = {"seed": options.subset_seed, "val": options.val_per_class, "test": options.test_per_class}
+    return name + "".join(f"-{word}{number}" for word, number in numbers.items() if number)
 
 
-def choose(
-    source: Source, rho: float | None, subset_seed: int, val_per_class: int, test_per_class: int | None
-) -> dict[str, NDArray[np.int64]]:
+def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int64]]:
     """Positions in the source's pool for train, val and (where the source has no test split) test.
 
     Train is a prefix of each class's shuffled order, test its end, val what stands before test: so subsets are nested
-    over rho and the three never overlap. A class too small for its test images keeps one to train on.
-
-    Args:
-        source: the set.
-        rho: imbalance factor, or None for all images.
-        subset_seed: of the shuffled order.
-        val_per_class: images of each class held out as val.
-        test_per_class: held out as test; None: the smaller of 10 and 20 per cent, rounded.
-
-    Returns:
-        {"train": [N], "val": [...], "test": [...]}, stacked class by class.
-
-    Raises:
-        InputError: a class has too few images.
+    over rho and the three never overlap. A class too small for its test images (None: the smaller of 10 and 20 per
+    cent, rounded) keeps one to train on. The positions are stacked class by class.
     """
-    names = source.class_names
-    order = shuffled_by_class(source.pool.labels, len(names), subset_seed)
+    names, rho, num_val = source.class_names, request.rho, request.val_per_class
+    order = shuffled_by_class(source.pool.labels, len(names), request.subset_seed)
     available = np.array([len(positions) for positions in order])
     if empty := [names[c] for c in np.flatnonzero(available == 0)]:
         raise InputError(f"classes without a training image: {', '.join(empty)}", fix="take them out of the source")
     held_test = np.zeros_like(available)
     if source.test is None:
         share = np.minimum(10, (available * 0.2 + 0.5).astype(np.int64))
-        held_test = np.minimum(share if test_per_class is None else test_per_class, available - 1)
-    left = available - held_test - val_per_class
+        held_test = np.minimum(share if request.test_per_class is None else request.test_per_class, available - 1)
+    left = available - held_test - num_val
     if left.min() < 1:
         smallest = int(left.argmin())
         raise InputError(
             f'class "{names[smallest]}" has {available[smallest]} images; '
-            f"holding out {held_test[smallest] + val_per_class} leaves none to train on",
+            f"holding out {held_test[smallest] + num_val} leaves none to train on",
             fix="lower --test-per-class or --val-per-class",
         )
-    counts = left if rho is None else PROFILES[source.profile](left, rho)
+    counts = left
+    if rho is not None and request.profile is not None:
+        counts = PROFILES[request.profile](left, rho)
     if counts.min() < 1:
         raise InputError(
             f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",
             fix=f"choose --rho {counts.max()} or less",
         )
-    train = [positions[:n] for positions, n in zip(order, counts, strict=True)]
-    val = [p[len(p) - held - val_per_class : len(p) - held] for p, held in zip(order, held_test, strict=True)]
-    test = [p[len(p) - held :] for p, held in zip(order, held_test, strict=True)]
-    return {k: np.concatenate(v) for k, v in (("train", train), ("val", val), ("test", test))}
+    train, val, test = [], [], []
+    for positions, n, held in zip(order, counts, held_test, strict=True):
+        end = len(positions) - held
+        train.append(positions[:n])
+        val.append(positions[end - num_val : end])
+        test.append(positions[end:])
+    return {"train": np.concatenate(train), "val": np.concatenate(val), "test": np.concatenate(test)}
 
 
 @contextmanager
@@ -329,7 +306,7 @@ def _verify(dataset: Dataset) -> None:
             check_headers([path for split in dataset.splits for path in dataset.paths(split)])
 
 
-def num_duplicates(dataset: Dataset) -> int:
+def _num_duplicates(dataset: Dataset) -> int:
     """Count the test images that equal a training image pixel by pixel; 0 for images that stay in their files."""
     match dataset.storage:
         case "tensors":

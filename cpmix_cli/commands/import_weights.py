@@ -48,7 +48,7 @@ def run(options: ImportOptions) -> None:
         raise InputError(
             f"{options.file} has sha256 {found}, not {wanted}", fix="fetch the file again from where it was published"
         )
-    tensors = read_checkpoint(data, options.file)
+    tensors = _read_checkpoint(data, options.file)
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
     status = "done"
     if out.exists() and not options.overwrite:
@@ -58,8 +58,7 @@ def run(options: ImportOptions) -> None:
         status = "up to date"
     else:
         files.publish_out(out, converted)
-    values = sum(t.numel() for t in tensors.values())
-    sha = files.sha256(converted)
+    values, sha = sum(t.numel() for t in tensors.values()), files.sha256(converted)
     console.result(
         {"status": status, "out": str(out), "num_tensors": len(tensors), "num_values": values, "sha256": sha},
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
@@ -67,13 +66,8 @@ def run(options: ImportOptions) -> None:
     console.follow(console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out))
 
 
-def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's bytes, by plain names.
-
-    Raises:
-        InputError: not a checkpoint, or one that holds more than tensors (nothing of it was run); two entries of one
-            plain name.
-    """
+def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's bytes, by plain names."""
     try:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as fault:  # a damaged pickle raises whatever its bytes happen to spell
@@ -83,43 +77,30 @@ def read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
             f"{path} is no checkpoint of tensors alone, and nothing of it was run: {reason}",
             fix="ask its authors for the state_dict, or better for safetensors",
         ) from fault
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
-    others = [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]
-    if others:
+    if others := [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]:
         raise InputError(
             f"{path} has entries that are no plain tensors: {shortened(others, 10)}",
             fix="ask its authors for the state_dict alone",
         )
-    names = Counter(_plain(str(name)) for name in content)
-    if twice := [name for name, count in names.items() if count > 1]:
+    plain = re.compile(rf"^({'|'.join(map(re.escape, PREFIXES))})+")
+    names = {name: plain.sub("", str(name)) for name in content}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise InputError(
             f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: "
             + shortened(twice, 10),
             fix="ask its authors for the state_dict alone",
         )
     # Copies: in a checkpoint several names may share one memory, in safetensors none do.
-    return {_plain(str(name)): value.detach().clone() for name, value in content.items()}
+    return {names[name]: value.detach().clone() for name, value in content.items()}
 
 
 def _not_plain(value: object) -> str:
     """What a value is that safetensors has no place for; "" for a dense tensor of real numbers."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    if value.layout != torch.strided:
-        return "sparse"
-    if value.is_quantized:
-        return "quantized"
-    if value.is_complex():
-        return "complex"
-    return "without values" if value.is_meta else ""
-
-
-def _plain(name: str) -> str:
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
-        name = name.removeprefix(prefix)
-    return name
+    kinds = {"sparse": value.layout != torch.strided, "quantized": value.is_quantized, "complex": value.is_complex()}
+    return next((kind for kind, found in kinds.items() if found), "without values" if value.is_meta else "")

@@ -7,7 +7,7 @@ method a trained recipe is. Reads TOML alone.
 from typing import Any
 
 from cpmix_cli.flags import MethodsOptions
-from cpmix_cli.results.methods import Method, all_methods, stem
+from cpmix_cli.results.methods import all_methods, stem
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES
 from cpmix_cli.runtime import console
 
@@ -22,19 +22,18 @@ def run(options: MethodsOptions) -> None:
     Raises:
         UsageError: an [about] table is wrong.
     """
-    methods = all_methods()
-    listed = [
-        {
-            "method": m.name,
-            "kind": m.kind,
-            "paper": m.paper,
-            "needs": m.needs,
-            "recipes": [printed(name, about.note) for name, about in m.recipes.items()],
-        }
-        for m in methods
-    ]
-    rows = [[m.name, m.kind, *small_cells(m), stem(next(iter(m.recipes))), citation(m.paper), m.needs] for m in methods]
-    large = [[m.name, *cells] for m in methods if any(cells := large_cells(m))]
+    listed, rows, large = [], [], []
+    for method in all_methods():
+        recipe = stem(next(iter(method.recipes)))
+        recipes = [_printed(name, about.note) for name, about in method.recipes.items()]
+        fields = {"method": method.name, "kind": method.kind, "paper": method.paper, "needs": method.needs}
+        listed.append({**fields, "recipes": recipes})
+        small = _cells(recipe, ("200", "table3"), ("100",), ("50",), ("10",))
+        authors, *title_and_year = method.paper.split(", ")
+        cited = ", ".join([authors, *title_and_year[-1:]])
+        rows.append([method.name, method.kind, *small, recipe, cited, method.needs])
+        if any(cells := _cells(recipe, (LARGE[0], "table4"), *((name,) for name in LARGE[1:]))):
+            large.append([method.name, *cells])
     if not console.as_json:
         header = ("method", "kind", ">200", ">100", ">50", ">10", "recipe", "paper", "needs")
         title = "accuracy in CP-Mix's paper, per cent, on CIFAR-100-LT by rho (Table 1; ablations: Table 3)"
@@ -53,13 +52,7 @@ def run(options: MethodsOptions) -> None:
     )
 
 
-def citation(paper: str) -> str:
-    """Ren et al., NeurIPS 2020 of "Ren et al., TITLE, NeurIPS 2020"."""
-    parts = paper.split(", ")
-    return ", ".join([parts[0], parts[-1]]) if len(parts) > 1 else paper
-
-
-def printed(name: str, note: str = "") -> dict[str, Any]:
+def _printed(name: str, note: str = "") -> dict[str, Any]:
     """What CP-Mix's paper prints for the method of a recipe: name, cells, copied, note.
 
     `cells` has the accuracy by rho in Table 1 for the recipe's data set, in Table 2 by data set, in the ablations of
@@ -84,18 +77,8 @@ def printed(name: str, note: str = "") -> dict[str, Any]:
     return {"name": name, "cells": cells, "copied": copied, "note": said or note}
 
 
-def small_cells(method: Method) -> list[str]:
-    """Cells at rho 200, 100, 50, 10."""
-    return _cells(method, ("200", "table3"), ("100",), ("50",), ("10",))
-
-
-def large_cells(method: Method) -> list[str]:
-    """Cells of LARGE."""
-    return _cells(method, ("imagenet-lt", "table4"), ("places-lt",), ("inaturalist2018",))
-
-
-def _cells(method: Method, *columns: tuple[str, ...]) -> list[str]:
-    """Text per column, of the first of its keys that the method has; copied ones with a star."""
-    known = printed(f"{SHOWN}/{stem(next(iter(method.recipes)))}")
+def _cells(recipe: str, *columns: tuple[str, ...]) -> list[str]:
+    """Text per column, of the first of its keys that the recipe of SHOWN has; copied ones with a star."""
+    known = _printed(f"{SHOWN}/{recipe}")
     found = [next((known["cells"][key] for key in keys if key in known["cells"]), None) for keys in columns]
     return ["" if cell is None else f"{cell:.2f}{'*' if known['copied'] else ' '}" for cell in found]

@@ -29,10 +29,9 @@ def run(options: MisclassifiedOptions) -> None:
     table, _ = read_predictions(evaluation, source, len(classes))
 
     wrong = table[table["label"] != table["predicted"]]
-    if true is not None:
-        wrong = wrong[wrong["label"] == true]
-    if predicted is not None:
-        wrong = wrong[wrong["predicted"] == predicted]
+    for column, wanted in (("label", true), ("predicted", predicted)):
+        if wanted is not None:
+            wrong = wrong[wrong[column] == wanted]
     wrong = wrong.sort_values(["confidence", "sample_id"], ascending=[False, True])
     images = _origins(options, root, evaluation, wrong)
     found = [

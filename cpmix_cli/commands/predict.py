@@ -1,7 +1,5 @@
 """predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -56,30 +54,23 @@ def run(options: PredictOptions) -> None:
     }
     if options.out is not None:
         files.publish_out(options.out, tables.table_bytes(tables.PREDICTED_IMAGES_SCHEMA, columns))
-    guesses = [
-        [{"class": classes[c], "confidence": round(p, 4)} for c, p in zip(row, chances, strict=True)]
-        for row, chances in zip(classified.tolist(), confidence.tolist(), strict=True)
-    ]
-    report(options, source.phase, [str(path) for path in paths], guesses)
-
-
-def report(options: PredictOptions, phase: str, paths: list[str], guesses: list[list[dict[str, Any]]]) -> None:
-    """Print a row for each image, or all of them as JSON."""
-    rows = [
-        [path, *(cell for guess in row for cell in (guess["class"], f"{100 * guess['confidence']:.1f} %"))]
-        for path, row in zip(paths[:NUM_SHOWN], guesses, strict=False)
-    ]
-    numbers = [""] if len(guesses[0]) == 1 else [f" {k}" for k in range(1, len(guesses[0]) + 1)]
+    predictions = []
+    rows = []
+    for path, row, chances in zip(map(str, paths), classified.tolist(), confidence.tolist(), strict=True):
+        guesses = [(classes[c], round(p, 4)) for c, p in zip(row, chances, strict=True)]
+        predictions.append({"path": path, "classes": [{"class": name, "confidence": p} for name, p in guesses]})
+        rows.append([path, *(cell for name, p in guesses for cell in (name, f"{100 * p:.1f} %"))])
+    numbers = [""] if kept == 1 else [f" {k}" for k in range(1, kept + 1)]
     lines = []
     if len(paths) > NUM_SHOWN:
         lines.append(f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")
     if options.out is not None:
         lines.append(f"done: {options.out}")
     fields = {
-        "phase": phase,
+        "phase": source.phase,
         "num_images": len(paths),
         "out": str(options.out) if options.out is not None else None,
-        "predictions": [{"path": path, "classes": row} for path, row in zip(paths, guesses, strict=True)],
+        "predictions": predictions,
     }
     header = ["image", *(name for k in numbers for name in (f"class{k}", f">confidence{k}"))]
-    console.result(fields, header=header, rows=rows, lines=lines)
+    console.result(fields, header=header, rows=rows[:NUM_SHOWN], lines=lines)

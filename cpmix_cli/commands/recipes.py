@@ -1,7 +1,5 @@
 """recipes: what comes with cpmix, one of them resolved, what two differ in, or what they cost. Reads TOML alone."""
 
-from typing import Any
-
 from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.flags import RecipesOptions
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
@@ -16,66 +14,50 @@ def run(options: RecipesOptions) -> None:
         UsageError: no such recipe, or faults in it.
     """
     if options.budget:
-        show_budgets(options)
+        _show_budgets(options)
         return
     if options.name is None:
-        listed = [{"name": name, "description": description(name)} for name in recipe_names()]
-        rows = [[entry["name"], entry["description"]] for entry in listed]
-        console.result({"recipes": listed}, header=("recipe", "what"), rows=rows)
+        listed = [{"name": name, "description": _description(name)} for name in recipe_names()]
+        console.result({"recipes": listed}, header=("recipe", "what"), rows=[list(entry.values()) for entry in listed])
         return
-    first = resolved(options, options.name)
+    first = _resolved(options, options.name)
     if options.other is None:
-        fields = {"name": options.name, "recipe": first.tables()}
-        console.result(fields, lines=[first.to_toml().rstrip("\n")])
+        console.result({"name": options.name, "recipe": first.tables()}, lines=[first.to_toml().rstrip("\n")])
         return
-    lines = differences(first.tables(), resolved(options, options.other).tables())
+    lines = differences(first.tables(), _resolved(options, options.other).tables())
     fields = {"names": [options.name, options.other], "differences": lines}
     console.result(fields, lines=lines or ["no difference"])
 
 
-def resolved(options: RecipesOptions, name: str) -> Recipe:
+def _resolved(options: RecipesOptions, name: str) -> Recipe:
     """A recipe as a training phase would resolve it."""
     return load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho)
 
 
-def description(name: str) -> str:
+def _description(name: str) -> str:
     """First comment line of a recipe's file."""
     with find_recipe(name).open(encoding="utf-8") as file:
         return file.readline().strip().removeprefix("#").strip()
 
 
-def show_budgets(options: RecipesOptions) -> None:
-    """What the named recipes cost, or all of them."""
-    names = [name for name in (options.name, options.other) if name] or recipe_names()
-    budgets = [budget(options, name) for name in names]
-    rows = [
-        [
-            entry["name"],
-            " + ".join(str(entry[key]) for phase in PHASES if entry[key := f"{phase}_epochs"]),
-            f"{entry['image_passes']:.1f}",
-            "-" if entry["to_cpmix"] is None else f"{entry['to_cpmix']:.2f}",
-        ]
-        for entry in budgets
-    ]
+def _show_budgets(options: RecipesOptions) -> None:
+    """What the named recipes cost, or all of them; to_cpmix is null where the data set has no recipe cpmix."""
+    budgets, rows = [], []
+    for name in [name for name in (options.name, options.other) if name] or recipe_names():
+        recipe = _resolved(options, name)
+        passes = image_passes(recipe)
+        epochs = {f"{phase}_epochs": recipe.epochs_of(phase) for phase in PHASES}
+        cpmix = f"{name.rpartition('/')[0]}/cpmix"
+        ratio = round(passes / image_passes(_resolved(options, cpmix)), 4) if cpmix in recipe_names() else None
+        budgets.append({"name": name, **epochs, "image_passes": round(passes, 4), "to_cpmix": ratio})
+        shown = " + ".join(str(count) for count in epochs.values() if count)
+        rows.append([name, shown, f"{passes:.1f}", "-" if ratio is None else f"{ratio:.2f}"])
     console.result(
         {"budgets": budgets},
         header=("recipe", ">epochs", ">passes of an image", ">to cpmix"),
         rows=rows,
         lines=["epochs of stage 1, stage 2, finetune; to cpmix: passes over those of the data set's cpmix recipe"],
     )
-
-
-def budget(options: RecipesOptions, name: str) -> dict[str, Any]:
-    """What a recipe costs; to_cpmix is null where its data set has no recipe cpmix."""
-    recipe = resolved(options, name)
-    passes = image_passes(recipe)
-    cpmix = f"{name.rpartition('/')[0]}/cpmix"
-    return {
-        "name": name,
-        **{f"{phase}_epochs": recipe.epochs_of(phase) for phase in PHASES},
-        "image_passes": round(passes, 4),
-        "to_cpmix": round(passes / image_passes(resolved(options, cpmix)), 4) if cpmix in recipe_names() else None,
-    }
 
 
 def image_passes(recipe: Recipe) -> float:
@@ -85,16 +67,16 @@ def image_passes(recipe: Recipe) -> float:
     trained on it or the head alone. A term with a `match` adds two forwards in each batch that is matched; expected
     are probability x (e / E) ** match_power of those of epoch e, none where the term goes unmixed.
     """
-    schedule = recipe.schedule
-    passes = stage_passes(recipe.stage1, range(1, schedule.stage1_epochs + 1), schedule.epochs)
+    first, last = recipe.schedule.stage1_epochs, recipe.schedule.epochs
+    passes = _stage_passes(recipe.stage1, range(1, first + 1), last)
     if recipe.stage2 is not None:
-        passes += stage_passes(recipe.stage2, range(schedule.stage1_epochs + 1, schedule.epochs + 1), schedule.epochs)
+        passes += _stage_passes(recipe.stage2, range(first + 1, last + 1), last)
     if recipe.finetune is not None:
-        passes += stage_passes(recipe.finetune, range(1, recipe.finetune.epochs + 1), recipe.finetune.epochs)
+        passes += _stage_passes(recipe.finetune, range(1, recipe.finetune.epochs + 1), recipe.finetune.epochs)
     return passes
 
 
-def stage_passes(stage: Stage, epochs: range, num_epochs: int) -> float:
+def _stage_passes(stage: Stage, epochs: range, num_epochs: int) -> float:
     """The same for one stage: its epochs (from 1) of num_epochs."""
     passes = 0.0
     for term in stage.terms.values():

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
@@ -45,23 +45,17 @@ def run(options: TrainStage1Options) -> None:
         rho=dataset.record.rho,
     )
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    source = None if options.teacher is None else choose_teacher(options.teacher, dataset)
-    check_teacher(recipe, source)
-    check_init(recipe, options.init)
+    teacher = _choose_teacher(options.teacher, recipe, dataset)
+    _check_init(recipe, options.init)
     inputs = {} if options.init is None else {"init": options.init}
-    if source is not None:
-        inputs["teacher"] = source.path / files.MODEL
-    folder, prepared = PhaseFolder(options.out, "stage1"), partial(prepare, options.init, source)
+    if teacher is not None:
+        inputs["teacher"] = teacher.path / files.MODEL
+    folder, prepared = PhaseFolder(options.out, "stage1"), partial(prepare, options.init, teacher)
     train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
 
 
-def check_init(recipe: schema.Recipe, init: Path | None) -> None:
-    """Weights come as safetensors; a recipe that starts from published ones is given these, and not others.
-
-    Raises:
-        UsageError: it is given none.
-        InputError: they are a PyTorch checkpoint, are others, or nobody knows.
-    """
+def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
+    """Weights come as safetensors; a recipe that starts from published ones is given these, and not others."""
     wanted = recipe.model.init
     sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
     if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
@@ -91,41 +85,32 @@ def check_init(recipe: schema.Recipe, init: Path | None) -> None:
         )
 
 
-def choose_teacher(run: Path, dataset: Dataset) -> PhaseFolder:
-    """The phase of --teacher RUN: the last one done; RUN may be a phase's folder, or its model.safetensors.
-
-    Raises:
-        InputError: none is done, or it was trained on other data.
-    """
-    source = choose(run.parent if run.is_file() else run)
-    if source.record().dataset.fingerprint != dataset.fingerprint:
-        raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
-    return source
-
-
-def check_teacher(recipe: schema.Recipe, source: PhaseFolder | None) -> None:
-    """Terms that are taught and a teacher go together, and both networks see the same inputs.
-
-    Raises:
-        UsageError: one is without the other.
-        InputError: the teacher learnt from images normalised differently.
+def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -> PhaseFolder | None:
+    """The last phase done of --teacher, or the phase that it names. A teacher and taught terms go together, and
+    both networks learn from the same images.
     """
     taught = [term.name for term in compile_stage(recipe.stage1) if term.distillation is not None]
-    if taught and source is None:
-        raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
-    if source is not None and not taught:
+    if run is None:
+        if taught:
+            raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
+        return None
+    source = choose(run.parent if run.is_file() else run)  # its model.safetensors will do
+    if source.record().dataset.fingerprint != dataset.fingerprint:
+        raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
+    if not taught:
         raise UsageError(
             "no term of the recipe learns from a teacher",
             needed_by="--teacher",
             fix="--set stage1.terms.erm.teacher=distillation",
         )
-    if source is not None and (own := source.recipe().data.normalisation) != recipe.data.normalisation:
+    if (own := source.recipe().data.normalisation) != recipe.data.normalisation:
         raise InputError(
             f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has '
             f'"{recipe.data.normalisation}"',
             needed_by="--teacher",
             fix=f"--set data.normalisation={own}",
         )
+    return source
 
 
 def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContext) -> tuple[Plan, TrainingState]:
@@ -133,7 +118,7 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContex
     plan = make_plan(context, "stage1")
     state = fresh_state(context)
     if init is not None:
-        taken = load_backbone(state.model, read_weights(init, context.inputs["init"]), init)
+        taken = load_backbone(state.model, _read_weights(init, context.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     elif state.model.frozen:
         # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
@@ -146,12 +131,7 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContex
     return plan, state
 
 
-def read_weights(path: Path, sha: str) -> dict[str, torch.Tensor]:
-    """The tensors of an --init file, whose hash is already part of what the phase is made from.
-
-    Raises:
-        InputError: it is not a safetensors file, or was changed in between.
-    """
+def _read_weights(path: Path, sha: str) -> dict[str, Tensor]:
     tensors, metadata = read_tensors(path, sha)
     if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
         check_seal(path, metadata, tensors)

@@ -13,7 +13,7 @@ from helpers.files import files, flip, save, unchanged
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cpmix_cli.commands.train_stage1 import read_weights
+from cpmix_cli.commands.train_stage1 import _read_weights
 from cpmix_cli.models import build_model, load_backbone
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime.errors import InputError
@@ -210,10 +210,10 @@ def test_weights_that_change_while_they_are_read_are_refused(digits_run: Path) -
     """What is trained from is what was hashed."""
     model = digits_run / "stage1" / "model.safetensors"
     sha = hashlib.sha256(model.read_bytes()).hexdigest()
-    assert read_weights(model, sha).keys() == load_file(model).keys()
+    assert _read_weights(model, sha).keys() == load_file(model).keys()
     save_file({"a": torch.zeros(2)}, model)
     with pytest.raises(InputError, match="is damaged"):
-        read_weights(model, sha)
+        _read_weights(model, sha)
 
 
 def test_init_is_checked_before_anything_is_written(digits: Path, digits_run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cpmix_cli.commands.build_lt import choose
+from cpmix_cli.commands.build_lt import _choose
+from cpmix_cli.data.dataset import DatasetRequest
 from cpmix_cli.data.longtail import (
     exponential_counts,
     group_of,
@@ -75,7 +76,17 @@ def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, 
 
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
     source = SOURCES["digits"](None, None)
-    parts = [choose(source, rho, 0, 5, 50) for rho in (100, 20, 5, 1)]
+    request = DatasetRequest(
+        source="digits",
+        rho=1,
+        profile="exponential",
+        subset_seed=0,
+        val_per_class=5,
+        test_per_class=50,
+        image_size=None,
+        listing=None,
+    )
+    parts = [_choose(source, request.model_copy(update={"rho": rho})) for rho in (100, 20, 5, 1)]
     for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])
         assert smaller["test"].tolist() == larger["test"].tolist()

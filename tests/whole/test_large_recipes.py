@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.commands.compare import places
 from cpmix_cli.commands.recipes import image_passes
-from cpmix_cli.commands.train_stage1 import check_init
+from cpmix_cli.commands.train_stage1 import _check_init
 from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model, load_backbone
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
 from cpmix_cli.recipe.schema import Model, changed
@@ -99,12 +99,12 @@ def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None
         path = tmp_path / "w.safetensors"
         path.write_bytes(tensor_bytes(tensors, sealed_metadata(tensors, origin)))
         if fits:
-            check_init(recipe, path)
+            _check_init(recipe, path)
         else:
             with pytest.raises(
                 InputError, match=rf"was made from resnet152-394f9c45\.pth, sha256 {sha}; .* sha256 {whole}"
             ):
-                check_init(recipe, path)
+                _check_init(recipe, path)
 
 
 def test_the_last_block_is_all_that_differs() -> None:
