@@ -32,22 +32,18 @@ from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import EpochSums, TrainingState
 from cpmix_cli.training.step import Step
 
-RATE = 1e-5
+_RATE = 1e-5
 
 
 class TimedLoop(ABC):
-    """Something that trains.
-
-    Args:
-        device: where.
-    """
+    """Something that trains on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @abstractmethod
     def take(self, num_steps: int) -> int:
-        """Take so many steps; returns the images that went through the network."""
+        """Take so many steps; return the images that went through the network."""
 
     def warm_up(self) -> None:
         """Steps after which nothing is chosen, allocated or recorded any more."""
@@ -71,7 +67,7 @@ class TrainingLoop(TimedLoop):
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
         super().__init__(data.labels.device)
         self._data, self._state = data, state
-        self._plan = replace(plan, learning_rate=lambda *_: RATE)
+        self._plan = replace(plan, learning_rate=lambda *_: _RATE)
         state.sums = EpochSums([term.name for term in plan.terms], self.device)
         state.model.train(plan.train_mode)
         self._step = Step(self._plan, data, state)
@@ -101,13 +97,8 @@ class TrainingLoop(TimedLoop):
 
 
 class NetworkAlone(TimedLoop):
-    """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it.
-
-    Args:
-        data: the training images.
-        plan: mode, precision, and how many images go through each forward.
-        state: network and optimizer.
-        record: False for no graph, as several ranks have it.
+    """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it, unless `record`
+    is False, as several ranks have it.
     """
 
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState, *, record: bool = True) -> None:
@@ -116,7 +107,7 @@ class NetworkAlone(TimedLoop):
         self._state = state
         state.model.train(plan.train_mode)
         for group in state.optimizer.param_groups:
-            group["lr"].fill_(RATE)
+            group["lr"].fill_(_RATE)
         size = min(plan.batch_size, len(data.labels))
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
@@ -124,10 +115,8 @@ class NetworkAlone(TimedLoop):
         self._step = CudaGraphRunner(self._run, self.device, record=record)
 
     def _run(self, key: int) -> None:
-        losses = []
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
-            for x, labels in self._inputs:
-                losses.append(F.cross_entropy(self._state.model(x).float(), labels))
+            losses = [F.cross_entropy(self._state.model(x).float(), labels) for x, labels in self._inputs]
         self._state.optimizer.zero_grad(set_to_none=True)
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         self._state.optimizer.step()
@@ -143,12 +132,6 @@ class InputAlone(TimedLoop):
 
     Images from disk are prefetched as in training. Resident ones are the same at each step, so that augmentation alone
     is timed.
-
-    Args:
-        batches: of the training images.
-        device: of the network.
-        num_images: N.
-        batch_size: B.
     """
 
     def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
@@ -158,8 +141,8 @@ class InputAlone(TimedLoop):
         self._size = batch_size
 
         def draw() -> tuple[Tensor, Tensor]:
-            indices = torch.randint(num_images, (self._size,), generator=generator)
-            uniforms = torch.rand(self._size, batches.num_uniforms, dtype=torch.float64, generator=generator)
+            indices = torch.randint(num_images, (batch_size,), generator=generator)
+            uniforms = torch.rand(batch_size, batches.num_uniforms, dtype=torch.float64, generator=generator)
             return indices.to(batches.device), uniforms.to(batches.device)
 
         self._draws = cycle([draw()]) if batches.resident else iter(draw, None)
@@ -192,24 +175,21 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         self._images = images.numpy() if isinstance(images, Tensor) else images
         self._labels = labels.tolist()
         height, width, channels = shape
-        crop: list[Any] = []
+        steps: list[Any] = []
         if recipe.augment.startswith("resized-crop"):
-            crop = [transforms.RandomResizedCrop(recipe.crop)]
+            steps = [transforms.RandomResizedCrop(recipe.crop)]
         elif not isinstance(images, Tensor):
-            crop = [transforms.Resize(height), transforms.CenterCrop(height)]
+            steps = [transforms.Resize(height), transforms.CenterCrop(height)]
         if recipe.augment.startswith("crop"):
-            crop.append(transforms.RandomCrop((height, width), padding=recipe.padding))
+            steps.append(transforms.RandomCrop((height, width), padding=recipe.padding))
         elif recipe.augment == "none" and recipe.crop:
-            crop.append(transforms.CenterCrop(recipe.crop))
-        self._transform = transforms.Compose(
-            [
-                *crop,
-                *([transforms.RandomHorizontalFlip()] if "flip" in recipe.augment else []),
-                *([transforms.ColorJitter(0.4, 0.4, 0.4)] if recipe.augment.endswith("jitter") else []),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5,) * channels, (0.25,) * channels),
-            ]
-        )
+            steps.append(transforms.CenterCrop(recipe.crop))
+        if "flip" in recipe.augment:
+            steps.append(transforms.RandomHorizontalFlip())
+        if recipe.augment.endswith("jitter"):
+            steps.append(transforms.ColorJitter(0.4, 0.4, 0.4))
+        steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.25,) * channels)]
+        self._transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -226,21 +206,15 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 class ReferenceLoop(TimedLoop):
     """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32 as cuDNN has it by default
     (TF32), the loss read at every step.
-
-    Args:
-        data: the training images.
-        model: contiguous, on its device.
-        batch_size: B.
-        num_workers: loader processes.
     """
 
-    PREFETCH = 2  # batches a worker makes ahead, the loader's default
+    _PREFETCH = 2  # batches a worker makes ahead, the loader's default
 
     def __init__(self, data: PilImages, model: Classifier, batch_size: int, num_workers: int) -> None:
         super().__init__(next(model.parameters()).device)
         self._data = data
         self._model = model.train()
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4)
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=2e-4)
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._batches: Iterator[Any] = iter(())
@@ -253,16 +227,14 @@ class ReferenceLoop(TimedLoop):
         """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
         slow the other loops.
         """
-        ahead = self._num_workers * self.PREFETCH
+        ahead = self._num_workers * self._PREFETCH
         # As many batches follow as are made ahead, so that the workers are busy to the end.
         num_samples = (num_steps + 2 * ahead) * self._batch_size
-        sampler = RandomSampler(
-            self._data, replacement=True, num_samples=num_samples, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
         loader = DataLoader(
             self._data,
             batch_size=self._batch_size,
-            sampler=sampler,
+            sampler=RandomSampler(self._data, replacement=True, num_samples=num_samples, generator=generator),
             num_workers=self._num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals,
@@ -297,13 +269,7 @@ class ReferenceLoop(TimedLoop):
 
 
 class ReadingAlone(TimedLoop):
-    """Images that a reader gives, one at a time, in one thread; a step is one image.
-
-    Args:
-        reader: from where.
-        indices: which, in turn.
-        num_uniforms: that decide what is seen of an image.
-    """
+    """Images that a reader gives, one at a time, in one thread; a step is one image."""
 
     def __init__(self, reader: ImageReader, indices: Sequence[int], num_uniforms: int) -> None:
         super().__init__(torch.device("cpu"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.bench.loops import TimedLoop
 from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
 from cpmix_cli.data.batches import make_batches
@@ -21,18 +22,18 @@ from cpmix_cli.data.dataset import Dataset, open_dataset, unwritten_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe import loading as recipes
-from cpmix_cli.recipe.schema import Data, Recipe
-from cpmix_cli.runtime import console
+from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.cuda_graphs import synchronize
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.objective import compile_stage
-from cpmix_cli.training.plan import Plan
+from cpmix_cli.training.plan import PhaseContext, Plan
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
-MIN_STEPS = 3  # of a loop in a round
+_MIN_STEPS = 3  # of a loop in a round
 MIB = 2**20
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Timing:
     """In a round."""
     images_per_second: list[float] = field(default_factory=list)
     """Round by round."""
+
+    def turn(self) -> None:
+        """Time a round."""
+        seconds, images = self.loop.timed(self.num_steps)
+        self.images_per_second.append(images / seconds)
 
     @property
     def median(self) -> float:
@@ -78,14 +84,34 @@ def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
     )
 
 
+def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext, list[str]]:
+    """The name of the recipe to time, what its plans are made from, and its phases.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+        UsageError: faults of the recipe, or it does not fit the data set, or requires a teacher.
+    """
+    device = hardware.use_device(options.device)
+    name = options.recipe or dataset.record.recipe
+    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
+    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    if any(term.distillation is not None for term in compile_stage(recipe.stage1)):
+        raise UsageError(f"{name} learns from a teacher, which bench has not")
+    precision = hardware.resolve_precision(recipe.model.precision, device)
+    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
+    return name, PhaseContext(recipe, dataset, device, precision, {}), phases
+
+
 def random_images(count: int, shape: Sequence[int]) -> Tensor:
     """Random pixels, the same each time: uint8 [count, *shape]."""
     return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def training_data(dataset: Dataset, recipe: Data, images: Tensor, labels: Tensor, device: torch.device) -> TrainingData:
-    """Images [N, H, W, channels] and their labels [N], resident on the device, as data of a data set."""
-    batches = make_batches(images.to(device), recipe, dataset.record.mean, dataset.record.std)
+def random_data(context: PhaseContext, labels: Tensor) -> TrainingData:
+    """random_images() with these labels [N], resident on the device."""
+    dataset, device = context.dataset, context.device
+    images = random_images(len(labels), dataset.shape).to(device)
+    batches = make_batches(images, context.recipe.data, dataset.record.mean, dataset.record.std)
     return TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
 
 
@@ -99,23 +125,18 @@ def measure(
         memory.restart()
         loop = build()
         loop.warm_up()
-        taken = loop.timed(MIN_STEPS)[0] / MIN_STEPS
-        timings[name] = Timing(loop, memory.peak(), max(MIN_STEPS, math.ceil(seconds / taken)))
+        taken = loop.timed(_MIN_STEPS)[0] / _MIN_STEPS
+        timings[name] = Timing(loop, memory.peak(), max(_MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
     console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
     for number in range(rounds):
         for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
-            taken, images = timing.loop.timed(timing.num_steps)
-            timing.images_per_second.append(images / taken)
+            timing.turn()
     return timings
 
 
 class Memory:
-    """Peak memory above what there was at restart(): reserved on the device on CUDA, else resident in this process.
-
-    Args:
-        device: whose.
-    """
+    """Peak memory of a device above what there was at restart(): reserved on CUDA, else resident in this process."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -128,25 +149,24 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_reserved()
             return
+        self._before = None  # the peak so far stays, unless the system can forget it
         with suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = self._read("VmRSS")
-        except OSError:
-            self._before = None  # the peak so far stays
+            self._before = _of_this_process("VmRSS")
 
     def peak(self) -> int | None:
         """Bytes; None where the system does not say."""
-        found = torch.cuda.max_memory_reserved() if self._cuda else self._read("VmHWM")
-        return None if found is None or self._before is None else found - self._before
-
-    def _read(self, name: str) -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
+        if self._before is None:
             return None
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
+        return (torch.cuda.max_memory_reserved() if self._cuda else _of_this_process("VmHWM")) - self._before
+
+
+def _of_this_process(name: str) -> int:
+    """Bytes, by the name that /proc has."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def start_up_seconds() -> float:
@@ -155,16 +175,14 @@ def start_up_seconds() -> float:
     return _median_seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), 5)
 
 
-def _median_seconds(function: Callable[[], object], times: int, device: torch.device | None = None) -> float:
+def _median_seconds(function: Callable[[], object], times: int, device: torch.device = CPU) -> float:
     """Seconds that a call takes, until the device is done with it."""
     taken = []
     for _ in range(times):
-        if device is not None:
-            synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         function()
-        if device is not None:
-            synchronize(device)
+        synchronize(device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
@@ -190,19 +208,6 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
         "count_seconds": _median_seconds(count, 10, device),
         "draw_seconds": _median_seconds(lambda: draw_confused(counts, labels, uniforms), 10, device),
     }
-
-
-def recipe_for(dataset: Dataset, name: str, options: BenchOptions) -> Recipe:
-    """The recipe of that name as the flags change it.
-
-    Raises:
-        UsageError: its faults, or it does not fit the data set, or wants a teacher.
-    """
-    recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
-    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    if any(term.distillation is not None for term in compile_stage(recipe.stage1)):
-        raise UsageError(f"{name} learns from a teacher, which bench has not")
-    return recipe
 
 
 def not_projected(plans: Iterable[Plan]) -> list[str]:

@@ -1,14 +1,13 @@
 """bench --world-size: what training takes on other numbers of ranks.
 
 What is timed or counted here, what is assumed, and what follows from both are kept apart; project() is arithmetic
-alone. Nothing is written but packed images and image files in a temporary folder, for the time of the measurement.
+alone. Nothing is written but packed images and image files in a temporary folder.
 
 A step takes as long as its slowest resource: the device (augmentation, network, confused pairs), the cores that read
 images, the links between ranks.
 """
 
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.bench import measure
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, ReadingAlone, TimedLoop
 from cpmix_cli.data.batches import Batches, CropBatches
@@ -34,31 +34,27 @@ from cpmix_cli.data.stream import FileReader, ImageReader
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
-from cpmix_cli.recipe.schema import Data, Recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
-from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 
-PACKED_SIDE = 256
+_PACKED_SIDE = 256
 """Pixels of packed images where there are none yet: what all of the published sets are tested at."""
-GENERATED = (500, 375)
+_GENERATED = (500, 375)
 """Width and height of the image files that are made where there are none: the commonest of ImageNet."""
-NUM_GENERATED = 16
-NUM_READ = 256
+_NUM_GENERATED = 16
+_NUM_READ = 256
 """Images that are read or augmented in turn; the page cache holds them."""
-FIRST_IMAGES = 8
+_FIRST_IMAGES = 8
 """That go through a network when it is first timed."""
-STEP_SECONDS = 1.0
+_STEP_SECONDS = 1.0
 """A measured step takes hardly longer: its batch is that of a rank, or a smaller one."""
-MAX_SECONDS = 3.0
+_MAX_SECONDS = 3.0
 """Of all turns of one measurement; there is one in any case."""
-CORES, LINK, RANKS_PER_MACHINE = 8, 12.5, 8
-"""Assumed where nothing else is: 12.5 GB/s are 100 Gbit/s."""
-MB, GB = 1e6, 1e9
-PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their files"}
+_MB, _GB = 1e6, 1e9
+_PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their files"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Measurements:
     network: Mapping[str, Mapping[int, float]]
     """Phase -> images a second forward, backward and through the optimizer, by images of a term at once."""
     gradient_bytes: Mapping[str, int]
-    """Phase -> bytes of the gradients of what it trains."""
+    """By phase, of what it trains."""
     buffer_bytes: int
     """Of the network's running statistics, which the first rank sends to the others."""
     count_seconds: float
@@ -98,7 +94,7 @@ class Assumptions:
     """Of a rank, that read images."""
     link: float
     """GB a second, each way, of the slowest link on the way round all ranks."""
-    ranks_per_machine: int = RANKS_PER_MACHINE
+    ranks_per_machine: int = 8
 
 
 @dataclass(frozen=True)
@@ -122,22 +118,10 @@ class Load:
     """Terms whose partners are confused classes."""
 
 
-def share(
+def _share(
     measured: Measurements, assumed: Assumptions, load: Load, phase: str, kept: str, world_size: int, size: int
 ) -> dict[str, Any]:
-    """The share of one rank in a step over `size` images, as the JSON of a phase has it.
-
-    Args:
-        measured: here.
-        assumed: of the ranks.
-        load: of the phase.
-        phase: its name.
-        kept: how images are kept, a key of measured.kept.
-        world_size: number of ranks, W.
-        size: images of the batch. Where they do not divide evenly, images that pad it are counted.
-
-    Source of the bytes: a ring all-reduce of n bytes sends 2 (W - 1) / W n from each rank.
-    """
+    """The share of one rank in a step over a batch of `size` images; images that pad what is uneven are counted."""
     images = measured.kept[kept]
     part = BatchSlice(0, world_size * load.micro_batches, size)
     num_images = part.length * load.micro_batches
@@ -146,11 +130,12 @@ def share(
     device = made / _speed_at(images.augment, part.length)
     device += num_images * load.num_terms / _speed_at(measured.network[phase], part.length) + pairs
     sums = 8 * (load.num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
+    # A ring all-reduce of n bytes sends 2 (W - 1) / W n from each of W ranks.
     sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[phase] + sums)
     if world_size > 1:
         sent += measured.buffer_bytes + (world_size - 1) * 8 * load.codes * num_images
     one_core = 0.0 if images.read is None else made / images.read
-    seconds = {"device": device, "input": one_core / assumed.cores, "link": sent / (assumed.link * GB)}
+    seconds = {"device": device, "input": one_core / assumed.cores, "link": sent / (assumed.link * _GB)}
     longest = max(seconds.values())
     return {
         "images_per_rank_and_step": num_images,
@@ -173,27 +158,27 @@ def _speed_at(speeds: Mapping[int, float], at_once: int) -> float:
 def project(
     measured: Measurements, assumed: Assumptions, loads: Mapping[str, Load], kept: str, world_size: int
 ) -> dict[str, Any]:
-    """Time, GPU-hours, traffic and limits of a whole recipe on `world_size` ranks; arguments as share() has them."""
+    """Time, GPU-hours, traffic and limits of a whole recipe on a number of ranks, whose images are kept in one of the
+    ways of measured.kept.
+    """
     image_bytes = measured.kept[kept].image_bytes
     on_a_machine = min(world_size, assumed.ranks_per_machine)
     phases: dict[str, dict[str, Any]] = {}
     for phase, load in loads.items():
         steps = -(-load.num_images // load.batch_size)
         sizes = (min(load.batch_size, load.num_images), load.num_images - (steps - 1) * load.batch_size)
-        full, last = (share(measured, assumed, load, phase, kept, world_size, size) for size in sizes)
-        read = (steps - 1) * full["read_per_rank_and_step"] + last["read_per_rank_and_step"]
+        full, last = (_share(measured, assumed, load, phase, kept, world_size, size) for size in sizes)
+        read, seconds = ((steps - 1) * full[key] + last[key] for key in ("read_per_rank_and_step", "step_seconds"))
+        at_once = on_a_machine * full["read_per_rank_and_step"] * image_bytes
         phases[phase] = full | {
             "steps_per_epoch": steps,
             "epochs": load.epochs,
             "disk_bytes_per_epoch": round(world_size * read * image_bytes),
-            "disk_bytes_per_second_and_machine": on_a_machine
-            * full["read_per_rank_and_step"]
-            * image_bytes
-            / full["step_seconds"],
-            "seconds": load.epochs * ((steps - 1) * full["step_seconds"] + last["step_seconds"]),
+            "disk_bytes_per_second_and_machine": at_once / full["step_seconds"],
+            "seconds": load.epochs * seconds,
         }
-    seconds = sum(phase["seconds"] for phase in phases.values())
-    return {"seconds": seconds, "rank_hours": world_size * seconds / 3600, "phases": phases}
+    total = sum(phase["seconds"] for phase in phases.values())
+    return {"seconds": total, "rank_hours": world_size * total / 3600, "phases": phases}
 
 
 def run(options: BenchOptions) -> None:
@@ -205,42 +190,42 @@ def run(options: BenchOptions) -> None:
         UsageError: faults of the flags or the recipe.
     """
     sizes = options.world_sizes
-    device = hardware.use_device(options.device)
     dataset, num_images, source = _training_set(options)
-    name = options.recipe or dataset.record.recipe
-    recipe = measure.recipe_for(dataset, name, options)
-    precision = hardware.resolve_precision(recipe.model.precision, device)
-    context = PhaseContext(recipe, dataset, device, precision, {})
-    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
+    name, context, phases = measure.prepare(options, dataset)
+    recipe, device = context.recipe, context.device
     batches = [recipe.optimizer.batch_size, *([recipe.finetune.batch_size] if recipe.finetune else [])]
     if sizes[-1] > (most := min(num_images, *batches)):
         raise UsageError(
             f"--world-size {sizes[-1]}: a batch of {name} has {most} images, not one for each rank",
             fix="give fewer ranks, or a larger optimizer.batch_size and finetune.batch_size",
         )
-    assumed = Assumptions(options.cores or CORES, options.link or LINK)
+    assumed = Assumptions(options.cores or 8, options.link or 12.5)  # 12.5 GB/s are 100 Gbit/s
     console.note(
         f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
         f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
     )
-    plans, loads, network, gradients, buffers = {}, {}, {}, {}, 0
+    loads, network, gradients, buffers = {}, {}, {}, 0
+    left_out: list[str] = []
+    all_at_once: set[int] = set()
     for phase in phases:
         plan, state = rehearsal(context, phase)
-        plans[phase] = plan
-        loads[phase] = _load(recipe, plan, num_images)
-        parameters = [p for p in state.model.parameters() if p.requires_grad]
-        gradients[phase] = sum(p.numel() * p.element_size() for p in parameters)
-        buffers = sum(b.numel() * b.element_size() for b in state.model.buffers())
+        loads[phase] = _load(plan, num_images)
+        gradients[phase] = _num_bytes(p for p in state.model.parameters() if p.requires_grad)
+        buffers = _num_bytes(state.model.buffers())
+        left_out = left_out or measure.not_projected([plan])
+        # Images of a term that a rank takes at once, for each number of ranks.
+        size = min(plan.batch_size, num_images)
+        at_once = {BatchSlice(0, ranks * plan.micro_batches, size).length for ranks in sizes}
+        all_at_once |= at_once
 
         def one(size: int, plan: Plan = plan, state: Any = state) -> TimedLoop:
-            data = _random_data(dataset, recipe.data, device, size)
+            data = measure.random_data(context, torch.arange(size) % dataset.num_classes)
             return NetworkAlone(data, replace(plan, batch_size=size), state, record=False)
 
         console.note(f"bench: the network of {phase}")
-        network[phase] = _speeds(one, _at_once(plan, num_images, sizes), options, len(plan.terms))
-    at_once = {size for plan in plans.values() for size in _at_once(plan, num_images, sizes)}
+        network[phase] = _speeds(one, at_once, options, len(plan.terms))
     console.note("bench: images")
-    kept, facts = _images(dataset, recipe.data, device, at_once, options)
+    kept, facts = _images(context, all_at_once, options)
     if "shards" in kept:
         resident = num_images * kept["shards"].image_bytes
         # The ranks of a machine each have a GPU, but one memory between them.
@@ -252,9 +237,8 @@ def run(options: BenchOptions) -> None:
         {"world_size": size, "images": {how: project(measured, assumed, loads, how, size) for how in kept}}
         for size in sizes
     ]
-    left_out = [*measure.not_projected(plans.values()), "evaluations", "checkpoints", "start-up"]
     if recipe.model.sync_batchnorm:
-        left_out.insert(0, "SyncBatchNorm's own messages")
+        left_out = ["SyncBatchNorm's own messages", *left_out]
     fields = {
         "recipe": name,
         "data": dataset.name,
@@ -265,20 +249,22 @@ def run(options: BenchOptions) -> None:
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": precision,
+        "precision": context.precision,
         "measured": {**asdict(measured), **facts, "confusion_bytes": 8 * dataset.num_classes**2},
         "assumed": {**asdict(assumed), "said": _assumptions(device)},
         "projected": projected,
         "runs_out_first": {how: _first_limit(how, projected) for how in kept},
-        "not_projected": left_out,
+        "not_projected": [*left_out, "evaluations", "checkpoints", "start-up"],
     }
-    report(fields, loads, measured, assumed)
+    _report(fields, {phase: load.num_terms for phase, load in loads.items()})
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
-    """The data set that is projected for, its training images, and where their number is from; without --data the
-    published set of the recipe's folder, where there is one. Raises as measure.training_set().
-    """
+    """The data set, its training images, and where their number is from: without --data, the recipe's published set."""
     family = find_recipe(options.recipe).resolve().parent.name if options.recipe is not None else ""
     if options.data is not None or options.data_root is not None or family not in OFFICIAL_LISTS:
         dataset = measure.training_set(options.data, options.data_root)
@@ -286,12 +272,12 @@ def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
     published = OFFICIAL_LISTS[family]
     num_images = published.num_images["train"]
     counts = np.full(published.num_classes, num_images // published.num_classes)  # who has how many changes no speed
-    shape = [PACKED_SIDE, PACKED_SIDE, 3]
+    shape = [_PACKED_SIDE, _PACKED_SIDE, 3]
     dataset = unwritten_dataset(family, counts, shape, recipe=f"{family}/cpmix", rho=None, storage="shards")
     return dataset, num_images, "published"
 
 
-def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
+def _load(plan: Plan, num_images: int) -> Load:
     terms = [term.recipe for term in plan.terms]
     made_whole = any(term.draw == "natural" for term in terms) + sum(term.draw != "natural" for term in terms)
     made_whole += sum(term.partner in CLASS_PARTNERS for term in terms)
@@ -310,74 +296,63 @@ def _load(recipe: Recipe, plan: Plan, num_images: int) -> Load:
     )
 
 
-def _at_once(plan: Plan, num_images: int, world_sizes: Iterable[int]) -> set[int]:
-    """Images of a term that a rank takes at once, for each number of ranks."""
-    size = min(plan.batch_size, num_images)
-    return {BatchSlice(0, world_size * plan.micro_batches, size).length for world_size in world_sizes}
-
-
 def _speeds(
     build: Callable[[int], TimedLoop], sizes: Iterable[int], options: BenchOptions, num_terms: int = 1
 ) -> dict[int, float]:
-    """Images a second by images of a term at once. A CPU's speed hangs little on their number: there it is the largest
-    whose step is short; a GPU takes all those whose steps are short and fit into its memory. Not 1: batch norm may not
-    take it.
-    """
+    """Images a second by images of a term at once."""
+    # A CPU's speed hangs little on their number: there it is the largest whose step is short; a GPU takes all those
+    # whose steps are short and fit into its memory. Not 1: batch norm may not take it.
     wanted = sorted({max(2, size) for size in sizes})
-    size = min(max(2, -(-FIRST_IMAGES // num_terms)), wanted[-1])
-    loop, taken = _warm(build, size)
+    size = min(max(2, -(-_FIRST_IMAGES // num_terms)), wanted[-1])
+    loop, taken = _warm(build(size))
     with suppress(torch.OutOfMemoryError):
-        while size < wanted[-1] and (room := int(STEP_SECONDS / taken[0])) > 1:
+        while size < wanted[-1] and (room := int(_STEP_SECONDS / taken)) > 1:
             larger = min(wanted[-1], size * min(8, room))
-            loop, taken = _warm(build, larger)
+            loop, taken = _warm(build(larger))
             size = larger
     speeds = {size: _median_speed(loop, taken, options)}
     if loop.device.type == "cuda":
         for smaller in {min(size, other) for other in wanted} - {size}:
-            speeds[smaller] = _median_speed(*_warm(build, smaller), options)
+            speeds[smaller] = _median_speed(*_warm(build(smaller)), options)
     return dict(sorted(speeds.items()))
 
 
-def _warm(build: Callable[[int], TimedLoop], size: int) -> tuple[TimedLoop, tuple[float, int]]:
-    """A loop, and what a step of it takes: seconds and images. The libraries choose and allocate before."""
-    loop = build(size)
+def _warm(loop: TimedLoop) -> tuple[TimedLoop, float]:
+    """A loop whose libraries have chosen and allocated, and the seconds of a step."""
     loop.timed(EAGER_STEPS if loop.device.type == "cuda" else 1)
-    return loop, loop.timed(1)
+    return loop, loop.timed(1)[0]
 
 
-def _median_speed(loop: TimedLoop, taken: tuple[float, int], options: BenchOptions) -> float:
-    """Images a second: the median of options.rounds turns, or of as many as MAX_SECONDS have room for."""
-    steps = max(1, math.ceil(options.seconds / taken[0]))
-    turns = min(options.rounds, max(1, int(MAX_SECONDS / (steps * taken[0]))))
-    found = [loop.timed(steps) for _ in range(turns)]
-    return statistics.median(images / seconds for seconds, images in found)
-
-
-def _random_data(dataset: Dataset, recipe: Data, device: torch.device, count: int) -> TrainingData:
-    labels = torch.arange(count) % dataset.num_classes
-    return measure.training_data(dataset, recipe, measure.random_images(count, dataset.shape), labels, device)
+def _median_speed(loop: TimedLoop, taken: float, options: BenchOptions) -> float:
+    """Images a second: the median of options.rounds turns, or of as many as _MAX_SECONDS have room for."""
+    steps = max(1, math.ceil(options.seconds / taken))
+    timing = measure.Timing(loop, None, steps)
+    for _ in range(min(options.rounds, max(1, int(_MAX_SECONDS / (steps * taken))))):
+        timing.turn()
+    return timing.median
 
 
 def _images(
-    dataset: Dataset, recipe: Data, device: torch.device, at_once: Iterable[int], options: BenchOptions
+    context: PhaseContext, at_once: Iterable[int], options: BenchOptions
 ) -> tuple[dict[str, StorageSpeed], dict[str, Any]]:
     """How images may be kept, with the speed of each way; and what was read for that."""
+    dataset, recipe, device = context.dataset, context.recipe.data, context.device
 
     def augmenting(batches: Batches) -> dict[int, float]:
-        return _speeds(lambda size: InputAlone(batches, device, NUM_READ, size), at_once, options)
+        return _speeds(lambda size: InputAlone(batches, device, _NUM_READ, size), at_once, options)
 
-    whole = _random_data(dataset, recipe, device, NUM_READ).batches
-    kept = augmenting(whole)
+    whole = measure.random_data(context, torch.arange(_NUM_READ) % dataset.num_classes).batches
+    kept = cropped = augmenting(whole)
     if dataset.storage == "tensors":
         return {"resident": StorageSpeed(None, 0.0, kept)}, {}
-    cropped = kept
     if recipe.crop:
-        record, shape = dataset.record, (recipe.crop, recipe.crop, 3)
-        seen = measure.random_images(NUM_READ, shape).to(device)
-        cropped = augmenting(CropBatches(seen, recipe, record.mean, record.std, cropped=True))
+        seen = measure.random_images(_NUM_READ, (recipe.crop, recipe.crop, 3)).to(device)
+        cropped = augmenting(CropBatches(seen, recipe, dataset.record.mean, dataset.record.std, cropped=True))
 
-    def reading(reader: ImageReader, indices: Sequence[int]) -> float:
-        return _median_speed(*_warm(lambda _: ReadingAlone(reader, indices, whole.num_uniforms), 1), options)
+    def reading(reader: ImageReader, count: int) -> float:
+        loop = ReadingAlone(reader, range(count), whole.num_uniforms)
+        loop.take(count)  # from here on in the page cache, and verified
+        return _median_speed(*_warm(loop), options)
 
     own = dataset.storage if options.data is not None else ""
     with tempfile.TemporaryDirectory(prefix="cpmix-bench-") as made:
@@ -386,48 +361,42 @@ def _images(
         def opened() -> Shards:
             if hashes is None:
                 return dataset.shards("train")
-            return Shards(Path(made), "train", hashes, dataset.shape, NUM_READ)
+            return Shards(Path(made), "train", hashes, dataset.shape, _NUM_READ)
 
-        shards = opened()
-        packed = range(min(NUM_READ, len(shards)))
-        ReadingAlone(shards, packed, 0).take(len(packed))  # from here on in the page cache, and verified
-        verified = reading(shards, packed)
-        seconds, _ = ReadingAlone(opened(), packed, 0).timed(len(packed))
+        packed = min(_NUM_READ, len(opened()))
+        verified = reading(opened(), packed)
+        seconds, _ = ReadingAlone(opened(), range(packed), 0).timed(packed)
         paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
-        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(NUM_READ, len(paths)), dtype=int)]
-        reader = FileReader(paths, dataset.shape, recipe, upright=dataset.upright)
-        ReadingAlone(reader, range(len(paths)), whole.num_uniforms).take(len(paths))
-        decoded = reading(reader, range(len(paths)))
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(_NUM_READ, len(paths)), dtype=int)]
+        decoded = reading(FileReader(paths, dataset.shape, recipe, upright=dataset.upright), len(paths))
         mean_bytes = float(file_sizes(paths).mean())
-    width, height = GENERATED
+    width, height = _GENERATED
     of_files = f"{len(paths)} of its files" if own == "files" else f"{len(paths)} generated JPEGs, {width} x {height}"
     return {
         "shards": StorageSpeed(verified, float(np.prod(dataset.shape)), kept),
         "files": StorageSpeed(decoded, mean_bytes, cropped),
-    }, {"first_read": len(packed) / seconds, "image_files": of_files}
+    }, {"first_read": packed / seconds, "image_files": of_files}
 
 
 def _pack(folder: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
-    """Write a shard of NUM_READ images of random pixels; returns their hashes."""
-    images = measure.random_images(NUM_READ, shape).numpy()
+    """Write a shard of _NUM_READ images of random pixels; return their hashes."""
+    images = measure.random_images(_NUM_READ, shape).numpy()
     (folder / shard_name("train", 0)).write_bytes(images.tobytes())
     hashes = np.frombuffer(b"".join(sha256(image.tobytes()).digest() for image in images), dtype=np.uint8)
     return hashes.reshape(-1, 32)
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """NUM_GENERATED JPEGs that have detail at every scale, as photographs do; about as large as those of ImageNet."""
-    generator = np.random.default_rng(0)
-    paths = [folder / f"{number}.jpg" for number in range(NUM_GENERATED)]
-    for path in paths:
-        pixels = np.full((GENERATED[1], GENERATED[0], 3), 128.0)
-        for octave in range(8):
-            side = 4 * 2**octave
-            for channel in range(3):
-                noise: NDArray[np.float32] = generator.standard_normal((3 * side // 4, side), dtype=np.float32)
-                scaled = Image.fromarray(noise).resize(GENERATED, Image.Resampling.BICUBIC)
-                pixels[:, :, channel] += 50 * 0.85**octave * np.asarray(scaled)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    """_NUM_GENERATED JPEGs that have detail at every scale, as photographs do; about as large as those of ImageNet."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.full((_NUM_GENERATED, 3, *reversed(_GENERATED)), 128.0)
+    for octave in range(8):
+        side = 4 * 2**octave
+        noise = torch.randn(_NUM_GENERATED, 3, 3 * side // 4, side, generator=generator)
+        pixels += 50 * 0.85**octave * F.interpolate(noise, pixels.shape[2:], mode="bicubic")
+    paths = [folder / f"{number}.jpg" for number in range(_NUM_GENERATED)]
+    for path, image in zip(paths, pixels.clip(0, 255).byte().permute(0, 2, 3, 1).numpy(), strict=True):
+        Image.fromarray(image).save(path, quality=90)
     return paths
 
 
@@ -452,26 +421,15 @@ def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str,
     return None
 
 
-def report(fields: dict[str, Any], loads: Mapping[str, Load], measured: Measurements, assumed: Assumptions) -> None:
+def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
     """Three parts: measured, assumed, projected; or the JSON object."""
     hours = "GPU-hours" if fields["device_type"] == "cuda" else "rank-hours"
-    lines = [
-        f"measured here: {fields['device']}, threads: {fields['threads']}, {fields['precision']}, "
-        f"torch {fields['torch']}",
-        *console.table_lines(("what", ">images/s", "how"), _measured_rows(fields, loads, measured)),
-        "",
-        f"assumed: {assumed.cores} cores of each rank read images (--cores); {assumed.link:g} GB/s each way on the "
-        f"slowest link (--link); {assumed.ranks_per_machine} ranks a machine",
-        *(f"  {said}" for said in fields["assumed"]["said"]),
-        "",
-        f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
-        f"{fields['num_classes']:,} classes ({fields['counts_from']})",
-    ]
+    assumed, projected = fields["assumed"], fields["projected"]
     totals, steps = [], []
-    for entry in fields["projected"]:
+    for entry in projected:
         ranks = f"{entry['world_size']:,}"
         for kept, found in entry["images"].items():
-            times = [console.duration(found["phases"][phase]["seconds"]) for phase in loads]
+            times = [console.duration(step["seconds"]) for step in found["phases"].values()]
             totals.append([ranks, kept, *times, console.duration(found["seconds"]), f"{found['rank_hours']:,.1f}"])
             for phase, step in found["phases"].items():
                 times = [f"{1000 * step[f'{what}_seconds']:,.1f}" for what in ("device", "input", "link")]
@@ -479,23 +437,39 @@ def report(fields: dict[str, Any], loads: Mapping[str, Load], measured: Measurem
                     [
                         *(ranks, kept, phase, f"{step['images_per_rank_and_step']:,}", f"{step['steps_per_epoch']:,}"),
                         *(*times, step["limit"], f"{step['cores_wanted']:,}"),
-                        f"{step['network_bytes_per_rank_and_step'] / MB:,.1f}",
-                        f"{step['disk_bytes_per_epoch'] / GB:,.1f}",
-                        f"{step['disk_bytes_per_second_and_machine'] / MB:,.0f}",
+                        f"{step['network_bytes_per_rank_and_step'] / _MB:,.1f}",
+                        f"{step['disk_bytes_per_epoch'] / _GB:,.1f}",
+                        f"{step['disk_bytes_per_second_and_machine'] / _MB:,.0f}",
                     ]
                 )
-    header = (">ranks", "images", *(f">{phase}" for phase in loads), ">together", f">{hours}")
-    lines += console.table_lines(header, totals)
-    header = (">ranks", "images", "phase", ">a rank", ">steps", ">device ms", ">input ms", ">link ms", "limit")
-    header += (">cores wanted", ">MB sent", ">disk GB", ">MB/s")
-    lines += ["", "a step of a rank; steps and bytes from disk of an epoch, MB/s from disk of a machine"]
-    lines += [*console.table_lines(header, steps), ""]
+    totals_header = (">ranks", "images", *(f">{phase}" for phase in num_terms), ">together", f">{hours}")
+    steps_header = (
+        *(">ranks", "images", "phase", ">a rank", ">steps", ">device ms", ">input ms", ">link ms", "limit"),
+        *(">cores wanted", ">MB sent", ">disk GB", ">MB/s"),
+    )
+    lines = [
+        f"measured here: {fields['device']}, threads: {fields['threads']}, {fields['precision']}, "
+        f"torch {fields['torch']}",
+        *console.table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms)),
+        "",
+        f"assumed: {assumed['cores']} cores of each rank read images (--cores); {assumed['link']:g} GB/s each way on "
+        f"the slowest link (--link); {assumed['ranks_per_machine']} ranks a machine",
+        *(f"  {said}" for said in assumed["said"]),
+        "",
+        f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
+        f"{fields['num_classes']:,} classes ({fields['counts_from']})",
+        *console.table_lines(totals_header, totals),
+        "",
+        "a step of a rank; steps and bytes from disk of an epoch, MB/s from disk of a machine",
+        *console.table_lines(steps_header, steps),
+        "",
+    ]
     for kept, first in fields["runs_out_first"].items():
-        runs_out = f"nothing but the device, with up to {_ranks(fields['projected'][-1])}"
+        runs_out = f"nothing but the device, with up to {_ranks(projected[-1])}"
         if first is not None:
             runs_out = f"the {first['limit']}, with {_ranks(first)} in {first['phase']}"
-        lines.append(f"runs out first with images {PLACES[kept]}: {runs_out}")
-    for entry in fields["projected"]:
+        lines.append(f"runs out first with images {_PLACES[kept]}: {runs_out}")
+    for entry in projected:
         phases = next(iter(entry["images"].values()))["phases"]
         shares = [f"{100 * step['pairs_share']:.3f} % of {phase}" for phase, step in phases.items()]
         lines.append(f"counting and drawing pairs with {_ranks(entry)}: {', '.join(shares)}")
@@ -507,30 +481,30 @@ def _ranks(entry: Mapping[str, Any]) -> str:
     return "1 rank" if entry["world_size"] == 1 else f"{entry['world_size']:,} ranks"
 
 
-def _measured_rows(fields: Mapping[str, Any], loads: Mapping[str, Load], measured: Measurements) -> list[list[str]]:
+def _measured_rows(found: Mapping[str, Any], num_terms: Mapping[str, int]) -> list[list[str]]:
     def speed(images_per_second: float) -> str:
         return f"{images_per_second:,.{0 if images_per_second >= 100 else 1}f}"
 
-    def batches(speeds: Mapping[int, float], terms: int = 1) -> str:
+    def row(what: str, speeds: Mapping[int, float], terms: int = 1) -> list[str]:
         several = f" x {terms} terms" if terms > 1 else ""
-        return "by images at once: " + ", ".join(f"{n}{several}: {speed(found)}" for n, found in speeds.items())
+        how = ", ".join(f"{n}{several}: {speed(found)}" for n, found in speeds.items())
+        return [what, speed(max(speeds.values())), f"by images at once: {how}"]
 
     rows = []
-    found, kept = fields["measured"], measured.kept
-    if (files := kept.get("files")) is not None and files.read is not None:
-        how = f"{found['image_files']}, mean {files.image_bytes / 1000:,.0f} KB"
-        rows.append(["decode and crop an image file, one core", speed(files.read), how])
-    if (packed := kept.get("shards")) is not None and packed.read is not None:
+    kept = found["kept"]
+    if "files" in kept:
+        files, packed = kept["files"], kept["shards"]
+        how = f"{found['image_files']}, mean {files['image_bytes'] / 1000:,.0f} KB"
+        rows.append(["decode and crop an image file, one core", speed(files["read"]), how])
         first = f"{found['first_read']:,.0f} at first touch, with its hash"
-        how = f"{packed.image_bytes / 1000:,.0f} KB each from the page cache; {first}"
-        rows.append(["read a packed image, one core", speed(packed.read), how])
+        how = f"{packed['image_bytes'] / 1000:,.0f} KB each from the page cache; {first}"
+        rows.append(["read a packed image, one core", speed(packed["read"]), how])
     for name, images in kept.items():
         if name != "shards" or "resident" not in kept:
-            rows.append([f"augment, {name}", speed(max(images.augment.values())), batches(images.augment)])
-    for phase, speeds in measured.network.items():
-        rows.append([f"network, {phase}", speed(max(speeds.values())), batches(speeds, loads[phase].num_terms)])
-    sizes = [f"{phase} {count / MB:,.1f} MB" for phase, count in measured.gradient_bytes.items()]
-    rows.append(["gradients", "", f"{', '.join(sizes)}; running statistics {measured.buffer_bytes / MB:,.2f} MB"])
-    how = f"count {1000 * measured.count_seconds:.3f} ms, draw {1000 * measured.draw_seconds:.3f} ms a batch; "
-    rows.append(["confused pairs", "", how + f"K has {found['confusion_bytes'] / MB:,.1f} MB"])
+            rows.append(row(f"augment, {name}", images["augment"]))
+    rows += [row(f"network, {phase}", speeds, num_terms[phase]) for phase, speeds in found["network"].items()]
+    sizes = [f"{phase} {count / _MB:,.1f} MB" for phase, count in found["gradient_bytes"].items()]
+    rows.append(["gradients", "", f"{', '.join(sizes)}; running statistics {found['buffer_bytes'] / _MB:,.2f} MB"])
+    how = f"count {1000 * found['count_seconds']:.3f} ms, draw {1000 * found['draw_seconds']:.3f} ms a batch; "
+    rows.append(["confused pairs", "", how + f"K has {found['confusion_bytes'] / _MB:,.1f} MB"])
     return rows

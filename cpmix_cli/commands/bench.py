@@ -23,10 +23,10 @@ from cpmix_cli.bench.measure import (
     measure,
     not_projected,
     pair_costs,
+    prepare,
+    random_data,
     random_images,
-    recipe_for,
     start_up_seconds,
-    training_data,
     training_set,
 )
 from cpmix_cli.data.batches import open_batches
@@ -34,7 +34,7 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal
+from cpmix_cli.training.plan import make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
 
 
@@ -49,24 +49,18 @@ def run(options: BenchOptions) -> None:
     if options.world_sizes:
         projection.run(options)
         return
-    device = hardware.use_device(options.device)
-    memory = Memory(device)
     dataset = training_set(options.data, options.data_root)
-    name = options.recipe or dataset.record.recipe
-    recipe = recipe_for(dataset, name, options)
-    precision = hardware.resolve_precision(recipe.model.precision, device)
-    best = hardware.resolve_precision("auto", device)
-    context = PhaseContext(recipe, dataset, device, precision, {})
+    name, context, phases = prepare(options, dataset)
+    recipe, device, precision = context.recipe, context.device, context.precision
+    memory, best = Memory(device), hardware.resolve_precision("auto", device)
     images: Tensor | None
     if options.data is None:
         labels = torch.arange(dataset.num_classes).repeat_interleave(torch.tensor(dataset.class_counts))
-        images = random_images(len(labels), dataset.shape)
-        data = training_data(dataset, recipe.data, images, labels, device)
+        images, data = random_images(len(labels), dataset.shape), random_data(context, labels)
     else:
         batches, labels = open_batches(dataset, "train", recipe.data, device)
         images = dataset.read("train")[0] if dataset.storage == "tensors" else None
         data = TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
-    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     workers = torch.get_num_threads()
 
     def reference() -> TimedLoop:

@@ -10,7 +10,7 @@ from helpers.commands import cpmix, must
 from helpers.files import files
 from PIL import Image
 
-from cpmix_cli.bench.projection import Assumptions, Load, Measurements, StorageSpeed, project, share
+from cpmix_cli.bench.projection import Assumptions, Load, Measurements, StorageSpeed, project
 
 LOAD = Load(
     epochs=60,
@@ -95,20 +95,18 @@ def test_eight_ranks_by_hand() -> None:
 
 def test_the_link_runs_out_first_on_64_ranks() -> None:
     """3 images each, at the speed measured with 3: 9 / 100 s. With 1 GB/s the gradients take twice as long."""
-    step = share(MEASURED, replace(ASSUMED, link=1.0), LOAD, "stage2", "shards", 64, 192)
+    step = projected(MEASURED, replace(ASSUMED, link=1.0), LOAD, "shards", 64)["phases"]["stage2"]
     assert step["device_seconds"] == pytest.approx(0.09 + 12 / 50_000 + 0.001)
     sent = 2 * 63 / 64 * (100_000_000 + 48) + 200_000 + 63 * 8 * 3
     assert step["network_bytes_per_rank_and_step"] == round(sent)
     assert (step["limit"], step["step_seconds"]) == ("link", pytest.approx(sent / 1e9))
-    found = projected(MEASURED, replace(ASSUMED, link=1.0), LOAD, "shards", 64)["phases"]["stage2"]
-    assert found["disk_bytes_per_second_and_machine"] == pytest.approx(
-        8 * 12 * 200_000 / step["step_seconds"]
-    )  # 8 ranks on it
+    # 8 ranks on a machine
+    assert step["disk_bytes_per_second_and_machine"] == pytest.approx(8 * 12 * 200_000 / step["step_seconds"])
 
 
 def test_batches_that_do_not_come_out_even_and_micro_batches() -> None:
     def images(world_size: int, load: Load = LOAD) -> tuple[int, int]:
-        found = share(MEASURED, ASSUMED, load, "stage2", "shards", world_size, 192)
+        found = projected(MEASURED, ASSUMED, load, "shards", world_size)["phases"]["stage2"]
         return found["images_per_rank_and_step"], found["read_per_rank_and_step"]
 
     assert images(65) == (3, 12)  # 195 in all, three of them filled up
