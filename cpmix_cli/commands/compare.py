@@ -12,22 +12,13 @@ from typing import Any
 from cpmix_cli.artifacts import files
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.flags import CompareOptions
-from cpmix_cli.results.comparison import (
-    MAX_NAMED,
-    ComparisonRow,
-    EvaluatedRun,
-    differences_of,
-    evaluations_of,
-    in_rows,
-    said,
-    shown,
-    split_name,
-)
+from cpmix_cli.results import comparison
+from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, shortened
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Keys of metrics.json, per cent -> column names."""
@@ -57,7 +48,7 @@ def run(options: CompareOptions) -> None:
             console.note(f"compare: {folder} is given twice, and counted once")
         else:
             seen.add((root.resolve(), phase))
-            found, others = evaluations_of(root, phase)
+            found, others = comparison.evaluations_of(root, phase)
             measured += found
             left_out += others
     if not measured:
@@ -65,22 +56,25 @@ def run(options: CompareOptions) -> None:
             f"no evaluation of use in {', '.join(map(str, options.folders))}",
             fix=console.typed("status", *options.folders) + " says what to type next",
         )
-    rows = in_rows(measured)
+    rows = comparison.in_rows(measured)
     if options.paper is None:
-        fields: dict[str, Any] = {"rows": [row_fields(row) for row in rows], "differences": differences_of(rows)}
-        sheets, records = sheets_of(rows, with_deviations=options.form != "table"), records_of(rows)
+        fields: dict[str, Any] = {
+            "rows": [_row_fields(row) for row in rows],
+            "differences": comparison.differences_of(rows),
+        }
+        sheets, records = _sheets_of(rows, with_deviations=options.form != "table"), _records_of(rows)
     else:
         table = PAPER_TABLES[options.paper]
-        for other in (row.first for row in rows if not places(row, table)):
+        for other in (row.first for row in rows if not _places(row, table)):
             what = f"{other.name}, finetune {other.stage}, {other.data}"
             console.note(f"compare: in no cell of {options.paper}: {what} ({other.run})")
-        records = paper_records(table, rows)
+        records = _paper_records(table, rows)
         fields = {"paper": options.paper, "title": table.title, "note": table.note, "cells": records}
-        sheets = [paper_sheet(table, rows)]
-    publish(options, {**fields, "left_out": left_out}, sheets, records)
+        sheets = [_paper_sheet(table, rows)]
+    _publish(options, {**fields, "left_out": left_out}, sheets, records)
 
 
-def publish(
+def _publish(
     options: CompareOptions, fields: dict[str, Any], sheets: Sequence[Sheet], records: Sequence[Mapping[str, Any]]
 ) -> None:
     """The result on stdout, or in --out."""
@@ -101,22 +95,13 @@ def publish(
     console.result({"status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
 
 
-def difference_lines(rows: Sequence[ComparisonRow]) -> list[str]:
-    """What differences_of() finds, as lines."""
-    lines = []
-    for entry in differences_of(rows):
-        keys = [f"{key}: {', '.join(map(shown, values))}" for key, values in entry["keys"].items()]
-        lines.append(f"rows {listed(entry['rows'])} differ in {shortened(keys, MAX_LISTED, '; ')}")
-    return lines
-
-
-def listed(numbers: Sequence[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     """1, 2 and 4."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def row_fields(row: ComparisonRow) -> dict[str, Any]:
+def _row_fields(row: ComparisonRow) -> dict[str, Any]:
     """A row as plain values, full precision."""
     run, published = row.first, row.published()
     mean = row.statistics("top1")[0]
@@ -125,7 +110,7 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
         "recipe": run.method.recipe,
         "changed": run.method.changed,
         "data": run.data,
-        "rho": split_name(run.data)[1],
+        "rho": comparison.split_name(run.data)[1],
         "finetune": run.stage,
         "n": len(row.runs),
         "seeds": [r.seed for r in row.runs],
@@ -144,22 +129,20 @@ def row_fields(row: ComparisonRow) -> dict[str, Any]:
     }
 
 
-def records_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """A record for each row, for CSV: no value is a list or table; the last column says in what it differs from others
-    of its method.
-    """
+def _records_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
+    """Rows for CSV: no value is a list or table; the last column has what differs from others of the method."""
     records = []
     for row in rows:
         record: dict[str, Any] = {}
-        for key, value in row_fields(row).items():
+        for key, value in _row_fields(row).items():
             if key in MEASURES:
                 record |= {f"{key}_{part}": number for part, number in value.items()}
             elif key != "conditions":
                 record[key] = FLATTEN[key](value) if key in FLATTEN else value
         records.append(record | {"differs": ""})
-    for entry in differences_of(rows):
+    for entry in comparison.differences_of(rows):
         for place, number in enumerate(entry["rows"]):
-            values = (f"{key}={shown(values[place])}" for key, values in entry["keys"].items())
+            values = (f"{key}={comparison.shown(values[place])}" for key, values in entry["keys"].items())
             records[number - 1]["differs"] = "; ".join(values)
     return records
 
@@ -168,11 +151,11 @@ FLATTEN: dict[str, Callable[[Any], str]] = {
     "seeds": lambda seeds: " ".join(map(str, seeds)),
     "runs": " ".join,
     "epochs": lambda epochs: "+".join(map(str, epochs)),
-    "changed": said,
+    "changed": comparison.said,
 }
 
 
-def with_deviation(row: ComparisonRow, measure: str) -> str:
+def _with_deviation(row: ComparisonRow, measure: str) -> str:
     """A mean with its deviation, two decimals."""
     mean, deviation = row.statistics(measure)
     if mean is None:
@@ -180,38 +163,34 @@ def with_deviation(row: ComparisonRow, measure: str) -> str:
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} +- {deviation:.2f}"
 
 
-def sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
-    """A table of accuracies for each data set, and one of what the training took.
-
-    Args:
-        rows: in their order.
-        with_deviations: of every measure, and not of top-1 alone, which keeps the table within a terminal.
+def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
+    """A table of accuracies for each data set, and one of what the training took. Deviations of top-1 alone keep the
+    table within a terminal.
     """
     numbered = list(enumerate(rows, start=1))
     sheets = [
-        accuracy_sheet(data, [(n, row) for n, row in numbered if row.first.data == data], with_deviations)
+        _accuracy_sheet(data, [(n, row) for n, row in numbered if row.first.data == data], with_deviations)
         for data in dict.fromkeys(row.first.data for row in rows)
     ]
-    sheets[-1] = replace(sheets[-1], lines=accuracy_lines(numbered, with_deviations))
-    return [*sheets, cost_sheet(numbered)]
+    sheets[-1] = replace(sheets[-1], lines=_accuracy_lines(numbered, with_deviations))
+    return [*sheets, _cost_sheet(numbered)]
 
 
-def accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> Sheet:
+def _accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> Sheet:
     """Accuracies on one data set."""
     header = ["#", "method", "finetune", ">n", *(f">{name}" for name in MEASURES.values())]
-    published = {number: row.published() for number, row in numbered}
-    if any(published.values()):
+    published = [row.published() for _, row in numbered]
+    if any(published):
         header += [">paper", ">diff"]
     table = []
-    for number, row in numbered:
+    for (number, row), found in zip(numbered, published, strict=True):
         run = row.first
         cells = [str(number), run.name, run.stage, str(len(row.runs))]
         for measure in MEASURES:
-            mean = row.statistics(measure)[0]
-            short = "-" if mean is None else f"{mean:.2f}"
-            cells.append(with_deviation(row, measure) if with_deviations or measure == "top1" else short)
-        if any(published.values()):
-            found, mean = published[number], row.statistics("top1")[0]
+            cell = _with_deviation(row, measure)
+            cells.append(cell if with_deviations or measure == "top1" else cell.partition(" ")[0])
+        if any(published):
+            mean = row.statistics("top1")[0]
             if found is None or mean is None:
                 cells += ["-", "-"]
             else:
@@ -220,8 +199,8 @@ def accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], wit
     return Sheet(f"{data}, per cent", header, table)
 
 
-def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> list[str]:
-    """What is said below the accuracies."""
+def _accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> list[str]:
+    """What is comparison.said below the accuracies."""
     rows = [row for _, row in numbered]
     lines: list[str] = []
     if any(len(row.runs) > 1 for row in rows):
@@ -231,11 +210,11 @@ def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviation
         seeds = [r.seed for r in row.runs]
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             lines.append(
-                f"row {number} has several runs of seed {listed(twice)}: its +- is not that of {len(seeds)} seeds"
+                f"row {number} has several runs of seed {_listed(twice)}: its +- is not that of {len(seeds)} seeds"
             )
         run = row.first
-        if len(run.method.changed) > MAX_NAMED:
-            keys = [said({key: value}) for key, value in run.method.changed.items()]
+        if len(run.method.changed) > comparison.MAX_NAMED:
+            keys = [comparison.said({key: value}) for key, value in run.method.changed.items()]
             lines.append(f"{run.name}: {run.method.recipe} but for {shortened(keys, MAX_LISTED)}")
     known = [(number, row, found) for number, row in numbered if (found := row.published())]
     if known:
@@ -243,22 +222,25 @@ def accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviation
     if any(found[0].copied for *_, found in known):
         lines.append(f"* {COPIED}")
     if given := [number for number, row, _ in known if row.first.conditions["init"] != "none"]:
-        lines.append(f"row{'s' * (len(given) > 1)} {listed(given)}: started from given weights (--init)")
+        lines.append(f"row{'s' * (len(given) > 1)} {_listed(given)}: started from given weights (--init)")
     fewer: dict[str, list[int]] = {}
     for number, row, _ in known:
         if row.first.full_epochs is not None:
-            fewer.setdefault(epochs_note(row), []).append(number)
+            fewer.setdefault(_epochs_note(row), []).append(number)
     for note, numbers in fewer.items():
-        lines.append(f"row{'s' * (len(numbers) > 1)} {listed(numbers)}: {note}; diff is to the paper's full training")
-    return [*lines, *difference_lines(rows)]
+        lines.append(f"row{'s' * (len(numbers) > 1)} {_listed(numbers)}: {note}; diff is to the paper's full training")
+    for entry in comparison.differences_of(rows):
+        keys = [f"{key}: {', '.join(map(comparison.shown, values))}" for key, values in entry["keys"].items()]
+        lines.append(f"rows {_listed(entry['rows'])} differ in {shortened(keys, MAX_LISTED, '; ')}")
+    return lines
 
 
-def epochs_note(row: ComparisonRow) -> str:
+def _epochs_note(row: ComparisonRow) -> str:
     """10 of 300 epochs; of both stages."""
     return f"{row.first.conditions['schedule.epochs']} of {row.first.full_epochs} epochs"
 
 
-def cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
+def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
     """What the training took."""
     costs = {number: row.cost() for number, row in numbered}
     on_gpu = any(cost["gpu_hours"] is not None for cost in costs.values())
@@ -279,7 +261,7 @@ def cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
         checkpoints = tuple(sorted(r.checkpoint for r in row.runs))
         same.setdefault((*checkpoints, *cells), []).append(number)
     width = len(header) - 1
-    table = [[listed(numbers), *key[-width:]] for key, numbers in same.items()]
+    table = [[_listed(numbers), *key[-width:]] for key, numbers in same.items()]
     lines = [
         "summed over all phases that lead to the checkpoint, wherever they are",
         "(a stage 1 that several share: in each of their rows); means over n",
@@ -290,12 +272,12 @@ def cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
     return Sheet("training", header, table, lines)
 
 
-def places(row: ComparisonRow, table: PaperTable) -> list[tuple[PaperRow, Column]]:
+def _places(row: ComparisonRow, table: PaperTable) -> list[tuple[PaperRow, Column]]:
     """The cells of a table that a row stands for."""
     return [(theirs, column) for theirs in table.rows for column in table.columns if row.stands_for(theirs, column)]
 
 
-def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
+def _paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """A record for every cell of a table and each row of ours for it; one without where there is none."""
     records = []
     for theirs in table.rows:
@@ -309,7 +291,7 @@ def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict
                 "paper_copied": theirs.copied,
             }
             found = [row for row in rows if row.stands_for(theirs, column)]
-            for ours in [our_fields(row, column) for row in found] or [NO_RUN]:
+            for ours in [_our_fields(row, column) for row in found] or [NO_RUN]:
                 records.append({**cells, **ours, "note": theirs.note})
     return records
 
@@ -317,7 +299,7 @@ def paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict
 NO_RUN = {"ours_mean": None, "ours_std": None, "n": 0, "epochs": None, "full_epochs": None, "runs": ""}
 
 
-def our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
+def _our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
     """What a record has of a row of ours."""
     mean, deviation = row.statistics(column.measure)
     return {
@@ -330,13 +312,13 @@ def our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
     }
 
 
-def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
+def _paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
     """A table of the paper, each row followed by ours, empty where no run is."""
     letters: dict[str, str] = {}
 
     def cell_of(row: ComparisonRow, column: Column, beside: int) -> str:
-        seeds = f"{len(row.runs)} run{'s' * (len(row.runs) > 1)}"
-        note = seeds if row.first.full_epochs is None else f"{seeds} of {epochs_note(row)}"
+        seeds = counted(len(row.runs), "run")
+        note = seeds if row.first.full_epochs is None else f"{seeds} of {_epochs_note(row)}"
         few = row.first.conditions["few_inclusive"]
         if column.measure in GROUPS and few != table.few_inclusive:
             note += ", classes of 20 images are few" if few else ", classes of 20 images are medium"
@@ -344,8 +326,8 @@ def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
             note += f", started from weights {row.first.conditions['init']}"
         if beside > 1:
             note += f", {row.first.run}"
-        letter = letters.setdefault(note, letter_of(len(letters)))
-        return f"{with_deviation(row, column.measure)} {letter}"
+        letter = letters.setdefault(note, _letter_of(len(letters)))
+        return f"{_with_deviation(row, column.measure)} {letter}"
 
     body = []
     for theirs in table.rows:
@@ -365,6 +347,6 @@ def paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
     return Sheet(f"{table.title}, per cent", header, body, lines)
 
 
-def letter_of(number: int) -> str:
+def _letter_of(number: int) -> str:
     """a, b, ..., z, aa, ab, ..."""
-    return (letter_of(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
+    return (_letter_of(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)

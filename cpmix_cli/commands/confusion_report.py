@@ -11,20 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cpmix_cli.artifacts import locks, tables
-from cpmix_cli.artifacts.files import (
-    CONFUSED_PAIRS,
-    CONFUSION_MATRIX,
-    CONFUSION_PAIRS,
-    MODEL,
-    PER_CLASS,
-    RUN,
-    check_place,
-    digest,
-    publish,
-    read_bytes,
-    sha256,
-)
+from cpmix_cli.artifacts import files, locks, tables
 from cpmix_cli.data.batches import pictures
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
@@ -45,10 +32,12 @@ from cpmix_cli.runtime.errors import InputError, UsageError
 DECISION_REGIONS = "decision_regions"
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
+Pictures = list[tuple[str, str, dict[figures.Kind, bytes]]]
+"""File name without its ending, caption, and PNG and SVG of each."""
 
 
 @dataclass(frozen=True)
-class Reported:
+class _Reported:
     """An evaluated phase, and what the page shows of it."""
 
     root: Path
@@ -71,8 +60,8 @@ def run(options: ReportOptions) -> None:
         InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
-    own = read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
-    others = [read_reported(folder, None, None, None) for folder in options.compare]
+    own = _read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
+    others = [_read_reported(folder) for folder in options.compare]
     for other in others:
         if other.dataset.class_names != own.dataset.class_names:
             raise InputError(f"{other.root} has other classes than {own.root}", needed_by="confusion-report --compare")
@@ -88,54 +77,45 @@ def run(options: ReportOptions) -> None:
         "images": options.images,
         "predictions": own.sha,
         "dataset": own.dataset.fingerprint,
-        "accuracies": digest(
-            [run.accuracies for run in reported]
-        ),  # of other evaluations of the run too: the page shows them
+        # Of other evaluations of the run too: the page shows them.
+        "accuracies": files.digest([run.accuracies for run in reported]),
         "page": page_digest(),
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
-    again = options.overwrite or not is_own_page(index, folder)
+    again = options.overwrite or not _is_own_page(index, folder)
     status = output.decide(folder, made_from, overwrite=again, refresh=True)
     if status == "fresh":
-        write(folder, index, made_from, reported, pairs, options.images)
+        _write(folder, index, made_from, reported, pairs, options.images)
     else:
         locks.tidy(folder)
         locks.tidy(index.parent)
-    report(folder, index, own, pairs, status)
+    _report(folder, index, own, pairs, status)
 
 
-def read_reported(
-    given: Path, phase: str | None, out: Path | None, data: Path | None, data_root: Path | None = None
-) -> Reported:
-    """An evaluated phase of a run.
-
-    Args:
-        given: run folder, or a phase's folder in it.
-        phase: of the run; None: the last one done.
-        out: where evaluate --out wrote; what is there comes before what stands in the run itself.
-        data: data set folder; None: where the run recorded it.
-        data_root: of its image files; None: where they were when it was built.
-
-    Raises:
-        InputError: no such run, it was not evaluated, or files are damaged.
-    """
+def _read_reported(
+    given: Path,
+    phase: str | None = None,
+    out: Path | None = None,
+    data: Path | None = None,
+    data_root: Path | None = None,
+) -> _Reported:
+    """An evaluated phase of a run; what evaluate --out wrote to `out` comes before what stands in the run itself."""
     source = choose(given, phase)
     root = source.run
-    evaluations = (out or root) / "evaluation"
-    if not (evaluations / source.phase / RUN).is_file():
-        evaluations = root / "evaluation"
+    evaluation = (out or root) / "evaluation" / source.phase
+    if not (evaluation / files.RUN).is_file():
+        evaluation = root / "evaluation" / source.phase
     dataset = folders.find_dataset(root, source.record().dataset, data, data_root=data_root)
-    evaluation = evaluations / source.phase
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
-    table = tables.read_confusions(*source.output(CONFUSION_PAIRS), dataset.num_classes)
+    table = tables.read_confusions(*source.output(files.CONFUSION_PAIRS), dataset.num_classes)
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    path, classes_sha = run_json.output_of(evaluation, record, PER_CLASS)
+    path, classes_sha = run_json.output_of(evaluation, record, files.PER_CLASS)
     confidence = torch.tensor(predictions["confidence"].to_numpy(), dtype=torch.float64)
     right = torch.tensor((predictions["label"] == predictions["predicted"]).to_numpy())
     shown = ShownRun(
         name=source.phase,
-        facts=facts(source, dataset, matrix),
+        facts=_facts(source, dataset, matrix),
         class_counts=dataset.class_counts,
         groups=tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist(),
         matrix=matrix.numpy(),
@@ -143,10 +123,10 @@ def read_reported(
         reliability=reliability(confidence, right).numpy(),
     )
     accuracies = accuracy_rows(evaluation.parent, evaluation.name)
-    return Reported(root, source, dataset, evaluation, predictions, sha, accuracies, shown)
+    return _Reported(root, source, dataset, evaluation, predictions, sha, accuracies, shown)
 
 
-def names(reported: list[Reported]) -> list[str]:
+def _names(reported: list[_Reported]) -> list[str]:
     """What to call each run on a page: its folder's name; more of its path, or its phase, where two would be alike."""
     if len(reported) == 1:
         return [reported[0].source.phase]
@@ -158,45 +138,45 @@ def names(reported: list[Reported]) -> list[str]:
     return [f"{'/'.join(run.root.resolve().parts[-2:])} {run.source.phase}" for run in reported]
 
 
-def is_own_page(index: Path, folder: Path) -> bool:
+def _is_own_page(index: Path, folder: Path) -> bool:
     """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
-    if not index.is_file() or not (folder / RUN).is_file():
+    if not index.is_file() or not (folder / files.RUN).is_file():
         return False
-    return run_json.read_run(folder, run_json.ReportRecord).page == sha256(read_bytes(index))
+    return run_json.read_run(folder, run_json.ReportRecord).page == files.sha256(files.read_bytes(index))
 
 
-def write(
-    folder: Path, index: Path, made_from: dict[str, Any], reported: list[Reported], pairs: pd.DataFrame, num_images: int
+def _write(
+    folder: Path,
+    index: Path,
+    made_from: dict[str, Any],
+    reported: list[_Reported],
+    pairs: pd.DataFrame,
+    num_images: int,
 ) -> None:
     """Tables, pictures, the page, and run.json last."""
     own = reported[0]
     source = own.source
     warn_of_boxes(own.dataset.class_names)
-    pictures = draw(own)
-    page = make_page(reported, pairs, pictures, num_images)
-    check_place(folder, len(page))
+    pictures = _draw(own)
+    page = _make_page(reported, pairs, pictures, num_images)
+    files.check_place(folder, len(page))
     # The page is that of all phases' reports: one at a time.
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
         cells = tables.confusion_columns(torch.from_numpy(own.shown.matrix))
-        recorder.publish_table(CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
+        recorder.publish_table(files.CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
         columns = {str(name): column for name, column in pairs.items()}
-        recorder.publish_table(CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
-        for name, _, files in pictures:
-            for kind, data in files.items():
+        recorder.publish_table(files.CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
+        for name, _, encoded in pictures:
+            for kind, data in encoded.items():
                 recorder.publish(f"{name}.{kind}", data)
-        recorder.finish(page=publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
+        recorder.finish(page=files.publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
 
 
-def make_page(
-    reported: list[Reported],
-    pairs: pd.DataFrame,
-    pictures: list[tuple[str, str, dict[figures.Kind, bytes]]],
-    num_images: int,
-) -> str:
+def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int) -> str:
     """The page of a run and those that it is compared with."""
-    own, called = reported[0], names(reported)
+    own, called = reported[0], _names(reported)
     title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
     if len(reported) > 1:
         title = f"Confusion of {', '.join(called)}"
@@ -216,28 +196,25 @@ def make_page(
         notes=notes,
         accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
         pairs=shown_pairs,
-        named_pairs=with_names(pairs.head(NUM_ON_PAGE), own.dataset),
+        named_pairs=_with_names(pairs.head(NUM_ON_PAGE), own.dataset),
         clustered=clustered_order(own.shown.matrix),
-        images=thumbnails(own, num_images),
+        images=_thumbnails(own, num_images),
         pictures=[
-            (caption, [f"{own.source.phase}/{name}.{kind}" for kind in files]) for name, caption, files in pictures
+            (caption, [f"{own.source.phase}/{name}.{kind}" for kind in encoded]) for name, caption, encoded in pictures
         ],
-        embedded=[(caption, files["png"]) for name, caption, files in pictures if name == DECISION_REGIONS],
+        embedded=[(caption, encoded["png"]) for name, caption, encoded in pictures if name == DECISION_REGIONS],
     )
 
 
-def thumbnails(run: Reported, limit: int) -> ContactSheet | None:
+def _thumbnails(run: _Reported, limit: int) -> ContactSheet | None:
     """The wrong test images that the page carries; None without any."""
-    if len(run.dataset.shape) != 3:
-        return None
     chosen = most_confused(run.predictions, limit)
-    if not len(chosen):
+    if len(run.dataset.shape) != 3 or not len(chosen):
         return None
     return sheet(pictures(run.dataset, "test", chosen["sample_id"].to_numpy()), max(run.dataset.shape[:2]), chosen)
 
 
-def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
-    """File name without its ending, caption, and PNG and SVG of each picture."""
+def _draw(run: _Reported) -> Pictures:
     source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
@@ -277,7 +254,7 @@ def draw(run: Reported) -> list[tuple[str, str, dict[figures.Kind, bytes]]]:
     ]
 
 
-def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
     """The pairs with class names and training counts, for readers."""
     names, counts = np.array(dataset.class_names), dataset.class_counts
     rarer, commoner = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
@@ -298,29 +275,22 @@ def with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
     )
 
 
-def facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[tuple[str, str]]:
+def _facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[tuple[str, str]]:
     """What the page says above its pictures."""
-    record = source.record()
-    counts = dataset.class_counts
-    return [
-        ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
-        ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
-        ("Checkpoint", f"{source.phase}, sha256 {source.output(MODEL)[1][:16]}"),
-        ("Network", f"{source.recipe().model.name}, {record.num_parameters:,} parameters"),
-        ("Test images", f"{int(matrix.sum()):,}, {minority_share(matrix, counts)}"),
-    ]
-
-
-def minority_share(matrix: torch.Tensor, counts: np.ndarray[Any, Any]) -> str:
-    """How many test images are wrong, and how much of that is a rarer class taken for a commoner one."""
-    n = torch.tensor(counts)
+    counts, n = dataset.class_counts, torch.tensor(dataset.class_counts)
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     rarer = int(matrix[n[:, None] < n[None, :]].sum())
     share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""
-    return f"{wrong:,} of them wrong{share}"
+    return [
+        ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
+        ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
+        ("Checkpoint", f"{source.phase}, sha256 {source.output(files.MODEL)[1][:16]}"),
+        ("Network", f"{source.recipe().model.name}, {source.record().num_parameters:,} parameters"),
+        ("Test images", f"{int(matrix.sum()):,}, {wrong:,} of them wrong{share}"),
+    ]
 
 
-def report(folder: Path, index: Path, own: Reported, pairs: pd.DataFrame, status: str) -> None:
+def _report(folder: Path, index: Path, own: _Reported, pairs: pd.DataFrame, status: str) -> None:
     """The most confused pairs, the accuracies, and where the pictures are."""
     status = "up to date" if status == "done" else "done"
     picture = folder / run_json.read_run(folder, run_json.ReportRecord).picture
@@ -329,7 +299,9 @@ def report(folder: Path, index: Path, own: Reported, pairs: pd.DataFrame, status
     top = pairs.head(NUM_SHOWN)
     if not console.as_json:
         header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
-        rows = [[str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in with_names(top, own.dataset).iterrows()]
+        rows = [
+            [str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in _with_names(top, own.dataset).iterrows()
+        ]
         title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {size:,} test images wrong)"
         console.table(header, rows, title=title)
     console.result(

@@ -31,7 +31,7 @@ from cpmix_cli.runs import folders, output
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
 from cpmix_cli.training.randomness import torch_generator
 
@@ -57,19 +57,17 @@ def run(options: EvaluateOptions) -> None:
     dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
     if dataset.record.few_inclusive:
         options = replace(options, few_inclusive=True)
-    recipe = requested_recipe(options, source)
+    recipe = _requested_recipe(options, source)
     device = use_device(options.device)
     if options.test_data is None:
         tests = own_tests(dataset, options.split)
     else:
         tests = other_tests(options.test_data, dataset)
 
-    label = options.label
-    if label is None:
-        label = default_label(options, source.recipe(), recipe)
+    label = options.label or _default_label(options, source.recipe(), recipe)
     name = source.phase if label is None else f"{source.phase}-{label}"
     folder = (options.out or root) / "evaluation" / name
-    _weights, sha = source.output(files.MODEL)
+    _, sha = source.output(files.MODEL)
     made_from = {
         "recipe": {
             "evaluation": recipe.tables()["evaluation"],
@@ -81,21 +79,21 @@ def run(options: EvaluateOptions) -> None:
     }
     if output.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
         locks.tidy(folder)
-        report(folder, "up to date")
+        _report(folder, "up to date")
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
     batches = tests.open(recipe.data, device)
-    profile = requested_profile(options, dataset, tests.labels)
+    profile = _requested_profile(options, dataset, tests.labels)
     weights = None
     if recipe.evaluation.aggregate == "test-time":
-        weights = learnt_weights(model, tests, recipe, dataset, profile, device)
+        weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
     counts = torch.tensor(dataset.class_counts)
     found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
     files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        publish(recorder, source, recipe, dataset, found, profile, tests, options, sha)
+        _publish(recorder, source, recipe, dataset, found, profile, tests, options)
         fields: dict[str, Any] = {}
         if not options.is_plain:
             by_path = "path" in tests.samples
@@ -104,7 +102,7 @@ def run(options: EvaluateOptions) -> None:
             fields["data_root"] = str(tests.data_root) if by_path else None
         fields["source"] = {"phase": source.phase, "sha256": sha}
         recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
-    report(folder, "done")
+    _report(folder, "done")
     if label is None:  # the report is of the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []
         flags += ["--out", str(options.out)] if options.out else []
@@ -114,7 +112,7 @@ def run(options: EvaluateOptions) -> None:
         console.follow(console.typed("misclassified", "--from", root, *flags))
 
 
-def default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:
+def _default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:
     """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
     parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
     if options.test_data is not None:
@@ -126,12 +124,8 @@ def default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> 
     return "-".join(parts) or None
 
 
-def requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
-    """What --test-distribution asks for [C].
-
-    Raises:
-        InputError: a class has no test image, or would have none under this ratio.
-    """
+def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
+    """What --test-distribution asks for [C]."""
     if options.test_distribution == "uniform":
         return None
     num_test = torch.bincount(labels, minlength=dataset.num_classes)
@@ -145,7 +139,7 @@ def requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.
         highest = next(r for r in ratios if shifted_profile(counts, num_test, options.test_distribution, r).all())
         num_empty = int((profile == 0).sum())
         raise InputError(
-            f"--ratio {options.ratio:g} leaves {num_empty} class{'es' if num_empty > 1 else ''} without a test image: "
+            f"--ratio {options.ratio:g} leaves {counted(num_empty, 'class', 'classes')} without a test image: "
             f"the largest has {most}",
             needed_by=f"evaluate --test-distribution {options.test_distribution}",
             fix=f"--ratio {highest}, or less",
@@ -153,7 +147,7 @@ def requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.
     return profile
 
 
-def learnt_weights(
+def _learnt_weights(
     model: Classifier,
     tests: TestSet,
     recipe: Recipe,
@@ -163,9 +157,6 @@ def learnt_weights(
 ) -> torch.Tensor:
     """Weights of the experts [E], from unlabelled test images; of a subset of them, drawn once, where the test set is
     to be long-tailed.
-
-    Raises:
-        InputError: the data are points.
     """
     if len(dataset.shape) != 3:
         raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
@@ -189,26 +180,18 @@ def learnt_weights(
     return weights
 
 
-def requested_recipe(options: EvaluateOptions, source: PhaseFolder) -> Recipe:
-    """The checkpoint's recipe; --set may change [evaluation] only.
-
-    Raises:
-        UsageError: a setting reaches into what was trained.
-        InputError: the checkpoint's recipe is missing or damaged.
-    """
+def _requested_recipe(options: EvaluateOptions, source: PhaseFolder) -> Recipe:
+    """The checkpoint's recipe; --set may change [evaluation] only."""
     own = source.recipe()  # verified, before settings are laid over it
     if not options.settings:
         return own
-    path = source.output(files.RECIPE)[0]
-    recipe = loading.load(str(path), settings=options.settings)
-    trained = {k: v for k, v in own.tables().items() if k != "evaluation"}
-    asked = {k: v for k, v in recipe.tables().items() if k != "evaluation"}
-    if changed := schema.differences(trained, asked):
+    recipe = loading.load(str(source.output(files.RECIPE)[0]), settings=options.settings)
+    if changed := schema.differences({**own.tables(), "evaluation": {}}, {**recipe.tables(), "evaluation": {}}):
         raise UsageError(f"evaluate --set changes what was trained: {'; '.join(changed)}")
     return recipe
 
 
-def publish(
+def _publish(
     recorder: output.Recorder,
     source: PhaseFolder,
     recipe: Recipe,
@@ -217,7 +200,6 @@ def publish(
     profile: torch.Tensor | None,
     tests: TestSet,
     options: EvaluateOptions,
-    checkpoint: str,
 ) -> None:
     """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
     labels, logits, experts, weights = tests.labels, found.logits, found.experts, found.weights
@@ -241,7 +223,7 @@ def publish(
         "experts_used": used,
         "experts": [summary(z, labels, groups, profile) for z in own],
         **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
-        "checkpoint_sha256": checkpoint,
+        "checkpoint_sha256": source.output(files.MODEL)[1],
     }
     recorder.publish(files.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
 
@@ -268,7 +250,7 @@ def publish(
     recorder.publish_tensors(files.LOGITS, tensors if len(experts) == 1 else {**tensors, "expert_logits": experts})
 
 
-def report(folder: Path, status: str) -> None:
+def _report(folder: Path, status: str) -> None:
     """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
     numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent, folder.name)

@@ -15,7 +15,7 @@ import pytest
 from helpers.commands import cpmix, must, refused
 from helpers.files import files, write_cifar
 
-from cpmix_cli.commands.compare import accuracy_lines, accuracy_sheet, cost_sheet, letter_of, listed, paper_sheet
+from cpmix_cli.commands.compare import _accuracy_lines, _accuracy_sheet, _cost_sheet, _letter_of, _listed, _paper_sheet
 from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.results.comparison import COST_KEYS, ComparisonRow, EvaluatedRun, evaluations_of
 from cpmix_cli.results.methods import recognised
@@ -112,13 +112,13 @@ def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list
     (measured,), _ = evaluations_of(seeds[0], None)
     hours = [replace(measured, cost=cost(2.0, 3600.0 * h, float(h), "H100")) for h in (1, 3)]
     rows = [(1, ComparisonRow(hours)), (2, ComparisonRow(hours)), (3, ComparisonRow([measured]))]
-    sheet = cost_sheet(rows)
+    sheet = _cost_sheet(rows)
     assert sheet.rows[0] == ["1 and 2", "75,002", "3", "2", "2 h 00 min", "2.00", "H100"]
     assert sheet.rows[1][0] == "3"
     assert sheet.rows[1][5] == "-"
     mixed = ComparisonRow([hours[0], replace(hours[1], cost=cost(1.0, 1.0, 0.5, "A100"))]).cost()
     assert mixed == {"images_per_second": None, "training_seconds": None, "gpu_hours": 0.75, "device": "A100, H100"}
-    unknown = cost_sheet([(1, ComparisonRow([replace(measured, cost=cost(None, None, None, None))]))])
+    unknown = _cost_sheet([(1, ComparisonRow([replace(measured, cost=cost(None, None, None, None))]))])
     assert unknown.rows == [["1", "75,002", "3", "-", "-", "-"]]
     assert unknown.lines[-1] == "-: a phase is out of reach"
 
@@ -259,7 +259,7 @@ def test_one_run_given_twice_counts_once(seeds: list[Path], tmp_path: Path) -> N
 def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
     row = ComparisonRow([measured, replace(measured, checkpoint="other")])
-    lines = accuracy_lines([(4, row)], with_deviations=True)
+    lines = _accuracy_lines([(4, row)], with_deviations=True)
     assert lines == [
         "+-: sample standard deviation of n runs",
         "row 4 has several runs of seed 0: its +- is not that of 2 seeds",
@@ -412,8 +412,8 @@ def test_copied_numbers_are_marked(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     method = replace(measured.method, exact=("cifar10-lt/mislas",))
     row = ComparisonRow([replace(measured, method=method, numbers=measured.numbers.model_copy(update={"top1": 90.5}))])
-    assert accuracy_sheet("data", [(1, row)], with_deviations=False).rows[0][-2:] == ["90.0*", "+0.50"]
-    assert accuracy_lines([(1, row)], with_deviations=False)[1].startswith("* copied there from other papers: ")
+    assert _accuracy_sheet("data", [(1, row)], with_deviations=False).rows[0][-2:] == ["90.0*", "+0.50"]
+    assert _accuracy_lines([(1, row)], with_deviations=False)[1].startswith("* copied there from other papers: ")
     early = ComparisonRow([replace(row.first, forms=frozenset({False}))])  # the paper's MiSLAS is the finetuned one
     assert early.published() is None
     other = ComparisonRow([replace(row.first, data="cifar10-lt-rho10-seed1")])
@@ -462,7 +462,9 @@ def test_several_of_ours_in_one_cell(cifar: Path) -> None:
     seed = replace(
         measured, run=Path("seed"), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": 14.5})
     )
-    sheet = paper_sheet(PAPER_TABLES["table1"], [ComparisonRow(runs) for runs in ([measured], [longer], [whole, seed])])
+    sheet = _paper_sheet(
+        PAPER_TABLES["table1"], [ComparisonRow(runs) for runs in ([measured], [longer], [whole, seed])]
+    )
     top1 = f"{measured.numbers.top1:.2f}"
     assert sheet.rows[27] == ["", "ours", *[""] * 7, f"{top1} a / {top1} b / 13.50 +- 1.41 c"]
     assert sheet.lines[:3] == [
@@ -484,11 +486,11 @@ def test_groups_of_other_classes_are_said(cifar: Path) -> None:
     method = replace(measured.method, exact=("places-lt/cpmix",))
     ours = replace(measured, data="places-lt", method=method, full_epochs=None)
     inclusive = replace(ours, conditions=ours.conditions | {"few_inclusive": True})
-    assert paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([ours])]).lines[:2] == [
+    assert _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([ours])]).lines[:2] == [
         "a: 1 run, classes of 20 images are medium",
         "b: 1 run",
     ]
-    assert paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([inclusive])]).lines[0] == "a: 1 run"
+    assert _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([inclusive])]).lines[0] == "a: 1 run"
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -538,8 +540,8 @@ def test_plain_and_csv() -> None:
         "+- & 3 %",
     ]
     assert csv_text([{"a": 1, "b": None}, {"a": "x,y", "b": 0.5}]) == ["a,b", "1,", '"x,y",0.5']
-    assert [letter_of(n) for n in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
-    assert [listed(n) for n in ([1], [1, 2], [1, 2, 4])] == ["1", "1 and 2", "1, 2 and 4"]
+    assert [_letter_of(n) for n in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
+    assert [_listed(n) for n in ([1], [1, 2], [1, 2, 4])] == ["1", "1 and 2", "1, 2 and 4"]
 
 
 def test_every_format_of_real_runs(seeds: list[Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
-from cpmix_cli.commands.compare import places
+from cpmix_cli.commands.compare import _places
 from cpmix_cli.commands.recipes import image_passes
 from cpmix_cli.commands.train_stage1 import _check_init
 from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model, load_backbone
@@ -142,14 +142,14 @@ def test_their_runs_stand_for_the_paper_s_rows(digits_run: Path) -> None:
         for row in PAPER_TABLES[key].rows:
             for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
                 if cell is not None:
-                    found = places(
+                    found = _places(
                         ComparisonRow([run_of(measured, f"{column.data}/{row.recipe}", row.finetuned)]),
                         PAPER_TABLES[key],
                     )
                     assert {(r.recipe, c.data) for r, c in found} == {(row.recipe, column.data)}, (key, row.name)
                     assert {c.measure for _, c in found} == {c.measure for c in PAPER_TABLES[key].columns}
     last = run_of(measured, "places-lt/cpmix-last-block", True)
-    assert places(ComparisonRow([last]), PAPER_TABLES["table2"]) == []
+    assert _places(ComparisonRow([last]), PAPER_TABLES["table2"]) == []
     assert (last.method.method, last.method.changed) == ("CP-Mix, last block", {})
 
 
