@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.live import Live
 
 as_json = False  # set by the command line, before a command runs
@@ -212,9 +211,9 @@ class Progress:
         self._doing = doing
         self._total = total
         self._first = self._done = done
-        self._started = time.perf_counter()
-        self._view = _View()
+        self._view = _View(doing, total)
         self._pause = self.VIEW_SECONDS if self._view.live else self.LINE_SECONDS
+        self._started = time.perf_counter()
         self._next = self._started + self._pause
 
     def __enter__(self) -> "Progress":
@@ -229,13 +228,13 @@ class Progress:
         if (now := time.perf_counter()) < self._next:
             return
         self._next = now + self._pause
-        new = self._done - self._first
-        left = (now - self._started) / new * (self._total - self._done)
+        rate = (self._done - self._first) / (now - self._started)
+        left = (self._total - self._done) / rate
         if self._view.live:
-            self._view.draw((self._doing, self._done, self._total, left))
+            self._view.draw(self._done, left)
         else:
-            rate = f"{new / (now - self._started):,.0f} a second, {duration(left)} left"
-            note(f"{self._doing}: {self._done:,} of {self._total:,}, {rate}")
+            done = f"{self._doing}: {self._done:,} of {self._total:,}"
+            note(f"{done}, {rate:,.0f} a second, {duration(left)} left")
 
 
 class EpochProgress:
@@ -264,13 +263,10 @@ class EpochProgress:
     ) -> None:
         self._phase = phase
         self._num_steps = num_steps
-        self._first_step = first_step
-        self._warm_up = warm_up
+        self._untimed = first_step + warm_up
         self._synchronize = synchronize
-        self._started = time.perf_counter()
-        self._lines: list[str] = []
-        self._next_view = self._next_lines = 0.0
-        self._view = _View()
+        self._started = self._next_view = 0.0
+        self._view = _View(phase, num_steps)
 
     @property
     def has_view(self) -> bool:
@@ -279,64 +275,54 @@ class EpochProgress:
 
     def step(self, done: int) -> None:
         """`done` steps of the phase are finished (counted from its first epoch)."""
-        timed = done - self._first_step - self._warm_up
+        timed = done - self._untimed
         if timed == 0:
             self._synchronize()
             self._started = time.perf_counter()
         elif timed == self.TIMED_STEPS:
-            self._synchronize()
-            per_step = (time.perf_counter() - self._started) / self.TIMED_STEPS
-            left = per_step * (self._num_steps - done)
+            per_step = self._seconds_per_step(timed)
             self.line(
-                f"{self._phase}: projected {duration(left)} for {self._num_steps - done} more steps"
-                f" ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
+                f"{self._phase}: projected {duration(per_step * (self._num_steps - done))} for "
+                f"{self._num_steps - done} more steps ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
-        if self.has_view:
-            if time.perf_counter() >= self._next_view:
-                self._look_and_draw(done, timed)
-            elif self._lines and time.perf_counter() >= self._next_lines:
-                self._draw()
+        if self.has_view and time.perf_counter() >= self._next_view:
+            per_step = self._seconds_per_step(timed)  # waiting for the steps is no cost of the view
+            began = time.perf_counter()
+            left = per_step * (self._num_steps - done) if timed >= self.TIMED_STEPS else None
+            self._view.draw(done, left, self.look())
+            ended = time.perf_counter()
+            # The first drawing also loads what it draws with.
+            pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
+            self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
-    def _look_and_draw(self, done: int, timed: int) -> None:
-        self._synchronize()  # waiting for the steps is no cost of the view
-        began = time.perf_counter()
-        mean = (began - self._started) / timed if timed >= self.TIMED_STEPS else None
-        self._draw((self._phase, done, self._num_steps, mean and mean * (self._num_steps - done)), self.look())
-        ended = time.perf_counter()
-        # The first drawing also loads what it draws with.
-        pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
-        self._next_view = ended + max(self.VIEW_SECONDS, pause)
+    def _seconds_per_step(self, timed: int) -> float:
+        self._synchronize()
+        return (time.perf_counter() - self._started) / max(1, timed)
 
     def line(self, text: str) -> None:
-        """One plain line; where there is a view, above it and within a second."""
-        if self.has_view:
-            self._lines.append(printable(text))
-        else:
+        """One plain line; where there is a view, above it."""
+        if self._view.live is None:
             note(text)
+            return
+        try:
+            self._view.live.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+        except (OSError, ValueError):  # the terminal is gone; the run is not
+            self.close()
 
     def close(self) -> None:
         """Take the view away."""
-        self._draw()
         self._view.close()
-
-    def _draw(self, bar: "Bar | None" = None, rows: Sequence[Sequence[str]] = ()) -> None:
-        """Print the lines that wait, and draw the view anew if there is a bar for it."""
-        self._next_lines = time.perf_counter() + self.VIEW_SECONDS
-        lines, self._lines = self._lines, []
-        self._view.draw(bar, rows, lines)
-
-
-Bar = tuple[str, int, int, float | None]
-"""What is done, how many of it are, of how many, and the seconds left; None where nobody knows yet."""
 
 
 class _View:
-    """A place at the foot of the terminal that stderr is; `live` is None where it is none, or can only print lines."""
+    """A bar and a table at the foot of the terminal; `live` is None where stderr is none, or can only print lines."""
 
     WIDTH = 76
     live: "Live | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str, total: int) -> None:
+        self._doing = doing
+        self._total = total
         if sys.stderr is None or _muted or not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -352,16 +338,29 @@ class _View:
             screen.show_cursor(True)  # a process that is killed could not give it back
             self.live = live
 
-    def draw(self, bar: Bar | None, rows: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
-        """Print lines above the view, and draw it anew if there is a bar for it."""
+    def draw(self, done: int, seconds_left: float | None, rows: Sequence[Sequence[str]] = ()) -> None:
+        """Draw anew: the bar, and below it as many rows as there is room for, the heading first; None: nobody knows."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Column, Table
+        from rich.text import Text
+
         if self.live is None:
             return
+        width, height = self.live.console.size
+        left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+        bar = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1))
+        bar.add_row(Text(self._doing), ProgressBar(self._total, done), Text(f"{done}/{self._total}{left}"))
+        shown = list(rows[: max(0, height - 3)])  # the bar, a line of the log and the cursor's have theirs
+        while shown and not any(shown[-1][1:]):  # a heading whose rows have none
+            shown.pop()
+        numbers = [Column(justify="right", no_wrap=True) for _ in rows[0][1:]] if rows else []
+        table = Table.grid(Column(ratio=1, no_wrap=True, overflow="ellipsis"), *numbers, padding=(0, 2))
+        for number, row in enumerate(shown):
+            table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
+        bar.width = table.width = min(width, self.WIDTH)
         try:
-            with self.live.console as screen:
-                if lines:
-                    screen.print("\n".join(lines), markup=False, emoji=False, highlight=False, soft_wrap=True)
-                if bar is not None:
-                    self.live.update(self._drawn(screen.size, bar, rows), refresh=True)
+            self.live.update(Group(bar, table), refresh=True)
         except (OSError, ValueError):  # the terminal is gone; the run is not
             self.close()
 
@@ -371,29 +370,3 @@ class _View:
         if live is not None:
             with suppress(OSError, ValueError):
                 live.stop()
-
-    def _drawn(self, size: tuple[int, int], bar: Bar, rows: Sequence[Sequence[str]]) -> "RenderableType":
-        """A bar, and below it as many rows as there is room for: the first the heading, its first cell a label."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        doing, done, total, seconds_left = bar
-        left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-        top = Table.grid(padding=(0, 1))
-        top.add_column(no_wrap=True)
-        top.add_column(ratio=1)
-        top.add_column(no_wrap=True)
-        top.add_row(Text(doing), ProgressBar(total, done), Text(f"{done}/{total}{left}"))
-        shown = list(rows[: max(0, size[1] - 3)])  # the bar, a line of the log and the cursor's have theirs
-        while shown and not any(shown[-1][1:]):  # a heading whose rows have none
-            shown.pop()
-        table = Table.grid(padding=(0, 2))
-        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        for _ in rows[0][1:] if rows else ():
-            table.add_column(justify="right", no_wrap=True)
-        for number, row in enumerate(shown):
-            table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
-        top.width = table.width = min(size[0], self.WIDTH)
-        return Group(top, table)
