@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.processes import start_of
 
 TrainingPhase = Literal["stage1", "stage2", "finetune"]
 PHASES: tuple[str, ...] = get_args(TrainingPhase)
@@ -43,7 +44,12 @@ CONFUSION_MATRIX = "confusion_matrix.parquet"
 CONFUSED_PAIRS = "confused_pairs.parquet"
 
 
-# -- hashes ------------------------------------------------------------------------------------------------------------
+# -- JSON and hashes ---------------------------------------------------------------------------------------------------
+
+
+def json_text(value: Any) -> str:
+    """A JSON value for people and programs to read. File names that are no UTF-8 are escaped."""
+    return _unicode(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def canonical_json(value: Any) -> str:
@@ -54,6 +60,14 @@ def canonical_json(value: Any) -> str:
 def _unicode(text: str) -> str:
     """JSON text whose lone surrogates (bytes of a file name that are no UTF-8) are escaped, as JSON itself would."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Members of a JSON object, for json.loads(); ValueError if a name occurs twice, of which the last would count."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return members
 
 
 def sha256(data: bytes) -> str:
@@ -72,9 +86,8 @@ TEMPORARY = ".cpmix-tmp-"
 
 
 def temporary_for(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`: a name of this process's own in the same folder.
-
-    Short: the name of `path` may be as long as a name can be.
+    """Where this process writes a file before it is renamed to `path`. A short name: that of `path` may be at the limit
+    of the file system.
     """
     return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{sha256(os.fsencode(path.name))[:8]}")
 
@@ -98,7 +111,7 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that is there, or the path itself."""
+    """The path itself, or the nearest folder above that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
@@ -106,9 +119,9 @@ def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> No
     """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
 
     Args:
-        folder: it, or where it will be.
-        needed_bytes: in all, beyond what is there.
-        largest_file: its bytes, which `ulimit -f` may forbid.
+        folder: the folder, which may not exist yet.
+        needed_bytes: of all new files.
+        largest_file: bytes of the largest one, which `ulimit -f` may forbid.
 
     Raises:
         EnvironmentFault: with the reason. A quota shows only when it is hit.
@@ -128,11 +141,7 @@ def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> No
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        EnvironmentFault: it cannot be made.
-    """
+    """Create a folder and its parents; raise EnvironmentFault if that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -140,23 +149,19 @@ def make_folder(path: Path) -> None:
 
 
 def publish(path: Path, data: bytes) -> str:
-    """Write a file whole: after this call `path` holds `data`; if it fails, what it held before.
-
-    Returns:
-        The sha256 of `data`.
+    """Write a file whole and return its sha256. If it fails, `path` holds what it held before.
 
     Raises:
         EnvironmentFault: the disk, a permission or a quota does not allow it; the temporary file is gone.
     """
-    sha = sha256(data)
     with publishing(path, len(data)) as file:
         file.write(data)
-    return sha
+    return sha256(data)
 
 
 @contextmanager
 def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
-    """A file to write `num_bytes` to, that is published whole when the context is left, and not at all by an exception;
+    """Yield a file to write `num_bytes` to. It is published when the context is left, and not at all by an exception;
     see publish(). An OSError inside is taken for one of writing.
     """
     temporary = temporary_for(path)
@@ -195,48 +200,36 @@ def refuse_existing(path: Path | None, *, overwrite: bool) -> None:
 
 
 def publish_out(path: Path, data: bytes) -> None:
-    """Publish the file of --out, which lies in no locked folder: make its folder, and remove what processes of this
-    machine left that died while they published this very file.
+    """Publish the file of --out, which lies in no locked folder; raises as publish().
 
-    Raises:
-        EnvironmentFault: it cannot be written.
+    Makes its folder, and removes what processes of this machine left that died while they published this very file.
     """
     make_folder(path.parent)
     *_, name = temporary_for(path).name.rpartition("-")
     for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
         pid = left.name.removesuffix("-before").split("-")[-2]
-        if not Path(f"/proc/{pid}").exists():
+        if not start_of(pid):
             with suppress(OSError):
                 left.unlink()
     publish(path, data)
 
 
-def json_text(value: Any) -> str:
-    """A JSON value for people and programs to read."""
-    return _unicode(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _record_bytes(sealed: Any) -> bytes:
-    return (_unicode(json.dumps(sealed, indent=1, ensure_ascii=False)) + "\n").encode()
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 LATE_SECONDS = 5.0
-"""How long a file may take to appear that its record says is there: network file systems show some late."""
+"""Longest wait for a file that a record names: network file systems show some late."""
 MAX_RECORD = 2_000_000  # bytes; that of a data set of ten thousand classes has half a million
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading that is one: no folder, no pipe that would wait for ever, no device without an end.
+    """Open a file for reading, or raise InputError.
 
-    Raises:
-        InputError: it is none, missing, or unreadable.
+    Refuses what is no file: a folder, a pipe that would wait for ever, a device without an end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as fault:
-        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+        raise _read_fault(path, fault) from fault
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -245,23 +238,23 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is anything of that name, be it a link to nowhere.
+def _read_fault(path: Path, fault: OSError) -> InputError:
+    return InputError(f"cannot read {path}: {fault.strerror or fault}")
 
-    Raises:
-        InputError: that cannot be seen: what is out of sight is not taken for what is not there.
-    """
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists, be it a link to nowhere; raise InputError if that cannot be seen."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as fault:
-        raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+        raise _read_fault(path, fault) from fault
     return True
 
 
 def wait_for(path: Path) -> None:
-    """Give a file that has to be there some seconds to show, LATE_SECONDS at most; none where its folder is not."""
+    """Wait LATE_SECONDS at most until a file shows that has to exist; not at all without its folder."""
     until = time.monotonic() + LATE_SECONDS
     while not os.path.lexists(path) and path.parent.is_dir() and time.monotonic() < until:
         time.sleep(0.1)
@@ -270,15 +263,10 @@ def wait_for(path: Path) -> None:
 
 
 def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) -> bytes:
-    """The bytes of a file, checked against the hash that its record gives.
-
-    Args:
-        path: of the file; one with a hash is waited for, LATE_SECONDS at most.
-        sha: the recorded sha256.
-        limit: refuse a file with more bytes.
+    """Read a file and check its bytes against the recorded sha256; a file with one is waited for, see wait_for().
 
     Raises:
-        InputError: it is missing, unreadable, no file, too large, or its bytes are not those that were published.
+        InputError: the file is missing, unreadable, larger than `limit` bytes, or not what was published.
     """
     if sha is not None:
         wait_for(path)
@@ -289,7 +277,7 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
         try:
             data = file.read()
         except OSError as fault:
-            raise InputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+            raise _read_fault(path, fault) from fault
     if sha is not None and sha256(data) != sha:
         raise InputError(
             f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...",
@@ -299,18 +287,6 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
 
 
 def verify(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Check the files of a folder against their recorded hashes.
-
-    Raises:
-        InputError: one is missing or damaged.
-    """
+    """Raise InputError if a file of a folder is missing or not as recorded: name -> sha256."""
     for name, sha in hashes.items():
         read_bytes(folder / name, sha)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; a second of the same name would silently take the place of the first."""
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return members

@@ -6,43 +6,46 @@ by the file system's own clock) is all that can be seen.
 """
 
 import errno
-import json
 import os
 import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+from pydantic import ConfigDict
+
 from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.records import Record
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.processes import start_of
 
 LOCK = ".cpmix-lock"
 HEARTBEAT_SECONDS = 30.0
-STALE_SECONDS = 300.0
+_STALE_SECONDS = 300.0
 """A writer elsewhere that has been silent for so long is dead."""
-POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Owner:
-    """A process, as others can tell it from all others."""
+class Owner(Record):
+    """A process, as others can tell it from all others: the content of a lock file."""
+
+    model_config = ConfigDict(extra="forbid")
 
     host: str
     pid: int
     kernel: str
     """Boot id and pid namespace: within one, a pid means the same to all."""
     started: str
-    """Start of the process in clock ticks since boot; a pid that is used again has another."""
+    """Start of the process in clock ticks since boot."""
     slurm_job: str
     slurm_task: str
     """Step and task, which two tasks of one `srun` do not share."""
     serial: int
-    """Of the locks that this process has taken."""
+    """Number of the lock among those that this process has taken."""
 
     @property
     def name(self) -> str:
@@ -50,32 +53,22 @@ class Owner:
         return f"{self.host}, pid {self.pid}" + (f", Slurm job {self.slurm_job}" if self.slurm_job else "")
 
     def is_alive(self, silent_seconds: float, asking: "Owner") -> bool:
-        """Whether it may still write.
+        """Whether the owner may still write.
 
         Args:
             silent_seconds: since its last heartbeat.
-            asking: who wants the lock. A requeued Slurm job has its old number: what stands in a lock under that
-                number is its own earlier life, unless it is another task of the same step.
+            asking: the process that wants the lock. A requeued Slurm job keeps its number: a lock under that number is
+                of its own earlier life, unless it is of another task of the same step.
         """
         if self.host == asking.host and self.kernel == asking.kernel:
-            return _start_of(self.pid) == self.started
+            return start_of(self.pid) == self.started
         if self.slurm_job and self.slurm_job == asking.slurm_job and not self._is_sibling(asking):
             return False
-        return silent_seconds < STALE_SECONDS
+        return silent_seconds < _STALE_SECONDS
 
     def _is_sibling(self, other: "Owner") -> bool:
         (step, task), (step_, task_) = (o.slurm_task.rsplit(".", 1) for o in (self, other))
         return step == step_ and task != task_
-
-
-def _start_of(pid: int) -> str:
-    """Start time of a process of this machine; "" where there is none (a zombie is none)."""
-    try:
-        # The name, in brackets, may hold anything; state and start time are the 3rd and the 22nd field.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        return ""
 
 
 @cache
@@ -91,10 +84,18 @@ _serial = 0
 def _this_process() -> Owner:
     global _serial
     _serial += 1
-    env = os.environ
-    step = f"{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '')}.{env.get('SLURM_PROCID', '')}"
-    pid = os.getpid()
-    return Owner(socket.gethostname(), pid, _kernel(), _start_of(pid), env.get("SLURM_JOB_ID", ""), step, _serial)
+    env, pid = os.environ, os.getpid()
+    return Owner(
+        host=socket.gethostname(),
+        pid=pid,
+        kernel=_kernel(),
+        started=start_of(pid),
+        slurm_job=env.get("SLURM_JOB_ID", ""),
+        slurm_task=".".join(
+            [env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_STEP_ID", ""), env.get("SLURM_PROCID", "")]
+        ),
+        serial=_serial,
+    )
 
 
 class Lock:
@@ -146,14 +147,10 @@ class Lock:
 
 
 def hold(folder: Path, *, wait: bool = False) -> Lock:
-    """Take a folder for writing (it is made where it is missing), and sweep what dead writers left unfinished in it.
-
-    Args:
-        folder: of one phase, evaluation, report or data set.
-        wait: for a writer to finish; else be refused.
+    """Take a folder for writing (it is made if missing), and sweep what dead writers left unfinished in it.
 
     Raises:
-        EnvironmentFault: another process holds it, or the folder cannot be written.
+        EnvironmentFault: another process holds the folder and `wait` is False, or the folder cannot be written.
     """
     made = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
     owner = _this_process()
@@ -164,17 +161,16 @@ def hold(folder: Path, *, wait: bool = False) -> Lock:
         if held_by.name != waits_for:
             console.note(f"{folder}: waits for {held_by.name}")
             waits_for = held_by.name
-        time.sleep(POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
     _sweep(folder, owner)
     return Lock(folder, owner, made)
 
 
 def _sweep(folder: Path, owner: Owner) -> None:
-    """Remove what writers left that did not live to finish."""
     now = (folder / LOCK).stat().st_mtime
     for path in folder.glob(f"{LOCK}-*"):
         found, silence = _read(path), _silence(path, now)
-        if not (found.is_alive(silence, owner) if found is not None else silence < STALE_SECONDS):
+        if not (found.is_alive(silence, owner) if found is not None else silence < _STALE_SECONDS):
             with suppress(OSError):
                 path.unlink()
     for path in folder.glob(f"{files.TEMPORARY}*"):  # nobody else writes here
@@ -183,24 +179,20 @@ def _sweep(folder: Path, owner: Owner) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Sweep a finished folder whose writer died before it could; where that cannot be, it does no harm."""
+    """Sweep a finished folder whose writer died before it could. Leftovers do no harm, so failures are ignored."""
     if next(folder.glob(".cpmix-*"), None) is not None:
         with suppress(EnvironmentFault, OSError), hold(folder):
             pass
 
 
 def refuse_if_held(folder: Path) -> None:
-    """What hold() would say, without taking anything.
-
-    Raises:
-        EnvironmentFault: another process holds the folder.
-    """
+    """Raise EnvironmentFault if another process holds the folder, as hold() would; take nothing."""
     if (found := holder(folder)) is not None:
         raise _refusal(folder, found)
 
 
 def holder(folder: Path) -> Owner | None:
-    """The living process that writes a folder, if one does."""
+    """Return the living process that writes a folder, if one does."""
     path = folder / LOCK
     found = _read(path)
     alive = found is not None and found.is_alive(_silence(path, time.time()), _this_process())
@@ -215,16 +207,12 @@ def _refusal(folder: Path, held_by: Owner) -> EnvironmentFault:
 
 
 def _try(folder: Path, owner: Owner) -> Owner | None:
-    """Take the lock, from a dead owner too.
-
-    Returns:
-        None, or the living owner.
-    """
-    files.make_folder(folder)  # each time: a writer that wrote nothing takes it away when it leaves
+    """Take the lock, also from a dead owner, and return None; or return the living owner."""
+    files.make_folder(folder)  # each time: a writer that wrote nothing removes it when it leaves
     lock = folder / LOCK
     candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
     try:
-        candidate.write_text(json.dumps(asdict(owner)))
+        candidate.write_text(owner.model_dump_json())
         now = candidate.stat().st_mtime  # by the clock of the file system, which is the lock's too
         while True:
             if _place(candidate, lock):
@@ -232,8 +220,8 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
             found, silence = _read(lock), _silence(lock, now)
             if found is not None and found.is_alive(silence, owner):
                 return found
-            if found is None and lock.exists() and silence < STALE_SECONDS:  # damaged, or of another version
-                return Owner("an unknown process", 0, "", "", "", "", 0)
+            if found is None and lock.exists() and silence < _STALE_SECONDS:  # damaged, or of another version
+                return owner.model_copy(update={"host": "an unknown process", "pid": 0, "slurm_job": ""})
             _set_aside(lock, found)
     except FileNotFoundError:  # such a writer left just now
         return _try(folder, owner)
@@ -273,12 +261,11 @@ def _set_aside(lock: Path, dead: Owner | None) -> None:
 
 
 def _read(lock: Path) -> Owner | None:
-    """Who holds a lock; None where there is none, or one that cannot be read."""
+    """The owner of a lock; None without one, or if it cannot be read."""
     try:
-        owner = Owner(**json.loads(files.read_bytes(lock)))
-    except (InputError, ValueError, TypeError):
+        return Owner.model_validate_json(files.read_bytes(lock))
+    except (InputError, ValueError):
         return None
-    return owner if all(type(v) is Owner.__annotations__[k] for k, v in asdict(owner).items()) else None
 
 
 def _silence(lock: Path, now: float) -> float:
@@ -286,4 +273,4 @@ def _silence(lock: Path, now: float) -> float:
     try:
         return now - lock.stat().st_mtime
     except OSError:
-        return STALE_SECONDS
+        return _STALE_SECONDS

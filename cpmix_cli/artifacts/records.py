@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cpmix_cli.artifacts.files import MAX_RECORD, _record_bytes, _unique, digest, publish, read_bytes
+from cpmix_cli.artifacts.files import MAX_RECORD, digest, json_text, publish, read_bytes, unique_members
 from cpmix_cli.runtime.errors import InputError
 
 FORMAT = 1
@@ -24,7 +24,11 @@ Read = TypeVar("Read", bound=Record)
 
 def publish_record(path: Path, fields: Mapping[str, Any]) -> str:
     """Publish fields as a JSON record with the digest of its own content, for people and programs to read."""
-    return publish(path, _record_bytes({**fields, "digest": digest(dict(fields))}))
+    return publish(path, _text({**fields, "digest": digest(dict(fields))}))
+
+
+def _text(sealed: Any) -> bytes:
+    return (json_text(sealed) + "\n").encode()
 
 
 def read_record(path: Path, model: type[Read]) -> Read:
@@ -41,8 +45,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     """Return all fields of a JSON record, its digest checked and left out; see read_record()."""
     data = read_bytes(path, limit=MAX_RECORD)
     try:
-        fields = json.loads(data, object_pairs_hook=_unique)
-        as_published = _record_bytes(fields) == data
+        fields: dict[str, Any] = json.loads(data, object_pairs_hook=unique_members)
+        as_published = _text(fields) == data
         sealed = fields.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise InputError(f"{path} is damaged: not a cpmix record") from fault
@@ -51,7 +55,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             f"{path} was changed after it was written", fix="restore it, or make it again with --overwrite"
         )
     check_format(path, fields)
-    return dict(fields)
+    return fields
 
 
 def checked(path: Path, model: type[Read], fields: Any) -> Read:
@@ -68,11 +72,7 @@ def checked(path: Path, model: type[Read], fields: Any) -> Read:
 
 
 def check_format(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse what another version of cpmix wrote.
-
-    Raises:
-        InputError: its format is not FORMAT.
-    """
+    """Raise InputError for a file of another format than FORMAT: another version of cpmix wrote it."""
     if fields.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {fields.get('format')}, this cpmix reads format {FORMAT}",

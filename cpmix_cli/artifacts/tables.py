@@ -27,16 +27,14 @@ def schema_of(*columns: str) -> pa.Schema:
     return pa.schema(fields)
 
 
-CLASS_COUNTS_SCHEMA = schema_of(
-    "class_id int32", "class_name string", "num_train int64", "num_test int64", "group string"
-)
-
-
 def split_schema(by_path: bool) -> pa.Schema:
     """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
     return schema_of("sample_id int64", "label int32", "path string" if by_path else "source_index int64")
 
 
+CLASS_COUNTS_SCHEMA = schema_of(
+    "class_id int32", "class_name string", "num_train int64", "num_test int64", "group string"
+)
 HASHES_SCHEMA = schema_of("sample_id int64", "sha256 sha256")
 """sha256 of each packed image of a split."""
 CONFUSION_SCHEMA = schema_of("true_class int32", "predicted_class int32", "count int64")
@@ -67,22 +65,22 @@ def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> 
     return publish(path, table_bytes(schema, columns))
 
 
-UNPACKS = 10
-"""How many times its bytes a table may have in memory. A split's list of a million images has 4 times."""
-UNPACKS_REGULAR = 128
-"""The same for one whose rows are bounded otherwise: all pairs of 256 classes, each confused once, have 101 times."""
+_UNPACKS = 10
+"""Most bytes of a table in memory per byte of its file. A split's list of a million images has 4."""
+_UNPACKS_REGULAR = 128
+"""The same if `max_rows` bounds the rows: all pairs of 256 classes, each confused once, have 101."""
 
 
 def read_table(
     path: Path, schema: pa.Schema | None = None, sha: str | None = None, *, max_rows: int | None = None
 ) -> pd.DataFrame:
-    """A Parquet table, its schema checked exactly.
+    """Read a Parquet table.
 
     Args:
         path: of the file.
-        schema: what it is to have; None takes any columns.
+        schema: the columns that it must have; None accepts any.
         sha: the recorded sha256.
-        max_rows: what its content can have at most, where that is known: it may then be more regular than others.
+        max_rows: most rows that it can have, if that is known: such a table may be more regular than others.
 
     Raises:
         InputError: missing, damaged, with other columns, or made to fill the memory.
@@ -93,21 +91,19 @@ def read_table(
         if schema is not None and not found.equals(schema):
             raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}")
         texts = [field.name for field in found if pa.types.is_string(field.type)]
-        # As a dictionary: a word that stands there a million times stays one.
+        # As a dictionary: a word that occurs a million times is held once.
         source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
         num_rows = source.metadata.num_rows
         if max_rows is not None and num_rows > max_rows:
             raise InputError(f"{path} says it has {num_rows:,} rows; it can have {max_rows:,}")
         _refuse_codecs(path, source.metadata)
-        times = UNPACKS if max_rows is None else UNPACKS_REGULAR
-        fixed = sum(4 if field.name in texts else _width(field) for field in found) * num_rows
-        _refuse_size(path, data, fixed, times)
+        times = _UNPACKS if max_rows is None else _UNPACKS_REGULAR
+        unpacked = sum(4 if field.name in texts else -(-field.type.bit_width // 8) for field in found) * num_rows
+        _refuse_size(path, data, unpacked, times)
         columns = source.read()
-        for name in texts:
-            fixed += sum(_text_bytes(chunk) for chunk in columns[name].chunks)
-            _refuse_size(path, data, fixed, times)
-            columns = columns.set_column(columns.schema.get_field_index(name), name, columns[name].cast(pa.string()))
-        table: pd.DataFrame = columns.to_pandas()
+        unpacked += sum(_text_bytes(chunk) for name in texts for chunk in columns[name].chunks)
+        _refuse_size(path, data, unpacked, times)
+        table: pd.DataFrame = columns.cast(found).to_pandas()
     except InputError:
         raise
     except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
@@ -115,34 +111,21 @@ def read_table(
     return table
 
 
-def _width(field: pa.Field) -> int:
-    """Bytes of a value."""
-    width: int = -(-field.type.bit_width // 8)
-    return width
-
-
 def _text_bytes(chunk: pa.DictionaryArray) -> int:
-    """Bytes of all words of a column, one that stands there twice counted twice."""
+    """Bytes of all words of a column, a word that occurs twice counted twice."""
     lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
     return int(pc.sum(lengths).as_py() or 0)
 
 
 def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
-    """A few bytes can spell a million equal rows, or names; none of our tables is that regular.
-
-    Raises:
-        InputError: it is.
-    """
+    """A few bytes can spell a million equal rows, or names; none of our tables is that regular."""
     if unpacked > times * len(data) + 2**20:
         raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
 
 
 def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
-    """Snappy makes 64 bytes of 3 at most, whatever the footer says; one page of gzip or Zstandard can fill the memory
-    before anything of it is counted.
-
-    Raises:
-        InputError: another codec than we write.
+    """Refuse other codecs than ours. Snappy makes 64 bytes of 3 at most, whatever the footer says; one page of gzip or
+    Zstandard can fill the memory before anything of it is counted.
     """
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     used = {group.column(i).compression for group in groups for i in range(group.num_columns)}
@@ -154,55 +137,47 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str) -> None:
-    """Refuse a table for its first row that is wrong.
-
-    Raises:
-        InputError: with that row.
-    """
+def _refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str) -> None:
+    """Refuse a table with its first row that is wrong, if any."""
     if wrong.any():
         first = int(wrong.to_numpy().argmax())
         row = ", ".join(f"{name} {value}" for name, value in table.iloc[first].items())
         raise InputError(f"{path}, row {first + 1} ({row}): {what}", fix="make it again with --overwrite")
 
 
+def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
+    """Raise InputError for the first row whose class id in `column` is not 0 to num_classes - 1."""
+    classes = table[column]
+    _refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
+
+
 def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
-    """class_counts.parquet: classes 0 to C - 1 in order, each with a training image.
+    """Read class_counts.parquet: classes 0 to C - 1 in order, each with a training image.
 
     Raises:
         InputError: missing, damaged, or not so.
     """
     table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
-    refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
-    refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
-    refuse(path, table, table["num_test"] < 0, "no class has fewer than 0 test images")
+    _refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
+    _refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
+    _refuse(path, table, table["num_test"] < 0, "no class has fewer than 0 test images")
     return table
 
 
 def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
-    """confusion_pairs.parquet: ordered pairs of different classes, each once, with a count.
+    """Read confusion_pairs.parquet: ordered pairs of different classes, each once, with a count.
 
     Raises:
         InputError: missing, damaged, or not so.
     """
+    pair = ["true_class", "predicted_class"]
     table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
-    for name in ("true_class", "predicted_class"):
+    for name in pair:
         refuse_outside(path, table, name, num_classes)
-    refuse(path, table, table["count"] < 1, "a pair is there because it was counted")
-    refuse(path, table, table["true_class"] == table["predicted_class"], "a class is not confused with itself")
-    twice = table.duplicated(["true_class", "predicted_class"])
-    refuse(path, table, twice, "the pair stands there twice")
+    _refuse(path, table, table["count"] < 1, "a pair is there because it was counted")
+    _refuse(path, table, table["true_class"] == table["predicted_class"], "a class is not confused with itself")
+    _refuse(path, table, table.duplicated(pair), "the pair stands there twice")
     return table
-
-
-def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
-    """Refuse class ids outside 0 to num_classes - 1.
-
-    Raises:
-        InputError: with the first row that has one.
-    """
-    classes = table[column]
-    refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
 
 
 def confusion_columns(counts: Tensor) -> dict[str, Any]:
@@ -219,8 +194,6 @@ def confusion_columns(counts: Tensor) -> dict[str, Any]:
 def confusion_tensor(table: pd.DataFrame, num_classes: int) -> Tensor:
     """The dense int64 counts [C, C] of a sparse confusion table."""
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    counts[
-        torch.tensor(table["true_class"].to_numpy(), dtype=torch.int64),
-        torch.tensor(table["predicted_class"].to_numpy(), dtype=torch.int64),
-    ] = torch.tensor(table["count"].to_numpy(), dtype=torch.int64)
+    true_class, predicted_class, count = (torch.tensor(table[name].to_numpy(np.int64)) for name in table.columns)
+    counts[true_class, predicted_class] = count
     return counts

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cpmix_cli.artifacts.files import _unique, canonical_json, digest, open_file, publish, read_bytes
+from cpmix_cli.artifacts.files import canonical_json, digest, open_file, publish, read_bytes, unique_members
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
-MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
+_MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
@@ -49,12 +49,8 @@ def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = N
 
 
 def _parse_header(text: bytes) -> tuple[dict[str, list[int]], Any]:
-    """Shapes by tensor name, and the metadata, of a safetensors header.
-
-    Raises:
-        ValueError, KeyError, AttributeError, TypeError, RecursionError: it is none.
-    """
-    header = json.loads(text, object_pairs_hook=_unique)
+    """Shapes by tensor name, and the metadata, of a safetensors header; raises _NOT_A_HEADER."""
+    header = json.loads(text, object_pairs_hook=unique_members)
     metadata = header.pop("__metadata__", {}).get("cpmix")
     shapes = {name: list(entry["shape"]) for name, entry in header.items()}
     return shapes, json.loads(metadata) if metadata is not None else None
@@ -64,17 +60,14 @@ _NOT_A_HEADER = (ValueError, KeyError, AttributeError, TypeError, RecursionError
 
 
 def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and metadata (a JSON value or None) of a safetensors file.
+    """Read tensors and metadata (a JSON value or None) of a safetensors file; raise InputError if it is none.
 
-    Read as bytes and not by memory mapping, which is slow or fatal on network file systems.
-
-    Raises:
-        InputError: missing, damaged, or not safetensors.
+    As bytes and not by memory mapping, which is slow or fatal on network file systems.
     """
     data = read_bytes(path, sha)
     try:
         size = int.from_bytes(data[:8], "little")
-        if size > MAX_HEADER:
+        if size > _MAX_HEADER:
             raise ValueError(f"its header says it has {size:,} bytes")
         _, metadata = _parse_header(data[8 : 8 + size])
         return safetensors.torch.load(data), metadata
@@ -83,10 +76,9 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
 
 
 def check_seal(path: Path, metadata: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """What sealed_metadata() put round a safetensors file's tensors (unread: None) holds; returns the metadata.
+    """Return the metadata that sealed_metadata() sealed; raise InputError without a seal, or if it is broken.
 
-    Raises:
-        InputError: it does not, or there is no seal.
+    Without `tensors` only the metadata are checked.
     """
     content = dict(metadata) if isinstance(metadata, dict) else {}
     whole = content.pop("digest", None) == digest(content)
@@ -96,14 +88,14 @@ def check_seal(path: Path, metadata: Any, tensors: Mapping[str, Tensor] | None =
 
 
 def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
-    """Shapes by tensor name and metadata (a JSON value or None) of a safetensors file, its values unread.
+    """Return shapes by tensor name, and metadata (a JSON value or None), of a safetensors file; its values stay unread.
 
     Raises:
-        InputError: missing, or the header is not one.
+        InputError: missing, or no header.
     """
     with open_file(path) as file:
         size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if 0 < size <= MAX_HEADER else b""
+        text = file.read(size) if 0 < size <= _MAX_HEADER else b""
     try:
         return _parse_header(text)
     except _NOT_A_HEADER as fault:
@@ -119,15 +111,13 @@ def check_fit(
     needed_by: str = "",
     fix: str = "",
 ) -> None:
-    """Check tensors against those that they are to be copied into.
+    """Check the tensors of a file against those that they are to be copied into.
 
     Args:
-        path: where they came from, for the message.
-        given: the tensors by name.
-        own: those of the network or state, for their names, shapes and types.
-        exact: False takes any floating-point type for another, and lets counters of batch norm be missing.
-        needed_by: for the message.
-        fix: the same.
+        path: of the file; with needed_by and fix, for the message.
+        given: tensors of the file, by name.
+        own: tensors of the network or state.
+        exact: False accepts any floating-point type for another, and batch norm without its counters.
 
     Raises:
         InputError: with every tensor that is missing, unknown, of another shape or type, or not finite.

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.runtime import console, signals
+from cpmix_cli.runtime import console, processes, signals
 from cpmix_cli.runtime.errors import EXIT_BUG, EXIT_INTERRUPTED, CpmixError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -319,7 +318,7 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
         store.add("heard", 1)
     until = time.monotonic() + SURVEY_SECONDS
     # A process that is killed closes its connections a moment before it is gone.
-    while not (gone := [rank for rank, process in _neighbours.items() if not _is_alive(process)]):
+    while not (gone := [rank for rank, process in _neighbours.items() if not processes.start_of(process)]):
         if code or time.monotonic() > until:
             break
         time.sleep(0.05)
@@ -339,15 +338,6 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
         console.error(lost)
         os._exit(lost.exit_code)
     raise lost from fault
-
-
-def _is_alive(process: int) -> bool:
-    """Not ended, whether or not anybody has asked how."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def _leave(*, abort: bool) -> None:

@@ -1,11 +1,9 @@
 """One writer a folder: who is refused and told what, who waits, and which locks outlive nobody."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,14 @@ from cpmix_cli.runtime.errors import EnvironmentFault
 
 def owner(**changes: object) -> Owner:
     """This process, outside Slurm, but for some fields."""
-    return replace(locks._this_process(), **{"slurm_job": "", **changes})  # type: ignore[arg-type]
+    return locks._this_process().model_copy(update={"slurm_job": "", **changes})
 
 
 def leave_lock(folder: Path, by: Owner, *, silent: float = 0.0) -> Path:
     """A lock as another process would have left it, its last heartbeat some seconds ago."""
     folder.mkdir(exist_ok=True)
     path = folder / LOCK
-    path.write_text(json.dumps(asdict(by)))
+    path.write_text(by.model_dump_json())
     os.utime(path, (time.time() - silent,) * 2)
     return path
 
@@ -107,9 +105,9 @@ def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: s
 def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"whole")
     (tmp_path / f"{TEMPORARY}elsewhere-1-abc").write_bytes(b"half")
-    (tmp_path / f"{LOCK}-elsewhere-1-1").write_text(json.dumps(asdict(owner(pid=DEAD))))
+    (tmp_path / f"{LOCK}-elsewhere-1-1").write_text(owner(pid=DEAD).model_dump_json())
     waiting = f"{LOCK}-elsewhere-2-1"  # of a process that is just about to ask
-    (tmp_path / waiting).write_text(json.dumps(asdict(owner(host="elsewhere"))))
+    (tmp_path / waiting).write_text(owner(host="elsewhere").model_dump_json())
     with hold(tmp_path):
         assert files(tmp_path) == [LOCK, waiting, "model.safetensors"]
 
