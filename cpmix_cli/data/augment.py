@@ -1,8 +1,8 @@
 """Resized crops, flips and colour jitter of whole batches, from uniforms: no work for the host, no shape that the data
 decide, so a CUDA graph can hold it.
 
-Shapes: B images, channels 3 or 1, pixels 0..255. Agrees with torchvision.transforms.v2 on float images; torchvision
-draws image by image from one global generator, here an image's numbers decide alone what becomes of it.
+Shapes: B images, channels 3 or 1, pixels 0..255. Agrees with torchvision.transforms.v2 on float images. torchvision
+draws from one global generator; here the uniforms of an image alone decide how it is augmented.
 """
 
 import math
@@ -11,67 +11,58 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-TRIES = 10
-POSITION = 2 * TRIES  # of a crop: a row and a column
-FLIP = POSITION + 2
-FACTORS = FLIP + 1  # of brightness, contrast and saturation
+_TRIES = 10
+_POSITION = 2 * _TRIES  # of the crop: a row and a column
+_FLIP = _POSITION + 2
+FACTORS = _FLIP + 1  # of brightness, contrast and saturation
 ORDER = FACTORS + 3
-NUM_CROP, NUM_JITTER = FLIP + 1, ORDER + 1
-"""Uniforms of an image without jitter and with it: TRIES times an area and a shape, then the places named above."""
-AREA = (0.08, 1.0)  # of the image
-SHAPE = (3 / 4, 4 / 3)  # width over height
+NUM_CROP, NUM_JITTER = _FLIP + 1, ORDER + 1
+"""Uniforms per image without jitter and with it: _TRIES pairs of area and shape, then those at the indices above."""
+_AREA = (0.08, 1.0)  # of the image
+_SHAPE = (3 / 4, 4 / 3)  # width over height
 JITTER = 0.4
 ORDERS = list(permutations(range(3)))
-GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision's rgb_to_grayscale has it
+_GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision's rgb_to_grayscale has it
 
 
 def crop_boxes(uniforms: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of random area and shape [B, 4] int64: top, left, height, width.
+    """Boxes of random area and shape in images of `height` x `width`, from uniforms [B, NUM_CROP or more] float64:
+    [B, 4] int64 with top, left, height, width.
 
-    Args:
-        uniforms: [B, NUM_CROP or more] float64.
-        height: of the images, in pixels.
-        width: of the images.
-
-    Source: torchvision's RandomResizedCrop.get_params(scale=AREA, ratio=SHAPE): the first of TRIES that fits, else the
-    middle, cut to the nearest shape that is allowed.
+    Source: torchvision's RandomResizedCrop.get_params(scale=_AREA, ratio=_SHAPE): the first of _TRIES that fits, else
+    the middle, cut to the nearest shape that is allowed.
     """
-    tried = uniforms[:, :POSITION].view(-1, TRIES, 2)
-    area = height * width * (AREA[0] + tried[..., 0] * (AREA[1] - AREA[0]))
-    low, high = math.log(SHAPE[0]), math.log(SHAPE[1])
+    tried = uniforms[:, :_POSITION].view(-1, _TRIES, 2)
+    area = height * width * (_AREA[0] + tried[..., 0] * (_AREA[1] - _AREA[0]))
+    low, high = math.log(_SHAPE[0]), math.log(_SHAPE[1])
     shape = torch.exp(low + tried[..., 1] * (high - low))
     widths, heights = torch.sqrt(area * shape).round(), torch.sqrt(area / shape).round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = (~fits).long().cumprod(1).sum(1)  # TRIES: none does
+    first = (~fits).long().cumprod(1).sum(1)  # _TRIES if none fits
     w, h = width, height
-    if width / height < SHAPE[0]:
-        h = round(width / SHAPE[0])
-    elif width / height > SHAPE[1]:
-        w = round(height * SHAPE[1])
+    if width / height < _SHAPE[0]:
+        h = round(width / _SHAPE[0])
+    elif width / height > _SHAPE[1]:
+        w = round(height * _SHAPE[1])
     found_w = torch.cat([widths, torch.full_like(widths[:, :1], w)], 1).gather(1, first[:, None])[:, 0]
     found_h = torch.cat([heights, torch.full_like(heights[:, :1], h)], 1).gather(1, first[:, None])[:, 0]
     room = torch.stack([height - found_h, width - found_w], 1)
-    drawn = (uniforms[:, POSITION:FLIP] * (room + 1)).floor()
-    position = torch.where((first < TRIES)[:, None], drawn, (room / 2).floor())
+    drawn = (uniforms[:, _POSITION:_FLIP] * (room + 1)).floor()
+    position = torch.where((first < _TRIES)[:, None], drawn, (room / 2).floor())
     return torch.cat([position, found_h[:, None], found_w[:, None]], 1).long()
 
 
 def flips(uniforms: Tensor) -> Tensor:
-    """Which images are turned left for right [B] bool."""
-    return uniforms[:, FLIP] < 0.5
+    """Which images are mirrored [B] bool, from uniforms [B, NUM_CROP or more]."""
+    return uniforms[:, _FLIP] < 0.5
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """The part of each image in its box, scaled to `size` x `size` and flipped: float32 [B, channels, size, size].
+    """Crop images uint8 [B, H, W, channels] to their boxes [B, 4], scale these to `size` x `size`, and mirror those of
+    `flip` [B]: float32 [B, channels, size, size].
 
-    Args:
-        images: uint8 [B, H, W, channels].
-        boxes: [B, 4] int64, see crop_boxes().
-        size: side in pixels.
-        flip: [B] bool.
-
-    Source: torchvision's resized_crop(antialias=True) with bilinear interpolation. As two products with matrices of
-    weights, of which the second also flips.
+    Source: torchvision's resized_crop(antialias=True) with bilinear interpolation, as two products with matrices of
+    weights; the second also mirrors.
     """
     count, height, width, channels = images.shape
     straight = torch.zeros_like(flip)
@@ -83,14 +74,9 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tens
 
 
 def _weights(start: Tensor, length: Tensor, flip: Tensor, num_in: int, num_out: int) -> Tensor:
-    """How much of each of `num_in` pixels is in each of `num_out`, [B, num_out, num_in] float32 with rows of sum 1.
+    """Share of each of `num_in` pixels in each of `num_out`: [B, num_out, num_in] float32, rows of sum 1.
 
-    Args:
-        start: first pixel of the box [B].
-        length: of the box in pixels [B].
-        flip: [B] bool, backwards.
-        num_in: pixels of the image.
-        num_out: pixels of the result.
+    The box has `length` [B] pixels from `start` [B]; output pixels of `flip` [B] run backwards.
     """
     scale = (length.float() / num_out)[:, None]
     reach = scale.clamp(min=1)
@@ -98,7 +84,7 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, num_in: int, num_out: 
     place = torch.where(flip[:, None], num_out - 1 - place, place)
     pixel = torch.arange(num_in, device=start.device) - start[:, None]
     inside = (pixel >= 0) & (pixel < length[:, None])
-    # What lies beside the box is not looked at: it is moved far away.
+    # Pixels outside the box are moved far away, where their weight is 0.
     pixel = torch.where(inside, (pixel + 0.5) / reach, -1e9)
     weights = pixel[:, None, :] - ((place + 0.5) * scale / reach)[:, :, None]
     weights = weights.abs_().neg_().add_(1).clamp_(min=0)
@@ -117,23 +103,19 @@ def planes(images: Tensor) -> Tensor:
 
 
 def flipped(x: Tensor, flip: Tensor) -> Tensor:
-    """Images [B, channels, H, W] with those of `flip` [B] turned left for right."""
+    """Images [B, channels, H, W], those of `flip` [B] mirrored."""
     return torch.where(flip[:, None, None, None], x.flip(3), x)
 
 
 def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
-    """Brightness, contrast and saturation times 1 - JITTER to 1 + JITTER, in an order of each image's own.
-
-    Args:
-        x: float32 [B, channels, H, W].
-        uniforms: [B, NUM_JITTER].
-        orders: ORDERS on the device [6, 3].
+    """Scale brightness, contrast and saturation of x [B, channels, H, W] by 1 - JITTER to 1 + JITTER, in a random order
+    per image, from uniforms [B, NUM_JITTER]; `orders` is ORDERS on the device [6, 3].
 
     Source: torchvision's ColorJitter(0.4, 0.4, 0.4): clamp(y + f (x - y)), where y is black, the mean grey or grey.
     """
     factors = (1 - JITTER + 2 * JITTER * uniforms[:, FACTORS:ORDER]).to(x.dtype)
     chosen = orders[(uniforms[:, ORDER] * len(ORDERS)).long()]
-    shares = GREY if x.shape[1] == 3 else (1.0,)
+    shares = _GREY if x.shape[1] == 3 else (1.0,)
     for step in range(3):
         what = chosen[:, step]
         factor = factors.gather(1, what[:, None])[:, 0].view(-1, 1, 1, 1)

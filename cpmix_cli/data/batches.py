@@ -26,43 +26,44 @@ NORMALISATIONS = {  # mean and standard deviation of red, green, blue on the sca
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inaturalist": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
 }
-PIECE = 8
+_PIECE = 8
 """Images that a CPU augments at a time: its caches hold so many."""
-MAX_ROTATION = 15.0  # degrees
+_MAX_ROTATION = 15.0  # degrees
 
 
 class Batches(Protocol):
-    """What the engine asks of a data set."""
+    """Training and test inputs by index."""
 
     num_uniforms: int
-    """Numbers of [0, 1) that decide how an image is augmented."""
+    """Random numbers in [0, 1) that decide how one image is augmented."""
     device: torch.device
-    """Where indices and uniforms are wanted: where resident images are, the CPU for those read from disk. Inputs come
-    out on the device of the network."""
+    """Device of indices and uniforms: that of resident images, else the CPU. Inputs are on the network's device."""
     resident: bool
-    """All images are there: nothing is to be prefetched, and a CUDA graph can hold a batch."""
+    """All images are in the device's memory: prefetch() does nothing, and a CUDA graph can hold a batch."""
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Augmented training inputs of `indices` [B], as `uniforms` [B, num_uniforms] float64 say."""
+        """Return training inputs of `indices` [B], augmented by `uniforms` [B, num_uniforms] float64."""
         ...
 
     def plain(self, indices: Tensor) -> Tensor:
-        """Inputs of `indices` [B] without augmentation."""
+        """Return inputs of `indices` [B] without augmentation."""
         ...
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Begin to read what batch() of these values (plain(), without uniforms) will request; images that are resident
-        need none of it.
-        """
+        """Start to read what batch() of these values (without uniforms: plain()) will request."""
         return
 
 
 class Resident(Batches, Protocol):
-    """Batches of images on a device, whose maths other images can have: those that come from disk."""
+    """Batches of inputs on a device; streamed images get the same arithmetic, see on()."""
 
     def on(self, images: Tensor) -> Self:
-        """The same of other images uint8 [n, H, W, channels], and nothing sent to the device again."""
-        ...
+        """Return such batches of other images uint8 [n, H, W, channels]; no constant is sent to the device again."""
+        other = copy(self)
+        other._keep(images)
+        return other
+
+    def _keep(self, images: Tensor) -> None: ...
 
 
 class ImageBatches(Resident):
@@ -83,44 +84,38 @@ class ImageBatches(Resident):
         # For a whole row of pixels, so that arithmetic runs over long stretches of memory and not over three channels.
         self._offset, self._scale = offset.repeat(self._width), scale.repeat(self._width)
         self._padded_height, self._padded_width = self._height + 2 * self._padding, self._width + 2 * self._padding
-        self._pixels = self._padded(images)
+        self._keep(images)
 
-    def on(self, images: Tensor) -> "ImageBatches":
-        """The same of other images of that shape."""
-        other = copy(self)
-        other._pixels = self._padded(images)
-        return other
-
-    def _padded(self, images: Tensor) -> Tensor:
+    def _keep(self, images: Tensor) -> None:
         p = self._padding
-        return F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
+        self._pixels = F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Random crops, flipped with probability 1/2, turned by up to MAX_ROTATION either way about the middle of the
+        """Random crops, flipped with probability 1/2, rotated by up to _MAX_ROTATION either way about the middle of the
         crop: [B, channels, H, W] float32, channels last in memory.
 
-        Source of the turn: torchvision's RandomRotation(15), the nearest pixel, corners black.
+        Source of the rotation: torchvision's RandomRotation(15), nearest pixel, black corners.
         """
         choices = 2 * self._padding + 1
         top = (uniforms[:, 0] * choices).long()
         left = (uniforms[:, 1] * choices).long()
         flip = (uniforms[:, 2] < 0.5) & self._flip
-        angle = (4 * (uniforms[:, 2] % 0.5) - 1) * MAX_ROTATION if self._rotate else None
+        angle = (4 * (uniforms[:, 2] % 0.5) - 1) * _MAX_ROTATION if self._rotate else None
         return self._crop(indices, top, left, flip, angle)
 
     def plain(self, indices: Tensor) -> Tensor:
         """The images as they are: [B, channels, H, W] float32, channels last in memory."""
         middle = torch.full_like(indices, self._padding)
-        return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool))
+        return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool), None)
 
-    def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None = None) -> Tensor:
-        """[B] each; angles in degrees, against the clock."""
+    def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None) -> Tensor:
+        """Each argument is [B]; angles in degrees, counter-clockwise."""
         device = indices.device
         rows = torch.arange(self._height, device=device).view(1, -1, 1)
         columns = torch.arange(self._width, device=device).view(1, 1, -1)
         inside = None
         if angle is not None:
-            rows, columns, inside = self._turned(rows, columns, angle)
+            rows, columns, inside = self._rotated(rows, columns, angle)
         columns = torch.where(flip[:, None, None], self._width - 1 - columns, columns) + left[:, None, None]
         first = (indices[:, None, None] * self._padded_height + rows + top[:, None, None]) * self._padded_width
         chosen = self._pixels.index_select(0, (first + columns).view(-1))
@@ -129,8 +124,8 @@ class ImageBatches(Resident):
         x = chosen.view(-1, self._width * self._channels).float().sub_(self._offset).mul_(self._scale)
         return x.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
 
-    def _turned(self, rows: Tensor, columns: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each pixel of a turned image comes from: row, column (0 outside) and whether inside, [B, H, W]."""
+    def _rotated(self, rows: Tensor, columns: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Source of each pixel of a rotated image: row, column (0 outside) and whether it is inside, [B, H, W]."""
         radians = torch.deg2rad(angle)[:, None, None]
         sine, cosine = radians.sin(), radians.cos()
         middle_y, middle_x = (self._height - 1) / 2, (self._width - 1) / 2
@@ -142,14 +137,9 @@ class ImageBatches(Resident):
 
 
 class CropBatches(Resident):
-    """uint8 images [N, H, W, channels], resident on a device, of which the network sees squares.
+    """uint8 images [N, H, W, channels], resident on a device; the network sees squares of them.
 
-    Args:
-        images: the images.
-        recipe: crop, augmentation, normalisation.
-        mean: a channel, of the data set.
-        std: the same.
-        cropped: training images come cropped and scaled, [N, crop, crop, channels].
+    With `cropped`, training images are random crops already: [N, crop, crop, channels].
     """
 
     def __init__(
@@ -157,7 +147,6 @@ class CropBatches(Resident):
     ) -> None:
         self.device = images.device
         self.resident = True
-        self._images = images
         self._size = recipe.crop
         self._augments = recipe.augment != "none"
         self._jitters = recipe.augment.endswith("jitter")
@@ -168,12 +157,10 @@ class CropBatches(Resident):
         constants = _normalisation(recipe, images.shape[3], mean, std, images.device)
         self._offset, self._scale = (values.view(1, -1, 1, 1) for values in constants)
         self._orders = torch.tensor(augment.ORDERS, device=images.device)
+        self._keep(images)
 
-    def on(self, images: Tensor) -> "CropBatches":
-        """The same of other images with as many channels."""
-        other = copy(self)
-        other._images = images
-        return other
+    def _keep(self, images: Tensor) -> None:
+        self._images = images
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Random resized crops, flipped with probability 1/2, with other colours: [B, channels, crop, crop] float32,
@@ -190,7 +177,7 @@ class CropBatches(Resident):
         seen = torch.empty(
             (count, channels, self._size, self._size), device=self.device, memory_format=torch.channels_last
         )
-        size = PIECE if self.device.type == "cpu" else max(count, 1)
+        size = _PIECE if self.device.type == "cpu" else max(count, 1)
         for first in range(0, count, size):
             piece = slice(first, first + size)
             images = self._images[indices[piece]]
@@ -214,7 +201,7 @@ class CropBatches(Resident):
 def _normalisation(
     recipe: Data, num_channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What is taken off each channel of pixels 0..255, and what they are then multiplied with; float32 [channels]."""
+    """Offset to subtract from each channel of pixels 0..255, and scale to multiply by: float32 [channels] each."""
     if recipe.normalisation != "dataset":
         neither = (0.0,) * num_channels, (1.0,) * num_channels
         mean, std = NORMALISATIONS.get(recipe.normalisation, neither)
@@ -223,29 +210,34 @@ def _normalisation(
     return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
 
 
-class PointBatches(Batches):
-    """float32 points [N, D], given as they are."""
+class PointBatches(Resident):
+    """float32 points [N, D], given as they are: [B, D]."""
 
     def __init__(self, points: Tensor) -> None:
         self.num_uniforms = 0
         self.device = points.device
         self.resident = True
-        self._points = points
+        self._keep(points)
+
+    def _keep(self, images: Tensor) -> None:
+        self._points = images
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """[B, D] float32."""
         return self._points[indices]
 
     def plain(self, indices: Tensor) -> Tensor:
-        """[B, D] float32."""
         return self._points[indices]
 
 
-def make_batches(inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> Batches:
-    """Return batches of resident inputs: images (uint8) or points (float32)."""
+def make_batches(
+    inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float], *, cropped: bool = False
+) -> Resident:
+    """Return batches of resident inputs: images (uint8; see CropBatches for `cropped`) or points (float32)."""
     if inputs.dtype != torch.uint8:
         return PointBatches(inputs)
-    return (CropBatches if recipe.crop else ImageBatches)(inputs, recipe, mean, std)
+    if recipe.crop:
+        return CropBatches(inputs, recipe, mean, std, cropped=cropped)
+    return ImageBatches(inputs, recipe, mean, std)
 
 
 def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> tuple[Batches, Tensor]:
@@ -261,7 +253,7 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
         return make_batches(inputs.to(device), recipe, mean, std), labels
-    reader, labels = open_reader(dataset, split, recipe), dataset.labels(split)
+    reader, labels = _open_reader(dataset, split, recipe), dataset.labels(split)
     if isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device):
         return make_batches(reader.load_all().to(device), recipe, mean, std), labels
     return stream_batches(reader, recipe, mean, std, device), labels
@@ -272,19 +264,12 @@ def stream_batches(
 ) -> Batches:
     """Return batches of images that are read from disk when they are needed."""
     none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
-    cropped = isinstance(reader, FileReader)
-    maths = (
-        CropBatches(none, recipe, mean, std, cropped=cropped) if recipe.crop else ImageBatches(none, recipe, mean, std)
-    )
+    maths = make_batches(none, recipe, mean, std, cropped=isinstance(reader, FileReader))
     return StreamedBatches(reader, maths, device)
 
 
-def open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileReader:
-    """Open the shards of a split, or its image files as a recipe crops them; for data that are not stored as tensors.
-
-    Raises:
-        InputError: shards, their hashes or the list of files are missing or damaged, or the files' folder is missing.
-    """
+def _open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileReader:
+    """Open the shards of a split, or its image files as a recipe crops them."""
     if dataset.storage == "shards":
         return dataset.shards(split)
     root = dataset.data_root
@@ -293,13 +278,8 @@ def open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileRead
             f"no folder {root}, where the images of {dataset.name} are",
             fix="name the folder where they are: --data-root DIR",
         )
-    return FileReader(
-        dataset.paths(split),
-        dataset.shape,
-        recipe,
-        upright=dataset.upright,
-        fix="restore or repair the file; if the images have moved, name their folder with --data-root",
-    )
+    fix = "restore or repair the file; if the images have moved, name their folder with --data-root"
+    return FileReader(dataset.paths(split), dataset.shape, recipe, upright=dataset.upright, fix=fix)
 
 
 def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
@@ -308,16 +288,11 @@ def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterat
         images = dataset.read(split)[0].numpy()
         yield from (images[i] for i in indices)
     else:
-        yield from read_in_order(open_reader(dataset, split, Data(augment="none")), indices.tolist())
+        yield from read_in_order(_open_reader(dataset, split, Data(augment="none")), indices.tolist())
 
 
 class ClassPool:
-    """Images by class, for uniform draws within classes.
-
-    Args:
-        labels: class of each image [N] int64.
-        num_classes: C; every class must have an image.
-    """
+    """Images by class, for uniform draws within classes. Of the `labels` [N] int64, every class must have an image."""
 
     def __init__(self, labels: Tensor, num_classes: int) -> None:
         self.num_classes = num_classes

@@ -1,6 +1,5 @@
 """Reading a data set folder that build-lt wrote."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,26 +15,24 @@ from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.artifacts.tensors import read_tensors
-from cpmix_cli.data.longtail import group_of
 from cpmix_cli.data.shards import REPAIR, Shards
 from cpmix_cli.data.splits import check_labels
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime.errors import InputError, UsageError, shortened
 
-LOOKED_FOR = 32
-"""Image files of a folder that is said to have them."""
+_LOOKED_FOR = 32
+"""Image files that --data-root is checked for."""
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
-"""Of a file in the record's own folder."""
-
+"""Name of a file in the record's own folder."""
 
 SPLITS = ("train", "val", "test")
 Storage = Literal["tensors", "shards", "files"]
-"""Whole in memory; packed squares that are read one by one; the image files themselves, below data_root."""
+"""One tensor per split; packed squares that are read one by one; the image files themselves, below data_root."""
 
 
 class Shaped(Record):
-    """The part of a record that says what a network takes: images with their statistics, or points."""
+    """The fields of a record that say what a network takes: images with their statistics, or points."""
 
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
     mean: list[Annotated[float, Field(allow_inf_nan=False)]]
@@ -44,18 +41,18 @@ class Shaped(Record):
     @model_validator(mode="after")
     def _statistics_fit(self) -> "Shaped":
         channels = self.shape[-1] if len(self.shape) == 3 else 0
-        # Of images that stay in their files nobody has computed them.
+        # Images that stay in their files have no statistics.
         if len(self.shape) == 2 or {len(self.mean), len(self.std)} not in ({channels}, {0}):
             raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
         return self
 
 
 class DatasetRequest(Record):
-    """What build-lt was asked for; equal requests give equal data sets."""
+    """The settings of build-lt; equal requests give equal data sets."""
 
     source: str
     rho: int | float | None
-    """Imbalance factor, as it was given: 20 and 20.0 are written differently."""
+    """Imbalance factor, as given: 20 and 20.0 are written differently."""
     profile: str | None
     subset_seed: int
     val_per_class: int
@@ -68,7 +65,7 @@ class DatasetRequest(Record):
     """Classes of exactly 20 training images are few."""
 
     def fields(self) -> dict[str, Any]:
-        """Return what dataset.json records of it."""
+        """Return the fields that dataset.json has."""
         return self.model_dump(exclude_defaults=True)
 
 
@@ -88,7 +85,7 @@ class DatasetRecord(Shaped, DatasetRequest):
 
     @property
     def request(self) -> DatasetRequest:
-        """What build-lt was asked for."""
+        """The settings that build-lt was given."""
         return DatasetRequest(**self.model_dump(include=set(DatasetRequest.model_fields)))
 
     @model_validator(mode="after")
@@ -97,10 +94,6 @@ class DatasetRecord(Shaped, DatasetRequest):
             raise ValueError(f"{len(self.mean)} means of storage {self.storage}")
         if self.storage != "tensors" and (self.shape != [self.shape[0]] * 2 + [3] or self.data_root is None):
             raise ValueError(f"{self.storage} of shape {self.shape}, data_root {self.data_root}")
-        return self
-
-    @model_validator(mode="after")
-    def _groups_are_all(self) -> "DatasetRecord":
         if len(self.groups) != 3:
             raise ValueError("groups are many, medium and few")
         return self
@@ -108,14 +101,14 @@ class DatasetRecord(Shaped, DatasetRequest):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set folder, its record checked; pixels are read when asked for."""
+    """A data set folder with a checked record; pixels are read on request."""
 
     folder: Path
     record: DatasetRecord
     class_counts: NDArray[np.int64]
-    """Training images a class [C]."""
+    """Training images per class [C]."""
     moved_to: Path | None = None
-    """Where the image files are, if not where they were when the set was built."""
+    """Folder of the image files, if not that of the record."""
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +117,7 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Source, rho and whatever else the folder name says."""
+        """Name of the folder that build-lt gave it."""
         return self.record.name
 
     @property
@@ -144,35 +137,30 @@ class Dataset:
 
     @property
     def storage(self) -> Storage:
-        """How images are kept, and so what gives them: read(), shards() or paths()."""
+        """How images are stored, and so what returns them: read(), shards() or paths()."""
         return self.record.storage
 
     @property
     def has_statistics(self) -> bool:
-        """Whether mean and deviation of the pixels are known; points need none."""
+        """Whether mean and deviation of the pixels are known, or not needed (points)."""
         return self.storage != "files"
 
     @property
     def upright(self) -> bool:
-        """Whether EXIF's rotation is applied: to people's own images, see decoding.py."""
+        """Whether images are rotated as EXIF says: people's own are, see decoding.py."""
         return self.record.source == "image-folder"
 
     def recipe(self) -> str:
-        """Name of the recipe for this data where none is asked for.
-
-        Raises:
-            InputError: there is none of that name.
-        """
+        """Return the name of the default recipe for this data set; raise InputError if there is no such recipe."""
         name = self.record.recipe
         try:
             find_recipe(name)
-        except UsageError as fault:  # nobody's --recipe: the data set says it
+        except UsageError as fault:  # the record names it, no user's --recipe
             raise InputError(f"{self.folder / DATASET}: {fault.message}", fix="name one: --recipe") from fault
         return name
 
     def read(self, split: str) -> tuple[Tensor, Tensor]:
-        """Images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64, of train, val or test; of
-        storage "tensors".
+        """Return images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64; of storage "tensors".
 
         Raises:
             InputError: a file is missing or damaged, or a label lies outside the classes.
@@ -195,11 +183,7 @@ class Dataset:
         return inputs, labels
 
     def require(self, split: str) -> None:
-        """Check that there is such a split: val is only there where build-lt was asked for one.
-
-        Raises:
-            InputError: it is not there.
-        """
+        """Raise InputError if there is no such split: val exists only if build-lt was asked for one."""
         if split not in self.splits:
             raise InputError(
                 f"{self.folder} has no {split} split",
@@ -209,11 +193,15 @@ class Dataset:
 
     @property
     def splits(self) -> list[str]:
-        """Those that there are of train, val and test."""
+        """Those of train, val and test that exist."""
         return [split for split in SPLITS if f"{split}.parquet" in self.record.files]
 
     def samples(self, split: str) -> pd.DataFrame:
-        """sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order."""
+        """Return sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order.
+
+        Raises:
+            InputError: the list is missing or damaged.
+        """
         path = self.folder / f"{split}.parquet"
         schema = tables.split_schema(self.data_root is not None)
         table = tables.read_table(path, schema, self._sha(path))
@@ -221,11 +209,17 @@ class Dataset:
         return table
 
     def labels(self, split: str) -> Tensor:
-        """Class of each image of a split, [N] int64."""
+        """Return the class of each image of a split, [N] int64; raises as samples()."""
         return torch.tensor(self.samples(split)["label"].to_numpy(), dtype=torch.int64)
 
+    def paths(self, split: str) -> list[Path]:
+        """Return the image file of each sample of a split, if the source's images are files; raises as samples()."""
+        root = self.data_root
+        assert root is not None  # DatasetRecord sees to it where images are read from their files
+        return [root / path for path in self.samples(split)["path"]]
+
     def shards(self, split: str) -> Shards:
-        """The packed images of a split; of storage "shards".
+        """Return the packed images of a split; of storage "shards".
 
         Raises:
             InputError: its hashes are damaged, or shards are missing or of another size.
@@ -237,21 +231,11 @@ class Dataset:
         return shards
 
     def recorded_shards(self, split: str) -> Shards:
-        """shards() as the record has them, whether they are there or not."""
+        """Return shards() without looking whether they exist."""
         path = self.folder / f"{split}-{HASHES}"
         table = tables.read_table(path, tables.HASHES_SCHEMA, self._sha(path))
         hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
         return Shards(self.folder, split, hashes, self.shape, self.record.shard_images)
-
-    def paths(self, split: str) -> list[Path]:
-        """The image file of each sample of a split, below data_root; of a source whose images are files.
-
-        Raises:
-            InputError: the list is damaged.
-        """
-        root = self.data_root
-        assert root is not None  # DatasetRecord sees to it where images are read from their files
-        return [root / path for path in self.samples(split)["path"]]
 
     def _sha(self, path: Path) -> str:
         if path.name not in self.record.files:
@@ -260,7 +244,7 @@ class Dataset:
 
     @property
     def data_root(self) -> Path | None:
-        """Folder of the image files; None for sets that come in a file of their own."""
+        """Folder of the image files; None if the source's images are no files."""
         root = self.moved_to or self.record.data_root
         return Path(root) if root is not None else None
 
@@ -268,68 +252,34 @@ class Dataset:
 def unwritten_dataset(
     name: str, counts: NDArray[np.int64], shape: list[int], *, recipe: str, rho: float | None, storage: Storage
 ) -> Dataset:
-    """A data set of images that is in no folder: for timings, which need its sizes and take random pixels.
-
-    Args:
-        name: of the data set.
-        counts: training images per class [C].
-        shape: H, W, channels.
-        recipe: its default recipe.
-        rho: imbalance factor.
-        storage: how its images would be kept.
+    """Return a data set that is in no folder, for timings on random pixels: `counts` [C] training images per class, of
+    `shape` (H, W, channels), stored as `storage`, with the default recipe `recipe`.
     """
-    classes, channels = [str(c) for c in range(len(counts))], shape[-1]
-    groups = Counter(map(group_of, counts.tolist()))
-    record = DatasetRecord(
-        name=name,
-        source=name,
-        rho=rho,
-        profile=None,
-        subset_seed=0,
-        val_per_class=0,
-        test_per_class=None,
-        image_size=None,
-        listing=None,
-        classes=classes,
-        num_train=int(counts.sum()),
-        num_test=0,
-        groups={"many": groups["many"], "medium": groups["medium"], "few": groups["few"]},
-        recipe=recipe,
-        files={},
-        data_root=None if storage == "tensors" else ".",
-        fingerprint="",
-        storage=storage,
-        shape=shape,
-        mean=[0.5] * channels,
-        std=[0.25] * channels,
-    )
-    return Dataset(Path(), record, counts)
+    fields: dict[str, Any] = {
+        **{"name": name, "source": name, "rho": rho, "recipe": recipe, "storage": storage},
+        **{"classes": [str(c) for c in range(len(counts))], "files": {}, "data_root": None, "fingerprint": ""},
+        **{"shape": shape, "mean": [0.5] * shape[-1], "std": [0.25] * shape[-1]},
+    }
+    return Dataset(Path(), DatasetRecord.model_construct(**fields), counts)
 
 
 def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
-    """The data set in a folder.
-
-    Args:
-        folder: it.
-        data_root: where its image files are, if not where its record says.
+    """Return the data set in a folder; its image files are in `data_root`, if not where its record says.
 
     Raises:
         InputError: no data set there, its record or class counts are damaged, or its images are not in `data_root`.
         UsageError: a `data_root` for a set that has no image files.
     """
-    if not is_there(folder / DATASET):
+    path = folder / DATASET
+    if not is_there(path):
         raise InputError(
             f"no data set in {folder} ({DATASET} is missing)", fix="cpmix build-lt SOURCE, then --data FOLDER"
         )
-    path = folder / DATASET
     record = records.read_record(path, DatasetRecord)
-    path = folder / CLASS_COUNTS
-    counts = tables.read_class_counts(path, record.files.get(path.name, ""))
+    counts = tables.read_class_counts(folder / CLASS_COUNTS, record.files.get(CLASS_COUNTS, ""))
     if counts["class_name"].tolist() != record.classes:
-        raise InputError(f"{path} names other classes than {folder / DATASET}")
-    dataset = Dataset(
-        folder=folder, record=record, class_counts=np.asarray(counts["num_train"], dtype=np.int64), moved_to=data_root
-    )
+        raise InputError(f"{folder / CLASS_COUNTS} names other classes than {path}")
+    dataset = Dataset(folder, record, np.asarray(counts["num_train"], dtype=np.int64), data_root)
     if data_root is not None:
         _check_moved(dataset, data_root)
     return dataset
@@ -345,7 +295,7 @@ def _check_moved(dataset: Dataset, data_root: Path) -> None:
     if not data_root.is_dir():
         raise InputError(f"no folder {data_root}", needed_by="--data-root")
     paths = dataset.paths("train")
-    looked_for = [paths[i] for i in np.linspace(0, len(paths) - 1, min(LOOKED_FOR, len(paths)), dtype=int)]
+    looked_for = [paths[i] for i in np.linspace(0, len(paths) - 1, min(_LOOKED_FOR, len(paths)), dtype=int)]
     if missing := [path for path in looked_for if not path.is_file()]:
         raise InputError(
             f"{data_root} is not the folder of {dataset.name}'s images: {len(missing)} of {len(looked_for)} that were "
@@ -356,6 +306,6 @@ def _check_moved(dataset: Dataset, data_root: Path) -> None:
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation a channel of uint8 images [N, H, W, channels], on the scale 0..1."""
+    """Mean and standard deviation per channel of uint8 images [N, H, W, channels], on the scale 0..1."""
     flat = images.reshape(-1, images.shape[-1]).to(torch.float64) / 255
     return flat.mean(0).tolist(), flat.std(0, correction=0).tolist()

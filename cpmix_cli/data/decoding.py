@@ -1,7 +1,7 @@
 """Image files to pixels: RGB as it is stored or as it was taken, and the square that is packed and tested on.
 
-Benchmark sets are read as everybody reads them, without the camera's EXIF rotation; of people's own images it is
-applied (`upright`): a photograph is to be seen as it was taken.
+The camera's EXIF rotation is applied to people's own images (`upright`). Benchmark sets are read without it, as
+everybody reads them.
 """
 
 import os
@@ -24,19 +24,15 @@ from cpmix_cli.runtime.errors import InputError, counted, indented
 
 T = TypeVar("T")
 SHOWN = 20
-"""Unreadable files, or faults of a list, that a message shows; there may be as many as images."""
-AHEAD = 4096
-"""Calls that in_threads() hands out at a time: a waiting call takes memory too."""
-IO_THREADS = 16
+"""Most unreadable files, or faults of a list, that a message shows."""
+_AHEAD = 4096
+"""Calls that in_threads() queues at a time: a waiting call takes memory too."""
+_IO_THREADS = 16
 
 
 class UnreadableImages(InputError):
-    """Image files that cannot be read.
-
-    Args:
-        lines: 'PATH: why' for every one of them.
-        shown: how many the message lists; all by default.
-        listed_in: the file that has all of them, where the message has not.
+    """Image files that cannot be read: a line 'PATH: why' each, of which the message shows the first `shown` (None:
+    all), and names the file `listed_in` that has all of them.
     """
 
     def __init__(self, lines: Sequence[str], *, shown: int | None = None, listed_in: Path | None = None) -> None:
@@ -49,13 +45,10 @@ class UnreadableImages(InputError):
 
 def open_rgb(path: Path, *, upright: bool) -> Image.Image:
     """Decode the whole image as RGB: as torchvision's loader does, or `upright`: rotated as EXIF says, transparency
-    laid on white.
-
-    Raises:
-        Exception: whatever Pillow's plugins raise; reason() puts it in words.
+    laid on white. Raises whatever Pillow's plugins raise; reason() puts it in words.
     """
     with open_file(path) as file, Image.open(file) as image:
-        return as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
+        return _as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -73,12 +66,8 @@ def read_square(path: Path, size: int, *, upright: bool) -> Image.Image:
     return square(open_rgb(path, upright=upright), size)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparency is laid on white, 16-bit grey keeps its upper 8 bits.
-
-    Raises:
-        ValueError: 32-bit pixels.
-    """
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparency is laid on white, 16-bit grey keeps its upper 8 bits."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -101,10 +90,9 @@ def reason(fault: Exception) -> str:
 
 
 @contextmanager
-def strict_warnings() -> Iterator[None]:
-    """While threads decode images, silence Pillow's warnings, which name no file, and make too many pixels an error.
-
-    Python's warning filters are the process's, so they are set around the threads and not in each.
+def _strict_warnings() -> Iterator[None]:
+    """Silence Pillow's warnings, which name no file, and make too many pixels an error. Python's warning filters are
+    the process's, so they are set around the threads that decode and not in each.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,8 +104,8 @@ def in_threads(function: Callable[[int], T], count: int, *, threads: int | None 
     """Yield function(0), function(1), ... in order, computed by as many threads as there are CPUs (or `threads`)."""
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         try:
-            for first in range(0, count, AHEAD):
-                yield from pool.map(function, range(first, min(first + AHEAD, count)))
+            for first in range(0, count, _AHEAD):
+                yield from pool.map(function, range(first, min(first + _AHEAD, count)))
         except BaseException:  # a signal: leaving the pool would wait for all that is left
             pool.shutdown(cancel_futures=True)
             raise
@@ -146,7 +134,7 @@ def read_each(
         return None
 
     unreadable = []
-    with strict_warnings():
+    with _strict_warnings():
         for line in in_threads(work, len(paths), threads=threads):
             progress.step()
             unreadable += [line] if line is not None else []
@@ -155,11 +143,7 @@ def read_each(
 
 
 def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
-    """Return read_square() of people's own images: [n, size, size, 3].
-
-    Raises:
-        UnreadableImages: with every file that cannot be read.
-    """
+    """Return read_square() of people's own images: [n, size, size, 3]; raises as read_each()."""
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     with console.Progress("read images", len(paths)) as progress:
         read_each(paths, partial(read_square, size=size, upright=True), images.__setitem__, progress)
@@ -167,25 +151,20 @@ def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
 
 
 def check_headers(paths: Sequence[Path]) -> None:
-    """Read as much of each file as tells its format and size.
-
-    Raises:
-        UnreadableImages: with every file that is no image.
-    """
+    """Read as much of each file as gives its format and size; raise UnreadableImages with all that are no images."""
 
     def look(path: Path) -> None:
         with open_file(path) as file, Image.open(file):
             pass
 
     with console.Progress("checked image files", len(paths)) as progress:
-        read_each(paths, look, lambda *_: None, progress, threads=IO_THREADS)
+        read_each(paths, look, lambda *_: None, progress, threads=_IO_THREADS)
 
 
 def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Return the bytes of each file [N], by many threads: on a network file system most of the time is waiting.
+    """Return the bytes of each file [N]; raise UnreadableImages with all that are missing, empty or no files.
 
-    Raises:
-        UnreadableImages: with every file that is missing, empty or none.
+    Many threads: on a network file system most of the time is waiting.
     """
 
     def size(path: Path) -> int:
@@ -196,16 +175,12 @@ def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
 
     sizes = np.zeros(len(paths), dtype=np.int64)
     with console.Progress("found image files", len(paths)) as progress:
-        read_each(paths, size, sizes.__setitem__, progress, threads=IO_THREADS)
+        read_each(paths, size, sizes.__setitem__, progress, threads=_IO_THREADS)
     return sizes
 
 
 def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Return the results of all calls.
-
-    Raises:
-        UnreadableImages: with the files of all calls that raised it.
-    """
+    """Return the results of all calls; raise UnreadableImages with the files of all calls that raised it."""
     results, unreadable = [], []
     for call in calls:
         try:

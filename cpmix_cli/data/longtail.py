@@ -17,7 +17,7 @@ GROUPS = ("many", "medium", "few")
 def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
     """n_i = int(num_max * rho^(-i/(C-1))), truncated as every published CIFAR-LT is.
 
-    Truncation makes the smallest class of CIFAR-100 at rho 200 hold 2 images and not 2.5, so the real ratio is 250.
+    Truncation leaves 2 images and not 2.5 to the smallest class of CIFAR-100 at rho 200, so the real ratio is 250.
 
     Args:
         num_max: images of the largest class, class 0.
@@ -25,7 +25,7 @@ def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np
         rho: imbalance factor, >= 1.
 
     Returns:
-        Images a class [C].
+        Images per class [C].
 
     Paper: Sec. B.2.1.
     """
@@ -36,10 +36,7 @@ def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np
 
 
 def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
-    """The first half of the classes whole, the others int(num_max / rho).
-
-    Returns:
-        Images a class [C].
+    """num_max for the first half of the classes, int(num_max / rho) for the others: images per class [C].
 
     Paper: Sec. B.1 (two majorities of 1,000 points, two minorities of 50, at rho 20).
     """
@@ -49,17 +46,10 @@ def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]
 
 
 def ranked_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
-    """The exponential profile by rank, as large as the images of every class allow.
+    """The exponential profile by rank, as large as the `available` images per class [C] allow: images per class [C].
 
     For sets that are imbalanced by nature, whose largest class may be any: n_max is the largest number with
     n_max * rho^(-i/(C-1)) <= images of the class of rank i.
-
-    Args:
-        available: images per class [C].
-        rho: imbalance factor, >= 1.
-
-    Returns:
-        Images per class [C].
     """
     shares = rho ** (-np.arange(len(available)) / max(1, len(available) - 1))
     return _by_rank(available, rho, shares, exponential_counts)
@@ -78,7 +68,7 @@ def _by_rank(
     return counts
 
 
-PARETO_POWER = 6.0  # alpha of ImageNet-LT
+_PARETO_POWER = 6.0  # alpha of ImageNet-LT
 
 
 def pareto_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
@@ -90,22 +80,14 @@ def pareto_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int6
     Differs: Liu et al. (2019, "Large-Scale Long-Tailed Recognition in an Open World") made ImageNet-LT by "the Pareto
     distribution with the power value alpha = 6"; the code that drew it was not released, and their list is not this
     curve: between its ends (1,000 classes, 1,280 to 5) the curve has 175,036 images and 362/309/329 many, medium and
-    few classes, the list 115,846 and 385/479/136.
-
-    Args:
-        num_max: images of the largest class, class 0.
-        num_classes: C.
-        rho: imbalance factor, >= 1.
-
-    Returns:
-        Images a class [C].
+    few classes, the list 115,846 and 385/479/136. Arguments and result are those of exponential_counts().
     """
     return (num_max * _pareto_shares(num_classes, rho) + 1e-9).astype(np.int64)
 
 
 def _pareto_shares(num_classes: int, rho: float) -> NDArray[np.float64]:
-    places = np.linspace(1.0, rho ** (1 / (PARETO_POWER + 1)), num_classes)
-    return places ** -(PARETO_POWER + 1)
+    places = np.linspace(1.0, rho ** (1 / (_PARETO_POWER + 1)), num_classes)
+    return places ** -(_PARETO_POWER + 1)
 
 
 def ranked_pareto_counts(available: NDArray[np.int64], rho: float) -> NDArray[np.int64]:
@@ -113,33 +95,24 @@ def ranked_pareto_counts(available: NDArray[np.int64], rho: float) -> NDArray[np
     return _by_rank(available, rho, _pareto_shares(len(available), rho), pareto_counts)
 
 
-Profile = Callable[[NDArray[np.int64], float], NDArray[np.int64]]
-PROFILES: dict[str, Profile] = {
+PROFILES: dict[str, Callable[[NDArray[np.int64], float], NDArray[np.int64]]] = {
     "exponential": lambda available, rho: exponential_counts(int(available.min()), len(available), rho),
     "step": lambda available, rho: step_counts(int(available.min()), len(available), rho),
     "ranked": ranked_counts,
     "pareto": ranked_pareto_counts,
 }
-"""Images a class [C] that there are, and rho -> images a class [C] to keep."""
+"""Name -> function: images per class [C] of the source, rho -> images per class [C] to keep."""
 
 
 def shuffled_by_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> list[NDArray[np.int64]]:
-    """Positions of each class in one shuffled order; a subset is a prefix of it.
+    """Return C arrays of positions into labels [N], one per class, shuffled; a subset takes a prefix of each.
 
-    One RandomState is consumed class by class in ascending order, once a class, so the order does not depend on how
-    many images are kept and subsets are nested over rho.
-
-    Args:
-        labels: class of each source image [N], in the source's file order.
-        num_classes: C.
-        seed: the subset seed; 0 is the published one.
-
-    Returns:
-        C arrays of positions into `labels`.
+    One RandomState is consumed class by class in ascending order, once per class, so the order does not depend on how
+    many images are kept and subsets are nested over rho. Seed 0 is that of the published subsets.
 
     Source: LDAM-DRW imbalance_cifar.py, reference/methods_mixing.md section 1.
     """
-    # The legacy generator, private: its stream is frozen by NumPy's policy, and it is what made the published subsets.
+    # The legacy generator made the published subsets; NumPy's policy is never to change its stream.
     state = np.random.RandomState(seed)
     ends = np.bincount(labels, minlength=num_classes).cumsum()
     order = np.split(labels.argsort(kind="stable"), ends[:-1])

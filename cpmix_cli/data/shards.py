@@ -1,14 +1,14 @@
 """Packed images: files of fixed-size records uint8 [S, S, 3], decoded once, and a sha256 for each image beside them.
 
-A set may be larger than any memory: it is written image by image and read by pread, record by record (memory mapping
-breaks on network file systems). An image is verified when a process first reads it.
+A set may be larger than the memory: images are written one by one and read by pread (memory mapping breaks on network
+file systems). An image is verified when a process first reads it.
 """
 
 import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,7 @@ from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import InputError, indented
 
 SHARD_IMAGES = 2048
-"""Images of a new shard: at 256 x 256 it has 403 MB, and iNaturalist 2018 has 226 of them."""
+"""Images of a new shard: 403 MB at 256 x 256; iNaturalist 2018 has 226 shards."""
 REPAIR = "delete that shard, then rerun its build-lt command, which packs missing shards again"
 
 
@@ -36,74 +36,65 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.shard"
 
 
+@dataclass(eq=False)
 class Shards:
-    """The packed images of a split, for reading from many threads.
+    """The packed images of a split, for reading from many threads."""
 
-    Args:
-        folder: of the data set.
-        split: train, val or test.
-        hashes: sha256 of each image, uint8 [N, 32].
-        shape: of an image, [S, S, 3].
-        shard_images: images of each shard but the last.
-    """
+    folder: Path
+    """The data set's folder."""
+    split: str
+    hashes: NDArray[np.uint8]
+    """sha256 of each image [N, 32]."""
+    shape: list[int]
+    """[S, S, 3], of an image."""
+    shard_images: int
+    """Images of each shard but the last."""
 
-    def __init__(
-        self, folder: Path, split: str, hashes: NDArray[np.uint8], shape: Sequence[int], shard_images: int
-    ) -> None:
+    def __post_init__(self) -> None:
         self._files: dict[int, int] = {}
-        self.shape = list(shape)
-        self._folder = folder
-        self._split = split
-        self.hashes = hashes
-        self._shard_images = shard_images
-        self._record_bytes = int(np.prod(self.shape))
         self._opening = threading.Lock()
-        self._verified = bytearray(len(hashes))  # one byte an image: threads set them without a lock
-
-    def __len__(self) -> int:
-        """N."""
-        return len(self.hashes)
+        self._verified = bytearray(len(self.hashes))  # one byte per image: threads set them without a lock
+        self._image_bytes = int(np.prod(self.shape))
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
 
+    def __len__(self) -> int:
+        """N."""
+        return len(self.hashes)
+
     @property
     def num_shards(self) -> int:
-        """Shards there are."""
-        return -(-len(self) // self._shard_images)
+        """Number of shards."""
+        return -(-len(self) // self.shard_images)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all images."""
-        return len(self) * self._record_bytes
+        return len(self) * self._image_bytes
 
     def path(self, number: int) -> Path:
-        """Of a shard."""
-        return self._folder / shard_name(self._split, number)
+        """File of a shard."""
+        return self.folder / shard_name(self.split, number)
 
     def images(self, number: int) -> range:
-        """Those that are in a shard."""
-        return range(number * self._shard_images, min((number + 1) * self._shard_images, len(self)))
+        """Indices of the images in a shard."""
+        return range(number * self.shard_images, min((number + 1) * self.shard_images, len(self)))
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """One image, as it is stored.
-
-        Args:
-            index: of it, 0 to N - 1.
-            uniforms: unused; what augments is done on the device.
-            into: uint8 [S, S, 3], contiguous.
+        """Read image `index` into uint8 [S, S, 3], contiguous. `uniforms` are not used: the device augments.
 
         Raises:
-            InputError: its shard is missing, too short or damaged there.
+            InputError: the image's shard is missing, too short or damaged there.
         """
-        number, place = divmod(index, self._shard_images)
+        number, place = divmod(index, self.shard_images)
         target = into.data.cast("B")
         done = 0
         try:
             descriptor = self._open(number)
             while done < len(target):  # a network file system may give less than asked for
-                got = os.preadv(descriptor, [target[done:]], place * self._record_bytes + done)
+                got = os.preadv(descriptor, [target[done:]], place * self._image_bytes + done)
                 if not got:
                     break
                 done += got
@@ -114,7 +105,7 @@ class Shards:
         if not self._verified[index]:
             if done < len(target) or sha256(target).digest() != self.hashes[index].tobytes():
                 what = "is damaged" if done == len(target) else "ends before its end"
-                raise InputError(f"{self.path(number)}: image {index} of the {self._split} split {what}", fix=REPAIR)
+                raise InputError(f"{self.path(number)}: image {index} of the {self.split} split {what}", fix=REPAIR)
             self._verified[index] = 1
 
     def load_all(self) -> Tensor:
@@ -125,15 +116,11 @@ class Shards:
         return torch.from_numpy(images)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, or not of their size: what can be seen without reading them."""
-        return [n for n in range(self.num_shards) if _size(self.path(n)) != len(self.images(n)) * self._record_bytes]
+        """Numbers of the shards that are missing or not of their size; their content is not read."""
+        return [n for n in range(self.num_shards) if _size(self.path(n)) != len(self.images(n)) * self._image_bytes]
 
     def verify(self) -> None:
-        """Read every image.
-
-        Raises:
-            InputError: with the damaged ones, shard by shard.
-        """
+        """Read every image; raise InputError with the damaged ones, shard by shard."""
         found: dict[int, list[int]] = {}
 
         def is_damaged(index: int) -> bool:
@@ -143,11 +130,11 @@ class Shards:
                 return True
             return False
 
-        with console.Progress(f"verified {self._split} images", len(self)) as progress:
+        with console.Progress(f"verified {self.split} images", len(self)) as progress:
             for index, damaged in enumerate(in_threads(is_damaged, len(self))):
                 progress.step()
                 if damaged:
-                    found.setdefault(index // self._shard_images, []).append(index)
+                    found.setdefault(index // self.shard_images, []).append(index)
         if found:
             lines = [
                 f"{self.path(number)}: {len(images):,} damaged, the first is image {images[0]}"
@@ -185,48 +172,49 @@ class PackedShard(Record):
 class Packing:
     """Images to pack as the shards of a split.
 
-    A shard that is published has a small record beside it until the data set is finished, by which the same command
-    goes on after it was stopped.
+    Until the data set is finished, a published shard has a PackedShard beside it: the same command continues from it.
     """
 
     folder: Path
-    """Of the data set."""
+    """The data set's folder."""
     split: str
     root: Path
     paths: Sequence[str]
-    """Of the image files [N], below root."""
+    """Image files [N], below root."""
     sizes: NDArray[np.int64]
-    """Bytes of each file [N]: with its path, what tells whether a shard is of these very images."""
+    """Bytes of each file [N]: path and size tell whether a shard is of these images."""
     size: int
     """S."""
     upright: bool
-    """Whether EXIF's rotation is applied."""
-    shard_images: int = field(default_factory=lambda: SHARD_IMAGES)
+    """Rotate images as EXIF says."""
+    shard_images: int
 
     def __post_init__(self) -> None:
         self.hashes = np.zeros((len(self.paths), 32), dtype=np.uint8)
-        """Of the images that are packed [N, 32]."""
-        self.values = np.zeros((3, 256), dtype=np.int64)
-        """How often each value stands in each channel of them."""
-        shape = (self.size, self.size, 3)
-        self._shards = Shards(self.folder, self.split, self.hashes, shape, self.shard_images)
-        self._record_bytes = int(np.prod(shape))
+        """sha256 of the images that are packed [N, 32]."""
+        self._values = np.zeros((3, 256), dtype=np.int64)
+        """How often each value occurs in each channel of them."""
+        self._shards = Shards(self.folder, self.split, self.hashes, [self.size, self.size, 3], self.shard_images)
 
     def left(self) -> list[int]:
-        """Shards that are to be packed. What an earlier build finished is taken over."""
+        """Return the shards to be packed; those that an earlier build finished are taken over."""
         missing = set(self._shards.missing())
         return [n for n in range(self._shards.num_shards) if n in missing or not self._taken_over(n)]
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation a channel of all images, on the scale 0..1."""
+        """Mean and standard deviation per channel of all images, on the scale 0..1."""
         scale = np.arange(256) / 255
-        mean = self.values @ scale / self.values.sum(1)
-        variance = (self.values * (scale - mean[:, None]) ** 2).sum(1) / self.values.sum(1)
+        mean = self._values @ scale / self._values.sum(1)
+        variance = (self._values * (scale - mean[:, None]) ** 2).sum(1) / self._values.sum(1)
         return mean.tolist(), np.sqrt(variance).tolist()
 
+    def num_images(self, shards: Sequence[int]) -> int:
+        """Images in these shards."""
+        return sum(len(self._shards.images(number)) for number in shards)
+
     def num_bytes(self, shards: Sequence[int]) -> int:
-        """Room that these shards take."""
-        return sum(len(self._shards.images(number)) for number in shards) * self._record_bytes
+        """Bytes of these shards."""
+        return self.num_images(shards) * 3 * self.size**2
 
     def pack(self, shards: Sequence[int], lock: locks.Lock, *, expected: NDArray[np.uint8] | None = None) -> None:
         """Decode, publish and hash these shards, the files of each in threads.
@@ -234,16 +222,16 @@ class Packing:
         Args:
             shards: left().
             lock: of the folder.
-            expected: hashes that come out if the files are still what they were [N, 32].
+            expected: hashes of the images [N, 32] if they were packed before.
 
         Raises:
             UnreadableImages: with every file that is no image; the shards without one are published.
-            InputError: files give other images than expected.
+            InputError: a file's image is not the expected one.
             EnvironmentFault: a shard cannot be written.
         """
         if not shards:
             return
-        count = sum(len(self._shards.images(number)) for number in shards)
+        count = self.num_images(shards)
         done = len(self.paths) - count
         if done:
             console.note(f"{done:,} of {len(self.paths):,} {self.split} images are packed already")
@@ -259,14 +247,14 @@ class Packing:
     ) -> None:
         images, path = self._shards.images(number), self._shards.path(number)
         files = [self.root / self.paths[i] for i in images]
-        values = np.zeros((len(images), *self.values.shape), dtype=np.int32)
+        values = np.zeros((len(images), 3, 256), dtype=np.int32)
         lock.check()
         self._record(number).unlink(missing_ok=True)
-        with publishing(path, len(images) * self._record_bytes) as file:
+        with publishing(path, self.num_bytes([number])) as file:
 
             def write(place: int, image: Image.Image) -> None:
                 data = image.tobytes()
-                _write_at(file.fileno(), data, place * self._record_bytes)
+                _write_at(file.fileno(), data, place * len(data))
                 self.hashes[images[place]] = np.frombuffer(sha256(data).digest(), dtype=np.uint8)
                 values[place] = np.array(image.histogram()).reshape(3, 256)
 
@@ -278,33 +266,28 @@ class Packing:
                     fix="restore the image files, or pack them all anew with --overwrite",
                 )
         sums = values.sum(0, dtype=np.int64)
-        self.values += sums
-        record = {
-            "format": records.FORMAT,
-            "images": self._key(number),
-            "hashes": self.hashes[images].tobytes().hex(),
-            "values": sums.tolist(),
-        }
-        records.publish_record(self._record(number), record)
+        self._values += sums
+        hashes = self.hashes[images].tobytes().hex()
+        record = PackedShard(images=self._key(number), hashes=hashes, values=sums.tolist())
+        records.publish_record(self._record(number), {"format": records.FORMAT, **record.model_dump()})
         signals.state_is_saved()
 
     def _taken_over(self, number: int) -> bool:
-        """Whether a shard that is there is of these images; then its hashes and values are, too."""
+        """Whether a shard that exists is of these images; its hashes and values are taken over then."""
         try:
             record = records.read_record(self._record(number), PackedShard)
             if record.images != self._key(number):
                 return False
             images = self._shards.images(number)
             self.hashes[images] = np.frombuffer(bytes.fromhex(record.hashes), dtype=np.uint8).reshape(-1, 32)
-            self.values += np.array(record.values)
+            self._values += np.array(record.values)
         except (InputError, ValueError):
             return False
         signals.state_is_saved()
         return True
 
     def _key(self, number: int) -> str:
-        images = self._shards.images(number)
-        files = [[self.paths[i], int(self.sizes[i])] for i in images]
+        files = [[self.paths[i], int(self.sizes[i])] for i in self._shards.images(number)]
         return digest([self.size, self.upright, files])
 
     def _record(self, number: int) -> Path:
@@ -312,7 +295,7 @@ class Packing:
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of it; a disk that fills up takes a part first."""
+    """Write all of `data`; a disk that fills up accepts a part of it first."""
     rest = memoryview(data)
     while rest:
         written = os.pwrite(descriptor, rest, offset)
@@ -320,7 +303,7 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
+    """Bytes of a file; -1 without one."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,7 +1,7 @@
 """Writing the images of a data set: one tensor per split, shards, or none (they stay in files); see Storage."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ def take(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Sp
 
 
 def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray[np.int64]]:
-    """Return the bytes of each image file, by split.
-
-    Raises:
-        InputError: no file exists.
-        UnreadableImages: with every file that is missing.
-    """
+    """Return the bytes of each image file, by split; raise UnreadableImages with all that are missing."""
     paths = _files(root, splits.values())
     try:
         sizes = file_sizes(paths)
@@ -54,16 +49,16 @@ def _files(root: Path, splits: Iterable[Split]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Stored:
-    """What was written of the images, and what is known of them."""
+    """The images of a data set as they were written."""
 
     shape: list[int]
     mean: list[float]
     std: list[float]
     files: dict[str, str]
-    """Name -> sha256."""
+    """File name -> sha256."""
     digests: dict[str, dict[str, str]]
-    """What the fingerprint has of each split besides labels and positions."""
-    keys: dict[str, Any]
+    """Parts of the fingerprint, by split, besides labels and positions."""
+    keys: dict[str, Any] = field(default_factory=dict)
     """More keys for dataset.json."""
 
 
@@ -71,7 +66,7 @@ def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, 
     """Write all pixels (or points) of a split to one file; image files below `root` become squares of `size` pixels.
 
     Raises:
-        UnreadableImages: with all files of all splits that cannot be read.
+        UnreadableImages: with every file that cannot be read.
     """
 
     def load(split: Split) -> NDArray[Any]:
@@ -88,7 +83,7 @@ def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, 
     images = loaded["train"]
     mean, std = channel_statistics(torch.from_numpy(images)) if images.dtype == np.uint8 else ([], [])
     digests = {name: {"packed": files[f"{name}.safetensors"]} for name in splits}
-    return Stored(list(images.shape[1:]), mean, std, files, digests, {})
+    return Stored(list(images.shape[1:]), mean, std, files, digests)
 
 
 def store_shards(
@@ -103,13 +98,13 @@ def store_shards(
     """Pack squares of `size` pixels; shards that an earlier build of the same images finished are kept.
 
     Raises:
-        UnreadableImages: with all files of all splits that are no images.
+        UnreadableImages: with every file that is no image.
     """
-    if is_there(folder / DATASET):  # to be replaced: its room is needed
+    if is_there(folder / DATASET):  # to be replaced: its disk space is needed
         (folder / DATASET).unlink()
         clear(folder)
     packings = {
-        name: shards.Packing(folder, name, root, split.paths, sizes[name], size, upright)
+        name: shards.Packing(folder, name, root, split.paths, sizes[name], size, upright, shards.SHARD_IMAGES)
         for name, split in splits.items()
     }
     left = {split: packing.left() for split, packing in packings.items()}
@@ -124,40 +119,28 @@ def store_shards(
         columns = {"sample_id": np.arange(len(packing.paths)), "sha256": [row.tobytes() for row in packing.hashes]}
         name = f"{split}-{HASHES}"
         files[name] = tables.publish_table(folder / name, tables.HASHES_SCHEMA, columns)
-        hashes = sha256(packing.hashes.tobytes())
-        digests[split] = {"packed": hashes, "paths": digest(packing.paths)}
+        digests[split] = {"packed": sha256(packing.hashes.tobytes()), "paths": digest(packing.paths)}
     mean, std = packings["train"].statistics()
-    keys = {"shard_images": packings["train"].shard_images}
-    return Stored([size, size, 3], mean, std, files, digests, keys)
+    return Stored([size, size, 3], mean, std, files, digests, {"shard_images": shards.SHARD_IMAGES})
 
 
 def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int) -> Stored:
-    """Check the header of each file; images stay where they are.
-
-    Raises:
-        UnreadableImages: with all that are no images.
-    """
+    """Leave images where they are; raise UnreadableImages with all files that are no images by their header."""
     check_headers(_files(root, splits.values()))
     (folder / DATASET).unlink(missing_ok=True)
     digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
-    return Stored([size, size, 3], [], [], {}, digests, {})
+    return Stored([size, size, 3], [], [], {}, digests)
 
 
 def clear(folder: Path, dataset: Dataset | None = None) -> None:
-    """Remove what packing needed, and images of a data set that was here before.
-
-    Args:
-        folder: of the data set.
-        dataset: the one that is there now.
-    """
+    """Remove the records of packing, and all images in a data set's folder but those of `dataset`."""
     keep = set(dataset.record.files) if dataset is not None else set()
     if dataset is not None and dataset.storage == "shards":
         for split in dataset.splits:
             recorded = dataset.recorded_shards(split)
             keep |= {recorded.path(number).name for number in range(recorded.num_shards)}
     for split in SPLITS:
-        images = (f"{split}-?????.shard", f"{split}-{HASHES}", f"{split}.safetensors")
-        for pattern in (f"packing-{split}-*.json", *images):
-            for path in folder.glob(pattern):
+        for name in (f"packing-{split}-*.json", f"{split}-?????.shard", f"{split}-{HASHES}", f"{split}.safetensors"):
+            for path in folder.glob(name):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Images that are prefetched from disk.
 
-A batch is prefetched some steps ahead: threads read it into a buffer. When it is requested it is sent to the device as
-bytes and augmented there, as resident images are: the same numbers. A batch that was not prefetched is read on request,
-a prefetched one that is never requested is dropped. Which thread reads what changes nothing.
+A batch is prefetched some steps before it is requested: threads read it into memory. A requested batch is sent to the
+device as bytes and augmented there, with the same numbers as resident images. A batch that was not prefetched is read
+on request; a prefetched batch that is never requested is dropped. Results do not depend on which thread reads what.
 """
 
 import atexit
@@ -35,20 +35,20 @@ AHEAD_BYTES = 2**30
 """Most memory of prefetched images; the requested batch comes on top."""
 MAX_PREFETCHED = 10_000
 """Most batches that are remembered; reached only if batches are never requested."""
-AT_ONCE = 8
-"""Images that a thread reads before it looks what is most urgent."""
+_AT_ONCE = 8
+"""Images that a thread reads before it looks for the most urgent ones again."""
 PATIENCE_SECONDS = 1.0
-"""For threads that read when the program ends."""
+"""Longest wait for reading threads when the program ends."""
 
 
 class ImageReader(Protocol):
     """Reads images one at a time, from many threads."""
 
     shape: list[int]
-    """Of what read() gives: height, width, channels."""
+    """Height, width and channels of the images."""
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """Image `index` as its uniforms [U] want it, or (None) as it is tested on, into uint8 [h, w, channels].
+        """Read image `index` into uint8 [height, width, channels]: augmented by uniforms [U], or (None) as for tests.
 
         Raises:
             InputError: it is missing or damaged.
@@ -57,13 +57,13 @@ class ImageReader(Protocol):
 
 
 class FileReader:
-    """Reads image files; each is decoded at every use.
+    """Reads image files; a file is decoded at every use.
 
     Args:
         paths: of the files [N].
         shape: of a test image, [S, S, channels]: the shorter side is scaled to S, the middle square kept.
         recipe: crops.
-        upright: turn images as EXIF says, see decoding.py.
+        upright: rotate images as EXIF says, see decoding.py.
         fix: what to do about a missing or unreadable file.
     """
 
@@ -77,12 +77,12 @@ class FileReader:
         self._fix = fix
         side = recipe.crop or shape[0]
         self.shape = [side, side, shape[2]]
-        # Pillow names no file. Python's filters are the process's, and so are they set here and not in the threads.
+        # Pillow's warnings name no file. Python's filters are the process's, so they are not set in the threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """With uniforms the random resized crop, where the recipe has one; else the test image's middle.
+        """Read the random resized crop, if there are uniforms and the recipe has one; else the test image's middle.
 
         Raises:
             InputError: the file is missing, or no image that can be decoded.
@@ -107,12 +107,12 @@ class FileReader:
 
 
 class StreamedBatches:
-    """Batches of images that an ImageReader reads.
+    """Batches of images that an ImageReader reads; see batches.Batches.
 
     Args:
         reader: the images.
-        maths: batches whose augmentation and normalisation they get, on the device.
-        device: of the inputs that come out.
+        maths: batches whose augmentation and normalisation the images get, on the device.
+        device: of the inputs.
     """
 
     def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
@@ -122,7 +122,7 @@ class StreamedBatches:
         self._reader = reader
         self._maths = maths
         self._target = device
-        self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of prefetch()
+        self._ahead: dict[_Key, _PrefetchJob] = {}  # in the order of prefetch()
 
     def __del__(self) -> None:
         for job in self._ahead.values():
@@ -135,31 +135,30 @@ class StreamedBatches:
             InputError: an image is missing or damaged; the first in the batch.
         """
         images = self._read(indices, uniforms)
-        return self._maths.on(images).batch(self._all_of(images), _sent(uniforms, self._target))
+        return self._maths.on(images).batch(_all_of(images), _sent(uniforms, self._target))
 
     def plain(self, indices: Tensor) -> Tensor:
-        """Inputs of `indices` [B] as they are tested on; raises as batch()."""
+        """Inputs of `indices` [B] as for tests; raises as batch()."""
         images = self._read(indices, None)
-        return self._maths.on(images).plain(self._all_of(images))
+        return self._maths.on(images).plain(_all_of(images))
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Begin to read a batch that batch() or, without uniforms, plain() will request: after all that was prefetched
-        before, as soon as AHEAD_BYTES have room for it.
+        """Start to read a batch that batch() or (without uniforms) plain() will request, after those prefetched before,
+        as soon as AHEAD_BYTES have room for it.
         """
         key = _key(indices, uniforms)
-        if key in self._ahead:
-            return
-        self._ahead[key] = _PrefetchJob(self._reader, key, self._target.type == "cuda")
-        if len(self._ahead) > MAX_PREFETCHED:
-            self._forget(next(iter(self._ahead)))
-        self._begin()
+        if key not in self._ahead:
+            self._ahead[key] = _PrefetchJob(self._reader, key, self._target.type == "cuda")
+            if len(self._ahead) > MAX_PREFETCHED:
+                self._drop_first()
+            self._begin()
 
     def _read(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
-        """uint8 [B, h, w, channels] on the target."""
+        """uint8 [B, height, width, channels] on the target."""
         key = _key(indices, uniforms)
         if key in self._ahead:
-            while (passed_over := next(iter(self._ahead))) != key:
-                self._forget(passed_over)
+            while next(iter(self._ahead)) != key:
+                self._drop_first()
             job = self._ahead.pop(key)
         else:
             job = _PrefetchJob(self._reader, key, self._target.type == "cuda")
@@ -168,7 +167,7 @@ class StreamedBatches:
         return _sent(job.wait(), self._target)
 
     def _begin(self) -> None:
-        """Begin what there is room for."""
+        """Begin the jobs that there is room for."""
         used = 0
         for job in self._ahead.values():
             used += job.num_bytes
@@ -176,66 +175,71 @@ class StreamedBatches:
                 return
             job.begin()
 
-    def _forget(self, key: tuple[bytes, bytes | None]) -> None:
-        self._ahead.pop(key).dropped = True
-
-    def _all_of(self, images: Tensor) -> Tensor:
-        return torch.arange(len(images), device=images.device)
+    def _drop_first(self) -> None:
+        self._ahead.pop(next(iter(self._ahead))).dropped = True
 
 
 def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
-    """Images as they are tested on, one after the other: [h, w, channels] uint8."""
+    """Yield images as for tests, one after the other: uint8 [height, width, channels]."""
     for part in torch.split(torch.as_tensor(indices, dtype=torch.int64), at_once):
         job = _PrefetchJob(reader, _key(part, None), pinned=False)
         job.begin()
         yield from job.wait().numpy()
 
 
-def _key(indices: Tensor, uniforms: Tensor | None) -> tuple[bytes, bytes | None]:
-    return indices.numpy().tobytes(), None if uniforms is None else uniforms.numpy().tobytes()
+def _all_of(images: Tensor) -> Tensor:
+    return torch.arange(len(images), device=images.device)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host goes on."""
+    """Copy to the device; the host does not wait."""
     if device.type == "cpu":
         return tensor
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-class _PrefetchJob:
-    """A batch to be read: `key` is the bytes of its indices, int64, and of their uniforms, float64."""
+_Key = tuple[bytes, bytes | None]
+"""Bytes of a batch's indices, int64, and of its uniforms, float64."""
 
-    def __init__(self, reader: ImageReader, key: tuple[bytes, bytes | None], pinned: bool) -> None:
+
+def _key(indices: Tensor, uniforms: Tensor | None) -> _Key:
+    return indices.numpy().tobytes(), None if uniforms is None else uniforms.numpy().tobytes()
+
+
+class _PrefetchJob:
+    """A batch to be read."""
+
+    def __init__(self, reader: ImageReader, key: _Key, pinned: bool) -> None:
+        self.dropped = False
+        """The batch is not needed any more."""
         self._reader = reader
         self._key = key
+        self._pinned = pinned
         self._indices: list[int] = []
         self._uniforms: NDArray[np.float64] | None = None
-        self._pinned = pinned
         self._images: Tensor | None = None
         self._faults: dict[int, Exception] = {}
         self._count = self._left = len(key[0]) // np.dtype(np.int64).itemsize
         self._done = threading.Event()
-        self.dropped = False
-        """Nobody waits for it any more."""
         self.num_bytes = self._count * int(np.prod(reader.shape))
 
     def begin(self, *, urgent: bool = False) -> None:
-        """Hand it to the threads, before all else if it is urgent."""
+        """Give the job to the threads, before all others if it is urgent; once."""
         if self._images is not None:
             return
         count = self._count
         self._indices = np.frombuffer(self._key[0], dtype=np.int64).tolist()
-        if self._key[1] is not None:  # a copy: torch makes no tensor of bytes that are not to be written to
+        if self._key[1] is not None:  # a copy: torch makes no tensor of read-only bytes
             numbers = np.frombuffer(self._key[1])
             self._uniforms = numbers.reshape(count, len(numbers) // max(count, 1)).copy()
         self._images = torch.empty((count, *self._reader.shape), dtype=torch.uint8, pin_memory=self._pinned)
-        parts = [range(first, min(first + AT_ONCE, count)) for first in range(0, count, AT_ONCE)]
+        parts = [range(first, min(first + _AT_ONCE, count)) for first in range(0, count, _AT_ONCE)]
         _threads.give([(self, part) for part in parts], urgent=urgent)
         if not parts:
             self._done.set()
 
     def read(self, part: range) -> None:
-        """What a thread does."""
+        """Read the images of `part`; called by the threads."""
         assert self._images is not None
         images = self._images.numpy()
         for i in part:
@@ -252,7 +256,7 @@ class _PrefetchJob:
                 self._done.set()
 
     def wait(self) -> Tensor:
-        """The images uint8 [B, h, w, channels]; raises what the reader raised for the first of them."""
+        """Return the images uint8 [B, height, width, channels], or raise what the reader raised for the first."""
         self._done.wait()
         if self._faults:
             raise self._faults[min(self._faults)]
@@ -261,19 +265,20 @@ class _PrefetchJob:
 
 
 class _Threads:
-    """Threads that read, shared by all streams of the process; started with the first job."""
+    """Reading threads, shared by all streams of the process; started with the first job.
 
-    # Daemons: a file system that hangs must not hold up the end. But they are asked to stop, and waited for a while:
-    # Python does not care what daemons are in the middle of.
+    They are daemons: a file system that hangs must not hold up the exit. At the exit they are asked to stop and waited
+    for a while, since Python ends daemons in the middle of whatever they do.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self.stopping = False
         self._waiting: deque[tuple[_PrefetchJob, range]] = deque()
         self._threads: list[threading.Thread] = []
-        self.stopping = False
 
     def give(self, parts: list[tuple[_PrefetchJob, range]], *, urgent: bool) -> None:
-        """Parts of a job, to be read in their order."""
+        """Queue parts of a job, to be read in their order."""
         if not self._threads:
             count = hardware.num_readers(os.environ, ranks.current().local_size)
             self._threads = [threading.Thread(target=self._work, daemon=True, name="reader") for _ in range(count)]
@@ -290,13 +295,12 @@ class _Threads:
     def _work(self) -> None:
         while True:
             with self.changed:
-                while not self._waiting and not self.stopping:
-                    self.changed.wait()
+                self.changed.wait_for(lambda: self._waiting or self.stopping)
                 if self.stopping:
                     return
                 job, part = self._waiting.popleft()
             job.read(part)
-            del job  # its images, while there is nothing to do
+            del job  # free its images while the thread waits
 
     def _stop(self) -> None:
         with self.changed:
