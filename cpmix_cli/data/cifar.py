@@ -22,8 +22,8 @@ from cpmix_cli.artifacts.files import read_bytes, sha256
 from cpmix_cli.data.splits import Source, Split, check_labels
 from cpmix_cli.runtime.errors import InputError
 
-SHAPE = (32, 32, 3)
-MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
+_SHAPE = (32, 32, 3)
+_MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class CifarArchive:
     """One of the two sets as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
     name: str
-    """Name of the source, such as cifar10."""
     num_classes: int
     archive: str
     sha256: str
@@ -117,8 +116,8 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
 
 
 def _from_archive(path: Path, published: CifarArchive) -> Source:
-    """The set straight out of the .tar.gz; nothing is unpacked to disk."""
-    data = read_bytes(path, limit=MAX_ARCHIVE)
+    """The set from the .tar.gz; nothing is unpacked to disk."""
+    data = read_bytes(path, limit=_MAX_ARCHIVE)
     if sha256(data) != published.sha256:
         raise InputError(
             f"{path} is not the published archive: its sha256 is {sha256(data)}, published is {published.sha256}",
@@ -135,15 +134,12 @@ def _from_archive(path: Path, published: CifarArchive) -> Source:
 
 
 def _from_folder(folder: Path, published: CifarArchive) -> Source:
-    """The set out of the unpacked archive."""
-    names = [*published.train, *published.test, *published.meta]
-    return _from_batches(
-        lambda name: read_bytes(folder / name, limit=MAX_ARCHIVE), published, tuple(folder / name for name in names)
-    )
+    """The set from the unpacked archive."""
+    files = tuple(folder / name for name in (*published.train, *published.test, *published.meta))
+    return _from_batches(lambda name: read_bytes(folder / name, limit=_MAX_ARCHIVE), published, files)
 
 
 def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files: tuple[Path, ...]) -> Source:
-    """The set out of its batch files."""
     place = files[0] if len(files) == 1 else files[0].parent
 
     def content(hashes: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -216,13 +212,13 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
         raise InputError(f"no {split}-*.parquet in {folder}", fix="copy or fetch the missing files")
     encoded, labels = [], []
     for path in files:
-        data = read_bytes(path, limit=MAX_ARCHIVE)
+        data = read_bytes(path, limit=_MAX_ARCHIVE)
         try:
             columns = pq.read_schema(io.BytesIO(data)).names
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
                 raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
-            # As a dictionary: one image that is named a million times stays one.
+            # As a dictionary: an image that occurs a million times is held once.
             file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
             # Images are compressed already; what grows much more than they do was made to fill the memory.
             unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
@@ -265,13 +261,13 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[n
     """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, 32, 32, 3], as stored: no EXIF rotation."""
     from PIL import Image
 
-    images = np.empty((len(positions), *SHAPE), dtype=np.uint8)
+    images = np.empty((len(positions), *_SHAPE), dtype=np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for i, position in enumerate(positions):
             try:
                 with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
-                    if image.size != SHAPE[:2]:
+                    if image.size != _SHAPE[:2]:
                         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
                     images[i] = np.asarray(image.convert("RGB"))
             except Exception as fault:  # Pillow's plugins raise whatever a broken image makes them raise

@@ -256,9 +256,18 @@ def unwritten_dataset(
     `shape` (H, W, channels), stored as `storage`, with the default recipe `recipe`.
     """
     fields: dict[str, Any] = {
-        **{"name": name, "source": name, "rho": rho, "recipe": recipe, "storage": storage},
-        **{"classes": [str(c) for c in range(len(counts))], "files": {}, "data_root": None, "fingerprint": ""},
-        **{"shape": shape, "mean": [0.5] * shape[-1], "std": [0.25] * shape[-1]},
+        "name": name,
+        "source": name,
+        "rho": rho,
+        "classes": [str(c) for c in range(len(counts))],
+        "recipe": recipe,
+        "files": {},
+        "data_root": None,
+        "fingerprint": "",
+        "storage": storage,
+        "shape": shape,
+        "mean": [0.5] * shape[-1],
+        "std": [0.25] * shape[-1],
     }
     return Dataset(Path(), DatasetRecord.model_construct(**fields), counts)
 

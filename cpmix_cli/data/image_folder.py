@@ -11,26 +11,24 @@ from cpmix_cli.data.splits import Split
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, shortened
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def listing(root: Path, paths: Sequence[str]) -> str:
     """Return a digest of names and sizes: it changes if a file is added, removed or replaced by one of another size."""
-    files = [(path, root / path) for path in paths]
-    return digest([[path, file.stat().st_size if file.exists() else None] for path, file in files])
+    sizes = [(root / path).stat().st_size if (root / path).exists() else None for path in paths]
+    return digest(list(zip(paths, sizes, strict=True)))
 
 
 def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -> tuple[list[str], Split]:
-    """Find the image files of a folder of class sub-folders; files deeper down belong to the class above.
+    """Return class names, and image files with their classes, sorted class by class.
+
+    Files deeper down belong to the class above.
 
     Args:
-        root: what the files' paths are relative to.
+        root: folder that the files' paths are relative to.
         below: the folder in it (or "") whose sub-folders are the classes, in the order of their names.
-        class_names: the classes to use where they are already known (those of a trained network); a class may then
-            have no sub-folder.
-
-    Returns:
-        Class names, and the files with their classes, sorted class by class.
+        class_names: classes of a trained network, if there is one; a class may then have no sub-folder.
 
     Raises:
         InputError: no such folder, no class sub-folders, classes without an image, or a sub-folder of an unknown class.
@@ -54,7 +52,7 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
     empty = []
     for sub in found:
         files = sorted(_files_below(sub))
-        images = [f for f in files if f.suffix.lower() in SUFFIXES]
+        images = [f for f in files if f.suffix.lower() in _SUFFIXES]
         others += len(files) - len(images)
         if not images:
             empty.append(sub.name)
@@ -63,7 +61,7 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
     if empty:
         raise InputError(
             f"{folder}: {counted(len(empty), 'class', 'classes')} ({', '.join(empty)}) without an image "
-            f"({', '.join(sorted(SUFFIXES))})",
+            f"({', '.join(sorted(_SUFFIXES))})",
             fix="add images, or delete the empty sub-folders",
         )
     if odd := [repr(os.fsencode(path))[1:] for path in paths if path != path.encode(errors="ignore").decode()]:
@@ -85,9 +83,9 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     for place in places:
         images = [place]
         if place.is_dir():
-            images = sorted(f for f in _files_below(place) if f.suffix.lower() in SUFFIXES)
+            images = sorted(f for f in _files_below(place) if f.suffix.lower() in _SUFFIXES)
             if not images:
-                raise InputError(f"{place} holds no images ({', '.join(sorted(SUFFIXES))})")
+                raise InputError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
         found += images
     if missing := [str(f) for f in found if not f.exists()]:
         raise InputError(f"no such file: {', '.join(missing)}")
@@ -101,7 +99,7 @@ def _visible_folders(folder: Path) -> list[Path]:
         raise InputError(
             f"cannot read {folder}: {fault.strerror or fault}", fix="give the folder with --data-root FOLDER"
         ) from fault
-    # Hidden folders and "__MACOSX" are what tools leave behind.
+    # Tools leave hidden folders and "__MACOSX" behind.
     return [e for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"]
 
 

@@ -1,7 +1,7 @@
 """Lists of image files: the official splits of ImageNet-LT, Places-LT and iNaturalist 2018, and a user's own.
 
-A list has a line 'PATH LABEL' for each image, the path below the folder of the images. What a list says is checked
-here; whether the files are there is checked where they are read.
+A list has a line 'PATH LABEL' per image, the path below the folder of the images. Lists are checked here; whether the
+files exist is checked where they are read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
 
-MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
+_MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,10 @@ class OfficialLists:
     """Facts of a published set, to check its lists against."""
 
     name: str
-    """Name of the source."""
     lists: Mapping[str, str]
     """Split -> file."""
     num_images: Mapping[str, int]
-    """Of each split."""
+    """Split -> images."""
     num_classes: int
     largest: int
     """Training images of the largest class."""
@@ -87,10 +86,8 @@ def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
 
 
 def read_own(list_dir: Path, root: Path) -> Source:
-    """Read a user's own lists: the files whose names end in train.txt, test.txt and (if there is one) val.txt.
-
-    Raises:
-        InputError: see read(); there is nothing published to compare with.
+    """Read a user's own lists: the files whose names end in train.txt, test.txt and (if there is one) val.txt; raises
+    as read(), but there is nothing published to compare with.
     """
     found: dict[str, Path] = {}
     for split in ("train", "val", "test"):
@@ -144,13 +141,8 @@ def _read_all(files: Mapping[str, Path], num_classes: int | None) -> dict[str, S
 
 
 def read_list(path: Path) -> Split:
-    """Read one list; empty lines are skipped.
-
-    Raises:
-        InputError: it is missing or no text, or has malformed lines, paths that lead out of the folder, or a path
-            twice; the first 20 are shown.
-    """
-    data = read_bytes(path, limit=MAX_LIST)
+    """Read one list; empty lines are skipped. A path may not lead out of the folder, nor occur twice."""
+    data = read_bytes(path, limit=_MAX_LIST)
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as fault:
@@ -179,7 +171,7 @@ def read_list(path: Path) -> Split:
 
 
 def _refuse(path: Path, faults: Mapping[int, str]) -> None:
-    """Refuse a list for its lines, if any: line number -> what is wrong."""
+    """Refuse a list with faults: line number -> what is wrong."""
     if faults:
         lines = [f"line {number}: {why}" for number, why in faults.items()]
         raise InputError(
@@ -188,7 +180,7 @@ def _refuse(path: Path, faults: Mapping[int, str]) -> None:
 
 
 def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> None:
-    """Refuse a training image that is a test image as well: it makes every accuracy wrong. Warn of one in val."""
+    """Refuse a training image that is a test image as well, which makes every accuracy wrong; warn of one in val."""
     for first, second in combinations(splits, 2):
         images = set(splits[second].paths)
         shared = [path for path in splits[first].paths if path in images]
@@ -203,11 +195,13 @@ def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> N
 
 def _class_names(splits: Iterable[Split], num_classes: int) -> list[str]:
     """Return the names of the images' folders if each class has a folder to itself; else the labels."""
-    folders: dict[int, str] = {}
-    for split in splits:
-        for path, label in zip(split.paths, split.labels.tolist(), strict=True):
-            folder = path.rpartition("/")[0].rpartition("/")[2]
-            if folders.setdefault(label, folder) != folder:
-                return [str(c) for c in range(num_classes)]
+    pairs = {
+        (path.rpartition("/")[0].rpartition("/")[2], label)
+        for split in splits
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True)
+    }
+    folders = {label: folder for folder, label in pairs}
     names = [folders[c] for c in range(num_classes)]
-    return names if len(set(names)) == num_classes and all(names) else [str(c) for c in range(num_classes)]
+    if len(pairs) == len(set(names)) == num_classes and all(names):
+        return names
+    return [str(c) for c in range(num_classes)]

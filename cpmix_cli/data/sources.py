@@ -1,13 +1,14 @@
 """Sources of images: add a data set here.
 
-A source is a function of the folder of its files and the folder of its lists that returns a Source; its name in SOURCES
-is the SOURCE of `build-lt`. Nothing here reads a network: see download.py.
+A source is a function (--data-root, --list-dir) -> Source; its name in SOURCES is the SOURCE of `build-lt`. Nothing
+here reads a network: see download.py.
 """
 
 import gzip
 import io
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +19,29 @@ from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
 
-DOWNLOADS = Path("data/download")
-"""Default of --data-root, and where --download puts what it fetches."""
+_DOWNLOADS = Path("data/download")
+"""Default of --data-root, and the folder that --download writes to."""
 IMAGE_SIZE = 64
 """Default of --image-size."""
 LARGE_IMAGE_SIZE = 256
 """Default of --image-size for images that stay in their files."""
 
 
-SourceReader = Callable[[Path | None, Path | None], Source]
-"""--data-root and --list-dir -> the source."""
-
-
 def places(source: str, data_root: Path | None) -> list[Path]:
     """Return the folders that may hold a source's files: --data-root, or a folder of the source's name in it."""
-    root = data_root or DOWNLOADS
+    root = data_root or _DOWNLOADS
     return [root / source, root]
 
 
 def digits(data_root: Path | None, list_dir: Path | None) -> Source:
     """1,797 handwritten digits of 8 x 8 grey pixels, bundled with scikit-learn (UCI, test part: 13 writers).
 
-    The bundle has no test split, so 50 images a class are held out; the same writers stand on both sides.
+    The bundle has no test split: 50 images per class are held out, by the same writers as the training images.
     """
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    # The file counts 0..16 set pixels a block; 255 / 16 stretches that to a byte.
+    # A value is the number of set pixels of a block, 0 to 16.
     images = (bundle.images * (255 / 16)).round().astype(np.uint8)[..., None]
     return Source(
         class_names=[str(name) for name in bundle.target_names],
@@ -55,28 +52,24 @@ def digits(data_root: Path | None, list_dir: Path | None) -> Source:
     )
 
 
-TOY_NAMES = ["red", "purple", "grey", "yellow"]
-TOY_CENTRES = np.array([[0, 1], [1, 0], [-1, 0], [0, -1]], dtype=np.float64)
-TOY_DEVIATION = 0.4
 TOY_SIMILAR = {2: 0, 3: 1}
-"""Minority -> the majority beside it."""
-TOY_POINTS = 1000
+"""Minority of the toy data -> the majority beside it."""
 
 
 def toy(data_root: Path | None, list_dir: Path | None) -> Source:
     """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
 
-    1,000 training points of each are drawn and the profile keeps 1,000 / rho of the minorities; 1,000 test points a
-    class. The points themselves are the same at every rho and subset seed.
+    1,000 training points per class are drawn, of which the profile keeps 1,000 / rho of the minorities; 1,000 test
+    points per class. The points are the same at every rho and subset seed.
 
     Paper: Sec. 3.1, B.1, Fig. 2(a): grey lies beside red, yellow beside purple.
     """
-    generator = np.random.Generator(np.random.PCG64(0))
-    noise = generator.normal(0.0, TOY_DEVIATION, size=(2, 4, TOY_POINTS, 2))
-    points = (TOY_CENTRES[None, :, None, :] + noise).astype(np.float32).reshape(2, -1, 2)
-    labels = np.repeat(np.arange(4), TOY_POINTS)
+    centres = np.array([[0, 1], [1, 0], [-1, 0], [0, -1]], dtype=np.float64)
+    noise = np.random.Generator(np.random.PCG64(0)).normal(0.0, 0.4, size=(2, 4, 1000, 2))
+    points = (centres[None, :, None, :] + noise).astype(np.float32).reshape(2, -1, 2)
+    labels = np.repeat(np.arange(4), 1000)
     return Source(
-        class_names=TOY_NAMES,
+        class_names=["red", "purple", "grey", "yellow"],
         pool=Split(labels, points[0].__getitem__),
         recipe="toy/cpmix",
         default_rho=20,
@@ -98,26 +91,26 @@ def cifar100(data_root: Path | None, list_dir: Path | None) -> Source:
 FASHION_NAMES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
-FASHION_FILES = {  # sha256 of the content, which is the same however it was compressed
+_FASHION_FILES = {  # sha256 of the content, which is the same however it was compressed
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-MAX_FASHION_FILE = 50_000_000  # bytes; the training images are 47 million
+_MAX_FASHION_FILE = 50_000_000  # bytes; the training images are 47 million
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
     """Fashion-MNIST: 60,000 and 10,000 images of 28 x 28 grey, 10 classes, from the published IDX files (.gz or not).
 
-    Found without --data-root where Debian's package dataset-fashion-mnist is installed.
+    Without --data-root, those of Debian's package dataset-fashion-mnist are found.
 
     Raises:
         InputError: files missing, or not the published content.
     """
     folders = [*places("fashion-mnist", data_root), *([] if data_root else [DEBIAN_FASHION])]
-    first = next(iter(FASHION_FILES))
+    first = next(iter(_FASHION_FILES))
     folder = next((f for f in folders if (f / first).is_file() or (f / f"{first}.gz").is_file()), None)
     if folder is None:
         raise InputError(
@@ -125,8 +118,8 @@ def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
             fix="give their folder with --data-root FOLDER, or fetch them with --download, "
             "or apt install dataset-fashion-mnist",
         )
-    paths, content = zip(*(_fashion_file(folder, name, sha) for name, sha in FASHION_FILES.items()), strict=True)
-    # IDX: a header of 4 bytes and 4 for each axis, then the values; the hash vouches for both.
+    paths, content = zip(*(_fashion_file(folder, name, sha) for name, sha in _FASHION_FILES.items()), strict=True)
+    # IDX: a header of 4 bytes and 4 per axis, then the values; the hash vouches for both.
     images, test_images = (np.frombuffer(c, np.uint8, offset=16).reshape(-1, 28, 28, 1) for c in content[::2])
     labels, test_labels = (np.frombuffer(c, np.uint8, offset=8).astype(np.int64) for c in content[1::2])
     return Source(
@@ -141,10 +134,10 @@ def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
 def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
     """Path and content of NAME or NAME.gz."""
     path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-    data = read_bytes(path, limit=MAX_FASHION_FILE)
+    data = read_bytes(path, limit=_MAX_FASHION_FILE)
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # no more of it than there should be: it may be a bomb
-            content = file.read(MAX_FASHION_FILE) if path.suffix == ".gz" else data
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # a limit: it may be a bomb
+            content = file.read(_MAX_FASHION_FILE) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as fault:
         raise InputError(f"{path} is damaged: {fault}", fix="copy or fetch it again") from fault
     if sha256(content) != sha:
@@ -157,12 +150,9 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
 
 def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
     """Read the user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE, or the
-    paths of lists.
+    paths of lists; raises as image_folder.scan() and lists.read_own().
 
     All images are kept; with --rho, the largest exponential profile that the classes allow by rank.
-
-    Raises:
-        InputError: see image_folder.scan() and lists.read_own().
     """
     root = _root_of("image-folder", data_root)
     if list_dir is not None:
@@ -173,18 +163,18 @@ def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
             f'{root} has one class, "{names[0]}"; a classifier needs two',
             fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
         )
-    test: Split | None = None
+    splits = [pool]
     if (root / "train").is_dir() and (root / "test").is_dir():
-        _, test = folders.scan(root, "test", class_names=names)
+        splits.append(folders.scan(root, "test", class_names=names)[1])
     return Source(
         class_names=names,
         pool=pool,
         recipe="image-folder/cpmix",
         profile="ranked",
-        test=test,
+        test=splits[1] if len(splits) > 1 else None,
         test_per_class=None,
         root=root,
-        listing=digest([folders.listing(root, split.paths) for split in (pool, test) if split is not None]),
+        listing=digest([folders.listing(root, split.paths) for split in splits]),
         name=root.resolve().name,
     )
 
@@ -199,29 +189,24 @@ def _root_of(source: str, data_root: Path | None) -> Path:
     return data_root
 
 
-def official(published: lists.OfficialLists) -> SourceReader:
-    """Return the reader of a source's official lists, see lists.read()."""
-
-    def read(data_root: Path | None, list_dir: Path | None) -> Source:
-        name = published.name
-        if list_dir is None:
-            raise InputError(
-                f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
-                fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
-            )
-        root = _root_of(name, data_root)
-        return lists.read(list_dir, published, root / name if (root / name).is_dir() else root)
-
-    return read
+def _official(published: lists.OfficialLists, data_root: Path | None, list_dir: Path | None) -> Source:
+    name = published.name
+    if list_dir is None:
+        raise InputError(
+            f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
+            fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
+        )
+    root = _root_of(name, data_root)
+    return lists.read(list_dir, published, root / name if (root / name).is_dir() else root)
 
 
 OFFICIAL_LISTS = {found.name: found for found in (lists.IMAGENET_LT, lists.PLACES_LT, lists.INATURALIST2018)}
-SOURCES: dict[str, SourceReader] = {
+SOURCES: dict[str, Callable[[Path | None, Path | None], Source]] = {
     "digits": digits,
     "toy": toy,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "fashion-mnist": fashion_mnist,
-    **{name: official(published) for name, published in OFFICIAL_LISTS.items()},
+    **{name: partial(_official, published) for name, published in OFFICIAL_LISTS.items()},
     "image-folder": image_folder,
 }

@@ -18,7 +18,7 @@ class Split:
         labels: class of each sample [N].
         read: positions [n] -> images uint8 [n, H, W, channels] or points float32 [n, 2]; None if samples are files.
         paths: image file of each sample [N], below Source.root; empty if samples are no files.
-        positions: place of each sample in the source's order [N]; 0 to N - 1 by default.
+        positions: position of each sample in the source's order [N]; 0 to N - 1 by default.
     """
 
     def __init__(
@@ -39,11 +39,7 @@ class Split:
         return Split(self.labels[positions], self._read, paths, self.positions[positions])
 
     def load(self) -> NDArray[Any]:
-        """Return the samples of a split that are no files: [N, ...].
-
-        Raises:
-            InputError: an image of the source's file cannot be decoded.
-        """
+        """Return samples that are no files: [N, ...]; raise InputError if an image of the source cannot be decoded."""
         assert self._read is not None
         return np.ascontiguousarray(self._read(self.positions))
 
@@ -77,11 +73,7 @@ class Source:
 
 
 def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
-    """Check that labels [N] are 0 to num_classes - 1.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Raise InputError if one of labels [N] is not 0 to num_classes - 1."""
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if not 0 <= low <= high < num_classes:
         raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with lists/ and images/ of three classes, which build-lt takes for the whole of places-lt."""
     write_lists(tmp_path / "official")
     make(tmp_path / "official", tmp_path / "p", size=16, distinct=2)
-    monkeypatch.setitem(sources.SOURCES, "places-lt", sources.official(TINY))
+    monkeypatch.setitem(sources.SOURCES, "places-lt", partial(sources._official, TINY))
     monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
     return tmp_path / "p"
 

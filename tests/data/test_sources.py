@@ -18,7 +18,7 @@ from helpers.commands import must, refused
 from helpers.files import Canary, files
 
 from cpmix_cli.data import cifar
-from cpmix_cli.data.download import REMOTES, Remote, download
+from cpmix_cli.data.download import REMOTES, download
 from cpmix_cli.data.sources import DEBIAN_FASHION, FASHION_NAMES
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
@@ -131,7 +131,7 @@ def test_pinned_hashes_are_whole() -> None:
     for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert len(layout.sha256) == 64
         assert all(len(h) == 32 for hashes in (layout.train, layout.test, layout.meta) for h in hashes.values())
-    assert all(len(r.sha256) == 64 for remotes in REMOTES.values() for r in remotes)
+    assert all(len(sha) == 64 for remotes in REMOTES.values() for sha in remotes.values())
 
 
 def test_layouts_agree_with_torchvision_s() -> None:
@@ -201,33 +201,33 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_download(server: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     address, folder = server
     (folder / "set.gz").write_bytes(b"content")
-    remote = Remote(f"{address}/set.gz", hashlib.sha256(b"content").hexdigest())
+    remote = {f"{address}/set.gz": hashlib.sha256(b"content").hexdigest()}
     into = tmp_path / "into"
-    download("a-set", into, {"a-set": [remote]})
+    download("a-set", into, {"a-set": remote})
     assert (into / "set.gz").read_bytes() == b"content"
     assert files(into) == ["set.gz"]
     assert Quiet.requests == 1
-    download("a-set", into, {"a-set": [remote]})
+    download("a-set", into, {"a-set": remote})
     assert Quiet.requests == 1  # it is there and right
     (into / "set.gz").write_bytes(b"damaged")
-    download("a-set", into, {"a-set": [remote]})
+    download("a-set", into, {"a-set": remote})
     assert (into / "set.gz").read_bytes() == b"content"
     output = capfd.readouterr()
     assert output.out == ""
-    assert output.err == f"fetching {remote.url} to {into}\n"
+    assert output.err == f"fetching {address}/set.gz to {into}\n"
 
 
 def test_a_download_that_is_not_the_published_file_is_not_kept(server: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = server
     (folder / "set.gz").write_bytes(b"another content")
-    remote = Remote(f"{address}/set.gz", hashlib.sha256(b"content").hexdigest())
+    remote = {f"{address}/set.gz": hashlib.sha256(b"content").hexdigest()}
     with pytest.raises(InputError, match="is not the published file"):
-        download("a-set", tmp_path / "into", {"a-set": [remote]})
+        download("a-set", tmp_path / "into", {"a-set": remote})
     assert files(tmp_path / "into") == []
 
 
 def test_no_network(tmp_path: Path) -> None:
-    nobody = {"a-set": [Remote("http://127.0.0.1:9/set.gz", "0" * 64)]}
+    nobody = {"a-set": {"http://127.0.0.1:9/set.gz": "0" * 64}}
     with pytest.raises(EnvironmentFault, match=r"cannot fetch http://127\.0\.0\.1:9/set\.gz"):
         download("a-set", tmp_path / "into", nobody)
     assert files(tmp_path / "into") == []
