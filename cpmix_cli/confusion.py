@@ -26,14 +26,7 @@ def confusion_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_cl
 
 
 def count_confusions(counts: Tensor, codes: Tensor) -> None:
-    """Add misclassifications to the counts, in place.
-
-    Args:
-        counts: K [C, C] float64.
-        codes: see confusion_codes(), [n] int64.
-
-    Paper: accumulated over all epochs (Sec. 4.1).
-    """
+    """Add misclassifications, as confusion_codes() has them [n], to K in place. Paper: over all epochs (Sec. 4.1)."""
     counts.view(-1).index_add_(0, codes.clamp(min=0), (codes != NO_ERROR).to(counts.dtype))
 
 

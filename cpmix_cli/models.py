@@ -27,7 +27,7 @@ class Classifier(nn.Module):
 
     head: nn.Module
     routers: "Routers | None"
-    """Of several experts: which images want the next one; see add_routers()."""
+    """Of several experts: which images want the next one; see change_head()."""
     frozen: tuple[str, ...]
     """Modules that are never trained; see within()."""
 
@@ -141,22 +141,15 @@ class Routers(nn.Module):
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """[B, E D] and [E, B, C] -> [E - 1, B]."""
         found = []
-        parts = features.chunk(len(self.units) + 1, 1)
-        for k, units in enumerate(self.units):
+        for k, part in enumerate(features.chunk(len(self.units) + 1, 1)[:-1]):
             largest = logits[: k + 1].mean(0).topk(self.top, 1).values
-            seen = F.relu(units(F.normalize(parts[k].to(largest.dtype), dim=1)))
+            seen = F.relu(self.units[k](F.normalize(part.to(largest.dtype), dim=1)))
             found.append(self.decide(torch.cat([largest, seen], 1)).squeeze(1))
         return torch.stack(found)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros.
-
-    Args:
-        num_in: channels.
-        num_out: the same.
-        stride: of the first convolution.
-    """
+    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -189,7 +182,7 @@ class CifarResNet(Classifier):
         super().__init__()
         self.conv1 = nn.Conv2d(num_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(*basic_stages([width, width, 2 * width, 4 * width], blocks))
+        self.blocks = nn.Sequential(*_basic_stages([width, width, 2 * width, 4 * width], blocks))
         self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -198,14 +191,8 @@ class CifarResNet(Classifier):
         return out.mean((2, 3))
 
 
-def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list[BasicBlock]:
-    """The blocks of consecutive stages, widths[0] channels coming in; all but stage 0 halve height and width.
-
-    Args:
-        widths: channels in, and of each stage.
-        blocks: of a stage.
-        first: number of the first of these stages in the network.
-    """
+def _basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list[BasicBlock]:
+    """The blocks of stages from `first` on, widths[0] channels coming in; all but stage 0 halve height and width."""
     made = []
     for number, num_out in enumerate(widths[1:]):
         for block in range(blocks):
@@ -215,12 +202,7 @@ def basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list[
 
 
 class Experts(nn.ModuleList):
-    """Experts one after the other, each on the same maps.
-
-    Args:
-        experts: the stages of each.
-        detached: no gradient goes back into the maps but the first expert's.
-    """
+    """Experts one after the other, on the same maps; detached, only the first one's gradient goes back into them."""
 
     def __init__(self, experts: Iterable[nn.Module], *, detached: bool) -> None:
         super().__init__(experts)
@@ -249,13 +231,13 @@ class CifarExperts(Classifier):
         self.conv1 = nn.Conv2d(num_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         widths = [width, width, 2 * width, 4 * width]
-        self.shared = nn.Sequential(*basic_stages(widths[: shared + 1], blocks))
+        self.shared = nn.Sequential(*_basic_stages(widths[: shared + 1], blocks))
         own = [widths[shared], *(round(recipe.expert_width * w) for w in widths[shared + 1 :])]
         if any((b - a) % 2 for a, b in itertools.pairwise(own)):
             raise ValueError(
                 f"model.expert_width = {recipe.expert_width:g} gives channels that no shortcut joins: {own}"
             )
-        stages = (nn.Sequential(*basic_stages(own, blocks, first=shared)) for _ in range(experts))
+        stages = (nn.Sequential(*_basic_stages(own, blocks, first=shared)) for _ in range(experts))
         self.experts = Experts(stages, detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1], num_classes) for _ in range(experts))
 
@@ -353,7 +335,7 @@ def _torchvision_resnet(name: str) -> Any:
     return getattr(resnet, name)()
 
 
-def initialise(model: nn.Module, generator: torch.Generator) -> None:
+def _initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
     sqrt 2), linear biases as PyTorch draws them; the vectors of a cosine head uniform on the cube, then of length 1.
     """
@@ -370,16 +352,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, blocks: int) -> Classifier:
-    """A ResNet of the CIFAR papers, of width 16; of several experts where [model] has them.
-
-    Args:
-        num_classes: C.
-        shape: of an image (H, W, channels).
-        recipe: [model].
-        blocks: of each stage.
-
-    Raises:
-        ValueError: for points, or experts that it cannot have.
+    """A ResNet of the CIFAR papers, of width 16, with so many blocks in a stage; of several experts where [model] has
+    them.
     """
     if len(shape) != 3:
         raise ValueError(f"takes images, the data set has samples of shape {tuple(shape)}")
@@ -389,17 +363,7 @@ def cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, block
 
 
 def imagenet_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, name: str) -> Classifier:
-    """One of torchvision's ResNets (stride in the 3 x 3 convolution); of several experts where [model] has them.
-
-    Args:
-        num_classes: C.
-        shape: of an image (H, W, 3).
-        recipe: [model].
-        name: torchvision's.
-
-    Raises:
-        ValueError: for points, grey or small images, or experts that it cannot have.
-    """
+    """One of torchvision's ResNets (stride in the 3 x 3 convolution); of several experts where [model] has them."""
     if recipe.experts > 1 and name.startswith("resnext"):
         raise ValueError(f"model.experts = {recipe.experts}: the groups of its convolutions have no narrower version")
     # At 32 pixels the last map is a single one, and batch norm cannot train on a last batch of one image.
@@ -413,11 +377,7 @@ def imagenet_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, na
 
 
 def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """100 hidden units over 2-D points. Paper: B.1.
-
-    Raises:
-        ValueError: for images, or experts.
-    """
+    """100 hidden units over 2-D points. Paper: B.1."""
     if len(shape) != 1:
         raise ValueError(f"takes points, the data set has samples of shape {tuple(shape)}")
     if recipe.experts > 1:
@@ -443,15 +403,7 @@ def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) 
     """Copy given weights into all of a network but its head, whose classes are others.
 
     `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing. Experts of full width
-    all start from the same stages.
-
-    Args:
-        model: changed in place.
-        tensors: weights by name.
-        path: where they came from, for the message.
-
-    Returns:
-        How many tensors were taken.
+    all start from the same stages. Returns how many tensors were taken; `path` is for the message.
 
     Raises:
         InputError: with every tensor that is missing, unknown, of another shape or kind of number, or not finite.
@@ -468,13 +420,7 @@ def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) 
 
 
 def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
-    """The network of a recipe, its weights drawn from `generator`.
-
-    Args:
-        recipe: name, head and what is frozen.
-        num_classes: C.
-        shape: of one image (H, W, channels) or point (2,).
-        generator: for the weights.
+    """The network of [model] for samples of shape (H, W, channels) or (2,), its weights drawn from `generator`.
 
     Raises:
         ValueError: the network cannot take such samples.
@@ -482,7 +428,7 @@ def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator
     model = MODELS[recipe.name](num_classes, shape, recipe)
     if recipe.head == "cosine":
         model.replace_heads(lambda head: CosineHead(head.in_features, num_classes, recipe.head_scale))
-    initialise(model, generator)
+    _initialise(model, generator)
     if recipe.head_bias == "rare":
         for head in model.heads:
             assert isinstance(head, nn.Linear)
@@ -494,29 +440,17 @@ def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator
 
 
 def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator: torch.Generator) -> None:
-    """Make a trained network's head the one that the finetune starts from, as `finetune.head` says.
-
-    Args:
-        model: changed in place.
-        recipe: [finetune].
-        num_classes: C.
-        generator: for what is drawn anew.
-    """
+    """Make a trained network's head the one that the finetune starts from, as `finetune.head` says, in place."""
     if recipe.head == "reinit":
-        initialise(model.head, generator)
+        _initialise(model.head, generator)
     elif recipe.head == "scale":
         model.replace_heads(ScaledHead)
     elif recipe.head == "routers":
-        add_routers(model, num_classes, recipe.router_top, generator)
-
-
-def add_routers(model: Classifier, num_classes: int, top: int, generator: torch.Generator) -> None:
-    """Give experts routers that look at so many of the largest logits."""
-    weight = model.heads[0].weight
-    assert isinstance(weight, Tensor)
-    routers = Routers(len(model.heads), weight.shape[1], num_classes, top)
-    initialise(routers, generator)
-    model.routers = routers.to(next(model.parameters()).device)
+        weight = model.heads[0].weight
+        assert isinstance(weight, Tensor)
+        routers = Routers(len(model.heads), weight.shape[1], num_classes, recipe.router_top)
+        _initialise(routers, generator)
+        model.routers = routers.to(weight.device)
 
 
 PUBLISHED_WEIGHTS = {

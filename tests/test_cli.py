@@ -156,7 +156,11 @@ TRAIN = "train-stage1 --data {data} --out run"
         ("train-stage2", 2, "Missing option '--from'"),
         ("train-stage2 --from nowhere", 3, "no run folder nowhere"),
         ("finetune --from .", 3, "holds no finished stage1 or stage2"),
-        ("evaluate --from .", 3, "fix: cpmix train-stage1 --data DATA --out ."),
+        (
+            "evaluate --from .",
+            3,
+            "fix: train its stage 1: train-stage1 takes a data set folder as --data, and . as --out",
+        ),
         ("evaluate --from . --phase stage3", 2, "takes no phase stage3"),
         ("evaluate --from . --label a/b", 2, '--label "a/b"'),
         ("confusion-report --from .", 3, "holds no finished"),

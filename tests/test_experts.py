@@ -23,9 +23,9 @@ from cpmix_cli.evaluation.accuracy import shifted_profile, summary
 from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
 from cpmix_cli.experts import combined, routed_weights, target_classes
 from cpmix_cli.losses import ace, balanced_softmax, cross_entropy, distillation, expert_diversity, routing, sade
-from cpmix_cli.models import Classifier, add_routers, build_model
+from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.loading import load
-from cpmix_cli.recipe.schema import Model, Optimizer
+from cpmix_cli.recipe.schema import Finetune, Model, Optimizer
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.objective import ClassWeights, Output, Term, TermBatch
 from cpmix_cli.training.phase import training_data
@@ -377,7 +377,7 @@ def test_thresholds_of_routing() -> None:
 
 def test_routers_see_the_experts_so_far(generator: torch.Generator) -> None:
     model = network(experts=3).eval()
-    add_routers(model, 4, 30, generator)  # of four classes, four
+    change_head(model, Finetune.model_construct(head="routers", router_top=30), 4, generator)  # of four classes, four
     x = torch.randn(2, 1, 8, 8, generator=generator)
     logits, routes = model.routed(x)
     torch.testing.assert_close(logits, model.expert_logits(x))
@@ -600,7 +600,7 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
             3,
             True,
         )
-        assert "fix: --ratio 50, or less" in result.stderr
+        assert "fix: give --ratio 50, or less" in result.stderr
     assert cpmix("evaluate", "--from", tmp_path, "--test-distribution", "sideways").code == 2
 
 

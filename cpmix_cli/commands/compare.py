@@ -54,7 +54,7 @@ def run(options: CompareOptions) -> None:
     if not measured:
         raise InputError(
             f"no evaluation of use in {', '.join(map(str, options.folders))}",
-            fix=console.typed("status", *options.folders) + " says what to type next",
+            fix=console.typed("status", *options.folders),
         )
     rows = comparison.in_rows(measured)
     if options.paper is None:

@@ -142,7 +142,7 @@ def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch
             f"--ratio {options.ratio:g} leaves {counted(num_empty, 'class', 'classes')} without a test image: "
             f"the largest has {most}",
             needed_by=f"evaluate --test-distribution {options.test_distribution}",
-            fix=f"--ratio {highest}, or less",
+            fix=f"give --ratio {highest}, or less",
         )
     return profile
 

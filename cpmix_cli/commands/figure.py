@@ -198,12 +198,11 @@ def _by_method(
         if all_of_them and method not in chosen:
             dataset, name = group[0].dataset, stem(OBJECTIVES[method])
             recipe = f"{dataset.recipe().rpartition('/')[0]}/{name}"
-            words = ["--data", beside(dataset.folder, "."), "--recipe", recipe, "--out", f"ckpt/{name}"]
-            if recipe not in recipe_names():
-                words[3] = "FILE"
+            words = ("--data", beside(dataset.folder, "."), "--recipe", recipe, "--out", f"ckpt/{name}")
+            command = console.typed("train-stage1", *words)
             raise InputError(
-                f"{console.command} needs a run of {method} on {group[0].data}",
-                fix=f"{console.typed('train-stage1', *words)} and what it says next; then give that folder too",
+                f"{console.command} needs a run of {method} on {group[0].data}, trained and evaluated",
+                fix=command if recipe in recipe_names() else f"write a recipe of {method} for {dataset.name}",
             )
     return chosen
 
@@ -214,7 +213,7 @@ def _refuse_many_classes(one: _Candidate) -> None:
         raise InputError(
             f"{console.command} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
             f"{one.dataset.num_classes}",
-            fix="cpmix figure 3 groups classes, figure 5 shows all without numbers",
+            fix="take figure 3, which groups classes, or figure 5, which shows all without numbers",
         )
 
 
@@ -298,10 +297,10 @@ def _figure3(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure",
     balanced = next((chosen["ERM"] for group in even if (chosen := _by_method(group, ["ERM"]))), None)
     if balanced is None:
         source = erm.dataset.record.source
-        build = console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1")
+        title = SOURCE_TITLES.get(source, source)
         raise InputError(
-            f"{console.command} needs a run of ERM on balanced {SOURCE_TITLES.get(source, source)}",
-            fix=f"{build}, then train and evaluate ERM on it",
+            f"{console.command} needs a run of ERM on balanced {title}, trained and evaluated",
+            fix=console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1"),
         )
     figure = paper_figures.long_tailed_confusion(erm.result, mixup.result, balanced.result)
     return figure, [("(a, c)", erm), ("(b)", mixup), ("(c)", balanced)]

@@ -63,7 +63,7 @@ def run(options: ImportOptions) -> None:
         {"status": status, "out": str(out), "num_tensors": len(tensors), "num_values": values, "sha256": sha},
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
-    console.follow(console.typed("train-stage1", "--data", "DATA", "--out", "ckpt", "--init", out))
+    console.note(f"to train from it, give train-stage1 --init {out}")
 
 
 def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def run(options: TrainStage1Options) -> None:
         CpmixError: see training.phase.train().
     """
     if options.data is None:
-        raise UsageError("--data is missing: the data set folder", fix="cpmix build-lt SOURCE makes one")
+        raise UsageError("--data is missing: the data set folder", fix="give a folder that build-lt has written")
     dataset = open_dataset(options.data, data_root=options.data_root)
     recipe = loading.load(
         options.recipe or dataset.recipe(),
@@ -57,12 +57,14 @@ def run(options: TrainStage1Options) -> None:
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
     """Weights come as safetensors; a recipe that starts from published ones is given these, and not others."""
     wanted = recipe.model.init
-    sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "HASH")
+    sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "")
     if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
         raise InputError(
             f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
             needed_by="--init",
-            fix=f"cpmix import-weights {init} --sha256 {sha}",
+            fix=console.typed("import-weights", init, "--sha256", sha)
+            if sha
+            else "convert it with import-weights, by the sha256 that it was published with",
         )
     if not wanted:
         return
@@ -101,14 +103,14 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
         raise UsageError(
             "no term of the recipe learns from a teacher",
             needed_by="--teacher",
-            fix="--set stage1.terms.erm.teacher=distillation",
+            fix="give --set stage1.terms.erm.teacher=distillation as well",
         )
     if (own := source.recipe().data.normalisation) != recipe.data.normalisation:
         raise InputError(
             f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has '
             f'"{recipe.data.normalisation}"',
             needed_by="--teacher",
-            fix=f"--set data.normalisation={own}",
+            fix=f"give --set data.normalisation={own} as well",
         )
     return source
 

@@ -19,6 +19,6 @@ def run(options: TrainStage2Options) -> None:
     """
     root, named = locate(options.from_folder)
     if named not in (None, "stage1"):
-        raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"--from {root}")
+        raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"give --from {root}")
     source = choose_phase(root, "stage1", ("stage1",))
     train(continued(options, source, "stage2", accuracy_on_test))

@@ -96,7 +96,7 @@ def read(places: list[Path], published: CifarArchive) -> Source:
             return _from_parquet(place, published)
     raise InputError(
         f"no {published.archive}, {published.folder}/ or train-*.parquet in {' or '.join(map(str, places))}",
-        fix=f"cpmix build-lt {published.name} --data-root FOLDER   (or set CPMIX_DATA_DIR, or give --download)",
+        fix="give their folder with --data-root FOLDER or in CPMIX_DATA_DIR, or fetch them with --download",
     )
 
 

@@ -188,7 +188,7 @@ class Dataset:
             raise InputError(
                 f"{self.folder} has no {split} split",
                 needed_by=f"--split {split}",
-                fix="cpmix build-lt ... --val-per-class K",
+                fix="build one that has it, with --val-per-class",
             )
 
     @property
@@ -282,7 +282,7 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
     path = folder / DATASET
     if not is_there(path):
         raise InputError(
-            f"no data set in {folder} ({DATASET} is missing)", fix="cpmix build-lt SOURCE, then --data FOLDER"
+            f"no data set in {folder} ({DATASET} is missing)", fix="give a folder that build-lt has written with --data"
         )
     record = records.read_record(path, DatasetRecord)
     counts = tables.read_class_counts(folder / CLASS_COUNTS, record.files.get(CLASS_COUNTS, ""))

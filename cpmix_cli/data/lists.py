@@ -71,7 +71,7 @@ def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
     """
     files = {split: list_dir / name for split, name in published.lists.items()}
     splits = _read_all(files, published.num_classes)
-    again = "fetch the list again; lists of your own: build-lt image-folder --list-dir DIR"
+    again = "fetch the list again; lists of your own are for the source image-folder"
     for split, expected in published.num_images.items():
         if (found := len(splits[split].labels)) != expected:
             raise InputError(f"{files[split]} has {found:,} images; the published list has {expected:,}", fix=again)

@@ -184,7 +184,7 @@ def _root_of(source: str, data_root: Path | None) -> Path:
     if data_root is None:
         raise InputError(
             f"{source} needs the folder that holds the images",
-            fix=f"cpmix build-lt {source} --data-root FOLDER   (or set CPMIX_DATA_DIR)",
+            fix="give it with --data-root FOLDER or in CPMIX_DATA_DIR",
         )
     return data_root
 
@@ -194,7 +194,7 @@ def _official(published: lists.OfficialLists, data_root: Path | None, list_dir: 
     if list_dir is None:
         raise InputError(
             f"{name} needs the folder that holds {' and '.join(published.lists.values())}",
-            fix=f"cpmix build-lt {name} --list-dir DIR --data-root DIR",
+            fix="give it with --list-dir DIR, and the folder of the images with --data-root",
         )
     root = _root_of(name, data_root)
     return lists.read(list_dir, published, root / name if (root / name).is_dir() else root)

@@ -50,9 +50,7 @@ def find_recipe(name: str) -> Path:
         raise UsageError(f'recipe "{name}": {fault.strerror}', needed_by="--recipe") from fault
     if path.suffix == ".toml":
         raise UsageError(f"no file {path}", needed_by="--recipe")
-    raise UsageError(
-        f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes lists all"
-    )
+    raise UsageError(f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes")
 
 
 def load(

@@ -99,8 +99,8 @@ def next_command(run: Path) -> str:
 
 
 def begin(run: Path) -> str:
-    """Return the command that begins a run of which nothing is known."""
-    return console.typed("train-stage1", "--data", "DATA", "--out", run)
+    """Return what begins a run of which nothing is known: no command, since the data set is not."""
+    return f"train its stage 1: train-stage1 takes a data set folder as --data, and {run} as --out"
 
 
 def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:

@@ -198,7 +198,9 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
     plan, state = asked.prepare(context)
     if recipe.model.sync_batchnorm and here.size > 1:
         if device.type == "cpu":
-            raise UsageError("model.sync_batchnorm: torch has it on GPUs alone", fix="--set model.sync_batchnorm=false")
+            raise UsageError(
+                "model.sync_batchnorm: torch has it on GPUs alone", fix="give --set model.sync_batchnorm=false"
+            )
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
     steps = plan.num_steps(len(data.labels))
     if begun:
@@ -402,7 +404,7 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> Tra
     if counts.tolist() != dataset.class_counts.tolist():
         raise InputError(
             f"{dataset.folder}: class_counts.parquet does not count the training labels",
-            fix="cpmix build-lt ... --overwrite",
+            fix="build the data set again, with --overwrite",
         )
     return TrainingData(batches, labels.to(device), counts.to(device))
 

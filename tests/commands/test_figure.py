@@ -170,10 +170,9 @@ def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Pat
     result = cpmix("figure", 2, toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix", "--out", out)
     assert (result.code, result.stdout) == (3, "")
     assert result.stderr.endswith(
-        "error: figure 2 needs a run of Mixup on toy-LT-20\n"
+        "error: figure 2 needs a run of Mixup on toy-LT-20, trained and evaluated\n"
         "  needed by: figure 2\n"
-        f"  fix: cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup and what it says next; "
-        "then give that folder too\n"
+        f"  fix: cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup\n"
     )
     assert not out.exists()
 
@@ -258,8 +257,8 @@ def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path)
     refused(
         3,
         [
-            "error: figure 3 needs a run of ERM on balanced digits\n",
-            "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1, then train",
+            "error: figure 3 needs a run of ERM on balanced digits, trained and evaluated\n",
+            "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n",
         ],
         "figure",
         3,
@@ -292,9 +291,9 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
     matrix, line = matrix_of(hand / "mixup", "stage1", 10), drawn[0].subfigs[1].axes[0].lines[1]
     np.testing.assert_allclose(line.get_ydata(), 100 * matrix.diagonal() / matrix.sum(1))
     result = refused(
-        3, "error: figure 4 needs a run of Balanced Softmax on digits-LT-20\n", "figure", 4, *runs[:2], runs[3]
+        3, "error: figure 4 needs a run of Balanced Softmax on digits-LT-20, trained", "figure", 4, *runs[:2], runs[3]
     )
-    assert "--recipe digits/balanced-softmax --out ckpt/balanced-softmax and what it says next" in result.stderr
+    assert result.stderr.endswith("--recipe digits/balanced-softmax --out ckpt/balanced-softmax\n")
     refused(3, "are both Balanced Softmax on digits-LT-20\n", "figure", 4, *runs, runs[2])
 
 

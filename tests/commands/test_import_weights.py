@@ -35,7 +35,7 @@ def test_a_checkpoint_becomes_safetensors(tmp_path: Path) -> None:
     sha = save({"epoch": 7, "state_dict": content, "optimizer": {"lr": 0.1}}, tmp_path / "w.pth")
     result = must("import-weights", tmp_path / "w.pth", "--sha256", sha[:8].upper(), "--json")
     assert (result.json["num_tensors"], result.json["num_values"]) == (3, 13)
-    assert f"next: cpmix train-stage1 --data DATA --out ckpt --init {tmp_path / 'w.safetensors'}" in result.stderr
+    assert f"to train from it, give train-stage1 --init {tmp_path / 'w.safetensors'}" in result.stderr
     tensors = load_file(tmp_path / "w.safetensors")
     assert sorted(tensors) == ["a", "b", "c"]
     assert torch.equal(tensors["b"], shared.t())
@@ -223,8 +223,8 @@ def test_init_is_checked_before_anything_is_written(digits: Path, digits_run: Pa
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     for name, message in (
         ("none.safetensors", "cannot read"),
-        ("w.pth", f"cpmix import-weights {tmp_path / 'w.pth'} --sha256 HASH"),
-        ("W.PT", f"cpmix import-weights {tmp_path / 'W.PT'} --sha256 HASH"),
+        ("w.pth", f"{tmp_path / 'w.pth'} is a PyTorch checkpoint"),
+        ("W.PT", f"{tmp_path / 'W.PT'} is a PyTorch checkpoint"),
         ("bad.safetensors", "is not a valid safetensors file"),
     ):
         refused(3, message, *run, tmp_path / name)

@@ -410,7 +410,7 @@ def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> Non
     assert errs[0].splitlines()[-3:] == [
         "error: model.sync_batchnorm: torch has it on GPUs alone",
         "  needed by: train-stage1",
-        "  fix: --set model.sync_batchnorm=false",
+        "  fix: give --set model.sync_batchnorm=false",
     ]
     must(*words, "--epochs", 6)  # alone it has nothing to do
 

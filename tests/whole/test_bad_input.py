@@ -66,7 +66,7 @@ def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, c
 @pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate", "confusion-report", "predict x.png"])
 def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, digits: Path) -> None:
     with unchanged(digits):
-        refused(3, f"cpmix train-stage1 --data DATA --out {digits}", *command.split(), "--from", digits)
+        refused(3, f"as --data, and {digits} as --out", *command.split(), "--from", digits)
 
 
 def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'stage1'} is absent",
         "  needed by: train-stage2",
-        f"  fix: cpmix train-stage1 --data DATA --out {tmp_path}",
+        f"  fix: train its stage 1: train-stage1 takes a data set folder as --data, and {tmp_path} as --out",
     ]
 
 
