@@ -14,7 +14,7 @@ import torch
 from cpmix_cli.artifacts import files, locks, tables
 from cpmix_cli.data.batches import pictures
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.evaluation.accuracy import class_accuracy, reliability
+from cpmix_cli.evaluation.accuracy import reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
 from cpmix_cli.flags import ReportOptions
@@ -218,7 +218,6 @@ def _draw(run: _Reported) -> Pictures:
     source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
     title = f"{dataset.name}, {source.phase}"
     names, counts = dataset.class_names, dataset.class_counts
-    accuracy = class_accuracy(torch.from_numpy(matrix)).numpy() * 100
     pictures = [
         (
             "confusion_matrix",
@@ -234,7 +233,7 @@ def _draw(run: _Reported) -> Pictures:
         (
             "class_accuracy",
             "Accuracy of each class over its number of training images.",
-            figures.class_accuracy(accuracy, names, counts, groups, title=title),
+            figures.class_accuracy(matrix, names, counts, title=title),
         ),
         (
             "confusion_histogram",

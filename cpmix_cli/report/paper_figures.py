@@ -6,10 +6,9 @@ y: its upper right holds minorities taken for majorities. Shapes: C classes, G g
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import product
 from string import ascii_lowercase
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,48 +19,30 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from cpmix_cli.data.sources import TOY_SIMILAR
-from cpmix_cli.report.figures import (
-    PERCENT_TICKS,
-    Array,
-    add_count_bar,
-    by_count,
-    class_style,
-    confusion_values,
-    consolidated,
-    count_norm,
-    draw_accuracies,
-    draw_cells,
-    draw_grouped,
-    draw_histograms,
-    draw_points,
-    draw_regions,
-    name_axes,
-    neighbours,
-    percent_norm,
-    row_percent,
-    turn,
-    whole_percent,
-)
+from cpmix_cli.report import figures
+from cpmix_cli.report.figures import Array, by_count, draw_grouped, draw_matrix, draw_points, whole_percent
 
-WIDTH = 6.5
-SMALL = 6  # points, of numbers in cells
-RHO = "\N{GREEK SMALL LETTER RHO}"
-STYLE: Any = {
-    "font.size": 7.5,
-    "axes.titlesize": 8,
-    "axes.labelsize": 7.5,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-}
-METHOD_STYLES: dict[
-    str, dict[str, Any]
-] = {  # Okabe and Ito's colours, which the colour-blind can tell apart; and a marker each
+_WIDTH = 6.5
+_SMALL = 6  # points, of numbers in cells
+_RHO = "\N{GREEK SMALL LETTER RHO}"
+_printed = matplotlib.rc_context(
+    {
+        "font.size": 7.5,
+        "axes.titlesize": 8,
+        "axes.labelsize": 7.5,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
+        "legend.fontsize": 7,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 4,
+    }
+)
+"""Decorates what draws with the sizes of a printed page."""
+# Okabe and Ito's colours, which the colour-blind can tell apart; and a marker each
+METHOD_STYLES: dict[str, dict[str, Any]] = {
     "ERM": {"color": "#000000", "marker": "o"},
     "Mixup": {"color": "#0072b2", "marker": "s", "linestyle": "--"},
     "Balanced Softmax": {"color": "#e69f00", "marker": "D", "linestyle": "-."},
@@ -69,12 +50,10 @@ METHOD_STYLES: dict[
     "CP-Mix": {"color": "#d55e00", "marker": "v"},
 }
 
-Arguments = ParamSpec("Arguments")
-
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The test results of one run of a method; C classes."""
+    """The test results of one run of a method."""
 
     method: str
     """A key of METHOD_STYLES."""
@@ -83,9 +62,7 @@ class MethodResult:
     rho: float
     class_names: list[str]
     class_counts: Array
-    """Training images [C]."""
     matrix: Array
-    """Test images of true class (row) predicted as (column) [C, C]."""
     finetuned: bool
 
     @property
@@ -94,27 +71,9 @@ class MethodResult:
         return 100 * float(self.matrix.trace()) / float(self.matrix.sum())
 
     @property
-    def class_accuracy(self) -> Array:
-        """Per cent of each class's test images [C]; NaN where it has none."""
-        with np.errstate(invalid="ignore"):
-            percent: Array = self.matrix.diagonal() / self.matrix.sum(1) * 100
-        return percent
-
-    @property
     def similar_confusion(self) -> int:
         """Toy data: test points of each minority predicted as the similar majority. Paper: Fig. 2(e)."""
         return sum(int(self.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
-
-
-def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Draw with the sizes of a printed page."""
-
-    @wraps(draw)
-    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
 
 
 def _letter(axes: Axes, letter: str, text: str) -> None:
@@ -124,34 +83,33 @@ def _letter(axes: Axes, letter: str, text: str) -> None:
 def panel_letters() -> Iterator[str]:
     """a to z, then aa, ab, ..."""
     yield from ascii_lowercase
-    yield from ("".join(pair) for pair in product(ascii_lowercase, repeat=2))
+    yield from map("".join, product(ascii_lowercase, repeat=2))
 
 
 # -- figure 1 ----------------------------------------------------------------------------------------------------------
 
 
-@_styled
+@_printed
 def class_distribution(erm: MethodResult) -> Figure:
     """Figure 1: training images of each class, and how many of its test images ERM predicts as which."""
     order = by_count(erm.class_counts)
     names, place = [erm.class_names[c] for c in order], range(len(order))
-    figure = Figure(figsize=(WIDTH, 3.15), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.15), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     bars = left.bar(place, erm.class_counts[order], color="#31688e")
     left.bar_label(bars, [f"{n:,}" for n in erm.class_counts[order]], fontsize=6, padding=1)
-    left.set_xticks(place, names, rotation=turn(names))
+    left.set_xticks(place, names, rotation=figures.turn(names))
     left.set_ylabel("training images")
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.margins(x=0.03, y=0.08)
     left.spines[["top", "right"]].set_visible(False)
     _letter(left, "a", f"classes of {erm.data}")
-    cells = erm.matrix[np.ix_(order, order)].T
-    norm = PowerNorm(0.5, vmin=0, vmax=cells.max())
-    numbers = [[f"{n:,}" if n else "" for n in row] for row in cells]
-    image = draw_cells(right, cells, norm, numbers=numbers, fontsize=SMALL)
-    right.set_xticks(place, names, rotation=turn(names))
-    right.set_yticks(place, names)
-    name_axes(right, transposed=True)
+    cells, norm = erm.matrix[np.ix_(order, order)], PowerNorm(0.5, vmin=0, vmax=erm.matrix.max())
+
+    def number(count: float) -> str:
+        return f"{count:,}" if count else ""
+
+    image = draw_matrix(right, cells, dict(enumerate(names)), norm, number, transposed=True, fontsize=_SMALL)
     _letter(right, "b", f"predictions of ERM on {erm.data}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")
@@ -161,7 +119,7 @@ def class_distribution(erm: MethodResult) -> Figure:
 # -- figure 2 ----------------------------------------------------------------------------------------------------------
 
 
-@_styled
+@_printed
 def toy_example(
     train: tuple[Array, Array],
     test: tuple[Array, Array],
@@ -182,7 +140,7 @@ def toy_example(
         shown: the run of each of these methods whose regions they are.
         results: all runs, of several imbalance factors and seeds.
     """
-    figure = Figure(figsize=(WIDTH, 3.95), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.95), layout="constrained")
     rows: Any = figure.subfigures(2, 1)
     panels = {
         **rows[0].subplot_mosaic([["a", "b", "c", "d"]]),
@@ -190,16 +148,16 @@ def toy_example(
     }
     edge, class_names = axis[-1], results[0].class_names
     draw_points(panels["a"], *train, class_names, size=2.5)
-    _letter(panels["a"], "a", f"data ({RHO} = {next(iter(shown.values())).rho:g})")
+    _letter(panels["a"], "a", f"data ({_RHO} = {next(iter(shown.values())).rho:g})")
     for letter, (method, classes) in zip("bcdf", regions.items(), strict=True):
         axes = panels[letter]
-        draw_regions(axes, axis, classes)
+        figures.draw_regions(axes, axis, classes)
         draw_points(axes, *test, class_names, size=0.8)
         _letter(axes, letter, method)
         numbers = f"{shown[method].accuracy:.1f} % right, confusion {shown[method].similar_confusion:,}"
         axes.set_xlabel(numbers, fontsize=6.5, labelpad=2)
         for c in range(len(class_names)):  # its marker, legible, in the middle of each class
-            colour, marker = class_style(c)
+            colour, marker = figures.class_style(c)
             middle = test[0][test[1] == c].mean(0)
             axes.plot(*middle, color=colour, marker=marker, markersize=5, markeredgecolor="k", markeredgewidth=0.6)
     for letter in "abcdf":
@@ -212,13 +170,10 @@ def toy_example(
     counts = np.bincount(train[1], minlength=len(class_names))
     points = []
     for c, name in enumerate(class_names):
-        colour, marker = class_style(c)
+        colour, marker = figures.class_style(c)
         label = f"{name}, {counts[c]:,} points"
-        edged: dict[str, Any] = {
-            "markeredgecolor": "k" if counts[c] < counts.max() / 2 else colour,
-            "markeredgewidth": 0.6,
-        }
-        points.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=label, **edged))
+        edges: Any = {"markeredgecolor": "k" if counts[c] < counts.max() / 2 else colour, "markeredgewidth": 0.6}
+        points.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=label, **edges))
     lines = [Line2D([], [], label=method, **METHOD_STYLES[method]) for method in regions]
     panels["legend"].axis("off")
     panels["legend"].legend(
@@ -242,7 +197,7 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"imbalance factor {RHO}")
+    axes.set_xlabel(f"imbalance factor {_RHO}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_box_aspect(1)
 
@@ -250,7 +205,7 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
 # -- figures 3 and 4 ---------------------------------------------------------------------------------------------------
 
 
-@_styled
+@_printed
 def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: MethodResult) -> Figure:
     """Figure 3: matrices in ten groups of classes, and confusion values of ERM on long-tailed and balanced data.
 
@@ -259,46 +214,45 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
         mixup: Mixup on the same data.
         balanced: ERM on the same classes with equally many training images.
     """
-    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
-    parts = neighbours(erm.class_counts)
-    norm = count_norm(*(consolidated(result.matrix, parts) for result in (erm, mixup)))
+    norm = figures.count_norm(*(figures.consolidated(one.matrix, erm.class_counts) for one in (erm, mixup)))
     for letter, result in (("a", erm), ("b", mixup)):
-        image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, transposed=True, fontsize=SMALL)
+        image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, transposed=True, fontsize=_SMALL)
         _letter(panels[letter], letter, f"{result.method}, {erm.data}")
     panels["b"].set(yticklabels=[], ylabel=None)
-    add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
+    figures.add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
     styles: list[dict[str, Any]] = [
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4},
     ]
     for style, result in zip(styles, (erm, balanced), strict=True):
-        style["label"] = f"{result.data}, largest {confusion_values(result.matrix).max():.0f} %"
-    draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
+        style["label"] = f"{result.data}, largest {figures.confusion_values(result.matrix).max():.0f} %"
+    figures.draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
     panels["c"].legend(frameon=False, loc="upper right")
     panels["c"].spines[["top", "right"]].set_visible(False)
     _letter(panels["c"], "c", "confusion values of ERM")
     return figure
 
 
-@_styled
+@_printed
 def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
     """Figure 4: the grouped matrix of CP-Mix, and accuracies of classes (or ten groups of them) beside other methods'.
 
     Args:
         panels: each method's run, on one or two data sets.
     """
-    figure = Figure(figsize=(WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left, right = sides
     axes, cpmix = left.subplots(), panels[0]["CP-Mix"]
-    draw_grouped(axes, cpmix.matrix, cpmix.class_counts, transposed=True, fontsize=SMALL)
+    draw_grouped(axes, cpmix.matrix, cpmix.class_counts, transposed=True, fontsize=_SMALL)
     _letter(axes, "a", f"CP-Mix, {cpmix.data}")
     below = right.subplots(len(panels), 1, squeeze=False)[:, 0]
     for letter, place, panel in zip("bc", below, panels, strict=False):
         of_data = panel["CP-Mix"]
-        drawn = [(result.class_accuracy, METHOD_STYLES[method]) for method, result in panel.items()]
-        draw_accuracies(place, of_data.class_names, of_data.class_counts, drawn)
+        drawn = [(figures.percent_right(result.matrix), METHOD_STYLES[method]) for method, result in panel.items()]
+        figures.draw_accuracies(place, of_data.class_names, of_data.class_counts, drawn)
         _letter(place, letter, of_data.data)
     lines = []
     for method in panels[0]:
@@ -312,7 +266,7 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
 # -- figures 5 and 6 ---------------------------------------------------------------------------------------------------
 
 
-@_styled
+@_printed
 def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Sequence[str], *, numbered: bool) -> Figure:
     """Figures 5 and 6: whole matrices, a row for each data set and a column per method, in per cent of the true class.
 
@@ -321,32 +275,39 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
         methods: columns.
         numbered: write names of classes on the axes and per cents in the cells, of few classes.
     """
-    width, height = WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
+    width, height = _WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
     figure = Figure(figsize=(width, height + 0.35 if numbered else height), layout="constrained")
     grid = figure.subplots(len(rows), len(methods), squeeze=False)
     shown = np.array([[method in row for method in methods] for row in rows])
     letters = panel_letters()
+
+    def whole(value: float) -> str:
+        return whole_percent(value) if value >= 1 else ""
+
+    number = whole if numbered else None
     for r, row in enumerate(rows):
         first = next(iter(row.values()))
         order = by_count(first.class_counts)
-        ticks = list(range(len(order))) if numbered else [0, *range(19, len(order), 20)]
-        names = [first.class_names[order[t]] if numbered else f"{t + 1}" for t in ticks]
+        ticks = range(len(order)) if numbered else [0, *range(19, len(order), 20)]
+        names = {t: first.class_names[order[t]] if numbered else f"{t + 1}" for t in ticks}
         for c, method in enumerate(methods):
             axes = grid[r, c]
             if method not in row:
                 axes.axis("off")
                 continue
-            percent = row_percent(row[method].matrix)[np.ix_(order, order)].T
-            numbers = whole_percent(np.where(percent >= 1, percent, 0)) if numbered else None
-            image = draw_cells(axes, percent, percent_norm(), numbers=numbers, fontsize=5.5)
-            axes.set_xticks(ticks, names if not shown[r + 1 :, c].any() else [], rotation=turn(names))
-            axes.set_yticks(ticks, names if not shown[r, :c].any() else [])
+            percent = figures.row_percent(row[method].matrix)[np.ix_(order, order)]
+            image = draw_matrix(axes, percent, names, figures.percent_norm(), number, transposed=True, fontsize=5.5)
+            axes.set(xlabel=None, ylabel=None)
+            if shown[r + 1 :, c].any():
+                axes.set_xticklabels([])
+            if shown[r, :c].any():
+                axes.set_yticklabels([])
             title = f"{method}, {first.data}"  # beside names of classes there is room for about 20 letters
             _letter(axes, next(letters), f"{method},\n{first.data}" if numbered and len(title) > 20 else title)
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
     bar = figure.colorbar(
-        image, ax=grid, location="top", ticks=PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
+        image, ax=grid, location="top", ticks=figures.PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
     )
     bar.set_label("% of the true class (white: none)")
     return figure
