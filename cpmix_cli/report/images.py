@@ -10,10 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-MAX_A_CELL = 8
-LARGEST_SIDE = 48
-"""Pixels; larger images are shrunk."""
-COLUMNS = 80  # WebP has at most 16,383 pixels a side
+_MAX_A_CELL = 8
+_LARGEST_SIDE = 48  # pixels; larger images are shrunk
+_COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class ContactSheet:
     height: int
     sprite: str
     """data: URL, WebP."""
-    columns: int = COLUMNS
+    columns: int = _COLUMNS
     """Thumbnails in a row."""
 
 
 def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """The wrong test images to show: most confused cells first, in a cell the most confident, MAX_A_CELL of each.
+    """The wrong test images to show: most confused cells first, in a cell the most confident, a few of each.
 
     Args:
         predictions: sample_id, label, predicted, confidence of each test image.
@@ -46,7 +45,7 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     wrong = predictions[predictions["label"] != predictions["predicted"]]
     cells = wrong.groupby(["label", "predicted"])["confidence"]
     ranked = wrong.assign(images=cells.transform("size"), place=cells.rank(method="first", ascending=False))
-    ranked = ranked[ranked["place"] <= MAX_A_CELL]
+    ranked = ranked[ranked["place"] <= _MAX_A_CELL]
     keys = ["images", "label", "predicted", "place"]
     ranked = ranked.sort_values(keys, ascending=[False, True, True, True]).head(limit)
     chosen = ranked.rename(columns={"label": "true_class", "predicted": "predicted_class"})
@@ -54,22 +53,15 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
 
 
 def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> ContactSheet:
-    """One picture of the chosen images.
-
-    Args:
-        images: those, uint8 [H, W, 1 or 3] each.
-        largest: side of an image, in pixels.
-        chosen: see most_confused(), one at least.
-    """
-    side = min(LARGEST_SIDE, largest)
-    rows = -(-len(chosen) // COLUMNS)
-    width, height = side * min(COLUMNS, len(chosen)), side * rows
+    """One picture of images uint8 [H, W, 1 or 3] whose largest side is given: those of most_confused(), one at least."""
+    side = min(_LARGEST_SIDE, largest)
+    width, height = side * min(_COLUMNS, len(chosen)), side * -(-len(chosen) // _COLUMNS)
     page = Image.new("RGB", (width, height))
     for number, pixels in enumerate(images):
         thumbnail = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
         if thumbnail.size != (side, side):
             thumbnail = ImageOps.pad(thumbnail, (side, side), Image.Resampling.BOX)
-        page.paste(thumbnail, (number % COLUMNS * side, number // COLUMNS * side))
+        page.paste(thumbnail, (number % _COLUMNS * side, number // _COLUMNS * side))
     buffer = io.BytesIO()
     page.save(buffer, "WEBP", quality=85)
     return ContactSheet(

@@ -27,14 +27,15 @@ from cpmix_cli.runtime.console import on_a_line
 
 Array = NDArray[Any]
 
-COLOUR_MAPS = {
+_COLOUR_MAPS = {
     "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},
     "difference": {"light": ("coolwarm_r", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
 }
 """Perceptually uniform or diverging, all colour-blind safe. On dark pages viridis leaves out what is nearly black: a
 cell with few images is not one without any."""
-NUM_COLOURS = 64
-MAX_PAIRS = 200_000
+_NUM_COLOURS = 64
+_MAX_PAIRS = 200_000
+"""Training confusions on the page; of more, those of trim_confusions()."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class ShownRun:
     matrix: Array
     """Test images [C, C]."""
     confusions: Array | None
-    """K, the confusion pairs of its training [C, C]; None where none were collected. Beyond MAX_PAIRS the page has
-    those of pairs.telling()."""
+    """K, the confusion pairs of its training [C, C]; None where none were collected."""
     reliability: Array
     """Images, mean confidence, share right [15, 3]."""
 
@@ -86,15 +86,14 @@ def render_page(
         pictures: caption and addresses of the picture files, seen from the page.
         embedded: caption and PNG.
     """
-    package = resources.files("cpmix_cli.report")
-    frame, script, style = ((package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css"))
+    frame, script, style = _parts()
     data = {
         "names": [on_a_line(name) for name in class_names],
         "runs": [_run_data(run) for run in runs],
         "pairs": {name: pairs[name].to_numpy() for name in ("rarer_class", "commoner_class")},
         "clustered": clustered,
         "images": None if images is None else vars(images),
-        "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in COLOUR_MAPS.items()},
+        "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in _COLOUR_MAPS.items()},
     }
     sources = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
     several = len(runs) > 1
@@ -119,8 +118,12 @@ def render_page(
 
 def page_digest() -> str:
     """Of what all pages have in common: another one, and a page is made again."""
+    return _hash("".join(_parts()))
+
+
+def _parts() -> list[str]:
     package = resources.files("cpmix_cli.report")
-    return _hash("".join((package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css")))
+    return [(package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css")]
 
 
 def _hash(text: str) -> str:
@@ -134,7 +137,6 @@ def _int32(values: Array) -> str:
 
 
 def _cells(matrix: Array) -> dict[str, Array]:
-    """Cells that are not zero."""
     true, predicted = np.nonzero(matrix)
     return {"true_class": true, "predicted_class": predicted, "count": matrix[true, predicted]}
 
@@ -142,7 +144,7 @@ def _cells(matrix: Array) -> dict[str, Array]:
 def _run_data(run: ShownRun) -> Mapping[str, Any]:
     images, confidence, accuracy = np.nan_to_num(run.reliability).T.tolist()
     kept = run.confusions
-    if kept is not None and np.count_nonzero(kept) > MAX_PAIRS:
+    if kept is not None and np.count_nonzero(kept) > _MAX_PAIRS:
         kept = trim_confusions(kept, run.matrix)
     return {
         "name": run.name,
@@ -159,7 +161,7 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
 def _stops(name: str, low: float, high: float) -> list[str]:
     """Colours of a map, from little to much."""
     colours = matplotlib.colormaps[name]
-    return [to_hex(colours(low + (high - low) * k / (NUM_COLOURS - 1))) for k in range(NUM_COLOURS)]
+    return [to_hex(colours(value)) for value in np.linspace(low, high, _NUM_COLOURS)]
 
 
 def _facts(run: ShownRun, *, named: bool) -> str:
@@ -168,7 +170,6 @@ def _facts(run: ShownRun, *, named: bool) -> str:
 
 
 def _relation(run: ShownRun, *, named: bool) -> str:
-    """The plot of training confusions against those of the test, and what pairs.relation() says of them."""
     assert run.confusions is not None
     found, size = relation(run.confusions, run.matrix), len(run.class_counts)
     words = f"Training confused {found['num_pairs']:,} of {size * (size - 1):,} ordered pairs of classes"
@@ -199,17 +200,14 @@ def _links(caption: str, places: list[str]) -> str:
 
 
 def _picture(caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _table(table: pd.DataFrame, caption: str, name: str) -> str:
-    kinds = [' class="number"' if _is_number(table[name]) else "" for name in table.columns]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(str(column).strip())}</th>'
-        for column, kind in zip(table.columns, kinds, strict=True)
-    )
+    kinds = [' class="number"' if _is_number(table[column]) else "" for column in table.columns]
+    titled = zip(table.columns, kinds, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{escape(str(column).strip())}</th>' for column, kind in titled)
     body = ""
     for row in table.itertuples(index=False):
         cells = [f"<td{kind}>{escape(str(v))}</td>" for v, kind in zip(row, kinds, strict=True)]

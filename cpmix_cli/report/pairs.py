@@ -32,20 +32,17 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     true, predicted = np.nonzero(matrix)
     images = matrix[true, predicted].astype(np.int64)
     true_is_rarer = rank[true] > rank[predicted]
-    cells = pd.DataFrame(
-        {
-            "rarer_class": np.where(true_is_rarer, true, predicted).astype(np.int32),
-            "commoner_class": np.where(true_is_rarer, predicted, true).astype(np.int32),
-            "rarer_as_commoner": np.where(true_is_rarer, images, 0),
-            "commoner_as_rarer": np.where(true_is_rarer, 0, images),
-        }
-    )[true != predicted]
-    table = cells.groupby(["rarer_class", "commoner_class"], as_index=False).sum()
+    columns = {
+        "rarer_class": np.where(true_is_rarer, true, predicted).astype(np.int32),
+        "commoner_class": np.where(true_is_rarer, predicted, true).astype(np.int32),
+        "rarer_as_commoner": np.where(true_is_rarer, images, 0),
+        "commoner_as_rarer": np.where(true_is_rarer, 0, images),
+    }
+    table = pd.DataFrame(columns)[true != predicted].groupby(["rarer_class", "commoner_class"], as_index=False).sum()
     table["count"] = table["rarer_as_commoner"] + table["commoner_as_rarer"]
     table["minority_share"] = table["rarer_as_commoner"] / table["count"]
-    order = ["count", "rarer_class", "commoner_class"]
-    ranked: pd.DataFrame = table.sort_values(order, ascending=[False, True, True], ignore_index=True)
-    return ranked
+    # groupby() has sorted by class ids, which decide ties
+    return table.sort_values("count", ascending=False, kind="stable", ignore_index=True)
 
 
 def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
@@ -74,13 +71,12 @@ def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 1
     Args:
         confusions: K, the multiset CP as counts [C, C], diagonal zero.
         matrix: test images [C, C], diagonal ignored.
-        num_top: of the most confused ordered test pairs, how many are looked up in CP.
+        num_top: of the most confused ordered test pairs, at most so many are looked up in CP.
 
     Returns:
-        num_pairs: ordered pairs that CP has; num_top (fewer where there are fewer), top_in_training: those of them that
-        CP has; num_classes: those with confusions in both; same_first: of these, where a most frequent one is the same;
-        overlap: their mean sum_j min(p_j, q_j), p and q what the class is taken for in training and test, None without
-        such classes.
+        num_pairs: ordered pairs that CP has; num_top, top_in_training: those looked up and found; num_classes: those
+        with confusions in both; same_first: of these, where a most frequent one is the same; overlap: their mean
+        sum_j min(p_j, q_j), p and q what the class is predicted as in training and test, None without such classes.
 
     Paper: Sec. 4.1 takes training confusions for an estimate of those to come.
     """
@@ -106,15 +102,8 @@ def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 1
 
 
 def trim_confusions(confusions: NDArray[Any], matrix: NDArray[Any], *, num_largest: int = 10) -> NDArray[Any]:
-    """K without the cells that tell least: kept are those of pairs that the test confuses, and each class's
-    largest.
-
-    Over a whole training at 8,142 classes millions of cells are not zero.
-
-    Args:
-        confusions: K [C, C], diagonal zero.
-        matrix: test images [C, C].
-        num_largest: of each class.
+    """K [C, C] without the cells that tell least: kept are those of pairs that the test confuses (matrix [C, C]), and
+    each class's largest. Over a whole training at 8,142 classes millions of cells are not zero.
     """
     largest = np.zeros(confusions.shape, dtype=bool)
     num_largest = min(num_largest, len(confusions))
