@@ -53,7 +53,7 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
 
 
 def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> ContactSheet:
-    """One picture of images uint8 [H, W, 1 or 3] whose largest side is given: those of most_confused(), one at least."""
+    """One picture of images uint8 [H, W, 1 or 3] with their largest side: those of most_confused(), one at least."""
     side = min(_LARGEST_SIDE, largest)
     width, height = side * min(_COLUMNS, len(chosen)), side * -(-len(chosen) // _COLUMNS)
     page = Image.new("RGB", (width, height))
