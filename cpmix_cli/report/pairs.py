@@ -42,7 +42,8 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     table["count"] = table["rarer_as_commoner"] + table["commoner_as_rarer"]
     table["minority_share"] = table["rarer_as_commoner"] / table["count"]
     # groupby() has sorted by class ids, which decide ties
-    return table.sort_values("count", ascending=False, kind="stable", ignore_index=True)
+    ranked: pd.DataFrame = table.sort_values("count", ascending=False, kind="stable", ignore_index=True)
+    return ranked
 
 
 def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
