@@ -6,7 +6,6 @@ step's number. Images that come from disk are prefetched some steps ahead.
 Shapes as in randomness.py: S steps per epoch, B batch; a selected step has no S.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +18,7 @@ from cpmix_cli.runtime import ranks
 from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
 from cpmix_cli.training.objective import Term
 from cpmix_cli.training.plan import Plan
-from cpmix_cli.training.randomness import Draws, ImageRequest, Partners, Sampler, TermDraws, leaves, map_tensors
+from cpmix_cli.training.randomness import Draws, ImageRequest, Sampler, TermDraws, leaves, map_tensors
 
 STEPS_AHEAD = 2
 """Images that come from disk are prefetched so many steps before they are needed."""
@@ -50,12 +49,7 @@ class Inputs:
 
 
 class EpochInputs:
-    """The inputs of the epoch under way.
-
-    Args:
-        plan: what is trained.
-        data: the training images.
-    """
+    """The inputs of the epoch under way."""
 
     def __init__(self, plan: Plan, data: TrainingData) -> None:
         self.epoch: Inputs | None = None
@@ -123,49 +117,36 @@ class EpochInputs:
     def choose_partners(self, inputs: Inputs, state: MixingState) -> Inputs:
         """A step's inputs [B] with the partners that were not chosen ahead, and the requests for their images."""
         natural = inputs.draws.natural
-        terms = tuple(
+        terms = [
             self._with_partners(term, draws, natural, state)
             for term, draws in zip(self._plan.terms, inputs.draws.terms, strict=True)
-        )
-        return replace(inputs, draws=Draws(natural, terms))
+        ]
+        return replace(inputs, draws=Draws(natural, tuple(terms)))
 
     def _with_partners(
         self, term: Term, draws: TermDraws, natural: ImageRequest | None, state: MixingState
     ) -> TermDraws:
-        """A term's draws of a step with its partners."""
-        if draws.partners is not None:
-            return draws
-        partners = term.choose_partners(draws, self._pool, state)
+        partners = None if draws.partners is not None else term.choose_partners(draws, self._pool, state)
         if partners is None:
             return draws
-        return replace(draws, partners=partners, second=self._second(draws, partners, natural))
-
-    def _second(self, draws: TermDraws, partners: Partners, natural: ImageRequest | None) -> ImageRequest | None:
-        """The request for the partners' images; None where they are taken from the term's own."""
         place = partners.index.to(self._data.batches.device)
-        if draws.second is not None:
-            return replace(draws.second, index=place)
-        first = draws.first or natural
-        if self._is_whole or first is None or first.index is None:
-            return None
-        # The partner may be another rank's: its image is made anew, as it is made there.
-        return ImageRequest(first.index[place], first.augment[place])
-
-    @property
-    def _is_whole(self) -> bool:
-        """One slice takes the whole batch."""
-        return self._plan.micro_batches * ranks.current().size == 1
+        first, second = draws.first or natural, draws.second
+        if second is not None:
+            second = replace(second, index=place)
+        elif self._plan.micro_batches * ranks.current().size > 1 and first is not None and first.index is not None:
+            # The partner may be another rank's: its image is made anew, as it is made there.
+            second = ImageRequest(first.index[place], first.augment[place])
+        return replace(draws, partners=partners, second=second)
 
     def _choose_ahead(self, inputs: Inputs, confusion: Tensor) -> Inputs:
-        """The inputs of an epoch [S, B] with the partners of all its steps, chosen from K at its beginning."""
-        chosen: list[tuple[TermDraws, ...]] = []
+        """The inputs of an epoch with the partners of all its steps, and zeros after its last image."""
+        rows = []
         for number in range(len(inputs.fallbacks)):
             size = self._plan.size(number, len(self._data.labels))
             row = map_tensors(inputs, lambda t: t[number, :size])  # noqa: B023
-            state = MixingState(self._data.class_counts, confusion, inputs.fallbacks[number, 0])
-            chosen.append(self.choose_partners(row, state).draws.terms)
-        terms = tuple(_stacked(draws, [row[k] for row in chosen]) for k, draws in enumerate(inputs.draws.terms))
-        return replace(inputs, draws=replace(inputs.draws, terms=terms))
+            rows.append(self.choose_partners(row, MixingState(self._data.class_counts, confusion, row.fallbacks[0])))
+        steps = zip(*(leaves(row, Tensor) for row in rows), strict=True)
+        return map_tensors(rows[0], lambda _: pad_sequence(list(next(steps)), batch_first=True))
 
     def _prefetch(self, number: int) -> None:
         """Prefetch the images of a step, as far as they are chosen."""
@@ -177,23 +158,6 @@ class EpochInputs:
                     self._data.batches.prefetch(
                         part.select(request.index[number, :size]), part.select(request.augment[number, :size])
                     )
-
-
-def _stacked(draws: TermDraws, rows: list[TermDraws]) -> TermDraws:
-    """A term's draws of an epoch [S, B] with the partners of its steps [B], zeros after the last image."""
-
-    def pad(tensors: Iterator[Tensor | None]) -> Tensor:
-        return pad_sequence([t for t in tensors if t is not None], batch_first=True)
-
-    if rows[0].partners is None:
-        return draws
-    partners = [row.partners for row in rows if row.partners is not None]
-    second = [row.second for row in rows if row.second is not None]
-    return replace(
-        draws,
-        partners=Partners(pad(p.labels for p in partners), pad(p.index for p in partners)),
-        second=ImageRequest(pad(s.index for s in second), pad(s.augment for s in second)) if second else None,
-    )
 
 
 def fetch(batches: Batches, request: ImageRequest | None, part: BatchSlice) -> Tensor | None:

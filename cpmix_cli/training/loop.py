@@ -28,7 +28,7 @@ def fit(
     publish: Callable[[], None],
     checkpoint_every: int = 1,
     test_accuracy: Callable[[], float] | None = None,
-    eval_every: int = 0,
+    eval_every: int = 1,
     class_names: Sequence[str] = (),
     few_inclusive: bool = False,
 ) -> float:
@@ -41,9 +41,8 @@ def fit(
         publish: writes the state to disk; called only with one that is finite, and by the first rank alone.
         checkpoint_every: epochs between two saves; the last is always saved.
         test_accuracy: fraction of test images right, for a curve that selects nothing.
-        eval_every: epochs between its points; 0 for none.
-        class_names: by class id, for the live view.
-        few_inclusive: classes of exactly 20 training images are few, for the live view.
+        eval_every: epochs between its points.
+        class_names, few_inclusive: see LiveView.
 
     Returns:
         Seconds of the training that went into recording CUDA graphs.
@@ -86,7 +85,7 @@ def fit(
                 row = metrics_row(plan, state, len(data.labels))
                 if view:
                     view.end_epoch()
-                if test_accuracy and eval_every and state.epoch % eval_every == 0:
+                if test_accuracy and state.epoch % eval_every == 0:
                     row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)
                 state.history.append(row)
@@ -137,17 +136,13 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
     Raises:
         Diverged: a loss or a gradient is NaN or infinite.
     """
-    device = data.labels.device
     steps = plan.num_steps(len(data.labels))
     if state.step == steps:  # the epoch it stands at is complete
         state.epoch, state.step = min(state.epoch + 1, plan.last_epoch), 0
-    state.sums = EpochSums([term.name for term in plan.terms], device)
+    state.sums = EpochSums([term.name for term in plan.terms], data.labels.device)
     state.model.train(plan.train_mode)
-    with own_stream(device):
-        step = Step(plan, data, state)
-        step.begin_epoch(state.epoch)
-        step(state.step)
-        state.step += 1
+    with own_stream(data.labels.device):
+        next(epoch_steps(plan, Step(plan, data, state), state, steps))
         _check_finite(plan, state, steps, dict.fromkeys(state.sums.read(), 0.0))
         _check_weights(plan, state)
 
@@ -155,25 +150,17 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
 def _check_finite(
     plan: Plan, state: TrainingState, steps: int, before: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """Look at the sums of the epoch, and return them.
-
-    Args:
-        plan: what is run.
-        state: whose sums.
-        steps: of an epoch.
-        before: the sums one step ago, where they are known: then the message has the step's own losses.
-    """
+    """Look at the sums of the epoch, and return them; with those `before` the last step, the message has its losses."""
     sums = state.sums.read()
     if math.isfinite(sums["loss"]) and math.isfinite(sums["gradient_norm"]):
         return sums
-    earlier = before or sums
     step = state.step if before else int(sums["finite_steps"]) + 1
     rate = plan.learning_rate(state.epoch, step - 1, steps)
 
     def value(name: str) -> str:
-        if before is None and math.isfinite(sums[name]):
-            return "finite"
-        return f"{sums[name] - earlier[name] if before else sums[name]:.4g}"
+        if before:
+            return f"{sums[name] - before[name]:.4g}"
+        return "finite" if math.isfinite(sums[name]) else f"{sums[name]:.4g}"
 
     losses = ", ".join(f"{term.name} {value(f'loss_{term.name}')}" for term in plan.terms)
     what = "the gradient" if math.isfinite(sums["loss"]) else "the loss"
@@ -186,11 +173,6 @@ def _check_finite(
 
 
 def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> None:
-    """Publish a state that is finite.
-
-    Raises:
-        Diverged: it is not.
-    """
     _check_weights(plan, state)
     here = ranks.current()
     if here.first:
@@ -199,11 +181,7 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
 
 
 def _check_weights(plan: Plan, state: TrainingState) -> None:
-    """Look at the weights: the last step's update can be too large where its gradient was not.
-
-    Raises:
-        Diverged: they are not finite.
-    """
+    """The last step's update can be too large where its gradient was not."""
     if bad := state.not_finite():
         raise Diverged(
             f"weights are not finite after step {state.step} of epoch {state.epoch}: {bad}",

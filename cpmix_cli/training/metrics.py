@@ -10,17 +10,17 @@ from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import TrainingState
 
-METRICS_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
-    "epoch",
-    "learning_rate",
-    "loss",
-    "gradient_norm",
-    "train_accuracy",
-    "num_confusions",
-    "num_fallbacks",
-    "test_accuracy",
-    "images_per_second",
-    "seconds",
+_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
+    "epoch int64",
+    "learning_rate double",
+    "loss double",
+    "gradient_norm double",
+    "train_accuracy double?",
+    "num_confusions int64?",
+    "num_fallbacks int64",
+    "test_accuracy double?",
+    "images_per_second double",
+    "seconds double",
 )
 
 
@@ -31,12 +31,7 @@ def metrics_schema(terms: list[str]) -> pa.Schema:
     train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
     null but for --eval-every; images_per_second counts an image each time it passes through the network.
     """
-    integers = {"epoch", "num_confusions", "num_fallbacks"}
-    nullable = {"train_accuracy", "num_confusions", "test_accuracy"}
-    names: list[str] = []
-    for name in METRICS_COLUMNS:
-        names += [name] if name != "loss" else ["loss", *(f"loss_{term}" for term in terms)]
-    return schema_of(*(f"{n} {'int64' if n in integers else 'double'}{'?' * (n in nullable)}" for n in names))
+    return schema_of(*_COLUMNS[:3], *(f"loss_{term} double" for term in terms), *_COLUMNS[3:])
 
 
 def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
@@ -47,29 +42,30 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     """
     path, sha = folder.output(METRICS)
     table = read_table(path, sha=sha)
-    if table.empty or not set(METRICS_COLUMNS) <= set(table.columns):
+    if table.empty or not {column.split()[0] for column in _COLUMNS} <= set(table.columns):
         raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
     return table
 
 
 def metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:
     """The row of metrics.parquet for the finished epoch."""
-    s = state.sums.read()
+    sums = state.sums.read()
     steps = plan.num_steps(num_samples)
     counts = plan.collect_confusion and plan.counted_term is not None
-    row: dict[str, float | None] = {"epoch": state.epoch}
-    row["learning_rate"] = sum(plan.learning_rate(state.epoch, step, steps) for step in range(steps)) / steps
-    row["loss"] = s["loss"] / steps
-    row |= {f"loss_{term.name}": s[f"loss_{term.name}"] / steps for term in plan.terms}
-    row["gradient_norm"] = s["gradient_norm"] / steps
     seen = num_samples * len(plan.measured_terms)
-    row["train_accuracy"] = s["correct"] / seen if seen else None
-    row["num_confusions"] = s["errors"] if counts else None
-    row["num_fallbacks"] = s["fallbacks"]
-    row["test_accuracy"] = None
-    row["images_per_second"] = num_samples * len(plan.terms) / s["seconds"]
-    row["seconds"] = s["seconds"]
-    return row
+    return {
+        "epoch": state.epoch,
+        "learning_rate": sum(plan.learning_rate(state.epoch, step, steps) for step in range(steps)) / steps,
+        "loss": sums["loss"] / steps,
+        **{f"loss_{term.name}": sums[f"loss_{term.name}"] / steps for term in plan.terms},
+        "gradient_norm": sums["gradient_norm"] / steps,
+        "train_accuracy": sums["correct"] / seen if seen else None,
+        "num_confusions": sums["errors"] if counts else None,
+        "num_fallbacks": sums["fallbacks"],
+        "test_accuracy": None,
+        "images_per_second": num_samples * len(plan.terms) / sums["seconds"],
+        "seconds": sums["seconds"],
+    }
 
 
 def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import target_classes
 from cpmix_cli.models import Classifier, build_model, change_head, within
-from cpmix_cli.recipe.schema import Finetune, Optimizer, ParameterGroup, Recipe, Schedule
+from cpmix_cli.recipe.schema import Finetune, Optimizer, ParameterGroup, Recipe, Schedule, Stage
 from cpmix_cli.training.objective import Term, compile_stage
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.schedule import learning_rate
@@ -91,37 +91,29 @@ class PhaseContext:
 def make_plan(context: PhaseContext, phase: str) -> Plan:
     """The plan of a phase. Stages 1 and 2 have one schedule and one optimizer over both."""
     recipe, schedule = context.recipe, context.recipe.schedule
-    stage = {"stage1": recipe.stage1, "stage2": recipe.stage2, "finetune": recipe.finetune}[phase]
-    assert stage is not None
-    plan = partial(
-        Plan,
+    stage: Stage = getattr(recipe, phase)
+    table: Optimizer | Finetune = recipe.optimizer
+    first, last = (1, schedule.stage1_epochs) if phase == "stage1" else (schedule.stage1_epochs + 1, schedule.epochs)
+    if finetunes := isinstance(stage, Finetune):
+        table, first, last = stage, 1, stage.epochs
+        schedule = Schedule(epochs=last, stage1_epochs=last, warmup_epochs=0, kind=stage.kind)
+    return Plan(
         phase=phase,
         seed=recipe.seed,
         terms=compile_stage(stage),
         joint_forward=stage.forward == "joint",
+        first_epoch=first,
+        last_epoch=last,
+        num_epochs=schedule.epochs,
+        batch_size=table.batch_size,
+        learning_rate=partial(learning_rate, table.lr, schedule),
+        train_mode=not isinstance(stage, Finetune) or stage.batchnorm == "shift",
+        collect_confusion=not finetunes,
+        confusion_start=1 if finetunes else recipe.confusion.start_epoch,
+        confusion_decay=1.0 if finetunes else recipe.confusion.decay,
         partners_ahead=recipe.confusion.refresh == "epoch",
         micro_batches=recipe.optimizer.micro_batches,
         precision=context.precision,
-    )
-    if isinstance(stage, Finetune):
-        own = Schedule(epochs=stage.epochs, stage1_epochs=stage.epochs, warmup_epochs=0, kind=stage.kind)
-        return plan(
-            first_epoch=1,
-            last_epoch=stage.epochs,
-            num_epochs=stage.epochs,
-            batch_size=stage.batch_size,
-            learning_rate=partial(learning_rate, stage.lr, own),
-            train_mode=stage.batchnorm == "shift",
-            collect_confusion=False,
-        )
-    return plan(
-        first_epoch=1 if phase == "stage1" else schedule.stage1_epochs + 1,
-        last_epoch=schedule.stage1_epochs if phase == "stage1" else schedule.epochs,
-        num_epochs=schedule.epochs,
-        batch_size=recipe.optimizer.batch_size,
-        learning_rate=partial(learning_rate, recipe.optimizer.lr, schedule),
-        confusion_start=recipe.confusion.start_epoch,
-        confusion_decay=recipe.confusion.decay,
     )
 
 
@@ -136,12 +128,10 @@ def fresh_state(context: PhaseContext) -> TrainingState:
     if settings.expert_rates == "target-share":
         counts = torch.tensor(dataset.class_counts)
         shares = (target_classes(counts, recipe.model.experts) * counts).sum(1) / counts.sum()
-        own = [
-            ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share))
-            for k, share in enumerate(shares)
-            for part in ("experts", "head")
-        ]
-        settings = settings.model_copy(update={"groups": [*settings.groups, *own]})
+        groups = list(settings.groups)
+        for k, share in enumerate(shares):
+            groups += [ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share)) for part in ("experts", "head")]
+        settings = settings.model_copy(update={"groups": groups})
     return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
 
 
@@ -154,18 +144,10 @@ def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
     change_head(state.model, table, context.dataset.num_classes, generator)
     for name, parameter in state.model.named_parameters():
         parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
-    optimizer = Optimizer(
-        lr=table.lr,
-        momentum=table.momentum,
-        nesterov=table.nesterov,
-        weight_decay=table.weight_decay,
-        batch_size=table.batch_size,
-        groups=table.groups,
-    )
-    state.optimizer = make_optimizer(state.model, optimizer)
+    state.optimizer = make_optimizer(state.model, table)
 
 
-def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.optim.Optimizer:
     """SGD or Adam over the parameters that require a gradient, in groups with their own lr_factor and weight decay.
 
     The learning rate of each group is a scalar on the device, which every step sets.
@@ -174,11 +156,9 @@ def make_optimizer(model: Classifier, recipe: Optimizer) -> torch.optim.Optimize
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = next((g for g in recipe.groups if name.startswith(g.prefix)), None)
-        decay = recipe.weight_decay
-        if own is not None and own.weight_decay is not None:
-            decay = own.weight_decay
-        groups.setdefault((own.lr_factor if own else 1.0, decay), []).append(parameter)
+        own = next((g for g in recipe.groups if name.startswith(g.prefix)), ParameterGroup(prefix=""))
+        decay = recipe.weight_decay if own.weight_decay is None else own.weight_decay
+        groups.setdefault((own.lr_factor, decay), []).append(parameter)
     # Fused: one launch that reads the rate, in float32, on the device. On the CPU it would gain next to nothing.
     device = next(model.parameters()).device
     fused = device.type == "cuda"

@@ -11,6 +11,7 @@ of a mix. A single step has the same types without S.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -104,63 +105,57 @@ class Draws:
     terms: tuple[TermDraws, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws of every epoch, on the CPU.
+    """Draws of every epoch, on the CPU."""
 
-    Args:
-        terms: recipes of the phase's terms by name.
-        labels: class of each training image [N] int64, on the CPU.
-        num_classes: C; every class must have an image.
-        batch_size: B; the last batch of an epoch uses the first part of its draws.
-        num_uniforms: U.
-        key: (seed, phase).
-        num_epochs: of both stages together.
-    """
+    terms: Mapping[str, TermRecipe]
+    """Of the phase, by name."""
+    labels: Tensor
+    """[N] int64, class of each training image, on the CPU."""
+    num_classes: int
+    """C; every class must have an image."""
+    batch_size: int
+    """B; the last batch of an epoch uses the first part of its draws."""
+    num_uniforms: int
+    """U."""
+    key: tuple[int | str, ...]
+    """(seed, phase)."""
+    num_epochs: int
+    """Of both stages together."""
 
-    def __init__(
-        self,
-        terms: Mapping[str, TermRecipe],
-        labels: Tensor,
-        num_classes: int,
-        *,
-        batch_size: int,
-        num_uniforms: int,
-        key: tuple[int | str, ...],
-        num_epochs: int,
-    ) -> None:
-        self._terms = dict(terms)
-        self._labels = labels
-        self._pool = ClassPool(labels, num_classes)
-        self._num_steps = -(-len(labels) // batch_size)
-        self._batch_size = batch_size
-        self._num_uniforms = num_uniforms
-        self._key = key
-        self._num_epochs = num_epochs
+    @cached_property
+    def _pool(self) -> ClassPool:
+        return ClassPool(self.labels, self.num_classes)
+
+    @property
+    def _num_steps(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
 
     def epoch(self, epoch: int) -> Draws:
         """All draws of an epoch, counted from 1."""
         natural, labels = None, torch.empty(0, dtype=torch.int64)
-        if any(recipe.draw == "natural" for recipe in self._terms.values()):
-            order = np.zeros(self._num_steps * self._batch_size, dtype=np.int64)  # 0 after the last image
-            num_images = len(self._labels)
-            order[:num_images] = stream(*self._key, epoch, "order").permutation(num_images)
-            index = torch.from_numpy(order.reshape(self._num_steps, self._batch_size))
-            natural = ImageRequest(index, self._uniforms(epoch, "augment", self._batch_size, self._num_uniforms))
-            labels = self._labels[index]
-        return Draws(natural, tuple(self._term(name, recipe, epoch, labels) for name, recipe in self._terms.items()))
+        if any(recipe.draw == "natural" for recipe in self.terms.values()):
+            order = np.zeros(self._num_steps * self.batch_size, dtype=np.int64)  # 0 after the last image
+            num_images = len(self.labels)
+            order[:num_images] = stream(*self.key, epoch, "order").permutation(num_images)
+            index = torch.from_numpy(order.reshape(self._num_steps, self.batch_size))
+            natural = ImageRequest(index, self._uniforms(epoch, "augment", self.batch_size, self.num_uniforms))
+            labels = self.labels[index]
+        return Draws(natural, tuple(self._term(name, recipe, epoch, labels) for name, recipe in self.terms.items()))
 
     def _term(self, name: str, recipe: TermRecipe, epoch: int, labels: Tensor) -> TermDraws:
         """Draws of a term; `labels` are those of the natural batches."""
-        size = self._batch_size
+        size = self.batch_size
 
         def uniforms(purpose: str, *shape: int) -> Tensor:
             return self._uniforms(epoch, f"{name}/{purpose}", *shape)
 
         first = second = mixing = reweight = None
         if recipe.draw == "class-uniform":
-            labels = (uniforms("class", size) * self._pool.num_classes).long()
+            labels = (uniforms("class", size) * self.num_classes).long()
             index = self._pool.draw(labels, uniforms("image", size))
-            first = ImageRequest(index, uniforms("augment", size, self._num_uniforms))
+            first = ImageRequest(index, uniforms("augment", size, self.num_uniforms))
         if recipe.partner is not None:
             assert recipe.alpha is not None and recipe.mix is not None  # the recipe's checks see to it
             by_class = recipe.partner in CLASS_PARTNERS
@@ -176,22 +171,22 @@ class Sampler:
                 gate=self._gate(name, recipe, epoch) if recipe.is_gated else None,
             )
             if by_class:
-                second = ImageRequest(None, uniforms("partner-augment", size, self._num_uniforms))
+                second = ImageRequest(None, uniforms("partner-augment", size, self.num_uniforms))
         if recipe.reweight is not None:
             counts = float(epoch > recipe.reweight_after)
             reweight = torch.full((self._num_steps, 1), counts, dtype=torch.float64)
         matching = recipe.match is not None and bool(
-            self._stream(epoch, f"{name}/match").random() < (epoch / self._num_epochs) ** recipe.match_power
+            self._stream(epoch, f"{name}/match").random() < (epoch / self.num_epochs) ** recipe.match_power
         )
         return TermDraws(first, labels, second, mixing, reweight, matching)
 
     def _gate(self, name: str, recipe: TermRecipe, epoch: int) -> Tensor:
         """See MixingDraws.gate."""
-        is_open = recipe.unmixed_first < epoch <= self._num_epochs - recipe.unmixed_last
+        is_open = recipe.unmixed_first < epoch <= self.num_epochs - recipe.unmixed_last
         return (self._uniforms(epoch, f"{name}/gate", 1) < recipe.probability * is_open).double()
 
     def _stream(self, epoch: int, purpose: str) -> np.random.Generator:
-        return stream(*self._key, epoch, purpose)
+        return stream(*self.key, epoch, purpose)
 
     def _uniforms(self, epoch: int, purpose: str, *shape: int) -> Tensor:
         """Numbers of [0, 1) for an epoch: [S, *shape] float64."""

@@ -40,7 +40,7 @@ class EpochSums:
 
         Args:
             losses: the objective, then each term.
-            gradient_norm: of all trained parameters.
+            gradient_norm: L2, of all trained parameters.
             correct: images that are right where that is measured.
             errors: that were counted.
             fallbacks: partners drawn without a confusion.
@@ -126,13 +126,12 @@ class TrainingState:
         if not optimizer:
             return
         self.epoch_confusion = saved.get("epoch_confusion")
-        for name, parameter in self.model.named_parameters():
-            prefix = f"optimizer.{name}."
-            values = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            for key, value in values.items():
-                # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
-                like = parameter if value.shape == parameter.shape else value
-                self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+        for name in self._optimizer_tensors():
+            owner, _, key = name.removeprefix("optimizer.").rpartition(".")
+            parameter, value = self.model.get_parameter(owner), saved[name]
+            # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
+            like = parameter if value.shape == parameter.shape else value
+            self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
 
     def load_progress(
         self,
@@ -176,17 +175,14 @@ class TrainingState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """What tensors() gives of the optimizer after a step, shapes and types alone."""
         found: dict[str, Tensor] = {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
-            adam, momentum = isinstance(self.optimizer, torch.optim.Adam), group.get("momentum")
-            trained = {id(p) for p in group["params"]}
-            for name, p in self.model.named_parameters():
-                if id(p) not in trained:
-                    continue
-                like = p.detach()
-                keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",) if momentum else ()
-                found |= {f"optimizer.{name}.{key}": like for key in keys}
-                if adam:
-                    found[f"optimizer.{name}.step"] = torch.zeros(())
+            for p in group["params"]:
+                own = f"optimizer.{names[p]}"
+                if isinstance(self.optimizer, torch.optim.Adam):
+                    found |= {f"{own}.exp_avg": p, f"{own}.exp_avg_sq": p, f"{own}.step": torch.zeros(())}
+                elif group["momentum"]:
+                    found[f"{own}.momentum_buffer"] = p
         return found
 
 

@@ -5,6 +5,7 @@ output -> losses -> EpochSums. A step reads nothing back from the device, and al
 so a CUDA graph can hold a whole step (cuda_graphs.py). The CPU runs the same code.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,12 +25,10 @@ from cpmix_cli.training.randomness import Draws, TermDraws
 from cpmix_cli.training.state import TrainingState
 
 
-class ForwardPass(nn.Module):
+class _ForwardPass(nn.Module):
     """The network's forward pass over the terms of a step: what DistributedDataParallel watches.
 
-    Args:
-        model: the network.
-        joint: all terms in one forward, so that batch norm sees them together; else each in its own.
+    All terms go through in one forward if `joint`, so that batch norm sees them together; else each in its own.
     """
 
     def __init__(self, model: Classifier, joint: bool) -> None:
@@ -53,11 +52,7 @@ class Step:
     """The training step of a plan: begin_epoch(), then a call for each step of it. On CUDA, inside own_stream().
 
     Several ranks take it together, each with its slices of the batch: every draw is for all of it, the same on each.
-
-    Args:
-        plan: what to run.
-        data: the training images.
-        state: its network, optimizer, confusion counts and sums are changed in place.
+    The network, optimizer, confusion counts and sums of `state` are changed in place.
     """
 
     def __init__(self, plan: Plan, data: TrainingData, state: TrainingState) -> None:
@@ -67,10 +62,12 @@ class Step:
         self._ranks = ranks.current()
         self._device = data.labels.device
         self.inputs = EpochInputs(plan, data)
-        self._network: nn.Module = ForwardPass(state.model, plan.joint_forward)
+        self._network: nn.Module = _ForwardPass(state.model, plan.joint_forward)
+        self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # gradients of a slice stay here
         if self._ranks.size > 1:
             own_device = [self._device] if self._device.type == "cuda" else None
-            self._network = DistributedDataParallel(self._network, own_device)
+            network = DistributedDataParallel(self._network, own_device)
+            self._network, self._no_sync = network, network.no_sync
         matches = any(term.recipe.match is not None for term in plan.terms)
         record = data.batches.resident and self._ranks.size == 1 and not matches
         self._take = CudaGraphRunner(self._run, self._device, record=record)
@@ -105,7 +102,7 @@ class Step:
         values, codes = [], []
         for part in parts:
             batches = self._batches(inputs.draws, part, mixing)
-            with self._gradients_stay_here() if part is not parts[-1] else nullcontext():
+            with nullcontext() if part is parts[-1] else self._no_sync():
                 outputs = self._forward(batches)
                 losses = [
                     term.loss(output, batch, self._data.class_counts)
@@ -129,10 +126,6 @@ class Step:
             count_confusions(state.confusion, found)
             errors = (found != NO_ERROR).sum()
         state.sums.add(losses=means, gradient_norm=norm, correct=right, errors=errors, fallbacks=inputs.fallbacks[0])
-
-    def _gradients_stay_here(self) -> AbstractContextManager[None]:
-        """While the slices of a batch before the last go through."""
-        return self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else nullcontext()
 
     def _batches(self, draws: Draws, part: BatchSlice, state: MixingState) -> list[TermBatch]:
         """Each term's batch of a slice; the natural images are made once for all terms that share them."""
