@@ -37,11 +37,9 @@ def combined(
     """One set of logits [N, C] from those of each expert [E, N, C].
 
     Args:
-        logits: raw.
         how: `evaluation.aggregate`: "mean"; "targets", with heads scaled to the size of the first and, for each class,
             the mean over the experts that answer for it; else with these weights, where there are.
         model: whose head weights have the sizes.
-        class_counts: [C].
         weights: of the experts, [E] or for each image [E, N].
 
     Source of "targets": Cai et al., ACE, from its description: z_k |W_1|^2 / |W_k|^2.

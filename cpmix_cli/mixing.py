@@ -97,12 +97,8 @@ def frequency_power(uniforms: Tensor, labels: Tensor, state: MixingState, *, pow
 
 
 def fixed(uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[list[int]]) -> Tensor:
-    """The class paired with each class beforehand, both ways; classes of no pair are mixed within themselves.
-
-    Args:
-        pairs: class ids two by two.
-
-    Paper: Sec. 3.1, Fig. 2(d).
+    """The class paired with each class beforehand, both ways; classes of no pair are mixed within themselves. `pairs`
+    has class ids two by two. Paper: Sec. 3.1, Fig. 2(d).
     """
     partner = labels
     for a, b in pairs:  # numbers in where() stay with the operation; assigned to an element, torch 2.14 sends them over
@@ -172,13 +168,7 @@ def linear(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tenso
 
 def box(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """x1 with a box of x2 pasted in, of sides sqrt(1 - lambda) those of the image, its centre anywhere and what sticks
-    out cut off; lambda is counted again as the share of x1 that is left.
-
-    Args:
-        x1: images [B, channels, H, W].
-        x2: the same.
-        lam: [K].
-        uniforms: of the centre [K, 2].
+    out cut off; lambda is counted again as the share of x1 that is left. V = 2: the centre.
 
     Source: Yun et al., CutMix, and its code, which cuts the sides down to whole and even pixels.
     """

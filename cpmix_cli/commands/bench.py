@@ -134,18 +134,12 @@ def run(options: BenchOptions) -> None:
         "start_up_seconds": start_up,
         "pairs": costs,
     }
-    report(fields, phases, timings, network, epochs)
+    _report(fields, timings, epochs)
 
 
-def report(
-    fields: dict[str, Any],
-    phases: list[str],
-    timings: Mapping[str, Timing],
-    network: Mapping[str, Timing],
-    epochs: Mapping[str, int],
-) -> None:
+def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mapping[str, int]) -> None:
     """Table and lines, or the JSON object."""
-    reference = timings["reference"]
+    reference, own = timings["reference"], fields["precision"]
 
     def row(title: str, timing: Timing, alone: Timing | None = None) -> list[str]:
         spread = f"{min(timing.images_per_second):,.0f} .. {max(timing.images_per_second):,.0f}"
@@ -160,21 +154,19 @@ def report(
     for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
         rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
-    for name, timing in timings.items():
-        if name == "plain":
-            rows.append(row(f"network alone, {name}, {fields['precision']}", timing))
-    for phase in phases:
-        title = f"cpmix {phase}, {fields['precision']}, {fields['images_per_step'][phase]} images"
-        rows.append(row(title, timings[phase], network[phase]))
+    if "plain" in timings:
+        rows.append(row(f"network alone, plain, {own}", timings["plain"]))
+    for phase, count in fields["images_per_step"].items():
+        rows.append(row(f"cpmix {phase}, {own}, {count} images", timings[phase], timings[f"network {phase} {own}"]))
     header = ("loop", ">images/s", ">lowest .. highest", ">to released code", ">to network", ">peak MiB")
     projected = fields["projected_seconds"]
-    parts = [f"{phase} {console.duration(projected[phase])} ({epochs[phase]} epochs)" for phase in phases]
+    parts = [f"{phase} {console.duration(projected[phase])} ({count} epochs)" for phase, count in epochs.items()]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
     without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
-    ratios = [f"{layout} {ratio:.2f}" for layout, ratio in fields["ratio_to_plain_network"].items()]
+    ratios = fields["ratio_to_plain_network"].items()
     lines = [
         "",
-        *([f"experts to the plain network of full width, each alone, images/s: {', '.join(ratios)}"] if ratios else []),
+        *(f"experts to the plain network of full width, each alone, images/s: {how} {x:.2f}" for how, x in ratios),
         f"projected for {fields['recipe']}: {', '.join(parts)}; together {console.duration(projected['total'])}{hours}"
         f"{without}",
         f"start-up: cpmix --help takes {fields['start_up_seconds']:.2f} s",

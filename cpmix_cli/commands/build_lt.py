@@ -308,15 +308,12 @@ def _verify(dataset: Dataset) -> None:
 
 def _num_duplicates(dataset: Dataset) -> int:
     """Count the test images that equal a training image pixel by pixel; 0 for images that stay in their files."""
-    match dataset.storage:
-        case "tensors":
-            train, test = ([one.numpy().tobytes() for one in dataset.read(split)[0]] for split in ("train", "test"))
-        case "shards":
-            train, test = ([row.tobytes() for row in dataset.shards(s).hashes] for s in ("train", "test"))
-        case _:
-            return 0
-    known = set(train)
-    return sum(image in known for image in test)
+    if dataset.storage == "files":
+        return 0
+    in_shards = dataset.storage == "shards"
+    images = [dataset.shards(s).hashes if in_shards else dataset.read(s)[0].numpy() for s in ("train", "test")]
+    known = {image.tobytes() for image in images[0]}
+    return sum(image.tobytes() in known for image in images[1])
 
 
 def _show(dataset: Dataset, status: str) -> None:
