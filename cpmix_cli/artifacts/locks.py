@@ -10,10 +10,10 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 from pydantic import ConfigDict
 
@@ -99,28 +99,11 @@ def _this_process() -> Owner:
 
 
 class Lock:
-    """A folder held for writing, as a context; see hold()."""
+    """A folder held for writing; see hold()."""
 
-    def __init__(self, folder: Path, owner: Owner, made: list[Path]) -> None:
+    def __init__(self, folder: Path, owner: Owner) -> None:
         self._path = folder / LOCK
         self._owner = owner
-        self._made = made
-        self._released = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="cpmix-heartbeat", daemon=True)
-
-    def __enter__(self) -> "Lock":
-        self._heart.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._released.set()
-        with suppress(OSError):
-            if self._is_own():
-                self._path.unlink()
-            for folder in reversed(self._made):  # nothing was written: leave nothing
-                folder.rmdir()
 
     def check(self) -> None:
         """Call before anything is written: this process may have been stopped for longer than a lock lasts.
@@ -139,20 +122,26 @@ class Lock:
     def _is_own(self) -> bool:
         return _read(self._path) == self._owner
 
-    def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
+    def _beat(self, released: threading.Event) -> None:
+        while not released.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):
                 if self._is_own():
                     os.utime(self._path)
 
+    def _release(self) -> None:
+        with suppress(OSError):
+            if self._is_own():
+                self._path.unlink()
 
-def hold(folder: Path, *, wait: bool = False) -> Lock:
-    """Take a folder for writing (it is made if missing), and sweep what dead writers left unfinished in it.
+
+@contextmanager
+def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
+    """Hold a folder for writing (it is made if missing), and sweep what dead writers left unfinished in it.
 
     Raises:
         EnvironmentFault: another process holds the folder and `wait` is False, or the folder cannot be written.
     """
-    made = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     owner = _this_process()
     waits_for = ""
     while (held_by := _try(folder, owner)) is not None:
@@ -163,7 +152,16 @@ def hold(folder: Path, *, wait: bool = False) -> Lock:
             waits_for = held_by.name
         time.sleep(_POLL_SECONDS)
     _sweep(folder, owner)
-    return Lock(folder, owner, made)
+    lock, released = Lock(folder, owner), threading.Event()
+    threading.Thread(target=lock._beat, args=(released,), name="cpmix-heartbeat", daemon=True).start()
+    try:
+        yield lock
+    finally:
+        released.set()
+        lock._release()
+        with suppress(OSError):  # something was written
+            for place in made:
+                place.rmdir()
 
 
 def _sweep(folder: Path, owner: Owner) -> None:

@@ -9,14 +9,14 @@ from cpmix_cli.recipe.loading import MAX_BYTES, find_recipe, load, read_tables, 
 from cpmix_cli.runtime.errors import InputError
 
 
-class DatasetRecipe(Record):
+class _DatasetRecipe(Record):
     """Fields of a dataset.json that decide which recipe is read."""
 
     recipe: str
     rho: float | None
 
 
-class Outputs(Record):
+class _Outputs(Record):
     """The field of a run.json that names its files."""
 
     outputs: dict[str, str]
@@ -30,15 +30,13 @@ def check_request(
     data: Path | None = None,
     phases: Sequence[Path] = (),
 ) -> None:
-    """Say what is wrong with a recipe that flags ask for, before anything heavy is imported for it.
-
-    What is wrong with files, the recipe's own aside, the phase says.
+    """Refuse a wrong recipe before anything heavy is imported. Faults of other files are left to the phase.
 
     Args:
-        name: of the recipe; without one that of the data set, or of a finished phase.
+        name: of the recipe; None takes that of the data set, or of a finished phase.
         settings: with epochs, see load().
         data: data set folder.
-        phases: phase folders; the first that is finished counts.
+        phases: phase folders; the first finished one counts.
 
     Raises:
         UsageError: as load() does.
@@ -46,7 +44,7 @@ def check_request(
     rho = None
     if data is not None:
         try:
-            record = read_record(data / DATASET, DatasetRecipe)
+            record = read_record(data / DATASET, _DatasetRecipe)
         except InputError:
             return
         if record.recipe not in recipe_names():
@@ -61,12 +59,10 @@ def check_request(
 
 
 def _own_recipe(phase: Path) -> str | None:
-    """Return the recipe of a finished phase; None if its run.json names another, which no user's --recipe is to blame
-    for.
-    """
+    """The recipe of a finished phase; None if it is not what run.json records, for which no --recipe is to blame."""
     path = phase / RECIPE
     try:
-        read_bytes(path, read_record(phase / RUN, Outputs).outputs.get(RECIPE, ""), limit=MAX_BYTES)
+        read_bytes(path, read_record(phase / RUN, _Outputs).outputs.get(RECIPE, ""), limit=MAX_BYTES)
     except InputError:
         return None
     return str(path)

@@ -1,8 +1,8 @@
 """The functions that a recipe may name, their parameters and their needs: known without importing torch.
 
-losses.py, mixing.py and models.py import torch, seconds in which a misspelt name would go untold. So recipes are
-checked against an outline of them, made from their source text: the tables at their foot, and functions of which the
-keyword-only parameters are left. training/objective.py binds the real ones by the same rules.
+losses.py, mixing.py and models.py import torch, which takes seconds. So recipes are checked against an outline of these
+files, made from their source text: the tables at their foot, and functions with only their keyword-only parameters.
+training/objective.py binds the real ones by the same rules.
 """
 
 import ast
@@ -32,41 +32,41 @@ FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reweight": ("losses", ("CLASS_WEIGHTS",)),
     "model": ("models", ("MODELS",)),
 }
-"""What a key of a recipe names -> the module, and its dictionaries of functions by name."""
+"""Key of a recipe -> the module of the functions that it may name, and its dictionaries of them."""
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a function of a term needs beside its parameters. It stands in NEEDS at the foot of the function's file."""
+    """What a function of a term needs beside its parameters: an entry of NEEDS at the foot of the function's file."""
 
     keys: Mapping[str, Sequence[object]] = field(default_factory=dict)
-    """Key of the recipe, such as "model.head" -> the values that go with the function."""
+    """Key of the recipe, such as "model.head" -> its allowed values."""
     why: str = ""
     """The reason for these values, for the message."""
     repeats: Mapping[str, str] = field(default_factory=dict)
-    """Parameter -> key of the recipe whose value it has to repeat."""
+    """Parameter -> key of the recipe with the same value."""
     idle_without: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> step of the term, such as "reweight", without which it may only be 0."""
     stage: str = ""
-    """The only stage that may have it; "": any."""
+    """The only stage that may have the function; "": any."""
     images: bool = False
     """The data set has images, not points."""
     class_pairs: str = ""
-    """Parameter that holds pairs of class ids, whose range is the data set's."""
+    """Parameter that holds pairs of class ids of the data set."""
     package: str = ""
-    """Module that has to be installed, and ..."""
+    """Module that must be installed."""
     extra: str = ""
-    """... the optional extra of cpmix that installs it."""
+    """Optional extra of cpmix that installs `package`."""
 
 
 @cache
 def outline(module: str) -> dict[str, Any]:
-    """What stands at the top of a module of this package: functions with nothing but their keyword-only parameters,
-    and whatever else can be made without the packages that take long to import.
+    """Return the top-level names of a module of this package: functions with only their keyword-only parameters, and
+    other values that need no package that takes long to import.
 
     Raises:
-        NameError: a table of functions cannot be made so; what is in the way, and how to go without it.
+        NameError: a table of functions needs one; says what in the module is to be changed.
     """
     path = Path(__file__).parents[1] / f"{module}.py"
     found: dict[str, Any] = {}
@@ -100,7 +100,6 @@ def outline(module: str) -> dict[str, Any]:
 
 
 def _unreadable_parameter(function: ast.FunctionDef, package: str) -> str:
-    """Say which keyword-only parameter of a function cannot be read without a package, and what to do."""
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     texts = [ast.unparse(name) + (f" = {ast.unparse(default)}" if default else "") for name, default in given]
     culprit = next(text for text in texts if re.search(rf"\b{package}\b", text))
@@ -112,24 +111,19 @@ def _unreadable_parameter(function: ast.FunctionDef, package: str) -> str:
 
 
 def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) -> Functions:
-    """The functions of a kind by name.
-
-    Args:
-        kind: a key of FUNCTION_TABLES.
-        namespace: module -> what stands in it.
-    """
+    """Return the functions of a kind (a key of FUNCTION_TABLES) by name; namespace: module -> its top-level names."""
     module, tables = FUNCTION_TABLES[kind]
     return {name: function for table in tables for name, function in namespace(module)[table].items()}
 
 
 def needs_of(kind: str, name: str) -> Needs:
-    """What a function needs; nothing where there is no such function."""
+    """Return what a function needs; nothing if there is no such function."""
     needs: Mapping[Any, Needs] = outline(FUNCTION_TABLES[kind][0]).get("NEEDS", {})
     return needs.get(known(kind).get(name), Needs())
 
 
 def keywords(kind: str, name: object) -> list[str]:
-    """The parameters of a function; none where there is no such function."""
+    """Return the parameters of a function; none if there is no such function."""
     function = known(kind).get(str(name))
     return [] if function is None else list(inspect.signature(function).parameters)
 
@@ -137,13 +131,13 @@ def keywords(kind: str, name: object) -> list[str]:
 def bind(
     names: Mapping[str, str], given: Mapping[str, Any], functions: Mapping[str, Functions], others: Iterable[str]
 ) -> tuple[dict[str, Callable[..., Any]], list[str]]:
-    """Look up the functions that a term names and give each its parameters.
+    """Look up the functions that a term names and bind the parameters of each.
 
     Args:
         names: kind -> name of the function.
-        given: the keys of the term that are parameters of them.
+        given: keys of the term that are parameters of the functions.
         functions: kind -> functions by name.
-        others: keys that a term has in any case; one of them may be meant by an unknown key.
+        others: other keys of a term, to be suggested for unknown ones.
 
     Returns:
         kind -> the function with its parameters bound; and all faults, as "key = value: what is wrong".
@@ -169,6 +163,6 @@ def bind(
             elif parameter.default is inspect.Parameter.empty:
                 faults.append(f'{key}: missing (a parameter of {kind} = "{name}")')
         bound[kind] = partial(functions[kind][name], **values)
-    if len(bound) == len(names):  # else they may belong to the function that was not found
+    if len(bound) == len(names):  # else keys may belong to the function that was not found
         faults += [f"{key}: unknown key.{suggest(key, {*others, *keys})}" for key in sorted(given.keys() - keys)]
     return bound, faults

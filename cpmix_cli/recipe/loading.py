@@ -10,16 +10,16 @@ from pydantic import ValidationError
 from cpmix_cli.artifacts.files import PHASES, read_bytes
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
-from cpmix_cli.recipe.schema import Recipe, Stage, Table, TermRecipe
+from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, suggest
 
 MAX_BYTES = 4_000_000  # of a recipe
-MAX_DEPTH = 16  # of tables in tables; a recipe has 4
-MAX_EXTENDS = 16
+_MAX_DEPTH = 16  # of tables in tables; a recipe has 4
+_MAX_EXTENDS = 16
 
 
-def recipe_folders() -> list[Path]:
-    """Where recipes are found by name: in the installed package, or beside it in a checkout."""
+def _recipe_folders() -> list[Path]:
+    """Folders of recipes with names: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
 
@@ -28,22 +28,18 @@ def recipe_names() -> list[str]:
     """Names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
     return sorted(
         path.relative_to(folder).with_suffix("").as_posix()
-        for folder in recipe_folders()
+        for folder in _recipe_folders()
         for path in folder.rglob("*.toml")
     )
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by name.
-
-    Raises:
-        UsageError: neither a file nor a known name, or a name that no file can have.
-    """
+    """Return the file of a recipe given by path or by name; raise UsageError if there is none."""
     path = Path(name)
     try:
         if path.suffix == ".toml" and path.is_file():
             return path
-        for folder in recipe_folders():
+        for folder in _recipe_folders():
             if (found := folder / f"{name}.toml").is_file():
                 return found
     except OSError as fault:  # too long a name, a folder that may not be looked into
@@ -94,22 +90,20 @@ def load(
     faults += _function_faults(tables)
     if recipe is None or faults:
         raise UsageError(f"recipe {path} has {counted(len(faults), 'fault')}:{indented(faults)}")
-    return rescaled(recipe, epochs) if epochs is not None else recipe
+    return _rescaled(recipe, epochs) if epochs is not None else recipe
 
 
 def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """The tables of a recipe file, over those of the recipe that it `extends`, `without` some of these; `about` is the
-    file's own.
-
-    Args:
-        path: the file.
-        above: files that extend it.
+    """Return the tables of a recipe file, merged over those of the recipe that it `extends`, `without` some of these.
+    `about` is not inherited. `above`: files that extend this one.
 
     Raises:
-        UsageError: a file is not there, is no TOML, extends itself or too many, or goes without what is not there.
+        UsageError: a file is missing, no TOML, extends itself or too many, or `without` names a key that is missing.
     """
-    if len(above) > MAX_EXTENDS:
-        raise UsageError(f"{above[-1]} extends more than {MAX_EXTENDS} recipes, one on the other", needed_by="--recipe")
+    if len(above) > _MAX_EXTENDS:
+        raise UsageError(
+            f"{above[-1]} extends more than {_MAX_EXTENDS} recipes, one on the other", needed_by="--recipe"
+        )
     try:
         tables = _parse(read_bytes(path, limit=MAX_BYTES).decode())
     except InputError as fault:
@@ -135,12 +129,7 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The tables of TOML text.
-
-    Raises:
-        ValueError: it is none, or holds what would break those who walk, show or write it: tables too deep in each
-            other, an integer of more than 64 bits (which TOML does not promise either).
-    """
+    """The tables of TOML text; ValueError if it is none, too deep to walk, or has an integer of more than 64 bits."""
     try:
         tables = tomllib.loads(text)
     except RecursionError:
@@ -152,7 +141,7 @@ def _parse(text: str) -> dict[str, Any]:
     rest: list[tuple[Any, int]] = [(tables, 0)]
     while rest:
         value, depth = rest.pop()
-        if depth > MAX_DEPTH:
+        if depth > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError("it has an integer of more than 64 bits")
@@ -162,7 +151,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
-    """Remove "table.key" from nested tables; `path` is of the file that wants it."""
+    """Remove "table.key" from nested tables, for `without` in the file `path`."""
     *places, last = str(key).split(".")
     for place in places:
         tables = tables.get(place, {}) if isinstance(tables, dict) else {}
@@ -172,7 +161,7 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
 
 
 def _function_faults(tables: dict[str, Any]) -> list[str]:
-    """What is wrong with the functions that terms name and with their parameters, whatever else is wrong with them."""
+    """Faults of the functions that terms name and of their parameters, whatever other faults the tables have."""
     faults = []
     for stage in PHASES:
         terms = tables[stage].get("terms") if isinstance(tables.get(stage), dict) else None
@@ -185,14 +174,11 @@ def _function_faults(tables: dict[str, Any]) -> list[str]:
     return faults
 
 
-def rescaled(recipe: Recipe, epochs: int) -> Recipe:
+def _rescaled(recipe: Recipe, epochs: int) -> Recipe:
     """The recipe with every epoch count multiplied by epochs / schedule.epochs.
 
     Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so
     that two milestones of a long schedule do not fall together in a short one.
-
-    Raises:
-        UsageError: too few epochs for the recipe's stages.
     """
     s = recipe.schedule
     if epochs == s.epochs:
@@ -205,46 +191,45 @@ def rescaled(recipe: Recipe, epochs: int) -> Recipe:
     def whole(count: int) -> int:
         return max(1, int(count * scale + 0.5))
 
-    stage1 = epochs if recipe.stage2 is None else min(whole(s.stage1_epochs), epochs - 1)
-    schedule = s.model_copy(
-        update={
-            "epochs": epochs,
-            "stage1_epochs": stage1,
-            "warmup_epochs": round(s.warmup_epochs * scale, 4),
-            "milestones": [round(m * scale, 4) for m in s.milestones],
-            "rescaled_from": s.rescaled_from or s.epochs,
-        }
-    )
-    start = recipe.confusion.start_epoch
-    confusion = recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)})
+    def fraction(count: float) -> float:
+        return round(count * scale, 4)
 
-    def terms(stage: Stage) -> dict[str, TermRecipe]:
+    def rescaled(term: TermRecipe) -> TermRecipe:
         counts = ("unmixed_first", "unmixed_last", "reweight_after")
-        return {
-            name: term.model_copy(update={key: round(getattr(term, key) * scale, 4) for key in counts})
-            for name, term in stage.terms.items()
-        }
+        return term.model_copy(update={key: fraction(getattr(term, key)) for key in counts})
 
-    update: dict[str, Any] = {"schedule": schedule, "confusion": confusion}
-    for name in ("stage1", "stage2"):
-        if (stage := getattr(recipe, name)) is not None:
-            update[name] = stage.model_copy(update={"terms": terms(stage)})
-    if recipe.finetune is not None:
-        shortened = {"epochs": whole(recipe.finetune.epochs), "terms": terms(recipe.finetune)}
-        update["finetune"] = recipe.finetune.model_copy(update=shortened)
+    schedule = {
+        "epochs": epochs,
+        "stage1_epochs": epochs if recipe.stage2 is None else min(whole(s.stage1_epochs), epochs - 1),
+        "warmup_epochs": fraction(s.warmup_epochs),
+        "milestones": [fraction(milestone) for milestone in s.milestones],
+        "rescaled_from": s.rescaled_from or s.epochs,
+    }
+    start = recipe.confusion.start_epoch
+    update: dict[str, Any] = {
+        "schedule": s.model_copy(update=schedule),
+        "confusion": recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)}),
+    }
+    for phase in PHASES:
+        stage: Stage | None = getattr(recipe, phase)
+        if stage is not None:
+            terms = {name: rescaled(term) for name, term in stage.terms.items()}
+            length = {"epochs": whole(stage.epochs)} if isinstance(stage, Finetune) else {}
+            update[phase] = stage.model_copy(update={"terms": terms, **length})
     return recipe.model_copy(update=update)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over` in it. Where `over` names another function in a term, the parameters of
-    the old one go.
+    """`base` with the nested values of `over`. If `over` names another function in a term, the old one's parameters
+    are removed.
     """
     merged = dict(base)
     for kind in TERM_KINDS:
         old, new = base.get(kind), over.get(kind)
         if isinstance(old, str) and isinstance(new, str) and old != new:
             kept = {key for k in TERM_KINDS for key in keywords(k, over.get(k, base.get(k)))}
-            merged = {key: value for key, value in merged.items() if key in kept or key not in keywords(kind, old)}
+            for key in set(keywords(kind, old)) - kept:
+                merged.pop(key, None)
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(value, dict) and isinstance(old, dict)
@@ -259,7 +244,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     value: Any
     try:
-        if len(parts) > MAX_DEPTH:
+        if len(parts) > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         value = _parse(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

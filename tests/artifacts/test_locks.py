@@ -36,8 +36,8 @@ def test_a_second_writer_is_refused_and_told_by_whom(tmp_path: Path, monkeypatch
         held = (
             rf"stage1 is being written by another process \({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
         )
-        with pytest.raises(EnvironmentFault, match=held) as caught:
-            hold(tmp_path / "stage1")
+        with pytest.raises(EnvironmentFault, match=held) as caught, hold(tmp_path / "stage1"):
+            pass
         assert caught.value.exit_code == 4
         with pytest.raises(EnvironmentFault, match=held):
             locks.refuse_if_held(tmp_path / "stage1")
@@ -86,8 +86,8 @@ def test_locks_of_the_dead_are_taken_over_and_no_others(
             lock.check()
             assert files(folder) == [LOCK]
     else:
-        with pytest.raises(EnvironmentFault, match="is being written by another process"):
-            hold(folder)
+        with pytest.raises(EnvironmentFault, match="is being written by another process"), hold(folder):
+            pass
         assert files(folder) == [LOCK]
 
 
@@ -95,8 +95,8 @@ def test_locks_of_the_dead_are_taken_over_and_no_others(
 def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: str) -> None:
     path = leave_lock(tmp_path, owner())
     path.write_text(content)
-    with pytest.raises(EnvironmentFault, match="an unknown process"):
-        hold(tmp_path)
+    with pytest.raises(EnvironmentFault, match="an unknown process"), hold(tmp_path):
+        pass
     os.utime(path, (time.time() - 301,) * 2)
     with hold(tmp_path) as lock:
         lock.check()
