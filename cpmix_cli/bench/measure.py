@@ -111,7 +111,7 @@ def random_data(context: PhaseContext, labels: Tensor) -> TrainingData:
     """random_images() with these labels [N], resident on the device."""
     dataset, device = context.dataset, context.device
     images = random_images(len(labels), dataset.shape).to(device)
-    batches = make_batches(images, context.recipe.data, dataset.record.mean, dataset.record.std)
+    batches = make_batches(images, context.recipe.data, dataset.record)
     return TrainingData(batches, labels.to(device), torch.tensor(dataset.class_counts, device=device))
 
 

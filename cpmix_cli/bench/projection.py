@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cpmix_cli.bench import measure
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, ReadingAlone, TimedLoop
-from cpmix_cli.data.batches import Batches, CropBatches
+from cpmix_cli.data.batches import Batches, make_batches
 from cpmix_cli.data.dataset import Dataset, unwritten_dataset
 from cpmix_cli.data.decoding import file_sizes
 from cpmix_cli.data.shards import Shards, shard_name
@@ -347,7 +347,7 @@ def _images(
         return {"resident": StorageSpeed(None, 0.0, kept)}, {}
     if recipe.crop:
         seen = measure.random_images(_NUM_READ, (recipe.crop, recipe.crop, 3)).to(device)
-        cropped = augmenting(CropBatches(seen, recipe, dataset.record.mean, dataset.record.std, cropped=True))
+        cropped = augmenting(make_batches(seen, recipe, dataset.record, cropped=True))
 
     def reading(reader: ImageReader, count: int) -> float:
         loop = ReadingAlone(reader, range(count), whole.num_uniforms)

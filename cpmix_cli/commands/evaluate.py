@@ -166,7 +166,7 @@ def _learnt_weights(
         found = []
         for number in range(2):
             changed = weakly_changed(tests.pictures(batch), torch_generator(recipe.seed, "view", call, number))
-            batches = make_batches(changed.to(device), recipe.data, dataset.record.mean, dataset.record.std)
+            batches = make_batches(changed.to(device), recipe.data, dataset.record)
             found.append(prediction.predict(model, batches, len(batch), recipe.evaluation.batch_size))
         return found[0], found[1]
 

@@ -38,7 +38,7 @@ def run(options: PredictOptions) -> None:
     model = read_model(source, recipe, len(classes), seen.shape).to(device)
     check_headers(paths)
     reader = FileReader(paths, seen.shape, recipe.data, upright=True)
-    batches = stream_batches(reader, recipe.data, seen.mean, seen.std, device)
+    batches = stream_batches(reader, recipe.data, seen, device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
     confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)

@@ -102,11 +102,6 @@ def planes(images: Tensor) -> Tensor:
     return images.float().permute(0, 3, 1, 2).contiguous()
 
 
-def flipped(x: Tensor, flip: Tensor) -> Tensor:
-    """Images [B, channels, H, W], those of `flip` [B] mirrored."""
-    return torch.where(flip[:, None, None, None], x.flip(3), x)
-
-
 def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
     """Scale brightness, contrast and saturation of x [B, channels, H, W] by 1 - JITTER to 1 + JITTER, in a random order
     per image, from uniforms [B, NUM_JITTER]; `orders` is ORDERS on the device [6, 3].

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpmix_cli.data import augment
-from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.dataset import Dataset, Shaped
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.stream import FileReader, ImageReader, StreamedBatches, read_in_order
 from cpmix_cli.recipe.schema import Data
@@ -191,7 +191,8 @@ class CropBatches(Resident):
     def _augmented(self, images: Tensor, uniforms: Tensor) -> Tensor:
         flip = augment.flips(uniforms)
         if self._cropped:
-            x = augment.flipped(augment.planes(images), flip)
+            x = augment.planes(images)
+            x = torch.where(flip[:, None, None, None], x.flip(3), x)
         else:
             boxes = augment.crop_boxes(uniforms, images.shape[1], images.shape[2])
             x = augment.resized_crop(images, boxes, self._size, flip)
@@ -229,15 +230,23 @@ class PointBatches(Resident):
         return self._points[indices]
 
 
-def make_batches(
-    inputs: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float], *, cropped: bool = False
-) -> Resident:
-    """Return batches of resident inputs: images (uint8; see CropBatches for `cropped`) or points (float32)."""
+def make_batches(inputs: Tensor, recipe: Data, record: Shaped, *, cropped: bool = False) -> Resident:
+    """Return batches of resident inputs: points (float32), or images (uint8) with the mean and deviation of `record`.
+
+    See CropBatches for `cropped`.
+    """
     if inputs.dtype != torch.uint8:
         return PointBatches(inputs)
     if recipe.crop:
-        return CropBatches(inputs, recipe, mean, std, cropped=cropped)
-    return ImageBatches(inputs, recipe, mean, std)
+        return CropBatches(inputs, recipe, record.mean, record.std, cropped=cropped)
+    return ImageBatches(inputs, recipe, record.mean, record.std)
+
+
+def stream_batches(reader: ImageReader, recipe: Data, record: Shaped, device: torch.device) -> Batches:
+    """Return batches of images that are read from disk when they are needed; `record` as for make_batches()."""
+    none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
+    maths = make_batches(none, recipe, record, cropped=isinstance(reader, FileReader))
+    return StreamedBatches(reader, maths, device)
 
 
 def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> tuple[Batches, Tensor]:
@@ -249,23 +258,14 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     Raises:
         InputError: the split's files are missing or damaged.
     """
-    mean, std = dataset.record.mean, dataset.record.std
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
-        return make_batches(inputs.to(device), recipe, mean, std), labels
-    reader, labels = _open_reader(dataset, split, recipe), dataset.labels(split)
-    if isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device):
-        return make_batches(reader.load_all().to(device), recipe, mean, std), labels
-    return stream_batches(reader, recipe, mean, std, device), labels
-
-
-def stream_batches(
-    reader: ImageReader, recipe: Data, mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> Batches:
-    """Return batches of images that are read from disk when they are needed."""
-    none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
-    maths = make_batches(none, recipe, mean, std, cropped=isinstance(reader, FileReader))
-    return StreamedBatches(reader, maths, device)
+    else:
+        reader, labels = _open_reader(dataset, split, recipe), dataset.labels(split)
+        if not (isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device)):
+            return stream_batches(reader, recipe, dataset.record, device), labels
+        inputs = reader.load_all()
+    return make_batches(inputs.to(device), recipe, dataset.record), labels
 
 
 def _open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileReader:

@@ -122,7 +122,7 @@ class StreamedBatches:
         self._reader = reader
         self._maths = maths
         self._target = device
-        self._ahead: dict[_Key, _PrefetchJob] = {}  # in the order of prefetch()
+        self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of prefetch()
 
     def __del__(self) -> None:
         for job in self._ahead.values():
@@ -148,7 +148,7 @@ class StreamedBatches:
         """
         key = _key(indices, uniforms)
         if key not in self._ahead:
-            self._ahead[key] = _PrefetchJob(self._reader, key, self._target.type == "cuda")
+            self._ahead[key] = self._job(indices, uniforms)
             if len(self._ahead) > MAX_PREFETCHED:
                 self._drop_first()
             self._begin()
@@ -156,15 +156,15 @@ class StreamedBatches:
     def _read(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
         """uint8 [B, height, width, channels] on the target."""
         key = _key(indices, uniforms)
-        if key in self._ahead:
-            while next(iter(self._ahead)) != key:
-                self._drop_first()
-            job = self._ahead.pop(key)
-        else:
-            job = _PrefetchJob(self._reader, key, self._target.type == "cuda")
+        while key in self._ahead and next(iter(self._ahead)) != key:
+            self._drop_first()
+        job = self._ahead.pop(key, None) or self._job(indices, uniforms)
         job.begin(urgent=True)
         self._begin()
         return _sent(job.wait(), self._target)
+
+    def _job(self, indices: Tensor, uniforms: Tensor | None) -> "_PrefetchJob":
+        return _PrefetchJob(self._reader, indices, uniforms, pinned=self._target.type == "cuda")
 
     def _begin(self) -> None:
         """Begin the jobs that there is room for."""
@@ -182,7 +182,7 @@ class StreamedBatches:
 def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
     """Yield images as for tests, one after the other: uint8 [height, width, channels]."""
     for part in torch.split(torch.as_tensor(indices, dtype=torch.int64), at_once):
-        job = _PrefetchJob(reader, _key(part, None), pinned=False)
+        job = _PrefetchJob(reader, part, None, pinned=False)
         job.begin()
         yield from job.wait().numpy()
 
@@ -198,40 +198,31 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-_Key = tuple[bytes, bytes | None]
-"""Bytes of a batch's indices, int64, and of its uniforms, float64."""
-
-
-def _key(indices: Tensor, uniforms: Tensor | None) -> _Key:
+def _key(indices: Tensor, uniforms: Tensor | None) -> tuple[bytes, bytes | None]:
     return indices.numpy().tobytes(), None if uniforms is None else uniforms.numpy().tobytes()
 
 
 class _PrefetchJob:
     """A batch to be read."""
 
-    def __init__(self, reader: ImageReader, key: _Key, pinned: bool) -> None:
+    def __init__(self, reader: ImageReader, indices: Tensor, uniforms: Tensor | None, *, pinned: bool) -> None:
         self.dropped = False
         """The batch is not needed any more."""
+        self.num_bytes = len(indices) * int(np.prod(reader.shape))
         self._reader = reader
-        self._key = key
+        self._indices: list[int] = indices.tolist()
+        self._uniforms = None if uniforms is None else uniforms.numpy().copy()
         self._pinned = pinned
-        self._indices: list[int] = []
-        self._uniforms: NDArray[np.float64] | None = None
         self._images: Tensor | None = None
+        self._left = len(indices)
         self._faults: dict[int, Exception] = {}
-        self._count = self._left = len(key[0]) // np.dtype(np.int64).itemsize
         self._done = threading.Event()
-        self.num_bytes = self._count * int(np.prod(reader.shape))
 
     def begin(self, *, urgent: bool = False) -> None:
         """Give the job to the threads, before all others if it is urgent; once."""
         if self._images is not None:
             return
-        count = self._count
-        self._indices = np.frombuffer(self._key[0], dtype=np.int64).tolist()
-        if self._key[1] is not None:  # a copy: torch makes no tensor of read-only bytes
-            numbers = np.frombuffer(self._key[1])
-            self._uniforms = numbers.reshape(count, len(numbers) // max(count, 1)).copy()
+        count = len(self._indices)
         self._images = torch.empty((count, *self._reader.shape), dtype=torch.uint8, pin_memory=self._pinned)
         parts = [range(first, min(first + _AT_ONCE, count)) for first in range(0, count, _AT_ONCE)]
         _threads.give([(self, part) for part in parts], urgent=urgent)

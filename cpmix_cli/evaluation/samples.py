@@ -101,9 +101,8 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
     content: Any = image_folder.listing(folder, files.paths)
     if dataset.storage == "tensors":
         content = [[path, sha256(read_bytes(folder / path))] for path in files.paths]
-    mean, std = dataset.record.mean, dataset.record.std
     return TestSet(
-        lambda recipe, device: stream_batches(reader(recipe), recipe, mean, std, device),
+        lambda recipe, device: stream_batches(reader(recipe), recipe, dataset.record, device),
         lambda at: torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), at.tolist())))),
         torch.from_numpy(files.labels),
         pd.DataFrame({"sample_id": files.positions, "label": files.labels, "path": files.paths}),

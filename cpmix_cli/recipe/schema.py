@@ -8,15 +8,8 @@ what comes out is written beside each phase's output as a recipe that is itself 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cpmix_cli.recipe.functions import TERM_KINDS, Needs, known, needs_of
 from cpmix_cli.runtime.errors import suggest
@@ -56,8 +49,8 @@ class Table(BaseModel):
                 raise ValueError(f"{', '.join(given)} {'needs' if len(given) == 1 else 'need'} {key}{other}")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_idle_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @pydantic.model_serializer(mode="wrap")
+    def _without_idle_keys(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         idle = {key for without, keys in self._idle_without.items() if not self._given([without]) for key in keys}
         idle |= set(self._quiet) - set(self._given(self._quiet))
         return {key: value for key, value in handler(self).items() if key not in idle}
@@ -120,7 +113,7 @@ class Model(Table):
     sync_batchnorm: bool = False
     """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
 
-    @field_validator("name")
+    @pydantic.field_validator("name")
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in known("model"):
