@@ -62,13 +62,11 @@ class Owner(Record):
         """
         if self.host == asking.host and self.kernel == asking.kernel:
             return start_of(self.pid) == self.started
-        if self.slurm_job and self.slurm_job == asking.slurm_job and not self._is_sibling(asking):
-            return False
+        if self.slurm_job and self.slurm_job == asking.slurm_job:
+            (step, task), (step_, task_) = (owner.slurm_task.rsplit(".", 1) for owner in (self, asking))
+            if step != step_ or task == task_:
+                return False
         return silent_seconds < _STALE_SECONDS
-
-    def _is_sibling(self, other: "Owner") -> bool:
-        (step, task), (step_, task_) = (o.slurm_task.rsplit(".", 1) for o in (self, other))
-        return step == step_ and task != task_
 
 
 @cache

@@ -241,7 +241,7 @@ def _write(
     record = {
         "format": records.FORMAT,
         "name": name,
-        **request.fields(),
+        **request.model_dump(exclude_defaults=True),
         "classes": source.class_names,
         "num_train": int(counts.sum()),
         "num_test": int(num_test.sum()),
@@ -265,7 +265,8 @@ def _write(
 
 def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
     """Check the files of a data set that exists, and that it is the one asked for; pack missing shards again."""
-    if changed := differences(dataset.record.request.model_dump(), request.model_dump()):
+    recorded = dataset.record.model_dump(include=set(DatasetRequest.model_fields))
+    if changed := differences(recorded, request.model_dump()):
         raise EnvironmentFault(
             f"{dataset.folder} holds another data set:{indented(changed)}",
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",

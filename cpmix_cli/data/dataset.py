@@ -64,10 +64,6 @@ class DatasetRequest(Record):
     few_inclusive: bool = False
     """Classes of exactly 20 training images are few."""
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields that dataset.json has."""
-        return self.model_dump(exclude_defaults=True)
-
 
 class DatasetRecord(Shaped, DatasetRequest):
     """Fields of a dataset.json."""
@@ -82,11 +78,6 @@ class DatasetRecord(Shaped, DatasetRequest):
     data_root: str | None
     fingerprint: str
     shard_images: Annotated[int, Field(ge=1)] = 1
-
-    @property
-    def request(self) -> DatasetRequest:
-        """The settings that build-lt was given."""
-        return DatasetRequest(**self.model_dump(include=set(DatasetRequest.model_fields)))
 
     @model_validator(mode="after")
     def _storage_fits(self) -> "DatasetRecord":
@@ -295,7 +286,6 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
 
 
 def _check_moved(dataset: Dataset, data_root: Path) -> None:
-    """Look for some of the image files, from the first to the last."""
     if dataset.record.data_root is None:
         raise UsageError(
             f"--data-root {data_root}: {dataset.name} has no image files, all of it is in {dataset.folder}",
@@ -312,9 +302,3 @@ def _check_moved(dataset: Dataset, data_root: Path) -> None:
             needed_by="--data-root",
             fix=f"name the folder that takes the place of {dataset.record.data_root}",
         )
-
-
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 images [N, H, W, channels], on the scale 0..1."""
-    flat = images.reshape(-1, images.shape[-1]).to(torch.float64) / 255
-    return flat.mean(0).tolist(), flat.std(0, correction=0).tolist()

@@ -9,7 +9,6 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,17 +88,6 @@ def reason(fault: Exception) -> str:
     return " ".join(str(getattr(fault, "strerror", None) or fault).split()) or type(fault).__name__
 
 
-@contextmanager
-def _strict_warnings() -> Iterator[None]:
-    """Silence Pillow's warnings, which name no file, and make too many pixels an error. Python's warning filters are
-    the process's, so they are set around the threads that decode and not in each.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
 def in_threads(function: Callable[[int], T], count: int, *, threads: int | None = None) -> Iterator[T]:
     """Yield function(0), function(1), ... in order, computed by as many threads as there are CPUs (or `threads`)."""
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
@@ -134,7 +122,9 @@ def read_each(
         return None
 
     unreadable = []
-    with _strict_warnings():
+    with warnings.catch_warnings():  # the process's: set around the threads and not in each
+        warnings.simplefilter("ignore")  # Pillow's name no file
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for line in in_threads(work, len(paths), threads=threads):
             progress.step()
             unreadable += [line] if line is not None else []

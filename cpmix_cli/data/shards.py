@@ -250,11 +250,14 @@ class Packing:
         values = np.zeros((len(images), 3, 256), dtype=np.int32)
         lock.check()
         self._record(number).unlink(missing_ok=True)
+        writing = threading.Lock()
         with publishing(path, self.num_bytes([number])) as file:
 
             def write(place: int, image: Image.Image) -> None:
                 data = image.tobytes()
-                _write_at(file.fileno(), data, place * len(data))
+                with writing:
+                    file.seek(place * len(data))
+                    file.write(data)
                 self.hashes[images[place]] = np.frombuffer(sha256(data).digest(), dtype=np.uint8)
                 values[place] = np.array(image.histogram()).reshape(3, 256)
 
@@ -292,14 +295,6 @@ class Packing:
 
     def _record(self, number: int) -> Path:
         return self.folder / f"packing-{shard_name(self.split, number)}.json"
-
-
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data`; a disk that fills up accepts a part of it first."""
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
 
 
 def _size(path: Path) -> int:

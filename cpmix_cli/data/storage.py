@@ -14,7 +14,7 @@ from cpmix_cli.artifacts import locks, tables
 from cpmix_cli.artifacts.files import DATASET, HASHES, check_place, digest, is_there, sha256
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
-from cpmix_cli.data.dataset import SPLITS, Dataset, channel_statistics
+from cpmix_cli.data.dataset import SPLITS, Dataset
 from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes, of_all, read_squares
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
@@ -80,8 +80,10 @@ def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, 
         kind = "images" if loaded[name].dtype == np.uint8 else "points"
         tensors = {kind: torch.from_numpy(loaded[name]), "labels": torch.from_numpy(split.labels)}
         files[f"{name}.safetensors"] = publish_tensors(folder / f"{name}.safetensors", tensors)
-    images = loaded["train"]
-    mean, std = channel_statistics(torch.from_numpy(images)) if images.dtype == np.uint8 else ([], [])
+    images, mean, std = loaded["train"], [], []
+    if images.dtype == np.uint8:
+        channels = torch.from_numpy(images.reshape(-1, images.shape[-1])).to(torch.float64) / 255
+        mean, std = channels.mean(0).tolist(), channels.std(0, correction=0).tolist()
     digests = {name: {"packed": files[f"{name}.safetensors"]} for name in splits}
     return Stored(list(images.shape[1:]), mean, std, files, digests)
 
