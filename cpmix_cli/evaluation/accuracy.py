@@ -1,7 +1,7 @@
 """Measuring predictions: accuracy by class and group, calibration. Nothing here selects anything.
 
 Shapes: N test images, C classes. Own code and not torchmetrics, which counts a class absent from the test set as
-recall 0 and loses confidence 1.0 from the calibration error (reference/ecosystem_reliability.md, finding 8).
+recall 0 and loses confidence 1.0 from the calibration error.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpmix_cli.data.longtail import GROUPS, exponential_counts
 
-NUM_ECE_BINS = 15
+_NUM_BINS = 15
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
@@ -34,21 +34,15 @@ def reliability(confidence: Tensor, right: Tensor, weights: Tensor | None = None
         weights: how many images each one stands for [N] float64; None: one.
     """
     weights = torch.ones(len(confidence), dtype=torch.float64) if weights is None else weights
-    bins = (confidence * NUM_ECE_BINS).ceil().long().clamp(1, NUM_ECE_BINS) - 1
+    bins = (confidence * _NUM_BINS).ceil().long().clamp(1, _NUM_BINS) - 1
     columns = torch.stack([weights, weights * confidence, weights * right], 1)
-    images, confidences, rights = (
-        torch.zeros(NUM_ECE_BINS, 3, dtype=torch.float64).index_add(0, bins, columns).unbind(1)
-    )
-    return torch.stack([images, confidences / images, rights / images], 1)
+    sums = torch.zeros(_NUM_BINS, 3, dtype=torch.float64).index_add(0, bins, columns)
+    return torch.cat([sums[:, :1], sums[:, 1:] / sums[:, :1]], 1)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """Mean |accuracy - confidence| over the bins of reliability(), weighted by their images; a fraction.
-
-    Args:
-        logits: [N, C]; the confidence is the largest softmax probability.
-        labels: [N].
-        weights: see reliability().
+    """Mean |accuracy - confidence| over the bins of reliability(), weighted by their images, as a fraction: of logits
+    [N, C] and labels [N].
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     images, confidences, accuracies = reliability(confidence, predicted == labels, weights).unbind(1)
@@ -56,10 +50,10 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor |
 
 
 def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, ratio: float) -> Tensor:
-    """Test images a class [C] of a long-tailed test set, as many as the balanced one allows.
+    """Test images of each class [C] of a long-tailed test set, as many as the balanced one allows.
 
     Args:
-        class_counts: training images a class [C], which give the order.
+        class_counts: training images per class [C], which give the order.
         num_test: test images there are [C].
         distribution: "forward", the class with most training images has most test images; "backward", the fewest.
         ratio: of the largest class to the smallest.
@@ -72,12 +66,8 @@ def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, r
 
 
 def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
-    """How many images of a test set each one of N stands for [N] float64: one, or its part of those of its class.
-
-    Args:
-        labels: [N].
-        profile: as if each class had so many test images [C] (see shifted_profile()): what is expected of a random
-            subset; None for the images that there are.
+    """How many images of a test set each one of N stands for [N] float64: one, or with a profile [C] (see
+    shifted_profile()) its part of those of its class, which is what is expected of a random subset.
     """
     if profile is None:
         return torch.ones(len(labels), dtype=torch.float64)
@@ -87,24 +77,23 @@ def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
 def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor | None = None) -> dict[str, Any]:
     """The numbers of metrics.json: percent, null for a group without classes.
 
+    Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
+
     Args:
         logits: raw, [N, C].
         labels: [N].
         groups: many, medium or few for each class [C].
         profile: see sample_weights().
-
-    Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
     """
-    matrix = confusion_matrix(labels, logits.argmax(1), len(groups))
-    accuracy = class_accuracy(matrix)
+    found = logits.argmax(1)
+    accuracy = class_accuracy(confusion_matrix(labels, found, len(groups)))
     tested = ~accuracy.isnan()
     weights = sample_weights(labels, profile)
-    right = (logits.argmax(1) == labels).double()
 
     def mean(chosen: Tensor) -> float | None:
         return round(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
 
-    numbers: dict[str, Any] = {"top1": round(100 * float((weights * right).sum() / weights.sum()), 2)}
+    numbers: dict[str, Any] = {"top1": round(100 * float((weights * (found == labels)).sum() / weights.sum()), 2)}
     for group in GROUPS:
         numbers[group] = mean(torch.tensor([g == group for g in groups]))
     return numbers | {

@@ -11,19 +11,15 @@ from torch import Tensor
 
 from cpmix_cli.recipe.schema import Optimizer
 
-TEST_TIME_EPOCHS = 5
-TEST_TIME_BATCH = 128
-LEAST_WEIGHT = 0.05
+_EPOCHS = 5
+_BATCH = 128
+_LEAST_WEIGHT = 0.05
 """Below it for any expert the learning of weights ends: what follows is a collapse on the others."""
 
 
 def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Positions of the test images that weights are learnt from, in random order: all, or so many of each class.
-
-    Args:
-        labels: [N]; which class an image is of is looked at for its number alone.
-        profile: images a class [C], as many as there are at most; None for all.
-        generator: of the order, and of which images of a class they are.
+    """Positions of the test images that weights are learnt from, in random order: all N, or of each class as many as
+    the profile [C] has; labels [N] are looked at for that alone.
     """
     chosen = torch.randperm(len(labels), generator=generator)
     if profile is None:
@@ -61,10 +57,10 @@ def learn_expert_weights(
         [free], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
     )
     call = 0
-    for _ in range(TEST_TIME_EPOCHS):
-        for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], TEST_TIME_BATCH):
+    for _ in range(_EPOCHS):
+        for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], _BATCH):
             weights = free.softmax(0)
-            if weights.min() < LEAST_WEIGHT:
+            if weights.min() < _LEAST_WEIGHT:
                 return weights.detach()
             first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
             optimizer.zero_grad()

@@ -22,7 +22,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.state import load_model
 
-PREDICTED_AHEAD = 3
+_AHEAD = 3
 """Batches that are read from disk while another is predicted."""
 
 
@@ -38,22 +38,19 @@ def predict(
     parts = torch.split(torch.arange(num_samples, device=batches.device), batch_size)
     found = []
     for number, part in enumerate(parts):
-        for coming in parts[number : number + PREDICTED_AHEAD + 1]:
+        for coming in parts[number : number + _AHEAD + 1]:
             batches.prefetch(coming, None)
         found.append(function(batches.plain(part)).cpu())
     return torch.cat(found, 1)
 
 
-def adjusted(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
-    """Post-hoc logit adjustment z - tau log(n_c / N) [N, C]. Source: Menon et al., Long-tail learning via logit
-    adjustment.
-    """
-    return logits - tau * torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
-
-
 def post_hoc(logits: Tensor, class_counts: Tensor, recipe: Evaluation) -> Tensor:
-    """Logits [N, C], of an expert or of all, adjusted and scaled as [evaluation] says."""
-    return adjusted(logits, class_counts, recipe.logit_adjustment) / recipe.temperature
+    """Logits z [N, C], of an expert or of all, as [evaluation] says: adjusted, z - tau log(n_c / N), and scaled.
+
+    Source: Menon et al., Long-tail learning via logit adjustment.
+    """
+    prior = torch.log(class_counts.double() / class_counts.sum()).to(logits.dtype)
+    return (logits - recipe.logit_adjustment * prior) / recipe.temperature
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,8 @@ def predicted(
     recipe: Evaluation,
     weights: Tensor | None = None,
 ) -> Predicted:
-    """Predict N images, and combine, adjust and scale the experts' logits.
-
-    Args:
-        model: the network.
-        batches: the images.
-        num_samples: N.
-        class_counts: [C].
-        recipe: [evaluation].
-        weights: of the experts [E], learnt beforehand.
+    """Predict N images, and combine, adjust and scale the experts' logits; weights of the experts [E] are those learnt
+    beforehand.
     """
     experts = predict(model, batches, num_samples, recipe.batch_size)
     if recipe.aggregate == "routed" and model.routers is not None:
@@ -94,15 +84,12 @@ def predicted(
     return Predicted(post_hoc(logits, class_counts, recipe), experts, weights)
 
 
-def tau_normalised(model: Classifier, tau: float) -> None:
-    """Divide each class vector of a head by its norm ** tau, in place; biases stay.
-
-    Source: Kang et al., Decoupling.
-    """
+@torch.no_grad()
+def _normalise(model: Classifier, tau: float) -> None:
+    """Divide each class vector of a head by its norm ** tau; biases stay. Source: Kang et al., Decoupling."""
     for head in model.heads:
         assert isinstance(head, nn.Linear)
-        with torch.no_grad():
-            head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+        head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
 
 
 def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
@@ -121,30 +108,22 @@ def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device
     return measure
 
 
-GRID = 400  # points along each axis of a decision-region picture
-
-
 def predicted_regions(
     source: PhaseFolder, dataset: Dataset, points: torch.Tensor
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """What a classifier of the plane says on a square grid around points: coordinates [G], classes [G, G] (row: y)."""
     edge = float(points.abs().max()) + 0.2
-    axis = torch.linspace(-edge, edge, GRID)
-    grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
+    axis = torch.linspace(-edge, edge, 400)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
     model = read_model(source, source.recipe(), dataset.num_classes, dataset.shape).eval()
     with torch.no_grad():
-        classes = model(torch.stack([grid_x.flatten(), grid_y.flatten()], 1)).argmax(1)
-    return axis.numpy(), classes.view(GRID, GRID).numpy()
+        classes = model(torch.stack([x.flatten(), y.flatten()], 1)).argmax(1)
+    return axis.numpy(), classes.view(x.shape).numpy()
 
 
 def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Sequence[int]) -> Classifier:
-    """The network of a phase with its trained weights, normalised as [evaluation] says.
-
-    Args:
-        source: the phase.
-        recipe: which network it is.
-        num_classes: C.
-        shape: of one image of the data set (H, W, channels) or point (2,).
+    """The network of a phase with its trained weights, normalised as [evaluation] says; images of the data set are of
+    that shape (H, W, channels), points (2,).
 
     Raises:
         InputError: the weights are damaged or of another network.
@@ -157,5 +136,5 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
         change_head(model, recipe.finetune, num_classes, generator)
     load_model(model, tensors, path)
     if recipe.evaluation.tau_norm:
-        tau_normalised(model, recipe.evaluation.tau_norm)
+        _normalise(model, recipe.evaluation.tau_norm)
     return model

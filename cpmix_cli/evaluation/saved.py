@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import ConfigDict
@@ -39,9 +40,7 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
 
 def matrix_of(predictions: pd.DataFrame, num_classes: int) -> torch.Tensor:
     """Test images of true class (row) predicted as (column) [C, C] int64, from read_predictions()."""
-    label, predicted = (
-        torch.tensor(predictions[name].to_numpy(), dtype=torch.int64) for name in ("label", "predicted")
-    )
+    label, predicted = torch.from_numpy(predictions[["label", "predicted"]].to_numpy(np.int64)).T
     return confusion_matrix(label, predicted, num_classes)
 
 

@@ -56,17 +56,6 @@ class EvaluatedRun:
     cost: dict[str, Any]
     """Values of COST_KEYS over all phases that lead to the checkpoint; None if one is out of reach."""
 
-    @property
-    def key(self) -> str:
-        """Equal for runs that share a row."""
-        return files.canonical_json([self.stage, self.conditions])
-
-    @property
-    def place(self) -> tuple[str, float, str, int, str]:
-        """Of its row in the table."""
-        family, rho = split_name(self.data)
-        return (family, -(rho or 0), self.data, self.method.order, self.name)
-
 
 @dataclass(frozen=True)
 class ComparisonRow:
@@ -298,15 +287,20 @@ def in_rows(measured: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     """Runs by what they share; a checkpoint that stands in several folders counts once."""
     grouped: dict[str, dict[str, EvaluatedRun]] = {}
     for run in measured:
-        group = grouped.setdefault(run.key, {})
+        group = grouped.setdefault(files.canonical_json([run.stage, run.conditions]), {})
         if (twin := group.get(run.checkpoint)) is not None:
             what = "is given twice" if run.run.resolve() == twin.run.resolve() else f"holds a checkpoint of {twin.run}"
             console.note(f"compare: {run.run} {what} ({run.name}, finetune {run.stage}): counted once")
         group.setdefault(run.checkpoint, run)
-    rows = [ComparisonRow(list(group.values())) for group in grouped.values()]
-    # Of one method in the order of training.
-    order = ("before stage 2", "before", "none", "after")
-    return sorted(rows, key=lambda r: (r.first.place, order.index(r.first.stage.split(",")[0]), r.first.stage))
+    in_training = ("before stage 2", "before", "none", "after")
+
+    def place(row: ComparisonRow) -> tuple[Any, ...]:
+        run = row.first
+        family, rho = split_name(run.data)
+        stage = in_training.index(run.stage.split(",")[0])
+        return family, -(rho or 0), run.data, run.method.order, run.name, stage, run.stage
+
+    return sorted((ComparisonRow(list(group.values())) for group in grouped.values()), key=place)
 
 
 def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
