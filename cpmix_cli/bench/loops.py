@@ -14,7 +14,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cpmix_cli.data.batches import Batches
-from cpmix_cli.data.stream import ImageReader
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
@@ -266,19 +264,3 @@ class ReferenceLoop(TimedLoop):
             self._optimizer.step()
             images += len(x)
         return images
-
-
-class ReadingAlone(TimedLoop):
-    """Images that a reader gives, one at a time, in one thread; a step is one image."""
-
-    def __init__(self, reader: ImageReader, indices: Sequence[int], num_uniforms: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self._reader = reader
-        self._indices = cycle(indices)
-        self._uniforms = cycle(np.random.default_rng(0).random((97, num_uniforms)))  # not in step with the indices
-        self._into = np.empty(reader.shape, dtype=np.uint8)
-
-    def take(self, num_steps: int) -> int:
-        for _ in range(num_steps):
-            self._reader.read(next(self._indices), next(self._uniforms), self._into)
-        return num_steps

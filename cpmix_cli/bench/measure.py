@@ -33,7 +33,6 @@ from cpmix_cli.training.plan import PhaseContext, Plan
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
 _MIN_STEPS = 3  # of a loop in a round
 MIB = 2**20
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -172,10 +171,12 @@ def _of_this_process(name: str) -> int:
 def start_up_seconds() -> float:
     """Median of five runs of `cpmix --help`, as a process."""
     command = [sys.executable, "-m", "cpmix_cli", "--help"]
-    return _median_seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), 5)
+    return _median_seconds(
+        lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), 5, torch.device("cpu")
+    )
 
 
-def _median_seconds(function: Callable[[], object], times: int, device: torch.device = CPU) -> float:
+def _median_seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
     """Seconds that a call takes, until the device is done with it."""
     taken = []
     for _ in range(times):

@@ -8,10 +8,13 @@ images, the links between ranks.
 """
 
 import math
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from cpmix_cli.bench import measure
-from cpmix_cli.bench.loops import InputAlone, NetworkAlone, ReadingAlone, TimedLoop
+from cpmix_cli.bench.loops import InputAlone, NetworkAlone, TimedLoop
 from cpmix_cli.data.batches import Batches, make_batches
 from cpmix_cli.data.dataset import Dataset, unwritten_dataset
 from cpmix_cli.data.decoding import file_sizes
@@ -40,19 +42,13 @@ from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 
-_PACKED_SIDE = 256
-"""Pixels of packed images where there are none yet: what all of the published sets are tested at."""
-_GENERATED = (500, 375)
-"""Width and height of the image files that are made where there are none: the commonest of ImageNet."""
+_PACKED_SIDE = 256  # pixels, where nothing is packed yet: what all of the published sets are tested at
+_GENERATED = (500, 375)  # width and height of image files made where there are none: the commonest of ImageNet
 _NUM_GENERATED = 16
-_NUM_READ = 256
-"""Images that are read or augmented in turn; the page cache holds them."""
-_FIRST_IMAGES = 8
-"""That go through a network when it is first timed."""
-_STEP_SECONDS = 1.0
-"""A measured step takes hardly longer: its batch is that of a rank, or a smaller one."""
-_MAX_SECONDS = 3.0
-"""Of all turns of one measurement; there is one in any case."""
+_NUM_READ = 256  # images that are read or augmented in turn; the page cache holds them
+_FIRST_IMAGES = 8  # that go through a network when it is first timed
+_STEP_SECONDS = 1.0  # a measured step takes hardly longer: its batch is that of a rank, or a smaller one
+_MAX_SECONDS = 3.0  # of all turns of one measurement; there is one in any case
 _MB, _GB = 1e6, 1e9
 _PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their files"}
 
@@ -97,49 +93,39 @@ class Assumptions:
     ranks_per_machine: int = 8
 
 
-@dataclass(frozen=True)
-class Load:
-    """A phase as the recipe has it."""
-
-    epochs: int
-    num_images: int
-    batch_size: int
-    """Of all ranks together."""
-    micro_batches: int
-    num_terms: int
-    """Images that go through the network for each of a batch."""
-    made_whole: int
-    """Images that are read and augmented for each of a batch, where one rank takes the whole of it at once."""
-    made_in_parts: int
-    """The same where it is taken in parts: a partner in the batch is made anew."""
-    codes: int
-    """Errors told to the other ranks for each image of a batch."""
-    draws: int
-    """Terms whose partners are confused classes."""
+def _images_made(plan: Plan, *, sliced: bool) -> int:
+    """Images that are read and augmented for each of a batch."""
+    terms = [term.recipe for term in plan.terms]
+    # In slices, partners from the batch may be another rank's, and are made anew.
+    anew = {*CLASS_PARTNERS, *(BATCH_PARTNERS if sliced else ())}
+    natural = sum(term.draw == "natural" for term in terms)
+    return min(natural, 1) + len(terms) - natural + sum(term.partner in anew for term in terms)
 
 
 def _share(
-    measured: Measurements, assumed: Assumptions, load: Load, phase: str, kept: str, world_size: int, size: int
+    measured: Measurements, assumed: Assumptions, plan: Plan, kept: str, world_size: int, size: int
 ) -> dict[str, Any]:
     """The share of one rank in a step over a batch of `size` images; images that pad what is uneven are counted."""
-    images = measured.kept[kept]
-    part = BatchSlice(0, world_size * load.micro_batches, size)
-    num_images = part.length * load.micro_batches
-    made = num_images * (load.made_whole if part.num_slices == 1 else load.made_in_parts)
-    pairs = measured.count_seconds * (load.codes > 0) + measured.draw_seconds * load.draws
+    images, num_terms = measured.kept[kept], len(plan.terms)
+    part = BatchSlice(0, world_size * plan.micro_batches, size)
+    num_images = part.length * plan.micro_batches
+    made = num_images * _images_made(plan, sliced=not part.is_whole)
+    counts = plan.counts_errors(plan.last_epoch)
+    pairs = measured.count_seconds * counts
+    pairs += measured.draw_seconds * sum(term.recipe.partner == "confusion" for term in plan.terms)
     device = made / _speed_at(images.augment, part.length)
-    device += num_images * load.num_terms / _speed_at(measured.network[phase], part.length) + pairs
-    sums = 8 * (load.num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
+    device += num_images * num_terms / _speed_at(measured.network[plan.phase], part.length) + pairs
+    sums = 8 * (num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
     # A ring all-reduce of n bytes sends 2 (W - 1) / W n from each of W ranks.
-    sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[phase] + sums)
+    sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[plan.phase] + sums)
     if world_size > 1:
-        sent += measured.buffer_bytes + (world_size - 1) * 8 * load.codes * num_images
+        sent += measured.buffer_bytes + (world_size - 1) * 8 * counts * num_images
     one_core = 0.0 if images.read is None else made / images.read
     seconds = {"device": device, "input": one_core / assumed.cores, "link": sent / (assumed.link * _GB)}
     longest = max(seconds.values())
     return {
         "images_per_rank_and_step": num_images,
-        "passes_per_rank_and_step": num_images * load.num_terms,
+        "passes_per_rank_and_step": num_images * num_terms,
         "read_per_rank_and_step": made if images.read is not None else 0,
         **{f"{resource}_seconds": taken for resource, taken in seconds.items()},
         "step_seconds": longest,
@@ -156,26 +142,27 @@ def _speed_at(speeds: Mapping[int, float], at_once: int) -> float:
 
 
 def project(
-    measured: Measurements, assumed: Assumptions, loads: Mapping[str, Load], kept: str, world_size: int
+    measured: Measurements, assumed: Assumptions, plans: Iterable[Plan], num_images: int, kept: str, world_size: int
 ) -> dict[str, Any]:
-    """Time, GPU-hours, traffic and limits of a whole recipe on a number of ranks, whose images are kept in one of the
-    ways of measured.kept.
+    """Time, GPU-hours, traffic and limits of phases over so many images on a number of ranks, with the images kept in
+    one of the ways of measured.kept.
     """
     image_bytes = measured.kept[kept].image_bytes
     on_a_machine = min(world_size, assumed.ranks_per_machine)
     phases: dict[str, dict[str, Any]] = {}
-    for phase, load in loads.items():
-        steps = -(-load.num_images // load.batch_size)
-        sizes = (min(load.batch_size, load.num_images), load.num_images - (steps - 1) * load.batch_size)
-        full, last = (_share(measured, assumed, load, phase, kept, world_size, size) for size in sizes)
+    for plan in plans:
+        steps, epochs = plan.num_steps(num_images), plan.last_epoch - plan.first_epoch + 1
+        full, last = (
+            _share(measured, assumed, plan, kept, world_size, plan.size(step, num_images)) for step in (0, steps - 1)
+        )
         read, seconds = ((steps - 1) * full[key] + last[key] for key in ("read_per_rank_and_step", "step_seconds"))
         at_once = on_a_machine * full["read_per_rank_and_step"] * image_bytes
-        phases[phase] = full | {
+        phases[plan.phase] = full | {
             "steps_per_epoch": steps,
-            "epochs": load.epochs,
+            "epochs": epochs,
             "disk_bytes_per_epoch": round(world_size * read * image_bytes),
             "disk_bytes_per_second_and_machine": at_once / full["step_seconds"],
-            "seconds": load.epochs * seconds,
+            "seconds": epochs * seconds,
         }
     total = sum(phase["seconds"] for phase in phases.values())
     return {"seconds": total, "rank_hours": world_size * total / 3600, "phases": phases}
@@ -204,17 +191,15 @@ def run(options: BenchOptions) -> None:
         f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
         f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
     )
-    loads, network, gradients, buffers = {}, {}, {}, 0
-    left_out: list[str] = []
+    plans, network, gradients, buffers = [], {}, {}, 0
     all_at_once: set[int] = set()
     for phase in phases:
         plan, state = rehearsal(context, phase)
-        loads[phase] = _load(plan, num_images)
+        plans.append(plan)
         gradients[phase] = _num_bytes(p for p in state.model.parameters() if p.requires_grad)
         buffers = _num_bytes(state.model.buffers())
-        left_out = left_out or measure.not_projected([plan])
         # Images of a term that a rank takes at once, for each number of ranks.
-        size = min(plan.batch_size, num_images)
+        size = plan.size(0, num_images)
         at_once = {BatchSlice(0, ranks * plan.micro_batches, size).length for ranks in sizes}
         all_at_once |= at_once
 
@@ -234,11 +219,12 @@ def run(options: BenchOptions) -> None:
     costs = measure.pair_costs(dataset.num_classes, recipe.optimizer.batch_size, device)
     measured = Measurements(kept, network, gradients, buffers, costs["count_seconds"], costs["draw_seconds"])
     projected = [
-        {"world_size": size, "images": {how: project(measured, assumed, loads, how, size) for how in kept}}
+        {"world_size": size, "images": {how: project(measured, assumed, plans, num_images, how, size) for how in kept}}
         for size in sizes
     ]
+    left_out = [*measure.not_projected(plans), "evaluations", "checkpoints", "start-up"]
     if recipe.model.sync_batchnorm:
-        left_out = ["SyncBatchNorm's own messages", *left_out]
+        left_out.insert(0, "SyncBatchNorm's own messages")
     fields = {
         "recipe": name,
         "data": dataset.name,
@@ -254,9 +240,9 @@ def run(options: BenchOptions) -> None:
         "assumed": {**asdict(assumed), "said": _assumptions(device)},
         "projected": projected,
         "runs_out_first": {how: _first_limit(how, projected) for how in kept},
-        "not_projected": [*left_out, "evaluations", "checkpoints", "start-up"],
+        "not_projected": left_out,
     }
-    _report(fields, {phase: load.num_terms for phase, load in loads.items()})
+    _report(fields, {plan.phase: len(plan.terms) for plan in plans})
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -275,25 +261,6 @@ def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
     shape = [_PACKED_SIDE, _PACKED_SIDE, 3]
     dataset = unwritten_dataset(family, counts, shape, recipe=f"{family}/cpmix", rho=None, storage="shards")
     return dataset, num_images, "published"
-
-
-def _load(plan: Plan, num_images: int) -> Load:
-    terms = [term.recipe for term in plan.terms]
-    made_whole = any(term.draw == "natural" for term in terms) + sum(term.draw != "natural" for term in terms)
-    made_whole += sum(term.partner in CLASS_PARTNERS for term in terms)
-    # In slices, partners from the batch may be another rank's, and are made anew.
-    made_in_parts = made_whole + sum(term.partner in BATCH_PARTNERS for term in terms)
-    return Load(
-        epochs=plan.last_epoch - plan.first_epoch + 1,
-        num_images=num_images,
-        batch_size=plan.batch_size,
-        micro_batches=plan.micro_batches,
-        num_terms=len(plan.terms),
-        made_whole=made_whole,
-        made_in_parts=made_in_parts,
-        codes=int(plan.counts_errors(plan.last_epoch)),
-        draws=sum(term.partner == "confusion" for term in terms),
-    )
 
 
 def _speeds(
@@ -349,23 +316,24 @@ def _images(
         seen = measure.random_images(_NUM_READ, (recipe.crop, recipe.crop, 3)).to(device)
         cropped = augmenting(make_batches(seen, recipe, dataset.record, cropped=True))
 
+    def seconds_to_read(reader: ImageReader, count: int) -> float:
+        uniforms = np.random.default_rng(0).random((count, whole.num_uniforms))
+        into, started = np.empty(reader.shape, dtype=np.uint8), time.perf_counter()
+        for index in range(count):
+            reader.read(index, uniforms[index], into)
+        return time.perf_counter() - started
+
     def reading(reader: ImageReader, count: int) -> float:
-        loop = ReadingAlone(reader, range(count), whole.num_uniforms)
-        loop.take(count)  # from here on in the page cache, and verified
-        return _median_speed(*_warm(loop), options)
+        first = seconds_to_read(reader, count)  # from here on in the page cache, and verified
+        turns = min(options.rounds, max(1, int(_MAX_SECONDS / first)))
+        return count / statistics.median(seconds_to_read(reader, count) for _ in range(turns))
 
     own = dataset.storage if options.data is not None else ""
     with tempfile.TemporaryDirectory(prefix="cpmix-bench-") as made:
-        hashes = None if own == "shards" else _pack(Path(made), dataset.shape)
-
-        def opened() -> Shards:
-            if hashes is None:
-                return dataset.shards("train")
-            return Shards(Path(made), "train", hashes, dataset.shape, _NUM_READ)
-
+        opened = partial(dataset.shards, "train") if own == "shards" else _packed(Path(made), dataset.shape)
         packed = min(_NUM_READ, len(opened()))
         verified = reading(opened(), packed)
-        seconds, _ = ReadingAlone(opened(), range(packed), 0).timed(packed)
+        first_read = packed / seconds_to_read(opened(), packed)
         paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(_NUM_READ, len(paths)), dtype=int)]
         decoded = reading(FileReader(paths, dataset.shape, recipe, upright=dataset.upright), len(paths))
@@ -375,15 +343,15 @@ def _images(
     return {
         "shards": StorageSpeed(verified, float(np.prod(dataset.shape)), kept),
         "files": StorageSpeed(decoded, mean_bytes, cropped),
-    }, {"first_read": packed / seconds, "image_files": of_files}
+    }, {"first_read": first_read, "image_files": of_files}
 
 
-def _pack(folder: Path, shape: Sequence[int]) -> NDArray[np.uint8]:
-    """Write a shard of _NUM_READ images of random pixels; return their hashes."""
+def _packed(folder: Path, shape: list[int]) -> Callable[[], Shards]:
+    """Write a shard of random pixels; return what opens it."""
     images = measure.random_images(_NUM_READ, shape).numpy()
     (folder / shard_name("train", 0)).write_bytes(images.tobytes())
     hashes = np.frombuffer(b"".join(sha256(image.tobytes()).digest() for image in images), dtype=np.uint8)
-    return hashes.reshape(-1, 32)
+    return partial(Shards, folder, "train", hashes.reshape(-1, 32), shape, _NUM_READ)
 
 
 def _image_files(folder: Path) -> list[Path]:

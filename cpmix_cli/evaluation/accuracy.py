@@ -30,8 +30,8 @@ def reliability(confidence: Tensor, right: Tensor, weights: Tensor | None = None
 
     Args:
         confidence: the largest softmax probability [N] float64.
-        right: where the prediction is [N].
-        weights: how many images each one stands for [N] float64; None: one.
+        right: [N] bool.
+        weights: see sample_weights(); None: each image counts one.
     """
     weights = torch.ones(len(confidence), dtype=torch.float64) if weights is None else weights
     bins = (confidence * _NUM_BINS).ceil().long().clamp(1, _NUM_BINS) - 1
@@ -75,15 +75,10 @@ def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
 
 
 def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor | None = None) -> dict[str, Any]:
-    """The numbers of metrics.json: percent, null for a group without classes.
+    """The numbers of metrics.json from logits [N, C], labels [N], the group of each class [C] and a profile (see
+    sample_weights()): percent, null for a group without classes.
 
     Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
-
-    Args:
-        logits: raw, [N, C].
-        labels: [N].
-        groups: many, medium or few for each class [C].
-        profile: see sample_weights().
     """
     found = logits.argmax(1)
     accuracy = class_accuracy(confusion_matrix(labels, found, len(groups)))

@@ -82,23 +82,13 @@ class Accuracy(records.Record):
 
 
 class EvaluationNumbers(Accuracy):
-    """Fields of an evaluation's metrics.json; what the first release wrote besides is kept."""
+    """Fields of an evaluation's metrics.json; those that nothing reads are kept too, to be shown."""
 
     model_config = ConfigDict(extra="allow")
 
     phase: str
-    test_distribution: str
-    num_test_profile: int | None
     num_experts: int
-    expert_weights: list[float] | None
-    experts_used: float
     experts: list[Accuracy]
-    logit_adjustment: float
-    tau_norm: float
-    aggregate: str
-    routing_threshold: float
-    temperature: float
-    checkpoint_sha256: str
 
 
 def accuracy_row(name: str, numbers: Accuracy) -> list[str]:

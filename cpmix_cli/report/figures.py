@@ -38,20 +38,13 @@ _NUM_GROUPS = 10
 _COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
 """White, and not see-through: PDF viewers draw dark seams between cells that are and cells that are not."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
-_WITHOUT_DATES: dict[Kind, dict[str, None]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None},
-    "pdf": {"CreationDate": None},
-}
+_CHANGING: dict[Kind, str] = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
+"""Metadata that would not be the same in equal pictures."""
 
 
 def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
-    """A Figure as the bytes of a file; a PDF carries its fonts (TrueType), an SVG its letters as outlines.
-
-    Args:
-        figure: drawn by a function of this module or of paper_figures.py.
-        kind: of the file.
-        dpi: of pixels: a PNG's all, of an SVG or PDF matrices and clouds of points alone.
+    """A Figure as the bytes of a file; a PDF carries its fonts (TrueType), an SVG its letters as outlines. In both, dpi
+    is that of matrices and clouds of points alone.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
@@ -60,7 +53,7 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
             for _ in range(2):  # axes that the first laid out smaller may have other ticks, with labels of other sizes
                 figure.draw_without_rendering()
             figure.set_layout_engine("none")
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_WITHOUT_DATES[kind])
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata={_CHANGING[kind]: None})
     return buffer.getvalue()
 
 

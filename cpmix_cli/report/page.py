@@ -74,11 +74,11 @@ def render_page(
     """The page as HTML text; every word of the data is escaped.
 
     Args:
-        title: heading.
+        title: also the heading.
         runs: the run, and those that it is compared with.
-        class_names: C.
+        class_names: of C classes.
         notes: below the accuracies.
-        accuracy: one row an evaluation.
+        accuracy: one row per evaluation.
         pairs: see pairs.confused_pairs(), of all runs.
         named_pairs: the first of them as they are to be read, for those without scripts.
         clustered: class ids in an order in which confused ones stand together [C].

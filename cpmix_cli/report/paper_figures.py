@@ -207,12 +207,8 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
 
 @_printed
 def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: MethodResult) -> Figure:
-    """Figure 3: matrices in ten groups of classes, and confusion values of ERM on long-tailed and balanced data.
-
-    Args:
-        erm: ERM on the long-tailed data.
-        mixup: Mixup on the same data.
-        balanced: ERM on the same classes with equally many training images.
+    """Figure 3: matrices of ERM and Mixup in ten groups of classes, and confusion values of ERM on the same long-tailed
+    data and on the same classes with equally many training images.
     """
     figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
@@ -222,12 +218,11 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
         _letter(panels[letter], letter, f"{result.method}, {erm.data}")
     panels["b"].set(yticklabels=[], ylabel=None)
     figures.add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
+    labels = [f"{r.data}, largest {figures.confusion_values(r.matrix).max():.0f} %" for r in (erm, balanced)]
     styles: list[dict[str, Any]] = [
-        {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3},
-        {"color": "#31688e", "histtype": "step", "linewidth": 1.4},
+        {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3, "label": labels[0]},
+        {"color": "#31688e", "histtype": "step", "linewidth": 1.4, "label": labels[1]},
     ]
-    for style, result in zip(styles, (erm, balanced), strict=True):
-        style["label"] = f"{result.data}, largest {figures.confusion_values(result.matrix).max():.0f} %"
     figures.draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
     panels["c"].legend(frameon=False, loc="upper right")
     panels["c"].spines[["top", "right"]].set_visible(False)
@@ -237,10 +232,8 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
 
 @_printed
 def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
-    """Figure 4: the grouped matrix of CP-Mix, and accuracies of classes (or ten groups of them) beside other methods'.
-
-    Args:
-        panels: each method's run, on one or two data sets.
+    """Figure 4: the grouped matrix of CP-Mix, and on one or two data sets the accuracies of classes (or ten groups of
+    them) of each method's run.
     """
     figure = Figure(figsize=(_WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -268,12 +261,8 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
 
 @_printed
 def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Sequence[str], *, numbered: bool) -> Figure:
-    """Figures 5 and 6: whole matrices, a row for each data set and a column per method, in per cent of the true class.
-
-    Args:
-        rows: the runs of each data set by method, one at least.
-        methods: columns.
-        numbered: write names of classes on the axes and per cents in the cells, of few classes.
+    """Figures 5 and 6: whole matrices, a row for each data set and a column per method, in per cent of the true class;
+    numbered, for few classes, with their names on the axes and per cents in the cells.
     """
     width, height = _WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
     figure = Figure(figsize=(width, height + 0.35 if numbered else height), layout="constrained")

@@ -133,20 +133,17 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
 
 def _unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
     """Why an evaluation says nothing of its run, or None."""
-    status = source.status()
-    if status == "absent":
-        return f"its run has no {source.phase}"
-    if status == "interrupted":
-        return f"{source.phase} is being trained again"
-    if status == "stale":
-        return f"{source.phase} is stale ({source.stale_because()})"
-    if not source.is_source_of(record):
-        return f"it is of an older checkpoint of {source.phase}"
-    return None
+    match source.status():
+        case "absent":
+            return f"its run has no {source.phase}"
+        case "interrupted":
+            return f"{source.phase} is being trained again"
+        case "stale":
+            return f"{source.phase} is stale ({source.stale_because()})"
+    return None if source.is_source_of(record) else f"it is of an older checkpoint of {source.phase}"
 
 
 def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -> EvaluatedRun:
-    """An evaluation with what is recorded of its checkpoint."""
     trained, recipe = source.record(), source.recipe()
     data = trained.dataset.name
     method = recognised(recipe, source.phase, *split_name(data))
@@ -170,7 +167,7 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
         num_parameters=trained.num_parameters,
         epochs=epochs_to(source, recipe),
         full_epochs=recipe.schedule.rescaled_from or None,
-        cost=dict.fromkeys(COST_KEYS) if leading is None else _cost_of(leading),
+        cost=_cost_of(leading) if leading else dict.fromkeys(COST_KEYS),
     )
 
 
@@ -199,12 +196,12 @@ def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
     return tuple(recipe.epochs_of(phase) for phase in (*before, source.phase))
 
 
-def _leading_phases(source: PhaseFolder) -> list[PhaseFolder] | None:
-    """The phases that lead to a checkpoint, its own last; None where one is out of reach."""
+def _leading_phases(source: PhaseFolder) -> list[PhaseFolder]:
+    """The phases that lead to a checkpoint, its own last; none where one is out of reach."""
     found = [source]
     while (origin := found[0].origin()) is not None:
         if not origin.done:
-            return None
+            return []
         found.insert(0, origin)
     return found
 
@@ -227,7 +224,6 @@ def _cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
 
 
 def _flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables by names with dots."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
         found |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -235,7 +231,7 @@ def _flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _conditions_of(
-    record: EvaluationRecord, trained: PhaseRecord, recipe: Recipe, phase: str, leading: Sequence[PhaseFolder] | None
+    record: EvaluationRecord, trained: PhaseRecord, recipe: Recipe, phase: str, leading: Sequence[PhaseFolder]
 ) -> dict[str, Any]:
     """What runs of one row share: all but the seed, and the precision as it was resolved."""
     dataset, tests = trained.dataset, record.made_from.dataset
@@ -248,13 +244,13 @@ def _conditions_of(
         "subset": dataset.fingerprint[:12],
         "test images": f"own {split or 'test'} split" if own == dataset.fingerprint else others,
         "precision": trained.precision,
-        "init": "unknown" if leading is None else leading[0].record().made_from.init[:12],
+        "init": leading[0].record().made_from.init[:12] if leading else "unknown",
         **_flattened(tables),
         **_flattened(record.made_from.recipe),
     }
 
 
-def _name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
+def _name_of(method: Recognised, leading: Sequence[PhaseFolder]) -> str:
     """The method's name, and in brackets up to MAX_NAMED keys in which it is another. Beyond that it is another method,
     and goes by the file that --recipe named, or by a digest of the keys.
     """
@@ -262,7 +258,7 @@ def _name_of(method: Recognised, leading: Sequence[PhaseFolder] | None) -> str:
         return method.method
     if len(method.changed) <= MAX_NAMED:
         return f"{method.method} ({said(method.changed)})"
-    for folder in reversed(leading or []):
+    for folder in reversed(leading):
         words = folder.record().argv
         given = [w.removeprefix("--recipe=") for w in words if w.startswith("--recipe=")]
         given += [after for word, after in pairwise(words) if word == "--recipe"]

@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.commands import cpmix, must
 from helpers.files import files
 from PIL import Image
 
-from cpmix_cli.bench.projection import Assumptions, Load, Measurements, StorageSpeed, project
+from cpmix_cli.bench.projection import Assumptions, Measurements, StorageSpeed, project
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.training.plan import PhaseContext, Plan, make_plan
 
-LOAD = Load(
-    epochs=60,
-    num_images=115_846,
-    batch_size=192,
-    micro_batches=1,
-    num_terms=3,
-    made_whole=3,
-    made_in_parts=4,
-    codes=1,
-    draws=1,
-)
+
+def plan_of(phase: str, **changes: Any) -> Plan:
+    """A phase of CP-Mix on Places-LT."""
+    anything: Any = None
+    context = PhaseContext(load("places-lt/cpmix"), anything, torch.device("cpu"), "fp32", {})
+    return replace(make_plan(context, phase), batch_size=192, first_epoch=1, last_epoch=60, **changes)
+
+
+NUM_IMAGES = 115_846
+STAGE2 = plan_of("stage2")
+"""Three terms; one has partners from the batch, and one confused classes."""
 MEASURED = Measurements(
     kept={
         "resident": StorageSpeed(None, 0.0, {192: 50_000.0}),
@@ -38,15 +41,15 @@ MEASURED = Measurements(
 ASSUMED = Assumptions(cores=4, link=10.0)
 
 
-def projected(measured: Measurements, assumed: Assumptions, load: Load, kept: str, world_size: int) -> dict[str, Any]:
-    return project(measured, assumed, {"stage2": load}, kept, world_size)
+def projected(measured: Measurements, assumed: Assumptions, plan: Plan, kept: str, world_size: int) -> dict[str, Any]:
+    return project(measured, assumed, [plan], NUM_IMAGES, kept, world_size)
 
 
 def test_one_rank_by_hand() -> None:
     """192 x 3 images at 1,000 a second, 576 augmented at 50,000, 1 ms for pairs: 0.576 + 0.01152 + 0.001 s a step; the
     last of 604 steps has 70 images.
     """
-    found = projected(MEASURED, ASSUMED, LOAD, "shards", 1)
+    found = projected(MEASURED, ASSUMED, STAGE2, "shards", 1)
     step = found["phases"]["stage2"]
     assert [step[f"{what}_per_rank_and_step"] for what in ("images", "passes", "read")] == [192, 576, 576]
     assert (step["steps_per_epoch"], step["epochs"], step["limit"]) == (604, 60, "device")
@@ -65,12 +68,12 @@ def test_one_rank_by_hand() -> None:
 
 def test_input_runs_out_first_from_files() -> None:
     """576 images at 4 x 100 a second; 0.58276 s of the device want 576 / 58.276 = 9.9 cores."""
-    step = projected(MEASURED, ASSUMED, LOAD, "files", 1)["phases"]["stage2"]
+    step = projected(MEASURED, ASSUMED, STAGE2, "files", 1)["phases"]["stage2"]
     assert step["step_seconds"] == step["input_seconds"] == pytest.approx(1.44)
     assert step["device_seconds"] == pytest.approx(0.576 + 0.00576 + 0.001)
     assert (step["limit"], step["cores_wanted"]) == ("input", 10)
     assert step["disk_bytes_per_second_and_machine"] == pytest.approx(576 * 100_000 / 1.44)
-    enough = projected(MEASURED, replace(ASSUMED, cores=10), LOAD, "files", 1)["phases"]["stage2"]
+    enough = projected(MEASURED, replace(ASSUMED, cores=10), STAGE2, "files", 1)["phases"]["stage2"]
     assert enough["limit"] == "device"
 
 
@@ -79,7 +82,7 @@ def test_eight_ranks_by_hand() -> None:
     running statistics, and 24 errors to each of 7 others.
     """
     fast = replace(MEASURED, network={"stage2": {24: 1000.0}})
-    found = projected(fast, ASSUMED, LOAD, "shards", 8)
+    found = projected(fast, ASSUMED, STAGE2, "shards", 8)
     step = found["phases"]["stage2"]
     assert [step[f"{what}_per_rank_and_step"] for what in ("images", "passes", "read")] == [24, 72, 96]
     assert step["device_seconds"] == pytest.approx(0.072 + 96 / 50_000 + 0.001)
@@ -95,7 +98,7 @@ def test_eight_ranks_by_hand() -> None:
 
 def test_the_link_runs_out_first_on_64_ranks() -> None:
     """3 images each, at the speed measured with 3: 9 / 100 s. With 1 GB/s the gradients take twice as long."""
-    step = projected(MEASURED, replace(ASSUMED, link=1.0), LOAD, "shards", 64)["phases"]["stage2"]
+    step = projected(MEASURED, replace(ASSUMED, link=1.0), STAGE2, "shards", 64)["phases"]["stage2"]
     assert step["device_seconds"] == pytest.approx(0.09 + 12 / 50_000 + 0.001)
     sent = 2 * 63 / 64 * (100_000_000 + 48) + 200_000 + 63 * 8 * 3
     assert step["network_bytes_per_rank_and_step"] == round(sent)
@@ -105,32 +108,32 @@ def test_the_link_runs_out_first_on_64_ranks() -> None:
 
 
 def test_batches_that_do_not_come_out_even_and_micro_batches() -> None:
-    def images(world_size: int, load: Load = LOAD) -> tuple[int, int]:
-        found = projected(MEASURED, ASSUMED, load, "shards", world_size)["phases"]["stage2"]
+    def images(world_size: int, plan: Plan = STAGE2) -> tuple[int, int]:
+        found = projected(MEASURED, ASSUMED, plan, "shards", world_size)["phases"]["stage2"]
         return found["images_per_rank_and_step"], found["read_per_rank_and_step"]
 
     assert images(65) == (3, 12)  # 195 in all, three of them filled up
     assert images(63) == (4, 16)
-    two = replace(LOAD, micro_batches=2)
+    two = replace(STAGE2, micro_batches=2)
     assert images(1, two) == (192, 768)  # one rank, two parts: the partner may be in the other one
     assert images(7, two) == (28, 112)  # 14 parts of 14 images
 
 
 def test_nothing_is_read_where_images_are_resident() -> None:
-    step = projected(MEASURED, ASSUMED, LOAD, "resident", 8)["phases"]["stage2"]
+    step = projected(MEASURED, ASSUMED, STAGE2, "resident", 8)["phases"]["stage2"]
     assert step["read_per_rank_and_step"] == step["input_seconds"] == step["cores_wanted"] == 0
     assert step["disk_bytes_per_epoch"] == step["disk_bytes_per_second_and_machine"] == 0
 
 
 def test_phases_add_up() -> None:
     """A phase that counts and draws nothing tells no errors and has no pairs to pay for."""
-    plain = replace(LOAD, num_terms=1, made_whole=1, made_in_parts=1, codes=0, draws=0)
+    plain = plan_of("stage1", collect_confusion=False)
     measured = replace(
         MEASURED,
         network={"stage1": {192: 1000.0}, **MEASURED.network},
         gradient_bytes={"stage1": 1000, **MEASURED.gradient_bytes},
     )
-    found = project(measured, ASSUMED, {"stage1": plain, "stage2": LOAD}, "shards", 2)
+    found = project(measured, ASSUMED, [plain, STAGE2], NUM_IMAGES, "shards", 2)
     step = found["phases"]["stage1"]
     assert (step["pairs_share"], step["device_seconds"]) == (0, pytest.approx(0.096 + 96 / 50_000))
     assert step["network_bytes_per_rank_and_step"] == 1000 + 8 * 4 + 200_000
