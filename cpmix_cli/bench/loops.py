@@ -45,9 +45,7 @@ class TimedLoop(ABC):
 
     def warm_up(self) -> None:
         """Steps after which nothing is chosen, allocated or recorded any more."""
-        with own_stream(self.device):
-            self.take(EAGER_STEPS + 1)
-            synchronize(self.device)
+        self.timed(EAGER_STEPS + 1)
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """Seconds of so many steps, until the device is done, and their images."""
@@ -64,12 +62,12 @@ class TrainingLoop(TimedLoop):
 
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
         super().__init__(data.labels.device)
-        self._data, self._state = data, state
+        self._state, self._num_images = state, len(data.labels)
         self._plan = replace(plan, learning_rate=lambda *_: _RATE)
         state.sums = EpochSums([term.name for term in plan.terms], self.device)
         state.model.train(plan.train_mode)
         self._step = Step(self._plan, data, state)
-        self._num_steps = plan.num_steps(len(data.labels))
+        self._num_steps = plan.num_steps(self._num_images)
         self._steps = self._endless()
 
     def _endless(self) -> Iterator[None]:
@@ -89,8 +87,7 @@ class TrainingLoop(TimedLoop):
         images = 0
         for _ in range(num_steps):
             next(self._steps)
-            taken = (self._state.step - 1) * self._plan.batch_size
-            images += min(self._plan.batch_size, len(self._data.labels) - taken) * len(self._plan.terms)
+            images += self._plan.size(self._state.step - 1, self._num_images) * len(self._plan.terms)
         return images
 
 
@@ -106,7 +103,7 @@ class NetworkAlone(TimedLoop):
         state.model.train(plan.train_mode)
         for group in state.optimizer.param_groups:
             group["lr"].fill_(_RATE)
-        size = min(plan.batch_size, len(data.labels))
+        size = plan.size(0, len(data.labels))
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
         self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
@@ -217,9 +214,6 @@ class ReferenceLoop(TimedLoop):
         self._num_workers = num_workers
         self._batches: Iterator[Any] = iter(())
         self._accuracies: list[Tensor] = []
-
-    def warm_up(self) -> None:
-        self.timed(EAGER_STEPS + 1)
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would

@@ -222,6 +222,13 @@ def run(options: BenchOptions) -> None:
         {"world_size": size, "images": {how: project(measured, assumed, plans, num_images, how, size) for how in kept}}
         for size in sizes
     ]
+    said = [
+        "every rank has the device that was measured here, and none is slower than the others",
+        "reading and all-reduce cost nothing while the device computes; all-reduce overlaps the backward pass",
+        "reading grows with the cores" + (", which are others than those that train" if device.type == "cpu" else ""),
+        "the disk gives what is asked of it, and nothing stays in the page cache",
+        "a batch of a size that was not measured has the speed of the nearest one that was",
+    ]
     left_out = [*measure.not_projected(plans), "evaluations", "checkpoints", "start-up"]
     if recipe.model.sync_batchnorm:
         left_out.insert(0, "SyncBatchNorm's own messages")
@@ -237,7 +244,7 @@ def run(options: BenchOptions) -> None:
         "torch": torch.__version__,
         "precision": context.precision,
         "measured": {**asdict(measured), **facts, "confusion_bytes": 8 * dataset.num_classes**2},
-        "assumed": {**asdict(assumed), "said": _assumptions(device)},
+        "assumed": {**asdict(assumed), "said": said},
         "projected": projected,
         "runs_out_first": {how: _first_limit(how, projected) for how in kept},
         "not_projected": left_out,
@@ -366,16 +373,6 @@ def _image_files(folder: Path) -> list[Path]:
     for path, image in zip(paths, pixels.clip(0, 255).byte().permute(0, 2, 3, 1).numpy(), strict=True):
         Image.fromarray(image).save(path, quality=90)
     return paths
-
-
-def _assumptions(device: torch.device) -> list[str]:
-    return [
-        "every rank has the device that was measured here, and none is slower than the others",
-        "reading and all-reduce cost nothing while the device computes; all-reduce overlaps the backward pass",
-        "reading grows with the cores" + (", which are others than those that train" if device.type == "cpu" else ""),
-        "the disk gives what is asked of it, and nothing stays in the page cache",
-        "a batch of a size that was not measured has the speed of the nearest one that was",
-    ]
 
 
 def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

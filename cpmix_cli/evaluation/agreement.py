@@ -56,17 +56,15 @@ def learn_expert_weights(
     optimizer = torch.optim.SGD(
         [free], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
     )
-    call = 0
-    for _ in range(_EPOCHS):
-        for batch in torch.split(chosen[torch.randperm(len(chosen), generator=generator)], _BATCH):
-            weights = free.softmax(0)
-            if weights.min() < _LEAST_WEIGHT:
-                return weights.detach()
-            first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
-            optimizer.zero_grad()
-            (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            call += 1
+    orders = (chosen[torch.randperm(len(chosen), generator=generator)] for _ in range(_EPOCHS))
+    for call, batch in enumerate(batch for order in orders for batch in torch.split(order, _BATCH)):
+        weights = free.softmax(0)
+        if weights.min() < _LEAST_WEIGHT:
+            return weights.detach()
+        first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
+        optimizer.zero_grad()
+        (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
     return free.detach().softmax(0)
 
 

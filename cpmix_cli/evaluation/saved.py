@@ -40,7 +40,7 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
 
 def matrix_of(predictions: pd.DataFrame, num_classes: int) -> torch.Tensor:
     """Test images of true class (row) predicted as (column) [C, C] int64, from read_predictions()."""
-    label, predicted = torch.from_numpy(predictions[["label", "predicted"]].to_numpy(np.int64)).T
+    label, predicted = torch.tensor(predictions[["label", "predicted"]].to_numpy(np.int64)).T
     return confusion_matrix(label, predicted, num_classes)
 
 

@@ -105,11 +105,6 @@ def percent_right(matrix: Array) -> Array:
     return percent
 
 
-def percent_norm() -> PowerNorm:
-    """Colours of 0 to 100 per cent on a square-root scale."""
-    return PowerNorm(0.5, vmin=0, vmax=100)
-
-
 def count_norm(*cells: Array) -> LogNorm:
     """Colours of counts of images on a logarithmic scale, the same for several matrices."""
     return LogNorm(vmin=1, vmax=max(10, *(c.max() for c in cells)))  # from one image on: the same in every picture
@@ -136,8 +131,8 @@ def draw_matrix(
     axes: Axes,
     matrix: Array,
     names: Mapping[int, str],
-    norm: Normalize,
     number: Callable[[float], str] | None = None,
+    norm: Normalize | None = None,
     *,
     transposed: bool,
     fontsize: float = 9,
@@ -149,13 +144,13 @@ def draw_matrix(
         axes: where.
         matrix: of true classes (rows) and predicted ones (columns), or of groups of them, in their order.
         names: tick -> label, on both axes.
-        norm: value -> colour.
         number: value -> what stands in its cell; None: nothing.
+        norm: value -> colour; None: of 0 to 100 per cent, on a square-root scale.
         transposed: true classes along x, as in the paper; else along y.
         fontsize: of the numbers, in points.
         what: a row is.
     """
-    values = matrix.T if transposed else matrix
+    values, norm = matrix.T if transposed else matrix, norm or PowerNorm(0.5, vmin=0, vmax=100)
     block = -(-len(values) // _MAX_CELLS)
     shown = _largest_of_blocks(values, block)
     edge, end = block * len(shown) - 0.5, len(values) - 0.5
@@ -183,7 +178,7 @@ def draw_grouped(
     cells = consolidated(matrix, class_counts)
     names = dict(enumerate(_range_labels(class_counts, _neighbours(class_counts))))
     norm, what = norm or count_norm(cells), "class, by its training images"
-    return draw_matrix(axes, cells, names, norm, "{:,}".format, transposed=transposed, fontsize=fontsize, what=what)
+    return draw_matrix(axes, cells, names, "{:,}".format, norm, transposed=transposed, fontsize=fontsize, what=what)
 
 
 def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
@@ -314,7 +309,7 @@ def confusion_heat_map(
     percent, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
     named, dense = size <= _MAX_NAMES, 20 < size <= _MAX_NAMES
     names = {t: class_names[order[t]] if named else f"{t + 1}" for t in range(0, size, 1 if named else 50)}
-    image = draw_matrix(axes, percent, names, percent_norm(), number, transposed=False)
+    image = draw_matrix(axes, percent, names, number, transposed=False)
     axes.tick_params(labelsize=max(4.5, 8 - size / 30) if dense else 10, length=0 if dense else 3)
     of_rows = [groups[c] for c in order]
     for group in filter(of_rows.__contains__, GROUPS):

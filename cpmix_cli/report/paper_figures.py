@@ -109,7 +109,7 @@ def class_distribution(erm: MethodResult) -> Figure:
     def number(count: float) -> str:
         return f"{count:,}" if count else ""
 
-    image = draw_matrix(right, cells, dict(enumerate(names)), norm, number, transposed=True, fontsize=_SMALL)
+    image = draw_matrix(right, cells, dict(enumerate(names)), number, norm, transposed=True, fontsize=_SMALL)
     _letter(right, "b", f"predictions of ERM on {erm.data}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")
@@ -285,7 +285,7 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
                 axes.axis("off")
                 continue
             percent = figures.row_percent(row[method].matrix)[np.ix_(order, order)]
-            image = draw_matrix(axes, percent, names, figures.percent_norm(), number, transposed=True, fontsize=5.5)
+            image = draw_matrix(axes, percent, names, number, transposed=True, fontsize=5.5)
             axes.set(xlabel=None, ylabel=None)
             if shown[r + 1 :, c].any():
                 axes.set_xticklabels([])
