@@ -83,7 +83,7 @@ def read_table(
         max_rows: most rows that it can have, if that is known: such a table may be more regular than others.
 
     Raises:
-        InputError: missing, damaged, with other columns, or made to fill the memory.
+        InputError: missing, damaged, with other columns or impossible values, or made to fill the memory.
     """
     data = read_bytes(path, sha)
     try:
@@ -152,11 +152,7 @@ def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: in
 
 
 def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
-    """Read class_counts.parquet: classes 0 to C - 1 in order, each with a training image.
-
-    Raises:
-        InputError: missing, damaged, or not so.
-    """
+    """Read class_counts.parquet: classes 0 to C - 1 in order, each with a training image; raises as read_table()."""
     table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
     _refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
     _refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
@@ -165,11 +161,7 @@ def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
 
 
 def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
-    """Read confusion_pairs.parquet: ordered pairs of different classes, each once, with a count.
-
-    Raises:
-        InputError: missing, damaged, or not so.
-    """
+    """Read confusion_pairs.parquet: ordered pairs of different classes, each counted and once; raises as read_table()."""
     pair = ["true_class", "predicted_class"]
     table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
     for name in pair:

@@ -91,8 +91,8 @@ class ImageBatches(Resident):
         self._pixels = F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Random crops, flipped with probability 1/2, rotated by up to _MAX_ROTATION either way about the middle of the
-        crop: [B, channels, H, W] float32, channels last in memory.
+        """Random crops, mirrored with probability 1/2, rotated by up to _MAX_ROTATION either way about the middle:
+        [B, channels, H, W] float32, channels last in memory.
 
         Source of the rotation: torchvision's RandomRotation(15), nearest pixel, black corners.
         """

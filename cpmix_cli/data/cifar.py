@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import read_bytes, sha256
-from cpmix_cli.data.splits import Source, Split, check_labels
+from cpmix_cli.data.splits import Source, Split, check_labels, check_published
 from cpmix_cli.runtime.errors import InputError
 
 _SHAPE = (32, 32, 3)
@@ -118,11 +118,7 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
 def _from_archive(path: Path, published: CifarArchive) -> Source:
     """The set from the .tar.gz; nothing is unpacked to disk."""
     data = read_bytes(path, limit=_MAX_ARCHIVE)
-    if sha256(data) != published.sha256:
-        raise InputError(
-            f"{path} is not the published archive: its sha256 is {sha256(data)}, published is {published.sha256}",
-            fix="fetch it again, for example with --download",
-        )
+    check_published(path, "sha256", sha256(data), published.sha256)
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
 
         def member(name: str) -> bytes:
@@ -178,12 +174,7 @@ class _DataOnly(pickle.Unpickler):
 
 def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
     """Return a batch's dictionary; refuse bytes that are not the published ones, or hold more than data."""
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise InputError(
-            f"{what} is not the published file: its MD5 is {found}, published is {md5}",
-            fix="fetch the archive again, for example with --download",
-        )
+    check_published(what, "MD5", hashlib.md5(data, usedforsecurity=False).hexdigest(), md5)
     try:
         # latin1: the batches are Python 2 pickles.
         content: dict[str, Any] = _DataOnly(io.BytesIO(data), encoding="latin1").load()

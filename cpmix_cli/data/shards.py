@@ -89,24 +89,22 @@ class Shards:
             InputError: the image's shard is missing, too short or damaged there.
         """
         number, place = divmod(index, self.shard_images)
-        target = into.data.cast("B")
+        path, target = self.path(number), into.data.cast("B")
         done = 0
         try:
             descriptor = self._open(number)
-            while done < len(target):  # a network file system may give less than asked for
-                got = os.preadv(descriptor, [target[done:]], place * self._image_bytes + done)
-                if not got:
-                    break
+            # A network file system may return less than requested.
+            while got := os.preadv(descriptor, [target[done:]], place * self._image_bytes + done):
                 done += got
         except InputError as fault:
             raise InputError(fault.message, fix=REPAIR) from fault
         except OSError as fault:
-            raise InputError(f"cannot read {self.path(number)}: {fault.strerror or fault}", fix=REPAIR) from fault
-        if not self._verified[index]:
-            if done < len(target) or sha256(target).digest() != self.hashes[index].tobytes():
-                what = "is damaged" if done == len(target) else "ends before its end"
-                raise InputError(f"{self.path(number)}: image {index} of the {self.split} split {what}", fix=REPAIR)
-            self._verified[index] = 1
+            raise InputError(f"cannot read {path}: {fault.strerror or fault}", fix=REPAIR) from fault
+        if done < len(target):
+            raise InputError(f"{path}: image {index} of the {self.split} split ends before its end", fix=REPAIR)
+        if not self._verified[index] and sha256(target).digest() != self.hashes[index].tobytes():
+            raise InputError(f"{path}: image {index} of the {self.split} split is damaged", fix=REPAIR)
+        self._verified[index] = 1
 
     def load_all(self) -> Tensor:
         """All images in memory: uint8 [N, S, S, 3]; raises as read()."""

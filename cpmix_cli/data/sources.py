@@ -16,7 +16,7 @@ import numpy as np
 from cpmix_cli.artifacts.files import digest, read_bytes, sha256
 from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
-from cpmix_cli.data.splits import Source, Split
+from cpmix_cli.data.splits import Source, Split, check_published
 from cpmix_cli.runtime.errors import InputError
 
 _DOWNLOADS = Path("data/download")
@@ -140,11 +140,7 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
             content = file.read(_MAX_FASHION_FILE) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as fault:
         raise InputError(f"{path} is damaged: {fault}", fix="copy or fetch it again") from fault
-    if sha256(content) != sha:
-        raise InputError(
-            f"{path} is not the published file: its content has sha256 {sha256(content)}, published is {sha}",
-            fix="copy or fetch it again",
-        )
+    check_published(f"the content of {path}", "sha256", sha256(content), sha)
     return path, content
 
 

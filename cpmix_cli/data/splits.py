@@ -72,6 +72,15 @@ class Source:
     """Name of the user's folder: part of the data set's name."""
 
 
+def check_published(what: object, kind: str, found: str, published: str) -> None:
+    """Raise InputError if the hash of a file (`what`, of the `kind` sha256 or MD5) is not the published one."""
+    if found != published:
+        raise InputError(
+            f"{what} is not the published file: its {kind} is {found}, published is {published}",
+            fix="copy or fetch it again, for example with --download",
+        )
+
+
 def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
     """Raise InputError if one of labels [N] is not 0 to num_classes - 1."""
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)

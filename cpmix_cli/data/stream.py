@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 AHEAD_BYTES = 2**30
 """Most memory of prefetched images; the requested batch comes on top."""
-MAX_PREFETCHED = 10_000
-"""Most batches that are remembered; reached only if batches are never requested."""
 _AT_ONCE = 8
 """Images that a thread reads before it looks for the most urgent ones again."""
 PATIENCE_SECONDS = 1.0
@@ -82,11 +80,7 @@ class FileReader:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """Read the random resized crop, if there are uniforms and the recipe has one; else the test image's middle.
-
-        Raises:
-            InputError: the file is missing, or no image that can be decoded.
-        """
+        """Read the random resized crop, if there are uniforms and the recipe has one; else the test image's middle."""
         path = self._paths[index]
         try:
             image = self._seen(open_rgb(path, upright=self._upright), uniforms)
@@ -129,35 +123,27 @@ class StreamedBatches:
             job.dropped = True
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Augmented inputs of `indices` [B], uniforms [B, num_uniforms] float64: [B, channels, H, W] float32.
-
-        Raises:
-            InputError: an image is missing or damaged; the first in the batch.
-        """
+        """Return [B, channels, H, W] float32; raise InputError for the first image that is missing or damaged."""
         images = self._read(indices, uniforms)
         return self._maths.on(images).batch(_all_of(images), _sent(uniforms, self._target))
 
     def plain(self, indices: Tensor) -> Tensor:
-        """Inputs of `indices` [B] as for tests; raises as batch()."""
+        """As batch(), but as for tests."""
         images = self._read(indices, None)
         return self._maths.on(images).plain(_all_of(images))
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Start to read a batch that batch() or (without uniforms) plain() will request, after those prefetched before,
-        as soon as AHEAD_BYTES have room for it.
-        """
+        """Start to read a batch after those prefetched before, as soon as AHEAD_BYTES have room for it."""
         key = _key(indices, uniforms)
         if key not in self._ahead:
             self._ahead[key] = self._job(indices, uniforms)
-            if len(self._ahead) > MAX_PREFETCHED:
-                self._drop_first()
             self._begin()
 
     def _read(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
         """uint8 [B, height, width, channels] on the target."""
         key = _key(indices, uniforms)
-        while key in self._ahead and next(iter(self._ahead)) != key:
-            self._drop_first()
+        while key in self._ahead and (first := next(iter(self._ahead))) != key:
+            self._ahead.pop(first).dropped = True
         job = self._ahead.pop(key, None) or self._job(indices, uniforms)
         job.begin(urgent=True)
         self._begin()
@@ -174,9 +160,6 @@ class StreamedBatches:
             if used > AHEAD_BYTES:
                 return
             job.begin()
-
-    def _drop_first(self) -> None:
-        self._ahead.pop(next(iter(self._ahead))).dropped = True
 
 
 def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:

@@ -154,8 +154,8 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
     """Remove "table.key" from nested tables, for `without` in the file `path`."""
     *places, last = str(key).split(".")
     for place in places:
-        tables = tables.get(place, {}) if isinstance(tables, dict) else {}
-    if not isinstance(tables, dict) or last not in tables:
+        tables = _table(tables.get(place))
+    if last not in tables:
         raise UsageError(f'{path}: without: the recipe that it extends has no "{key}"', needed_by="--recipe")
     del tables[last]
 
@@ -164,14 +164,16 @@ def _function_faults(tables: dict[str, Any]) -> list[str]:
     """Faults of the functions that terms name and of their parameters, whatever other faults the tables have."""
     faults = []
     for stage in PHASES:
-        terms = tables[stage].get("terms") if isinstance(tables.get(stage), dict) else None
-        for name, term in terms.items() if isinstance(terms, dict) else []:
-            if isinstance(term, dict):
-                names = {kind: term[kind] for kind in TERM_KINDS if isinstance(term.get(kind), str)}
-                given = {key: value for key, value in term.items() if key not in TermRecipe.model_fields}
-                _, found = bind(names, given, {kind: known(kind) for kind in names}, TermRecipe.model_fields)
-                faults += [f"{stage}.terms.{name}.{line}" for line in found]
+        for name, term in _table(_table(tables.get(stage)).get("terms")).items():
+            names = {kind: key for kind in TERM_KINDS if isinstance(key := _table(term).get(kind), str)}
+            given = {key: value for key, value in _table(term).items() if key not in TermRecipe.model_fields}
+            _, found = bind(names, given, {kind: known(kind) for kind in names}, TermRecipe.model_fields)
+            faults += [f"{stage}.terms.{name}.{line}" for line in found]
     return faults
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _rescaled(recipe: Recipe, epochs: int) -> Recipe:

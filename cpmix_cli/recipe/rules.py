@@ -1,8 +1,7 @@
 """What goes with what in a recipe: keys of different tables, and what the functions that terms name need.
 
-A rule between keys is a line of RULES. What a function needs stands beside it, in NEEDS at the foot of its file; what
-it needs of a data set and of the machine is checked in training/checks.py. Keys that are idle without another key of
-their own table stand in that table (schema.Table).
+A rule between keys is a line of _RULES. The needs of a function are in NEEDS at the foot of its file; those that
+concern a data set or the machine are checked in training/checks.py. A schema.Table finds its keys without effect.
 """
 
 import json
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from cpmix_cli.recipe.schema import Recipe, TermRecipe
 
 
-class Rule(NamedTuple):
+class _Rule(NamedTuple):
     """A key with one of these values needs another key with one of those."""
 
     key: str
@@ -23,31 +22,31 @@ class Rule(NamedTuple):
     why: str = ""
 
 
-RESIZED = ["resized-crop-flip", "resized-crop-flip-jitter"]
-SEVERAL = range(2, 101)
-RULES = (
-    Rule("data.augment", RESIZED, "data.crop", range(1, 4097), "it resizes to that"),
-    Rule("data.crop", range(1, 4097), "data.augment", [*RESIZED, "none"]),
-    Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
-    Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
-    Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
-    Rule("optimizer.momentum", [0], "optimizer.nesterov", [False]),
-    Rule("optimizer.expert_rates", ["target-share"], "model.experts", SEVERAL),
-    Rule("finetune.momentum", [0], "finetune.nesterov", [False]),
-    Rule("finetune.head", ["routers"], "model.experts", SEVERAL),
-    Rule("finetune.head", ["routers"], "finetune.train", [["routers"], ["routers."]], "it trains nothing else"),
-    Rule("finetune.head", ["routers"], "finetune.terms.*.loss", ["routing"]),
-    Rule("evaluation.aggregate", ["targets", "test-time", "routed"], "model.experts", SEVERAL),
-    Rule("evaluation.aggregate", ["targets"], "model.head", ["linear"], "heads of one size say nothing of cosines"),
-    Rule("evaluation.aggregate", ["routed"], "finetune.head", ["routers"]),
-    Rule("evaluation.aggregate", ["mean", "targets", "test-time"], "evaluation.routing_threshold", [0.5]),
+_RESIZED = ["resized-crop-flip", "resized-crop-flip-jitter"]
+_SEVERAL = range(2, 101)
+_RULES = (
+    _Rule("data.augment", _RESIZED, "data.crop", range(1, 4097), "it resizes to that"),
+    _Rule("data.crop", range(1, 4097), "data.augment", [*_RESIZED, "none"]),
+    _Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
+    _Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
+    _Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
+    _Rule("optimizer.momentum", [0], "optimizer.nesterov", [False]),
+    _Rule("optimizer.expert_rates", ["target-share"], "model.experts", _SEVERAL),
+    _Rule("finetune.momentum", [0], "finetune.nesterov", [False]),
+    _Rule("finetune.head", ["routers"], "model.experts", _SEVERAL),
+    _Rule("finetune.head", ["routers"], "finetune.train", [["routers"], ["routers."]], "it trains nothing else"),
+    _Rule("finetune.head", ["routers"], "finetune.terms.*.loss", ["routing"]),
+    _Rule("evaluation.aggregate", ["targets", "test-time", "routed"], "model.experts", _SEVERAL),
+    _Rule("evaluation.aggregate", ["targets"], "model.head", ["linear"], "heads of one size say nothing of cosines"),
+    _Rule("evaluation.aggregate", ["routed"], "finetune.head", ["routers"]),
+    _Rule("evaluation.aggregate", ["mean", "targets", "test-time"], "evaluation.routing_threshold", [0.5]),
 )
 
 
 def unmet(recipe: Recipe) -> list[str]:
-    """Return what does not go together in a recipe whose tables are valid by themselves, a line each."""
+    """Return a line for each conflict in a recipe whose tables are valid by themselves."""
     faults = []
-    for key, values, other, allowed, why in RULES:
+    for key, values, other, allowed, why in _RULES:
         for place, value in _values(recipe, key):
             if value in values:
                 faults += _missing(recipe, f"{place} = {_shown(value)}", other, allowed, why)
@@ -67,7 +66,6 @@ def unmet(recipe: Recipe) -> list[str]:
 
 
 def _unmet_of_functions(recipe: Recipe, place: str, term: TermRecipe) -> Iterator[str]:
-    """Lines of unmet() for the functions of the term at `place`."""
     for what, needs in term.needs(place):
         for other, allowed in needs.keys.items():
             yield from _missing(recipe, what, other, allowed, needs.why)
@@ -85,7 +83,7 @@ def _unmet_of_functions(recipe: Recipe, place: str, term: TermRecipe) -> Iterato
 
 
 def _missing(recipe: Recipe, what: str, other: str, allowed: Sequence[object], why: str) -> list[str]:
-    """What `what` needs of another key and does not find, a line for each place of that key."""
+    """A line for each place of the key `other` without the value that `what` needs."""
     several = f"{allowed.start} or more" if isinstance(allowed, range) else " or ".join(map(_shown, allowed))
     return [
         f"{what} needs {place} = {several}, not {_shown(value)}{f': {why}' if why else ''}"
@@ -95,7 +93,7 @@ def _missing(recipe: Recipe, what: str, other: str, allowed: Sequence[object], w
 
 
 def _values(recipe: Recipe, key: str) -> list[tuple[str, Any]]:
-    """The places that a key stands for and their values; None where a table is missing."""
+    """The places and values of a key; None without its table."""
     found: list[tuple[str, Any]] = [("", recipe)]
     for part in key.split("."):
         if part == "*":

@@ -1,8 +1,7 @@
 """The recipe: everything that changes the numbers, as a strict TOML file.
 
-Loading knows every key and type and lists all faults at once; `--set`, `--epochs` and `--seed` are applied here, and
-what comes out is written beside each phase's output as a recipe that is itself valid. Where a run takes place
-(folders, device) is a flag and never stands in a recipe. Imports nothing heavy.
+The resolved recipe is written beside each phase's output and is itself valid. Folders and devices are flags and never
+keys of a recipe. Imports nothing heavy.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,17 +26,16 @@ MAX_BATCH = 1_000_000
 
 
 class Table(BaseModel):
-    """A TOML table: unknown keys are faults, no type is coerced but int to float, and inf and nan are no numbers."""
+    """A TOML table: unknown keys are faults, no type is coerced but int to float, inf and nan are no numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Key -> keys that say nothing while it has its default: refused then, and left out of a resolved recipe."""
+    """Key -> keys without effect while it has its default: refused then, and left out of a resolved recipe."""
     _quiet: ClassVar[tuple[str, ...]] = ()
-    """Keys that a resolved recipe leaves out while they have their defaults: runs that are older than the key stay what
-    they are."""
+    """Keys that a resolved recipe leaves out at their defaults: runs older than the key keep their recipe."""
 
     def _given(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that have another value than their default."""
+        """The keys that differ from their defaults."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
     @model_validator(mode="after")
@@ -62,21 +60,19 @@ class Data(Table):
     augment: Literal[
         "resized-crop-flip-jitter", "resized-crop-flip", "crop-flip-rotate", "crop-flip", "crop", "none"
     ] = "crop-flip"
-    """Training augmentation. crop: random, from `padding` pixels of black. resized-crop: of 8 to 100 % of the image,
-    3:4 to 4:3 in shape, resized to `crop`. flip: left for right, every other time. rotate: up to 15 degrees. jitter:
-    brightness, contrast and saturation by up to 40 %."""
+    """Training augmentation. crop: random, after padding. resized-crop: 8 to 100 % of the image, 3:4 to 4:3 in shape,
+    resized to `crop`. flip: mirrored with probability 1/2. rotate: up to 15 degrees. jitter: brightness, contrast and
+    saturation by up to 40 %."""
     padding: int = Field(default=4, ge=0, le=1024)
     """Black pixels on each side before the crop."""
     crop: int = Field(default=0, ge=0, le=4096)
-    """Side of the square that the network sees: resized crops in training, the middle of the image in tests; 0: all of
-    the image."""
+    """Side of the square that the network sees: a resized crop in training, the middle in tests; 0: the whole image."""
     normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
-    """Mean and deviation a channel: the published ones of CIFAR-10, ImageNet or iNaturalist, the training set's own, or
-    0 and 1."""
+    """Mean and deviation per channel: those published of a data set, the training set's own, or 0 and 1."""
     _quiet: ClassVar[tuple[str, ...]] = ("crop",)
 
     def input_shape(self, shape: Sequence[int]) -> list[int]:
-        """What the network sees of images (H, W, channels) or points (D,) of `shape`."""
+        """Return the network's input shape for images (H, W, channels) or points (D,) of `shape`."""
         return [self.crop, self.crop, shape[2]] if self.crop and len(shape) == 3 else list(shape)
 
 
@@ -86,32 +82,30 @@ class Model(Table):
     name: str = "resnet32"
     """A key of models.MODELS."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Forward and backward; auto is bf16 autocast where the processor has it, resolved when stage 1 starts."""
+    """Of forward and backward; auto is bf16 autocast if the processor has it, resolved when stage 1 starts."""
     head: Literal["linear", "cosine"] = "linear"
-    """cosine: `head_scale` times the cosine of feature and class vector, without bias (LDAM's NormedLinear)."""
+    """cosine: scaled cosine of feature and class vector, without bias (LDAM's NormedLinear)."""
     head_scale: float = Field(default=30.0, gt=0)
-    """Of a cosine head."""
+    """Scale s of the cosine head: logits = s * cos(feature, class vector)."""
     head_bias: Literal["drawn", "rare"] = "drawn"
     """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
     experts: int = Field(default=1, ge=1, le=100)
-    """Branches of the network, each with a head of its own; the logits are their mean."""
+    """Branches of the network, each with its own head; the logits are their mean."""
     shared_stages: int = Field(default=1, ge=1)
-    """Stages that all experts share, after the stem; the rest each has for itself. RIDE has 1 on the CIFAR networks,
-    which have three, and 2 on torchvision's."""
+    """Stages after the stem that all experts share. RIDE: 1 of the 3 of CIFAR networks, 2 of torchvision's 4."""
     expert_width: float = Field(default=1.0, gt=0, le=1)
-    """Channels of an expert's own stages, as a share of the network's."""
+    """Channels of an expert's own stages, relative to the network's."""
     expert_layout: Literal["loop"] = "loop"
-    """The one layout: experts one after the other. Recipes of earlier runs name it."""
+    """The only layout: experts run one after the other. Recipes of earlier runs name it."""
     detached_experts: bool = False
-    """Experts after the first learn on the shared stages without moving them (ACE, which does not say)."""
+    """Gradients of experts after the first do not reach the shared stages (ACE, whose paper leaves it open)."""
     init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
-    """File of published weights that stage 1 has to start from, by its publisher's name, which ends in the first digits
-    of its sha256 (torchvision's resnet152-394f9c45.pth): `train-stage1 --init` gives it, as import-weights made it. "":
-    from fresh weights, or any that --init names."""
+    """Published weights that `train-stage1 --init` must give, after import-weights: the file name, which ends in the
+    first digits of its sha256 (resnet152-394f9c45.pth). "": fresh weights, or any that --init names."""
     frozen: list[str] = []
-    """Modules that no phase trains, by name (layer1, layer4.0); batch norm there keeps its statistics."""
+    """Names of modules that no phase trains (layer1, layer4.0); their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
-    """With several ranks, batch norm looks at the images of all of them; else each rank at its own."""
+    """Batch norm uses the images of all ranks, not only of its own."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -127,7 +121,7 @@ class Model(Table):
 
 
 class ParameterGroup(Table):
-    """Parameters whose name starts with `prefix` get their own settings; the first matching group counts."""
+    """Settings of the parameters whose name starts with `prefix`; the first matching group counts."""
 
     prefix: str
     lr_factor: float = Field(default=1.0, ge=0, le=1e6)
@@ -147,12 +141,11 @@ class Optimizer(Table):
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
     """Of a step, over all ranks."""
     micro_batches: int = Field(default=1, ge=1, le=10_000)
-    """Parts that each rank takes its share of the batch in, one after the other, gradients added up: less memory; batch
-    norm sees a part."""
+    """Parts of a rank's share of the batch, run one after the other to save memory; batch norm sees one part."""
     groups: list[ParameterGroup] = []
     expert_rates: Literal["equal", "target-share"] = "equal"
-    """Of the experts' own parameters; target-share: lr times the share of the training images that are of the classes
-    which the expert answers for (ACE)."""
+    """Learning rate of the experts' own parameters; target-share: lr times the share of the training images whose
+    classes the expert answers for (ACE)."""
     _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
 
 
@@ -167,11 +160,11 @@ class Schedule(Table):
     """Epoch e (from 1) runs at lr * min(1, e / warmup_epochs)."""
     kind: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: list[float] = []
-    """Multistep: each epoch later than a milestone has one more factor `decay`; may lie beyond the end."""
+    """multistep: epochs after a milestone have one more factor `decay`; milestones may lie beyond the end."""
     decay: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 0.01
-    """The same at each milestone, or one for each."""
+    """One factor for all milestones, or one for each."""
     rescaled_from: int = Field(default=0, ge=0)
-    """Epochs before --epochs changed them; 0 where it did not."""
+    """Epochs before --epochs changed them; 0 if it did not."""
 
 
 class Confusion(Table):
@@ -180,14 +173,14 @@ class Confusion(Table):
     start_epoch: int = Field(default=1, ge=1)
     """First epoch (from 1) whose errors count."""
     decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor on all counts at the start of each epoch; 1 accumulates for ever, as the paper does."""
+    """Factor on all counts at the start of each epoch; 1 as in the paper."""
     source: Literal["train"] = "train"
-    """The one source: errors on the natural training batch of every step. Recipes of earlier runs name it."""
+    """The only source: errors on the natural training batch of every step. Recipes of earlier runs name it."""
     predictions: Literal["ensemble"] = "ensemble"
-    """The one kind: errors of the experts' mean. Recipes of earlier runs name it."""
+    """The only kind: errors of the experts' mean. Recipes of earlier runs name it."""
     refresh: Literal["step", "epoch"] = "step"
-    """Partner classes are drawn from the counts through the step before, or from those at the beginning of the epoch:
-    then all images of an epoch are known when it begins, and are read ahead from disk."""
+    """Partner classes are drawn from the counts up to the previous step, or from those at the start of the epoch: then
+    images can be prefetched from disk."""
     _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
 
 
@@ -212,28 +205,28 @@ class TermRecipe(Table):
     partner: str | None = None
     """A key of mixing.BATCH_PARTNERS or CLASS_PARTNERS; none leaves the batch unmixed."""
     match: str | None = None
-    """A key of mixing.MATCHES: which image of the batch each partner goes with; none: its own."""
+    """A key of mixing.MATCHES: which image of the batch each partner is mixed with; none: its own."""
     match_power: float = Field(default=1.0, ge=0)
-    """Epoch e of E matches with probability (e / E) ** match_power; otherwise its partners go with their own."""
+    """Epoch e of E matches with probability (e / E) ** match_power; otherwise partners stay with their own image."""
     ratio: str | None = None
     alpha: float | None = Field(default=None, gt=0)
-    """The draws behind the ratio are Beta(alpha, alpha)."""
+    """The ratio is drawn from Beta(alpha, alpha)."""
     per_sample: bool = False
-    """A mixing ratio for each image and not one for the batch."""
+    """Draw one ratio per image, not per batch."""
     mix: str | None = None
     label: str | None = None
     probability: float = Field(default=1.0, gt=0, le=1)
-    """Of a batch being mixed; otherwise it goes unmixed."""
+    """Probability that a batch is mixed."""
     unmixed_first: float = Field(default=0.0, ge=0)
-    """Epochs at the beginning whose batches all go unmixed."""
+    """First epochs, in which no batch is mixed."""
     unmixed_last: float = Field(default=0.0, ge=0)
-    """The same at the end."""
+    """Last epochs, in which no batch is mixed."""
     loss: str = "cross-entropy"
-    """A key of losses.LOSSES, of each expert and summed; or of losses.ENSEMBLE_LOSSES."""
+    """A key of losses.LOSSES, summed over the experts; or of losses.ENSEMBLE_LOSSES."""
     regulariser: str | None = None
-    """A key of losses.REGULARISERS: what is added once, whatever the labels are."""
+    """A key of losses.REGULARISERS, added once and without labels."""
     teacher: str | None = None
-    """A key of losses.DISTILLATIONS: what is learnt of the network that `train-stage1 --teacher RUN` names."""
+    """A key of losses.DISTILLATIONS, towards the network that `train-stage1 --teacher RUN` names."""
     reweight: str | None = None
     """A key of losses.CLASS_WEIGHTS."""
     reweight_after: float = Field(default=0.0, ge=0)
@@ -252,35 +245,31 @@ class TermRecipe(Table):
 
     @property
     def is_gated(self) -> bool:
-        """Some batches of the term go unmixed."""
+        """Whether some batches of the term are not mixed."""
         return self.probability < 1 or self.unmixed_first > 0 or self.unmixed_last > 0
 
     @property
     def functions(self) -> dict[str, str]:
-        """Kind -> name of each function named."""
+        """Kind -> name of each function that the term names."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The keys that belong to the functions named."""
+        """Keys that are parameters of these functions."""
         return dict(self.__pydantic_extra__ or {})
 
     def needs(self, place: str) -> Iterator[tuple[str, Needs]]:
-        """What the functions named need, each with its own words: 'stage1.terms.erm.loss = "ldam"'.
-
-        Args:
-            place: of the term in the recipe.
-        """
+        """Yield ('stage1.terms.erm.loss = "ldam"', its needs) for each function of the term, which is at `place`."""
         for kind, name in self.functions.items():
             yield f'{place}.{kind} = "{name}"', needs_of(kind, name)
 
 
 class Stage(Table):
-    """What a training stage minimises: the sum of its terms."""
+    """The objective of a training stage: the sum of its terms."""
 
     terms: dict[str, TermRecipe]
     forward: Literal["joint", "separate"] = "joint"
-    """All terms in one forward (batch norm sees them together), or each in its own."""
+    """One forward for all terms (batch norm sees them together), or one for each."""
 
     @model_validator(mode="after")
     def _has_terms(self) -> "Stage":
@@ -299,12 +288,12 @@ class Finetune(Stage):
     weight_decay: float = Field(default=0.0, ge=0)
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
     kind: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the rate; cosine falls to 0 over the steps."""
+    """Schedule of the learning rate; cosine falls to 0 over the steps."""
     head: Literal["keep", "reinit", "scale", "routers"] = "keep"
-    """Start from the trained head, from a fresh one (cRT), put a learnable scale a class behind it (LWS), or add
-    routers that choose how many experts an image gets (RIDE)."""
+    """keep: the trained head. reinit: a fresh one (cRT). scale: a learnable scale per class behind it (LWS). routers:
+    choose how many experts an image gets (RIDE)."""
     router_top: int = Field(default=30, ge=1, le=10_000)
-    """Largest logits that routers look at."""
+    """Number of largest logits that routers see."""
     train: list[str] = Field(default=["head"], min_length=1)
     """Parameter-name prefixes that are trained."""
     groups: list[ParameterGroup] = []
@@ -318,18 +307,18 @@ class Evaluation(Table):
 
     batch_size: int = Field(default=500, ge=1, le=MAX_BATCH)
     aggregate: Literal["mean", "targets", "test-time", "routed"] = "mean"
-    """How the experts' logits become one: their mean; targets: each head scaled to the first one's size, and for each
-    class the mean over the experts that answer for it (ACE); test-time: with weights under which predictions of two
-    views of a test image agree, learnt without labels by `evaluate` (SADE), else their mean; routed: the mean of the
-    first ones, as many as the routers say (RIDE), else of all."""
+    """How the experts' logits are combined. mean. targets: heads scaled to the first one's size, then for each class
+    the mean of the experts that answer for it (ACE). test-time: weights under which predictions of two views of a test
+    image agree, learnt without labels by `evaluate` (SADE). routed: mean of as many experts as the routers choose
+    (RIDE)."""
     routing_threshold: float = Field(default=0.5, ge=0, le=1)
-    """A router's chance above which an image goes on to the next expert."""
+    """An image goes to the next expert if the router's probability exceeds this."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits, for calibration; to be chosen on held-out images."""
+    """Divides the logits, for calibration; choose it on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=100)
-    """tau of the post-hoc logit adjustment, z - tau log(class frequency); 0 leaves the logits."""
+    """tau of the post-hoc logit adjustment: z - tau log(class frequency)."""
     tau_norm: float = Field(default=0.0, ge=0, le=100)
-    """Exponent of the norm that each class vector of a linear head is divided by; 0 leaves them."""
+    """Each class vector of a linear head is divided by its norm to the power of this."""
 
 
 class Recipe(Table):
@@ -347,7 +336,7 @@ class Recipe(Table):
     evaluation: Evaluation = Evaluation()
 
     def terms(self, *, idle: bool = False) -> Iterator[tuple[str, TermRecipe]]:
-        """All terms that count and, if asked for, idle ones of weight 0, with their places such as stage1.terms.erm."""
+        """Yield terms with their places such as stage1.terms.erm; those of weight 0 only if `idle`."""
         for table in ("stage1", "stage2", "finetune"):
             stage: Stage | None = getattr(self, table)
             for name, term in stage.terms.items() if stage is not None else ():
@@ -356,16 +345,17 @@ class Recipe(Table):
 
     def epochs_of(self, phase: str) -> int:
         """Epochs of a training phase; 0 if the recipe lacks it."""
+        if phase == "finetune":
+            return self.finetune.epochs if self.finetune else 0
         stage1 = self.schedule.stage1_epochs
-        of_finetune = self.finetune.epochs if self.finetune else 0
-        return {"stage1": stage1, "stage2": self.schedule.epochs - stage1, "finetune": of_finetune}[phase]
+        return {"stage1": stage1, "stage2": self.schedule.epochs - stage1}[phase]
 
     def tables(self) -> dict[str, Any]:
-        """Plain nested dictionaries, as TOML and JSON hold them."""
+        """The recipe as plain nested dictionaries."""
         return self.model_dump(exclude_none=True)
 
     def tables_of(self, phase: str) -> dict[str, Any]:
-        """The tables that a phase's numbers depend on."""
+        """The tables that a phase depends on."""
         tables = self.tables()
         return {name: tables[name] for name in PHASE_TABLES.get(phase, ("evaluation",)) if name in tables}
 

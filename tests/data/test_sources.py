@@ -92,7 +92,7 @@ def test_other_bytes_are_refused_before_anything_is_unpickled(batches: dict[str,
     canary = pickle.dumps(Canary(tmp_path / "alive"), protocol=2)
     _, archive = published({**batches, "batches.meta": canary})
     (tmp_path / layout.archive).write_bytes(archive)
-    with pytest.raises(InputError, match="is not the published archive: its sha256 is"):
+    with pytest.raises(InputError, match="is not the published file: its sha256 is"):
         cifar.read([tmp_path], layout)
     (tmp_path / layout.archive).unlink()
     folder = tmp_path / layout.folder

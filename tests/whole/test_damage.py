@@ -475,9 +475,7 @@ def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
         for name in ("../outside", "/tmp/cpmix-outside", "cifar-100-python/train"):
             packed.add(tmp_path / "evil", name)
     before = files(tmp_path)
-    refused(
-        3, "is not the published archive", "build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "out"
-    )
+    refused(3, "is not the published file", "build-lt", "cifar100", "--data-root", tmp_path, "--out", tmp_path / "out")
     assert files(tmp_path) == before
     assert not Path("/tmp/cpmix-outside").exists()
 
