@@ -161,7 +161,7 @@ def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
 
 
 def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
-    """Read confusion_pairs.parquet: ordered pairs of different classes, each counted and once; raises as read_table()."""
+    """Read confusion_pairs.parquet: ordered pairs of different classes, each once; raises as read_table()."""
     pair = ["true_class", "predicted_class"]
     table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
     for name in pair:
