@@ -50,11 +50,10 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor |
 
 
 def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, ratio: float) -> Tensor:
-    """Test images of each class [C] of a long-tailed test set, as many as the balanced one allows.
+    """Test images of each class [C] of a long-tailed test set, as many as the balanced one of num_test [C] allows.
 
     Args:
         class_counts: training images per class [C], which give the order.
-        num_test: test images there are [C].
         distribution: "forward", the class with most training images has most test images; "backward", the fewest.
         ratio: of the largest class to the smallest.
 

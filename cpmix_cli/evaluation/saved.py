@@ -56,15 +56,13 @@ def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
         InputError: the evaluation in the folder named `own` is damaged; of another that is, a warning tells.
     """
     rows = []
-    for path in sorted(evaluations.glob(f"*/{files.RUN}"), key=lambda p: _place(p.parent.name)):
+    for folder in sorted((path.parent for path in evaluations.glob(f"*/{files.RUN}")), key=_place):
         try:
-            n = read_numbers(path.parent)
+            rows.append(accuracy_row(folder.name, read_numbers(folder)))
         except InputError as fault:
-            if path.parent.name == own:
+            if folder.name == own:
                 raise
             console.warn(f"left out: {fault.message}")
-            continue
-        rows.append(accuracy_row(path.parent.name, n))
     return rows
 
 
@@ -112,6 +110,6 @@ def read_numbers(evaluation: Path) -> EvaluationNumbers:
     return records.checked(path, EvaluationNumbers, numbers)
 
 
-def _place(name: str) -> tuple[int, str]:
-    phase = name.split("-")[0]
-    return (PHASES.index(phase) if phase in PHASES else len(PHASES), name)
+def _place(folder: Path) -> tuple[int, str]:
+    phase = folder.name.split("-")[0]
+    return (*PHASES, phase).index(phase), folder.name

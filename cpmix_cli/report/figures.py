@@ -1,9 +1,9 @@
 """The panels that figures are made of, and the figures of confusion-report; paper_figures.py has the paper's.
 
 Everywhere `matrix` has the test images of true class (row) predicted as (column) [C, C], `class_counts` the training
-images [C], `class_names` C names. Classes stand in the order of their training images, most first. The colour map is
-viridis reversed (perceptually uniform, colour-blind safe); a cell without images is white, so zero differs from little.
-Equal arrays give equal bytes.
+images [C], `class_names` C names, and `axes` is where to draw. Classes stand in the order of their training images,
+most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without images is
+white, so zero differs from little. Equal arrays give equal bytes.
 """
 
 import io
@@ -76,20 +76,15 @@ def by_count(class_counts: Array) -> Array:
 
 def consolidated(matrix: Array, class_counts: Array) -> Array:
     """Test images summed over ten groups of neighbouring classes [G, G]."""
-    parts = _neighbours(class_counts)
+    parts, _ = _neighbours(class_counts)
     return np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
 
 
-def _neighbours(class_counts: Array) -> list[Array]:
-    """Class ids in groups of (nearly) equal size along the classes by training images; at most one a class."""
-    order = by_count(class_counts)
-    return np.array_split(order, min(_NUM_GROUPS, len(order)))
-
-
-def _range_labels(class_counts: Array, parts: Sequence[Array]) -> list[str]:
-    """Each group by the training images of its classes: "500 to 310"."""
-    ends = [(int(class_counts[part].max()), int(class_counts[part].min())) for part in parts]
-    return [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
+def _neighbours(class_counts: Array) -> tuple[list[Array], list[str]]:
+    """Class ids in (nearly) equal groups, at most one a class, and the training images of each: "500 to 310"."""
+    parts = np.array_split(by_count(class_counts), min(_NUM_GROUPS, len(class_counts)))
+    ends = [(class_counts[part[0]], class_counts[part[-1]]) for part in parts]
+    return parts, [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
 
 
 def row_percent(matrix: Array) -> Array:
@@ -141,7 +136,6 @@ def draw_matrix(
     """Coloured cells, zero ones white; of a matrix too large for that, blocks in the colour of their largest value.
 
     Args:
-        axes: where.
         matrix: of true classes (rows) and predicted ones (columns), or of groups of them, in their order.
         names: tick -> label, on both axes.
         number: value -> what stands in its cell; None: nothing.
@@ -176,7 +170,7 @@ def draw_grouped(
     without a norm by count_norm() of these cells.
     """
     cells = consolidated(matrix, class_counts)
-    names = dict(enumerate(_range_labels(class_counts, _neighbours(class_counts))))
+    names = dict(enumerate(_neighbours(class_counts)[1]))
     norm, what = norm or count_norm(cells), "class, by its training images"
     return draw_matrix(axes, cells, names, "{:,}".format, norm, transposed=transposed, fontsize=fontsize, what=what)
 
@@ -193,19 +187,15 @@ def draw_accuracies(
 ) -> None:
     """Mean accuracies of ten groups of neighbouring classes, before bars of their mean number of training images.
 
-    Args:
-        axes: where.
-        class_names: written where each class is a group of its own.
-        class_counts: of training images.
-        lines: per cent [C] of each line, NaN where a class has no test image; and the style of the line.
+    A line is per cent [C], NaN where a class has no test image, and its style. Up to ten classes are named.
     """
-    parts = _neighbours(class_counts)
+    parts, labels = _neighbours(class_counts)
     place = np.arange(len(parts))
     for accuracy, style in lines:
-        means = [np.nan if np.isnan(accuracy[p]).all() else np.nanmean(accuracy[p]) for p in parts]
-        axes.plot(place, np.array(means), clip_on=False, **style)
-    single = len(parts) == len(class_counts)
-    labels = [class_names[part[0]] for part in parts] if single else _range_labels(class_counts, parts)
+        means = np.array([np.nan if np.isnan(accuracy[p]).all() else np.nanmean(accuracy[p]) for p in parts])
+        axes.plot(place, means, clip_on=False, **style)
+    if single := len(parts) == len(class_counts):
+        labels = [class_names[part[0]] for part in parts]
     axes.set_xticks(place, labels, rotation=turn(labels))
     axes.set_xlabel("class" if single else "class, by its training images")
     axes.set_ylabel("accuracy (%)")
@@ -305,7 +295,7 @@ def confusion_heat_map(
     size = len(order)
     numbered = size <= MAX_NUMBERS
     side = 6.5 if numbered else min(16.0, 7 + 0.08 * size)
-    figure, axes = _one_panel(side * 1.12, side)
+    figure, axes = _one_panel(side * 1.12, side, f"{title}\n")  # a line for the names of groups
     percent, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
     named, dense = size <= _MAX_NAMES, 20 < size <= _MAX_NAMES
     names = {t: class_names[order[t]] if named else f"{t + 1}" for t in range(0, size, 1 if named else 50)}
@@ -319,22 +309,20 @@ def confusion_heat_map(
             axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
         middle = first + (count - 1) / 2
         axes.annotate(group, (middle, -0.5), (0, 4), textcoords="offset points", ha="center", va="bottom")
-    axes.set_title(title, pad=24)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=PERCENT_TICKS)
     bar.set_label("% of the true class's test images (white: none)")
     return figure
 
 
-def _one_panel(width: float, height: float) -> tuple[Figure, Axes]:
+def _one_panel(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(title=title)
 
 
 def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figure:
     """The matrix in ten groups of neighbouring classes, see draw_grouped(). Paper: Fig. 3(a, b), 4(a)."""
-    figure, axes = _one_panel(7.2, 6.4)
+    figure, axes = _one_panel(7.2, 6.4, title)
     image = draw_grouped(axes, matrix, class_counts, transposed=False, fontsize=9)
-    axes.set_title(title)
     add_count_bar(figure, image, axes, shrink=0.8)
     return figure
 
@@ -343,25 +331,23 @@ def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Arra
     """Accuracy of classes before their training images: means of ten groups, above dots of the classes in them.
     Paper: Fig. 4(b, c).
     """
-    figure, axes = _one_panel(9, 4.8)
+    figure, axes = _one_panel(9, 4.8, title)
     accuracy, size = percent_right(matrix), len(class_counts)
     draw_accuracies(axes, class_names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})])
     if size > _NUM_GROUPS:
         place = (np.arange(size) + 0.5) * _NUM_GROUPS / size - 0.5
         axes.plot(place, accuracy[by_count(class_counts)], ".", color="C0", alpha=0.45, markersize=4)
         axes.set_xlabel("class, by its training images (dots: classes; line: means of ten groups)")
-    axes.set_title(title)
     return figure
 
 
 def confusion_histogram(matrix: Array, *, title: str) -> Figure:
     """How many ordered pairs of classes have which confusion value; the title counts zeros. Paper: Fig. 3(c)."""
-    figure, axes = _one_panel(7, 4.2)
-    draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     values = confusion_values(matrix)
     zeros, largest = int((values == 0).sum()), values.max(initial=0)
     told = f"largest {largest:.0f} %" if largest > 0 else "no confusion"
-    axes.set_title(f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {told}")
+    figure, axes = _one_panel(7, 4.2, f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {told}")
+    draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     return figure
 
 
@@ -371,10 +357,9 @@ def decision_regions(
     """What a classifier of the plane predicts where, under training points: see draw_regions() and draw_points().
     Paper: Fig. 2(b-d).
     """
-    figure, axes = _one_panel(6.4, 6.6)
+    figure, axes = _one_panel(6.4, 6.6, title)
     draw_regions(axes, axis, grid_classes)
     draw_points(axes, points, labels, class_names, size=7)
-    axes.set_title(title)
     handles: list[Any] = figure.legend(loc="outside lower center", ncols=4, frameon=False).legend_handles
     for handle in handles:  # a common class's points are too small to tell their marker
         handle.set(sizes=[30], alpha=1)

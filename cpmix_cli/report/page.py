@@ -74,10 +74,9 @@ def render_page(
     """The page as HTML text; every word of the data is escaped.
 
     Args:
-        title: also the heading.
-        runs: the run, and those that it is compared with.
-        class_names: of C classes.
-        notes: below the accuracies.
+        title, notes: above and below the accuracies.
+        runs: the run, and those that it is compared with, all of C classes.
+        class_names: of these.
         accuracy: one row per evaluation.
         pairs: see pairs.confused_pairs(), of all runs.
         named_pairs: the first of them as they are to be read, for those without scripts.

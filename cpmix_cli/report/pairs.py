@@ -58,12 +58,9 @@ def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 100) -> dict[str, Any]:
-    """How the confusion pairs of training foretell those of the test.
+    """How the confusion pairs CP of training, K [C, C], foretell those of the test, from test images [C, C].
 
-    Args:
-        confusions: K, the multiset CP as counts [C, C], diagonal zero.
-        matrix: test images [C, C], diagonal ignored.
-        num_top: of the most confused ordered test pairs, at most so many are looked up in CP.
+    Of the most confused ordered test pairs at most num_top are looked up in CP.
 
     Returns:
         num_pairs: ordered pairs that CP has; num_top, top_in_training: those looked up and found; num_classes: those

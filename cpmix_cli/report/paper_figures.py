@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -133,8 +134,7 @@ def toy_example(
     The paper's panels have the paper's letters; (f), the regions under pairs that were collected, is not in it.
 
     Args:
-        train: points [N, 2] and labels [N] that the regions were learnt from.
-        test: points and labels.
+        train, test: points [N, 2] and labels [N]; the regions were learnt from those of train.
         axis: coordinates of the regions in both directions [G].
         regions: of ERM, Mixup, fixed pairs and CP-Mix, the class at (row of y, column of x) [G, G].
         shown: the run of each of these methods whose regions they are.
@@ -186,13 +186,12 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
     """Means over seeds as lines, plus and minus a standard deviation as bands."""
     rhos = sorted({result.rho for result in results})
     for method in dict.fromkeys(result.method for result in results):
-        of_rho = {rho: [value(r) for r in results if (r.method, r.rho) == (method, rho)] for rho in rhos}
-        seeds = {rho: values for rho, values in of_rho.items() if values}
-        means = np.array([np.mean(v) for v in seeds.values()])
-        spread = np.array([np.std(v, ddof=1) if len(v) > 1 else np.nan for v in seeds.values()])
+        values = pd.Series([value(r) for r in results if r.method == method])
+        seeds = values.groupby([r.rho for r in results if r.method == method])
+        means, spread = seeds.mean(), seeds.std()
         style = METHOD_STYLES[method]
-        axes.plot(list(seeds), means, **style)
-        axes.fill_between(list(seeds), means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
+        axes.plot(means.index, means, **style)
+        axes.fill_between(means.index, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
     axes.xaxis.set_minor_locator(NullLocator())

@@ -79,8 +79,7 @@ def read_about(path: Path) -> About | None:
     Raises:
         UsageError: keys or types are wrong; all faults are listed.
     """
-    table = read_tables(path).get("about")
-    if table is None:
+    if (table := read_tables(path).get("about")) is None:
         return None
     try:
         return About.model_validate(table)
@@ -115,14 +114,9 @@ class Recognised:
 
 
 def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
-    """Compare a resolved recipe with all that come with cpmix, at its epochs and rho. Only what the phase depends on
-    counts, and neither the seed nor the precision; the rest of the recipe tells those apart that are equal in it.
-
-    Args:
-        recipe: as recorded.
-        phase: whose checkpoint it is.
-        family: folder of the recipes for its data set, which come first.
-        rho: of the data set.
+    """Compare a recorded recipe with all that come with cpmix, at its epochs and rho; those in the folder `family` come
+    first. Only what the phase depends on counts, and neither the seed nor the precision; the rest of the recipe tells
+    those apart that are equal in it.
     """
     known = _known_settings(recipe.schedule.epochs, rho)
     counted = (*PHASE_TABLES[phase], "evaluation")
