@@ -203,23 +203,19 @@ class ReferenceLoop(TimedLoop):
     (TF32), the loss read at every step.
     """
 
-    _PREFETCH = 2  # batches a worker makes ahead, the loader's default
-
     def __init__(self, data: PilImages, model: Classifier, batch_size: int, num_workers: int) -> None:
         super().__init__(next(model.parameters()).device)
         self._data = data
         self._model = model.train()
         self._optimizer = torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9, weight_decay=2e-4)
-        self._batch_size = batch_size
-        self._num_workers = num_workers
+        self._batch_size, self._num_workers = batch_size, num_workers
         self._batches: Iterator[Any] = iter(())
-        self._accuracies: list[Tensor] = []
 
     def timed(self, num_steps: int) -> tuple[float, int]:
         """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
         slow the other loops.
         """
-        ahead = self._num_workers * self._PREFETCH
+        ahead = self._num_workers * 2  # each worker makes two, the loader's default
         # As many batches follow as are made ahead, so that the workers are busy to the end.
         num_samples = (num_steps + 2 * ahead) * self._batch_size
         generator = torch.Generator().manual_seed(0)
@@ -244,7 +240,6 @@ class ReferenceLoop(TimedLoop):
             cudnn.benchmark, cudnn.conv.fp32_precision = own  # type: ignore[attr-defined]
 
     def take(self, num_steps: int) -> int:
-        images = 0
         for _ in range(num_steps):
             x, labels = next(self._batches)
             x, labels = x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -252,9 +247,8 @@ class ReferenceLoop(TimedLoop):
             loss = F.cross_entropy(logits, labels)
             loss.item()
             top5 = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-            self._accuracies = [100 * right.float().sum() / len(x) for right in (top5[:, :1], top5)]
+            _accuracies = [100 * right.float().sum() / len(x) for right in (top5[:, :1], top5)]
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
-            images += len(x)
-        return images
+        return num_steps * self._batch_size

@@ -388,7 +388,6 @@ def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str,
 
 def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
     """Three parts: measured, assumed, projected; or the JSON object."""
-    hours = "GPU-hours" if fields["device_type"] == "cuda" else "rank-hours"
     assumed, projected = fields["assumed"], fields["projected"]
     totals, steps = [], []
     for entry in projected:
@@ -407,7 +406,8 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
                         f"{step['disk_bytes_per_second_and_machine'] / _MB:,.0f}",
                     ]
                 )
-    totals_header = (">ranks", "images", *(f">{phase}" for phase in num_terms), ">together", f">{hours}")
+    hours = ">GPU-hours" if fields["device_type"] == "cuda" else ">rank-hours"
+    totals_header = (">ranks", "images", *(f">{phase}" for phase in num_terms), ">together", hours)
     steps_header = (
         *(">ranks", "images", "phase", ">a rank", ">steps", ">device ms", ">input ms", ">link ms", "limit"),
         *(">cores wanted", ">MB sent", ">disk GB", ">MB/s"),
@@ -430,9 +430,8 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
         "",
     ]
     for kept, first in fields["runs_out_first"].items():
-        runs_out = f"nothing but the device, with up to {_ranks(projected[-1])}"
-        if first is not None:
-            runs_out = f"the {first['limit']}, with {_ranks(first)} in {first['phase']}"
+        limit = first and f"the {first['limit']}, with {_ranks(first)} in {first['phase']}"
+        runs_out = limit or f"nothing but the device, with up to {_ranks(projected[-1])}"
         lines.append(f"runs out first with images {_PLACES[kept]}: {runs_out}")
     for entry in projected:
         phases = next(iter(entry["images"].values()))["phases"]

@@ -13,8 +13,7 @@ from cpmix_cli.recipe.schema import Optimizer
 
 _EPOCHS = 5
 _BATCH = 128
-_LEAST_WEIGHT = 0.05
-"""Below it for any expert the learning of weights ends: what follows is a collapse on the others."""
+_LEAST_WEIGHT = 0.05  # below it for any expert learning ends: what follows is a collapse on the others
 
 
 def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -31,21 +30,19 @@ def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torc
     return chosen[rank[chosen] < profile[labels[chosen]]]
 
 
-def learn_expert_weights(
-    views: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    chosen: Tensor,
-    num_experts: int,
-    recipe: Optimizer,
-    seed: int,
-) -> Tensor:
+Views = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C]."""
+
+
+def learn_expert_weights(views: Views, chosen: Tensor, num_experts: int, recipe: Optimizer, seed: int) -> Tensor:
     """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most. No label
     is looked at.
 
     Args:
-        views: positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C].
-        chosen: positions of the test images.
+        views: of the test images.
+        chosen: their positions.
         num_experts: E.
-        recipe: [optimizer]: rate, momentum, Nesterov and weight decay of SGD on weights that go through a softmax.
+        recipe: [optimizer]: learning rate, momentum, Nesterov and weight decay of SGD on weights before a softmax.
         seed: of the order.
 
     Source: Zhang et al., SADE, Sec. 4.2, and its code: mean cosine of the two softmaxes, 5 epochs, batches of 128.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cpmix_cli.artifacts import files
@@ -22,8 +22,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.state import load_model
 
-_AHEAD = 3
-"""Batches that are read from disk while another is predicted."""
+_AHEAD = 3  # batches that are read from disk while another is predicted
 
 
 @torch.no_grad()
@@ -108,9 +107,7 @@ def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device
     return measure
 
 
-def predicted_regions(
-    source: PhaseFolder, dataset: Dataset, points: torch.Tensor
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def predicted_regions(source: PhaseFolder, dataset: Dataset, points: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """What a classifier of the plane says on a square grid around points: coordinates [G], classes [G, G] (row: y)."""
     edge = float(points.abs().max()) + 0.2
     axis = torch.linspace(-edge, edge, 400)

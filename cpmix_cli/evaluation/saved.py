@@ -9,7 +9,6 @@ import torch
 from pydantic import ConfigDict
 
 from cpmix_cli.artifacts import files, records, tables
-from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.evaluation.accuracy import confusion_matrix
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
@@ -112,4 +111,4 @@ def read_numbers(evaluation: Path) -> EvaluationNumbers:
 
 def _place(folder: Path) -> tuple[int, str]:
     phase = folder.name.split("-")[0]
-    return (*PHASES, phase).index(phase), folder.name
+    return (*files.PHASES, phase).index(phase), folder.name

@@ -29,8 +29,7 @@ Kind = Literal["png", "svg", "pdf"]
 
 matplotlib.rcParams["text.parse_math"] = False  # names of classes are no formulas
 
-MAX_NUMBERS = 12
-"""Classes of a matrix whose cells carry numbers."""
+MAX_NUMBERS = 12  # classes of a matrix whose cells carry numbers
 _MAX_NAMES = 150
 _MAX_CELLS = 1000  # a side: more than a picture has pixels for
 _MAX_BINS = 60
@@ -38,8 +37,8 @@ _NUM_GROUPS = 10
 _COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
 """White, and not see-through: PDF viewers draw dark seams between cells that are and cells that are not."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
+# Metadata that would not be the same in equal pictures
 _CHANGING: dict[Kind, str] = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
-"""Metadata that would not be the same in equal pictures."""
 
 
 def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
@@ -170,8 +169,8 @@ def draw_grouped(
     without a norm by count_norm() of these cells.
     """
     cells = consolidated(matrix, class_counts)
-    names = dict(enumerate(_neighbours(class_counts)[1]))
-    norm, what = norm or count_norm(cells), "class, by its training images"
+    names, norm = dict(enumerate(_neighbours(class_counts)[1])), norm or count_norm(cells)
+    what = "class, by its training images"
     return draw_matrix(axes, cells, names, "{:,}".format, norm, transposed=transposed, fontsize=fontsize, what=what)
 
 

@@ -34,8 +34,7 @@ _COLOUR_MAPS = {
 """Perceptually uniform or diverging, all colour-blind safe. On dark pages viridis leaves out what is nearly black: a
 cell with few images is not one without any."""
 _NUM_COLOURS = 64
-_MAX_PAIRS = 200_000
-"""Training confusions on the page; of more, those of trim_confusions()."""
+_MAX_PAIRS = 200_000  # training confusions on the page; of more, those of trim_confusions()
 
 
 @dataclass(frozen=True)
@@ -220,5 +219,4 @@ def _table(table: pd.DataFrame, caption: str, name: str) -> str:
 
 def _is_number(column: "pd.Series[str]") -> bool:
     """Every cell is a number, a share or a dash."""
-    text = column.astype(str).str.replace(r"[ ,.%\-]", "", regex=True)
-    return bool(len(text)) and bool(text.str.fullmatch(r"\d*").all())
+    return bool(len(column)) and bool(column.astype(str).str.fullmatch(r"[\d ,.%\-]*").all())

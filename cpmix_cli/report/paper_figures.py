@@ -107,10 +107,8 @@ def class_distribution(erm: MethodResult) -> Figure:
     _letter(left, "a", f"classes of {erm.data}")
     cells, norm = erm.matrix[np.ix_(order, order)], PowerNorm(0.5, vmin=0, vmax=erm.matrix.max())
 
-    def number(count: float) -> str:
-        return f"{count:,}" if count else ""
-
-    image = draw_matrix(right, cells, dict(enumerate(names)), number, norm, transposed=True, fontsize=_SMALL)
+    named, number = dict(enumerate(names)), lambda count: f"{count:,}" if count else ""
+    image = draw_matrix(right, cells, named, number, norm, transposed=True, fontsize=_SMALL)
     _letter(right, "b", f"predictions of ERM on {erm.data}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")
@@ -268,11 +266,7 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
     grid = figure.subplots(len(rows), len(methods), squeeze=False)
     shown = np.array([[method in row for method in methods] for row in rows])
     letters = panel_letters()
-
-    def whole(value: float) -> str:
-        return whole_percent(value) if value >= 1 else ""
-
-    number = whole if numbered else None
+    number = (lambda value: whole_percent(value) if value >= 1 else "") if numbered else None
     for r, row in enumerate(rows):
         first = next(iter(row.values()))
         order = by_count(first.class_counts)

@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cpmix_cli.artifacts import files
-from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
@@ -105,7 +104,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
         InputError: no phase, or a damaged record.
     """
     paths = sorted((root / "evaluation").glob(f"*/{files.RUN}"))
-    if paths and not any(PhaseFolder(root, name).is_begun for name in PHASES):
+    if paths and not any(PhaseFolder(root, name).is_begun for name in files.PHASES):
         raise InputError(
             f"{root} holds evaluations, but not the run that they are of",
             fix="give a run folder; evaluate without --out writes into it",
@@ -192,7 +191,7 @@ def _stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]
 def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
     """Epochs of the phases up to this one."""
     origin = source.origin()
-    before = () if origin is None else PHASES[: PHASES.index(origin.phase) + 1]
+    before = () if origin is None else files.PHASES[: files.PHASES.index(origin.phase) + 1]
     return tuple(recipe.epochs_of(phase) for phase in (*before, source.phase))
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -151,10 +151,7 @@ def minimised(recipe: Recipe, phase: str) -> str | None:
     return next((method for method, differing in compared.items() if not differing), None)
 
 
-Key = TypeVar("Key")
-
-
-def _compared(own: dict[str, Any], known: Mapping[Key, dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+def _compared(own: dict[str, Any], known: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """The keys in which own tables differ from each of the known ones, with the own values."""
     return {name: {key: value for key, _, value in changed(theirs, own)} for name, theirs in known.items()}
 

@@ -37,12 +37,11 @@ def plain(sheet: Sheet) -> list[str]:
 def markdown(sheet: Sheet) -> list[str]:
     """A pipe table, the lines below it as a list."""
     header = [name.removeprefix(">") for name in sheet.header]
+    names, *rows = [[_markdown(cell) for cell in row] for row in (header, *sheet.rows)]
     marks = ["---:" if name.startswith(">") else "---" for name in sheet.header]
-    rows = [[_markdown(cell) for cell in row] for row in (header, *sheet.rows)]
-    rows.insert(1, marks)
     title = [f"**{_markdown(sheet.title)}**", ""] if sheet.title else []
     lines = ["", *(f"- {_markdown(line)}" for line in sheet.lines)] if sheet.lines else []
-    return [*title, *(f"| {' | '.join(row)} |" for row in rows), *lines]
+    return [*title, *(f"| {' | '.join(row)} |" for row in (names, marks, *rows)), *lines]
 
 
 def latex(sheet: Sheet) -> list[str]:
