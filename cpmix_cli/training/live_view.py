@@ -6,8 +6,7 @@ training sums nothing for it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,22 +21,15 @@ from cpmix_cli.training.step import Step
 
 NUM_PAIRS = 5
 
-Cells = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""K without its zeros, as that of many classes nearly is: true class * C + predicted class, and the count."""
 
+class _Column(NamedTuple):
+    """What is shown of an epoch."""
 
-@dataclass(frozen=True)
-class Reading:
-    """What is read of an epoch; to be made sense of only when it is shown."""
-
-    epoch: int
-    step: int
-    sums: dict[str, float]
-    began: Cells
-    """K at the beginning of the epoch, or of this run's part of it."""
-    cells: Cells
-    images: NDArray[np.float64]
-    """Of each class [C], since then, whose errors are counted."""
+    title: str
+    numbers: dict[str, str]
+    """By the label of their row."""
+    errors: "pd.Series[float]"
+    """By true class * C + predicted class; none where they are not counted."""
 
 
 class LiveView:
@@ -67,17 +59,20 @@ class LiveView:
         self._step = step
         self._names = class_names or [str(c) for c in range(len(data.class_counts))]
         self._groups = np.array([group_of(n, few_inclusive=few_inclusive) for n in data.class_counts.tolist()])
-        self._before: Reading | None = None
-        self._begin(state.epoch, state.step, self._cells())
+        self._before: _Column | None = None
+        self._since = state.step
+        """First step of the epoch, or of this run's part of it."""
+        self._began = self._confusion()
+        """K at its beginning."""
+        if state.step == 0:
+            self._fade(state.epoch)
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of a label, the last epoch and the one under way, the heading first and the most telling next."""
-        epochs = [reading for reading in (self._before, self._read()) if reading is not None]
-        rows = [("", *map(self._title, epochs))]
-        confusions = [self._confusions(reading) for reading in epochs]
-        numbers = [self._numbers(*each) for each in zip(epochs, confusions, strict=True)]
-        rows += [(label, *(found.get(label, "") for found in numbers)) for label in numbers[-1]]
-        pairs = pd.concat(confusions, axis=1).fillna(0)
+        epochs = [column for column in (self._before, self._column()) if column is not None]
+        rows = [("", *(column.title for column in epochs))]
+        rows += [(label, *(column.numbers.get(label, "") for column in epochs)) for label in epochs[-1].numbers]
+        pairs = pd.concat([column.errors for column in epochs], axis=1).fillna(0)
         pairs = pairs.loc[pairs.sum(axis=1).nlargest(NUM_PAIRS).index]
         if len(pairs):
             rows.append(("images of a class taken for another", *("" for _ in epochs)))
@@ -88,23 +83,45 @@ class LiveView:
 
     def end_epoch(self) -> None:
         """The epoch under way is complete, and its sums and counts are still there."""
-        self._before = self._read()
-        self._begin(self._state.epoch + 1, 0, self._before.cells)
+        self._before = self._column()
+        self._since, self._began = 0, self._confusion()
+        self._fade(self._state.epoch + 1)
 
-    def _begin(self, epoch: int, step: int, cells: Cells) -> None:
-        """From this step on the growth of K is looked at."""
-        self._since = step
-        fades = step == 0 and epoch > self._plan.confusion_start  # the epoch will begin with it
-        self._began = (cells[0], cells[1] * self._plan.confusion_decay) if fades else cells
+    def _fade(self, epoch: int) -> None:
+        """The epoch will begin with it."""
+        if epoch > self._plan.confusion_start:
+            self._began *= self._plan.confusion_decay
 
-    def _cells(self) -> Cells:
+    def _confusion(self) -> "pd.Series[float]":
+        """K without its zeros, as that of many classes nearly is."""
         counts = self._state.confusion.flatten()
         where = counts.nonzero()[:, 0]
-        return where.cpu().numpy(), counts[where].cpu().numpy()
+        return pd.Series(counts[where].cpu().numpy(), index=where.cpu().numpy())
 
-    def _read(self) -> Reading:
-        state = self._state
-        return Reading(state.epoch, state.step, state.sums.read(), self._began, self._cells(), self._images())
+    def _column(self) -> _Column:
+        """The epoch under way."""
+        plan, epoch, step, sums = self._plan, self._state.epoch, self._state.step, self._state.sums.read()
+        errors: pd.Series[float] = pd.Series(dtype=np.float64)
+        if plan.counts_errors(epoch):
+            grown = self._confusion().sub(self._began, fill_value=0).round()
+            errors = grown[grown > 0]
+        numbers = {"loss": f"{sums['loss'] / step:.4f}"}
+        if len(plan.terms) > 1:
+            numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / step:.4f}" for term in plan.terms}
+        if seen := min(step * plan.batch_size, self._num_samples) * len(plan.measured_terms):
+            numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
+        if plan.counts_errors(epoch):
+            numbers |= self._group_accuracy(errors)
+        whole = step == plan.num_steps(self._num_samples)
+        return _Column(f"epoch {epoch}" + ("" if whole else " so far"), numbers, errors)
+
+    def _group_accuracy(self, errors: "pd.Series[float]") -> dict[str, str]:
+        """Mean accuracy of the classes of each group, as `evaluate` means it; of those that were seen."""
+        images = self._images()
+        wrong = np.bincount(errors.index // len(images), errors, len(images))
+        accuracy = 1 - wrong / np.where(images > 0, images, np.nan)
+        found = {group: accuracy[(self._groups == group) & (images > 0)] for group in GROUPS}
+        return {f"  {group}": f"{100 * part.mean():.2f}" if len(part) else "-" for group, part in found.items()}
 
     def _images(self) -> NDArray[np.float64]:
         """Images of each class [C] that the epoch has taken where their errors are counted."""
@@ -121,35 +138,3 @@ class LiveView:
         taken = slice(self._since * size, min(self._state.step * size, self._num_samples))
         counted = counted.repeat_interleave(size)[taken]
         return images.index_add_(0, labels.flatten()[taken], counted).numpy()
-
-    def _title(self, reading: Reading) -> str:
-        whole = reading.step == self._plan.num_steps(self._num_samples)
-        return f"epoch {reading.epoch}" + ("" if whole else " so far")
-
-    def _confusions(self, reading: Reading) -> "pd.Series[float]":
-        """Errors by true class * C + predicted class; none where they are not counted."""
-        if not self._plan.counts_errors(reading.epoch):
-            return pd.Series(dtype=np.float64)
-        now, began = (pd.Series(counts, index=where) for where, counts in (reading.cells, reading.began))
-        grown = now.sub(began, fill_value=0).round()
-        return grown[grown > 0]
-
-    def _numbers(self, reading: Reading, confusions: "pd.Series[float]") -> dict[str, str]:
-        """Label of a row -> what stands there."""
-        plan = self._plan
-        sums = reading.sums
-        numbers = {"loss": f"{sums['loss'] / reading.step:.4f}"}
-        if len(plan.terms) > 1:
-            numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / reading.step:.4f}" for term in plan.terms}
-        if seen := min(reading.step * plan.batch_size, self._num_samples) * len(plan.measured_terms):
-            numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
-        if plan.counts_errors(reading.epoch):
-            numbers |= self._group_accuracy(confusions, reading.images)
-        return numbers
-
-    def _group_accuracy(self, confusions: "pd.Series[float]", images: NDArray[Any]) -> dict[str, str]:
-        """Mean accuracy of the classes of each group, as `evaluate` means it; of those that were seen."""
-        errors = np.bincount(confusions.index // len(images), confusions, len(images))
-        accuracy = 1 - errors / np.where(images > 0, images, np.nan)
-        found = {group: accuracy[(self._groups == group) & (images > 0)] for group in GROUPS}
-        return {f"  {group}": f"{100 * part.mean():.2f}" if len(part) else "-" for group, part in found.items()}
