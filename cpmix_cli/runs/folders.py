@@ -14,25 +14,20 @@ from cpmix_cli.artifacts.files import MODEL, RECIPE, RUN, TRAINING_STATE, is_the
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
-from cpmix_cli.runs.run_json import (
-    BegunRecord,
-    DatasetReference,
-    EvaluationRecord,
-    PhaseRecord,
-    StateRecord,
-    output_of,
-    read_run,
-    read_state_record,
-)
+from cpmix_cli.runs import run_json
+from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, PhaseRecord, StateRecord
 from cpmix_cli.runtime.errors import InputError, UsageError
 
 Status = Literal["absent", "interrupted", "done", "stale"]
-Begun = TypeVar("Begun", bound=BegunRecord)
+_Begun = TypeVar("_Begun", bound=BegunRecord)
 
 
 @dataclass(frozen=True)
 class PhaseFolder:
-    """The folder of one training phase in a run folder."""
+    """The folder of one training phase in a run folder.
+
+    What reads it raises InputError where it cannot be looked into, or is damaged.
+    """
 
     run: Path
     phase: str
@@ -44,11 +39,7 @@ class PhaseFolder:
 
     @property
     def done(self) -> bool:
-        """run.json is there, whatever it is.
-
-        Raises:
-            InputError: the folder cannot be looked into.
-        """
+        """run.json is there, whatever it is."""
         return is_there(self.path / RUN)
 
     @property
@@ -57,49 +48,29 @@ class PhaseFolder:
         return self.done or is_there(self.path / TRAINING_STATE)
 
     def record(self) -> PhaseRecord:
-        """Read run.json of a done phase.
+        """Read run.json of a done phase."""
+        return self._own(RUN, run_json.read_run(self.path, PhaseRecord))
 
-        Raises:
-            InputError: the phase is not done, or its record is damaged, or of another phase.
-        """
-        return self._own(RUN, read_run(self.path, PhaseRecord))
-
-    def _own(self, name: str, record: Begun) -> Begun:
-        """Return a record of this phase; refuse another phase's, whose folder was copied under this name."""
+    def _own(self, name: str, record: _Begun) -> _Begun:
+        """Refuse the record of another phase, whose folder was copied under this name."""
         if record.phase != self.phase:
             raise InputError(f"{self.path / name} is of {record.phase}, and not of {self.phase}")
         return record
 
-    def files(self, *names: str) -> list[Path]:
-        """Those of these files that are there."""
-        return [self.path / name for name in names if (self.path / name).is_file()]
-
     def output(self, name: str) -> tuple[Path, str]:
         """Path and recorded hash of one of the phase's files."""
-        return output_of(self.path, self.record(), name)
+        return run_json.output_of(self.path, self.record(), name)
 
     def state(self) -> StateRecord:
-        """Read the metadata of the training state.
-
-        Raises:
-            InputError: missing, damaged, or of another phase.
-        """
-        return self._own(TRAINING_STATE, read_state_record(self.path / TRAINING_STATE))
+        """Read the metadata of the training state."""
+        return self._own(TRAINING_STATE, run_json.read_state_record(self.path / TRAINING_STATE))
 
     def begun(self) -> BegunRecord:
-        """Read what is recorded of a done or interrupted phase: its run.json, or its training state's metadata.
-
-        Raises:
-            InputError: that is damaged.
-        """
+        """Read what is recorded of a done or interrupted phase: its run.json, or its training state's metadata."""
         return self.record() if self.done else self.state()
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of a done or interrupted phase, verified.
-
-        Raises:
-            InputError: recipe.toml is missing or damaged.
-        """
+        """The resolved recipe of a done or interrupted phase, verified."""
         path = self.path / RECIPE
         sha = self.output(RECIPE)[1] if self.done else self.state().recipe_sha256
         read_bytes(path, sha)
@@ -109,16 +80,12 @@ class PhaseFolder:
             raise InputError(fault.message, fix="restore it, or start the phase again with --overwrite") from fault
 
     def origin(self) -> "PhaseFolder | None":
-        """The phase that a done or interrupted one started from, wherever that is; None for stage 1.
-
-        Raises:
-            InputError: what says so is damaged.
-        """
+        """The phase that a done or interrupted one started from, wherever that is; None for stage 1."""
         source = self.begun().source
         return PhaseFolder(beside(self.run, source.run), source.phase) if source else None
 
     def stale_because(self) -> str | None:
-        """Why a done or interrupted phase no longer belongs to its input, or None.
+        """Return why a done or interrupted phase no longer belongs to its input, or None.
 
         An input that is out of reach (its run was deleted or left behind in a move) says nothing against the phase.
         """
@@ -136,11 +103,7 @@ class PhaseFolder:
         return self.run / "evaluation" / (self.phase if label is None else f"{self.phase}-{label}")
 
     def is_source_of(self, evaluation: EvaluationRecord) -> bool:
-        """Whether an evaluation is of the present checkpoint of this phase.
-
-        Raises:
-            InputError: the phase's record is damaged.
-        """
+        """Whether an evaluation is of the present checkpoint of this phase."""
         return evaluation.source.sha256 == self.output(MODEL)[1]
 
     def status(self) -> Status:

@@ -12,7 +12,7 @@ from cpmix_cli.runs.run_json import DatasetReference, EvaluationRecord
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
-COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
+_COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BegunRun:
             if elsewhere is None and folder.status() in ("absent", "interrupted") and locks.holder(folder.path):
                 return None  # it would be refused
         if unfinished := self.unfinished():
-            return to_continue(unfinished[0], self.recipe)
+            return _to_continue(unfinished[0], self.recipe)
         evaluation = self.last.evaluation()
         if not (
             (evaluation / RUN).is_file() and self.last.is_source_of(run_json.read_run(evaluation, EvaluationRecord))
@@ -70,7 +70,7 @@ def begun_phases(run: Path) -> list[PhaseFolder]:
     """
     begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
     if not begun:
-        raise InputError(f"{run} holds no phase of a run", fix=begin(run))
+        raise InputError(f"{run} holds no phase of a run", fix=_begin(run))
     return begun
 
 
@@ -91,50 +91,50 @@ def next_command(run: Path) -> str:
     """
     try:
         if not any(PhaseFolder(run, phase).is_begun for phase in PHASES):
-            return begin(run)
+            return _begin(run)
         command = read_run(run).next_command()
     except InputError:
         command = None
     return command or console.typed("status", run)
 
 
-def begin(run: Path) -> str:
+def _begin(run: Path) -> str:
     """Return what begins a run of which nothing is known: no command, since the data set is not."""
     return f"train its stage 1: train-stage1 takes a data set folder as --data, and {run} as --out"
 
 
-def to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
+def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     """Return the command that makes or finishes a phase of a run with this recipe, the first that is not done."""
-    root, phase, command = folder.run, folder.phase, COMMANDS[folder.phase]
+    root, phase, command = folder.run, folder.phase, _COMMANDS[folder.phase]
     if folder.status() == "absent":
         earlier = (PhaseFolder(root, name) for name in PHASES[: PHASES.index(phase)])
-        return begin(root) if all(f.status() == "absent" for f in earlier) else console.typed(command, "--from", root)
+        return _begin(root) if all(f.status() == "absent" for f in earlier) else console.typed(command, "--from", root)
     begun, origin = folder.begun(), folder.origin()
     again = folder.stale_because() is not None
     words = [command]
     if origin is None:
-        words += ["--data", str(data_folder(root, begun.dataset) or begun.dataset.absolute), "--out", str(root)]
+        words += ["--data", str(_data_folder(root, begun.dataset) or begun.dataset.absolute), "--out", str(root)]
         for flag, path in begun.inputs.items():
             words += [f"--{flag}", path]
     else:
         if not recipe.epochs_of(origin.phase):  # stage 2, which the run no longer has
             origin = PhaseFolder(origin.run, "stage1")
         if origin.status() in ("interrupted", "stale"):  # in another run, and first
-            return to_continue(origin, origin.recipe())
+            return _to_continue(origin, origin.recipe())
         words += ["--from", str(origin.run)]
         if phase == "finetune" and origin.phase == "stage1" and recipe.stage2 is not None:
             words += ["--phase", "stage1"]
         if origin.run.resolve() != root.resolve():
             words += ["--out", str(root)]
-        if origin.done and data_folder(origin.run, origin.record().dataset) is None:
-            data = data_folder(root, begun.dataset)
+        if origin.done and _data_folder(origin.run, origin.record().dataset) is None:
+            data = _data_folder(root, begun.dataset)
             words += ["--data", str(data)] if data else []
-    if not again or (origin is not None and origin.done and keeps_recipe(folder, origin)):
+    if not again or (origin is not None and origin.done and _keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / RECIPE)]
     return console.typed(*words, *(["--overwrite"] if again else []))
 
 
-def keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
+def _keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
     """Whether a stale phase is made again by its own recipe, and not by that of the phase it starts from.
 
     Where its own table and what comes before both differ, the command is refused with the keys: better than another
@@ -147,7 +147,7 @@ def keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
     return {**mine, "epochs": None} != {**theirs, "epochs": None}  # --epochs rescales those of finetune
 
 
-def data_folder(run: Path, known: DatasetReference) -> Path | None:
+def _data_folder(run: Path, known: DatasetReference) -> Path | None:
     """Where the data set of a phase is, if it still is where the phase says."""
     try:
         folder = find_dataset(run, known, None).folder

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ def decide(
     """What a command has to do in its output folder; writes nothing.
 
     Args:
-        folder: the output folder.
+        folder: where it writes.
         made_from: what the output depends on: "recipe" tables and hashes of inputs.
         overwrite: start again whatever is there, but for what the same command began and did not finish: a job that
             is preempted and queued again has the flag each time.
@@ -45,25 +46,24 @@ def decide(
         EnvironmentFault: the folder holds an output made from something else.
         InputError: what it holds is damaged.
     """
-    found: dict[str, Any] | None = None
-    state: Literal["resume", "done"] = "done"
-    outputs: dict[str, str] = {}
+    path = folder / files.TRAINING_STATE
+    is_done = files.is_there(folder / files.RUN)
     if overwrite:
-        if not files.is_there(folder / files.RUN):
-            with suppress(InputError):
-                if read_state(folder / files.TRAINING_STATE)[1].made_from.inputs() == made_from:
-                    return "resume"
+        with suppress(InputError):
+            if not is_done and read_state(path)[1].made_from.inputs() == made_from:
+                return "resume"
+        return "fresh"
+    outputs: dict[str, str] = {}
+    if is_done:
+        record = read_run(folder, RunRecord)
+        found, outputs = record.made_from.inputs(), record.outputs
+    elif files.is_there(path):
+        found = read_state(path)[1].made_from.inputs()
     else:
-        if files.is_there(folder / files.RUN):
-            record = read_run(folder, RunRecord)
-            found, outputs = record.made_from.inputs(), record.outputs
-        elif files.is_there(path := folder / files.TRAINING_STATE):
-            found, state = read_state(path)[1].made_from.inputs(), "resume"
-    if found is None:
         return "fresh"
     if found == made_from:
         files.verify(folder, outputs)
-        return state
+        return "done" if is_done else "resume"
     changed = differences(found, made_from)
     if refresh and not any(line.startswith("recipe.") for line in changed):
         console.note(f"{folder}: its input changed, so it is made again")
@@ -88,32 +88,25 @@ def clear(folder: Path) -> None:
         raise files.write_fault(folder, fault) from fault
 
 
+@dataclass
 class Recorder:
-    """Collects what run.json says of one execution; finish() publishes it last.
+    """Collects what run.json says of one execution; finish() publishes it last."""
 
-    Args:
-        folder: where all of it goes.
-        phase: what made it.
-        made_from: see decide().
-        lock: of the folder; nothing is written once it is lost.
-    """
-
-    def __init__(self, folder: Path, phase: str, made_from: dict[str, Any], lock: Lock) -> None:
-        self._folder = folder
-        self._lock = lock
-        self._started = time.time()
-        self._outputs: dict[str, str] = {}
-        self._fields: dict[str, Any] = {
-            "format": records.FORMAT,
-            "phase": phase,
-            "made_from": made_from,
-            "source": None,
-        }
+    folder: Path
+    """Where all of it goes."""
+    phase: str
+    """What made it."""
+    made_from: dict[str, Any]
+    """See decide()."""
+    lock: Lock
+    """Of the folder; nothing is written once it is lost."""
+    _outputs: dict[str, str] = field(default_factory=dict)
+    _started: float = field(default_factory=time.time)
 
     def publish(self, name: str, data: bytes) -> str:
         """Publish a file of the folder and record it; returns its hash."""
-        self._lock.check()
-        self._outputs[name] = files.publish(self._folder / name, data)
+        self.lock.check()
+        self._outputs[name] = files.publish(self.folder / name, data)
         return self._outputs[name]
 
     def publish_table(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
@@ -128,7 +121,10 @@ class Recorder:
         """Publish run.json with more `fields`."""
         now = time.time()
         record = {
-            **self._fields,
+            "format": records.FORMAT,
+            "phase": self.phase,
+            "made_from": self.made_from,
+            "source": None,
             **fields,
             "outputs": self._outputs,
             "argv": sys.argv,
@@ -139,8 +135,8 @@ class Recorder:
             "finished": _iso(now),
             "seconds": round(now - self._started, 3),
         }
-        self._lock.check()
-        records.publish_record(self._folder / files.RUN, record)
+        self.lock.check()
+        records.publish_record(self.folder / files.RUN, record)
 
 
 def _iso(seconds: float) -> str:

@@ -118,10 +118,10 @@ class ReportRecord(RunRecord):
     picture: str
 
 
-Run = TypeVar("Run", bound=RunRecord)
+_Run = TypeVar("_Run", bound=RunRecord)
 
 
-def read_run(folder: Path, model: type[Run]) -> Run:
+def read_run(folder: Path, model: type[_Run]) -> _Run:
     """Read a folder's run.json.
 
     Raises:

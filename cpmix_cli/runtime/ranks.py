@@ -90,14 +90,6 @@ class Ranks:
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
-    def broadcast_(self, values: "Tensor") -> "Tensor":
-        """Those of the first rank, in place."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.broadcast(values, 0)
-        return values
-
 
 _current = Ranks()
 _channel: Any = None
@@ -116,18 +108,14 @@ def find(environment: Mapping[str, str]) -> Ranks:
 
     Only a job step of Slurm counts: a batch script has the variables of its whole allocation, too.
 
-    Args:
-        environment: os.environ.
-
     Raises:
         EnvironmentFault: the variables make no sense.
     """
     try:
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
-            size = int(environment["WORLD_SIZE"])
-            rank = int(environment["RANK"])
-            local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
-            found = Ranks(rank, size, int(environment.get("LOCAL_RANK", rank)), local_size)
+            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local_rank, local_size = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
+            found = Ranks(rank, size, int(local_rank), int(local_size))
         elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
             size = int(environment["SLURM_STEP_NUM_TASKS"])
             per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
@@ -164,11 +152,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port where the ranks meet: as told, or on the first node of the job step, a port made of its number.
-
-    Args:
-        environment: os.environ.
-    """
+    """Host and port where the ranks meet: as told, or on the first node of the job step, a port made of its number."""
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
     first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma outside brackets
@@ -225,11 +209,7 @@ def together() -> Iterator[None]:
 
 
 def _join(place: Ranks) -> Any:
-    """Meet the others; returns the store that they share.
-
-    Raises:
-        EnvironmentFault: not all came.
-    """
+    """Meet the others; returns the store that they share."""
     import torch
     import torch.distributed as dist
 
@@ -290,19 +270,13 @@ def _is_mine_to_say(store: Any, place: Ranks, code: int) -> bool:
 def _is_of_a_lost_rank(fault: Exception) -> bool:
     import torch.distributed as dist
 
-    if not isinstance(fault, RuntimeError):
-        return False
     words = ("gloo", "nccl", "connection", "socket", "timed out")
-    return isinstance(fault, dist.DistError) or any(word in str(fault).lower() for word in words)
+    is_named = any(word in str(fault).lower() for word in words)
+    return isinstance(fault, RuntimeError) and (is_named or isinstance(fault, dist.DistError))
 
 
 def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
-    """A rank is gone: say which, once, and end; nothing where it said why itself.
-
-    Raises:
-        EnvironmentFault: at the rank that speaks.
-        Left: at the others; and where a signal came to this one, too.
-    """
+    """A rank is gone: say which, once, and end, at the others by Left; nothing where it said why itself."""
     import torch
 
     if signals.pending():
@@ -341,11 +315,7 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
 
 
 def _leave(*, abort: bool) -> None:
-    """Close what the ranks share.
-
-    Args:
-        abort: ranks may be missing: NCCL's kernels, which would wait for them, are ended.
-    """
+    """Close what the ranks share; if ranks may be missing, end NCCL's kernels, which would wait for them."""
     import torch
     import torch.distributed as dist
 

@@ -213,7 +213,8 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
         _note_resumed(folder.phase, begun)
     _note_plan(asked, plan, state, data, context)
     weights, saved = _sizes(plan, state)
-    there = sum(path.stat().st_size for path in folder.files(files.MODEL, files.TRAINING_STATE))
+    old = [folder.path / name for name in (files.MODEL, files.TRAINING_STATE)]
+    there = sum(path.stat().st_size for path in old if path.is_file())
     files.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     curves = Tracker(folder.path) if asked.options.tracker else None
     here.max_over_ranks(0)
