@@ -94,7 +94,7 @@ def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext,
     name = options.recipe or dataset.record.recipe
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    if any(term.distillation is not None for term in compile_stage(recipe.stage1)):
+    if any("teacher" in term.functions for term in compile_stage(recipe.stage1)):
         raise UsageError(f"{name} learns from a teacher, which bench has not")
     precision = hardware.resolve_precision(recipe.model.precision, device)
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]

@@ -91,7 +91,7 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
     """The last phase done of --teacher, or the phase that it names. A teacher and taught terms go together, and
     both networks learn from the same images.
     """
-    taught = [term.name for term in compile_stage(recipe.stage1) if term.distillation is not None]
+    taught = [term.name for term in compile_stage(recipe.stage1) if "teacher" in term.functions]
     if run is None:
         if taught:
             raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")

@@ -120,13 +120,7 @@ def beside(run: Path, relative: str) -> Path:
 
 
 def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data_root: Path | None = None) -> Dataset:
-    """Open the data set of a run.
-
-    Args:
-        run: run folder.
-        known: how the run recorded its data set.
-        given: --data; without it, the recorded relative and absolute paths are tried.
-        data_root: see open_dataset().
+    """Open the data set of a run: that of --data, else from where the run recorded it.
 
     Raises:
         InputError: none of them holds the data set with the recorded fingerprint, or `data_root` not its images.

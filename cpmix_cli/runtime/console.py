@@ -198,10 +198,7 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
 class Progress:
     """Progress of work on many alike things, as a context: a bar on a terminal, elsewhere a line every LINE_SECONDS.
 
-    Args:
-        doing: such as "packed train images".
-        total: of all things.
-        done: those done in an earlier run.
+    It is called `doing`, such as "packed train images"; `done` of the `total` were done in an earlier run.
     """
 
     LINE_SECONDS = 10.0

@@ -59,13 +59,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 def num_threads(environment: Mapping[str, str], local_size: int = 1) -> int:
     """Cores that this process may use: those it is bound to (its share of all, where several ranks are bound to none),
     or fewer where OMP_NUM_THREADS, SLURM_CPUS_PER_TASK or the quota of its control group (a container's --cpus) says
-    so.
-
-    More threads than that stop each other at every step.
-
-    Args:
-        environment: os.environ.
-        local_size: ranks on this machine.
+    so. More threads than that stop each other at every step.
     """
     return _cores(environment, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
 
@@ -98,14 +92,8 @@ def fits(num_bytes: int, device: torch.device) -> bool:
 
 
 def free_memory(proc: Path, cgroup: Path) -> int:
-    """Bytes that this machine can still give, or its control group if that has less; 0 where nothing says so.
-
-    Args:
-        proc: where the kernel's files are mounted.
-        cgroup: where the control group's are.
-    """
-    free = _number_after(proc / "meminfo", "MemAvailable:")
-    free = 0 if free is None else 1024 * free
+    """Bytes that this machine can still give, or its control group if that has less; 0 where nothing says so."""
+    free = 1024 * (_number_after(proc / "meminfo", "MemAvailable:") or 0)
     for place, limit, used, files in (
         (cgroup, "memory.max", "memory.current", "inactive_file"),
         (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

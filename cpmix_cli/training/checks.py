@@ -16,9 +16,9 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
 
     Args:
         recipe: valid by itself.
-        num_classes: C of the data set.
-        shape: of one of its images (H, W, channels) or points (2,).
-        has_statistics: mean and deviation of its pixels are known.
+        num_classes: C.
+        shape: of an image (H, W, channels) or a point (2,).
+        has_statistics: mean and deviation of the pixels are known.
 
     Raises:
         UsageError: all that does not fit.

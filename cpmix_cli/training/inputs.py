@@ -72,11 +72,8 @@ class EpochInputs:
         )
 
     def begin_epoch(self, epoch: int, confusion: Tensor) -> None:
-        """Draw all random numbers of an epoch and send them to the device.
-
-        Args:
-            epoch: counted as in Plan.
-            confusion: K [C, C] at its beginning; partners are chosen from it if they are chosen ahead.
+        """Draw all random numbers of an epoch and send them to the device; partners chosen ahead are chosen from K
+        [C, C] at its beginning.
         """
         plan, steps = self._plan, self._plan.num_steps(len(self._data.labels))
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]

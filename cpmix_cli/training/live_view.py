@@ -33,13 +33,9 @@ class _Column(NamedTuple):
 
 
 class LiveView:
-    """What the terminal shows of a phase.
+    """What the terminal shows of a phase. Made at the beginning of a run; reads `state` and never changes it.
 
     Args:
-        plan: what is run.
-        data: the training images.
-        state: what is trained, at the beginning of this run; read and never changed.
-        step: takes its steps.
         class_names: by class id; without them ids are shown.
         few_inclusive: classes of exactly 20 training images are few, as build-lt was told.
     """

@@ -32,12 +32,9 @@ def fit(
     class_names: Sequence[str] = (),
     few_inclusive: bool = False,
 ) -> float:
-    """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are.
+    """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are; changes it.
 
     Args:
-        plan: what to run.
-        data: the training images.
-        state: changed in place.
         publish: writes the state to disk; called only with one that is finite, and by the first rank alone.
         checkpoint_every: epochs between two saves; the last is always saved.
         test_accuracy: fraction of test images right, for a curve that selects nothing.

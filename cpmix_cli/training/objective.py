@@ -7,9 +7,10 @@ measured for a slice of it.
 Shapes: B batch, P images of a slice, K = 1 or B, C classes, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,39 +71,19 @@ class Output:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixing:
-    """The functions that mix a term's batch, with their parameters bound; signatures in mixing.py."""
-
-    partner: Callable[..., Tensor]
-    match: Callable[..., Tensor] | None
-    ratio: Callable[..., Tensor]
-    mix: Callable[..., tuple[Tensor, Tensor]]
-    label: Callable[..., Tensor]
-
-
-@dataclass(frozen=True, eq=False)
 class Term:
-    """One compiled term. Functions that the recipe does not name are None."""
+    """One compiled term."""
 
     name: str
     recipe: TermRecipe
-    mixing: Mixing | None
-    loss_function: Callable[..., Tensor]
-    reweight: Callable[..., Tensor] | None
-    regulariser: Callable[..., Tensor] | None
-    distillation: Callable[..., Tensor] | None
+    functions: Mapping[str, Callable[..., Any]]
+    """Those that the recipe names, by their key there, with their parameters bound; see mixing.py and losses.py."""
 
     def choose_partners(self, draws: TermDraws, pool: ClassPool, state: MixingState) -> Partners | None:
-        """Choose the partners of a whole batch; None for an unmixed term.
-
-        Args:
-            draws: of the term, [B].
-            pool: the training images by class.
-            state: what partners look at.
-        """
-        if self.mixing is None or draws.mixing is None:
+        """Choose the partners of a whole batch [B]; None for an unmixed term."""
+        if draws.mixing is None:
             return None
-        found = self.mixing.partner(draws.mixing.choice, draws.labels, state)
+        found = self.functions["partner"](draws.mixing.choice, draws.labels, state)
         if draws.mixing.image is None:
             return Partners(draws.labels[found], found)
         return Partners(found, pool.draw(found, draws.mixing.image))
@@ -121,19 +102,19 @@ class Term:
         Args:
             x1: inputs of the term's images [P, ...].
             x2: inputs of their partners [P, ...]; None: unmixed.
-            draws: of the term, for the whole batch [B].
-            part: which slice.
+            draws: for the whole batch [B].
+            part: the slice.
             state: what matches look at.
             features: of x1 and x2 [P, D], if this batch matches partners with images.
         """
         y1 = part.select(draws.labels)
         weights = part.image_weights(y1.device)
-        if self.mixing is None or draws.mixing is None or draws.partners is None or x2 is None:
+        if draws.mixing is None or draws.partners is None or x2 is None:
             return TermBatch(x1, y1, None, None, None, weights, self._class_weights(draws, part, state))
         y2 = part.select(draws.partners.labels)
         gate = None if draws.mixing.gate is None else draws.mixing.gate > 0
-        if features is not None and self.mixing.match is not None:
-            place = self.mixing.match(features[0], y1, features[1], y2, state)
+        if features is not None:
+            place = self.functions["match"](features[0], y1, features[1], y2, state)
             x1, y1 = x1[place], y1[place]
 
         def per_image(values: Tensor) -> Tensor:
@@ -143,16 +124,16 @@ class Term:
             return lam if gate is None else torch.where(gate, lam, 1.0)
 
         n1, n2 = state.class_counts[y1], state.class_counts[y2]
-        lam = gated(self.mixing.ratio(per_image(draws.mixing.ratio), n1, n2))
-        x, lam = self.mixing.mix(x1, x2, lam, per_image(draws.mixing.uniforms))
-        lam = gated(self.mixing.label(lam, n1, n2))
+        lam = gated(self.functions["ratio"](per_image(draws.mixing.ratio), n1, n2))
+        x, lam = self.functions["mix"](x1, x2, lam, per_image(draws.mixing.uniforms))
+        lam = gated(self.functions["label"](lam, n1, n2))
         return TermBatch(x, y1, y2, lam, gate, weights, self._class_weights(draws, part, state))
 
     def _class_weights(self, draws: TermDraws, part: BatchSlice, state: MixingState) -> ClassWeights | None:
         """Weights of this step's loss; None without `reweight`."""
-        if self.reweight is None or draws.reweight is None:
+        if draws.reweight is None:
             return None
-        values = torch.where(draws.reweight > 0, self.reweight(state.class_counts), 1.0)
+        values = torch.where(draws.reweight > 0, self.functions["reweight"](state.class_counts), 1.0)
         if part.is_whole or draws.matching:  # of matched images a rank knows its own alone
             return ClassWeights(values, draws.reweight, (None, None))
         second = None if draws.partners is None else values[draws.partners.labels].mean()
@@ -163,15 +144,12 @@ class Term:
         an unweighted scalar.
 
         Padding counts nothing in L, but regularisers, teachers and routers see it.
-
-        Args:
-            output: what the networks say of the batch.
-            batch: the slice.
-            class_counts: [C].
         """
         logits = output.logits
+        total: Tensor
         if self.recipe.loss in ROUTING_LOSSES:
-            return self.loss_function(logits, output.routes, batch.y1)
+            total = self.functions["loss"](logits, output.routes, batch.y1)
+            return total
         if batch.y2 is None or batch.lam is None:
             ones = torch.ones_like(batch.y1, dtype=logits.dtype)
             total = self._share(logits, batch.y1, ones, batch, class_counts, which=0)
@@ -179,11 +157,11 @@ class Term:
             lam = batch.lam.to(logits.dtype)
             total = self._share(logits, batch.y1, lam, batch, class_counts, which=0)
             total = total + self._share(logits, batch.y2, 1 - lam, batch, class_counts, which=1)
-        if self.regulariser is not None:
+        if "regulariser" in self.functions:
             enabled = logits.new_zeros(1) if batch.class_weights is None else batch.class_weights.enabled
-            total = total + self.regulariser(logits, class_counts, enabled)
-        if self.distillation is not None:
-            total = total + self.distillation(logits, output.teacher)
+            total = total + self.functions["regulariser"](logits, class_counts, enabled)
+        if "teacher" in self.functions:
+            total = total + self.functions["teacher"](logits, output.teacher)
         return total
 
     def _share(
@@ -199,27 +177,15 @@ class Term:
                 weights = weights / (weights.mean() if mean is None else mean.to(logits.dtype))
             lam = lam * weights
         taken = [logits] if self.recipe.loss in ENSEMBLE_LOSSES else list(logits)
-        return torch.stack([self.loss_function(z, labels, lam, class_counts) for z in taken]).sum()
+        return torch.stack([self.functions["loss"](z, labels, lam, class_counts) for z in taken]).sum()
 
 
 def compile_stage(stage: Stage) -> tuple[Term, ...]:
     """Bind the functions of a stage's terms, in the recipe's order; terms of weight 0 are left out."""
-    return tuple(_compile(name, recipe) for name, recipe in stage.terms.items() if recipe.weight > 0)
-
-
-def _compile(name: str, recipe: TermRecipe) -> Term:
-    """One term from its table, which is already checked."""
-    bound, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
-    assert not faults, faults  # loading.resolve() has told them
-    mixing = None
-    if recipe.partner is not None:
-        mixing = Mixing(bound["partner"], bound.get("match"), bound["ratio"], bound["mix"], bound["label"])
-    return Term(
-        name,
-        recipe,
-        mixing,
-        loss_function=bound["loss"],
-        reweight=bound.get("reweight"),
-        regulariser=bound.get("regulariser"),
-        distillation=bound.get("teacher"),
-    )
+    terms = []
+    for name, recipe in stage.terms.items():
+        if recipe.weight > 0:
+            bound, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
+            assert not faults, faults  # loading.resolve() has told them
+            terms.append(Term(name, recipe, bound))
+    return tuple(terms)

@@ -254,9 +254,10 @@ def _note_plan(
     if not data.batches.resident:
         console.note(f"{plan.phase}: images are read from disk as they are wanted")
     for term in plan.terms:
-        class_weights = None if term.reweight is None else term.reweight(data.class_counts)
-        if class_weights is not None and (spread := float(class_weights.max() / class_weights.min())) < 1.05:
-            console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
+        if reweight := term.functions.get("reweight"):
+            class_weights = reweight(data.class_counts)
+            if (spread := float(class_weights.max() / class_weights.min())) < 1.05:
+                console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
 
 
 def _rehearse(asked: PhaseRequest, loaded: _Loaded) -> None:

@@ -64,7 +64,7 @@ class Plan:
         """The unmixed terms whose predictions make the training accuracy: up to the first natural one, which sees
         every image of the epoch once.
         """
-        unmixed = [term for term in self.terms if term.mixing is None]
+        unmixed = [term for term in self.terms if term.recipe.partner is None]
         naturals = [i for i, term in enumerate(unmixed) if term.recipe.draw == "natural"]
         return unmixed[: naturals[0] + 1] if naturals else unmixed
 
@@ -72,7 +72,7 @@ class Plan:
     def counted_term(self) -> Term | None:
         """The natural term whose errors are counted: an unmixed one, or else one that leaves some batches unmixed."""
         naturals = [term for term in self.terms if term.recipe.draw == "natural"]
-        always = [term for term in naturals if term.mixing is None]
+        always = [term for term in naturals if term.recipe.partner is None]
         return next(iter(always + [term for term in naturals if term.recipe.is_gated]), None)
 
 

@@ -160,15 +160,15 @@ class Sampler:
             assert recipe.alpha is not None and recipe.mix is not None  # the recipe's checks see to it
             by_class = recipe.partner in CLASS_PARTNERS
             per_batch = size if recipe.per_sample else 1
-            ratios = self._stream(epoch, f"{name}/ratio").beta(
-                recipe.alpha, recipe.alpha, size=(self._num_steps, per_batch)
-            )
+            shape = (self._num_steps, per_batch)
+            ratios = self._stream(epoch, f"{name}/ratio").beta(recipe.alpha, recipe.alpha, shape)
+            is_open = recipe.unmixed_first < epoch <= self.num_epochs - recipe.unmixed_last
             mixing = MixingDraws(
                 choice=uniforms("partner", size),
                 image=uniforms("partner-image", size) if by_class else None,
                 ratio=torch.from_numpy(ratios),
                 uniforms=uniforms("box", per_batch, MIX_UNIFORMS[recipe.mix]),
-                gate=self._gate(name, recipe, epoch) if recipe.is_gated else None,
+                gate=(uniforms("gate", 1) < recipe.probability * is_open).double() if recipe.is_gated else None,
             )
             if by_class:
                 second = ImageRequest(None, uniforms("partner-augment", size, self.num_uniforms))
@@ -179,11 +179,6 @@ class Sampler:
             self._stream(epoch, f"{name}/match").random() < (epoch / self.num_epochs) ** recipe.match_power
         )
         return TermDraws(first, labels, second, mixing, reweight, matching)
-
-    def _gate(self, name: str, recipe: TermRecipe, epoch: int) -> Tensor:
-        """See MixingDraws.gate."""
-        is_open = recipe.unmixed_first < epoch <= self.num_epochs - recipe.unmixed_last
-        return (self._uniforms(epoch, f"{name}/gate", 1) < recipe.probability * is_open).double()
 
     def _stream(self, epoch: int, purpose: str) -> np.random.Generator:
         return stream(*self.key, epoch, purpose)
@@ -219,9 +214,6 @@ def leaves(tree: object, kind: type[Leaf]) -> Iterator[Leaf]:
     """Yield all parts of one type (Tensor, ImageRequest) in the order of the fields."""
     if isinstance(tree, kind):
         yield tree
-    elif isinstance(tree, tuple):
-        for part in tree:
+    elif isinstance(tree, tuple) or is_dataclass(tree):
+        for part in tree if isinstance(tree, tuple) else vars(tree).values():
             yield from leaves(part, kind)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for field in fields(tree):
-            yield from leaves(getattr(tree, field.name), kind)

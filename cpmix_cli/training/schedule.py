@@ -6,17 +6,10 @@ from cpmix_cli.recipe.schema import Schedule
 
 
 def learning_rate(lr: float, schedule: Schedule, epoch: int, step: int, steps: int) -> float:
-    """Rate of one optimizer step.
+    """Learning rate of one optimizer step, from the base rate `lr`; epochs count from 1 over both stages, steps from 0.
 
     Warm-up and multistep are constant within an epoch, cosine falls with every step. Warm-up multiplies what the
     schedule says.
-
-    Args:
-        lr: base rate.
-        schedule: its warm-up, kind, milestones and decay.
-        epoch: 1-based, counted over both stages.
-        step: 0-based, in the epoch.
-        steps: steps an epoch.
 
     Paper: Table 6, B.3.1; warm-up lr x e / 10 (e from 1), drops from the epoch after the milestone.
     """

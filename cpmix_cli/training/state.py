@@ -15,12 +15,7 @@ from cpmix_cli.runtime.errors import InputError, shortened
 
 
 class EpochSums:
-    """Sums over the steps of an epoch, on the device.
-
-    Args:
-        terms: names of the phase's terms.
-        device: where.
-    """
+    """Sums over the steps of an epoch, on the device; `terms` are the names of the phase's terms."""
 
     def __init__(self, terms: Sequence[str] = (), device: torch.device | str = "cpu") -> None:
         losses = [f"loss_{name}" for name in terms]
@@ -36,14 +31,8 @@ class EpochSums:
     def add(
         self, *, losses: Sequence[Tensor], gradient_norm: Tensor, correct: Tensor, errors: Tensor, fallbacks: Tensor
     ) -> None:
-        """Add one step.
-
-        Args:
-            losses: the objective, then each term.
-            gradient_norm: L2, of all trained parameters.
-            correct: images that are right where that is measured.
-            errors: that were counted.
-            fallbacks: partners drawn without a confusion.
+        """Add one step. Its losses are the objective, then each term; `correct` counts where that is measured, and
+        `fallbacks` the partners drawn without a confusion.
         """
         measured = self.values[: self._num_measured]
         measured += torch.stack([v.double() for v in (*losses, gradient_norm, correct, errors)])
@@ -98,28 +87,24 @@ class TrainingState:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
-        """Copy a saved state's network, optimizer and confusion counts; all of it is checked first.
-
-        Args:
-            tensors: of training_state.safetensors.
-            path: where they came from, for the message.
-            optimizer: False leaves the optimizer fresh.
+        """Copy the network, the optimizer (or leave it fresh) and the confusion counts of a training_state.safetensors;
+        all of it is checked first.
 
         Raises:
             InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
         """
-        saved = {n: t for n, t in tensors.items() if n not in ("sums", "history", "epoch_confusion")}
         own = {f"model.{name}": t for name, t in self.model.state_dict().items()} | {"confusion": self.confusion}
+        others: tuple[str, ...] = ("sums", "history")
         if optimizer:
             own |= self._optimizer_tensors()
+            if "epoch_confusion" in tensors:  # of an epoch under way
+                own["epoch_confusion"] = self.confusion
         else:  # that of another phase, over other parameters
-            saved = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
-        counts = ["confusion"]
-        if optimizer and "epoch_confusion" in tensors:  # of an epoch under way
-            counts.append("epoch_confusion")
-            saved["epoch_confusion"], own["epoch_confusion"] = tensors["epoch_confusion"], self.confusion
+            others += ("optimizer.", "epoch_confusion")
+        saved = {n: t for n, t in tensors.items() if not n.startswith(others)}
         check_fit(path, saved, own)
-        if any((saved[name] < 0).any() or saved[name].diagonal().any() for name in counts):
+        counts = [t for n, t in saved.items() if n in ("confusion", "epoch_confusion")]
+        if any((t < 0).any() or t.diagonal().any() for t in counts):
             raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
         self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
         self.confusion.copy_(saved["confusion"])
@@ -146,9 +131,9 @@ class TrainingState:
         """Copy a saved state's place in the training: epoch, step, sums and history; all of it is checked first.
 
         Args:
-            tensors: of training_state.safetensors.
-            path: where they came from, for the message.
-            saved: their metadata.
+            tensors: of the state.
+            path: of the file, for the message.
+            saved: its metadata.
             terms: names of the phase's terms.
             epochs: the first and the last of the phase.
             num_steps: of an epoch.

@@ -147,7 +147,7 @@ class Step:
         """What the network and the teacher say of each term's batch."""
         plan = self._plan
         taught = [
-            None if t.distillation is None else self._taught(b.x) for t, b in zip(plan.terms, batches, strict=True)
+            self._taught(b.x) if "teacher" in t.functions else None for t, b in zip(plan.terms, batches, strict=True)
         ]
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
             passed = self._network([batch.x for batch in batches])
@@ -169,9 +169,8 @@ class Step:
                 continue
             logits = output.logits.detach()
             predicted = logits.mean(0).argmax(1)
-            own = torch.ones_like(batch.y1, dtype=torch.bool)  # padding counts nothing
-            if batch.image_weights is not None:
-                own = batch.image_weights > 0
+            weights = batch.image_weights
+            own = torch.ones_like(predicted, dtype=torch.bool) if weights is None else weights > 0  # padding is none
             if term in measured:
                 correct = correct + ((predicted == batch.y1) & own).sum()
             if term is counted:

@@ -18,11 +18,7 @@ EVENTS = "events.out.tfevents."  # by this TensorBoard knows its files
 
 
 class Tracker:
-    """Writes the curves of one phase. Imports tensorboard, and warns where that cannot be.
-
-    Args:
-        folder: of the phase; there when something is first written.
-    """
+    """Writes the curves of one phase into its folder. Imports tensorboard, and warns where that cannot be."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,11 +36,7 @@ class Tracker:
             self._give_up(f"tensorboard cannot be imported: {fault}")
 
     def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Append the rows that are new; the first time all of them, in place of what another run left here.
-
-        Args:
-            history: rows of metrics.parquet, of all epochs so far.
-        """
+        """Append those rows of metrics.parquet that are new; the first time all, in place of what another run left."""
         if not self._works:
             return
         try:

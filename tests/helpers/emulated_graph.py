@@ -76,7 +76,7 @@ class Setup:
         state.confusion[0] = 0
         for group in state.optimizer.param_groups:
             group["fused"] = True  # as on a GPU
-        if any(term.distillation is not None for term in plan.terms):
+        if any("teacher" in term.functions for term in plan.terms):
             recipe, dataset = self.context.recipe, self.context.dataset
             model = recipe.model.model_copy(update={"experts": 6})
             shape = recipe.data.input_shape(dataset.shape)
