@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
 
@@ -145,19 +146,14 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
 
     The terminal's width is not consulted: a folded number is worse than a long line.
     """
-    right = [name.startswith(">") for name in header]
     named = [name.removeprefix(">") for name in header]
-    cells = [named, *[[on_a_line(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells = [[on_a_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(named, *cells, strict=True)]
+    sides = [">" if name.startswith(">") else "<" for name in header]
     lines = [printable(title)] if title else []
-    for number, row in enumerate(cells):
-        padded = [
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=True)
-        ]
+    for row in (named, ["-" * width for width in widths], *cells):
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
         lines.append("  ".join(padded).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
     return lines
 
 
@@ -234,36 +230,33 @@ class Progress:
             note(f"{done}, {rate:,.0f} a second, {duration(left)} left")
 
 
+@dataclass
 class EpochProgress:
     """Progress of a training phase: one line an epoch everywhere, and below the lines a live view on a terminal.
 
     The projected time is printed once, when enough steps have been timed. The view is drawn once a second, and less
     often where that would take more than VIEW_SHARE of the time.
-
-    Args:
-        phase: its name.
-        num_steps: of the whole phase.
-        first_step: those done in an earlier run.
-        warm_up: steps that also pay for setting up, and are not timed.
-        synchronize: waits for the device, before the clock is read.
     """
 
-    TIMED_STEPS = 5
-    VIEW_SECONDS = 1.0
-    VIEW_SHARE = 0.005
+    phase: str
+    num_steps: int
+    """Of the whole phase."""
+    first_step: int
+    """Steps that were done in an earlier run."""
+    warm_up: int
+    """Steps that also pay for setting up, and are not timed."""
+    synchronize: Callable[[], None]
+    """Waits for the device, before the clock is read."""
+    look: Callable[[], Sequence[Sequence[str]]] = list
+    """Gives the rows of the view, the heading first and the most telling next."""
 
-    look: Callable[[], Sequence[Sequence[str]]]
-    """Gives the rows of the view, the heading first and the most telling next; needed if has_view."""
+    TIMED_STEPS: ClassVar = 5
+    VIEW_SECONDS: ClassVar = 1.0
+    VIEW_SHARE: ClassVar = 0.005
 
-    def __init__(
-        self, phase: str, num_steps: int, first_step: int, warm_up: int, synchronize: Callable[[], None]
-    ) -> None:
-        self._phase = phase
-        self._num_steps = num_steps
-        self._untimed = first_step + warm_up
-        self._synchronize = synchronize
+    def __post_init__(self) -> None:
         self._started = self._next_view = 0.0
-        self._view = _View(phase, num_steps)
+        self._view = _View(self.phase, self.num_steps)
 
     @property
     def has_view(self) -> bool:
@@ -272,20 +265,20 @@ class EpochProgress:
 
     def step(self, done: int) -> None:
         """`done` steps of the phase are finished (counted from its first epoch)."""
-        timed = done - self._untimed
+        timed = done - self.first_step - self.warm_up
         if timed == 0:
-            self._synchronize()
+            self.synchronize()
             self._started = time.perf_counter()
         elif timed == self.TIMED_STEPS:
             per_step = self._seconds_per_step(timed)
             self.line(
-                f"{self._phase}: projected {duration(per_step * (self._num_steps - done))} for "
-                f"{self._num_steps - done} more steps ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
+                f"{self.phase}: projected {duration(per_step * (self.num_steps - done))} for "
+                f"{self.num_steps - done} more steps ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
         if self.has_view and time.perf_counter() >= self._next_view:
             per_step = self._seconds_per_step(timed)  # waiting for the steps is no cost of the view
             began = time.perf_counter()
-            left = per_step * (self._num_steps - done) if timed >= self.TIMED_STEPS else None
+            left = per_step * (self.num_steps - done) if timed >= self.TIMED_STEPS else None
             self._view.draw(done, left, self.look())
             ended = time.perf_counter()
             # The first drawing also loads what it draws with.
@@ -293,7 +286,7 @@ class EpochProgress:
             self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
     def _seconds_per_step(self, timed: int) -> float:
-        self._synchronize()
+        self.synchronize()
         return (time.perf_counter() - self._started) / max(1, timed)
 
     def line(self, text: str) -> None:

@@ -101,7 +101,12 @@ class EpochInputs:
             return
         last = min(number + STEPS_AHEAD, self._plan.num_steps(len(self._data.labels)) - 1)
         for ahead in range(max(number, self._prefetched + 1), last + 1):
-            self._prefetch(ahead)
+            size = self._plan.size(ahead, len(self._data.labels))
+            for part in batch_slices(size, self._plan.micro_batches, ranks.current()):
+                for request in leaves(self.epoch, ImageRequest):
+                    if request.index is not None:  # else it is not chosen yet
+                        index, augment = (part.select(t[ahead, :size]) for t in (request.index, request.augment))
+                        self._data.batches.prefetch(index, augment)
         self._prefetched = last
 
     def row(self, size: int) -> Inputs:
@@ -144,17 +149,6 @@ class EpochInputs:
             rows.append(self.choose_partners(row, MixingState(self._data.class_counts, confusion, row.fallbacks[0])))
         steps = zip(*(leaves(row, Tensor) for row in rows), strict=True)
         return map_tensors(rows[0], lambda _: pad_sequence(list(next(steps)), batch_first=True))
-
-    def _prefetch(self, number: int) -> None:
-        """Prefetch the images of a step, as far as they are chosen."""
-        assert self.epoch is not None
-        size = self._plan.size(number, len(self._data.labels))
-        for part in batch_slices(size, self._plan.micro_batches, ranks.current()):
-            for request in leaves(self.epoch.draws, ImageRequest):
-                if request.index is not None:
-                    self._data.batches.prefetch(
-                        part.select(request.index[number, :size]), part.select(request.augment[number, :size])
-                    )
 
 
 def fetch(batches: Batches, request: ImageRequest | None, part: BatchSlice) -> Tensor | None:

@@ -6,6 +6,7 @@ training sums nothing for it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,36 +33,30 @@ class _Column(NamedTuple):
     """By true class * C + predicted class; none where they are not counted."""
 
 
+@dataclass
 class LiveView:
-    """What the terminal shows of a phase. Made at the beginning of a run; reads `state` and never changes it.
+    """What the terminal shows of a phase. Made at the beginning of a run; reads `state` and never changes it."""
 
-    Args:
-        class_names: by class id; without them ids are shown.
-        few_inclusive: classes of exactly 20 training images are few, as build-lt was told.
-    """
+    plan: Plan
+    data: TrainingData
+    state: TrainingState
+    step: Step
+    class_names: Sequence[str]
+    """By class id; without them ids are shown."""
+    few_inclusive: bool = False
+    """Classes of exactly 20 training images are few, as build-lt was told."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        data: TrainingData,
-        state: TrainingState,
-        step: Step,
-        class_names: Sequence[str],
-        few_inclusive: bool = False,
-    ) -> None:
-        self._plan = plan
-        self._num_samples = len(data.labels)
-        self._state = state
-        self._step = step
-        self._names = class_names or [str(c) for c in range(len(data.class_counts))]
-        self._groups = np.array([group_of(n, few_inclusive=few_inclusive) for n in data.class_counts.tolist()])
+    def __post_init__(self) -> None:
+        counts = self.data.class_counts.tolist()
+        self._names = self.class_names or [str(c) for c in range(len(counts))]
+        self._groups = np.array([group_of(n, few_inclusive=self.few_inclusive) for n in counts])
         self._before: _Column | None = None
-        self._since = state.step
+        self._since = self.state.step
         """First step of the epoch, or of this run's part of it."""
         self._began = self._confusion()
         """K at its beginning."""
-        if state.step == 0:
-            self._fade(state.epoch)
+        if self.state.step == 0:
+            self._fade(self.state.epoch)
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of a label, the last epoch and the one under way, the heading first and the most telling next."""
@@ -81,22 +76,22 @@ class LiveView:
         """The epoch under way is complete, and its sums and counts are still there."""
         self._before = self._column()
         self._since, self._began = 0, self._confusion()
-        self._fade(self._state.epoch + 1)
+        self._fade(self.state.epoch + 1)
 
     def _fade(self, epoch: int) -> None:
         """The epoch will begin with it."""
-        if epoch > self._plan.confusion_start:
-            self._began *= self._plan.confusion_decay
+        if epoch > self.plan.confusion_start:
+            self._began *= self.plan.confusion_decay
 
     def _confusion(self) -> "pd.Series[float]":
         """K without its zeros, as that of many classes nearly is."""
-        counts = self._state.confusion.flatten()
+        counts = self.state.confusion.flatten()
         where = counts.nonzero()[:, 0]
         return pd.Series(counts[where].cpu().numpy(), index=where.cpu().numpy())
 
     def _column(self) -> _Column:
         """The epoch under way."""
-        plan, epoch, step, sums = self._plan, self._state.epoch, self._state.step, self._state.sums.read()
+        plan, epoch, step, sums = self.plan, self.state.epoch, self.state.step, self.state.sums.read()
         errors: pd.Series[float] = pd.Series(dtype=np.float64)
         if plan.counts_errors(epoch):
             grown = self._confusion().sub(self._began, fill_value=0).round()
@@ -104,11 +99,11 @@ class LiveView:
         numbers = {"loss": f"{sums['loss'] / step:.4f}"}
         if len(plan.terms) > 1:
             numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / step:.4f}" for term in plan.terms}
-        if seen := min(step * plan.batch_size, self._num_samples) * len(plan.measured_terms):
+        if seen := min(step * plan.batch_size, len(self.data.labels)) * len(plan.measured_terms):
             numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
         if plan.counts_errors(epoch):
             numbers |= self._group_accuracy(errors)
-        whole = step == plan.num_steps(self._num_samples)
+        whole = step == plan.num_steps(len(self.data.labels))
         return _Column(f"epoch {epoch}" + ("" if whole else " so far"), numbers, errors)
 
     def _group_accuracy(self, errors: "pd.Series[float]") -> dict[str, str]:
@@ -121,7 +116,7 @@ class LiveView:
 
     def _images(self) -> NDArray[np.float64]:
         """Images of each class [C] that the epoch has taken where their errors are counted."""
-        plan, term, epoch = self._plan, self._plan.counted_term, self._step.inputs.epoch
+        plan, term, epoch = self.plan, self.plan.counted_term, self.step.inputs.epoch
         images = torch.zeros(len(self._names), dtype=torch.float64)
         if term is None or epoch is None:
             return images.numpy()
@@ -131,6 +126,6 @@ class LiveView:
         if draws.mixing is not None and draws.mixing.gate is not None:  # in the batches that it leaves unmixed
             counted -= draws.mixing.gate[:, 0].cpu()
         size = plan.batch_size
-        taken = slice(self._since * size, min(self._state.step * size, self._num_samples))
+        taken = slice(self._since * size, min(self.state.step * size, len(self.data.labels)))
         counted = counted.repeat_interleave(size)[taken]
         return images.index_add_(0, labels.flatten()[taken], counted).numpy()

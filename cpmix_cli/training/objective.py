@@ -100,8 +100,7 @@ class Term:
         """Match, mix and label a slice of the batch.
 
         Args:
-            x1: inputs of the term's images [P, ...].
-            x2: inputs of their partners [P, ...]; None: unmixed.
+            x1, x2: inputs of the term's images and of their partners [P, ...]; x2 None: unmixed.
             draws: for the whole batch [B].
             part: the slice.
             state: what matches look at.

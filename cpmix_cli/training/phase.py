@@ -32,7 +32,7 @@ from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_state, make_plan, rehearsal
-from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.state import EpochSums, TrainingState
 from cpmix_cli.training.tensorboard import Tracker, forget
 
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
@@ -202,14 +202,8 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
                 "model.sync_batchnorm: torch has it on GPUs alone", fix="give --set model.sync_batchnorm=false"
             )
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(state.model)  # type: ignore[no-untyped-call]
-    steps = plan.num_steps(len(data.labels))
     if begun:
-        names = [term.name for term in plan.terms]
-        if begun.columns and sorted(begun.columns) != sorted(metrics.metrics_schema(names).names):
-            raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
-        state.load(tensors, path)
-        epochs = plan.first_epoch, plan.last_epoch
-        state.load_progress(tensors, path, begun, terms=names, epochs=epochs, num_steps=steps)
+        resume(plan, state, tensors, begun, path, len(data.labels))
         _note_resumed(folder.phase, begun)
     _note_plan(asked, plan, state, data, context)
     weights, saved = _sizes(plan, state)
@@ -219,6 +213,38 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
     curves = Tracker(folder.path) if asked.options.tracker else None
     here.max_over_ranks(0)
     return _Loaded(plan, state, data, context, begun is not None, curves)
+
+
+def resume(
+    plan: Plan,
+    state: TrainingState,
+    tensors: Mapping[str, torch.Tensor],
+    saved: StateRecord,
+    path: Path,
+    num_images: int,
+) -> None:
+    """Fill a fresh state with the tensors and the metadata of one that was saved at `path`; all is checked first.
+
+    Raises:
+        InputError: it is of another network, or not of this phase.
+    """
+    names = [term.name for term in plan.terms]
+    sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
+    state.sums = EpochSums(names, state.confusion.device)
+    is_known = not saved.columns or sorted(saved.columns) == sorted(metrics.metrics_schema(names).names)
+    if not is_known or len(sums) != len(state.sums.values):
+        raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
+    state.load(tensors, path)
+    num_steps = plan.num_steps(num_images)
+    if not (plan.first_epoch <= saved.epoch <= plan.last_epoch and saved.step <= num_steps):
+        raise InputError(f"{path} stands at epoch {saved.epoch}, step {saved.step}, which is none of this phase")
+    finished = saved.epoch - plan.first_epoch + (saved.step == num_steps)
+    if len(history) != finished or history.numel() != finished * len(saved.columns):
+        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
+    state.epoch, state.step = saved.epoch, saved.step
+    state.sums.values.copy_(sums)
+    rows = (zip(saved.columns, row, strict=True) for row in history.tolist())
+    state.history = [{name: None if value != value else value for name, value in row} for row in rows]
 
 
 def _note_resumed(phase: str, begun: StateRecord) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.models import Classifier
-from cpmix_cli.runs.run_json import StateRecord
 from cpmix_cli.runtime.errors import InputError, shortened
 
 
@@ -117,45 +116,6 @@ class TrainingState:
             # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
             like = parameter if value.shape == parameter.shape else value
             self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
-
-    def load_progress(
-        self,
-        tensors: Mapping[str, Tensor],
-        path: Path,
-        saved: StateRecord,
-        *,
-        terms: Sequence[str],
-        epochs: tuple[int, int],
-        num_steps: int,
-    ) -> None:
-        """Copy a saved state's place in the training: epoch, step, sums and history; all of it is checked first.
-
-        Args:
-            tensors: of the state.
-            path: of the file, for the message.
-            saved: its metadata.
-            terms: names of the phase's terms.
-            epochs: the first and the last of the phase.
-            num_steps: of an epoch.
-
-        Raises:
-            InputError: the sums or the history are not of this phase.
-        """
-        epoch, step, columns = saved.epoch, saved.step, saved.columns
-        sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
-        self.sums = EpochSums(terms, self.confusion.device)
-        if len(sums) != len(self.sums.values):
-            raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
-        if not (epochs[0] <= epoch <= epochs[1] and step <= num_steps):
-            raise InputError(f"{path} stands at epoch {epoch}, step {step}, which is none of this phase")
-        finished = epoch - epochs[0] + (step == num_steps)
-        if len(history) != finished or history.numel() != finished * len(columns):
-            raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
-        self.epoch, self.step = epoch, step
-        self.sums.values.copy_(sums)
-        self.history = [
-            {k: None if v != v else v for k, v in zip(columns, row, strict=True)} for row in history.tolist()
-        ]
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """What tensors() gives of the optimizer after a step, shapes and types alone."""

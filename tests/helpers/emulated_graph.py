@@ -35,7 +35,7 @@ from cpmix_cli.runtime.errors import Interrupted
 from cpmix_cli.training import cuda_graphs, loop
 from cpmix_cli.training.cuda_graphs import CudaGraphRunner
 from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.phase import training_data
+from cpmix_cli.training.phase import resume, training_data
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
@@ -117,15 +117,8 @@ def resumed(setup: Setup, state: TrainingState) -> tuple[Plan, TrainingState]:
     """A fresh state filled with the tensors of one that was stopped."""
     plan, fresh = setup.begin()
     saved = {name: t.clone().contiguous() for name, t in state.tensors().items()}
-    fresh.load(saved, Path("memory"))
-    fresh.load_progress(
-        saved,
-        Path("memory"),
-        StateRecord.model_construct(epoch=state.epoch, step=state.step, columns=list(state.history[0])),
-        terms=[term.name for term in plan.terms],
-        epochs=(plan.first_epoch, plan.last_epoch),
-        num_steps=plan.num_steps(len(setup.data.labels)),
-    )
+    record = StateRecord.model_construct(epoch=state.epoch, step=state.step, columns=list(state.history[0]))
+    resume(plan, fresh, saved, record, Path("memory"), len(setup.data.labels))
     return plan, fresh
 
 
