@@ -119,9 +119,9 @@ def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> No
     """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
 
     Args:
-        folder: the folder, which may not exist yet.
+        folder: may not exist yet.
         needed_bytes: of all new files.
-        largest_file: bytes of the largest one, which `ulimit -f` may forbid.
+        largest_file: its bytes, which `ulimit -f` may forbid.
 
     Raises:
         EnvironmentFault: with the reason. A quota shows only when it is hit.

@@ -111,13 +111,9 @@ def check_fit(
     needed_by: str = "",
     fix: str = "",
 ) -> None:
-    """Check the tensors of a file against those that they are to be copied into.
+    """Check the tensors of the file `path` (`given`) against those that they are to be copied into (`own`).
 
-    Args:
-        path: of the file; with needed_by and fix, for the message.
-        given: tensors of the file, by name.
-        own: tensors of the network or state.
-        exact: False accepts any floating-point type for another, and batch norm without its counters.
+    With `exact` False, any floating-point type goes into any other, and counters of batch norm may be missing.
 
     Raises:
         InputError: with every tensor that is missing, unknown, of another shape or type, or not finite.

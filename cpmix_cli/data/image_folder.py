@@ -23,11 +23,9 @@ def listing(root: Path, paths: Sequence[str]) -> str:
 def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -> tuple[list[str], Split]:
     """Return class names, and image files with their classes, sorted class by class.
 
-    Files deeper down belong to the class above.
-
     Args:
         root: folder that the files' paths are relative to.
-        below: the folder in it (or "") whose sub-folders are the classes, in the order of their names.
+        below: the folder in it (or "") whose sub-folders are the classes, by name; files deeper down belong to them.
         class_names: classes of a trained network, if there is one; a class may then have no sub-folder.
 
     Raises:

@@ -15,17 +15,9 @@ GROUPS = ("many", "medium", "few")
 
 
 def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:
-    """n_i = int(num_max * rho^(-i/(C-1))), truncated as every published CIFAR-LT is.
+    """n_i = int(num_max * rho^(-i/(C-1))), truncated as every published CIFAR-LT is: images per class [C]; rho >= 1.
 
     Truncation leaves 2 images and not 2.5 to the smallest class of CIFAR-100 at rho 200, so the real ratio is 250.
-
-    Args:
-        num_max: images of the largest class, class 0.
-        num_classes: C.
-        rho: imbalance factor, >= 1.
-
-    Returns:
-        Images per class [C].
 
     Paper: Sec. B.2.1.
     """
@@ -80,7 +72,7 @@ def pareto_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int6
     Differs: Liu et al. (2019, "Large-Scale Long-Tailed Recognition in an Open World") made ImageNet-LT by "the Pareto
     distribution with the power value alpha = 6"; the code that drew it was not released, and their list is not this
     curve: between its ends (1,000 classes, 1,280 to 5) the curve has 175,036 images and 362/309/329 many, medium and
-    few classes, the list 115,846 and 385/479/136. Arguments and result are those of exponential_counts().
+    few classes, the list 115,846 and 385/479/136.
     """
     return (num_max * _pareto_shares(num_classes, rho) + 1e-9).astype(np.int64)
 

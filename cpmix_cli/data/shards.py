@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -115,7 +116,13 @@ class Shards:
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are missing or not of their size; their content is not read."""
-        return [n for n in range(self.num_shards) if _size(self.path(n)) != len(self.images(n)) * self._image_bytes]
+
+        def is_whole(number: int) -> bool:
+            with suppress(OSError):
+                return self.path(number).stat().st_size == len(self.images(number)) * self._image_bytes
+            return False
+
+        return [number for number in range(self.num_shards) if not is_whole(number)]
 
     def verify(self) -> None:
         """Read every image; raise InputError with the damaged ones, shard by shard."""
@@ -206,30 +213,21 @@ class Packing:
         variance = (self._values * (scale - mean[:, None]) ** 2).sum(1) / self._values.sum(1)
         return mean.tolist(), np.sqrt(variance).tolist()
 
-    def num_images(self, shards: Sequence[int]) -> int:
-        """Images in these shards."""
-        return sum(len(self._shards.images(number)) for number in shards)
-
     def num_bytes(self, shards: Sequence[int]) -> int:
         """Bytes of these shards."""
-        return self.num_images(shards) * 3 * self.size**2
+        return sum(len(self._shards.images(number)) for number in shards) * 3 * self.size**2
 
     def pack(self, shards: Sequence[int], lock: locks.Lock, *, expected: NDArray[np.uint8] | None = None) -> None:
         """Decode, publish and hash these shards, the files of each in threads.
 
-        Args:
-            shards: left().
-            lock: of the folder.
-            expected: hashes of the images [N, 32] if they were packed before.
-
         Raises:
             UnreadableImages: with every file that is no image; the shards without one are published.
-            InputError: a file's image is not the expected one.
+            InputError: images differ from the `expected` hashes [N, 32] of an earlier packing.
             EnvironmentFault: a shard cannot be written.
         """
         if not shards:
             return
-        count = self.num_images(shards)
+        count = sum(len(self._shards.images(number)) for number in shards)
         done = len(self.paths) - count
         if done:
             console.note(f"{done:,} of {len(self.paths):,} {self.split} images are packed already")
@@ -293,11 +291,3 @@ class Packing:
 
     def _record(self, number: int) -> Path:
         return self.folder / f"packing-{shard_name(self.split, number)}.json"
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 without one."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

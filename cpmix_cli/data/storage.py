@@ -64,9 +64,7 @@ class Stored:
 
 def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, size: int) -> Stored:
     """Write all pixels (or points) of a split to one file; image files below `root` become squares of `size` pixels.
-
-    Raises:
-        UnreadableImages: with every file that cannot be read.
+    Raises UnreadableImages with every file that cannot be read.
     """
 
     def load(split: Split) -> NDArray[Any]:
@@ -97,10 +95,8 @@ def store_shards(
     size: int,
     upright: bool,
 ) -> Stored:
-    """Pack squares of `size` pixels; shards that an earlier build of the same images finished are kept.
-
-    Raises:
-        UnreadableImages: with every file that is no image.
+    """Pack squares of `size` pixels; keep shards that an earlier build of the same images finished.
+    Raises UnreadableImages with every file that is no image.
     """
     if is_there(folder / DATASET):  # to be replaced: its disk space is needed
         (folder / DATASET).unlink()

@@ -101,13 +101,7 @@ class FileReader:
 
 
 class StreamedBatches:
-    """Batches of images that an ImageReader reads; see batches.Batches.
-
-    Args:
-        reader: the images.
-        maths: batches whose augmentation and normalisation the images get, on the device.
-        device: of the inputs.
-    """
+    """Batches of images that a reader reads, augmented and normalised by `maths` on a device; see batches.Batches."""
 
     def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
         self.num_uniforms = maths.num_uniforms

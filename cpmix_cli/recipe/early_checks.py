@@ -30,16 +30,9 @@ def check_request(
     data: Path | None = None,
     phases: Sequence[Path] = (),
 ) -> None:
-    """Refuse a wrong recipe before anything heavy is imported. Faults of other files are left to the phase.
+    """Check a request as load() does, before anything heavy is imported; faults of other files are left to the phase.
 
-    Args:
-        name: of the recipe; None takes that of the data set, or of a finished phase.
-        settings: with epochs, see load().
-        data: data set folder.
-        phases: phase folders; the first finished one counts.
-
-    Raises:
-        UsageError: as load() does.
+    Without `name`, the recipe is that of the data set folder `data`, or of the first finished one of the `phases`.
     """
     rho = None
     if data is not None:

@@ -140,7 +140,7 @@ def bind(
         others: other keys of a term, to be suggested for unknown ones.
 
     Returns:
-        kind -> the function with its parameters bound; and all faults, as "key = value: what is wrong".
+        Kind -> bound function, and all faults as "key = value: what is wrong".
     """
     bound: dict[str, Callable[..., Any]] = {}
     keys: set[str] = set()
