@@ -57,6 +57,8 @@ class Batches(Protocol):
 class Resident(Batches, Protocol):
     """Batches of inputs on a device; streamed images get the same arithmetic, see on()."""
 
+    resident: bool = True
+
     def on(self, images: Tensor) -> Self:
         """Return such batches of other images uint8 [n, H, W, channels]; no constant is sent to the device again."""
         other = copy(self)
@@ -75,7 +77,6 @@ class ImageBatches(Resident):
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
         self.num_uniforms = 3  # a row, a column and a flip; what the flip leaves of its number is an angle
         self.device = images.device
-        self.resident = True
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
@@ -146,7 +147,6 @@ class CropBatches(Resident):
         self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float], *, cropped: bool = False
     ) -> None:
         self.device = images.device
-        self.resident = True
         self._size = recipe.crop
         self._augments = recipe.augment != "none"
         self._jitters = recipe.augment.endswith("jitter")
@@ -217,7 +217,6 @@ class PointBatches(Resident):
     def __init__(self, points: Tensor) -> None:
         self.num_uniforms = 0
         self.device = points.device
-        self.resident = True
         self._keep(points)
 
     def _keep(self, images: Tensor) -> None:

@@ -108,17 +108,14 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Name of the folder that build-lt gave it."""
         return self.record.name
 
     @property
     def class_names(self) -> list[str]:
-        """Name of each class [C]."""
         return self.record.classes
 
     @property
     def num_classes(self) -> int:
-        """C."""
         return len(self.class_names)
 
     @property

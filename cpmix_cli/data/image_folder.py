@@ -44,31 +44,23 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
             f"{folder} has {counted(len(unknown), 'sub-folder')} ({', '.join(unknown)}) of no known class",
             fix=f"name the sub-folders after the classes: {shortened(names, 20)}",
         )
-    paths: list[str] = []
-    labels: list[int] = []
-    others = 0
-    empty = []
-    for sub in found:
-        files = sorted(_files_below(sub))
-        images = [f for f in files if f.suffix.lower() in _SUFFIXES]
-        others += len(files) - len(images)
-        if not images:
-            empty.append(sub.name)
-        paths += [f.relative_to(root).as_posix() for f in images]
-        labels += [names.index(sub.name)] * len(images)
-    if empty:
+    files = {sub.name: sorted(_files_below(sub)) for sub in found}
+    images = {name: [f for f in inside if f.suffix.lower() in _SUFFIXES] for name, inside in files.items()}
+    if empty := [name for name, inside in images.items() if not inside]:
         raise InputError(
             f"{folder}: {counted(len(empty), 'class', 'classes')} ({', '.join(empty)}) without an image "
             f"({', '.join(sorted(_SUFFIXES))})",
             fix="add images, or delete the empty sub-folders",
         )
+    paths = [f.relative_to(root).as_posix() for inside in images.values() for f in inside]
     if odd := [repr(os.fsencode(path))[1:] for path in paths if path != path.encode(errors="ignore").decode()]:
         raise InputError(
             f"{folder}: names that are no UTF-8, which no table can hold: {shortened(odd, 5)}", fix="rename them"
         )
-    if others:
+    if others := sum(map(len, files.values())) - len(paths):
         console.warn(f"{folder}: {counted(others, 'file')} left out, no image by the name")
-    return names, Split(np.array(labels, dtype=np.int64), paths=paths)
+    labels = np.repeat([names.index(name) for name in images], [len(inside) for inside in images.values()])
+    return names, Split(labels, paths=paths)
 
 
 def find_images(places: Sequence[Path]) -> list[Path]:

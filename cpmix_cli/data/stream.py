@@ -118,13 +118,13 @@ class StreamedBatches:
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
         """Return [B, channels, H, W] float32; raise InputError for the first image that is missing or damaged."""
-        images = self._read(indices, uniforms)
-        return self._maths.on(images).batch(_all_of(images), _sent(uniforms, self._target))
+        images, all_of_them = self._read(indices, uniforms)
+        return images.batch(all_of_them, _sent(uniforms, self._target))
 
     def plain(self, indices: Tensor) -> Tensor:
         """As batch(), but as for tests."""
-        images = self._read(indices, None)
-        return self._maths.on(images).plain(_all_of(images))
+        images, all_of_them = self._read(indices, None)
+        return images.plain(all_of_them)
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """Start to read a batch after those prefetched before, as soon as AHEAD_BYTES have room for it."""
@@ -133,15 +133,16 @@ class StreamedBatches:
             self._ahead[key] = self._job(indices, uniforms)
             self._begin()
 
-    def _read(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
-        """uint8 [B, height, width, channels] on the target."""
+    def _read(self, indices: Tensor, uniforms: Tensor | None) -> tuple["Resident", Tensor]:
+        """The images of a batch on the device, and their indices [B] there."""
         key = _key(indices, uniforms)
         while key in self._ahead and (first := next(iter(self._ahead))) != key:
             self._ahead.pop(first).dropped = True
         job = self._ahead.pop(key, None) or self._job(indices, uniforms)
         job.begin(urgent=True)
         self._begin()
-        return _sent(job.wait(), self._target)
+        images = _sent(job.wait(), self._target)
+        return self._maths.on(images), torch.arange(len(images), device=self._target)
 
     def _job(self, indices: Tensor, uniforms: Tensor | None) -> "_PrefetchJob":
         return _PrefetchJob(self._reader, indices, uniforms, pinned=self._target.type == "cuda")
@@ -162,10 +163,6 @@ def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64
         job = _PrefetchJob(reader, part, None, pinned=False)
         job.begin()
         yield from job.wait().numpy()
-
-
-def _all_of(images: Tensor) -> Tensor:
-    return torch.arange(len(images), device=images.device)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -138,16 +138,17 @@ def _parse(text: str) -> dict[str, Any]:
         raise
     except ValueError:  # of int(), which reads some thousand digits and no more
         raise ValueError("it has an integer of more than 64 bits") from None
-    rest: list[tuple[Any, int]] = [(tables, 0)]
-    while rest:
-        value, depth = rest.pop()
-        if depth > _MAX_DEPTH:
-            raise ValueError("it is nested too deeply")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError("it has an integer of more than 64 bits")
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        rest += [(held, depth + 1) for held in inner]
+    _check_value(tables, 0)
     return tables
+
+
+def _check_value(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("it has an integer of more than 64 bits")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_value(inner, depth + 1)
 
 
 def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
