@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
     paths = [folder / path for path in files.paths]
     check_headers(paths)
 
-    def reader(recipe: Data) -> FileReader:
-        return FileReader(paths, dataset.shape, recipe, upright=True)
-
+    reader = partial(FileReader, paths, dataset.shape, upright=True)
     # An edit may keep a file's size; millions of images are not read for that.
     content: Any = image_folder.listing(folder, files.paths)
     if dataset.storage == "tensors":

@@ -143,7 +143,8 @@ def draw_matrix(
         fontsize: of the numbers, in points.
         what: a row is.
     """
-    values, norm = matrix.T if transposed else matrix, norm or PowerNorm(0.5, vmin=0, vmax=100)
+    values = matrix.T if transposed else matrix
+    norm = norm or PowerNorm(0.5, vmin=0, vmax=100)
     block = -(-len(values) // _MAX_CELLS)
     shown = _largest_of_blocks(values, block)
     edge, end = block * len(shown) - 0.5, len(values) - 0.5
@@ -169,9 +170,9 @@ def draw_grouped(
     without a norm by count_norm() of these cells.
     """
     cells = consolidated(matrix, class_counts)
-    names, norm = dict(enumerate(_neighbours(class_counts)[1])), norm or count_norm(cells)
-    what = "class, by its training images"
-    return draw_matrix(axes, cells, names, "{:,}".format, norm, transposed=transposed, fontsize=fontsize, what=what)
+    _, labels = _neighbours(class_counts)
+    style: dict[str, Any] = {"transposed": transposed, "fontsize": fontsize, "what": "class, by its training images"}
+    return draw_matrix(axes, cells, dict(enumerate(labels)), "{:,}".format, norm or count_norm(cells), **style)
 
 
 def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:

@@ -107,8 +107,9 @@ def class_distribution(erm: MethodResult) -> Figure:
     _letter(left, "a", f"classes of {erm.data}")
     cells, norm = erm.matrix[np.ix_(order, order)], PowerNorm(0.5, vmin=0, vmax=erm.matrix.max())
 
-    named, number = dict(enumerate(names)), lambda count: f"{count:,}" if count else ""
-    image = draw_matrix(right, cells, named, number, norm, transposed=True, fontsize=_SMALL)
+    image = draw_matrix(
+        right, cells, dict(enumerate(names)), lambda n: f"{n:,}" if n else "", norm, transposed=True, fontsize=_SMALL
+    )
     _letter(right, "b", f"predictions of ERM on {erm.data}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")

@@ -298,6 +298,9 @@ def in_rows(measured: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
     return sorted((ComparisonRow(list(group.values())) for group in grouped.values()), key=place)
 
 
+_RESCALED = ("schedule", "confusion", "stage1", "stage2", "finetune")  # tables with counts of epochs
+
+
 def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """What rows of the same method, data set, rho and stage differ in: row numbers (from 1), and values by key."""
     alike: dict[tuple[Any, ...], dict[int, EvaluatedRun]] = {}
@@ -314,11 +317,7 @@ def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
         if "schedule.epochs" in differing and len({run.method.recipe for run in group}) == 1:
             # --epochs rescales other keys with it; those that were changed beside it are known.
             kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
-            differing = {k: v for k, v in differing.items() if k in kept or k.partition(".")[0] not in RESCALED}
+            differing = {k: v for k, v in differing.items() if k in kept or k.partition(".")[0] not in _RESCALED}
         if differing:  # else alone, or one evaluation under two labels
             found.append({"rows": list(numbered), "keys": differing})
     return found
-
-
-RESCALED = ("schedule", "confusion", "stage1", "stage2", "finetune")
-"""Tables with counts of epochs."""

@@ -19,8 +19,7 @@ from cpmix_cli.results.paper import Column, PaperRow
 from cpmix_cli.runtime.errors import UsageError
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
-KINDS = get_args(Kind)
-"""In the order of the list."""
+KINDS = get_args(Kind)  # in the order of the list
 
 
 class About(Table):
