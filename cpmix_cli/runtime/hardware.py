@@ -93,32 +93,31 @@ def fits(num_bytes: int, device: torch.device) -> bool:
 
 def free_memory(proc: Path, cgroup: Path) -> int:
     """Bytes that this machine can still give, or its control group if that has less; 0 where nothing says so."""
-    free = 1024 * (_number_after(proc / "meminfo", "MemAvailable:") or 0)
+    free = 1024 * _number_after(proc / "meminfo", "MemAvailable:")
     for place, limit, used, files in (
-        (cgroup, "memory.max", "memory.current", "inactive_file"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        (cgroup, "memory.max", "memory.current", "inactive_file "),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
     ):
         with suppress(OSError, ValueError):  # no such group, or no limit: "max"
             room = int((place / limit).read_text()) - int((place / used).read_text())
             # What was read from files counts as used, but is given up for what is needed.
-            free = min(free, room + (_number_after(place / "memory.stat", files) or 0))
+            free = min(free, room + _number_after(place / "memory.stat", files))
     return max(0, free)
-
-
-def _number_after(path: Path, word: str) -> int | None:
-    try:
-        lines = [line.split() for line in path.read_text().splitlines()]
-    except OSError:
-        return None
-    return next((int(line[1]) for line in lines if line[0] == word), None)
 
 
 def device_name(device: torch.device) -> str:
     """The model of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+    return _value_after(Path("/proc/cpuinfo"), "model name").removeprefix(":").strip() or "cpu"
+
+
+def _number_after(path: Path, word: str) -> int:
+    return int((_value_after(path, word) or "0").split()[0])
+
+
+def _value_after(path: Path, word: str) -> str:
+    """The rest of the first line that begins with a word; "" without such a line or file."""
+    with suppress(OSError):
+        return next((x.removeprefix(word).strip() for x in path.read_text().splitlines() if x.startswith(word)), "")
+    return ""

@@ -186,16 +186,12 @@ def together() -> Iterator[None]:
             what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
             raise EnvironmentFault(f"{what}{fault.strerror or fault}") from fault
         done = True
-    except CpmixError as fault:
-        if not _is_mine_to_say(store, place, fault.exit_code):
-            raise Left(fault.exit_code) from fault
-        if not place.first:
-            fault.message = f"rank {place.rank}: {fault.message}"
-        console.mute(False)
-        raise
-    except signals.Stopped as stop:
-        if not _is_mine_to_say(store, place, int(str(stop.code))):
-            raise Left(stop.code) from stop
+    except (CpmixError, signals.Stopped) as end:
+        code = end.exit_code if isinstance(end, CpmixError) else int(str(end.code))
+        if not _is_mine_to_say(store, place, code):
+            raise Left(code) from end
+        if isinstance(end, CpmixError) and not place.first:
+            end.message = f"rank {place.rank}: {end.message}"
         console.mute(False)
         raise
     except Exception as fault:
