@@ -20,17 +20,12 @@ artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where tha
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests of a GPU where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
-# -- signals -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """cpmix's signal handlers in this process."""
     previous = {number: signal.getsignal(number) for number in signals.HANDLED}
     signals.install()
     forget_signals()
@@ -40,12 +35,8 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-# -- data sets and runs ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits data set folder."""
     folder = tmp_path_factory.mktemp("data") / "digits-lt-rho20"
     must("build-lt", "digits", "--out", folder)
     return folder
@@ -53,7 +44,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy data set folder."""
     folder = tmp_path_factory.mktemp("data") / "toy-lt-rho20"
     must("build-lt", "toy", "--out", folder)
     return folder
@@ -75,10 +65,7 @@ def digits_run(_digits_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def _toy_run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "toy"
-    must("train-stage1", "--data", toy, "--out", run)
-    must("train-stage2", "--from", run)
-    must("evaluate", "--from", run)
-    must("confusion-report", "--from", run)
+    pipeline(toy, run)
     return run
 
 
@@ -90,5 +77,4 @@ def toy_run(_toy_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A fresh, fixed generator for test data."""
     return torch.Generator().manual_seed(20240)

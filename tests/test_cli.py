@@ -1,14 +1,12 @@
 """The command line itself: help, exit codes, streams, start-up, and an installed wheel."""
 
 import json
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-from helpers.commands import cpmix, must, process, refused
+from helpers.commands import must, process, refused
 from helpers.files import files
 
 from cpmix_cli.results.paper import PAPER_TABLES
@@ -139,8 +137,9 @@ def test_version_is_that_of_the_package() -> None:
 
 
 def test_json_does_not_outlast_its_command(tmp_path: Path) -> None:
-    assert cpmix("evaluate", "--from", tmp_path, "--json").json["exit_code"] == 3
-    assert cpmix("evaluate", "--from", tmp_path).stdout == ""
+    told = refused(3, (), "evaluate", "--from", tmp_path, "--json").json
+    assert (told["exit_code"], told["error"].partition(" ")[0]) == (3, "error:")
+    assert refused(3, (), "evaluate", "--from", tmp_path).stdout == ""
     assert must("--version").stdout.startswith("cpmix ")
 
 
@@ -175,6 +174,8 @@ TRAIN = "train-stage1 --data {data} --out run"
         (f"{TRAIN} --bad-flag", 2, "No such option"),
         (f"{TRAIN} --recipe digits/cpmx", 2, 'Did you mean "digits/cpmix"?'),
         (f"{TRAIN} --recipe none.toml", 2, "no file none.toml"),
+        ("compare nowhere --paper table5", 2, f'--paper "table5". Known: {", ".join(sorted(PAPER_TABLES))}.'),
+        ("compare nowhere --format yaml", 2, '--format "yaml".'),
     ],
 )
 def test_mistakes_get_their_exit_code_and_write_nothing(
@@ -187,23 +188,11 @@ def test_mistakes_get_their_exit_code_and_write_nothing(
     assert files(tmp_path) == []
 
 
-def test_json_errors_are_one_object_too(tmp_path: Path) -> None:
-    result = refused(3, (), "evaluate", "--from", tmp_path, "--json")
-    assert result.json["exit_code"] == 3
-    assert result.json["error"].startswith("error: ")
-
-
 def test_json_counts_wherever_it_is_typed() -> None:
-    result = cpmix("evaluate", "--from", "x", "--device", "gpu", "--json")
-    assert result.json == {
-        "error": 'error: --device "gpu". Did you mean "cpu"? Known: auto, cpu, cuda.',
-        "exit_code": 2,
-    }
-
-
-def test_every_table_of_the_paper_can_be_asked_for() -> None:
-    message = cpmix("compare", "x", "--paper", "table5").stderr
-    assert message.endswith(f"Known: {', '.join(sorted(PAPER_TABLES))}.\n")
+    result = refused(2, (), "evaluate", "--from", "x", "--device", "gpu", "--json")
+    said = 'error: --device "gpu". Did you mean "cpu"? Known: auto, cpu, cuda.'
+    assert result.json == {"error": said, "exit_code": 2}
+    refused(2, "--json and --format csv: give one of the two", "compare", "nowhere", "--format", "csv", "--json")
 
 
 def test_divergence_ends_with_5_and_keeps_no_result(digits: Path, tmp_path: Path) -> None:
@@ -226,12 +215,6 @@ def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
     assert [line.split()[1] for line in epochs] == [f"epoch={e}/4" for e in range(1, 5)]
     assert any(line.startswith("stage1: projected ") for line in lines)
     assert lines[-1] == f"next: cpmix train-stage2 --from {tmp_path}"
-
-
-def test_a_reader_that_leaves_is_no_bug() -> None:
-    command = f"{sys.executable} -m cpmix_cli --help | head -c 1"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert result.stderr == ""
 
 
 def test_an_installed_wheel_finds_its_recipes(digits: Path, tmp_path: Path) -> None:

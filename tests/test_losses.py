@@ -10,19 +10,8 @@ import torch.nn.functional as F
 from helpers.slow_loss import drawn, slow_loss
 from torch import Tensor
 
+from cpmix_cli import losses
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.losses import (
-    LOSSES,
-    balanced_softmax,
-    cross_entropy,
-    effective_number,
-    focal,
-    label_aware_smoothing,
-    lade,
-    ldam,
-    logit_adjusted,
-    sigmoid_focal,
-)
 
 COUNTS = torch.tensor([100, 40, 10, 2])
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -40,7 +29,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_there_is_a_case_for_every_loss() -> None:
-    assert {name for name, _ in CASES} == set(LOSSES)
+    assert {name for name, _ in CASES} == set(losses.LOSSES)
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
@@ -48,63 +37,46 @@ def test_loss_and_gradient_are_those_of_a_loop(
     name: str, parameters: dict[str, Any], generator: torch.Generator
 ) -> None:
     logits, labels, weights = drawn(generator)
-    found = LOSSES[name](logits, labels, weights, COUNTS, **parameters)
+    found = losses.LOSSES[name](logits, labels, weights, COUNTS, **parameters)
     expected = slow_loss(name, logits, labels.tolist(), list(weights), COUNTS.tolist(), parameters)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
-def test_balanced_softmax_by_hand() -> None:
-    # z = (0, 0), n = (3, 1): the rare class has probability 1/4 under the prior.
-    logits, one = torch.zeros(1, 2), torch.ones(1)
-    found = balanced_softmax(logits, torch.tensor([1]), one, torch.tensor([3, 1]))
-    assert float(found) == pytest.approx(math.log(4))
-
-
-def test_balanced_softmax_with_equal_counts_is_cross_entropy(generator: torch.Generator) -> None:
-    logits = torch.randn(9, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    labels, ones = torch.randint(0, 6, (9,), generator=generator), torch.ones(9)
-    losses = [f(logits, labels, ones, torch.full((6,), 37)) for f in (balanced_softmax, cross_entropy)]
-    gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
 def test_one_loss_under_four_names(generator: torch.Generator) -> None:
-    """Balanced Softmax = logit adjustment at tau 1 = Bayias for a uniform test set = LADE without its regulariser; and
-    a factor on all counts does not matter.
-    """
+    """Balanced Softmax = logit adjustment at tau 1 = Bayias = LADE without its regulariser, for any scale of counts."""
     logits, labels, weights = drawn(generator)
     pi = COUNTS / COUNTS.sum()
-    losses = {
-        "balanced softmax": balanced_softmax(logits, labels, weights, COUNTS),
-        "logit adjustment": logit_adjusted(logits, labels, weights, COUNTS, tau=1.0),
-        "scaled counts": balanced_softmax(logits, labels, weights, 7 * COUNTS),
+    same = {
+        "balanced softmax": losses.balanced_softmax(logits, labels, weights, COUNTS),
+        "logit adjustment": losses.logit_adjusted(logits, labels, weights, COUNTS, tau=1.0),
+        "scaled counts": losses.balanced_softmax(logits, labels, weights, 7 * COUNTS),
         "bayias": (weights * F.cross_entropy(logits + pi.log() - math.log(1 / 4), labels, reduction="none")).mean(),
-        "lade": lade(logits, labels, weights, COUNTS, lader_weight=0.0, remine=0.5),
+        "lade": losses.lade(logits, labels, weights, COUNTS, lader_weight=0.0, remine=0.5),
     }
-    first, *others = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses.values())
-    for name, gradient in zip(list(losses)[1:], others, strict=True):
+    first, *others = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in same.values())
+    for name, gradient in zip(list(same)[1:], others, strict=True):
         torch.testing.assert_close(gradient, first, msg=name)
 
 
 def test_limits_that_are_cross_entropy(generator: torch.Generator) -> None:
     logits, labels, weights = drawn(generator)
-    plain = cross_entropy(logits, labels, weights, COUNTS)
+    plain = losses.cross_entropy(logits, labels, weights, COUNTS)
     for loss in (
-        logit_adjusted(logits, labels, weights, COUNTS, tau=0.0),
-        focal(logits, labels, weights, COUNTS, gamma=0.0),
-        ldam(logits, labels, weights, COUNTS, max_margin=0.0, scale=30.0),
-        label_aware_smoothing(logits, labels, weights, COUNTS, smooth_head=0.0, smooth_tail=0.0),
+        losses.balanced_softmax(logits, labels, weights, torch.full((4,), 37)),
+        losses.logit_adjusted(logits, labels, weights, COUNTS, tau=0.0),
+        losses.focal(logits, labels, weights, COUNTS, gamma=0.0),
+        losses.ldam(logits, labels, weights, COUNTS, max_margin=0.0, scale=30.0),
+        losses.label_aware_smoothing(logits, labels, weights, COUNTS, smooth_head=0.0, smooth_tail=0.0),
     ):
         torch.testing.assert_close(loss, plain)
     targets = F.one_hot(labels, 4).float()
     bce = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)).mean()
-    torch.testing.assert_close(sigmoid_focal(logits, labels, weights, COUNTS, gamma=0.0), bce)
+    torch.testing.assert_close(losses.sigmoid_focal(logits, labels, weights, COUNTS, gamma=0.0), bce)
 
 
-@pytest.mark.parametrize("loss", [focal, sigmoid_focal])
+@pytest.mark.parametrize("loss", [losses.focal, losses.sigmoid_focal])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_focal_losses_of_what_is_learnt_have_finite_slopes(loss: Callable[..., Tensor], gamma: float) -> None:
     """1 - p rounds to 0 from a gap of 17 on, where its square root has an infinite slope."""
@@ -120,7 +92,7 @@ def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
     counts = torch.from_numpy(exponential_counts(500, 100, rho))
     zeros, one = torch.zeros(1, 100), torch.ones(1)
     for label, margin in ((0, head), (99, 0.5)):
-        loss = float(ldam(zeros, torch.tensor([label]), one, counts, scale=30.0))
+        loss = float(losses.ldam(zeros, torch.tensor([label]), one, counts, scale=30.0))
         # Against 99 zeros, log(99 + exp(-30 m)) + 30 m.
         assert loss == pytest.approx(
             math.log(99 + math.exp(-30 * margin)) + 30 * margin, abs=0.02 if label == 0 else 1e-4
@@ -129,16 +101,18 @@ def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
 
 @pytest.mark.parametrize(("rho", "head", "tail"), [(100, 0.045, 4.38), (200, 0.024, 5.78), (10, 0.258, 2.52)])
 def test_published_effective_numbers_on_cifar_100(rho: float, head: float, tail: float) -> None:
-    weights = effective_number(torch.from_numpy(exponential_counts(500, 100, rho)), beta=0.9999)
+    weights = losses.effective_number(torch.from_numpy(exponential_counts(500, 100, rho)), beta=0.9999)
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0]) == pytest.approx(head, abs=6e-4)
     assert float(weights[99]) == pytest.approx(tail, abs=6e-3)
 
 
 def test_limits_of_the_effective_number() -> None:
-    assert effective_number(COUNTS, beta=0.0).tolist() == [1.0] * 4
+    assert losses.effective_number(COUNTS, beta=0.0).tolist() == [1.0] * 4
     inverse = 1 / COUNTS.double()
-    torch.testing.assert_close(effective_number(COUNTS, beta=1 - 1e-9), inverse / inverse.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        losses.effective_number(COUNTS, beta=1 - 1e-9), inverse / inverse.mean(), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("over", ["others", "all"])
@@ -146,7 +120,7 @@ def test_targets_of_label_aware_smoothing(over: Any) -> None:
     """The gradient of cross entropy is p - q, so the target q can be read from it."""
     for label, eps in ((0, 0.4), (3, 0.1)):
         logits = torch.zeros(1, 4, requires_grad=True)
-        loss = label_aware_smoothing(
+        loss = losses.label_aware_smoothing(
             logits, torch.tensor([label]), torch.ones(1), COUNTS, smooth_head=0.4, smooth_tail=0.1, over=over
         )
         target = 0.25 - torch.autograd.grad(loss, logits)[0][0]
@@ -161,5 +135,7 @@ def test_two_hard_labels_are_one_soft_label(generator: torch.Generator) -> None:
     second = torch.randint(0, 4, (7,), generator=generator)
     soft = lam[:, None] * F.one_hot(first, 4) + (1 - lam[:, None]) * F.one_hot(second, 4)
     expected = F.cross_entropy(logits + COUNTS.log(), soft)
-    found = balanced_softmax(logits, first, lam, COUNTS) + balanced_softmax(logits, second, 1 - lam, COUNTS)
+    found = losses.balanced_softmax(logits, first, lam, COUNTS) + losses.balanced_softmax(
+        logits, second, 1 - lam, COUNTS
+    )
     torch.testing.assert_close(found, expected)

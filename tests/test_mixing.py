@@ -4,39 +4,23 @@ import numpy as np
 import pytest
 import torch
 
+from cpmix_cli import mixing
 from cpmix_cli.data.longtail import exponential_counts
-from cpmix_cli.mixing import (
-    MixingState,
-    box,
-    class_uniform,
-    confusion,
-    fixed,
-    frequency_power,
-    imbalance_aware,
-    linear,
-    permutation,
-    random,
-    remix,
-    same_ratio,
-    transport,
-    unimix,
-    unimix_ratio,
-)
 
 
-def state(counts: list[int]) -> MixingState:
+def state(counts: list[int]) -> mixing.MixingState:
     size = len(counts)
     zero = torch.zeros((), dtype=torch.float64)
-    return MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
+    return mixing.MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
 
 
 def test_equation_9_by_hand() -> None:
     # lambda 0.2 on the first of a pair of 200 and 2 images: 0.5 * 0.2 + 0.5 * 2/202
     lam = torch.tensor([0.2], dtype=torch.float64)
-    found = imbalance_aware(lam, torch.tensor([200]), torch.tensor([2]), t=0.5)
+    found = mixing.imbalance_aware(lam, torch.tensor([200]), torch.tensor([2]), t=0.5)
     assert found.item() == pytest.approx(0.1 + 0.5 * 2 / 202)
     # the rarer one first: 0.5 * 0.2 + 0.5 * 200/202
-    found = imbalance_aware(lam, torch.tensor([2]), torch.tensor([200]), t=0.5)
+    found = mixing.imbalance_aware(lam, torch.tensor([2]), torch.tensor([200]), t=0.5)
     assert found.item() == pytest.approx(0.1 + 0.5 * 200 / 202)
 
 
@@ -45,8 +29,8 @@ def test_equation_9_does_not_depend_on_the_order_of_the_pair(generator: torch.Ge
     n1 = torch.randint(1, 500, (50,), generator=generator)
     n2 = torch.randint(1, 500, (50,), generator=generator)
     for t in (0.0, 0.3, 0.5, 1.0):
-        forward = imbalance_aware(lam, n1, n2, t=t)
-        swapped = imbalance_aware(1 - lam, n2, n1, t=t)
+        forward = mixing.imbalance_aware(lam, n1, n2, t=t)
+        swapped = mixing.imbalance_aware(1 - lam, n2, n1, t=t)
         torch.testing.assert_close(forward, 1 - swapped)
         assert ((forward >= 0) & (forward <= 1)).all()
 
@@ -54,29 +38,29 @@ def test_equation_9_does_not_depend_on_the_order_of_the_pair(generator: torch.Ge
 def test_limits_of_equation_9(generator: torch.Generator) -> None:
     lam = torch.rand(20, dtype=torch.float64, generator=generator)
     n1, n2 = torch.full((20,), 300), torch.full((20,), 100)
-    assert imbalance_aware(lam, n1, n2, t=1.0).equal(same_ratio(lam, n1, n2))  # vanilla mixup
-    assert imbalance_aware(lam, n1, n2, t=0.0).tolist() == [0.25] * 20  # independent of lambda
+    assert mixing.imbalance_aware(lam, n1, n2, t=1.0).equal(mixing.same_ratio(lam, n1, n2))  # vanilla mixup
+    assert mixing.imbalance_aware(lam, n1, n2, t=0.0).tolist() == [0.25] * 20  # independent of lambda
 
 
 def test_published_mean_weight_of_the_minority() -> None:
     # reference/methods_mixing.md 3.11: at t = 0.5 and ratio 10, 100, 200 the minority gets .705, .745, .747 on average.
     lam = torch.tensor([0.5], dtype=torch.float64)
-    means = [imbalance_aware(lam, torch.tensor([1]), torch.tensor([r]), t=0.5).item() for r in (10, 100, 200)]
+    means = [mixing.imbalance_aware(lam, torch.tensor([1]), torch.tensor([r]), t=0.5).item() for r in (10, 100, 200)]
     assert means == pytest.approx([0.705, 0.745, 0.747], abs=6e-4)
 
 
 def test_linear_mix_by_hand_and_at_its_ends() -> None:
     x1, x2 = torch.full((2, 1, 2, 2), 8.0), torch.full((2, 1, 2, 2), 4.0)
-    mixed, lam = linear(x1, x2, torch.tensor([0.25, 1.0], dtype=torch.float64), torch.zeros(2, 2))
+    mixed, lam = mixing.linear(x1, x2, torch.tensor([0.25, 1.0], dtype=torch.float64), torch.zeros(2, 2))
     assert mixed[0].unique().tolist() == [5.0]
     assert mixed[1].equal(x1[1])
     assert lam.tolist() == [0.25, 1.0]
-    assert linear(x1, x2, torch.tensor([0.0]), torch.zeros(1, 2))[0].equal(x2)
+    assert mixing.linear(x1, x2, torch.tensor([0.0]), torch.zeros(1, 2))[0].equal(x2)
 
 
 def test_permutation_is_a_permutation(generator: torch.Generator) -> None:
     uniforms = torch.rand(30, dtype=torch.float64, generator=generator)
-    found = permutation(uniforms, torch.zeros(30), state([1]))
+    found = mixing.permutation(uniforms, torch.zeros(30), state([1]))
     assert sorted(found.tolist()) == list(range(30))
     assert found.tolist() != list(range(30))
 
@@ -85,33 +69,33 @@ def test_partner_classes_of_the_controls(generator: torch.Generator) -> None:
     draws = 30_000
     uniforms = torch.rand(draws, dtype=torch.float64, generator=generator)
     labels = torch.full((draws,), 1)
-    by_class = torch.bincount(class_uniform(uniforms, labels, state([60, 30, 10])), minlength=3)
+    by_class = torch.bincount(mixing.class_uniform(uniforms, labels, state([60, 30, 10])), minlength=3)
     assert by_class[1] == 0
     assert by_class[0].item() == pytest.approx(draws / 2, abs=5 * (draws / 4) ** 0.5)
-    naturally = torch.bincount(random(uniforms, labels, state([60, 30, 10])), minlength=3) / draws
+    naturally = torch.bincount(mixing.random(uniforms, labels, state([60, 30, 10])), minlength=3) / draws
     assert naturally.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.015)
 
 
 def test_fixed_pairs_hold_both_ways() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4])
-    found = fixed(torch.zeros(5), labels, state([1] * 5), pairs=[[0, 2], [3, 1]])
+    found = mixing.fixed(torch.zeros(5), labels, state([1] * 5), pairs=[[0, 2], [3, 1]])
     assert found.tolist() == [2, 3, 0, 1, 4]
 
 
 def test_confusion_partner_counts_its_fallbacks() -> None:
-    mixing = state([5, 5, 5])
-    mixing.confusion[0, 2] = 4.0
+    known = state([5, 5, 5])
+    known.confusion[0, 2] = 4.0
     labels = torch.tensor([0, 0, 1, 2])
-    found = confusion(torch.full((4,), 0.5, dtype=torch.float64), labels, mixing)
+    found = mixing.confusion(torch.full((4,), 0.5, dtype=torch.float64), labels, known)
     assert found.tolist() == [2, 2, 2, 0]  # 1: uniform over {0, 2}; 2: its column, {0}
-    assert mixing.num_fallbacks.item() == 2
+    assert known.num_fallbacks.item() == 2
 
 
 def test_a_box_by_hand() -> None:
     """lambda 0.75 on 8 x 8: sides of 4 round (2, 5); lambda 0.36 at the corner: sides of 6, of which 3 are inside."""
     x1, x2 = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
     centre = torch.tensor([[2 / 8, 5 / 8], [0.0, 0.0]], dtype=torch.float64)
-    mixed, lam = box(x1, x2, torch.tensor([0.75, 0.36], dtype=torch.float64), centre)
+    mixed, lam = mixing.box(x1, x2, torch.tensor([0.75, 0.36], dtype=torch.float64), centre)
     expected = torch.zeros(2, 8, 8)
     expected[0, 0:4, 3:7] = 1
     expected[1, 0:3, 0:3] = 1
@@ -124,7 +108,7 @@ def test_a_box_takes_the_area_that_it_says(generator: torch.Generator) -> None:
     lam = torch.rand(draws, dtype=torch.float64, generator=generator)
     lam[:2] = torch.tensor([0.0, 1.0])
     centre = torch.rand(draws, 2, dtype=torch.float64, generator=generator)
-    mixed, left = box(torch.zeros(draws, 3, 32, 32), torch.ones(draws, 3, 32, 32), lam, centre)
+    mixed, left = mixing.box(torch.zeros(draws, 3, 32, 32), torch.ones(draws, 3, 32, 32), lam, centre)
     assert left.equal(1 - mixed.double().mean((1, 2, 3)))
     assert left[1] == 1
     assert ((left >= 0) & (left <= 1)).all()
@@ -139,10 +123,10 @@ def test_a_box_takes_the_area_that_it_says(generator: torch.Generator) -> None:
 def test_one_box_for_the_batch_cuts_all_images_alike(generator: torch.Generator) -> None:
     x1, x2 = torch.zeros(5, 3, 16, 16), torch.ones(5, 3, 16, 16)
     centre = torch.rand(1, 2, dtype=torch.float64, generator=generator)
-    mixed, lam = box(x1, x2, torch.tensor([0.4], dtype=torch.float64), centre)
+    mixed, lam = mixing.box(x1, x2, torch.tensor([0.4], dtype=torch.float64), centre)
     assert lam.shape == (1,)
     assert (mixed == mixed[0]).all()
-    assert box(x1, x2, torch.ones(1, dtype=torch.float64), centre)[0].equal(x1)
+    assert mixing.box(x1, x2, torch.ones(1, dtype=torch.float64), centre)[0].equal(x1)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +147,7 @@ def test_one_box_for_the_batch_cuts_all_images_alike(generator: torch.Generator)
     ],
 )
 def test_truth_table_of_remix(lam: float, n1: int, n2: int, expected: float) -> None:
-    found = remix(torch.tensor([lam]), torch.tensor([n1]), torch.tensor([n2]))
+    found = mixing.remix(torch.tensor([lam]), torch.tensor([n1]), torch.tensor([n2]))
     assert found.item() == pytest.approx(expected)
 
 
@@ -173,7 +157,7 @@ def test_published_shares_of_few_classes_among_unimix_partners(sample_tau: float
     counts = exponential_counts(500, 100, 100)
     labels = torch.repeat_interleave(torch.arange(100), torch.from_numpy(counts))[::5]
     uniforms = (torch.arange(len(labels), dtype=torch.float64) + 0.5) / len(labels)
-    chosen = unimix(uniforms, labels, state(counts.tolist()), sample_tau=sample_tau)
+    chosen = mixing.unimix(uniforms, labels, state(counts.tolist()), sample_tau=sample_tau)
     assert (labels[chosen] >= 70).double().mean().item() == pytest.approx(share, abs=2e-3)
 
 
@@ -181,7 +165,7 @@ def test_unimix_draws_by_the_power_of_the_counts(generator: torch.Generator) -> 
     """A batch of 3 + 1 images of classes with 100 and 10: at tau -1 the one has 10 / 13 of the draws."""
     labels = torch.tensor([0, 0, 0, 1]).repeat(1000)
     uniforms = torch.rand(4000, dtype=torch.float64, generator=generator)
-    chosen = unimix(uniforms, labels, state([100, 10]), sample_tau=-1.0)
+    chosen = mixing.unimix(uniforms, labels, state([100, 10]), sample_tau=-1.0)
     assert labels[chosen].double().mean().item() == pytest.approx(10 / 13, abs=0.03)
 
 
@@ -191,7 +175,7 @@ def test_unimix_draws_by_the_power_of_the_counts(generator: torch.Generator) -> 
 def test_published_mean_weight_of_the_minority_in_unimix(alpha: float, means: tuple[float, ...]) -> None:
     drawn = torch.from_numpy(np.random.Generator(np.random.Philox(1)).beta(alpha, alpha, 200_000))
     for ratio, mean in zip((2, 10, 100), means, strict=True):
-        lam = unimix_ratio(drawn, torch.ones(200_000), torch.full((200_000,), ratio))
+        lam = mixing.unimix_ratio(drawn, torch.ones(200_000), torch.full((200_000,), ratio))
         assert ((lam >= 0) & (lam < 1)).all()
         assert lam.mean().item() == pytest.approx(mean, abs=6e-3)
 
@@ -201,7 +185,7 @@ def test_published_mean_weight_of_the_minority_in_unimix(alpha: float, means: tu
 )
 def test_frequency_power(power: float, shares: tuple[float, ...], generator: torch.Generator) -> None:
     uniforms = torch.rand(30_000, dtype=torch.float64, generator=generator)
-    found = frequency_power(uniforms, torch.zeros(30_000, dtype=torch.int64), state([60, 30, 10]), power=power)
+    found = mixing.frequency_power(uniforms, torch.zeros(30_000, dtype=torch.int64), state([60, 30, 10]), power=power)
     assert (torch.bincount(found, minlength=3) / 30_000).tolist() == pytest.approx(list(shares), abs=0.015)
 
 
@@ -211,21 +195,21 @@ def test_few_classes_are_most_partners_at_power_minus_1() -> None:
     share = sum(1 / n for n in counts if n < 20) / sum(1 / n for n in counts)
     assert share == pytest.approx(0.768, abs=5e-4)
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    chosen = frequency_power(uniforms, torch.zeros(10_000, dtype=torch.int64), state(counts), power=-1.0)
+    chosen = mixing.frequency_power(uniforms, torch.zeros(10_000, dtype=torch.int64), state(counts), power=-1.0)
     assert (torch.tensor(counts)[chosen] < 20).double().mean().item() == pytest.approx(share, abs=1e-3)
 
 
 def test_transport_without_features_takes_the_most_confused(generator: torch.Generator) -> None:
     """Six classes, one image of each on both sides: each is sent to the class it is confused with most."""
-    mixing = state([10] * 6)
+    known = state([10] * 6)
     confused = [3, 0, 4, 1, 5, 2]
     for true, predicted in enumerate(confused):
-        mixing.confusion[true, predicted] = 6.0
-        mixing.confusion[true, (predicted + 1) % 6] = 2.0
-    mixing.confusion.fill_diagonal_(0)
+        known.confusion[true, predicted] = 6.0
+        known.confusion[true, (predicted + 1) % 6] = 2.0
+    known.confusion.fill_diagonal_(0)
     x = torch.randn(6, 3, generator=generator)
     y1, y2 = torch.randperm(6, generator=generator), torch.randperm(6, generator=generator)
-    found = transport(x, y1, x, y2, mixing, feature_weight=0.0, regularisation=0.01)
+    found = mixing.transport(x, y1, x, y2, known, feature_weight=0.0, regularisation=0.01)
     assert y1[found].tolist() == [confused[c] for c in y2.tolist()]
 
 
@@ -233,4 +217,4 @@ def test_transport_by_features_alone_takes_the_nearest(generator: torch.Generato
     x1 = torch.randn(8, 40, generator=generator)
     order = torch.randperm(8, generator=generator)
     labels = torch.zeros(8, dtype=torch.int64)
-    assert transport(x1, labels, x1[order], labels, state([5]), feature_weight=1.0).equal(order)
+    assert mixing.transport(x1, labels, x1[order], labels, state([5]), feature_weight=1.0).equal(order)

@@ -114,7 +114,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hook_calls(notify: Callable[[bytes], None], fatal: int) -> None:
+def hook_calls(notify: Callable[[bytes], object], fatal: int) -> None:
     """Report every call that publishing makes on files; die at the `fatal`th, counted from 1 (0: never).
 
     A call has three moments: half a file written (instead of it), before it, and after it; they take turns.
@@ -149,7 +149,7 @@ def hook_calls(notify: Callable[[bytes], None], fatal: int) -> None:
     Path.open = opened  # type: ignore[method-assign]
 
 
-def in_child(work: Callable[[Callable[[bytes], None]], int], log: Path) -> tuple[int, int]:
+def in_child(work: Callable[[Callable[[bytes], object]], int], log: Path) -> tuple[int, int]:
     """Fork; the child does `work` with a function to report by. Returns its pid and the reading end of the reports."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -162,7 +162,7 @@ def in_child(work: Callable[[Callable[[bytes], None]], int], log: Path) -> tuple
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        code = work(lambda event: void(os.write(writing, event)))
+        code = work(partial(os.write, writing))
     except SystemExit as leaving:
         code = int(str(leaving.code or 0))
     except BaseException:
@@ -174,12 +174,7 @@ def in_child(work: Callable[[Callable[[bytes], None]], int], log: Path) -> tuple
         os._exit(code)
 
 
-def void(_: object) -> None:
-    pass
-
-
-def cpmix(folder: Path, line: str, fatal: int, notify: Callable[[bytes], None]) -> int:
-    """One command line in this (forked) process."""
+def cpmix(folder: Path, line: str, fatal: int, notify: Callable[[bytes], object]) -> int:
     os.chdir(folder)
     signals.install()
     real_step = Step.__call__
@@ -196,7 +191,6 @@ def cpmix(folder: Path, line: str, fatal: int, notify: Callable[[bytes], None]) 
 
 
 def watch(folder: Path, line: str, log: Path) -> Watched:
-    """Run a command to its end."""
     found, started = Watched(), time.monotonic()
     pid, reports = in_child(partial(cpmix, folder, line, 0), log)
     while events := os.read(reports, 4096):
@@ -255,7 +249,7 @@ def choose(rng: random.Random, watched: Watched) -> tuple[str, float]:
 def digests(folder: Path, log: Path) -> dict[str, str]:
     """Hash of every file's contents, found in a child: reading Parquet starts threads, and those do not fork."""
 
-    def work(notify: Callable[[bytes], None]) -> int:
+    def work(notify: Callable[[bytes], object]) -> int:
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents(folder).items()}
         notify(json.dumps({name: hashes.get(name, "") for name in files(folder)}).encode())
         return 0
@@ -286,12 +280,8 @@ def twenty_at_once(folder: Path, log: Path) -> list[str]:
 def main() -> int:
     """Returns 0 when nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=220,
-        help="at least so many, half of them after a first step, a quarter inside publishing",
-    )
+    told = "at least so many, half of them after a first step, a quarter inside publishing"
+    parser.add_argument("--kills", type=int, default=220, help=told)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -324,9 +314,8 @@ def main() -> int:
                 found = digests(folder, log)
                 for file in sorted(found.keys() | expected[name].keys()):
                     if found.get(file) != expected[name].get(file):
-                        what = (
-                            "missing" if file not in found else "left over" if file not in expected[name] else "other"
-                        )
+                        what = "left over" if file not in expected[name] else "other"
+                        what = what if file in found else "missing"
                         score.differences.append(f"{folder.name}/{file}: {what}")
                 with contextlib.suppress(OSError):
                     shutil.rmtree(folder)

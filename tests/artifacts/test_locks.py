@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,8 @@ def leave_lock(folder: Path, by: Owner, *, silent: float = 0.0) -> Path:
 def test_a_second_writer_is_refused_and_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with hold(tmp_path / "stage1"):
-        held = (
-            rf"stage1 is being written by another process \({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
-        )
+        by = rf"\({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
+        held = f"stage1 is being written by another process {by}"
         with pytest.raises(EnvironmentFault, match=held) as caught, hold(tmp_path / "stage1"):
             pass
         assert caught.value.exit_code == 4
@@ -81,14 +81,11 @@ def test_locks_of_the_dead_are_taken_over_and_no_others(
         monkeypatch.setenv(name, value)
     folder = tmp_path / "stage1"
     leave_lock(folder, owner(**left_by), silent=silent)
-    if taken:
-        with hold(folder) as lock:
-            lock.check()
-            assert files(folder) == [LOCK]
-    else:
-        with pytest.raises(EnvironmentFault, match="is being written by another process"), hold(folder):
-            pass
+    refusal = pytest.raises(EnvironmentFault, match="is being written by another process")
+    with nullcontext() if taken else refusal, hold(folder) as lock:
+        lock.check()
         assert files(folder) == [LOCK]
+    assert files(folder.parent) == ([] if taken else [f"stage1/{LOCK}"])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"host": 3}', "\x00\xff"])

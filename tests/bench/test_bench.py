@@ -73,13 +73,6 @@ def test_bench_needs_images(toy: Path) -> None:
 
 
 def test_bench_names_a_fault_of_the_recipe_before_it_measures(digits: Path) -> None:
-    result = refused(
-        2,
-        'stage2.terms.cp.partner = "confusing": unknown',
-        "bench",
-        "--data",
-        digits,
-        "--set",
-        "stage2.terms.cp.partner=confusing",
-    )
-    assert result.stdout == ""
+    said = 'stage2.terms.cp.partner = "confusing": unknown'
+    command = ("bench", "--data", digits, "--set", "stage2.terms.cp.partner=confusing")
+    assert refused(2, said, *command).stdout == ""

@@ -46,9 +46,7 @@ def projected(measured: Measurements, assumed: Assumptions, plan: Plan, kept: st
 
 
 def test_one_rank_by_hand() -> None:
-    """192 x 3 images at 1,000 a second, 576 augmented at 50,000, 1 ms for pairs: 0.576 + 0.01152 + 0.001 s a step; the
-    last of 604 steps has 70 images.
-    """
+    """576 images at 1,000 a second, augmented at 50,000, 1 ms for pairs; the last of 604 steps has 70 images."""
     found = projected(MEASURED, ASSUMED, STAGE2, "shards", 1)
     step = found["phases"]["stage2"]
     assert [step[f"{what}_per_rank_and_step"] for what in ("images", "passes", "read")] == [192, 576, 576]
@@ -78,9 +76,7 @@ def test_input_runs_out_first_from_files() -> None:
 
 
 def test_eight_ranks_by_hand() -> None:
-    """24 images of the batch each: 72 through the network, 96 made. 7/4 of 100 MB and of 3 + 3 numbers go out, the
-    running statistics, and 24 errors to each of 7 others.
-    """
+    """7/4 of 100 MB and of 3 + 3 numbers go out, the running statistics, and 24 errors to each of 7 others."""
     fast = replace(MEASURED, network={"stage2": {24: 1000.0}})
     found = projected(fast, ASSUMED, STAGE2, "shards", 8)
     step = found["phases"]["stage2"]
@@ -103,8 +99,8 @@ def test_the_link_runs_out_first_on_64_ranks() -> None:
     sent = 2 * 63 / 64 * (100_000_000 + 48) + 200_000 + 63 * 8 * 3
     assert step["network_bytes_per_rank_and_step"] == round(sent)
     assert (step["limit"], step["step_seconds"]) == ("link", pytest.approx(sent / 1e9))
-    # 8 ranks on a machine
-    assert step["disk_bytes_per_second_and_machine"] == pytest.approx(8 * 12 * 200_000 / step["step_seconds"])
+    of_8_ranks = 8 * 12 * 200_000 / step["step_seconds"]
+    assert step["disk_bytes_per_second_and_machine"] == pytest.approx(of_8_ranks)
 
 
 def test_batches_that_do_not_come_out_even_and_micro_batches() -> None:
@@ -142,18 +138,10 @@ def test_phases_add_up() -> None:
 
 RECIPE = """
 extends = "digits/cpmix"
-[data]
-augment = "resized-crop-flip"
-crop = 64
-normalisation = "imagenet"
-[optimizer]
-batch_size = 32
-[schedule]
-epochs = 4
-stage1_epochs = 2
-[finetune]
-epochs = 1
-batch_size = 16
+data = { augment = "resized-crop-flip", crop = 64, normalisation = "imagenet" }
+optimizer.batch_size = 32
+schedule = { epochs = 4, stage1_epochs = 2 }
+finetune = { epochs = 1, batch_size = 16 }
 """
 PHASES = ["stage1", "stage2", "finetune"]
 QUICK = ("--rounds", 1, "--seconds", 0, "--device", "cpu")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers.commands import cpmix, must, refused
+from helpers.commands import must, refused, setting, trained
 from helpers.files import files, write_cifar
 
 from cpmix_cli.commands.compare import _accuracy_lines, _accuracy_sheet, _cost_sheet, _letter_of, _listed, _paper_sheet
@@ -23,17 +23,10 @@ from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 
 SHORT = ("--epochs", 3)  # 2 + 1, finetune 1
-
-
-def trained(data: Path, run: Path, *flags: object) -> Path:
-    """A short run to the end of stage 1 with a recipe of one stage, evaluated."""
-    must("train-stage1", "--data", data, "--out", run, "--recipe", "digits/cross-entropy", *SHORT, *flags)
-    must("evaluate", "--from", run)
-    return run
+PLAIN = ("--recipe", "digits/cross-entropy", *SHORT)
 
 
 def numbers(run: Path, evaluation: str) -> dict[str, Any]:
-    """An evaluation's metrics.json."""
     found: dict[str, Any] = json.loads((run / "evaluation" / evaluation / "metrics.json").read_text())
     return found
 
@@ -42,7 +35,7 @@ def numbers(run: Path, evaluation: str) -> dict[str, Any]:
 def seeds(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Cross entropy on digits with three seeds; seed 1 has its finetune too."""
     folder = tmp_path_factory.mktemp("seeds")
-    runs = [trained(digits, folder / f"ce-{seed}", "--seed", seed) for seed in range(3)]
+    runs = [trained(digits, folder / f"ce-{seed}", *PLAIN, "--seed", seed) for seed in range(3)]
     must("finetune", "--from", runs[1])
     must("evaluate", "--from", runs[1])
     return runs
@@ -170,8 +163,8 @@ def test_a_changed_method_goes_by_its_keys_or_its_file(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["optimizer.lr=0.05", "data.augment=none", "optimizer.batch_size=32", "optimizer.nesterov=true"]
-    some = trained(digits, tmp_path / "some", "--set", settings[0])
-    more = trained(digits, tmp_path / "more", *(word for setting in settings for word in ("--set", setting)))
+    some = trained(digits, tmp_path / "some", *PLAIN, "--set", settings[0])
+    more = trained(digits, tmp_path / "more", *PLAIN, *setting(*settings))
     recipe, mine = tmp_path / "mine.toml", tmp_path / "run"
     recipe.write_text(load("digits/cross-entropy", settings=settings).to_toml())
     monkeypatch.setattr("sys.argv", ["cpmix", "train-stage1", "--recipe", str(recipe)])  # as typed in a shell
@@ -203,17 +196,15 @@ def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path:
     must("build-lt", "digits", "--subset-seed", 3, "--out", tmp_path / "subset")
     runs = [
         seeds[0],
-        trained(digits, tmp_path / "bf16", "--set", "model.precision=bf16"),
-        trained(digits, tmp_path / "long", "--epochs", 4),
-        trained(tmp_path / "subset", tmp_path / "other"),
+        trained(digits, tmp_path / "bf16", *PLAIN, "--set", "model.precision=bf16"),
+        trained(digits, tmp_path / "long", *PLAIN, "--epochs", 4),
+        trained(tmp_path / "subset", tmp_path / "other", *PLAIN),
     ]
     must("evaluate", "--from", seeds[0], "--few-inclusive", "--out", tmp_path / "few")
     shutil.copytree(seeds[0], tmp_path / "inclusive")
     shutil.rmtree(tmp_path / "inclusive" / "evaluation")
     shutil.copytree(tmp_path / "few" / "evaluation", tmp_path / "inclusive" / "evaluation")
-    result = cpmix("compare", tmp_path / "few")
-    assert result.code == 3
-    assert f"{tmp_path / 'few'} holds evaluations, but not the run that they are of" in result.stderr
+    refused(3, f"{tmp_path / 'few'} holds evaluations, but not the run that they are of", "compare", tmp_path / "few")
     result = must("compare", *runs, tmp_path / "inclusive", "--json").json
     rows = {Path(row["runs"][0]).name: number for number, row in enumerate(result["rows"], start=1)}
     assert len(rows) == len(result["rows"]) == 5
@@ -228,10 +219,8 @@ def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path:
     lines = must("compare", seeds[0], runs[1]).stdout.splitlines()
     assert "rows 1 and 2 differ in precision: fp32, bf16" in lines
     lines = must("compare", seeds[0], runs[3]).stdout.splitlines()
-    assert [line for line in lines if line.endswith(", per cent")] == [
-        "digits-lt-rho20, per cent",
-        "digits-lt-rho20-seed3, per cent",
-    ]
+    titles = [line for line in lines if line.endswith(", per cent")]
+    assert titles == ["digits-lt-rho20, per cent", "digits-lt-rho20-seed3, per cent"]
 
 
 def test_other_test_images_and_labels_stand_apart(seeds: list[Path], tmp_path: Path) -> None:
@@ -260,30 +249,28 @@ def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
     row = ComparisonRow([measured, replace(measured, checkpoint="other")])
     lines = _accuracy_lines([(4, row)], with_deviations=True)
-    assert lines == [
-        "+-: sample standard deviation of n runs",
-        "row 4 has several runs of seed 0: its +- is not that of 2 seeds",
-    ]
+    assert lines[1:] == ["row 4 has several runs of seed 0: its +- is not that of 2 seeds"]
+    assert lines[0] == "+-: sample standard deviation of n runs"
 
 
 def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path) -> None:
     must("evaluate", "--from", digits_run, "--phase", "stage1")
     must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 7, "--overwrite")
-    result = cpmix("compare", digits_run)
-    assert result.code == 3
-    evaluation = digits_run / "evaluation"
-    assert f"warning: {evaluation}/stage1 is left out: it is of an older checkpoint of stage1" in result.stderr
-    why = "finetune is stale (stage1 was trained again since)"
-    assert f"warning: {evaluation}/finetune is left out: {why}" in result.stderr
-    assert f"error: no evaluation of use in {digits_run}\n" in result.stderr
-    assert f"fix: cpmix status {digits_run}\n" in result.stderr
+    evaluation, why = digits_run / "evaluation", "finetune is stale (stage1 was trained again since)"
+    said = (
+        f"warning: {evaluation}/stage1 is left out: it is of an older checkpoint of stage1",
+        f"warning: {evaluation}/finetune is left out: {why}",
+        f"error: no evaluation of use in {digits_run}\n",
+        f"fix: cpmix status {digits_run}\n",
+    )
+    refused(3, said, "compare", digits_run)
     must("evaluate", "--from", digits_run, "--phase", "stage1")
     result = must("compare", digits_run, "--json")
     assert [row["finetune"] for row in result.json["rows"]] == ["before stage 2"]
     assert result.json["left_out"] == [f"{evaluation}/finetune is left out: {why}"]
     for name in ("run.json", "model.safetensors"):
         (digits_run / "stage1" / name).unlink()
-    assert "stage1 is being trained again" in cpmix("compare", digits_run).stderr
+    refused(3, "stage1 is being trained again", "compare", digits_run)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -291,14 +278,10 @@ def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path
 
 def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: list[Path], tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
-        result = cpmix("compare", seeds[0], folder, "--json")
-        assert result.code == 3
-        assert message in result.json["error"]
-        assert "needed by: compare" in result.json["error"]
+        error = refused(3, (), "compare", seeds[0], folder, "--json").json["error"]
+        assert message in error and "needed by: compare" in error
     shutil.rmtree(toy_run / "evaluation")
-    result = cpmix("compare", toy_run / "stage2")
-    assert result.code == 3
-    assert result.stderr == (
+    assert refused(3, (), "compare", toy_run / "stage2").stderr == (
         f"warning: {toy_run} is left out: it holds no evaluation of stage2\n"
         f"error: no evaluation of use in {toy_run / 'stage2'}\n  needed by: compare\n"
         f"  fix: cpmix status {toy_run / 'stage2'}\n"
@@ -316,21 +299,7 @@ def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:
     refused(3, f"{metrics} is damaged", "compare", run)
     metrics.write_text(text)
     (run / "evaluation" / "stage1").rename(run / "evaluation" / "stage1-mine")
-    result = cpmix("compare", run)
-    assert result.code == 3
-    assert "is of evaluation/stage1, and not of evaluation/stage1-mine" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--paper", "table5"], '--paper "table5".'),
-        (["--format", "yaml"], '--format "yaml".'),
-        (["--format", "csv", "--json"], "--json and --format csv: give one of the two"),
-    ],
-)
-def test_wrong_flags(flags: list[str], message: str) -> None:
-    refused(2, message, "compare", "nowhere", *flags)
+    refused(3, "is of evaluation/stage1, and not of evaluation/stage1-mine", "compare", run)
 
 
 # -- the paper's tables ------------------------------------------------------------------------------------------------
@@ -365,10 +334,8 @@ def test_every_table_of_the_paper() -> None:
         assert [round(sum(float(cell) for cell in column if cell), 2) for column in columns] == totals, key
         assert all(f"cifar100-lt/{row.recipe}" in recipe_names() for row in table.rows)
     rows = {key: {row.name: row for row in table.rows} for key, table in PAPER_TABLES.items()}
-    of_rows = {
-        key: [round(sum(float(cell) for cell in row.cells if cell), 2) for row in rows[key].values()] for key in OF_ROWS
-    }
-    assert of_rows == OF_ROWS
+    for key, totals in OF_ROWS.items():
+        assert [round(sum(float(cell) for cell in row.cells if cell), 2) for row in rows[key].values()] == totals, key
     assert rows["table7"]["MiSLAS"].cells == ["61.7", "51.3", "35.8", "52.7"]
     assert rows["table9"]["CP-Mix"].cells == ["57.9", "72.9", "75.3", "72.3"]
     assert rows["table1"]["MiSLAS"].cells == [None, "47.0", "52.3", "63.2", None, "82.1", "85.7", "90.0"]
@@ -456,11 +423,9 @@ def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) ->
 def test_several_of_ours_in_one_cell(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     longer = replace(measured, run=Path("longer"), conditions=measured.conditions | {"schedule.epochs": 30})
-    whole = replace(
-        measured, run=Path("whole"), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": 12.5})
-    )
-    seed = replace(
-        measured, run=Path("seed"), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": 14.5})
+    whole, seed = (
+        replace(measured, run=Path(run), full_epochs=None, numbers=measured.numbers.model_copy(update={"top1": top1}))
+        for run, top1 in (("whole", 12.5), ("seed", 14.5))
     )
     sheet = _paper_sheet(
         PAPER_TABLES["table1"], [ComparisonRow(runs) for runs in ([measured], [longer], [whole, seed])]
@@ -486,10 +451,8 @@ def test_groups_of_other_classes_are_said(cifar: Path) -> None:
     method = replace(measured.method, exact=("places-lt/cpmix",))
     ours = replace(measured, data="places-lt", method=method, full_epochs=None)
     inclusive = replace(ours, conditions=ours.conditions | {"few_inclusive": True})
-    assert _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([ours])]).lines[:2] == [
-        "a: 1 run, classes of 20 images are medium",
-        "b: 1 run",
-    ]
+    lines = _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([ours])]).lines
+    assert lines[:2] == ["a: 1 run, classes of 20 images are medium", "b: 1 run"]
     assert _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([inclusive])]).lines[0] == "a: 1 run"
 
 
@@ -532,13 +495,8 @@ def test_latex() -> None:
 
 
 def test_plain_and_csv() -> None:
-    assert plain(replace(ODD, rows=[["x", "1.00"]])) == [
-        "a_b & 50 %",
-        "name  top-1",
-        "----  -----",
-        "x      1.00",
-        "+- & 3 %",
-    ]
+    lines = plain(replace(ODD, rows=[["x", "1.00"]]))
+    assert lines == ["a_b & 50 %", "name  top-1", "----  -----", "x      1.00", "+- & 3 %"]
     assert csv_text([{"a": 1, "b": None}, {"a": "x,y", "b": 0.5}]) == ["a,b", "1,", '"x,y",0.5']
     assert [_letter_of(n) for n in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
     assert [_listed(n) for n in ([1], [1, 2], [1, 2, 4])] == ["1", "1 and 2", "1, 2 and 4"]

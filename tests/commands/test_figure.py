@@ -1,6 +1,5 @@
 """The paper's figures from run folders: which run goes where, what is drawn, what is refused."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.commands import cpmix, must, refused, setting, trained
+from helpers.files import edit_record
 from PIL import Image
 
 from cpmix_cli.artifacts import records
@@ -62,9 +62,6 @@ def matrix_of(run: Path, phase: str, num_classes: int) -> np.ndarray:
     return matrix
 
 
-# -- what a run is -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("recipe", "phase", "method"),
     [
@@ -108,18 +105,11 @@ def test_every_method_has_a_style() -> None:
         assert len({style[key] for style in paper_figures.METHOD_STYLES.values()}) == len(OBJECTIVES)
 
 
-# -- figure 2 ----------------------------------------------------------------------------------------------------------
-
-
 def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> None:
     runs = [toys / name for name in TOYS]
     out, again = tmp_path / "new" / "f.pdf", tmp_path / "again.svg"
     told = must("figure", 2, *runs, "--out", out, "--out", tmp_path / "f.svg", "--json").json
-    assert {key: told[key] for key in ("command", "status", "figure")} == {
-        "command": "figure",
-        "status": "done",
-        "figure": 2,
-    }
+    assert [told[key] for key in ("command", "status", "figure")] == ["figure", "done", 2]
     assert told["files"] == [str(out), str(tmp_path / "f.svg")]
     assert [(r["panel"], r["method"], r["rho"], r["seed"], r["phase"]) for r in told["runs"]] == [
         ("(e)", "ERM", 5, 0, "stage1"),
@@ -167,8 +157,9 @@ def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, mo
 
 def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.pdf"
-    result = cpmix("figure", 2, toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix", "--out", out)
-    assert (result.code, result.stdout) == (3, "")
+    runs = (toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix")
+    result = refused(3, (), "figure", 2, *runs, "--out", out)
+    assert result.stdout == ""
     assert result.stderr.endswith(
         "error: figure 2 needs a run of Mixup on toy-LT-20, trained and evaluated\n"
         "  needed by: figure 2\n"
@@ -178,25 +169,22 @@ def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Pat
 
 
 def test_figure_2_is_of_the_toy_data(toys: Path, hand: Path) -> None:
-    result = cpmix("figure", 2, toys / "cross-entropy", hand / "mixup")
-    assert result.code == 3
-    assert f"error: {hand / 'mixup'} is of digits-lt-rho20, and not of the toy data\n" in result.stderr
+    said = f"error: {hand / 'mixup'} is of digits-lt-rho20, and not of the toy data\n"
+    refused(3, said, "figure", 2, toys / "cross-entropy", hand / "mixup")
 
 
 def test_two_runs_of_one_seed_are_refused(toys: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(toys / "mixup", tmp_path / "copy")
-    result = cpmix("figure", 2, *(toys / name for name in TOYS), copy)
-    assert result.code == 3
-    assert f"{toys / 'mixup' / 'stage1'} and {copy / 'stage1'} are both Mixup on toy-LT-20" in result.stderr
+    said = f"{toys / 'mixup' / 'stage1'} and {copy / 'stage1'} are both Mixup on toy-LT-20"
+    refused(3, said, "figure", 2, *(toys / name for name in TOYS), copy)
 
 
 def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_path: Path) -> None:
     must("build-lt", "toy", "--subset-seed", 1, "--out", tmp_path / "data")
     other = tmp_path / "other"
     must("train-stage1", "--data", tmp_path / "data", "--recipe", "toy/cross-entropy", "--seed", 2, "--out", other)
-    refused(
-        3, f" and {other} are of different subsets of toy-LT-20\n", "figure", 2, *(toys / name for name in TOYS), other
-    )
+    said = f" and {other} are of different subsets of toy-LT-20\n"
+    refused(3, said, "figure", 2, *(toys / name for name in TOYS), other)
 
 
 def test_runs_without_a_place_are_told_with_the_methods_that_have_one(toys: Path) -> None:
@@ -206,8 +194,7 @@ def test_runs_without_a_place_are_told_with_the_methods_that_have_one(toys: Path
 
 def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(toys / "mixup", tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
-    result = cpmix("figure", 2, *(toys / name for name in TOYS if name != "mixup"), bare)
-    assert result.code == 3
+    result = refused(3, (), "figure", 2, *(toys / name for name in TOYS if name != "mixup"), bare)
     assert result.stderr.endswith(
         f"error: no evaluation {bare / 'evaluation' / 'stage1'}\n"
         "  needed by: figure 2\n"
@@ -219,14 +206,10 @@ def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_p
     other = tmp_path / "other"
     draw = setting("stage1.terms.erm.draw=class-uniform")
     must("train-stage1", "--data", toy, "--recipe", "toy/cross-entropy", "--out", other, *draw)
-    result = must(
-        "figure", 2, *(toys / name for name in TOYS), other, toys / "cpmix" / "stage1", "--out", tmp_path / "f.svg"
-    )
+    runs = [*(toys / name for name in TOYS), other, toys / "cpmix" / "stage1"]
+    result = must("figure", 2, *runs, "--out", tmp_path / "f.svg")
     assert f"warning: {other / 'stage1'} is not used: it is none of ERM, Mixup, " in result.stderr
     assert f"warning: {toys / 'cpmix' / 'stage1'} is not used: it is none of ERM" in result.stderr
-
-
-# -- figures of images -------------------------------------------------------------------------------------------------
 
 
 def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,24 +237,11 @@ def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path)
         ("(b)", "Mixup", "mixup"),
         ("(c)", "ERM", "balanced"),
     ]
-    refused(
-        3,
-        [
-            "error: figure 3 needs a run of ERM on balanced digits, trained and evaluated\n",
-            "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n",
-        ],
-        "figure",
-        3,
-        *runs[1:],
-    )
-    refused(
-        3,
-        ["is a run of ERM or Mixup on long-tailed data\n", "fix: see recipes/figures/figure3.sh"],
-        "figure",
-        3,
-        runs[0],
-        hand / "cpmix",
-    )
+    needs = "error: figure 3 needs a run of ERM on balanced digits, trained and evaluated\n"
+    build = "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n"
+    refused(3, (needs, build), "figure", 3, *runs[1:])
+    said = ("is a run of ERM or Mixup on long-tailed data\n", "fix: see recipes/figures/figure3.sh")
+    refused(3, said, "figure", 3, runs[0], hand / "cpmix")
 
 
 def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +260,7 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
     assert legend == ["ERM", "Mixup", "Balanced Softmax", "CP-Mix, finetuned"]
     matrix, line = matrix_of(hand / "mixup", "stage1", 10), drawn[0].subfigs[1].axes[0].lines[1]
     np.testing.assert_allclose(line.get_ydata(), 100 * matrix.diagonal() / matrix.sum(1))
-    result = refused(
-        3, "error: figure 4 needs a run of Balanced Softmax on digits-LT-20, trained", "figure", 4, *runs[:2], runs[3]
-    )
+    result = refused(3, "needs a run of Balanced Softmax on digits-LT-20, trained", "figure", 4, *runs[:2], runs[3])
     assert result.stderr.endswith("--recipe digits/balanced-softmax --out ckpt/balanced-softmax\n")
     refused(3, "are both Balanced Softmax on digits-LT-20\n", "figure", 4, *runs, runs[2])
 
@@ -301,11 +269,8 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
 def test_figures_5_and_6_place_what_is_given(number: int, hand: Path, tmp_path: Path) -> None:
     runs = [hand / name for name in ("balanced", "cpmix", "cross-entropy")]
     told = must("figure", number, *runs, "--out", tmp_path / "f.pdf", "--json").json
-    assert [(r["panel"], r["method"], r["rho"]) for r in told["runs"]] == [
-        ("(a)", "ERM", 20),
-        ("(b)", "CP-Mix", 20),
-        ("(c)", "ERM", 1),
-    ]
+    placed = [(r["panel"], r["method"], r["rho"]) for r in told["runs"]]
+    assert placed == [("(a)", "ERM", 20), ("(b)", "CP-Mix", 20), ("(c)", "ERM", 1)]
 
 
 def test_figure_1_is_of_one_data_set(hand: Path) -> None:
@@ -319,26 +284,24 @@ def test_a_finetuned_run_is_shown_as_its_method(digits_run: Path, tmp_path: Path
 
 def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: Path) -> None:
     run = shutil.copytree(hand / "cross-entropy", tmp_path / "run")
-    record = json.loads((run / "stage1" / "run.json").read_text())
-    record["dataset"] |= {"relative": "gone", "absolute": "/gone"}
-    del record["digest"]
-    records.publish_record(run / "stage1" / "run.json", record)
+    path = run / "stage1" / "run.json"
+    gone = {"relative": "gone", "absolute": "/gone"}
+    edit_record(path, dataset=records.read_fields(path)["dataset"] | gone)
     refused(3, "fix: give its folder with --data FOLDER\n", "figure", 1, run, "--out", tmp_path / "f.svg")
     must("figure", 1, run, "--out", tmp_path / "f.svg", "--data", hand / "data-rho1", "--data", digits)
-
-
-# -- where it goes -----------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_another_is_kept(hand: Path, tmp_path: Path) -> None:
     out = tmp_path / "thesis.pdf"
     out.write_text("two years of work")
-    result = cpmix("figure", 1, hand / "cross-entropy", "--out", tmp_path / "f.svg", "--out", out)
-    assert (result.code, result.stdout) == (4, "")
-    assert f"error: {out} exists and is not this figure\n" in result.stderr
+    figure = ("figure", 1, hand / "cross-entropy", "--out")
+    assert (
+        refused(4, f"error: {out} exists and is not this figure\n", *figure, tmp_path / "f.svg", "--out", out).stdout
+        == ""
+    )
     assert out.read_text() == "two years of work"
     assert not (tmp_path / "f.svg").exists()
-    must("figure", 1, hand / "cross-entropy", "--out", out, "--overwrite")
+    must(*figure, out, "--overwrite")
     assert out.read_bytes().startswith(b"%PDF")
 
 
@@ -359,7 +322,5 @@ def test_figure_2_refuses_runs_of_a_method_that_differ_in_more_than_the_seed(toy
     if not other.exists():
         trained(toy, other, "--recipe", "toy/cross-entropy", "--seed", 7, "--set", "optimizer.lr=0.05")
     runs = [toys / name for name in TOYS]
-    result = cpmix("figure", 2, *runs, other, "--out", toys / "mixed.pdf")
-    assert result.code == 3
-    assert "are both ERM, and differ in optimizer.lr" in result.stderr
+    refused(3, "are both ERM, and differ in optimizer.lr", "figure", 2, *runs, other, "--out", toys / "mixed.pdf")
     assert not (toys / "mixed.pdf").exists()

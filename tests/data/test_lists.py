@@ -21,26 +21,17 @@ SPLITS = Path(os.environ.get("CPMIX_SPLITS", Path(__file__).parents[3] / "shared
 real = pytest.mark.skipif(not SPLITS.is_dir(), reason="no official lists at hand")
 
 COUNTS = {"airfield": 120, "alley": 20, "zoo": 3}
-TINY = lists.OfficialLists(
-    "places-lt",
-    {"train": "Places_LT_train.txt", "val": "Places_LT_val.txt", "test": "Places_LT_test.txt"},
-    {"train": 143, "val": 3, "test": 6},
-    num_classes=3,
-    largest=120,
-    smallest=3,
-)
+NAMES = {split: f"Places_LT_{split}.txt" for split in ("train", "val", "test")}
+SIZES = {"train": 143, "val": 3, "test": 6}
+TINY = lists.OfficialLists("places-lt", NAMES, SIZES, num_classes=3, largest=120, smallest=3)
 
 
 def write_lists(folder: Path) -> None:
-    """Lists as Places-LT has them, of three classes."""
     folder.mkdir(parents=True)
     for split, counts in (("train", COUNTS), ("val", dict.fromkeys(COUNTS, 1)), ("test", dict.fromkeys(COUNTS, 2))):
         place = "val" if split == "test" else "train"
-        lines = [
-            f"{place}/{name}/{split}{i:04d}.jpg {label}\n"
-            for label, (name, count) in enumerate(counts.items())
-            for i in range(count)
-        ]
+        images = [(label, name, i) for label, (name, count) in enumerate(counts.items()) for i in range(count)]
+        lines = [f"{place}/{name}/{split}{i:04d}.jpg {label}\n" for label, name, i in images]
         (folder / f"Places_LT_{split}.txt").write_text("".join(lines))
 
 
@@ -58,17 +49,17 @@ def build(places: Path, *flags: object) -> Result:
     return cpmix("build-lt", "places-lt", "--list-dir", places / "lists", "--data-root", places / "images", *flags)
 
 
-# -- the official lists ------------------------------------------------------------------------------------------------
+def edit(places: Path, name: str, old: str, new: str) -> Path:
+    path = places / "lists" / f"Places_LT_{name}.txt"
+    path.write_text(path.read_text().replace(old, new))
+    return path
 
 
 @real
 def test_places_lt_is_the_published_one() -> None:
     found = lists.read(SPLITS, lists.PLACES_LT, SPLITS)
     counts = np.bincount(found.pool.labels)
-    groups = [
-        [(counts > 100).sum(), ((counts > few) & (counts <= 100)).sum(), (counts <= few).sum()] for few in (19, 20)
-    ]
-    assert groups == [[131, 163, 71], [131, 157, 77]]
+    assert [(counts > n).sum() for n in (100, 20, 19, 0)] == [131, 131 + 157, 131 + 163, 365]
     splits = {"train": found.pool, "val": found.val, "test": found.test}
     assert {name: len(split.paths) for name, split in splits.items() if split} == lists.PLACES_LT.num_images
     assert (found.class_names[0], found.class_names[-1]) == ("airfield", "zen_garden")
@@ -96,10 +87,8 @@ def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The real lists, and a folder that holds something else."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
-    result = cpmix("build-lt", "places-lt", "--list-dir", SPLITS, "--data-root", "other")
-    assert result.code == 3
-    first = "other/train/airfield/"
-    assert f"error: none of the 106,300 image files is there; the first would be {first}" in result.stderr
+    said = "error: none of the 106,300 image files is there; the first would be other/train/airfield/"
+    result = refused(3, said, "build-lt", "places-lt", "--list-dir", SPLITS, "--data-root", "other")
     assert len(result.stderr.splitlines()) == 3
     assert files(tmp_path) == []
 
@@ -113,9 +102,6 @@ def test_a_list_that_lacks_a_line_is_not_the_published_one(tmp_path: Path) -> No
     build_short = ("build-lt", "places-lt", "--list-dir", tmp_path, "--data-root", tmp_path)
     message = f"{path} has 62,499 images; the published list has 62,500"
     refused(3, (message, "fix: fetch the list again"), *build_short)
-
-
-# -- what is wrong with a list -----------------------------------------------------------------------------------------
 
 
 def test_faults_of_lines(tmp_path: Path) -> None:
@@ -164,31 +150,25 @@ def test_faults_of_lines(tmp_path: Path) -> None:
     ],
 )
 def test_lists_that_cannot_be(places: Path, list_name: str, old: str, new: str, message: str) -> None:
-    path = places / "lists" / f"Places_LT_{list_name}.txt"
-    path.write_text(path.read_text().replace(old, new))
+    path = edit(places, list_name, old, new)
     result = ended(build(places, "--out", places / "d", "--json"), 3, (message, str(path)))
     assert result.json["exit_code"] == 3
     assert not (places / "d").exists()
 
 
 def test_a_class_without_a_training_image(places: Path) -> None:
-    path = places / "lists" / "Places_LT_train.txt"
-    path.write_text(path.read_text().replace("jpg 2", "jpg 1"))
-    assert "has no image of 1 of the 3 classes: 2" in build(places).stderr
+    edit(places, "train", "jpg 2", "jpg 1")
+    ended(build(places), 3, "has no image of 1 of the 3 classes: 2")
 
 
 def test_a_val_image_in_another_split_is_warned_of(places: Path) -> None:
-    path = places / "lists" / "Places_LT_val.txt"
-    path.write_text(path.read_text().replace("val0000.jpg 0", "train0000.jpg 0"))
+    edit(places, "val", "val0000.jpg 0", "train0000.jpg 0")
     ended(build(places, "--out", places / "d"), 0, "warning: 1 images of")
 
 
 def test_official_lists_have_their_own_splits(places: Path) -> None:
     for split in ("val", "test"):
         ended(build(places, f"--{split}-per-class", 1), 2, f"places-lt has its own {split} split")
-
-
-# -- the data set ------------------------------------------------------------------------------------------------------
 
 
 def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +207,7 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("pack", [0, 16])
 def test_the_fingerprint_is_of_paths_too(places: Path, pack: int) -> None:
     first = build(places, "--pack", pack, "--out", places / "a", "--json").json["fingerprint"]
-    path = places / "lists" / "Places_LT_test.txt"
-    path.write_text(path.read_text().replace("zoo/test0001", "zoo/renamed"))
+    edit(places, "test", "zoo/test0001", "zoo/renamed")
     (places / "images" / "val" / "zoo" / "test0001.jpg").rename(places / "images" / "val" / "zoo" / "renamed.jpg")
     assert build(places, "--pack", pack, "--out", places / "b", "--json").json["fingerprint"] != first
     assert build(places, "--pack", pack, "--out", places / "a").code == 4
@@ -269,8 +248,8 @@ def test_missing_and_unreadable_files(places: Path, pack: int) -> None:
     for path in (images / "zoo" / "train0001.jpg", images / "airfield" / "train0000.jpg"):
         path.unlink(missing_ok=True)
         write_image(path)
-    result = build(places, *flags)
-    ended(result, 3, ("29 files cannot be read", f"... and 9 more; {places / 'd-unreadable.txt'} lists all"))
+    said = ("29 files cannot be read", f"... and 9 more; {places / 'd-unreadable.txt'} lists all")
+    result = ended(build(places, *flags), 3, said)
     assert result.stderr.count("not an image") == 20
     listed = (places / "d-unreadable.txt").read_text().splitlines()
     assert sorted(listed) == [f"{images}/airfield/train{i:04d}.jpg: not an image" for i in range(1, 30)]
@@ -287,13 +266,12 @@ def test_own_lists(places: Path, tmp_path: Path) -> None:
     numbers = must("build-lt", "image-folder", *where, "--image-size", 16, "--out", tmp_path / "a", "--json").json
     assert (numbers["num_train"], numbers["num_test"], numbers["num_classes"]) == (143, 6, 3)
     assert open_dataset(tmp_path / "a").read("val")[0].shape == (3, 16, 16, 3)
-    numbers = must(
-        "build-lt", "image-folder", *where, "--pack", 16, "--rho", 10, "--out", tmp_path / "b", "--json"
-    ).json
+    long_tailed = ("--pack", 16, "--rho", 10, "--out", tmp_path / "b")
+    numbers = must("build-lt", "image-folder", *where, *long_tailed, "--json").json
     assert (numbers["num_train"], numbers["largest"], numbers["smallest"]) == (30 + 9 + 3, 30, 3)
     (places / "lists" / "my_train.txt").touch()
     refused(3, "has 2 lists for train: Places_LT_train.txt, my_train.txt", "build-lt", "image-folder", *where)
-    assert "no list *train.txt in" in cpmix("build-lt", "image-folder", "--list-dir", places, *where[2:]).stderr
+    refused(3, "no list *train.txt in", "build-lt", "image-folder", "--list-dir", places, *where[2:])
 
 
 def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_path: Path) -> None:

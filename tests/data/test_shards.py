@@ -1,6 +1,5 @@
 """Packed images: their pixels, what stops and damages them, and how they are mended."""
 
-import io
 import json
 import os
 import signal
@@ -11,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.commands import Result, cpmix, ended, must, process
-from helpers.files import files, flip
+from helpers.commands import Result, cpmix, ended, hooked, must, on_event
+from helpers.files import exact_contents, files, flip, write_image
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -32,10 +31,9 @@ def write_images(root: Path, num_train: int = 5, num_test: int = 2) -> None:
     generator = np.random.default_rng(0)
     for split, count in (("train", num_train), ("test", num_test)):
         for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = generator.integers(0, 256, (*generator.integers(17, 60, 2), 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i:03d}.jpg")
+                write_image(root / split / name / f"{i:03d}.jpg", pixels)
 
 
 @pytest.fixture
@@ -47,7 +45,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pack(photos: Path, out: Path, *flags: object) -> Result:
-    return cpmix("build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", out, *flags)
+    return cpmix(*packing(photos, out), *flags)
+
+
+def packing(photos: Path, out: Path) -> tuple[object, ...]:
+    return ("build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", out)
 
 
 def stored(folder: Path, split: str = "train") -> np.ndarray:
@@ -78,9 +80,8 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
     assert len(notes) == 3
     extra = ["train-00001.shard", "train-00002.shard"]
     assert files(tmp_path / "d") == sorted([*FILES, *extra])
-    assert [(tmp_path / "d" / f"train-0000{i}.shard").stat().st_size for i in range(3)] == [
-        n * SIZE * SIZE * 3 for n in (4, 4, 2)
-    ]
+    sizes = [(tmp_path / "d" / f"train-0000{i}.shard").stat().st_size for i in range(3)]
+    assert sizes == [n * SIZE * SIZE * 3 for n in (4, 4, 2)]
     dataset = open_dataset(tmp_path / "d")
     assert (dataset.storage, dataset.shape, dataset.record.shard_images) == ("shards", [SIZE, SIZE, 3], 4)
     images = stored(tmp_path / "d")
@@ -90,10 +91,7 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset.record.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(dataset.record.std, pixels.std(0), rtol=1e-12)
     assert pack(photos, tmp_path / "d", "--json").json["status"] == "up to date"
-    name = must(
-        "build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", tmp_path / "e", "--json"
-    ).json
-    assert name["fingerprint"] == dataset.fingerprint
+    assert pack(photos, tmp_path / "e", "--json").json["fingerprint"] == dataset.fingerprint
     assert dataset.name == "image-folder-photos-pack16"
 
 
@@ -133,9 +131,6 @@ def test_a_test_image_in_the_training_set_is_warned_of(photos: Path, tmp_path: P
     assert "warning: 1 of 4 test images are identical to a training image" in pack(photos, tmp_path / "d").stderr
 
 
-# -- damage ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     path = tmp_path / "d" / "train-00001.shard"
@@ -152,9 +147,8 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
         with pytest.raises(InputError) as caught:
             packed.read(6, None, into)
         assert caught.value.message == f"{path}: image 6 of the train split is damaged"
-        assert (
-            caught.value.fix == "delete that shard, then rerun its build-lt command, which packs missing shards again"
-        )
+        fix = "delete that shard, then rerun its build-lt command, which packs missing shards again"
+        assert caught.value.fix == fix
     with pytest.raises(InputError, match="image 6 of the train split is damaged"):
         packed.load_all()
     assert pack(photos, tmp_path / "d").code == 0  # which looks at sizes, not at 86 GB
@@ -193,9 +187,8 @@ def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -
     with Image.open(path) as image:
         upside_down = image.rotate(180)
     size = path.stat().st_size
-    data = io.BytesIO()
-    upside_down.save(data, "JPEG", quality=30)
-    path.write_bytes(data.getvalue() + bytes(size - len(data.getvalue())))  # as long as before
+    upside_down.save(path, quality=30)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # as long as before
     (tmp_path / "d" / "train-00002.shard").unlink()
     changed = f"{path} is not what was packed: 1 images of {tmp_path / 'd' / 'train-00002.shard'} have changed"
     ended(pack(photos, tmp_path / "d"), 3, changed)
@@ -211,8 +204,8 @@ def test_a_changed_list_of_hashes(photos: Path, tmp_path: Path) -> None:
 
 def test_no_room(photos: Path, tmp_path: Path) -> None:
     """Of a file, as ulimit -f has it."""
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-    result = run(limited + MAIN, photos, tmp_path / "d")
+    hook = FOUR_A_SHARD + "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
+    result = hooked(hook, *packing(photos, tmp_path / "d"))
     ended(result, 4, "a file may have 3,000 here (ulimit -f)")
     assert files(tmp_path / "d") == []
 
@@ -228,29 +221,13 @@ def test_another_storage_takes_the_folder_over(photos: Path, tmp_path: Path) -> 
     assert files(tmp_path / "d") == ["class_counts.parquet", "dataset.json", *tensors]
 
 
-# -- interruption ------------------------------------------------------------------------------------------------------
-
-MAIN = (
-    "import sys; from cpmix_cli.runtime import signals; from cpmix_cli.data import shards; shards.SHARD_IMAGES = 4; "
-    "from cpmix_cli.__main__ import main; main()"
-)
+FOUR_A_SHARD = "from cpmix_cli.data import shards\nshards.SHARD_IMAGES = 4\n"
 
 
-def run(program: str, photos: Path, out: Path) -> Result:
-    arguments = ["build-lt", "image-folder", "--data-root", photos, "--pack", SIZE, "--out", out]
-    return process(*arguments, code=program)
-
-
-def stops_at(event: str, name: str, number: signal.Signals) -> str:
-    """A program that gets a signal when Python opens or renames a file of that name."""
-    return (
-        "import os, sys, time\n"
-        "def hook(event, arguments):\n"
-        f"    if event == {event!r} and any(str(a).endswith({name!r}) for a in arguments):\n"
-        f"        os.kill(os.getpid(), {number.value})\n"
-        "        time.sleep(0.5)\n"
-        f"sys.addaudithook(hook)\n{MAIN}"
-    )
+def stopped(photos: Path, out: Path, event: str, name: str, number: signal.Signals) -> Result:
+    """pack() in a process that gets a signal when it opens or renames a file of that name."""
+    hook = FOUR_A_SHARD + on_event(event, f"any(str(a).endswith({name!r}) for a in args)", number, 0.5)
+    return hooked(hook, *packing(photos, out))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -260,7 +237,7 @@ def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.S
     assert pack(photos, tmp_path / "whole").code == 0
     out = tmp_path / "d"
     for _ in range(2):  # the second finds the same four, and has nothing of its own to go on with
-        result = run(stops_at("open", "last.jpg", number), photos, out)
+        result = stopped(photos, out, "open", "last.jpg", number)
         assert (result.code, result.stdout) == (75 if number != signal.SIGKILL else -9, "")
     if number != signal.SIGKILL:
         assert "fix: run the same command again to go on" in result.stderr
@@ -272,10 +249,7 @@ def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.S
     assert again.code == 0
     assert again.stderr.splitlines()[0] == "4 of 5 test images are packed already"
     assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
-    assert files(out) == files(tmp_path / "whole")
-    for name in files(out):
-        ours, whole = ((folder / name).read_bytes() for folder in (out, tmp_path / "whole"))
-        assert ours == whole, name
+    assert exact_contents(out) == exact_contents(tmp_path / "whole")
     assert pack(photos, out, "--verify").code == 0
 
 
@@ -285,7 +259,7 @@ def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path:
     finished = {path.name for path in (tmp_path / "d").glob("*.shard")}
     assert len(finished) == 3  # of 4, with those of test
     for name in ("train/a/000.jpg", "train/b/004.jpg"):
-        Image.new("RGB", (20, 20), "red").save(photos / name)
+        write_image(photos / name, "red")
     record = json.loads((tmp_path / "d" / "packing-test-00000.shard.json").read_text())
     assert sorted(record) == ["digest", "format", "hashes", "images", "values"]
     assert pack(photos, tmp_path / "d").code == 0
@@ -297,12 +271,12 @@ def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp
     """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
     whole, out, path = tmp_path / "whole", tmp_path / "d", photos / "train" / "a" / "000.jpg"
     assert pack(photos, whole).code == 0
-    assert run(stops_at("open", "test/a/000.jpg", signal.SIGTERM), photos, out).code == 75
+    assert stopped(photos, out, "open", "test/a/000.jpg", signal.SIGTERM).code == 75
     first = path.read_bytes()
-    Image.new("RGB", (20, 20), "red").save(path)
+    write_image(path, "red")
     place = open_dataset(whole).paths("train").index(path)
     record = f"packing-train-{place // 4:05d}.shard.json"
-    assert run(stops_at("os.rename", record, signal.SIGKILL), photos, out).code == -9
+    assert stopped(photos, out, "os.rename", record, signal.SIGKILL).code == -9
     path.write_bytes(first)
     assert pack(photos, out).code == 0
     assert (stored(out) == stored(whole)).all()

@@ -118,15 +118,6 @@ def test_a_pickle_that_holds_more_than_data_is_not_run(batches: dict[str, bytes]
     assert not (tmp_path / "alive").exists()
 
 
-def test_commands_refuse_a_false_archive(batches: dict[str, bytes], tmp_path: Path) -> None:
-    _, archive = published({**batches, "test_batch": pickle.dumps(Canary(tmp_path / "alive"))})
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "cifar-10-python.tar.gz").write_bytes(archive)
-    refused(3, cifar.CIFAR10.sha256, "build-lt", "cifar10", "--rho", 10, "--data-root", root, "--out", tmp_path / "o")
-    assert files(tmp_path) == ["root/cifar-10-python.tar.gz"]
-
-
 def test_pinned_hashes_are_whole() -> None:
     for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert len(layout.sha256) == 64
@@ -142,9 +133,6 @@ def test_layouts_agree_with_torchvision_s() -> None:
         assert [list(item) for item in own.test.items()] == other.test_list
         assert own.meta == {other.meta["filename"]: other.meta["md5"]}
         assert (own.folder, own.archive) == (other.base_folder, other.filename)
-
-
-# -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
 
 
 def test_fashion_mnist_that_is_not_the_published_one(tmp_path: Path) -> None:
@@ -170,9 +158,6 @@ def test_real_fashion_mnist_lt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = must("build-lt", "fashion-mnist", "--rho", 100, "--data-root", unpacked, "--out", "again", "--json").json
     assert again["fingerprint"] == numbers["fingerprint"]
     assert len(FASHION_NAMES) == 10
-
-
-# -- downloads ---------------------------------------------------------------------------------------------------------
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -41,29 +41,21 @@ def test_groups_are_means_of_class_accuracies() -> None:
     assert (found["num_test"], found["num_classes_without_test"]) == (6, 1)
 
 
-def logits_of(confidences: list[float]) -> torch.Tensor:
-    """Two-class logits whose first class has the given probability."""
+@pytest.mark.parametrize(
+    ("confidences", "labels", "expected"),
+    [
+        # Bin (0.6, 0.667]: 0.62 and 0.66, one right: |1 - 1.28| = 0.28; bin (0.867, 0.933]: 0.9, right: 0.1.
+        ([0.62, 0.66, 0.9], [0, 1, 0], (0.28 + 0.1) / 3),
+        # 0.95 wrong and 1.0 right share the last bin: |1 - 1.95| / 2, by the definition; torchmetrics 1.9 has not.
+        ([0.95, 1.0], [1, 0], 0.475),
+        ([0.5] * 10, [0, 1] * 5, 0.0),
+    ],
+)
+def test_calibration_error_by_hand(confidences: list[float], labels: list[int], expected: float) -> None:
     p = torch.tensor(confidences, dtype=torch.float64)
-    return torch.stack([p.log(), (1 - p).clamp_min(1e-300).log()], 1)
-
-
-def test_calibration_error_by_hand() -> None:
-    # Bin (0.6, 0.667]: confidences 0.62 and 0.66, one right: |1 - 1.28| = 0.28; bin (0.867, 0.933]: 0.9, right: 0.1.
-    logits = logits_of([0.62, 0.66, 0.9])
-    found = expected_calibration_error(logits, torch.tensor([0, 1, 0]))
-    assert found == pytest.approx((0.28 + 0.1) / 3)
-
-
-def test_full_confidence_stands_in_the_last_bin() -> None:
-    # 0.95 wrong and 1.0 right share a bin: |1 - 1.95| / 2, as the definition has it and torchmetrics 1.9 has not.
-    logits = logits_of([0.95, 1.0])
-    found = expected_calibration_error(logits, torch.tensor([1, 0]))
-    assert found == pytest.approx(0.475)
-
-
-def test_a_perfectly_calibrated_coin_has_no_error() -> None:
-    logits = torch.zeros(10, 2)
-    assert expected_calibration_error(logits, torch.tensor([0, 1] * 5)) == pytest.approx(0, abs=1e-12)
+    logits = torch.stack([p.log(), (1 - p).clamp_min(1e-300).log()], 1)
+    found = expected_calibration_error(logits, torch.tensor(labels))
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_few_is_what_the_data_set_says(tmp_path: Path) -> None:

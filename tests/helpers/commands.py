@@ -30,7 +30,6 @@ class Result:
 
     @property
     def json(self) -> dict[str, Any]:
-        """stdout as its one JSON object."""
         return json.loads(self.stdout)
 
 
@@ -43,7 +42,6 @@ def cpmix(*arguments: object) -> Result:
 
 
 def must(*arguments: object) -> Result:
-    """Run a command that has to succeed."""
     result = cpmix(*arguments)
     assert result.code == 0, result.stderr
     return result
@@ -96,15 +94,11 @@ def trained(data: Path, run: Path, *flags: object) -> Path:
 
 
 def pipeline(data: Path, run: Path, *flags: object) -> None:
-    """All phases after build-lt, each evaluated."""
     must("train-stage1", "--data", data, "--out", run, *flags)
     must("train-stage2", "--from", run)
     must("finetune", "--from", run)
     must("evaluate", "--from", run)
     must("confusion-report", "--from", run)
-
-
-# -- signals -----------------------------------------------------------------------------------------------------------
 
 
 def forget_signals() -> None:
@@ -135,3 +129,17 @@ main()
 def hooked(hook: str, *arguments: object) -> Result:
     """cpmix in a process of its own, and its own process group, with code that runs first."""
     return process(*arguments, code=HOOKED.format(hook=hook), start_new_session=True)
+
+
+def on_event(event: str, test: str, number: signal.Signals, seconds: float = 0.0) -> str:
+    """A hook that sends a signal to the group, and waits, when Python is about to do something for the first time."""
+    return (
+        "import time\n"
+        "left = [1]\n"
+        "def hook(event, args):\n"
+        f"    if event == {event!r} and left and ({test}):\n"
+        "        left.clear()\n"
+        f"        os.killpg(0, {int(number)})\n"
+        f"        time.sleep({seconds})\n"
+        "sys.addaudithook(hook)"
+    )

@@ -198,24 +198,18 @@ WRITTEN = {"weights", "statistics", "momentum", "learning rates", "confusion cou
 """What a step may write to of all that it has not made."""
 
 
-def _around(owner: Any, name: str, before: Callable[..., None], after: Callable[..., None]) -> Any:
+def _around(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Any:
     original = getattr(owner, name)
 
     def changed(*args: Any) -> Any:
-        before(*args)
+        if before:
+            before(*args)
         found = original(*args)
-        after(*args)
+        if after:
+            after(*args)
         return found
 
     return mock.patch.object(owner, name, changed)
-
-
-def _before(owner: Any, name: str, what: Callable[..., None]) -> Any:
-    return _around(owner, name, what, lambda *_: None)
-
-
-def _after(owner: Any, name: str, what: Callable[..., None]) -> Any:
-    return _around(owner, name, lambda *_: None, what)
 
 
 def _replace_inputs(step: Step, epoch: int) -> None:
@@ -241,55 +235,26 @@ def _read_gradient(step: Step, number: int) -> None:
     step._state.sums.values[0] += gradients[0].isfinite().all()
 
 
-def _read_sum(step: Step, size: int) -> None:
-    float(step._state.sums.values[0])
-
-
-def _list_sums(step: Step, size: int) -> None:
-    step._state.sums.values.tolist()
-
-
-def _choose_by_mask(step: Step, size: int) -> None:
-    step._data.labels[step._data.labels > 0]
-
-
-def _send_number(step: Step, size: int) -> None:
-    step._state.sums.values.add_(torch.tensor(0.0))
-
-
-def _use_stray(stray: Tensor, step: Step, size: int) -> None:
-    step._state.sums.values.add_(stray)
-
-
-def _write_class_counts(step: Step, size: int) -> None:
-    step._data.class_counts.add_(1)
-
-
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "inputs replaced": partial(_before, Step, "begin_epoch", _replace_inputs),
-    "the step's number replaced": partial(_before, Step, "__call__", _replace_number),
-    "sums replaced": partial(_before, loop, "epoch_steps", _replace_sums),
-    "a value of Python baked in": partial(_after, Step, "_run", _bake_number),
-    "the graph's memory read after it": partial(_after, Step, "__call__", _read_gradient),
+    "inputs replaced": partial(_around, Step, "begin_epoch", before=_replace_inputs),
+    "the step's number replaced": partial(_around, Step, "__call__", before=_replace_number),
+    "sums replaced": partial(_around, loop, "epoch_steps", before=_replace_sums),
+    "a value of Python baked in": partial(_around, Step, "_run", after=_bake_number),
+    "the graph's memory read after it": partial(_around, Step, "__call__", after=_read_gradient),
 }
 """Faults that only a replay shows."""
-READING: dict[str, tuple[str, Callable[[], AbstractContextManager[Any]]]] = {
-    "a sum as a number": ("_local_scalar_dense", partial(_after, Step, "_run", _read_sum)),
-    "the sums as a list": ("tolist", partial(_after, Step, "_run", _list_sums)),
-    "labels by a mask": ("index", partial(_after, Step, "_run", _choose_by_mask)),
-    "a number sent": ("lift_fresh", partial(_after, Step, "_run", _send_number)),
+READING: dict[str, tuple[str, Callable[[Step, int], object]]] = {
+    "a sum as a number": ("_local_scalar_dense", lambda step, _: float(step._state.sums.values[0])),
+    "the sums as a list": ("tolist", lambda step, _: step._state.sums.values.tolist()),
+    "labels by a mask": ("index", lambda step, _: step._data.labels[step._data.labels > 0]),
+    "a number sent": ("lift_fresh", lambda step, _: step._state.sums.values.add_(torch.tensor(0.0))),
 }
-"""Faults that make the host wait, and the call that tells."""
+"""What makes the host wait at the end of a step, and the call that tells."""
 
 
-def stray(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A step that reads a tensor which nobody knows."""
-    return _after(Step, "_run", partial(_use_stray, tensor))
-
-
-def miswritten() -> AbstractContextManager[Any]:
-    """A step that writes where none may."""
-    return _after(Step, "_run", _write_class_counts)
+def at_its_end(what: Callable[[Step, int], object]) -> AbstractContextManager[Any]:
+    """A step that does something more."""
+    return _around(Step, "_run", after=what)
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------

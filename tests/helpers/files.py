@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,10 @@ from PIL import Image
 
 from cpmix_cli.artifacts import records
 from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.recipe.loading import find_recipe
 
 CLOCK = ["seconds", "images_per_second"]
+COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 210)}
 
 
 def files(folder: Path) -> list[str]:
@@ -25,8 +28,13 @@ def files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def header(name: str) -> str:
+    """The comment at a recipe's head, in one line."""
+    lines = find_recipe(name).read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
 def exact_contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
     return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
@@ -73,6 +81,17 @@ def write_image(path: Path, pixels: Any = (0, 0, 0), size: tuple[int, int] = (20
     path.parent.mkdir(parents=True, exist_ok=True)
     (Image.new("RGB", size, pixels) if isinstance(pixels, str | tuple) else Image.fromarray(pixels)).save(path)
     return path
+
+
+def write_photos(folder: Path, counts: dict[str, int], seed: int = 0, noise: float = 25) -> None:
+    """Noisy images of a colour each, of different sizes and formats."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            size = (20 + 3 * (i % 4), 24 + 2 * (i % 3), 3)
+            pixels = np.clip(np.array(COLOURS[name]) + generator.normal(0, noise, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.{('png', 'jpg')[i % 2]}")
 
 
 @contextmanager

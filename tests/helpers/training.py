@@ -23,15 +23,8 @@ STD = 64 / 255  # a power of two, so both sides normalise to the same float32
 LABELS = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))
 
 ERM = {"draw": "natural", "loss": "balanced-softmax"}
-MIXED = {
-    "ratio": "beta",
-    "alpha": 1.5,
-    "mix": "linear",
-    "label": "imbalance-aware",
-    "t": 0.5,
-    "loss": "cross-entropy",
-    "weight": 2.5,
-}
+EQ_9 = {"ratio": "beta", "alpha": 1.5, "mix": "linear", "label": "imbalance-aware", "t": 0.5}
+MIXED = {**EQ_9, "loss": "cross-entropy", "weight": 2.5}
 CP = {"draw": "class-uniform", "partner": "confusion", **MIXED}
 MIX = {"draw": "natural", "partner": "permutation", **MIXED}
 
@@ -65,7 +58,6 @@ def plan_of(terms: tuple[Term, ...], epochs: int, *, batch: int = 64, joint: boo
 
 
 def sums_of(plan: Plan, device: str = "cpu") -> EpochSums:
-    """Empty sums of a plan's terms."""
     return EpochSums([term.name for term in plan.terms], device)
 
 
@@ -93,15 +85,7 @@ def check_against_loop(
     nesterov: bool = False,
     groups: Sequence[ParameterGroup] = (),
 ) -> TrainingState:
-    """Run one step by fit() and one by hand (momentum from the state, if any); compare weights and loss.
-
-    Args:
-        state: changed in place.
-        terms: of the plan.
-        loop: the network -> the loss by hand.
-        nesterov: of the state's optimizer.
-        groups: of the same.
-    """
+    """Take one step of `state` by fit() and one by hand, its loss by `loop`; compare weights and loss."""
     by_hand = copy.deepcopy(state)
     fit(plan_of(terms, state.epoch), data(), state, publish=never)
 

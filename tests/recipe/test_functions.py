@@ -70,7 +70,6 @@ def test_needs_stand_beside_the_functions() -> None:
 
 
 def scaled(x: float, *, factor: float, power: int = 1) -> float:
-    """A function to bind."""
     return (factor * x) ** power
 
 

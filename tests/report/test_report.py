@@ -52,6 +52,19 @@ def groups(counts: np.ndarray) -> list[str]:
     return [group_of(int(n)) for n in counts]
 
 
+def heat_map(matrix: np.ndarray, counts: np.ndarray, names: list[str], title: str = "t") -> Figure:
+    return figures.confusion_heat_map(matrix, names, counts, groups(counts), title=title)
+
+
+def all_pictures(matrix: np.ndarray, counts: np.ndarray, names: list[str]) -> list[bytes]:
+    return drawn(
+        heat_map(matrix, counts, names),
+        figures.grouped_heat_map(matrix, counts, title="t"),
+        figures.class_accuracy(matrix, names, counts, title="t"),
+        figures.confusion_histogram(matrix, title="t"),
+    )
+
+
 def drawn(*pictures: Figure) -> list[bytes]:
     return [figures.encode(picture, "png") for picture in pictures]
 
@@ -66,15 +79,7 @@ def test_every_picture_at_every_size(size: int) -> None:
     for seed in (0, 1):
         matrix, counts, names = example(size, seed)
         matrix[-1] = 0  # without test images
-        made = [
-            drawn(
-                figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"),
-                figures.grouped_heat_map(matrix, counts, title="t"),
-                figures.class_accuracy(matrix, names, counts, title="t"),
-                figures.confusion_histogram(matrix, title="t"),
-            )
-            for _ in range(1 if size > 10 else 2)
-        ]
+        made = [all_pictures(matrix, counts, names) for _ in range(1 if size > 10 else 2)]
         assert made[0] == made[-1]  # equal arrays, equal bytes
         if seed == 0:
             first = made[0]
@@ -83,27 +88,17 @@ def test_every_picture_at_every_size(size: int) -> None:
 
 
 def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
-    matrix = np.array([[1000, 0], [1, 999]])
-    picture = pixels(
-        *drawn(figures.confusion_heat_map(matrix, ["a", "b"], np.array([50, 5]), groups(np.array([50, 5])), title=""))
-    )
+    matrices = np.array([[[1000, 0], [1, 999]], [[1000, 0], [0, 1000]]])
+    picture, empty = (pixels(*drawn(heat_map(m, np.array([50, 5]), ["a", "b"], ""))) for m in matrices)
     height, width = picture.shape[:2]
     column = picture[:, width // 3]  # runs through the left column of cells
     assert (column == 255).all(1).any()
-    other = np.array([[1000, 0], [0, 1000]])
-    empty = pixels(
-        *drawn(figures.confusion_heat_map(other, ["a", "b"], np.array([50, 5]), groups(np.array([50, 5])), title=""))
-    )
     assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
 
 
 def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
-    matrix, counts, names = example(100)
     for kind in ("svg", "pdf"):
-        first, second = (
-            figures.encode(figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"), kind)
-            for _ in range(2)
-        )
+        first, second = (figures.encode(heat_map(*example(100)), kind) for _ in range(2))
         assert first == second
         assert len(first) < 600_000
         assert b"CreationDate" not in first
@@ -125,11 +120,11 @@ def test_values_of_whole_images_fall_into_whole_bins() -> None:
 
 def test_names_are_no_formulas() -> None:
     matrix, counts, _ = example(3)
-    for names in (["$a^$", "$5^ to $10", "\\frac"],):
-        for kind in ("png", "svg", "pdf"):
-            figure = figures.confusion_heat_map(matrix, names, counts, groups(counts), title="$x^$")
-            assert figures.encode(figure, kind)
-        assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
+    names = ["$a^$", "$5^ to $10", "\\frac"]
+    for kind in ("png", "svg", "pdf"):
+        figure = heat_map(matrix, counts, names, "$x^$")
+        assert figures.encode(figure, kind)
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
 
 def test_letters_that_the_font_lacks_are_known(
@@ -139,7 +134,7 @@ def test_letters_that_the_font_lacks_are_known(
     figures.warn_of_boxes(names)
     assert "cannot write 1 class names, such as \u72ac" in capsys.readouterr().err
     matrix, counts, _ = example(3)
-    assert figures.encode(figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"), "png")
+    assert figures.encode(heat_map(matrix, counts, names), "png")
     assert not recwarn.list
 
 
@@ -149,14 +144,9 @@ def test_single_cells_of_a_large_matrix_are_seen() -> None:
     assert figures._largest_of_blocks(values, 2).tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 3]]
     matrix = np.diag([100] * 2400)
     matrix[2000, 300] = 40
-    picture = {}
-    for name, cells in (("one", matrix), ("none", np.diag([100] * 2400))):
-        names = [str(c) for c in range(2400)]
-        counts = np.arange(2400, 0, -1)
-        picture[name] = pixels(
-            figures.encode(figures.confusion_heat_map(cells, names, counts, groups(counts), title=""), "png")
-        )
-    changed = np.argwhere((picture["one"] != picture["none"]).any(2))
+    names, counts = [str(c) for c in range(2400)], np.arange(2400, 0, -1)
+    one, none = (pixels(*drawn(heat_map(m, counts, names, ""))) for m in (matrix, np.diag([100] * 2400)))
+    changed = np.argwhere((one != none).any(2))
     assert len(changed) >= 1
     spread = changed.max(0) - changed.min(0)
     assert (spread <= 6).all()  # a cell, in one place
@@ -164,13 +154,7 @@ def test_single_cells_of_a_large_matrix_are_seen() -> None:
 
 def test_a_perfect_classifier_has_pictures_too() -> None:
     matrix, counts, names = np.diag([4, 5, 6]), np.array([9, 5, 1]), ["a", "b", "c"]
-    for png in drawn(
-        figures.confusion_heat_map(matrix, names, counts, groups(counts), title="t"),
-        figures.grouped_heat_map(matrix, counts, title="t"),
-        figures.class_accuracy(matrix, names, counts, title="t"),
-        figures.confusion_histogram(matrix, title="t"),
-    ):
-        assert pixels(png).std() > 0
+    assert all(pixels(png).std() > 0 for png in all_pictures(matrix, counts, names))
 
 
 def test_decision_regions_show_the_classes_of_the_grid() -> None:
@@ -207,14 +191,8 @@ def test_relation_of_training_to_test_by_hand() -> None:
     # 1/2, 1/2, test 0, 1: overlap 1/2, one of its two firsts is the same. Test pairs: 0-1, 1-0, 1-2, 2-1; training has
     # two of them.
     found = relation(confusions, matrix)
-    assert found == {
-        "num_pairs": 4,
-        "num_top": 4,
-        "top_in_training": 2,
-        "num_classes": 2,
-        "same_first": 2,
-        "overlap": 0.625,
-    }
+    expected = {"num_pairs": 4, "num_top": 4, "top_in_training": 2, "num_classes": 2, "same_first": 2}
+    assert found == {**expected, "overlap": 0.625}
     assert relation(confusions, matrix, num_top=1)["top_in_training"] == 1  # 2 taken for 1
     assert relation(confusions, np.diag([1, 1, 1]))["overlap"] is None
 
@@ -230,9 +208,7 @@ def test_the_most_telling_confusions_of_training_are_kept() -> None:
 
 def test_thumbnails_are_of_the_most_confused_cells_first() -> None:
     wrong = [(0, 1, 0.5), (0, 1, 0.9), (2, 1, 0.99), (0, 1, 0.7), (1, 1, 1.0)]
-    table = pd.DataFrame(
-        [(i, *row) for i, row in enumerate(wrong)], columns=["sample_id", "label", "predicted", "confidence"]
-    )
+    table = pd.DataFrame(wrong, columns=["label", "predicted", "confidence"]).reset_index(names="sample_id")
     assert most_confused(table, 3)["sample_id"].tolist() == [1, 3, 0]
     assert most_confused(table, 9)["sample_id"].tolist() == [1, 3, 0, 2]
     assert len(most_confused(table, 0)) == 0

@@ -24,16 +24,9 @@ from cpmix_cli.runtime.errors import EnvironmentFault
 from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
 from cpmix_cli.training.batch_slices import BatchSlice
 
-# -- who and where -----------------------------------------------------------------------------------------------------
-
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "4,3",
-}
+SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+SRUN["SLURM_STEP_TASKS_PER_NODE"] = "4,3"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +72,6 @@ def test_the_environment_says_where_ranks_meet(environment: Mapping[str, str], e
     assert rendezvous_address(environment) == expected
 
 
-# -- parts of a batch --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("size", "count"), [(12, 3), (10, 4), (5, 4), (3, 4), (1, 4), (7, 1)])
 def test_parts_of_a_batch(size: int, count: int) -> None:
     """Each image counts once, and the mean over the parts is that over the batch."""
@@ -108,8 +98,6 @@ def test_what_fills_a_part_up_comes_from_the_beginning() -> None:
     assert weights is not None
     assert weights.tolist() == [1.2, 0.0, 0.0]
 
-
-# -- real processes ----------------------------------------------------------------------------------------------------
 
 RUN = """
 import sys
@@ -144,16 +132,7 @@ for number, line in enumerate(sys.argv[1:]):
 
 
 class Launched:
-    """As many processes as ranks, as torchrun or srun starts them.
-
-    Args:
-        size: of them.
-        commands: each runs one after the other; words of the command line.
-        folders: where each runs.
-        srun: with Slurm's variables in place of torchrun's.
-        extra: environment variables of all.
-        without: ranks that are not started.
-    """
+    """As many processes as ranks, as torchrun or srun starts them; each runs the commands one after the other."""
 
     def __init__(
         self,
@@ -176,16 +155,9 @@ class Launched:
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
             environment = os.environ | {name: str(value) for name, value in own.items()} | dict(extra or {})
             if rank not in without:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", RUN, *lines],
-                        cwd=folders[rank] if folders else None,
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.PIPE,
-                        text=True,
-                    )
-                )
+                options = {"cwd": folders[rank] if folders else None, "env": environment, "text": True}
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+                self.processes.append(subprocess.Popen([sys.executable, "-c", RUN, *lines], **options, **pipes))
 
     def wait_for(self, text: str) -> str:
         """Read what the first rank says on stderr up to a line with this text; returns it."""
@@ -198,7 +170,6 @@ class Launched:
         raise AssertionError(read)
 
     def end(self) -> tuple[list[int], list[str], list[str]]:
-        """Exit codes, stdouts and stderrs of all."""
         try:
             ended = [process.communicate(timeout=120) for process in self.processes]
         finally:
@@ -231,10 +202,7 @@ def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
 
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
 def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: Path) -> None:
-    """A network without batch norm, 2,100 points in batches of 64: the last has 52, which three ranks share unevenly.
-
-    What is drawn and counted is the same, images and sums differ by rounding.
-    """
+    """No batch norm; the last batch has 52 of 64 points. Draws and counts are the same, sums differ by rounding."""
     changes = ["optimizer.batch_size=64", f"confusion.refresh={refresh}", "stage2.terms.cp.per_sample=true"]
     for command in pipeline(toy, tmp_path / "alone", *changes):
         must(*command)
@@ -274,7 +242,6 @@ def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
         + ["|".join(map(str, command)) for command in commands],
         capture_output=True,
         text=True,
-        check=False,
         timeout=300,
     )
     assert found.returncode == 0, found.stderr

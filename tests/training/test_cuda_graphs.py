@@ -1,31 +1,15 @@
-"""The training step as a CUDA graph, without a GPU: epochs of replayed steps are the eager ones bit for bit, over all
-methods' recipes; and a step makes the host wait for nothing, and reads and writes only what is known to stay where it
-is. See emulated_graph.py.
-"""
+"""The step as a CUDA graph, without a GPU: replays are the eager steps, none waits, all that it touches is known."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import emulated_graph as emulated
 from helpers.commands import must
-from helpers.emulated_graph import (
-    FAULTS,
-    READING,
-    SMALL,
-    WRITTEN,
-    Outcome,
-    Setup,
-    distinct_setups,
-    miswritten,
-    resumed,
-    setup,
-    stray,
-    train,
-)
 
 from cpmix_cli.data.dataset import Dataset, open_dataset
 
-METHODS = distinct_setups("cifar100-lt")
+METHODS = emulated.distinct_setups("cifar100-lt")
 BOTH_GRAPHS = [5, 2]
 """Replays in three epochs of two full batches and one of what is left, of which the first is eager."""
 VARIANTS = {
@@ -56,43 +40,43 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture
-def cpmix(few_digits: Dataset) -> Setup:
+def cpmix(few_digits: Dataset) -> emulated.Setup:
     """Stage 2 of CP-Mix."""
-    return setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL)
+    return emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL)
 
 
-def check(eager: Outcome, replayed: Outcome) -> None:
+def check(eager: emulated.Outcome, replayed: emulated.Outcome) -> None:
     """What holds of every training that is recorded."""
     assert replayed.num_replays == BOTH_GRAPHS
     assert not replayed.reads
     assert not [name for name in replayed.read if name.startswith("unknown")]
-    assert replayed.written <= WRITTEN
+    assert replayed.written <= emulated.WRITTEN
     assert not replayed.differs_from(eager)
 
 
 @pytest.mark.parametrize(("recipe", "phase"), METHODS.values(), ids=list(METHODS))
 def test_replayed_epochs_of_all_methods_are_the_eager_ones(recipe: str, phase: str, few_digits: Dataset) -> None:
     """But those of OTmix, which are never recorded."""
-    whole = setup(recipe, phase, few_digits, *SMALL)
-    replayed = train(whole, emulate=True)
+    whole = emulated.setup(recipe, phase, few_digits, *emulated.SMALL)
+    replayed = emulated.train(whole, emulate=True)
     if "otmix" in recipe and phase == "stage1":
         assert replayed.num_replays == []
     else:
-        check(train(whole, emulate=False), replayed)
+        check(emulated.train(whole, emulate=False), replayed)
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=list(VARIANTS))
 def test_so_are_those_of_all_settings(settings: tuple[str, ...], few_digits: Dataset) -> None:
-    whole = setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL, *settings)
-    check(*(train(whole, emulate=emulate) for emulate in (False, True)))
+    whole = emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL, *settings)
+    check(*(emulated.train(whole, emulate=emulate) for emulate in (False, True)))
 
 
 @pytest.mark.parametrize(("recipe", "phase"), [("toy/cpmix", "stage2"), ("toy/fixed-pairs", "stage1")])
 def test_so_are_those_of_points(recipe: str, phase: str, toy: Path) -> None:
     dataset = open_dataset(toy)
     batch = len(dataset.labels("train")) // 3 + 1
-    whole = setup(recipe, phase, dataset, f"optimizer.batch_size={batch}")
-    check(*(train(whole, emulate=emulate) for emulate in (False, True)))
+    whole = emulated.setup(recipe, phase, dataset, f"optimizer.batch_size={batch}")
+    check(*(emulated.train(whole, emulate=emulate) for emulate in (False, True)))
 
 
 @pytest.mark.parametrize("stop_at", [(8, 1), (8, 3)], ids=["in an epoch", "at its end"])
@@ -100,16 +84,16 @@ def test_so_are_those_of_points(recipe: str, phase: str, toy: Path) -> None:
 def test_a_resumed_run_replays_to_the_same_end(
     settings: tuple[str, ...], stop_at: tuple[int, int], few_digits: Dataset
 ) -> None:
-    whole = setup("cifar100-lt/cpmix", "stage2", few_digits, *SMALL, *settings)
-    eager = train(whole, emulate=False)
-    half = train(whole, emulate=True, stop_at=stop_at)
-    rest = train(whole, emulate=True, start=resumed(whole, half.state))
+    whole = emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL, *settings)
+    eager = emulated.train(whole, emulate=False)
+    half = emulated.train(whole, emulate=True, stop_at=stop_at)
+    rest = emulated.train(whole, emulate=True, start=emulated.resumed(whole, half.state))
     assert half.num_replays and rest.num_replays
     assert half.differs_from(eager)
     assert not rest.differs_from(eager)
 
 
-def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: Setup) -> None:
+def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: emulated.Setup) -> None:
     mixing = ("mixing.choice", "mixing.ratio", "mixing.uniforms")
     inputs = {
         *("learning_rate", "counts_errors", "fallbacks", "draws.natural.index", "draws.natural.augment"),
@@ -118,39 +102,47 @@ def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: Setup) -> None:
         *(f"mix.{name}" for name in mixing),
         "erm.labels",  # and those of mix, on the CPU the same tensor
     }
-    found = train(cpmix, emulate=True)
-    assert found.written == WRITTEN
+    found = emulated.train(cpmix, emulate=True)
+    assert found.written == emulated.WRITTEN
     assert found.read == {
-        *(WRITTEN | {"step number", "class counts", "images", "images by class"}),
+        *(emulated.WRITTEN | {"step number", "class counts", "images", "images by class"}),
         *(f"input {name}" for name in inputs),
     }
 
 
 def test_a_taught_step_reads_its_teacher_too_and_leaves_it_as_it_is(few_digits: Dataset) -> None:
-    found = train(setup("cifar100-lt/ride-distilled", "stage1", few_digits, *SMALL), emulate=True)
+    found = emulated.train(
+        emulated.setup("cifar100-lt/ride-distilled", "stage1", few_digits, *emulated.SMALL), emulate=True
+    )
     assert "teacher" in found.read - found.written
 
 
 # -- faults that were put in on purpose --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_that_only_a_replay_shows_shows(name: str, cpmix: Setup) -> None:
-    eager, replayed = (train(cpmix, emulate=emulate, fault=FAULTS[name]()) for emulate in (False, True))
+@pytest.mark.parametrize("name", emulated.FAULTS)
+def test_a_fault_that_only_a_replay_shows_shows(name: str, cpmix: emulated.Setup) -> None:
+    eager, replayed = (
+        emulated.train(cpmix, emulate=emulate, fault=emulated.FAULTS[name]()) for emulate in (False, True)
+    )
     assert replayed.num_replays == BOTH_GRAPHS
     assert replayed.differs_from(eager)
 
 
-@pytest.mark.parametrize("name", READING)
-def test_a_step_that_waits_for_the_device_shows(name: str, cpmix: Setup) -> None:
-    call, fault = READING[name]
-    assert train(cpmix, emulate=True, fault=fault()).reads == {call: 2}
+@pytest.mark.parametrize("name", emulated.READING)
+def test_a_step_that_waits_for_the_device_shows(name: str, cpmix: emulated.Setup) -> None:
+    call, fault = emulated.READING[name]
+    assert emulated.train(cpmix, emulate=True, fault=emulated.at_its_end(fault)).reads == {call: 2}
 
 
-def test_a_tensor_that_nobody_knows_shows(cpmix: Setup) -> None:
-    found = train(cpmix, emulate=True, fault=stray(torch.zeros(1)))
+def test_a_tensor_that_nobody_knows_shows(cpmix: emulated.Setup) -> None:
+    stray = torch.zeros(1)
+    fault = emulated.at_its_end(lambda step, _: step._state.sums.values.add_(stray))
+    found = emulated.train(cpmix, emulate=True, fault=fault)
     assert [name for name in found.read if name.startswith("unknown")] == ["unknown (1,) torch.float32"]
 
 
-def test_a_step_that_writes_where_none_may_shows(cpmix: Setup) -> None:
-    assert train(cpmix, emulate=True, fault=miswritten()).written - WRITTEN == {"class counts"}
+def test_a_step_that_writes_where_none_may_shows(cpmix: emulated.Setup) -> None:
+    fault = emulated.at_its_end(lambda step, _: step._data.class_counts.add_(1))
+    found = emulated.train(cpmix, emulate=True, fault=fault)
+    assert found.written - emulated.WRITTEN == {"class counts"}

@@ -74,17 +74,10 @@ def test_an_epoch_by_hand() -> None:
     state.confusion[2, 1] += 3
     state.sums.values[:] = torch.tensor([1.5, 1.5, 9.0, 38.0, 3.0, 1.0, 0.0, 0.0])
     table = view.table()
-    assert table[:3] == [
-        ("", "epoch 2", "epoch 3 so far"),
-        ("loss", "2.0000", "1.5000"),
-        ("train accuracy, %", "86.99", "92.68"),
-    ]
-    assert table[-4:] == [
-        ("  cat as dog", "10", "0"),
-        ("  dog as cat", "5", "0"),
-        ("  lynx as dog", "0", "3"),
-        ("  lynx as cat", "1", "0"),
-    ]
+    assert table[:2] == [("", "epoch 2", "epoch 3 so far"), ("loss", "2.0000", "1.5000")]
+    assert table[2] == ("train accuracy, %", "86.99", "92.68")
+    assert table[-4:-2] == [("  cat as dog", "10", "0"), ("  dog as cat", "5", "0")]
+    assert table[-2:] == [("  lynx as dog", "0", "3"), ("  lynx as cat", "1", "0")]
 
 
 def test_counts_that_fade_are_compared_with_what_the_epoch_began_with() -> None:
@@ -108,15 +101,11 @@ def test_there_is_what_there_is_to_see(changes: dict[str, Any]) -> None:
     view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
     state.confusion[0, 1] += 2
     state.step = 3
-    labels = [row[0] for row in view.table()]
-    assert labels == ["", "loss", "train accuracy, %"]
+    assert [row[0] for row in view.table()] == ["", "loss", "train accuracy, %"]
 
 
-TERMS = {
-    "stage 1": {"erm": ERM},
-    "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
-    "gated": {"cmo": {**MIX, "probability": 0.5}},
-}
+TERMS = {"stage 1": {"erm": ERM}, "stage 2": {"erm": ERM, "cp": CP, "mix": MIX}}
+TERMS["gated"] = {"cmo": {**MIX, "probability": 0.5}}
 
 
 @pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
@@ -170,12 +159,7 @@ class Screen(pyte.Screen):
 
 
 class Terminal:
-    """A pseudo-terminal: this process is the person in front of it.
-
-    Args:
-        columns: its width.
-        lines: its height.
-    """
+    """A pseudo-terminal: this process is the person in front of it."""
 
     def __init__(self, columns: int, lines: int) -> None:
         self.screen = Screen(columns)
@@ -198,7 +182,6 @@ class Terminal:
         return self.screen.text
 
     def hang_up(self) -> None:
-        """The person closes the window."""
         os.close(self._person)
 
 
@@ -235,7 +218,6 @@ ROWS = [
 
 
 def progress(rows: Sequence[Sequence[str]] = ROWS) -> EpochProgress:
-    """Of a phase of 40 steps."""
     shown = EpochProgress("stage1", 40, 0, 1, lambda: None)
     shown.look = lambda: rows
     return shown
@@ -372,13 +354,9 @@ def started(found: Terminal, *lines: tuple[object, ...]) -> "subprocess.Popen[by
     """Commands one after the other in a process of its own, whose stderr is the terminal."""
     words = ["|".join(map(str, line)) for line in lines]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, *words],
-        stdin=found.program,
-        stdout=subprocess.DEVNULL,
-        stderr=found.program,
-        env={**environment, "TERM": "xterm-256color"},
-    )
+    streams = {"stdin": found.program, "stdout": subprocess.DEVNULL, "stderr": found.program}
+    environment["TERM"] = "xterm-256color"
+    process = subprocess.Popen([sys.executable, "-c", RUN, *words], env=environment, **streams)
     os.close(found.program)
     return process
 

@@ -12,7 +12,7 @@ from helpers.training import CP, ERM, LABELS, MIX, data, fresh, in_double, never
 from cpmix_cli.data.batches import ClassPool, PointBatches
 from cpmix_cli.evaluation import prediction
 from cpmix_cli.models import build_model
-from cpmix_cli.recipe.schema import Model, Optimizer, ParameterGroup
+from cpmix_cli.recipe.schema import Model, Optimizer
 from cpmix_cli.runtime.errors import Diverged
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import first_step, fit
@@ -57,6 +57,18 @@ def test_confusion_start_and_decay() -> None:
     a, b, c = (row["num_confusions"] for row in decayed.history)
     assert a and b is not None and c is not None
     assert decayed.confusion.sum() == a / 4 + b / 2 + c
+
+
+def test_errors_are_counted_where_a_batch_goes_unmixed() -> None:
+    terms = terms_of(erm={**MIX, "probability": 0.5})
+    state = fresh()
+    fit(plan_of(terms, 6, batch=8), data(), state, publish=never)
+    gates = [draw_epoch(terms, 24, 8, (11, "stage2"), epoch, 6, 3)["erm/gate"] for epoch in range(1, 7)]
+    unmixed = [24 - 8 * int(gate.sum()) for gate in gates]
+    for row, most in zip(state.history, unmixed, strict=True):
+        assert row["train_accuracy"] is None
+        assert row["num_confusions"] is not None and 0 <= row["num_confusions"] <= most
+    assert state.confusion.sum() == sum(row["num_confusions"] or 0 for row in state.history) > 0
 
 
 def test_separate_forwards_give_each_term_its_own_batch_statistics() -> None:
@@ -116,14 +128,6 @@ def test_weights_that_one_update_makes_infinite_are_never_published() -> None:
         with pytest.raises(Diverged, match="weights are not finite after step 1 of epoch 1: model"):
             run(plan, large, state, **more)  # type: ignore[operator]
     assert not published
-
-
-def test_optimizer_groups_match_prefixes() -> None:
-    model = build_model(Model(name="one-hidden-layer"), 2, (2,), torch.Generator().manual_seed(0))
-    groups = [ParameterGroup(prefix="head.", lr_factor=10.0, weight_decay=0.0)]
-    optimizer = make_optimizer(model, Optimizer(weight_decay=0.5, groups=groups))
-    found = {(g["lr_factor"], g["weight_decay"]): len(g["params"]) for g in optimizer.param_groups}
-    assert found == {(1.0, 0.5): 2, (10.0, 0.0): 2}
 
 
 def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:

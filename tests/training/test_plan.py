@@ -18,13 +18,10 @@ from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
 from cpmix_cli.training.plan import PhaseContext, begin_finetune, make_plan
 
+SGD = {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.03, "batch_size": 10}
 FINETUNE = {
+    **SGD,
     "epochs": 2,
-    "lr": 0.2,
-    "momentum": 0.8,
-    "nesterov": True,
-    "weight_decay": 0.03,
-    "batch_size": 10,
     "kind": "cosine",
     "head": "scale",
     "groups": [{"prefix": "head.scale", "weight_decay": 0.0}, {"prefix": "head", "lr_factor": 0.5}],
@@ -45,9 +42,7 @@ def context_of(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseCont
 
 
 def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
-    """Two epochs of 10 + 10 + 4 images of uniformly drawn classes; scales at the whole rate and without weight decay,
-    the classifier behind at half of it; all else stands still.
-    """
+    """Two epochs of 10 + 10 + 4 images: scales at the whole rate without decay, the classifier at half, no more."""
     state = fresh()
     context = context_of(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
     plan = make_plan(context, "finetune")

@@ -29,12 +29,3 @@ def test_constant_and_milestones_beyond_the_end() -> None:
     constant = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, kind="constant")
     beyond = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, milestones=[9.5])
     assert {learning_rate(0.3, s, e, 0, 2) for s in (constant, beyond) for e in range(1, 6)} == {0.3}
-
-
-def test_a_factor_for_each_milestone() -> None:
-    """OTmix's: x 0.1 after 100, x 0.01 after 160, x 0.0001 after 200."""
-    schedule = Schedule(
-        epochs=240, stage1_epochs=240, warmup_epochs=0, milestones=[100, 160, 200], decay=[0.1, 0.1, 0.01]
-    )
-    rates = [learning_rate(0.1, schedule, epoch, 0, 75) for epoch in (100, 101, 161, 201)]
-    assert rates == pytest.approx([0.1, 0.01, 1e-3, 1e-5])

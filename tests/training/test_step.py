@@ -55,9 +55,8 @@ def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with(
     """As if no error of it had been counted; the fall-backs are counted step by step."""
     sums = []
     for ahead in (True, False):
-        plan = replace(
-            plan_of(terms_of(erm=ERM, cp=CP, mix=MIX), 100, batch=10), partners_ahead=ahead, collect_confusion=ahead
-        )
+        plan = plan_of(terms_of(erm=ERM, cp=CP, mix=MIX), 100, batch=10)
+        plan = replace(plan, partners_ahead=ahead, collect_confusion=ahead)
         state = fresh()
         state.confusion[0, 1] = state.confusion[1, 0] = 3.0
         state.sums = sums_of(plan)
@@ -120,9 +119,8 @@ def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> N
     # Each pixel holds its own row and column, so the crop can be read from it.
     rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
     image = torch.stack([rows, columns, rows], 2).to(torch.uint8)
-    batches = ImageBatches(
-        image.expand(128, -1, -1, -1), recipe.data.model_copy(update={"normalisation": "none"}), [], []
-    )
+    plain = recipe.data.model_copy(update={"normalisation": "none"})
+    batches = ImageBatches(image.expand(128, -1, -1, -1), plain, [], [])
     offsets, flips = torch.zeros(9, 9), 0.0
     for epoch in range(1, 101):
         draws = draw_epoch(terms, 128, 128, (0, "stage1"), epoch, 9, 3)
@@ -184,19 +182,8 @@ def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.gpu
 def test_all_phases_run_on_the_gpu(digits: Any, tmp_path: Any) -> None:
     run = tmp_path / "run"
-    must(
-        "train-stage1",
-        "--data",
-        digits,
-        "--out",
-        run,
-        "--epochs",
-        12,
-        "--device",
-        "cuda",
-        "--set",
-        "model.precision=bf16",
-    )
-    must("train-stage2", "--from", run, "--device", "cuda")
-    must("finetune", "--from", run, "--device", "cuda")
-    assert must("evaluate", "--from", run, "--device", "cuda", "--json").json["top1"] > 60
+    cuda = ("--device", "cuda")
+    must("train-stage1", "--data", digits, "--out", run, "--epochs", 12, "--set", "model.precision=bf16", *cuda)
+    must("train-stage2", "--from", run, *cuda)
+    must("finetune", "--from", run, *cuda)
+    assert must("evaluate", "--from", run, *cuda, "--json").json["top1"] > 60

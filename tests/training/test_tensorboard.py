@@ -24,13 +24,11 @@ TRACKED = ("--tracker", "tensorboard")
 
 
 def curves(folder: Path) -> list[Event]:
-    """What stands in the one event file of a phase's folder."""
     (path,) = folder.glob(f"{EVENTS}*")
     return [Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()]
 
 
 def without_curves(folder: Path) -> dict[str, bytes]:
-    """All else in the folder."""
     return {name: data for name, data in contents(folder).items() if EVENTS not in name}
 
 
@@ -95,9 +93,6 @@ def test_overwriting_replaces_the_curves_when_it_replaces_the_run(toy: Path, tmp
     check_curves(tmp_path / "stage1")
     must(*command, "--overwrite")
     assert not list(tmp_path.glob(f"stage1/{EVENTS}*"))
-
-
-# -- it never stops a run ----------------------------------------------------------------------------------------------
 
 
 def warnings(stderr: str) -> list[str]:

@@ -14,12 +14,9 @@ from cpmix_cli.artifacts.files import TEMPORARY, check_place
 from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors
 from cpmix_cli.runtime.errors import EnvironmentFault
 
-# -- data set folders --------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def data(digits: Path, tmp_path: Path) -> Path:
-    """A private copy of the digits data set."""
     return Path(shutil.copytree(digits, tmp_path / "data"))
 
 
@@ -40,9 +37,6 @@ def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Pat
     recorded = records.read_fields(data / "dataset.json")["files"]
     edit_record(data / "dataset.json", files={**recorded, "train.safetensors": sha})
     refused(3, (str(data), message), "train-stage1", "--data", data, "--out", tmp_path / "run")
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate"])
@@ -76,9 +70,6 @@ def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
         "  needed by: train-stage2",
         f"  fix: train its stage 1: train-stage1 takes a data set folder as --data, and {tmp_path} as --out",
     ]
-
-
-# -- the disk ----------------------------------------------------------------------------------------------------------
 
 
 def limited(*command: object, size: int) -> Result:
@@ -173,26 +164,6 @@ def test_a_read_only_folder_is_refused(digits: Path, tmp_path: Path) -> None:
         refused(4, "Permission denied", "train-stage1", "--data", digits, "--out", tmp_path / "run", "--dry-run")
     finally:
         tmp_path.chmod(0o755)
-
-
-# -- the hand ----------------------------------------------------------------------------------------------------------
-
-
-def test_all_faults_of_a_recipe_are_told_at_once(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(
-        'seed = -1\n[optimizer]\nlr = "fast"\nmomentun = 0.9\n[schedule]\nepochs = 2.5\n[stage1.terms.erm]\nloss = 3\n'
-    )
-    lines = (
-        "has 5 faults",
-        "seed = -1: Input should be greater than or equal to 0",
-        "optimizer.lr = 'fast': Input should be a valid number",
-        'optimizer.momentun: unknown key. Did you mean "momentum"?',
-        "schedule.epochs = 2.5: Input should be a valid integer",
-        "stage1.terms.erm.loss = 3: Input should be a valid string",
-    )
-    recipe = ("--recipe", tmp_path / "mine.toml")
-    refused(2, lines, "train-stage1", "--data", digits, "--out", tmp_path / "r", *recipe)
-    assert files(tmp_path) == ["mine.toml"]
 
 
 @without_gpu

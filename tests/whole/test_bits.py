@@ -20,17 +20,10 @@ RECORDED = Path(__file__).with_name("bits.json")
 SHARED = Path(__file__).parents[3] / "shared"
 RUN = SHARED / "runs" / "cpmix-cifar100-lt-rho200-seed0"
 SMALL = ("model.name=resnet8", "data.normalisation=dataset", "optimizer.batch_size=100")
-METHODS = {
-    "cmo-ldam-drw": SMALL,
+METHODS = dict.fromkeys(["cmo-ldam-drw", "crt", "lade", "mislas", "remix-drw", "sade", "unimix"], SMALL) | {
     "cpmix": (*SMALL, "optimizer.micro_batches=2", "confusion.decay=0.9"),
     "cpmix-ride": (*SMALL, "confusion.refresh=epoch"),
-    "unimix": SMALL,
-    "mislas": SMALL,
-    "sade": SMALL,
     "otmix": (*SMALL, "stage1.terms.erm.match_power=0.2"),
-    "crt": SMALL,
-    "lade": SMALL,
-    "remix-drw": SMALL,
 }
 """Recipe of cifar100-lt, and what --set makes of it on the digits."""
 
@@ -65,9 +58,7 @@ def compare(name: str, found: dict[str, str]) -> None:
         return
     own[name] = found
     RECORDED.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-    pytest.skip(
-        f"no bits of {name} were known for {machine()}: recorded in {RECORDED}, to be compared with from now on"
-    )
+    pytest.skip(f"no bits of {name} were known for {machine()}: recorded in {RECORDED} for the next time")
 
 
 @pytest.fixture

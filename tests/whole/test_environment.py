@@ -131,21 +131,9 @@ def shell(line: str, **places: object) -> Result:
 TRAIN = "{cpmix} train-stage1 --data {toy} --out {run} --epochs 20"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        TRAIN + " 2>&1 | head -1",
-        TRAIN + " 2> >(head -1)",
-        TRAIN + " >&-",
-        TRAIN + " 2>&-",
-        TRAIN + " >&- 2>&-",
-        TRAIN + " 2>/dev/full",
-    ],
-)
-def test_a_log_that_nobody_reads_stops_no_run(line: str, toy: Path, tmp_path: Path) -> None:
-    result = shell(line, toy=toy, run=tmp_path / "run")
-    assert result.code == 0, result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize("into", ["2>&1 | head -1", "2> >(head -1)", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_a_log_that_nobody_reads_stops_no_run(into: str, toy: Path, tmp_path: Path) -> None:
+    ended(shell(f"{TRAIN} {into}", toy=toy, run=tmp_path / "run"), 0)
     assert (tmp_path / "run" / "stage1" / "run.json").is_file()
 
 

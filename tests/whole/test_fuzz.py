@@ -68,7 +68,6 @@ def test_any_bytes_as_a_recipe(data: bytes) -> None:
 
 
 def spots(tables: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Every (table, key) of a recipe."""
     found = []
     for key, value in tables.items():
         found.append((tables, key))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import ended, hooked, must, refused, run_to_the_end, signalled
+from helpers.commands import ended, hooked, must, on_event, refused, run_to_the_end, signalled
 from helpers.files import contents, files, write_image
 
 from cpmix_cli.artifacts import files as artifacts
@@ -18,9 +18,6 @@ from cpmix_cli.training.randomness import Draws, map_tensors
 from cpmix_cli.training.step import Step
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
-
-
-# -- bit for bit -------------------------------------------------------------------------------------------------------
 
 
 class Trace:
@@ -98,21 +95,6 @@ def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
     first = {"stage1": 1, "stage2": epochs["stage1"] + 1}
     thirds = sum(e % 3 == 0 or e == last[phase] for e in range(first[phase], last[phase] + 1))
     assert saved.count(phase) == epochs[phase] + thirds
-
-
-# -- real processes ----------------------------------------------------------------------------------------------------
-
-
-def on_event(event: str, test: str, number: signal.Signals, times: int = 1) -> str:
-    """A hook that sends a signal when Python is about to do something."""
-    return (
-        "left = [1]\n"
-        "def hook(event, args):\n"
-        f"    if event == {event!r} and left and ({test}):\n"
-        "        left.clear()\n"
-        f"        for _ in range({times}): os.killpg(0, {int(number)})\n"
-        "sys.addaudithook(hook)"
-    )
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -21,18 +21,17 @@ REPORT = [f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")]
 REPORT += ["confused_pairs.parquet", "confusion_matrix.parquet", "run.json"]
 
 
-def test_digits_leaves_exactly_these_files(digits_run: Path) -> None:
-    expected = [f"{phase}/{name}" for phase in ("stage1", "stage2", "finetune") for name in TRAINING]
-    expected += [f"evaluation/finetune/{name}" for name in EVALUATION]
-    expected += [f"confusion/finetune/{name}" for name in REPORT] + ["confusion/index.html"]
-    assert files(digits_run) == sorted(expected)
+def written(phases: list[str], last: str, pictures: list[str]) -> list[str]:
+    """Files of a run that is trained, evaluated and reported."""
+    found = [f"{phase}/{name}" for phase in phases for name in TRAINING]
+    found += [f"evaluation/{last}/{name}" for name in EVALUATION]
+    return sorted([*found, *(f"confusion/{last}/{name}" for name in pictures), "confusion/index.html"])
 
 
-def test_toy_leaves_exactly_these_files(toy_run: Path) -> None:
-    expected = [f"{phase}/{name}" for phase in ("stage1", "stage2") for name in TRAINING]
-    expected += [f"evaluation/stage2/{name}" for name in EVALUATION]
-    expected += [f"confusion/stage2/{name}" for name in [*REPORT, "decision_regions.png", "decision_regions.svg"]]
-    assert files(toy_run) == sorted([*expected, "confusion/index.html"])
+def test_runs_leave_exactly_these_files(digits_run: Path, toy_run: Path) -> None:
+    assert files(digits_run) == written(["stage1", "stage2", "finetune"], "finetune", REPORT)
+    regions = [*REPORT, "decision_regions.png", "decision_regions.svg"]
+    assert files(toy_run) == written(["stage1", "stage2"], "stage2", regions)
 
 
 def test_the_method_lifts_the_minorities_of_the_toy(toy: Path, toy_run: Path, tmp_path: Path) -> None:
@@ -51,9 +50,7 @@ def test_the_report_of_an_evaluation_written_elsewhere(digits_run: Path, tmp_pat
     result = must("evaluate", "--from", digits_run, "--phase", "stage1", "--out", other)
     assert result.stderr.endswith(f"next: cpmix confusion-report --from {digits_run} --phase stage1 --out {other}\n")
     must("confusion-report", "--from", digits_run, "--phase", "stage1", "--out", other)
-    expected = [f"evaluation/stage1/{name}" for name in EVALUATION]
-    expected += [f"confusion/stage1/{name}" for name in REPORT]
-    assert files(other) == sorted([*expected, "confusion/index.html"])
+    assert files(other) == written([], "stage1", REPORT)
 
 
 def test_evaluation_json_and_files_agree(digits: Path, digits_run: Path) -> None:
@@ -96,9 +93,8 @@ def test_report_matrix_is_that_of_the_predictions(digits_run: Path) -> None:
 
 
 def test_metrics_and_pairs_of_the_stages(digits_run: Path) -> None:
-    one = pd.read_parquet(digits_run / "stage1" / "metrics.parquet")
-    two = pd.read_parquet(digits_run / "stage2" / "metrics.parquet")
-    tuned = pd.read_parquet(digits_run / "finetune" / "metrics.parquet")
+    phases = ("stage1", "stage2", "finetune")
+    one, two, tuned = (pd.read_parquet(digits_run / phase / "metrics.parquet") for phase in phases)
     assert one["epoch"].tolist() == [1, 2, 3, 4]
     assert two["epoch"].tolist() == [5, 6]
     assert [c for c in two.columns if c.startswith("loss")] == ["loss", "loss_erm", "loss_cp", "loss_mix"]
@@ -152,9 +148,9 @@ def test_a_later_phase_needs_only_the_files_of_the_one_before(digits_run: Path, 
 
 def test_the_same_command_twice_is_up_to_date(digits: Path, digits_run: Path) -> None:
     later = ("train-stage2", "finetune", "evaluate", "confusion-report")
-    commands: list[tuple[object, ...]] = [("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)]
+    first = ("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)
     with unchanged(digits_run):
-        for command in [*commands, *((name, "--from", digits_run) for name in later)]:
+        for command in (first, *((name, "--from", digits_run) for name in later)):
             assert "up to date: " in must(*command).stdout
             assert must(*command, "--json").json["status"] == "up to date"
 
@@ -237,15 +233,12 @@ def test_test_curve_selects_nothing(digits: Path, digits_run: Path, tmp_path: Pa
 
 
 def test_a_moved_run_finds_its_data(digits: Path, digits_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(digits, tmp_path / "set")
-    run = tmp_path / "a" / "run"
-    must("train-stage1", "--data", tmp_path / "set", "--out", run, "--epochs", 6)
-    (tmp_path / "else").mkdir()
-    shutil.move(tmp_path / "a", tmp_path / "else" / "a")
-    shutil.move(tmp_path / "set", tmp_path / "else" / "set")  # both moved: the relative path still holds
-    must("train-stage2", "--from", tmp_path / "else" / "a" / "run")
-    shutil.move(tmp_path / "else" / "set", tmp_path / "away")
-    moved = tmp_path / "else" / "a" / "run"
+    here, moved = tmp_path / "here", tmp_path / "there" / "a" / "run"
+    shutil.copytree(digits, here / "set")
+    must("train-stage1", "--data", here / "set", "--out", here / "a" / "run", "--epochs", 6)
+    here.rename(tmp_path / "there")  # both moved: the relative path still holds
+    must("train-stage2", "--from", moved)
+    shutil.move(tmp_path / "there" / "set", tmp_path / "away")
     refused(3, "--data FOLDER", "finetune", "--from", moved)
     must("finetune", "--from", moved, "--data", tmp_path / "away")
 
@@ -265,9 +258,8 @@ def test_a_report_needs_a_current_evaluation(digits_run: Path) -> None:
 
 def test_labelled_evaluation_stands_beside_the_plain_one(digits_run: Path) -> None:
     must("evaluate", "--from", digits_run, "--label", "small", "--set", "evaluation.batch_size=7")
-    first = json.loads((digits_run / "evaluation" / "finetune" / "metrics.json").read_text())
-    second = json.loads((digits_run / "evaluation" / "finetune-small" / "metrics.json").read_text())
-    assert first == second
+    first, second = (digits_run / "evaluation" / name / "metrics.json" for name in ("finetune", "finetune-small"))
+    assert json.loads(first.read_text()) == json.loads(second.read_text())
     command = ("evaluate", "--from", digits_run, "--set", "optimizer.lr=1.0")
     refused(2, "changes what was trained: optimizer.lr: 0.1 -> 1.0", *command)
     refused(4, "few_inclusive: False -> True", "evaluate", "--from", digits_run, "--few-inclusive")

@@ -1,8 +1,7 @@
-"""The job scripts of recipes/slurm, run by a small Slurm that stands in for srun, scontrol and sbatch.
+"""The job scripts of recipes/slurm, run by a small Slurm: stand-ins for srun, scontrol and sbatch.
 
-It does as Slurm's manual and source say: the warning goes to the batch shell alone; srun passes USR1 on to its tasks
-and answers TERM by SIGKILL to them; its exit code is the highest of its tasks; a requeued job runs from its beginning
-under its own number; a job waits for those it depends on.
+By Slurm's manual, the warning goes to the batch shell alone; srun passes USR1 on to its tasks, answers TERM by SIGKILL
+to them, and exits with the highest code of them; a requeued job runs from its beginning under its own number.
 """
 
 import json
@@ -125,15 +124,10 @@ class Cluster:
         self.install("torchrun", f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_"))}
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        self.environment = {
-            **kept,
-            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": path,
-            "CLUSTER": str(folder),
-        }
+        self.environment = {**kept, "PYTHONPATH": path, "CLUSTER": str(folder)}
+        self.environment["PATH"] = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
 
     def install(self, name: str, text: str) -> None:
-        """A program on the PATH."""
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
@@ -162,48 +156,40 @@ class Cluster:
         spool = self.folder / "spool" / "slurm_script"
         spool.parent.mkdir(exist_ok=True)
         shutil.copy(SCRIPTS / script, spool)
-        nodes = str(more.pop("nodes", "localhost"))
-        per_node = str(more.pop("per_node", 1))
+        nodes, per_node = str(more.pop("nodes", "localhost")), int(str(more.pop("per_node", 1)))
+        num_nodes = nodes.count(",") + 1
         environment = {
             "SLURM_JOB_ID": number,
             "SLURM_JOB_NODELIST": nodes,
-            "SLURM_JOB_NUM_NODES": nodes.count(",") + 1,
+            "SLURM_JOB_NUM_NODES": num_nodes,
             "SLURM_NTASKS_PER_NODE": per_node,
-            "SLURM_NTASKS": int(per_node) * (nodes.count(",") + 1),
+            "SLURM_NTASKS": per_node * num_nodes,
             "SLURM_CPUS_PER_TASK": wanted["cpus-per-task"],
             "SLURM_GPUS_ON_NODE": wanted.get("gpus-per-node", "1"),
             **({"SLURM_RESTART_COUNT": restarts} if restarts else {}),
             **more,
         }
-        job = subprocess.Popen(
-            ["bash", str(spool), *map(str, arguments)],
-            cwd=self.folder,
-            env={**self.environment, **{k: str(v) for k, v in environment.items()}},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        own = {**self.environment, **{k: str(v) for k, v in environment.items()}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.jobs.append(
+            subprocess.Popen(["bash", str(spool), *map(str, arguments)], cwd=self.folder, env=own, **pipes)
         )
-        self.jobs.append(job)
-        return job
+        return self.jobs[-1]
 
     def run(self, script: str, *arguments: object, **more: object) -> tuple[int, str]:
-        """The same to its end: exit code and log."""
         return ended(self.start(script, *arguments, **more))  # type: ignore[arg-type]
 
     def wait_for(self, there: Callable[[], object]) -> None:
-        """Until something is seen."""
         until = time.monotonic() + 60
         while not there():
             assert time.monotonic() < until
             time.sleep(0.005)
 
     def asked(self) -> list[str]:
-        """The command lines that the recorder was given."""
         return [" ".join(words[0]) for words in self.read("asked") if words != ["warned"]]
 
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
-    """Its exit code and log."""
     log, _ = job.communicate(timeout=120)
     return job.returncode, log
 
@@ -242,14 +228,9 @@ def preempt(job: subprocess.Popen[str], stage1: Path, cluster: Cluster) -> str:
 
 
 def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluster: Cluster, toy: Path) -> None:
-    submitted = subprocess.run(
-        ["bash", "recipes/slurm/pipeline.sh", str(toy), "run", "--epochs", str(EPOCHS)],
-        cwd=cluster.folder,
-        env={**cluster.environment, "PHASES": "train-stage2"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = ["bash", "recipes/slurm/pipeline.sh", str(toy), "run", "--epochs", str(EPOCHS)]
+    options = {"cwd": cluster.folder, "env": {**cluster.environment, "PHASES": "train-stage2"}, "text": True}
+    submitted = subprocess.run(command, capture_output=True, check=True, **options)
     names = ["train-stage1", "train-stage2", "evaluate", "confusion-report"]
     assert submitted.stdout == "".join(f"{NUMBER + i} {name}\n" for i, name in enumerate(names))
     jobs = cluster.read("sbatch")
@@ -399,10 +380,8 @@ def test_the_tasks_of_an_array_build_their_data_set_once(recorder: Cluster) -> N
     recorded = f'exec {sys.executable} -m cpmix_cli "$@"'
     recorder.install("cpmix", f'#!/bin/sh\nif [ "$1" = build-lt ]; then {real}; fi\n{recorded}\n')
     lists = {"SOURCE": "toy", "RHOS": "20", "SEEDS": "0 1", "RECIPE": "toy/cpmix", "PHASES": ""}
-    jobs = [
-        recorder.start("array.sbatch", number=40 + i, SLURM_ARRAY_JOB_ID=40, SLURM_ARRAY_TASK_ID=i, **lists)
-        for i in range(2)
-    ]
+    lists["SLURM_ARRAY_JOB_ID"] = "40"
+    jobs = [recorder.start("array.sbatch", number=40 + i, SLURM_ARRAY_TASK_ID=i, **lists) for i in range(2)]
     (first, one), (second, other) = map(ended, jobs)
     assert first == second == 0, one + other
     assert (one + other).count("up to date") == 1
