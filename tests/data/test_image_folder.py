@@ -172,7 +172,7 @@ def test_every_unreadable_file_is_named(tmp_path: Path) -> None:
     (bad / "empty.jpg").touch()
     (bad / "text.png").write_text("no image")
     (bad / "001.jpg").write_bytes((bad / "001.jpg").read_bytes()[:-40])
-    (bad / "000.png").write_bytes((bad / "000.png").read_bytes()[:-20])
+    (bad / "000.png").write_bytes((bad / "000.png").read_bytes()[:-200])
     (bad / "bomb.png").write_bytes(png_of(100_000, 100_000))
     (bad / "large.png").write_bytes(png_of(10_000, 10_000))
     (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
