@@ -144,6 +144,7 @@ def test_json_does_not_outlast_its_command(tmp_path: Path) -> None:
 
 
 TRAIN = "train-stage1 --data {data} --out run"
+TABLES = f'--paper "table5". Did you mean "table9"? Known: {", ".join(sorted(PAPER_TABLES))}.'
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ TRAIN = "train-stage1 --data {data} --out run"
         (f"{TRAIN} --bad-flag", 2, "No such option"),
         (f"{TRAIN} --recipe digits/cpmx", 2, 'Did you mean "digits/cpmix"?'),
         (f"{TRAIN} --recipe none.toml", 2, "no file none.toml"),
-        ("compare nowhere --paper table5", 2, f'--paper "table5". Known: {", ".join(sorted(PAPER_TABLES))}.'),
+        ("compare nowhere --paper table5", 2, TABLES),
         ("compare nowhere --format yaml", 2, '--format "yaml".'),
     ],
 )

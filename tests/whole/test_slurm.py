@@ -353,9 +353,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(recorder: Cluster) -> None:
     assert recorder.read("requeued") == []
 
 
-# -- arrays ------------------------------------------------------------------------------------------------------------
-
-
 def test_each_task_of_an_array_has_its_rho_and_seed(recorder: Cluster) -> None:
     (size,) = re.findall(r"^#SBATCH --array=0-(\d+)%", (SCRIPTS / "array.sbatch").read_text(), re.M)
     pairs = [(rho, seed) for rho in (200, 100, 50) for seed in range(3)]
@@ -395,9 +392,6 @@ def test_a_task_of_an_array_is_queued_again_alone(recorder: Cluster) -> None:
     array = {"SLURM_ARRAY_JOB_ID": 40, "SLURM_ARRAY_TASK_ID": 8}
     assert recorder.run("array.sbatch", number=40, **array, LEAVE=75) == (0, "")
     assert recorder.read("requeued") == ["40_8"]
-
-
-# -- ranks -------------------------------------------------------------------------------------------------------------
 
 
 def ranks_of(recorder: Cluster) -> tuple[list[ranks.Ranks], set[tuple[str, int]]]:
@@ -452,9 +446,6 @@ def test_a_data_set_is_copied_to_the_nodes_own_disk(recorder: Cluster) -> None:
     assert copying["--ntasks"] == cleaning["--ntasks"] == "1"
     assert copying["--ntasks-per-node"] == cleaning["--ntasks-per-node"] == "1"
     assert "--ntasks-per-node" not in training
-
-
-# -- torchrun, the real one --------------------------------------------------------------------------------------------
 
 
 def test_torchrun_hands_the_warning_on_and_a_run_that_is_done_is_not_queued_again(recorder: Cluster) -> None:
