@@ -10,8 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import publish, read_bytes
 from cpmix_cli.runtime.errors import InputError
@@ -172,20 +171,15 @@ def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
     return table
 
 
-def confusion_columns(counts: Tensor) -> dict[str, Any]:
+def confusion_columns(counts: NDArray[Any]) -> dict[str, Any]:
     """Confusion counts [C, C] as the sparse columns of CONFUSION_SCHEMA, in row order, no zero rows."""
-    counts = counts.detach().cpu().round().to(torch.int64)
-    true_class, predicted_class = counts.nonzero(as_tuple=True)
-    return {
-        "true_class": true_class.numpy(),
-        "predicted_class": predicted_class.numpy(),
-        "count": counts[true_class, predicted_class].numpy(),
-    }
+    counts = counts.round().astype(np.int64)
+    true_class, predicted_class = counts.nonzero()
+    return {"true_class": true_class, "predicted_class": predicted_class, "count": counts[true_class, predicted_class]}
 
 
-def confusion_tensor(table: pd.DataFrame, num_classes: int) -> Tensor:
-    """The dense int64 counts [C, C] of a sparse confusion table."""
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    true_class, predicted_class, count = (torch.tensor(table[name].to_numpy(np.int64)) for name in table.columns)
-    counts[true_class, predicted_class] = count
+def confusion_counts(table: pd.DataFrame, num_classes: int) -> NDArray[np.int64]:
+    """The dense counts [C, C] of a sparse confusion table."""
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    counts[table["true_class"], table["predicted_class"]] = table["count"]
     return counts

@@ -1,20 +1,16 @@
 """Tensors on disk: safetensors files, sealed by a digest of what they hold. Never pickle."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from cpmix_cli.artifacts.files import canonical_json, digest, open_file, publish, read_bytes, unique_members
+from cpmix_cli.artifacts.files import canonical_json, publish, read_bytes
+from cpmix_cli.artifacts.seals import DAMAGED, content_digest, parse_header, sealed
 from cpmix_cli.runtime.errors import InputError, counted, indented
-
-_MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
@@ -29,34 +25,18 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Hex digest of tensors with their names, types and shapes, for a file whose hash no record holds yet."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        plain = tensor.detach().cpu().contiguous()
-        content.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
-        content.update(plain.view(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
+    plain = ((name, t.detach().cpu().contiguous()) for name, t in sorted(tensors.items()))
+    return content_digest((name, str(t.dtype), t.shape, t.view(-1).view(torch.uint8).numpy().data) for name, t in plain)
 
 
 def sealed_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata with a digest of the tensors and one of itself: such a file needs no record beside it to be checked."""
-    sealed = {**metadata, "tensors_digest": tensors_digest(tensors)}
-    return {**sealed, "digest": digest(sealed)}
+    return sealed(metadata, tensors_digest(tensors))
 
 
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
     """Publish tensors as safetensors; see tensor_bytes()."""
     return publish(path, tensor_bytes(tensors, metadata))
-
-
-def _parse_header(text: bytes) -> tuple[dict[str, list[int]], Any]:
-    """Shapes by tensor name, and the metadata, of a safetensors header; raises _NOT_A_HEADER."""
-    header = json.loads(text, object_pairs_hook=unique_members)
-    metadata = header.pop("__metadata__", {}).get("cpmix")
-    shapes = {name: list(entry["shape"]) for name, entry in header.items()}
-    return shapes, json.loads(metadata) if metadata is not None else None
-
-
-_NOT_A_HEADER = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
 def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor], Any]:
@@ -66,40 +46,10 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
     """
     data = read_bytes(path, sha)
     try:
-        size = int.from_bytes(data[:8], "little")
-        if size > _MAX_HEADER:
-            raise ValueError(f"its header says it has {size:,} bytes")
-        _, metadata = _parse_header(data[8 : 8 + size])
+        _, metadata = parse_header(data)
         return safetensors.torch.load(data), metadata
-    except (safetensors.SafetensorError, *_NOT_A_HEADER) as fault:
+    except DAMAGED as fault:
         raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
-
-
-def check_seal(path: Path, metadata: Any, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Return the metadata that sealed_metadata() sealed; raise InputError without a seal, or if it is broken.
-
-    Without `tensors` only the metadata are checked.
-    """
-    content = dict(metadata) if isinstance(metadata, dict) else {}
-    whole = content.pop("digest", None) == digest(content)
-    if not whole or (tensors is not None and content.get("tensors_digest") != tensors_digest(tensors)):
-        raise InputError(f"{path} is damaged, or no file of cpmix", fix="make it again, with --overwrite")
-    return content
-
-
-def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
-    """Return shapes by tensor name, and metadata (a JSON value or None), of a safetensors file; its values stay unread.
-
-    Raises:
-        InputError: missing, or no header.
-    """
-    with open_file(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if 0 < size <= _MAX_HEADER else b""
-    try:
-        return _parse_header(text)
-    except _NOT_A_HEADER as fault:
-        raise InputError(f"{path} is not a valid safetensors file") from fault
 
 
 def check_fit(

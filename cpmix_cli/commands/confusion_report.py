@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import files, locks, tables
 from cpmix_cli.data.batches import pictures
@@ -118,8 +119,8 @@ def _read_reported(
         facts=_facts(source, dataset, matrix),
         class_counts=dataset.class_counts,
         groups=tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist(),
-        matrix=matrix.numpy(),
-        confusions=tables.confusion_tensor(table, dataset.num_classes).numpy() if len(table) else None,
+        matrix=matrix,
+        confusions=tables.confusion_counts(table, dataset.num_classes) if len(table) else None,
         reliability=reliability(confidence, right).numpy(),
     )
     accuracies = accuracy_rows(evaluation.parent, evaluation.name)
@@ -164,7 +165,7 @@ def _write(
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
-        cells = tables.confusion_columns(torch.from_numpy(own.shown.matrix))
+        cells = tables.confusion_columns(own.shown.matrix)
         recorder.publish_table(files.CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
         columns = {str(name): column for name, column in pairs.items()}
         recorder.publish_table(files.CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
@@ -274,11 +275,11 @@ def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
     )
 
 
-def _facts(source: PhaseFolder, dataset: Dataset, matrix: torch.Tensor) -> list[tuple[str, str]]:
+def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> list[tuple[str, str]]:
     """What the page says above its pictures."""
-    counts, n = dataset.class_counts, torch.tensor(dataset.class_counts)
+    counts = dataset.class_counts
     wrong = int(matrix.sum() - matrix.diagonal().sum())
-    rarer = int(matrix[n[:, None] < n[None, :]].sum())
+    rarer = int(matrix[counts[:, None] < counts].sum())
     share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""
     return [
         ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),

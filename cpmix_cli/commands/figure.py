@@ -86,7 +86,7 @@ class _Candidate:
             self.rho,
             self.dataset.class_names,
             self.dataset.class_counts,
-            matrix_of(table, self.dataset.num_classes).numpy(),
+            matrix_of(table, self.dataset.num_classes),
             finetuned=self.source.phase == "finetune",
         )
 

@@ -56,8 +56,11 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
     else:
         if status == "interrupted":
             because = folder.stale_because()
-            tensors, _ = run_json.read_state(folder.path / files.TRAINING_STATE)  # whole: what is damaged cannot go on
-            epochs, total = len(tensors.get("history", ())), folder.recipe().epochs_of(folder.phase)
+            # Whole: what is damaged cannot go on.
+            epochs, total = (
+                run_json.verify_state(folder.path / files.TRAINING_STATE)[1],
+                folder.recipe().epochs_of(folder.phase),
+            )
         if writer := locks.holder(folder.path):
             status, because = "running", f"by {writer.name}"
     return {

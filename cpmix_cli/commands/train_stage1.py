@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cpmix_cli.artifacts import files
-from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
+from cpmix_cli.artifacts.seals import check_seal, read_header
+from cpmix_cli.artifacts.tensors import read_tensors, tensors_digest
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
@@ -136,5 +137,5 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContex
 def _read_weights(path: Path, sha: str) -> dict[str, Tensor]:
     tensors, metadata = read_tensors(path, sha)
     if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
-        check_seal(path, metadata, tensors)
+        check_seal(path, metadata, tensors_digest(tensors))
     return tensors

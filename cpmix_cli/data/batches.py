@@ -260,10 +260,10 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
     else:
-        reader, labels = _open_reader(dataset, split, recipe), dataset.labels(split)
+        reader, labels = _open_reader(dataset, split, recipe), torch.from_numpy(dataset.labels(split))
         if not (isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device)):
             return stream_batches(reader, recipe, dataset.record, device), labels
-        inputs = reader.load_all()
+        inputs = torch.from_numpy(reader.load_all())
     return make_batches(inputs.to(device), recipe, dataset.record), labels
 
 

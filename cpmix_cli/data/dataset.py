@@ -2,23 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, model_validator
-from torch import Tensor
 
 from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.shards import REPAIR, Shards
 from cpmix_cli.data.splits import check_labels
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime.errors import InputError, UsageError, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOOKED_FOR = 32
 """Image files that --data-root is checked for."""
@@ -147,12 +147,16 @@ class Dataset:
             raise InputError(f"{self.folder / DATASET}: {fault.message}", fix="name one: --recipe") from fault
         return name
 
-    def read(self, split: str) -> tuple[Tensor, Tensor]:
+    def read(self, split: str) -> "tuple[Tensor, Tensor]":
         """Return images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64; of storage "tensors".
 
         Raises:
             InputError: a file is missing or damaged, or a label lies outside the classes.
         """
+        import torch  # takes seconds, and most commands read no images
+
+        from cpmix_cli.artifacts.tensors import read_tensors
+
         path = self.folder / f"{split}.safetensors"
         tensors, _ = read_tensors(path, self._sha(path))
         labels = tensors.pop("labels", torch.empty(0))
@@ -196,9 +200,9 @@ class Dataset:
         tables.refuse_outside(path, table, "label", self.num_classes)
         return table
 
-    def labels(self, split: str) -> Tensor:
-        """Return the class of each image of a split, [N] int64; raises as samples()."""
-        return torch.tensor(self.samples(split)["label"].to_numpy(), dtype=torch.int64)
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """Return the class of each image of a split [N]; raises as samples()."""
+        return self.samples(split)["label"].to_numpy(np.int64)
 
     def paths(self, split: str) -> list[Path]:
         """Return the image file of each sample of a split, if the source's images are files; raises as samples()."""

@@ -15,10 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from cpmix_cli.artifacts import locks, records
 from cpmix_cli.artifacts.files import digest, open_file, publishing, wait_for
@@ -107,12 +105,12 @@ class Shards:
             raise InputError(f"{path}: image {index} of the {self.split} split is damaged", fix=REPAIR)
         self._verified[index] = 1
 
-    def load_all(self) -> Tensor:
+    def load_all(self) -> NDArray[np.uint8]:
         """All images in memory: uint8 [N, S, S, 3]; raises as read()."""
         images = np.empty((len(self), *self.shape), dtype=np.uint8)
         for _ in in_threads(lambda i: self.read(i, None, images[i]), len(self)):
             pass
-        return torch.from_numpy(images)
+        return images
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are missing or not of their size; their content is not read."""

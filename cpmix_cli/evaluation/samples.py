@@ -54,7 +54,7 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
     return TestSet(
         lambda recipe, device: open_batches(dataset, split, recipe, device)[0],
         read,
-        dataset.labels(split),
+        torch.from_numpy(dataset.labels(split)),
         dataset.samples(split),
         dataset.data_root,
         dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}",

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from cpmix_cli.artifacts import files, records, tables
-from cpmix_cli.evaluation.accuracy import confusion_matrix
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import console
@@ -37,10 +36,11 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
     return table, sha
 
 
-def matrix_of(predictions: pd.DataFrame, num_classes: int) -> torch.Tensor:
-    """Test images of true class (row) predicted as (column) [C, C] int64, from read_predictions()."""
-    label, predicted = torch.tensor(predictions[["label", "predicted"]].to_numpy(np.int64)).T
-    return confusion_matrix(label, predicted, num_classes)
+def matrix_of(predictions: pd.DataFrame, num_classes: int) -> NDArray[np.int64]:
+    """Test images of true class (row) predicted as (column) [C, C], from read_predictions()."""
+    label, predicted = predictions[["label", "predicted"]].to_numpy(np.int64).T
+    counts = np.bincount(label * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")

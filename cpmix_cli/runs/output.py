@@ -21,7 +21,7 @@ from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import tensor_bytes
 from cpmix_cli.recipe.schema import differences
-from cpmix_cli.runs.run_json import RunRecord, read_run, read_state
+from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
@@ -50,7 +50,7 @@ def decide(
     is_done = files.is_there(folder / files.RUN)
     if overwrite:
         with suppress(InputError):
-            if not is_done and read_state(path)[1].made_from.inputs() == made_from:
+            if not is_done and verify_state(path)[0].made_from.inputs() == made_from:
                 return "resume"
         return "fresh"
     outputs: dict[str, str] = {}
@@ -58,7 +58,7 @@ def decide(
         record = read_run(folder, RunRecord)
         found, outputs = record.made_from.inputs(), record.outputs
     elif files.is_there(path):
-        found = read_state(path)[1].made_from.inputs()
+        found = verify_state(path)[0].made_from.inputs()
     else:
         return "fresh"
     if found == made_from:

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field
-from torch import Tensor
 
 from cpmix_cli.artifacts import files, records
 from cpmix_cli.artifacts.files import TrainingPhase
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.artifacts.tensors import check_seal, read_header, read_tensors
+from cpmix_cli.artifacts.seals import check_seal, read_header, read_sealed
 from cpmix_cli.data.dataset import FileName, Shaped, Storage
 from cpmix_cli.runtime.errors import InputError
 
@@ -141,25 +140,30 @@ def output_of(folder: Path, record: RunRecord, name: str) -> tuple[Path, str]:
     return folder / name, record.outputs[name]
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], StateRecord]:
-    """Read tensors and metadata of an interrupted phase's training state, verified by its own digests.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    tensors, metadata = read_tensors(path)
-    return tensors, _state_record(path, check_seal(path, metadata, tensors))
-
-
 def read_state_record(path: Path) -> StateRecord:
     """Read the metadata of a training state alone; its tensors are not verified.
 
     Raises:
         InputError: missing or damaged.
     """
-    return _state_record(path, check_seal(path, read_header(path)[1]))
+    return state_record(path, check_seal(path, read_header(path)[1]))
 
 
-def _state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:
+def verify_state(path: Path) -> tuple[StateRecord, int]:
+    """Read the metadata of an interrupted phase's training state, and the number of epochs that its history has.
+
+    Raises:
+        InputError: it is missing, or anything in it is damaged.
+    """
+    shapes, metadata = read_sealed(path)
+    return state_record(path, metadata), shapes.get("history", [0])[0]
+
+
+def state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:
+    """The metadata of a training state, checked.
+
+    Raises:
+        InputError: of another version, or no such metadata.
+    """
     records.check_format(path, metadata)
     return records.checked(path, StateRecord, metadata)

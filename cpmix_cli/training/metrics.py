@@ -1,5 +1,7 @@
 """The metrics of an epoch: columns of metrics.parquet, their values, the line on the console. Add a column here."""
 
+from typing import TYPE_CHECKING
+
 import pandas as pd
 import pyarrow as pa
 
@@ -7,8 +9,10 @@ from cpmix_cli.artifacts.files import METRICS
 from cpmix_cli.artifacts.tables import read_table, schema_of
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.plan import Plan
-from cpmix_cli.training.state import TrainingState
+
+if TYPE_CHECKING:  # they need torch, which takes seconds; compare reads metrics without
+    from cpmix_cli.training.plan import Plan
+    from cpmix_cli.training.state import TrainingState
 
 _COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
     "epoch int64",
@@ -47,7 +51,7 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     return table
 
 
-def metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str, float | None]:
+def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[str, float | None]:
     """The row of metrics.parquet for the finished epoch."""
     sums = state.sums.read()
     steps = plan.num_steps(num_samples)
@@ -68,7 +72,7 @@ def metrics_row(plan: Plan, state: TrainingState, num_samples: int) -> dict[str,
     }
 
 
-def epoch_line(plan: Plan, row: dict[str, float | None]) -> str:
+def epoch_line(plan: "Plan", row: dict[str, float | None]) -> str:
     """One plain line an epoch, key=value."""
     parts = [f"{plan.phase} epoch={row['epoch']:.0f}/{plan.last_epoch}"]
     parts += [f"lr={row['learning_rate']:.4g}", f"loss={row['loss']:.4f}"]

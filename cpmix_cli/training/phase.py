@@ -22,7 +22,7 @@ from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.runs import folders, output, run_json
+from cpmix_cli.runs import folders, output
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
@@ -32,7 +32,7 @@ from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_state, make_plan, rehearsal
-from cpmix_cli.training.state import EpochSums, TrainingState
+from cpmix_cli.training.state import EpochSums, TrainingState, read_state
 from cpmix_cli.training.tensorboard import Tracker, forget
 
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
@@ -186,7 +186,7 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
     tensors: dict[str, torch.Tensor] = {}
     begun: StateRecord | None = None
     if found == "resume":
-        tensors, begun = run_json.read_state(path)
+        tensors, begun = read_state(path)
         _refuse_unlike(begun.tensors_digest, f"what they read in {path}")
         signals.state_is_saved()
     earlier: BegunRecord | None = begun or (source.record() if source is not None else None)
@@ -382,7 +382,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
     if loaded.resumes:  # it may have stopped after its last epoch, with only the derived files missing
         publish_state()
     recorder.publish_tensors(files.MODEL, state.model.state_dict())
-    pairs = tables.confusion_columns(state.confusion)
+    pairs = tables.confusion_columns(state.confusion.cpu().numpy())
     recorder.publish_table(files.CONFUSION_PAIRS, tables.CONFUSION_SCHEMA, pairs)
     counts = files.read_bytes(dataset.folder / files.CLASS_COUNTS, dataset.record.files[files.CLASS_COUNTS])
     recorder.publish(files.CLASS_COUNTS, counts)

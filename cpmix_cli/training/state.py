@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpmix_cli.artifacts.tensors import check_fit
+from cpmix_cli.artifacts.seals import check_seal
+from cpmix_cli.artifacts.tensors import check_fit, read_tensors, tensors_digest
 from cpmix_cli.models import Classifier
+from cpmix_cli.runs.run_json import StateRecord, state_record
 from cpmix_cli.runtime.errors import InputError, shortened
 
 
@@ -129,6 +131,16 @@ class TrainingState:
                 elif group["momentum"]:
                     found[f"{own}.momentum_buffer"] = p
         return found
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], StateRecord]:
+    """Read tensors and metadata of an interrupted phase's training state, verified by its own digests.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    tensors, metadata = read_tensors(path)
+    return tensors, state_record(path, check_seal(path, metadata, tensors_digest(tensors)))
 
 
 def load_model(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:

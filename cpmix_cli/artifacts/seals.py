@@ -1,0 +1,103 @@
+"""Safetensors files without torch: their headers, and the seal that shows a file to be whole without a record of it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from cpmix_cli.artifacts.files import digest, open_file, read_bytes, unique_members
+from cpmix_cli.runtime.errors import InputError
+
+MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
+DAMAGED = (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+"""Raised by what parses a file that is none."""
+_DTYPES = {
+    "F64": "torch.float64",
+    "F32": "torch.float32",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "I64": "torch.int64",
+    "I32": "torch.int32",
+    "U8": "torch.uint8",
+    "BOOL": "torch.bool",
+}
+"""Types as safetensors names them -> as digests do."""
+
+
+def parse_header(data: bytes) -> tuple[dict[str, list[int]], Any]:
+    """Return shapes by tensor name, and metadata (a JSON value or None), of a file's first bytes.
+
+    Raises:
+        one of DAMAGED: they are no header.
+    """
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"its header says it has {size:,} bytes")
+    header = json.loads(data[8 : 8 + size], object_pairs_hook=unique_members)
+    metadata = header.pop("__metadata__", {}).get("cpmix")
+    shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+    return shapes, json.loads(metadata) if metadata is not None else None
+
+
+def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
+    """Return shapes by tensor name, and metadata (a JSON value or None), of a safetensors file; its values stay unread.
+
+    Raises:
+        InputError: missing, or no header.
+    """
+    with open_file(path) as file:
+        data = file.read(8)
+        if 0 < (size := int.from_bytes(data, "little")) <= MAX_HEADER:
+            data += file.read(size)
+    try:
+        return parse_header(data)
+    except DAMAGED as fault:
+        raise InputError(f"{path} is not a valid safetensors file") from fault
+
+
+def content_digest(tensors: Iterable[tuple[str, str, Sequence[int], Any]]) -> str:
+    """Return the hex digest of tensors: name, type, shape and bytes of each, in the order of their names."""
+    content = hashlib.sha256()
+    for name, dtype, shape, values in tensors:
+        content.update(f"{name} {dtype} {list(shape)}\n".encode())
+        content.update(values)
+    return content.hexdigest()
+
+
+def sealed(metadata: Mapping[str, Any], tensors_digest: str) -> dict[str, Any]:
+    """Return metadata with a digest of the tensors and one of itself; see check_seal()."""
+    content = {**metadata, "tensors_digest": tensors_digest}
+    return {**content, "digest": digest(content)}
+
+
+def check_seal(path: Path, metadata: Any, tensors_digest: str | None = None) -> dict[str, Any]:
+    """Return the metadata that sealed() sealed; without `tensors_digest`, only the metadata are checked.
+
+    Raises:
+        InputError: there is no seal, or it is broken.
+    """
+    content = dict(metadata) if isinstance(metadata, dict) else {}
+    whole = content.pop("digest", None) == digest(content)
+    if not whole or tensors_digest not in (None, content.get("tensors_digest")):
+        raise InputError(f"{path} is damaged, or no file of cpmix", fix="make it again, with --overwrite")
+    return content
+
+
+def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Return shapes by tensor name, and metadata, of a sealed file that is whole; no tensor is made.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    data = read_bytes(path)
+    try:
+        shapes, metadata = parse_header(data)
+        found = sorted(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+        entries = ((name, _DTYPES[t["dtype"]], t["shape"], t["data"]) for name, t in found)
+        tensors_digest = content_digest(entries)
+    except DAMAGED as fault:
+        raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
+    return shapes, check_seal(path, metadata, tensors_digest)
