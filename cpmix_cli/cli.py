@@ -6,6 +6,7 @@ Errors become exit codes here and nowhere else.
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, fields
@@ -22,6 +23,7 @@ from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, UsageError
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
+WITHOUT_TORCH = ("status", "compare", "misclassified", "recipes", "methods")
 
 
 @contextmanager
@@ -185,6 +187,8 @@ def _add(name: str, kind: type) -> None:
         options = kind(**{flag: value for flag, value in given.items() if value is not None})
         if name in BEFORE:
             BEFORE[name](options)
+        if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
+            console.note(f"{name}: loading torch")
         command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
         with ranks.together() if name in TRAINING else nullcontext():
             code = command.run(options)

@@ -155,9 +155,8 @@ def bind(
                 continue
             keys.add(key)
             if key in given:
-                checker: TypeAdapter[Any] = TypeAdapter(parameter.annotation, config=ConfigDict(allow_inf_nan=False))
                 try:
-                    values[key] = checker.validate_python(given[key], strict=True)
+                    values[key] = _checker(functions[kind][name], key).validate_python(given[key], strict=True)
                 except ValidationError as fault:
                     faults.append(f"{key} = {given[key]!r}: {fault.errors()[0]['msg']}")
             elif parameter.default is inspect.Parameter.empty:
@@ -166,3 +165,10 @@ def bind(
     if len(bound) == len(names):  # else keys may belong to the function that was not found
         faults += [f"{key}: unknown key.{suggest(key, {*others, *keys})}" for key in sorted(given.keys() - keys)]
     return bound, faults
+
+
+@cache
+def _checker(function: Callable[..., Any], key: str) -> TypeAdapter[Any]:
+    """The check of one parameter of a function."""
+    annotation = inspect.signature(function).parameters[key].annotation
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _MAX_DEPTH = 16  # of tables in tables; a recipe has 4
 _MAX_EXTENDS = 16
 
 
+@cache
 def _recipe_folders() -> list[Path]:
     """Folders of recipes with names: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -104,12 +106,7 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         raise UsageError(
             f"{above[-1]} extends more than {_MAX_EXTENDS} recipes, one on the other", needed_by="--recipe"
         )
-    try:
-        tables = _parse(read_bytes(path, limit=MAX_BYTES).decode())
-    except InputError as fault:
-        raise UsageError(fault.message, needed_by="--recipe") from fault
-    except ValueError as fault:
-        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
+    tables = read_own_tables(path)
     without = tables.pop("without", [])
     if (base := tables.pop("extends", None)) is None:
         if without:
@@ -126,6 +123,20 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     for key in without if isinstance(without, list) else [without]:
         _take_away(below, key, path)
     return _merged(below, tables)
+
+
+def read_own_tables(path: Path) -> dict[str, Any]:
+    """Return the tables of a recipe file itself, `extends` and `without` among them.
+
+    Raises:
+        UsageError: the file is missing, or no TOML.
+    """
+    try:
+        return _parse(read_bytes(path, limit=MAX_BYTES).decode())
+    except InputError as fault:
+        raise UsageError(fault.message, needed_by="--recipe") from fault
+    except ValueError as fault:
+        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from cpmix_cli.recipe.loading import find_recipe, load, read_tables, recipe_names
+from cpmix_cli.recipe.loading import find_recipe, load, read_own_tables, recipe_names
 from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Stage, Table, changed
 from cpmix_cli.results.paper import Column, PaperRow
 from cpmix_cli.runtime.errors import UsageError
@@ -78,7 +78,7 @@ def read_about(path: Path) -> About | None:
     Raises:
         UsageError: keys or types are wrong; all faults are listed.
     """
-    if (table := read_tables(path).get("about")) is None:
+    if (table := read_own_tables(path).get("about")) is None:
         return None
     try:
         return About.model_validate(table)
