@@ -116,6 +116,28 @@ def test_completion_imports_nothing_heavy() -> None:
     assert imported_by([], **environment) == (0, [])
 
 
+def test_commands_that_read_results_do_without_torch(digits_run: Path) -> None:
+    for command in ("status", "compare", "misclassified --from"):
+        status, names = imported_by([*command.split(), str(digits_run)])
+        assert status == 0
+        assert not {"torch", "torchvision", "matplotlib", "sklearn"} & set(names), command
+    for command in ("recipes", "recipes digits/cpmix", "methods", "train-stage1 --help"):
+        assert imported_by(command.split()) == (0, []), command
+
+
+def test_the_status_of_an_interrupted_phase_needs_no_torch(digits_run: Path) -> None:
+    (digits_run / "stage2" / "run.json").unlink()
+    status, names = imported_by(["status", str(digits_run)])
+    assert status == 75
+    assert "torch" not in names
+
+
+def test_the_first_line_of_a_training_command_says_what_it_loads(digits: Path, tmp_path: Path) -> None:
+    flags = ("--data", digits, "--out", tmp_path / "run", "--epochs", 3, "--dry-run")
+    assert process("train-stage1", *flags).stderr.splitlines()[0] == "train-stage1: loading torch"
+    assert "loading" not in must("train-stage1", *flags).stderr  # it is loaded already
+
+
 def imported_by(arguments: list[str], **environment: str) -> tuple[int, list[str]]:
     """Exit code of a command line, and the heavy packages that it imported."""
     code = (

@@ -18,7 +18,8 @@ from helpers.files import file_limit
 from pydantic import ValidationError
 
 from cpmix_cli.artifacts import files, records, tables
-from cpmix_cli.artifacts.tensors import publish_tensors, read_header, read_tensors
+from cpmix_cli.artifacts.seals import read_header, read_sealed
+from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors, sealed_metadata
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 
@@ -31,6 +32,22 @@ def test_equal_tensors_give_equal_bytes_whatever_their_memory_order(tmp_path: Pa
     tensors, metadata = read_tensors(tmp_path / "a", first)
     assert tensors["x"].equal(x)
     assert metadata == {"a": [2], "b": 1}
+
+
+def test_a_sealed_file_is_checked_without_making_its_tensors(tmp_path: Path) -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    tensors = {str(kind): torch.arange(6).view(2, 3).to(kind) for kind in kinds}
+    tensors |= {"bool": torch.tensor([True, False]), "scalar": torch.tensor(1.5), "none": torch.zeros(0, 2)}
+    path = tmp_path / "sealed"
+    publish_tensors(path, tensors, sealed_metadata(tensors, {"epoch": 3}))
+    shapes, metadata = read_sealed(path)
+    assert shapes == {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert metadata["epoch"] == 3
+    whole = path.read_bytes()
+    for place in range(8, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError, match="sealed is "):
+            read_sealed(path)
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, name: str, number: int, code: int) -> None:
@@ -206,11 +223,11 @@ def test_confusion_tables_are_sparse_and_read_back(tmp_path: Path) -> None:
     counts = torch.zeros(4, 4, dtype=torch.float64)
     counts[0, 3], counts[2, 1] = 7, 1
     path = tmp_path / "pairs.parquet"
-    columns = tables.confusion_columns(counts)
+    columns = tables.confusion_columns(counts.numpy())
     tables.publish_table(path, tables.CONFUSION_SCHEMA, columns)
     table = tables.read_table(path, tables.CONFUSION_SCHEMA)
     assert table.to_numpy().tolist() == [[0, 3, 7], [2, 1, 1]]
-    assert tables.confusion_tensor(table, 4).equal(counts.long())
+    assert (tables.confusion_counts(table, 4) == counts.numpy()).all()
     with pytest.raises(InputError, match="expected sample_id"):
         tables.read_table(path, tables.split_schema(by_path=False))
 
@@ -325,9 +342,9 @@ def test_confusions_of_every_class_with_every_other_are_read(
     """The most regular table that we write is read, and no larger one."""
     path = tmp_path / "pairs.parquet"
     counts = torch.randint(1, largest + 1, (num_classes, num_classes), generator=generator).fill_diagonal_(0)
-    sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, tables.confusion_columns(counts))
+    sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, tables.confusion_columns(counts.numpy()))
     table = tables.read_confusions(path, sha, num_classes)
-    assert tables.confusion_tensor(table, num_classes).equal(counts)
+    assert (tables.confusion_counts(table, num_classes) == counts.numpy()).all()
     with pytest.raises(InputError, match=r"pairs.parquet says it has [\d,]+ rows; it can have 81"):
         tables.read_confusions(path, sha, 9)
 

@@ -53,7 +53,7 @@ def packing(photos: Path, out: Path) -> tuple[object, ...]:
 
 
 def stored(folder: Path, split: str = "train") -> np.ndarray:
-    return open_dataset(folder).shards(split).load_all().numpy()
+    return open_dataset(folder).shards(split).load_all()
 
 
 def test_a_square_is_torchvision_s(tmp_path: Path) -> None:

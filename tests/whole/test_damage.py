@@ -90,7 +90,11 @@ def interrupt(phase: Path) -> None:
             (phase / name).unlink()
 
 
-def test_a_damaged_file_takes_no_more_memory_than_three_times_its_size(tmp_path: Path) -> None:
+SEALED = "seals.check_seal(path, metadata, tensors.tensors_digest(found))"
+
+
+@pytest.mark.parametrize("read", [f"found, metadata = tensors.read_tensors(path); {SEALED}", "seals.read_sealed(path)"])
+def test_a_damaged_file_takes_no_more_memory_than_three_times_its_size(tmp_path: Path, read: str) -> None:
     """In a process of its own, by the peak of its resident memory; three times the file at most."""
     path = tmp_path / "big.safetensors"
     size = 64 * 2**20
@@ -100,12 +104,12 @@ def test_a_damaged_file_takes_no_more_memory_than_three_times_its_size(tmp_path:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from cpmix_cli.artifacts import tensors as files\n"
+        "from cpmix_cli.artifacts import seals, tensors\n"
         "from cpmix_cli.runtime.errors import InputError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "path = Path(sys.argv[1])\n"
         "try:\n"
-        "    tensors, metadata = files.read_tensors(Path(sys.argv[1]))\n"
-        "    files.check_seal(Path(sys.argv[1]), metadata, tensors)\n"
+        f"    {read}\n"
         "    said = 'whole'\n"
         "except InputError: said = 'refused'\n"
         "print(said, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"

@@ -13,7 +13,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpmix_cli.artifacts import tensors
+from cpmix_cli.artifacts import seals, tensors
 from cpmix_cli.artifacts.tables import CONFUSION_SCHEMA, read_table, table_bytes
 from cpmix_cli.recipe import loading as recipes
 from cpmix_cli.runtime.errors import InputError, UsageError
@@ -117,7 +117,7 @@ def test_any_header_of_safetensors(header: Any, data: bytes, off: int) -> None:
     text = json.dumps(header).encode()
     size = max(0, len(text) + (off if off % 3 == 0 else 0)).to_bytes(8, "little")
     with file_of(size + text + data, "x.safetensors") as path:
-        for read in (tensors.read_tensors, tensors.read_header):
+        for read in (tensors.read_tensors, seals.read_header, seals.read_sealed):
             try:
                 read(path)
             except InputError as fault:
