@@ -175,7 +175,7 @@ class CifarResNet(Classifier):
     """ResNet of the CIFAR papers: a 3 x 3 stem, three stages of basic blocks at 1, 2, 4 times the width, average pool.
 
     ResNet-32 is 5 blocks a stage at width 16: 470,004 parameters for 100 classes of RGB images.
-    Source: He et al., Sec. 4.2; as in LDAM-DRW (reference/methods_mixing.md section 1c).
+    Source: He et al., Sec. 4.2; as in LDAM-DRW.
     """
 
     def __init__(self, num_classes: int, num_channels: int, blocks: int, width: int) -> None:

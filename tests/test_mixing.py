@@ -43,7 +43,7 @@ def test_limits_of_equation_9(generator: torch.Generator) -> None:
 
 
 def test_published_mean_weight_of_the_minority() -> None:
-    # reference/methods_mixing.md 3.11: at t = 0.5 and ratio 10, 100, 200 the minority gets .705, .745, .747 on average.
+    # Eq. (9), averaged over lambda: at t = 0.5 and ratio 10, 100, 200 the minority gets .705, .745, .747 on average.
     lam = torch.tensor([0.5], dtype=torch.float64)
     means = [mixing.imbalance_aware(lam, torch.tensor([1]), torch.tensor([r]), t=0.5).item() for r in (10, 100, 200)]
     assert means == pytest.approx([0.705, 0.745, 0.747], abs=6e-4)

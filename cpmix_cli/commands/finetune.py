@@ -1,7 +1,7 @@
 """finetune: class-balanced training of the head on the frozen network. Paper: Sec. 5.1, B.3 (Table 6, last rows).
 
 Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the
-head kept, batch norm frozen (reference/methods_mixing.md section 3.10). Each is a recipe key.
+head kept, batch norm frozen. Each is a recipe key.
 """
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test

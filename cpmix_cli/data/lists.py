@@ -35,7 +35,7 @@ class OfficialLists:
     smallest: int
 
 
-# Source: the released text files, counted; reference/methods_mixing.md section 1b.
+# Source: the released text files, counted.
 IMAGENET_LT = OfficialLists(
     "imagenet-lt",
     {"train": "ImageNet_LT_train.txt", "val": "ImageNet_LT_val.txt", "test": "ImageNet_LT_test.txt"},

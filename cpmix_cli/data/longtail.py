@@ -102,7 +102,7 @@ def shuffled_by_class(labels: NDArray[np.int64], num_classes: int, seed: int) ->
     One RandomState is consumed class by class in ascending order, once per class, so the order does not depend on how
     many images are kept and subsets are nested over rho. Seed 0 is that of the published subsets.
 
-    Source: LDAM-DRW imbalance_cifar.py, reference/methods_mixing.md section 1.
+    Source: LDAM-DRW imbalance_cifar.py.
     """
     # The legacy generator made the published subsets; NumPy's policy is never to change its stream.
     state = np.random.RandomState(seed)

@@ -1,4 +1,4 @@
-"""Class counts, subsets and groups against the published CIFAR-LT (reference/methods_mixing.md section 1)."""
+"""Class counts, subsets and groups against the published CIFAR-LT."""
 
 import itertools
 
@@ -104,7 +104,7 @@ def test_groups_at_their_borders() -> None:
     ],
 )
 def test_published_sizes_of_the_groups(num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]) -> None:
-    """reference/methods_losses_ensembles.md, table 0.1: classes that are many, medium, few."""
+    """Classes that are many, medium, few."""
     for rho, expected in sizes.items():
         groups = [longtail.group_of(int(n)) for n in longtail.exponential_counts(num_max, num_classes, rho)]
         assert tuple(groups.count(g) for g in ("many", "medium", "few")) == expected, rho

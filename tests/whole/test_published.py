@@ -261,7 +261,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sade": {"model": THREE, "optimizer": SGD_OF_RIDE, ERM: {"loss": "sade", "tau": 2.0}},
 }
-"""Method, CIFAR-10-LT, or both -> table -> its keys, each over COMMON; reference/methods_*.md have the values."""
+"""Method, CIFAR-10-LT, or both -> table -> its keys, each over COMMON."""
 
 
 def large(optimizer: tuple[float, int, float], model: dict[str, Any], mixed: tuple[float, float]) -> dict[str, Any]:
