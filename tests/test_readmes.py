@@ -104,7 +104,7 @@ def test_every_flag_has_its_line() -> None:
         rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section[1], re.MULTILINE)
         expected = []
         for param in command.params:
-            shown = param.human_readable_name if isinstance(param, typer.core.TyperArgument) else param.opts[0]
+            shown = param.opts[0] if param.opts[0].startswith("-") else param.metavar
             if shown not in ("--json", "--help"):
                 expected.append((shown, param.help.replace("|", r"\|")))
         assert rows == expected, f"{name}:\n" + "\n".join(f"| `{flag}` | {help} |" for flag, help in expected)
