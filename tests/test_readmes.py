@@ -14,7 +14,7 @@ import typer
 from cpmix_cli import cli
 from cpmix_cli.recipe import functions, schema
 from cpmix_cli.recipe.loading import load, recipe_names
-from cpmix_cli.training.metrics import METRICS_COLUMNS
+from cpmix_cli.training.metrics import metrics_schema
 
 PACKAGE = Path(cli.__file__).parent
 ROOT = PACKAGE.parent
@@ -132,7 +132,7 @@ def test_every_recipe_key_has_its_line() -> None:
 
 def test_every_column_of_the_metrics_has_its_line() -> None:
     text = text_of("cpmix_cli/commands/README.md")
-    assert all(f"\n| `{column}` | " in text for column in (*METRICS_COLUMNS, "loss_<term>"))
+    assert all(f"\n| `{column}` | " in text for column in metrics_schema(["<term>"]).names)
 
 
 def test_every_environment_variable_has_its_line() -> None:
