@@ -41,9 +41,6 @@ def seeds(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-
 def test_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
     found = [numbers(run, "stage1") for run in seeds]
     a, b, c = (n["top1"] for n in found)
@@ -137,9 +134,6 @@ def test_cpmix_before_and_after_and_a_stage_1_elsewhere(digits_run: Path, tmp_pa
     assert must("compare", other).stdout.splitlines()[-1] == "-: a phase is out of reach"
 
 
-# -- which method it is ------------------------------------------------------------------------------------------------
-
-
 def test_every_recipe_is_recognised() -> None:
     twins = {"ablation-1": "cross-entropy", "ablation-2": "balanced-softmax"}
     twins |= {"ablation-8": "cpmix", "ablation-9": "cpmix"}
@@ -187,9 +181,6 @@ def test_a_changed_method_goes_by_its_keys_or_its_file(
         "data.augment=none; optimizer.nesterov=true; optimizer.batch_size=32",
     ]
     assert must("compare", mine, "--json").json["rows"][0]["method"] == "mine"
-
-
-# -- rows and what parts them ------------------------------------------------------------------------------------------
 
 
 def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path: Path) -> None:
@@ -273,9 +264,6 @@ def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path
     refused(3, "stage1 is being trained again", "compare", digits_run)
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
 def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: list[Path], tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
         error = refused(3, (), "compare", seeds[0], folder, "--json").json["error"]
@@ -300,9 +288,6 @@ def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:
     metrics.write_text(text)
     (run / "evaluation" / "stage1").rename(run / "evaluation" / "stage1-mine")
     refused(3, "is of evaluation/stage1, and not of evaluation/stage1-mine", "compare", run)
-
-
-# -- the paper's tables ------------------------------------------------------------------------------------------------
 
 
 TOTALS_1 = [473.45, 513.04, 506.14, 420.3, 353.28, 151.7, 535.09, 422.1, 267.8, 541.47, 163.2, 167.3, 421.9, 541.52]
@@ -455,8 +440,6 @@ def test_groups_of_other_classes_are_said(cifar: Path) -> None:
     assert lines[:2] == ["a: 1 run, classes of 20 images are medium", "b: 1 run"]
     assert _paper_sheet(PAPER_TABLES["table8"], [ComparisonRow([inclusive])]).lines[0] == "a: 1 run"
 
-
-# -- formats -----------------------------------------------------------------------------------------------------------
 
 ODD = Sheet(
     "a_b & 50 %", ["name", ">top-1"], [["x|y_{1}\n*<z>", "1.00 +- 0.50"], ["[1] ~^\\$#", "-2.50"]], ["+- & 3 %"]

@@ -29,8 +29,6 @@ from cpmix_cli.training.live_view import LiveView
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 
-# -- its numbers -------------------------------------------------------------------------------------------------------
-
 
 def looked_at(
     plan: Any, counts: list[int], confusion: list[list[float]], *, few_inclusive: bool = False, **at: int
@@ -136,9 +134,6 @@ def test_images_and_errors_of_real_steps(tables: Any) -> None:
         view._since = 2
         assert view._images().tolist() == last.tolist()
         view._since = 0
-
-
-# -- what a person sees ------------------------------------------------------------------------------------------------
 
 
 class Screen(pyte.Screen):
@@ -333,8 +328,6 @@ def test_it_is_drawn_now_and_then(terminal: Callable[..., Terminal], monkeypatch
     assert len(looks) == 1
     shown.close()
 
-
-# -- real runs ---------------------------------------------------------------------------------------------------------
 
 RUN = """
 import sys
