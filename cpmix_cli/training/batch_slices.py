@@ -1,4 +1,4 @@
-"""Batch slices: the share of a batch that one rank, or one of its micro-batches, takes through the network."""
+"""Batch slices: the part of a batch in one forward pass, for one rank or one of its micro-batches."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class BatchSlice:
 
     @property
     def is_whole(self) -> bool:
-        """The slice is the whole batch."""
+        """True if this slice is the whole batch."""
         return self.num_slices == 1
 
     def select(self, values: Tensor) -> Tensor:
@@ -51,6 +51,12 @@ class BatchSlice:
 
 
 def batch_slices(batch_size: int, micro_batches: int, here: Ranks) -> list[BatchSlice]:
-    """The slices of a batch that this rank takes, one per micro-batch."""
+    """Return the slices of this rank, one per micro-batch.
+
+    Args:
+        batch_size: B, images of the whole batch over all ranks.
+        micro_batches: slices per rank, processed one after the other.
+        here: this rank and the number of ranks.
+    """
     first = here.rank * micro_batches
     return [BatchSlice(first + i, here.size * micro_batches, batch_size) for i in range(micro_batches)]

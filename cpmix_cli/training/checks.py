@@ -1,4 +1,4 @@
-"""Checks of a recipe against a data set and the network that it names, before the first phase trains."""
+"""Checks of a recipe against its data set and its network, before the first phase trains."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,17 +12,17 @@ from cpmix_cli.runtime.errors import EnvironmentFault, UsageError, counted, inde
 
 
 def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True) -> None:
-    """Check a recipe against a data set, all its phases before the first has trained.
+    """Check all phases of a recipe against a data set.
 
     Args:
         recipe: valid by itself.
         num_classes: C.
-        shape: of an image (H, W, channels) or a point (2,).
-        has_statistics: mean and deviation of the pixels are known.
+        shape: shape of an image (H, W, channels), or (2,) for points.
+        has_statistics: whether mean and standard deviation of the training pixels are known.
 
     Raises:
-        UsageError: all that does not fit.
-        EnvironmentFault: a package that the recipe needs is not there.
+        UsageError: the recipe does not fit the data set or the network; the message lists all errors.
+        EnvironmentFault: a package that the recipe needs is not installed.
     """
     faults = []
     try:
@@ -59,8 +59,9 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
 
 
 def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
-    """Prefixes in a recipe that no parameter starts with, modules that are not there, and phases that are left nothing
-    to train; `names` are the parameters with a linear head.
+    """Return errors: unknown parameter prefixes or modules, and phases without a trained parameter.
+
+    `names` are the parameters of the network with a linear head.
     """
     heads = [name for name in names if name.startswith("head.")]
     if recipe.model.head == "cosine":

@@ -1,6 +1,6 @@
-"""CUDA graphs: a step's work on the device is recorded once for each size of a batch and replayed from then on.
+"""CUDA graphs: a step is recorded once per batch size, then replayed.
 
-A replay is one launch in place of some hundreds. On the CPU everything runs eagerly.
+A replay is one launch instead of several hundred. On the CPU every step runs eagerly.
 """
 
 import time
@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-EAGER_STEPS = 3  # before a graph is recorded: the libraries choose and allocate in them
+EAGER_STEPS = 3  # before recording: in these steps, libraries select kernels and allocate memory
 
 
 class CudaGraphRunner:
-    """A function of one key whose work on the device is the same at each call: on CUDA recorded once for each key, then
-    replayed. On CUDA, inside own_stream().
+    """Runner of a function that launches the same work on the device at each call with the same key.
+
+    On CUDA, the work is recorded once per key, then replayed. Call the runner inside own_stream().
 
     Args:
-        function: launches the work. It reads nothing back, and works on tensors that stay where they are.
-        device: the device of that work.
-        record: False runs every call eagerly, for a function that does read back.
+        function: takes the key and launches the work. It reads nothing back, and its tensors keep their addresses.
+        device: device of the work.
+        record: False runs every call eagerly, for a function that reads values back.
     """
 
     capture_seconds = 0.0
@@ -35,13 +36,13 @@ class CudaGraphRunner:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, key: int) -> None:
-        """Do the work of a key."""
+        """Run the function for a key: eagerly at first, then as a graph."""
         if not self._record or self._num_eager[key] < EAGER_STEPS:
             self._num_eager[key] += 1
             self._function(key)
             return
         if key not in self._graphs:
-            torch.cuda.synchronize()  # recording does, and the wait for earlier steps is no part of it
+            torch.cuda.synchronize()  # recording waits for the device anyway; do not count earlier steps as recording
             started = time.perf_counter()
             self._graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graphs[key], pool=_graph_memory(), stream=torch.cuda.current_stream()):
@@ -52,19 +53,19 @@ class CudaGraphRunner:
 
 @cache
 def _graph_memory() -> Any:
-    """One pool for all graphs: they run one after the other, and none reads what another left there."""
+    """Return one memory pool for all graphs: they run one after another, and none reads another's memory."""
     return torch.cuda.graph_pool_handle()
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    # One for the process: the allocator and cuBLAS keep memory for each.
+    # One stream per process: the allocator and cuBLAS keep memory for each stream.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Put the CUDA work inside on a stream of its own, where graphs can be recorded; on the CPU nothing."""
+    """Run the CUDA work inside on a separate stream, on which graphs can be recorded. On the CPU, do nothing."""
     if device.type == "cpu":
         yield
         return
@@ -76,6 +77,6 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,9 @@
-"""What differs between the steps of an epoch, on the device: learning rates, draws, the partners chosen.
+"""Inputs of the steps of an epoch, on the device: learning rates, random numbers, chosen partners.
 
-All of it is made when the epoch begins and stays at its addresses, so that a CUDA graph of a step reads it by the
-step's number. Images that come from disk are prefetched some steps ahead.
+All inputs of an epoch are made when it begins, and their addresses never change. So a CUDA graph of a step can read
+them by the step's number. Images on disk are prefetched some steps ahead.
 
-Shapes as in randomness.py: S steps per epoch, B batch; a selected step has no S.
+Shapes as in randomness.py: S steps per epoch, B batch size. A selected step has no axis S.
 """
 
 from dataclasses import dataclass, replace
@@ -21,39 +21,39 @@ from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.randomness import Draws, ImageRequest, Sampler, TermDraws, leaves, map_tensors
 
 STEPS_AHEAD = 2
-"""Images that come from disk are prefetched so many steps before they are needed."""
+"""Number of steps for which images on disk are prefetched."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training split on the device."""
+    """Training split: images, and labels on the device."""
 
     batches: Batches
     labels: Tensor
-    """[N] int64."""
+    """Class of each training image [N] int64."""
     class_counts: Tensor
-    """[C] int64."""
+    """Training images per class [C] int64."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of the steps of an epoch."""
+    """Inputs of the steps of an epoch, or of one step."""
 
     learning_rate: Tensor
-    """[S, 1] float64."""
+    """Learning rate of each step [S, 1] float64, before the groups' lr_factor."""
     counts_errors: Tensor
-    """[S, 1] float64: 1 if the errors of the step are counted, else 0."""
+    """1 if the errors of the step are counted, else 0 [S, 1] float64."""
     fallbacks: Tensor
-    """[S, 1] float64: partners drawn without a confusion, where they are chosen ahead."""
+    """Partners drawn for a class without confusions [S, 1] float64; 0 until partners are chosen."""
     draws: Draws
 
 
 class EpochInputs:
-    """The inputs of the epoch under way."""
+    """Inputs of the current epoch, at fixed addresses: begin_epoch(), then select() and row() per step."""
 
     def __init__(self, plan: Plan, data: TrainingData) -> None:
         self.epoch: Inputs | None = None
-        """Of all steps of the epoch under way."""
+        """Inputs of all steps of the current epoch."""
         self._plan = plan
         self._data = data
         self._device = data.labels.device
@@ -72,8 +72,11 @@ class EpochInputs:
         )
 
     def begin_epoch(self, epoch: int, confusion: Tensor) -> None:
-        """Draw all random numbers of an epoch and send them to the device; partners chosen ahead are chosen from K
-        [C, C] at its beginning.
+        """Draw all random numbers of an epoch and copy them to the device.
+
+        Args:
+            epoch: from 1.
+            confusion: K [C, C] at the start of the epoch; read only if partners are chosen for a whole epoch.
         """
         plan, steps = self._plan, self._plan.num_steps(len(self._data.labels))
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
@@ -88,13 +91,13 @@ class EpochInputs:
             inputs = self._choose_ahead(inputs, confusion.to(self._device))
         if self.epoch is None:
             self.epoch = inputs
-        else:  # graphs read the addresses of the first epoch
+        else:  # CUDA graphs read from the addresses of the first epoch
             kept = leaves(self.epoch, Tensor)
             self.epoch = map_tensors(inputs, lambda new: next(kept).copy_(new))
         self._prefetched = -1
 
     def select(self, number: int) -> None:
-        """Select step `number` of the epoch, from 0, and prefetch the images of those to come."""
+        """Select step `number` of the epoch, from 0, and prefetch images of that step and the next STEPS_AHEAD."""
         self._counter.fill_(number)
         self._number = number
         if self._data.batches.resident:
@@ -104,20 +107,20 @@ class EpochInputs:
             size = self._plan.size(ahead, len(self._data.labels))
             for part in batch_slices(size, self._plan.micro_batches, ranks.current()):
                 for request in leaves(self.epoch, ImageRequest):
-                    if request.index is not None:  # else it is not chosen yet
+                    if request.index is not None:  # None: the partners are not chosen yet
                         index, augment = (part.select(t[ahead, :size]) for t in (request.index, request.augment))
                         self._data.batches.prefetch(index, augment)
         self._prefetched = last
 
     def row(self, size: int) -> Inputs:
-        """The selected step, its first `size` images."""
-        assert self.epoch is not None  # begin_epoch() came first
-        resident = self._data.batches.resident  # other requests stay on the CPU, where the number is known
+        """Return the inputs of the selected step for its first `size` images: [S, B] -> [size]."""
+        assert self.epoch is not None  # begin_epoch() was called
+        resident = self._data.batches.resident  # requests for images on disk stay on the CPU, as does the step's number
         on_host = None if resident else lambda t: t[self._number, :size]
         return map_tensors(self.epoch, lambda t: t.index_select(0, self._counter)[0][:size], on_host)
 
     def choose_partners(self, inputs: Inputs, state: MixingState) -> Inputs:
-        """A step's inputs [B] with the partners that were not chosen ahead, and the requests for their images."""
+        """Return a step's inputs [B] with the partners that are not chosen yet, and the requests for their images."""
         natural = inputs.draws.natural
         terms = [
             self._with_partners(term, draws, natural, state)
@@ -136,12 +139,12 @@ class EpochInputs:
         if second is not None:
             second = replace(second, index=place)
         elif self._plan.micro_batches * ranks.current().size > 1 and first is not None and first.index is not None:
-            # The partner may be another rank's: its image is made anew, as it is made there.
+            # The partner may be in another rank's slice: its image is read again, with the same augmentation.
             second = ImageRequest(first.index[place], first.augment[place])
         return replace(draws, partners=partners, second=second)
 
     def _choose_ahead(self, inputs: Inputs, confusion: Tensor) -> Inputs:
-        """The inputs of an epoch with the partners of all its steps, and zeros after its last image."""
+        """Return the inputs of an epoch with the partners of all steps; places after the last image are zero."""
         rows = []
         for number in range(len(inputs.fallbacks)):
             size = self._plan.size(number, len(self._data.labels))
@@ -152,8 +155,14 @@ class EpochInputs:
 
 
 def fetch(batches: Batches, request: ImageRequest | None, part: BatchSlice) -> Tensor | None:
-    """Make the inputs [P, ...] of a slice of a request [B]; None gives None."""
+    """Return the augmented images [P, ...] of one batch slice, or None if there is no request.
+
+    Args:
+        batches: reads and augments the images.
+        request: indices [B] and augmentation [B, U] of the whole batch, with the partners chosen; or None.
+        part: the slice.
+    """
     if request is None:
         return None
-    assert request.index is not None  # partners are chosen by now
+    assert request.index is not None  # partners are chosen
     return batches.batch(part.select(request.index), part.select(request.augment))

@@ -1,8 +1,8 @@
-"""The live view: what a terminal shows of the training under way, the last epoch beside the one that runs.
+"""The live view: a terminal table of the training in progress, the last epoch beside the current one.
 
-It reads from the device between two steps, never inside one, and changes nothing. The errors of an epoch are what the
-confusion counts K have grown by since it began: by row they give the accuracy of classes, by cell the pairs. So
-training sums nothing for it.
+The view reads from the device between two steps and changes nothing. It subtracts the confusion counts K at the start
+of the epoch from K now. Row sums are errors per class, cells are errors per class pair. So training keeps no extra sums
+for the view.
 """
 
 from collections.abc import Sequence
@@ -24,27 +24,27 @@ NUM_PAIRS = 5
 
 
 class _Column(NamedTuple):
-    """What is shown of an epoch."""
+    """Column of the table: one epoch."""
 
     title: str
     numbers: dict[str, str]
-    """By the label of their row."""
+    """Formatted values by row label."""
     errors: "pd.Series[float]"
-    """By true class * C + predicted class; none where they are not counted."""
+    """Errors by true class * C + predicted class; empty if the epoch counts no errors."""
 
 
 @dataclass
 class LiveView:
-    """What the terminal shows of a phase. Made at the beginning of a run; reads `state` and never changes it."""
+    """Table of a phase for the terminal, made when the run begins. It reads `state` and never changes it."""
 
     plan: Plan
     data: TrainingData
     state: TrainingState
     step: Step
     class_names: Sequence[str]
-    """By class id; without them ids are shown."""
+    """Names by class id; if empty, the table shows ids."""
     few_inclusive: bool = False
-    """Classes of exactly 20 training images are few, as build-lt was told."""
+    """Classes of exactly 20 training images belong to "few" (build-lt --few-inclusive)."""
 
     def __post_init__(self) -> None:
         counts = self.data.class_counts.tolist()
@@ -52,14 +52,14 @@ class LiveView:
         self._groups = np.array([group_of(n, few_inclusive=self.few_inclusive) for n in counts])
         self._before: _Column | None = None
         self._since = self.state.step
-        """First step of the epoch, or of this run's part of it."""
+        """First step that the current column covers: 0, or the step at which this run resumed."""
         self._began = self._confusion()
-        """K at its beginning."""
+        """K before that step."""
         if self.state.step == 0:
             self._fade(self.state.epoch)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows of a label, the last epoch and the one under way, the heading first and the most telling next."""
+        """Return rows of label, last epoch, current epoch: the heading, the numbers, then the most frequent errors."""
         epochs = [column for column in (self._before, self._column()) if column is not None]
         rows = [("", *(column.title for column in epochs))]
         rows += [(label, *(column.numbers.get(label, "") for column in epochs)) for label in epochs[-1].numbers]
@@ -73,24 +73,24 @@ class LiveView:
         return rows
 
     def end_epoch(self) -> None:
-        """The epoch under way is complete, and its sums and counts are still there."""
+        """Keep the completed epoch as the last one. Call it before the epoch's sums are reset."""
         self._before = self._column()
         self._since, self._began = 0, self._confusion()
         self._fade(self.state.epoch + 1)
 
     def _fade(self, epoch: int) -> None:
-        """The epoch will begin with it."""
+        """Apply the confusion decay to the remembered K, as the loop does to K when the epoch begins."""
         if epoch > self.plan.confusion_start:
             self._began *= self.plan.confusion_decay
 
     def _confusion(self) -> "pd.Series[float]":
-        """K without its zeros, as that of many classes nearly is."""
+        """Return the nonzero cells of K by flat index; with many classes nearly all cells are zero."""
         counts = self.state.confusion.flatten()
         where = counts.nonzero()[:, 0]
         return pd.Series(counts[where].cpu().numpy(), index=where.cpu().numpy())
 
     def _column(self) -> _Column:
-        """The epoch under way."""
+        """Return the column of the current epoch."""
         plan, epoch, step, sums = self.plan, self.state.epoch, self.state.step, self.state.sums.read()
         errors: pd.Series[float] = pd.Series(dtype=np.float64)
         if plan.counts_errors(epoch):
@@ -107,7 +107,7 @@ class LiveView:
         return _Column(f"epoch {epoch}" + ("" if whole else " so far"), numbers, errors)
 
     def _group_accuracy(self, errors: "pd.Series[float]") -> dict[str, str]:
-        """Mean accuracy of the classes of each group, as `evaluate` means it; of those that were seen."""
+        """Return the mean class accuracy of each group in percent, as in `evaluate`, over the classes seen so far."""
         images = self._images()
         wrong = np.bincount(errors.index // len(images), errors, len(images))
         accuracy = 1 - wrong / np.where(images > 0, images, np.nan)
@@ -115,7 +115,7 @@ class LiveView:
         return {f"  {group}": f"{100 * part.mean():.2f}" if len(part) else "-" for group, part in found.items()}
 
     def _images(self) -> NDArray[np.float64]:
-        """Images of each class [C] that the epoch has taken where their errors are counted."""
+        """Return the training images per class [C] float64 whose errors were counted since the column began."""
         plan, term, epoch = self.plan, self.plan.counted_term, self.step.inputs.epoch
         images = torch.zeros(len(self._names), dtype=torch.float64)
         if term is None or epoch is None:
@@ -123,7 +123,7 @@ class LiveView:
         draws = epoch.draws.terms[plan.terms.index(term)]
         labels = draws.labels.cpu()
         counted = torch.ones(len(labels), dtype=torch.float64)
-        if draws.mixing is not None and draws.mixing.gate is not None:  # in the batches that it leaves unmixed
+        if draws.mixing is not None and draws.mixing.gate is not None:  # only unmixed batches
             counted -= draws.mixing.gate[:, 0].cpu()
         size = plan.batch_size
         taken = slice(self._since * size, min(self.state.step * size, len(self.data.labels)))

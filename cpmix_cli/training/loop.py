@@ -1,7 +1,6 @@
-"""The one training loop.
+"""The training loop of all phases: epochs, checks for NaN, metrics, checkpoints, signals.
 
-fit() serves all three training phases; what differs stands in the recipe's terms and in the TrainingState it starts
-from. What a step computes is in step.py; here are its epochs, what is read from it and when it is saved.
+The phases differ only in their Plan and in the TrainingState that they start from. step.py computes one step.
 """
 
 import math
@@ -32,24 +31,27 @@ def fit(
     class_names: Sequence[str] = (),
     few_inclusive: bool = False,
 ) -> float:
-    """Train from where `state` stands to the end of the plan's last epoch, with the ranks that there are; changes it.
+    """Train to the end of the plan's last epoch, on all ranks together.
 
     Args:
-        publish: writes the state to disk; called only with one that is finite, and by the first rank alone.
-        checkpoint_every: epochs between two saves; the last is always saved.
-        test_accuracy: fraction of test images right, for a curve that selects nothing.
-        eval_every: epochs between its points.
+        plan: terms, epochs and learning rates of the phase.
+        data: training split.
+        state: where training starts or resumes; changes in place.
+        publish: writes `state` to disk. Called on the first rank only, and only if all values are finite.
+        checkpoint_every: epochs between two checkpoints; the last epoch is always saved.
+        test_accuracy: measures the accuracy on the test set, a fraction. It is only recorded and selects no model.
+        eval_every: epochs between two calls of `test_accuracy`.
         class_names, few_inclusive: see LiveView.
 
     Returns:
-        Seconds of the training that went into recording CUDA graphs.
+        Seconds spent recording CUDA graphs, part of the training time.
 
     Raises:
-        Diverged: a loss, a gradient or a weight is NaN or infinite; the last published state stays.
+        Diverged: a loss, a gradient or a weight is NaN or infinite; the last published state is kept.
         Interrupted: a signal asked to stop; the state is published.
     """
     steps = plan.num_steps(len(data.labels))
-    if state.step == steps:  # the epoch it stands at is complete
+    if state.step == steps:  # that epoch is complete
         if state.epoch == plan.last_epoch:
             return 0.0
         state.epoch, state.step = state.epoch + 1, 0
@@ -63,7 +65,7 @@ def fit(
     state.model.train(plan.train_mode)
     try:
         with signals.in_loop(), own_stream(device):
-            here.max_over_ranks(0)  # from here on whoever is missed is missed in the middle of a step
+            here.max_over_ranks(0)  # wait for all ranks here: later, a missing rank would be noticed only within a step
             step = Step(plan, data, state)
             view = LiveView(plan, data, state, step, class_names, few_inclusive) if progress.has_view else None
             if view:
@@ -72,7 +74,7 @@ def fit(
                 started = time.perf_counter()
                 for _ in epoch_steps(plan, step, state, steps):
                     progress.step((state.epoch - plan.first_epoch) * steps + state.step)
-                    # A signal to one rank stops them all, after the same step.
+                    # A signal to one rank stops all ranks after the same step.
                     if signals.adopt(here.max_over_ranks(signals.number())) and state.step < steps:
                         _check_finite(plan, state, steps)
                         state.sums["seconds"].add_(time.perf_counter() - started)
@@ -100,10 +102,16 @@ def fit(
 
 
 def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) -> Iterator[None]:
-    """Take the steps of the epoch under way that are left, and hand over after each.
+    """Run the remaining steps of the current epoch, and yield after each.
+
+    Args:
+        plan: plan of the phase.
+        step: runs one step.
+        state: holds the epoch and the steps done; changes in place.
+        num_steps: steps per epoch.
 
     Raises:
-        Diverged: a loss or a gradient is NaN or infinite. Reading it waits for the device: on CUDA that is done once an
+        Diverged: a loss or a gradient is NaN or infinite. The check waits for the device, so on CUDA it runs once per
             epoch.
     """
     if state.step == 0:
@@ -119,7 +127,7 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         step(state.step)
         state.step += 1
         if state.step == num_steps:
-            ranks.current().max_over_ranks(0)  # whoever is gone is missed here, and not waited for on the device
+            ranks.current().max_over_ranks(0)  # notice a lost rank here: the read below would wait for it forever
         if reads_each or state.step == num_steps:
             before = _check_finite(plan, state, num_steps, before if reads_each else None)
         if state.step == num_steps:
@@ -128,13 +136,18 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
 
 
 def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
-    """One forward, backward and optimizer step, to see whether it works at all; changes `state`.
+    """Run one training step as a test: forward, backward, optimizer.
+
+    Args:
+        plan: plan of the phase.
+        data: training split.
+        state: where the step starts; changes in place.
 
     Raises:
-        Diverged: a loss or a gradient is NaN or infinite.
+        Diverged: a loss, a gradient or a weight is NaN or infinite.
     """
     steps = plan.num_steps(len(data.labels))
-    if state.step == steps:  # the epoch it stands at is complete
+    if state.step == steps:  # that epoch is complete
         state.epoch, state.step = min(state.epoch + 1, plan.last_epoch), 0
     state.sums = EpochSums([term.name for term in plan.terms], data.labels.device)
     state.model.train(plan.train_mode)
@@ -147,7 +160,7 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
 def _check_finite(
     plan: Plan, state: TrainingState, steps: int, before: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """Look at the sums of the epoch, and return them; with those `before` the last step, the message has its losses."""
+    """Return the epoch's sums, or raise Diverged; given the sums `before` the last step, the message has its losses."""
     sums = state.sums.read()
     if math.isfinite(sums["loss"]) and math.isfinite(sums["gradient_norm"]):
         return sums
@@ -174,11 +187,11 @@ def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> N
     here = ranks.current()
     if here.first:
         publish()
-    here.max_over_ranks(0)  # nobody leaves before it is saved: srun may end a step with its first failure
+    here.max_over_ranks(0)  # no rank exits before the state is saved: srun may kill the others at the first failure
 
 
 def _check_weights(plan: Plan, state: TrainingState) -> None:
-    """The last step's update can be too large where its gradient was not."""
+    """Raise Diverged if a weight is not finite: an update can overflow although its gradient is finite."""
     if bad := state.not_finite():
         raise Diverged(
             f"weights are not finite after step {state.step} of epoch {state.epoch}: {bad}",

@@ -1,4 +1,4 @@
-"""The metrics of an epoch: columns of metrics.parquet, their values, the line on the console. Add a column here."""
+"""Metrics of an epoch: columns of metrics.parquet, their values, the line on the console. Add a column here."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,11 @@ from cpmix_cli.artifacts.tables import read_table, schema_of
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
 
-if TYPE_CHECKING:  # they need torch, which takes seconds; compare reads metrics without
+if TYPE_CHECKING:  # importing torch takes seconds, and compare reads metrics without it
     from cpmix_cli.training.plan import Plan
     from cpmix_cli.training.state import TrainingState
 
-_COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a term
+_COLUMNS = (  # one column `loss_<term>` per term follows `loss`
     "epoch int64",
     "learning_rate double",
     "loss double",
@@ -29,11 +29,13 @@ _COLUMNS = (  # between `loss` and `gradient_norm` stands one `loss_<term>` a te
 
 
 def metrics_schema(terms: list[str]) -> pa.Schema:
-    """Schema of metrics.parquet for a phase with these terms, one row an epoch.
+    """Return the schema of metrics.parquet for a phase with these terms: one row per epoch.
 
-    learning_rate, loss and gradient_norm (L2, of all trained parameters) are means over the epoch's steps;
-    train_accuracy (fraction) and num_confusions are null where no unmixed batch is seen; test_accuracy (fraction) is
-    null but for --eval-every; images_per_second counts an image each time it passes through the network.
+    - learning_rate, loss and gradient_norm (L2 over all trained parameters): means over the epoch's steps.
+    - train_accuracy (fraction), num_confusions: null without unmixed batches.
+    - num_fallbacks: partners drawn for a class without confusions.
+    - test_accuracy (fraction): null except in the epochs of --eval-every.
+    - images_per_second: an image counts once per forward pass.
     """
     return schema_of(*_COLUMNS[:3], *(f"loss_{term} double" for term in terms), *_COLUMNS[3:])
 
@@ -42,7 +44,7 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     """Read metrics.parquet of a done phase.
 
     Raises:
-        InputError: damaged, or without a column or a row that it must have.
+        InputError: the file is missing or damaged, has no rows, or lacks a column.
     """
     path, sha = folder.output(METRICS)
     table = read_table(path, sha=sha)
@@ -52,7 +54,13 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
 
 
 def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[str, float | None]:
-    """The row of metrics.parquet for the finished epoch."""
+    """Return the row of metrics.parquet for the finished epoch.
+
+    Args:
+        plan: gives the terms and the learning rates.
+        state: at the end of the epoch, with its sums.
+        num_samples: training images per epoch.
+    """
     sums = state.sums.read()
     steps = plan.num_steps(num_samples)
     counts = plan.collect_confusion and plan.counted_term is not None
@@ -73,7 +81,7 @@ def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[
 
 
 def epoch_line(plan: "Plan", row: dict[str, float | None]) -> str:
-    """One plain line an epoch, key=value."""
+    """Format a row of metrics_row() as one console line of key=value pairs."""
     parts = [f"{plan.phase} epoch={row['epoch']:.0f}/{plan.last_epoch}"]
     parts += [f"lr={row['learning_rate']:.4g}", f"loss={row['loss']:.4f}"]
     if len(plan.terms) > 1:

@@ -1,10 +1,10 @@
-"""The objective of a phase: named terms, from the recipe's words to a loss.
+"""The objective of a phase: named terms, from the recipe's functions to a loss.
 
-A phase minimises the sum of its terms, and a term is draw -> partner -> ratio -> mix -> label -> loss (TermRecipe).
-compile_stage() binds the functions that each term names. Partners are chosen for the whole batch; a batch is made and
-measured for a slice of it.
+A phase minimises the weighted sum of its terms. A term is draw -> partner -> ratio -> mix -> label -> loss
+(TermRecipe). compile_stage() binds the functions that each term names. Partners are chosen for the whole batch; mixing
+and the loss are computed per batch slice.
 
-Shapes: B batch, P images of a slice, K = 1 or B, C classes, E experts.
+Shapes: B batch size, P images of a slice, K = 1 or B, C classes, E experts.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,59 +28,68 @@ FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{mo
 
 @dataclass(frozen=True)
 class ClassWeights:
-    """Weights of the classes in a batch's loss."""
+    """Class weights in the loss of a batch."""
 
     values: Tensor
-    """[C]; all 1 in epochs without them."""
+    """Weight of each class [C]; all 1 in epochs without class weights."""
     enabled: Tensor
-    """[1] float64: 1 in epochs with them, else 0."""
+    """1 in epochs with class weights, else 0 [1] float64."""
     means: tuple[Tensor | None, Tensor | None]
-    """Mean weight of y1 and of y2 over the whole batch; None: the slice's own mean."""
+    """Mean weights over the whole batch, of y1 and of y2; None: the loss uses the mean over the slice."""
 
 
 @dataclass(frozen=True)
 class TermBatch:
-    """A slice of a term's batch: what goes through the network, and its targets."""
+    """Slice of a term's batch: network inputs and targets."""
 
     x: Tensor
-    """Inputs [P, ...]."""
+    """Inputs of the network [P, ...], after mixing."""
     y1: Tensor
     """Labels [P] int64."""
     y2: Tensor | None = None
-    """Labels of the partners [P] int64; None: unmixed."""
+    """Labels of the partners [P] int64; None if unmixed."""
     lam: Tensor | None = None
-    """lambda_y [P], the weight of y1."""
+    """lambda_y, weight of the loss at y1 [P] or [1]; None if unmixed."""
     gate: Tensor | None = None
-    """[1] bool: this batch is mixed; None if every batch is, or none."""
+    """True if this batch is mixed [1] bool; None if the term mixes all batches, or none."""
     image_weights: Tensor | None = None
     """See BatchSlice.image_weights()."""
     class_weights: ClassWeights | None = None
-    """None: all classes count alike."""
+    """None: all classes have weight 1."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the networks say of a term's batch, in float32 or better."""
+    """Logits of a slice of a term's batch, in float32 or float64."""
 
     logits: Tensor
-    """Raw logits [E, P, C]."""
+    """Raw logits of each expert [E, P, C]."""
     routes: Tensor | None = None
-    """The routers' logits [E - 1, P]; None without routers."""
+    """Logits of the routers [E - 1, P]; None without routers."""
     teacher: Tensor | None = None
-    """The teacher's logits [P, C]; None without a teacher."""
+    """Logits of the teacher [P, C]; None without a teacher."""
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One compiled term."""
+    """Term of the objective, with its functions bound."""
 
     name: str
     recipe: TermRecipe
     functions: Mapping[str, Callable[..., Any]]
-    """Those that the recipe names, by their key there, with their parameters bound; see mixing.py and losses.py."""
+    """Functions of mixing.py and losses.py by recipe key ("partner", "loss"), with the recipe's parameters bound."""
 
     def choose_partners(self, draws: TermDraws, pool: ClassPool, state: MixingState) -> Partners | None:
-        """Choose the partners of a whole batch [B]; None for an unmixed term."""
+        """Choose the partners of a whole batch; None for an unmixed term.
+
+        Args:
+            draws: random numbers and labels of one step [B].
+            pool: training images by class.
+            state: class counts and K; its `num_fallbacks` increases in place.
+
+        Returns:
+            Labels and indices of the partners [B].
+        """
         if draws.mixing is None:
             return None
         found = self.functions["partner"](draws.mixing.choice, draws.labels, state)
@@ -100,11 +109,11 @@ class Term:
         """Match, mix and label a slice of the batch.
 
         Args:
-            x1, x2: inputs of the term's images and of their partners [P, ...]; x2 None: unmixed.
-            draws: for the whole batch [B].
+            x1, x2: inputs of the term's images and of their partners [P, ...]; x2 is None if unmixed.
+            draws: random numbers, labels and partners of the whole batch [B].
             part: the slice.
-            state: what matches look at.
-            features: of x1 and x2 [P, D], if this batch matches partners with images.
+            state: class counts and K, for the ratio, the match and the class weights.
+            features: features of x1 and of x2 [P, D] if partners are matched in this step, else None.
         """
         y1 = part.select(draws.labels)
         weights = part.image_weights(y1.device)
@@ -129,20 +138,25 @@ class Term:
         return TermBatch(x, y1, y2, lam, gate, weights, self._class_weights(draws, part, state))
 
     def _class_weights(self, draws: TermDraws, part: BatchSlice, state: MixingState) -> ClassWeights | None:
-        """Weights of this step's loss; None without `reweight`."""
+        """Return the class weights of this step's loss; None without `reweight`."""
         if draws.reweight is None:
             return None
         values = torch.where(draws.reweight > 0, self.functions["reweight"](state.class_counts), 1.0)
-        if part.is_whole or draws.matching:  # of matched images a rank knows its own alone
+        if part.is_whole or draws.matching:  # a rank knows only its own matched images
             return ClassWeights(values, draws.reweight, (None, None))
         second = None if draws.partners is None else values[draws.partners.labels].mean()
         return ClassWeights(values, draws.reweight, (values[draws.labels].mean(), second))
 
     def loss(self, output: Output, batch: TermBatch, class_counts: Tensor) -> Tensor:
-        """L(y1, lambda_y) + L(y2, 1 - lambda_y), or L(y) for an unmixed batch, the regulariser and the distillation:
-        an unweighted scalar.
+        """Compute the loss of the term, a scalar without the term's weight.
 
-        Padding counts nothing in L, but regularisers, teachers and routers see it.
+        Mixed: L(y1, lambda_y) + L(y2, 1 - lambda_y); unmixed: L(y1). The regulariser and the distillation are added.
+        Padding has weight 0 in L, but not in regularisers, distillation and routing losses.
+
+        Args:
+            output: logits of the slice [E, P, C].
+            batch: targets of the slice.
+            class_counts: training images per class [C].
         """
         logits = output.logits
         total: Tensor
@@ -166,7 +180,7 @@ class Term:
     def _share(
         self, logits: Tensor, labels: Tensor, lam: Tensor, batch: TermBatch, class_counts: Tensor, which: int
     ) -> Tensor:
-        """L(labels, lam), summed over the experts; `which` is 0 for y1 and 1 for y2."""
+        """Compute L(labels, lam), summed over the experts; `which` is 0 for y1 and 1 for y2."""
         if batch.image_weights is not None:
             lam = lam * batch.image_weights.to(logits.dtype)
         if batch.class_weights is not None:
@@ -180,11 +194,11 @@ class Term:
 
 
 def compile_stage(stage: Stage) -> tuple[Term, ...]:
-    """Bind the functions of a stage's terms, in the recipe's order; terms of weight 0 are left out."""
+    """Return a stage's terms in the recipe's order, with their functions bound; terms of weight 0 are left out."""
     terms = []
     for name, recipe in stage.terms.items():
         if recipe.weight > 0:
             bound, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
-            assert not faults, faults  # loading.resolve() has told them
+            assert not faults, faults  # loading.resolve() reports them earlier
             terms.append(Term(name, recipe, bound))
     return tuple(terms)

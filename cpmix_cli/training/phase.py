@@ -1,6 +1,6 @@
-"""What the three training phases share: opening the output, resuming, running the loop, publishing.
+"""A training phase from request to published files: opening the output, resuming, running the loop, publishing.
 
-Each phase file says what is its own: the recipe it accepts, the state it starts from and the plan it runs.
+All three training commands use it. Each command file defines only its recipe, its initial state and its plan.
 """
 
 import os
@@ -36,29 +36,32 @@ from cpmix_cli.training.state import EpochSums, TrainingState, read_state
 from cpmix_cli.training.tensorboard import Tracker, forget
 
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
-"""Makes what measures a network for --eval-every: see evaluation.prediction.accuracy_on_test()."""
+"""(data set, recipe, network, device) -> function that returns the test accuracy, a fraction, for --eval-every.
+
+See evaluation.prediction.accuracy_on_test(). Passed as a parameter because this room must not import evaluation.
+"""
 
 
 @dataclass(frozen=True)
 class PhaseRequest:
-    """A training phase as a command asks for it."""
+    """Request of a command to train a phase."""
 
     folder: PhaseFolder
-    """Where it writes."""
+    """Output folder."""
     source: PhaseFolder | None
-    """The phase whose training state it starts from."""
+    """Phase whose training state it starts from; None for stage 1."""
     recipe: Recipe
     dataset: Dataset
     options: TrainingOptions
     prepare: Callable[[PhaseContext], tuple[Plan, TrainingState]]
-    """Builds the plan, and the state at the phase's beginning."""
+    """Builds the plan and the initial state of the phase."""
     test_accuracy: TestAccuracy
     inputs: Mapping[str, Path] = field(default_factory=dict)
-    """Other files that the result depends on, by the flag that names them."""
+    """Other input files by the flag that names them, such as "init"."""
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
-        """What the result depends on: the recipe's tables, and hashes of inputs."""
+        """Inputs of the result: tables of the recipe, and hashes of the other inputs."""
         return {
             "recipe": self.recipe.tables_of(self.folder.phase),
             "dataset": self.dataset.fingerprint,
@@ -69,30 +72,34 @@ class PhaseRequest:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A training phase whose inputs are read and found good."""
+    """Training phase whose inputs are read and checked."""
 
     plan: Plan
     state: TrainingState
     data: TrainingData
     context: PhaseContext
     resumes: bool
-    """The state is one that was saved in the phase's folder."""
+    """True if the state was read from the phase's folder."""
     curves: Tracker | None
 
 
 def continued(
     options: TrainStage2Options | FinetuneOptions, source: PhaseFolder, phase: str, test_accuracy: TestAccuracy
 ) -> PhaseRequest:
-    """Return the request for a phase that starts from another's training state.
+    """Return the request for a phase that starts from another phase's training state.
 
-    Without a flag that changes the recipe, the source's recipe counts.
+    Args:
+        options: the command's flags; without --recipe, --set, --epochs or --seed, the recipe of `source` is used.
+        source: a finished phase.
+        phase: "stage2" or "finetune".
+        test_accuracy: see TestAccuracy.
 
     Raises:
-        UsageError: the recipe that the flags ask for is wrong, or does not fit the data set.
-        InputError: the source is damaged or was trained differently, or its data set is not found.
+        UsageError: the requested recipe has errors, or does not fit the data set.
+        InputError: `source` is damaged, or was trained with another recipe; or its data set is not found.
     """
     dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
-    recipe = source.recipe()  # flags that change it are no reason to take it unverified
+    recipe = source.recipe()  # verifies the file, which is needed even if flags change the recipe
     if options.changes_recipe:
         recipe = loading.load(
             options.recipe or str(source.output(files.RECIPE)[0]),
@@ -108,7 +115,7 @@ def continued(
 
 
 def _load_source(source: PhaseFolder, phase: str, context: PhaseContext) -> tuple[Plan, TrainingState]:
-    """Stage 2 continues with momentum and schedule; the finetune has a fresh optimizer for what it trains."""
+    """Return the plan and the state after `source`; stage 2 keeps the optimizer's state, finetune creates a new one."""
     path, sha = source.output(files.TRAINING_STATE)
     tensors, _ = read_tensors(path, sha)
     state = fresh_state(context)
@@ -121,14 +128,14 @@ def _load_source(source: PhaseFolder, phase: str, context: PhaseContext) -> tupl
 
 
 def train(asked: PhaseRequest) -> None:
-    """Run a training phase from where its folder stands to the end, and report the result.
+    """Start or resume a training phase, run it to the end, and report the result.
 
-    Several ranks read alike and train together; the first alone holds the lock, writes and reports. A phase that the
-    recipe lacks is nothing to do, so that loops over recipes do not break.
+    All ranks read the inputs and train together; only the first rank holds the lock, writes and reports. If the recipe
+    has no such phase, the command reports that and succeeds, so scripts over many recipes do not stop.
 
     Raises:
-        EnvironmentFault: the folder belongs to another recipe or is being written by another process, the device is
-            missing, the disk is full, ranks read different files.
+        EnvironmentFault: the folder belongs to another recipe, or another process is writing it. Or the device is
+            missing, the disk is full, or the ranks read different files.
         InputError: an input is damaged.
         Diverged, Interrupted: see loop.fit().
     """
@@ -153,7 +160,7 @@ def train(asked: PhaseRequest) -> None:
         files.check_place(folder.path, 0)
         with locks.hold(folder.path) if here.first else nullcontext() as lock:
             status = "up to date"
-            if (found := _decide(asked)) != "done":  # another process may have come first
+            if (found := _decide(asked)) != "done":  # another process may have finished it meanwhile
                 _fit(asked, _load(asked, found), lock)
                 status = "done"
             if here.first:
@@ -161,7 +168,7 @@ def train(asked: PhaseRequest) -> None:
 
 
 def _decide(asked: PhaseRequest) -> str:
-    """What the first rank finds in the folder: fresh, resume or done, see output.decide()."""
+    """Return what the first rank finds in the folder, on all ranks: fresh, resume or done; see output.decide()."""
     answers, here = ("done", "fresh", "resume"), ranks.current()
     found = "done"
     if here.first:
@@ -172,14 +179,14 @@ def _decide(asked: PhaseRequest) -> str:
 def _refuse_unlike(
     sha: str, what: str, fix: str = "put the run folder and the data set where all machines see the same files"
 ) -> None:
-    """Refuse ranks whose digests differ: on another machine a folder of the same name may hold something else."""
+    """Raise if the ranks' digests differ: a folder of the same path may differ between machines."""
     here = ranks.current()
     if not here.all_equal(sha):
         raise EnvironmentFault(f"the {here.size} ranks differ in {what}", fix=fix)
 
 
 def _load(asked: PhaseRequest, found: str) -> _Loaded:
-    """Read and check all that a phase needs; writes nothing."""
+    """Read and check all inputs of a phase; write nothing."""
     folder, source, recipe, dataset = asked.folder, asked.source, asked.recipe, asked.dataset
     here, device = ranks.current(), hardware.use_device(asked.options.device)
     path = folder.path / files.TRAINING_STATE
@@ -223,10 +230,18 @@ def resume(
     path: Path,
     num_images: int,
 ) -> None:
-    """Fill a fresh state with the tensors and the metadata of one that was saved at `path`; all is checked first.
+    """Restore a state from saved tensors and metadata. All are checked first.
+
+    Args:
+        plan: plan of the phase.
+        state: initial state of the phase; changes in place.
+        tensors: content of training_state.safetensors.
+        saved: metadata of that file.
+        path: that file, for messages.
+        num_images: training images.
 
     Raises:
-        InputError: it is of another network, or not of this phase.
+        InputError: the file belongs to another network, phase or version of cpmix.
     """
     names = [term.name for term in plan.terms]
     sums, history = tensors.get("sums", torch.empty(0)), tensors.get("history", torch.empty(0))
@@ -262,7 +277,7 @@ def _note_resumed(phase: str, begun: StateRecord) -> None:
 def _note_plan(
     asked: PhaseRequest, plan: Plan, state: TrainingState, data: TrainingData, context: PhaseContext
 ) -> None:
-    """Say what will be trained, and warn of class weights without effect."""
+    """Print what will be trained, and warn if class weights have almost no effect."""
     size, num_images = ranks.current().size, len(data.labels)
     console.note(
         f"{plan.phase}: {asked.dataset.name}, {num_images:,} images, epochs {state.epoch} to {plan.last_epoch} of "
@@ -287,7 +302,7 @@ def _note_plan(
 
 
 def _rehearse(asked: PhaseRequest, loaded: _Loaded) -> None:
-    """Take a step of the phase and of each that its recipe has after it, on what is in memory, and report it."""
+    """Run one step of the phase and of each later phase of its recipe, in memory only, and report it."""
     path, plan = asked.folder.path, loaded.plan
     loop.first_step(plan, loaded.data, loaded.state)
     tried = [plan.phase]
@@ -310,7 +325,7 @@ def _rehearse(asked: PhaseRequest, loaded: _Loaded) -> None:
 
 
 def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
-    """Train to the end of the phase, and at the first rank, which has the lock, publish what comes out."""
+    """Train to the end of the phase; the first rank, which holds the lock, publishes the files."""
     folder, source, dataset, options = asked.folder, asked.source, asked.dataset, asked.options
     plan, state, context = loaded.plan, loaded.state, loaded.context
     test_accuracy = None
@@ -341,13 +356,13 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         "threads": torch.get_num_threads(),
         "ranks": ranks.current().size,
     }
-    # All that can be wrong with the inputs is known by now: only from here on anything is written or taken away.
+    # All inputs are checked by now: files are written or deleted only from here on.
     recorder = output.Recorder(folder.path, folder.phase, asked.made_from, lock)
     recipe = asked.recipe.to_toml().encode()
-    # What is to be overwritten stays until something can take its place: this run may diverge, or find no room.
+    # Files of an old run stay until the first new state replaces them: this run may diverge, or fill the disk.
     overwrites = folder.is_begun and not loaded.resumes
     if not overwrites:
-        # Written first: it says what the folder is for, whatever happens to the run.
+        # Written first: it identifies the folder even if the run is killed.
         recorder.publish(files.RECIPE, recipe)
 
     def publish_state() -> None:
@@ -369,7 +384,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
             "inputs": {flag: str(path.resolve()) for flag, path in asked.inputs.items()},
             "recipe_sha256": files.sha256(recipe),
         }
-        # No record holds a hash of it before the phase is done.
+        # Sealed with its own digest: run.json, which has the hashes, does not exist before the phase is done.
         recorder.publish_tensors(files.TRAINING_STATE, tensors, sealed_metadata(tensors, metadata))
         signals.state_is_saved()
         if loaded.curves:
@@ -379,7 +394,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         capture_seconds = fit(publish=publish_state)
     except Diverged as fault:
         raise _with_last_good_state(fault, folder, source, overwrites) from fault
-    if loaded.resumes:  # it may have stopped after its last epoch, with only the derived files missing
+    if loaded.resumes:  # the run may have stopped after its last epoch; then fit() publishes no state
         publish_state()
     recorder.publish_tensors(files.MODEL, state.model.state_dict())
     pairs = tables.confusion_columns(state.confusion.cpu().numpy())
@@ -404,7 +419,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
 def _with_last_good_state(
     fault: Diverged, folder: PhaseFolder, source: PhaseFolder | None, overwrites: bool
 ) -> Diverged:
-    """The error, with what is left to go on with; `overwrites`: the folder still holds a run before this one."""
+    """Return the error with the last good state named; `overwrites`: the folder still holds the run to be replaced."""
     path = folder.path / files.TRAINING_STATE
     fix = fault.fix
     if path.exists() and not overwrites:
@@ -412,7 +427,7 @@ def _with_last_good_state(
         kept = f"the last good state is kept: epoch {saved.epoch}, step {saved.step}, in {path}"
     elif source is not None:
         kept = f"the last good state is that of {source.phase}, in {source.path / files.TRAINING_STATE}"
-        if folder.phase == "stage2":  # whose rate is that of stage 1
+        if folder.phase == "stage2":  # it shares the learning rate of stage 1
             fix = f"lower the weights of its terms, or train {source.phase} again with a lower optimizer.lr"
     else:
         kept = "no state was saved before"
@@ -422,10 +437,15 @@ def _with_last_good_state(
 
 
 def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
-    """The training split, on the device or on its way there.
+    """Open the training split: images resident or streamed, labels and class counts on the device.
+
+    Args:
+        dataset: an open data set.
+        recipe: gives augmentation and normalisation.
+        device: device of the network.
 
     Raises:
-        InputError: a file is damaged, or its labels do not give the recorded class counts.
+        InputError: a file is missing or damaged, or the labels do not have the recorded class counts.
     """
     batches, labels = open_batches(dataset, "train", recipe.data, device)
     counts = torch.bincount(labels, minlength=dataset.num_classes)
@@ -438,12 +458,13 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> Tra
 
 
 def _sizes(plan: Plan, state: TrainingState) -> tuple[int, int]:
-    """Bytes of the weights and of a training state. A phase takes room for the weights, a state, and its successor
-    while that is published.
+    """Return the bytes of the weights and of one training state.
+
+    A phase needs room for the weights and two states: the old one stays until the new one is published.
     """
     weights: int = sum(t.nbytes for t in state.model.state_dict().values())
     slots = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
-    counts = state.confusion.nbytes * (1 + plan.partners_ahead)  # those of now and of the epoch's begin
+    counts = state.confusion.nbytes * (1 + plan.partners_ahead)  # K now, and K at the start of the epoch
     return weights, weights * (1 + slots) + counts
 
 
@@ -452,7 +473,7 @@ def _num_parameters(model: torch.nn.Module) -> int:
 
 
 def _report(folder: PhaseFolder, status: str) -> None:
-    """The phase's last epoch as a table, and the next command."""
+    """Print the phase's last epoch as a table, and the next command."""
     record = folder.record()
     last = metrics.read_metrics(folder).iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}

@@ -1,4 +1,4 @@
-"""What each phase trains and for how long, and the state it starts from where no checkpoint gives one."""
+"""Plans of the phases: terms, epochs, learning rates; and initial states: network, optimizer, confusion counts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,50 +19,56 @@ from cpmix_cli.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how long."""
+    """Plan of a phase: terms, epochs, learning rates."""
 
     phase: str
     seed: int
     terms: tuple[Term, ...]
     joint_forward: bool
+    """True if the batches of all terms are concatenated into one forward pass."""
     first_epoch: int
-    """Counted over both stages, from 1."""
+    """First epoch of the phase, from 1, counted over both stages."""
     last_epoch: int
     num_epochs: int
-    """Of both stages together."""
+    """Epochs of both stages together."""
     batch_size: int
-    """Of all ranks together."""
+    """B, images per batch over all ranks."""
     learning_rate: Callable[[int, int, int], float]
-    """(epoch, step, steps per epoch) -> learning rate; parameter groups scale it by their lr_factor."""
+    """(epoch, step, steps per epoch) -> learning rate; parameter groups multiply it by their lr_factor."""
     train_mode: bool = True
     """False keeps batch norm in eval mode."""
     collect_confusion: bool = True
+    """False leaves the confusion counts K unchanged."""
     confusion_start: int = 1
+    """First epoch whose errors are counted."""
     confusion_decay: float = 1.0
+    """Factor of K at the start of each later epoch."""
     partners_ahead: bool = False
-    """Partners of a whole epoch are chosen when it begins."""
+    """True if the partners of a whole epoch are chosen when it begins."""
     micro_batches: int = 1
-    """Slices that each rank takes its share of a batch in."""
+    """Slices per rank and batch, processed one after the other."""
     teacher: Classifier | None = None
-    """Network whose mean logits the terms with distillation learn from; in eval mode, and never trained."""
+    """Network for the terms with distillation, which learn from its mean logits; in eval mode, never trained."""
     precision: str = "fp32"
+    """fp32 or bf16 (autocast)."""
 
     def num_steps(self, num_samples: int) -> int:
-        """Steps of an epoch over so many images; the last one takes what is left."""
+        """Return the steps per epoch over `num_samples` images; the last batch may be smaller."""
         return -(-num_samples // self.batch_size)
 
     def size(self, number: int, num_samples: int) -> int:
-        """Images of the batch of step `number`, from 0."""
+        """Return the images in the batch of step `number`, from 0, in an epoch of `num_samples` images."""
         return min(self.batch_size, num_samples - number * self.batch_size)
 
     def counts_errors(self, epoch: int) -> bool:
-        """Whether the errors of this epoch's batches go into the confusion counts."""
+        """Return whether the errors of this epoch are added to the confusion counts."""
         return self.collect_confusion and self.counted_term is not None and epoch >= self.confusion_start
 
     @property
     def measured_terms(self) -> list[Term]:
-        """The unmixed terms whose predictions make the training accuracy: up to the first natural one, which sees
-        every image of the epoch once.
+        """Unmixed terms whose predictions give the training accuracy, up to the first natural one.
+
+        That term sees every training image once per epoch.
         """
         unmixed = [term for term in self.terms if term.recipe.partner is None]
         naturals = [i for i, term in enumerate(unmixed) if term.recipe.draw == "natural"]
@@ -70,7 +76,7 @@ class Plan:
 
     @property
     def counted_term(self) -> Term | None:
-        """The natural term whose errors are counted: an unmixed one, or else one that leaves some batches unmixed."""
+        """Natural term whose errors are counted: an unmixed term, else one with some unmixed batches; None without."""
         naturals = [term for term in self.terms if term.recipe.draw == "natural"]
         always = [term for term in naturals if term.recipe.partner is None]
         return next(iter(always + [term for term in naturals if term.recipe.is_gated]), None)
@@ -78,18 +84,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """What plans and states are made from."""
+    """Inputs of plans and initial states."""
 
     recipe: Recipe
     dataset: Dataset
     device: torch.device
     precision: str
     inputs: Mapping[str, str]
-    """Hashes of the files given by flags, by flag."""
+    """sha256 of each file given by a flag, by flag."""
 
 
 def make_plan(context: PhaseContext, phase: str) -> Plan:
-    """The plan of a phase. Stages 1 and 2 have one schedule and one optimizer over both."""
+    """Return the plan of a phase. Stages 1 and 2 share one schedule and one optimizer."""
     recipe, schedule = context.recipe, context.recipe.schedule
     stage: Stage = getattr(recipe, phase)
     table: Optimizer | Finetune = recipe.optimizer
@@ -118,7 +124,7 @@ def make_plan(context: PhaseContext, phase: str) -> Plan:
 
 
 def fresh_state(context: PhaseContext) -> TrainingState:
-    """The recipe's network with its initial weights, its optimizer, and no confusion yet."""
+    """Return the recipe's network with initial weights, its optimizer, and confusion counts of zero."""
     recipe, dataset, device = context.recipe, context.dataset, context.device
     generator = torch_generator(recipe.seed, "weights")
     model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
@@ -136,7 +142,7 @@ def fresh_state(context: PhaseContext) -> TrainingState:
 
 
 def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
-    """Make a trained state ready for the finetune: parameters frozen, the head as asked, a fresh optimizer."""
+    """Prepare a trained state for finetune: change the head, freeze the other parameters, create the optimizer."""
     recipe = context.recipe
     table = recipe.finetune
     assert table is not None
@@ -148,9 +154,9 @@ def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
 
 
 def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.optim.Optimizer:
-    """SGD or Adam over the parameters that require a gradient, in groups with their own lr_factor and weight decay.
+    """Return SGD or Adam over the parameters that require a gradient, grouped by lr_factor and weight decay.
 
-    The learning rate of each group is a scalar on the device, which every step sets.
+    The learning rate of each group is a scalar tensor on the device; each step sets it.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -159,7 +165,7 @@ def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.opt
         own = next((g for g in recipe.groups if name.startswith(g.prefix)), ParameterGroup(prefix=""))
         decay = recipe.weight_decay if own.weight_decay is None else own.weight_decay
         groups.setdefault((own.lr_factor, decay), []).append(parameter)
-    # Fused: one launch that reads the rate, in float32, on the device. On the CPU it would gain next to nothing.
+    # Fused: one launch, which reads a float32 learning rate on the device. On the CPU it would gain almost nothing.
     device = next(model.parameters()).device
     fused = device.type == "cuda"
     rate = torch.zeros((), dtype=torch.float32 if fused else torch.float64, device=device)
@@ -173,8 +179,9 @@ def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.opt
 
 
 def rehearsal(context: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
-    """A phase's plan, and a fresh state in which every class has been confused with every other: for a dry run, and for
-    timings.
+    """Return a phase's plan, and an initial state in which each class was predicted as each other class once.
+
+    A dry run and `bench` use it to run steps of a phase without a checkpoint.
     """
     plan = make_plan(context, phase)
     state = fresh_state(context)

@@ -1,11 +1,11 @@
-"""Random numbers: named streams, and all draws of an epoch as typed objects.
+"""Random numbers: named streams, and all random numbers of an epoch as typed objects.
 
-Every draw comes from a generator keyed by (seed, phase, epoch, purpose), on the CPU and ahead of the epoch. So draws
-are the same on every device, do not depend on each other's order, and a resumed run needs only integers to continue.
-Two recipes that share a term share its draws.
+Each generator is keyed by (seed, phase, epoch, purpose). It runs on the CPU, before the epoch. So the numbers are equal
+on every device and independent of the order of the draws. A resumed run needs only integers to continue. Two recipes
+that share a term draw the same numbers for it.
 
-Shapes: S steps per epoch, B batch, K = 1 (one number for the batch) or B, U uniforms that augment an image, V uniforms
-of a mix. A single step has the same types without S.
+Shapes: S steps per epoch, B batch size, K = 1 (one number per batch) or B, U uniform numbers per augmented image,
+V uniform numbers per mix. A single step has the same types without the axis S.
 """
 
 import hashlib
@@ -28,26 +28,29 @@ def _key(parts: tuple[int | str, ...]) -> int:
 
 
 def stream(*parts: int | str) -> np.random.Generator:
-    """The NumPy generator of a name, such as stream(seed, "stage2", 201, "cp/ratio")."""
+    """Return the NumPy generator of a name, such as stream(seed, "stage2", 201, "cp/ratio")."""
     return np.random.Generator(np.random.Philox(key=_key(parts)))
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:
-    """The torch CPU generator of a name; for weight initialisation."""
+    """Return the torch CPU generator of a name, for weight initialisation."""
     return torch.Generator().manual_seed(_key(parts) % 2**63)
 
 
-# -- the draws of an epoch ---------------------------------------------------------------------------------------------
+# -- random numbers of an epoch ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Images to be made. Requests are on the device of the images; all other draws are on that of the network."""
+    """Training images to read and augment.
+
+    Requests are on the device of the stored images, all other random numbers on the device of the network.
+    """
 
     index: Tensor | None
-    """[S, B] int64, training images; None: not chosen yet."""
+    """Indices of training images [S, B] int64; None if not chosen yet."""
     augment: Tensor
-    """[S, B, U] float64 in [0, 1)."""
+    """Uniform numbers of the augmentation [S, B, U] float64 in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -55,74 +58,75 @@ class MixingDraws:
     """Random numbers that mix a batch."""
 
     choice: Tensor
-    """[S, B] float64 in [0, 1): the partner's place in the batch, or its class."""
+    """Uniform numbers [S, B] float64 in [0, 1) that choose the partner's position in the batch, or its class."""
     image: Tensor | None
-    """[S, B] float64 in [0, 1): which image of that class; None for partners from the batch."""
+    """Uniform numbers [S, B] float64 in [0, 1) that choose an image of that class; None for partners in the batch."""
     ratio: Tensor
-    """[S, K] float64, from Beta(alpha, alpha)."""
+    """Samples of Beta(alpha, alpha) [S, K] float64."""
     uniforms: Tensor
-    """[S, K, V] float64 in [0, 1), for the mix."""
+    """Uniform numbers of the mix [S, K, V] float64 in [0, 1), such as the position of a box."""
     gate: Tensor | None
-    """[S, 1] float64: 1 mixed, 0 unmixed; None if every batch is mixed."""
+    """1 for a mixed batch, 0 for an unmixed one [S, 1] float64; None if every batch is mixed."""
 
 
 @dataclass(frozen=True)
 class Partners:
-    """What the images of a batch are mixed with."""
+    """Partner images, which the images of a batch are mixed with."""
 
     labels: Tensor
-    """[S, B] int64."""
+    """Classes of the partners [S, B] int64."""
     index: Tensor
-    """[S, B] int64: places in the batch, or training images."""
+    """Positions in the batch, or indices of training images [S, B] int64."""
 
 
 @dataclass(frozen=True)
 class TermDraws:
-    """Draws of one term."""
+    """Random numbers and image requests of one term."""
 
     first: ImageRequest | None
-    """Its images; None: the natural batch."""
+    """Images of the term; None for the natural batch."""
     labels: Tensor
-    """[S, B] int64, of those images."""
+    """Classes of the term's images [S, B] int64."""
     second: ImageRequest | None
-    """The partners' images; None: unmixed, or taken from the term's own."""
+    """Images of the partners; None if the term is unmixed, or its partners are images of its own batch."""
     mixing: MixingDraws | None
-    """None: unmixed."""
+    """Random numbers of the mixing; None if the term is unmixed."""
     reweight: Tensor | None
-    """[S, 1] float64: 1 in epochs whose class weights count, else 0; None without class weights."""
+    """1 in epochs with class weights, else 0 [S, 1] float64; None if the term has no class weights."""
     matching: bool
-    """This epoch matches partners with images."""
+    """True if partners are matched with images in this epoch."""
     partners: Partners | None = None
-    """None: unmixed, or not chosen yet."""
+    """Chosen partners; None if the term is unmixed, or they are not chosen yet."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws of all terms."""
+    """Random numbers and image requests of all terms."""
 
     natural: ImageRequest | None
-    """The epoch's shuffled batches, shared by all natural terms; None without such terms."""
+    """Shuffled batches of the epoch, shared by all natural terms; None without such terms."""
     terms: tuple[TermDraws, ...]
+    """In the order of the plan's terms."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws of every epoch, on the CPU."""
+    """Generator of the random numbers of each epoch, on the CPU."""
 
     terms: Mapping[str, TermRecipe]
-    """Of the phase, by name."""
+    """Terms of the phase by name."""
     labels: Tensor
-    """[N] int64, class of each training image, on the CPU."""
+    """Class of each training image [N] int64, on the CPU."""
     num_classes: int
-    """C; every class must have an image."""
+    """C; every class must have at least one image."""
     batch_size: int
-    """B; the last batch of an epoch uses the first part of its draws."""
+    """B; if the last batch is smaller, it uses the first numbers of its step."""
     num_uniforms: int
-    """U."""
+    """U, uniform numbers per augmented image."""
     key: tuple[int | str, ...]
-    """(seed, phase)."""
+    """(seed, phase), the beginning of each stream's name."""
     num_epochs: int
-    """Of both stages together."""
+    """Epochs of both stages together."""
 
     @cached_property
     def _pool(self) -> ClassPool:
@@ -133,10 +137,10 @@ class Sampler:
         return -(-len(self.labels) // self.batch_size)
 
     def epoch(self, epoch: int) -> Draws:
-        """All draws of an epoch, counted from 1."""
+        """Draw all random numbers of an epoch; epochs count from 1."""
         natural, labels = None, torch.empty(0, dtype=torch.int64)
         if any(recipe.draw == "natural" for recipe in self.terms.values()):
-            order = np.zeros(self._num_steps * self.batch_size, dtype=np.int64)  # 0 after the last image
+            order = np.zeros(self._num_steps * self.batch_size, dtype=np.int64)  # places after the last image stay 0
             num_images = len(self.labels)
             order[:num_images] = stream(*self.key, epoch, "order").permutation(num_images)
             index = torch.from_numpy(order.reshape(self._num_steps, self.batch_size))
@@ -145,7 +149,7 @@ class Sampler:
         return Draws(natural, tuple(self._term(name, recipe, epoch, labels) for name, recipe in self.terms.items()))
 
     def _term(self, name: str, recipe: TermRecipe, epoch: int, labels: Tensor) -> TermDraws:
-        """Draws of a term; `labels` are those of the natural batches."""
+        """Draw the random numbers of a term; `labels` [S, B] are the classes of the natural batches."""
         size = self.batch_size
 
         def uniforms(purpose: str, *shape: int) -> Tensor:
@@ -157,7 +161,7 @@ class Sampler:
             index = self._pool.draw(labels, uniforms("image", size))
             first = ImageRequest(index, uniforms("augment", size, self.num_uniforms))
         if recipe.partner is not None:
-            assert recipe.alpha is not None and recipe.mix is not None  # the recipe's checks see to it
+            assert recipe.alpha is not None and recipe.mix is not None  # checked by TermRecipe
             by_class = recipe.partner in CLASS_PARTNERS
             per_batch = size if recipe.per_sample else 1
             shape = (self._num_steps, per_batch)
@@ -184,11 +188,11 @@ class Sampler:
         return stream(*self.key, epoch, purpose)
 
     def _uniforms(self, epoch: int, purpose: str, *shape: int) -> Tensor:
-        """Numbers of [0, 1) for an epoch: [S, *shape] float64."""
+        """Draw uniform numbers in [0, 1) for an epoch: [S, *shape] float64."""
         return torch.from_numpy(self._stream(epoch, purpose).random((self._num_steps, *shape)))
 
 
-# -- trees of draws ----------------------------------------------------------------------------------------------------
+# -- nested dataclasses of tensors -------------------------------------------------------------------------------------
 
 Tree = TypeVar("Tree")
 Leaf = TypeVar("Leaf")
@@ -197,7 +201,13 @@ Leaf = TypeVar("Leaf")
 def map_tensors(
     tree: Tree, function: Callable[[Tensor], Tensor], images: Callable[[Tensor], Tensor] | None = None
 ) -> Tree:
-    """Apply a function to all tensors of nested dataclasses and tuples, `images` to those of ImageRequests."""
+    """Apply a function to every tensor of nested dataclasses and tuples, and return the copy.
+
+    Args:
+        tree: a tensor, or nested dataclasses and tuples of tensors and other values; other values are kept.
+        function: applied to each tensor.
+        images: applied instead to the tensors of an ImageRequest; None: `function` for all.
+    """
     found: Any = tree
     if isinstance(tree, Tensor):
         found = function(tree)
@@ -211,7 +221,7 @@ def map_tensors(
 
 
 def leaves(tree: object, kind: type[Leaf]) -> Iterator[Leaf]:
-    """Yield all parts of one type (Tensor, ImageRequest) in the order of the fields."""
+    """Yield all values of a type, such as Tensor or ImageRequest, in the order of the fields."""
     if isinstance(tree, kind):
         yield tree
     elif isinstance(tree, tuple) or is_dataclass(tree):

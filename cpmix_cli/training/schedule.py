@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that resuming and changing stage cannot shift it."""
+"""The learning rate as a pure function of the step: a resumed run or a change of stage cannot shift it."""
 
 import math
 
@@ -6,12 +6,19 @@ from cpmix_cli.recipe.schema import Schedule
 
 
 def learning_rate(lr: float, schedule: Schedule, epoch: int, step: int, steps: int) -> float:
-    """Learning rate of one optimizer step, from the base rate `lr`; epochs count from 1 over both stages, steps from 0.
+    """Return the learning rate of one optimizer step.
 
-    Warm-up and multistep are constant within an epoch, cosine falls with every step. Warm-up multiplies what the
-    schedule says.
+    Warm-up and multistep are constant within an epoch; cosine decreases at each step. The warm-up factor multiplies the
+    schedule's value.
 
-    Paper: Table 6, B.3.1; warm-up lr x e / 10 (e from 1), drops from the epoch after the milestone.
+    Args:
+        lr: base learning rate.
+        schedule: kind, length in epochs, milestones and warm-up.
+        epoch: from 1, counted over both stages.
+        step: step of the epoch, from 0.
+        steps: steps per epoch.
+
+    Paper: Table 6, B.3.1; warm-up lr x e / 10 (e from 1), decay from the epoch after the milestone.
     """
     warm = min(1.0, epoch / schedule.warmup_epochs) if schedule.warmup_epochs > 0 else 1.0
     if schedule.kind == "multistep":

@@ -1,4 +1,4 @@
-"""The training state: all that a run resumes from, held, saved and restored."""
+"""The training state: network, optimizer, confusion counts, position and metrics of a phase; saved and restored."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,66 +16,72 @@ from cpmix_cli.runtime.errors import InputError, shortened
 
 
 class EpochSums:
-    """Sums over the steps of an epoch, on the device; `terms` are the names of the phase's terms."""
+    """Sums over the steps of an epoch, on the device; `terms` are the T names of the phase's terms."""
 
     def __init__(self, terms: Sequence[str] = (), device: torch.device | str = "cpu") -> None:
         losses = [f"loss_{name}" for name in terms]
         self._names = ["loss", *losses, "gradient_norm", "correct", "errors", "finite_steps", "seconds", "fallbacks"]
         self._num_measured = self._names.index("finite_steps")
         self.values = torch.zeros(len(self._names), dtype=torch.float64, device=device)
-        """[T + 7] float64; stays at its address."""
+        """Sums [T + 7] float64; the address never changes."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """A sum as a view: sums["seconds"].add_(...)."""
+        """Return one sum as a view: sums["seconds"].add_(...)."""
         return self.values[self._names.index(name)]
 
     def add(
         self, *, losses: Sequence[Tensor], gradient_norm: Tensor, correct: Tensor, errors: Tensor, fallbacks: Tensor
     ) -> None:
-        """Add one step. Its losses are the objective, then each term; `correct` counts where that is measured, and
-        `fallbacks` the partners drawn without a confusion.
+        """Add the values of one step, all scalars on the device.
+
+        Args:
+            losses: the objective, then the unweighted loss of each term, T + 1 values.
+            gradient_norm: L2 norm over all trained parameters.
+            correct: correct predictions of the measured terms, in images.
+            errors: counted errors, in images.
+            fallbacks: partners drawn for a class without confusions.
         """
         measured = self.values[: self._num_measured]
         measured += torch.stack([v.double() for v in (*losses, gradient_norm, correct, errors)])
-        # A sum that is not finite never is again: this one counts the steps before the first that was not.
+        # A sum stays non-finite once it is: so this counts the steps before the first non-finite one.
         self["finite_steps"].add_(measured.isfinite().all())
         self["fallbacks"].add_(fallbacks)
 
     def read(self) -> dict[str, float]:
-        """All sums by name. Waits for the device."""
+        """Return all sums by name. Waits for the device."""
         return dict(zip(self._names, self.values.tolist(), strict=True))
 
 
 @dataclass
 class TrainingState:
-    """All that a run resumes from."""
+    """Training state of a phase: all that a run needs to resume."""
 
     model: Classifier
     optimizer: torch.optim.Optimizer
     confusion: Tensor
     """K [C, C] float64."""
     epoch: int
-    """The epoch under way, counted as in Plan; the last one when all is done."""
+    """Current epoch, counted as in Plan; after training, the last epoch."""
     step: int = 0
-    """Steps of that epoch already taken."""
+    """Completed steps of that epoch."""
     sums: EpochSums = field(default_factory=EpochSums)
-    """Of the epoch under way."""
+    """Sums of the current epoch."""
     history: list[dict[str, float | None]] = field(default_factory=list)
-    """Rows of metrics.parquet."""
+    """Rows of metrics.parquet, one per completed epoch."""
     epoch_confusion: Tensor | None = None
-    """K as it was when the epoch under way began, on the CPU; None if partners are not chosen from that."""
+    """K [C, C] at the start of the current epoch, on the CPU; None unless partners are chosen once per epoch."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as named tensors; the history as float64 [epochs, columns], NaN for null."""
+        """Return the state as named tensors; the history is [epochs, columns] float64 with NaN for null."""
         rows = [[math.nan if v is None else v for v in row.values()] for row in self.history]
         return {**self._finite_tensors(), "history": torch.tensor(rows, dtype=torch.float64)}
 
     def not_finite(self) -> str:
-        """Names of tensors with a value that is not finite, the first few; "" if training goes well."""
+        """Return the names of the first few tensors with a value that is not finite; "" if there are none."""
         return shortened([name for name, t in self._finite_tensors().items() if not t.isfinite().all()], 5)
 
     def _finite_tensors(self) -> dict[str, Tensor]:
-        """All tensors but the history."""
+        """Return all tensors except the history, whose nulls are NaN."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -88,19 +94,23 @@ class TrainingState:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
-        """Copy the network, the optimizer (or leave it fresh) and the confusion counts of a training_state.safetensors;
-        all of it is checked first.
+        """Copy the network, the optimizer and the confusion counts from a saved state. All are checked first.
+
+        Args:
+            tensors: content of training_state.safetensors, by name.
+            path: that file, for messages.
+            optimizer: False leaves the optimizer unchanged, for a phase with other parameters.
 
         Raises:
-            InputError: the file does not fit the network, lacks something or holds more, or holds values out of range.
+            InputError: tensors are missing, superfluous or of another shape or type, or have values out of range.
         """
         own = {f"model.{name}": t for name, t in self.model.state_dict().items()} | {"confusion": self.confusion}
         others: tuple[str, ...] = ("sums", "history")
         if optimizer:
             own |= self._optimizer_tensors()
-            if "epoch_confusion" in tensors:  # of an epoch under way
+            if "epoch_confusion" in tensors:  # saved within an epoch
                 own["epoch_confusion"] = self.confusion
-        else:  # that of another phase, over other parameters
+        else:  # the saved optimizer belongs to another phase and other parameters
             others += ("optimizer.", "epoch_confusion")
         saved = {n: t for n, t in tensors.items() if not n.startswith(others)}
         check_fit(path, saved, own)
@@ -115,12 +125,12 @@ class TrainingState:
         for name in self._optimizer_tensors():
             owner, _, key = name.removeprefix("optimizer.").rpartition(".")
             parameter, value = self.model.get_parameter(owner), saved[name]
-            # A buffer shaped like its parameter also gets its memory format; Adam's step count is a scalar.
+            # A buffer of the parameter's shape gets its memory format too; Adam's step count is a scalar.
             like = parameter if value.shape == parameter.shape else value
             self.optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """What tensors() gives of the optimizer after a step, shapes and types alone."""
+        """Return the optimizer tensors that tensors() has after a step; only names, shapes and types are valid."""
         found: dict[str, Tensor] = {}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
@@ -134,20 +144,25 @@ class TrainingState:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], StateRecord]:
-    """Read tensors and metadata of an interrupted phase's training state, verified by its own digests.
+    """Read the tensors and the metadata of an interrupted phase's training state, verified by the digests it contains.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: the file is missing or damaged.
     """
     tensors, metadata = read_tensors(path)
     return tensors, state_record(path, check_seal(path, metadata, tensors_digest(tensors)))
 
 
 def load_model(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy weights into a network, names, shapes, types and values checked first.
+    """Copy weights into a network. Names, shapes, types and values are checked first.
+
+    Args:
+        model: changes in place.
+        tensors: weights by name, as in the network's state_dict().
+        path: file of the weights, for messages.
 
     Raises:
-        InputError: the file is of another network or another number of classes, or holds values that are not finite.
+        InputError: the file belongs to another network or number of classes, or has values that are not finite.
     """
     check_fit(path, tensors, model.state_dict())
     model.load_state_dict(dict(tensors))

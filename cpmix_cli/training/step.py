@@ -1,8 +1,8 @@
-"""One optimizer step, as work for the device alone: batches, losses, gradients, confusion counts, sums.
+"""One optimizer step, computed on the device only: batches, losses, gradients, confusion counts, sums.
 
-The data flows one way: Inputs of the step -> partners -> requests for images -> batches of the terms -> the networks'
-output -> losses -> EpochSums. A step reads nothing back from the device, and all that it changes stays at its address,
-so a CUDA graph can hold a whole step (cuda_graphs.py). The CPU runs the same code.
+Data flow: Inputs of the step -> partners -> image requests -> batches of the terms -> logits -> losses -> EpochSums.
+A step reads no value back from the device, and each tensor that it changes keeps its address. So a CUDA graph can
+contain a whole step (cuda_graphs.py). The CPU runs the same code.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,10 @@ from cpmix_cli.training.state import TrainingState
 
 
 class _ForwardPass(nn.Module):
-    """The network's forward pass over the terms of a step: what DistributedDataParallel watches.
+    """Forward pass over the terms of a step; the module that DistributedDataParallel wraps.
 
-    All terms go through in one forward if `joint`, so that batch norm sees them together; else each in its own.
+    With `joint`, the batches of all terms are concatenated, so batch norm has common statistics. Otherwise each term
+    has its own forward pass.
     """
 
     def __init__(self, model: Classifier, joint: bool) -> None:
@@ -37,9 +38,7 @@ class _ForwardPass(nn.Module):
         self.joint = joint
 
     def forward(self, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """Inputs of each term [P, ...] -> raw logits [E, P, C] of each, and the routers' [E - 1, P] if there are
-        routers.
-        """
+        """Compute for each term: inputs [P, ...] -> raw logits [E, P, C], and router logits [E - 1, P] or None."""
         if self.model.routers is not None:
             return [self.model.routed(x) for x in inputs]
         if self.joint:
@@ -49,10 +48,10 @@ class _ForwardPass(nn.Module):
 
 
 class Step:
-    """The training step of a plan: begin_epoch(), then a call for each step of it. On CUDA, inside own_stream().
+    """Training step of a plan: call begin_epoch(), then the object once per step. On CUDA, call it in own_stream().
 
-    Several ranks take it together, each with its slices of the batch: every draw is for all of it, the same on each.
-    The network, optimizer, confusion counts and sums of `state` are changed in place.
+    Several ranks take a step together, each with its slices of the batch. All ranks draw the same random numbers, for
+    the whole batch. The network, optimizer, confusion counts and sums of `state` change in place.
     """
 
     def __init__(self, plan: Plan, data: TrainingData, state: TrainingState) -> None:
@@ -63,7 +62,7 @@ class Step:
         self._device = data.labels.device
         self.inputs = EpochInputs(plan, data)
         self._network: nn.Module = _ForwardPass(state.model, plan.joint_forward)
-        self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # gradients of a slice stay here
+        self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # DDP: no all-reduce for this slice
         if self._ranks.size > 1:
             own_device = [self._device] if self._device.type == "cuda" else None
             network = DistributedDataParallel(self._network, own_device)
@@ -73,12 +72,12 @@ class Step:
         self._take = CudaGraphRunner(self._run, self._device, record=record)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Send all that differs between the steps of an epoch to the device."""
+        """Draw the inputs of an epoch and copy them to the device."""
         began = self._state.epoch_confusion
         self.inputs.begin_epoch(epoch, self._state.confusion if began is None else began)
 
     def __call__(self, number: int) -> None:
-        """Take step `number` of the epoch, counted from 0."""
+        """Run step `number` of the epoch, counted from 0."""
         self.inputs.select(number)
         self._take(self._plan.size(number, len(self._data.labels)))
 
@@ -88,10 +87,10 @@ class Step:
         return self._take.capture_seconds
 
     def _run(self, size: int) -> None:
-        """The selected step, of `size` images.
+        """Run the selected step, a batch of `size` images.
 
-        Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward the CP batch is drawn before this step's errors
-        are known, so partners come from the counts through the step before.
+        Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward pass, partners are drawn before the errors of
+        this step are known, so they come from the counts up to the previous step.
         """
         plan, state = self._plan, self._state
         inputs = self.inputs.row(size)
@@ -128,15 +127,15 @@ class Step:
         state.sums.add(losses=means, gradient_norm=norm, correct=right, errors=errors, fallbacks=inputs.fallbacks[0])
 
     def _batches(self, draws: Draws, part: BatchSlice, state: MixingState) -> list[TermBatch]:
-        """Each term's batch of a slice; the natural images are made once for all terms that share them."""
+        """Make the batch of each term for a slice; terms share the natural images, which are read once."""
         made: list[TermBatch] = []
         natural = fetch(self._data.batches, draws.natural, part)
         for term, own in zip(self._plan.terms, draws.terms, strict=True):
             x1 = natural if own.first is None else fetch(self._data.batches, own.first, part)
-            assert x1 is not None  # a term without images of its own is natural
+            assert x1 is not None  # a term without its own images uses the natural batch
             x2 = fetch(self._data.batches, own.second, part)
             if x2 is None and own.partners is not None:
-                x2 = x1[own.partners.index]  # in the batch, and the slice is all of it
+                x2 = x1[own.partners.index]  # partners in the batch: then the slice is the whole batch
             features = None
             if x2 is not None and _matches(own):
                 features = self._features(x1), self._features(x2)
@@ -144,7 +143,7 @@ class Step:
         return made
 
     def _forward(self, batches: list[TermBatch]) -> list[Output]:
-        """What the network and the teacher say of each term's batch."""
+        """Compute the logits of the network, the routers and the teacher for each term's batch."""
         plan = self._plan
         taught = [
             self._taught(b.x) if "teacher" in t.functions else None for t, b in zip(plan.terms, batches, strict=True)
@@ -157,9 +156,7 @@ class Step:
         ]
 
     def _errors(self, outputs: list[Output], batches: list[TermBatch], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-        """How many images of a slice are right where that is measured, a float64 scalar, and the codes of the errors
-        that are counted.
-        """
+        """Return the correct predictions of the measured terms, a float64 scalar, and the codes of counted errors."""
         plan = self._plan
         counts = inputs.counts_errors > 0
         correct, codes = inputs.counts_errors.new_zeros(()), []
@@ -170,7 +167,7 @@ class Step:
             logits = output.logits.detach()
             predicted = logits.mean(0).argmax(1)
             weights = batch.image_weights
-            own = torch.ones_like(predicted, dtype=torch.bool) if weights is None else weights > 0  # padding is none
+            own = torch.ones_like(predicted, dtype=torch.bool) if weights is None else weights > 0  # without padding
             if term in measured:
                 correct = correct + ((predicted == batch.y1) & own).sum()
             if term is counted:
@@ -180,16 +177,16 @@ class Step:
 
     @torch.no_grad()
     def _taught(self, x: Tensor) -> Tensor:
-        """The teacher's logits [P, C]."""
+        """Compute the teacher's logits: inputs [P, ...] -> [P, C]."""
         teacher = self._plan.teacher
-        assert teacher is not None  # train-stage1 sees to it
+        assert teacher is not None  # train-stage1 requires --teacher
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
             logits: Tensor = teacher(x)
         return _at_least_fp32(logits)
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        """The network's features [P, D] of x, in eval mode."""
+        """Compute the network's features in eval mode: inputs [P, ...] -> [P, D]."""
         model = self._state.model
         model.eval()
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
@@ -199,7 +196,7 @@ class Step:
 
 
 def _matches(draws: TermDraws) -> bool:
-    """Partners of this step are matched with images. Waits for the device where batches are gated."""
+    """Return whether this step matches partners with images. Waits for the device if batches are gated."""
     if not draws.matching or draws.mixing is None:
         return False
     return draws.mixing.gate is None or bool(draws.mixing.gate)

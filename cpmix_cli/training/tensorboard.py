@@ -1,8 +1,8 @@
-"""--tracker tensorboard: the rows of metrics.parquet as TensorBoard's curves, in a file of the phase's folder.
+"""--tracker tensorboard: the rows of metrics.parquet as TensorBoard curves, in an event file of the phase's folder.
 
-Written whenever the state is saved, from its history: so the curves show what is saved, and a run that goes on has each
-epoch once. The file is no output of the phase: no record names it, and nothing reads it here. Whatever goes wrong with
-it is one warning, and the run goes on.
+The curves are written from the history each time the state is saved. So they show saved epochs only, and a resumed run
+has each epoch once. The event file is no output of the phase: no record names it, and cpmix never reads it. Any error
+with it is one warning, and training continues.
 """
 
 import os
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from cpmix_cli.runtime import console
 
-EVENTS = "events.out.tfevents."  # by this TensorBoard knows its files
+EVENTS = "events.out.tfevents."  # prefix by which TensorBoard finds its files
 
 
 class Tracker:
-    """Writes the curves of one phase into its folder. Imports tensorboard, and warns where that cannot be."""
+    """Writer of the curves of one phase. Imports tensorboard, and warns if that fails."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # A new name each time: a TensorBoard that is open would not look again at a file that it has read.
+        # A new name per run: an open TensorBoard does not read a file again after it was replaced.
         self._path = folder / f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._num_written = 0
         self._works = True
@@ -32,11 +32,11 @@ class Tracker:
         except ModuleNotFoundError as fault:
             missing = (fault.name or "tensorboard").partition(".")[0]
             self._give_up(f"{missing} is not installed (pip install 'cpmix[tensorboard]')")
-        except Exception as fault:  # protobuf and numpy raise all kinds where versions do not fit
+        except Exception as fault:  # mismatched versions of protobuf and numpy raise any type
             self._give_up(f"tensorboard cannot be imported: {fault}")
 
     def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Append those rows of metrics.parquet that are new; the first time all, in place of what another run left."""
+        """Append the new rows of metrics.parquet; the first call deletes old event files and writes all rows."""
         if not self._works:
             return
         try:
@@ -53,7 +53,7 @@ class Tracker:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         now = time.time()
-        # Not tensorboard's own writer, which has a thread: here what fails fails in this call, and nothing stays open.
+        # Not tensorboard's SummaryWriter, which has a thread: errors must be raised here, and the file closed.
         with self._path.open("ab") as file:
             records = RecordWriter(file)
             if file.tell() == 0:
@@ -72,7 +72,7 @@ class Tracker:
 
 
 def forget(folder: Path) -> None:
-    """Take away the curves in a phase's folder: they are of a run that is replaced."""
+    """Delete the event files in a phase's folder, which belong to a run that is being replaced."""
     for path in folder.glob(f"{EVENTS}*"):
         with suppress(OSError):
             path.unlink()
