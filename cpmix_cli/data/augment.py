@@ -1,8 +1,8 @@
-"""Resized crops, flips and colour jitter of whole batches, from uniforms: no work for the host, no shape that the data
-decide, so a CUDA graph can hold it.
+"""Resized crops, flips and colour jitter of whole batches, computed from uniform random numbers on the device.
 
-Shapes: B images, channels 3 or 1, pixels 0..255. Agrees with torchvision.transforms.v2 on float images. torchvision
-draws from one global generator; here the uniforms of an image alone decide how it is augmented.
+Shapes: B images, channels 3 or 1, pixels 0..255. Results agree with torchvision.transforms.v2 on float images.
+torchvision draws from one global generator. Here each image has its own uniforms, and only these decide how it is
+augmented. No shape depends on the values and the host does no work, so a CUDA graph can record these functions.
 """
 
 import math
@@ -12,25 +12,33 @@ import torch
 from torch import Tensor
 
 _TRIES = 10
-_POSITION = 2 * _TRIES  # of the crop: a row and a column
+# Columns of the uniforms [B, U]. Before _POSITION: _TRIES pairs of an area and an aspect ratio.
+_POSITION = 2 * _TRIES  # row and column of the crop
 _FLIP = _POSITION + 2
-FACTORS = _FLIP + 1  # of brightness, contrast and saturation
+FACTORS = _FLIP + 1  # brightness, contrast and saturation
 ORDER = FACTORS + 3
 NUM_CROP, NUM_JITTER = _FLIP + 1, ORDER + 1
-"""Uniforms per image without jitter and with it: _TRIES pairs of area and shape, then those at the indices above."""
-_AREA = (0.08, 1.0)  # of the image
-_SHAPE = (3 / 4, 4 / 3)  # width over height
+"""Uniforms per image without and with colour jitter."""
+_AREA = (0.08, 1.0)  # share of the image
+_SHAPE = (3 / 4, 4 / 3)  # width / height
 JITTER = 0.4
 ORDERS = list(permutations(range(3)))
-_GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision's rgb_to_grayscale has it
+_GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue in torchvision's rgb_to_grayscale
 
 
 def crop_boxes(uniforms: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of random area and shape in images of `height` x `width`, from uniforms [B, NUM_CROP or more] float64:
-    [B, 4] int64 with top, left, height, width.
+    """Draw one crop box of random area and aspect ratio per image: [B, U] -> [B, 4].
 
-    Source: torchvision's RandomResizedCrop.get_params(scale=_AREA, ratio=_SHAPE): the first of _TRIES that fits, else
-    the middle, cut to the nearest shape that is allowed.
+    Source: torchvision's RandomResizedCrop.get_params(scale=_AREA, ratio=_SHAPE). The first of _TRIES boxes that fits
+    is taken. If none fits, the largest centred box with an allowed aspect ratio is taken.
+
+    Args:
+        uniforms: [B, U] float64 in [0, 1), U >= NUM_CROP.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+
+    Returns:
+        [B, 4] int64: top, left, height and width of each box, in pixels.
     """
     tried = uniforms[:, :_POSITION].view(-1, _TRIES, 2)
     area = height * width * (_AREA[0] + tried[..., 0] * (_AREA[1] - _AREA[0]))
@@ -53,16 +61,24 @@ def crop_boxes(uniforms: Tensor, height: int, width: int) -> Tensor:
 
 
 def flips(uniforms: Tensor) -> Tensor:
-    """Which images are mirrored [B] bool, from uniforms [B, NUM_CROP or more]."""
+    """Return which images are mirrored, each with probability 1/2: uniforms [B, U] -> [B] bool, U >= NUM_CROP."""
     return uniforms[:, _FLIP] < 0.5
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Crop images uint8 [B, H, W, channels] to their boxes [B, 4], scale these to `size` x `size`, and mirror those of
-    `flip` [B]: float32 [B, channels, size, size].
+    """Crop images to their boxes, resize the crops and mirror some: [B, H, W, channels] -> [B, channels, size, size].
 
-    Source: torchvision's resized_crop(antialias=True) with bilinear interpolation, as two products with matrices of
-    weights; the second also mirrors.
+    Source: torchvision's resized_crop(antialias=True) with bilinear interpolation, written as two products with
+    matrices of weights. The second matrix also mirrors.
+
+    Args:
+        images: uint8 [B, H, W, channels].
+        boxes: [B, 4] int64 from crop_boxes().
+        size: side of the output squares, in pixels.
+        flip: [B] bool, True for images to mirror.
+
+    Returns:
+        float32 [B, channels, size, size], values 0..255.
     """
     count, height, width, channels = images.shape
     straight = torch.zeros_like(flip)
@@ -74,9 +90,9 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tens
 
 
 def _weights(start: Tensor, length: Tensor, flip: Tensor, num_in: int, num_out: int) -> Tensor:
-    """Share of each of `num_in` pixels in each of `num_out`: [B, num_out, num_in] float32, rows of sum 1.
+    """Return the weight of each input pixel in each output pixel along one axis: [B, num_out, num_in], rows sum to 1.
 
-    The box has `length` [B] pixels from `start` [B]; output pixels of `flip` [B] run backwards.
+    The crop has `length` [B] pixels from `start` [B]. Output pixels are in reverse order where `flip` [B] is True.
     """
     scale = (length.float() / num_out)[:, None]
     reach = scale.clamp(min=1)
@@ -84,7 +100,7 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, num_in: int, num_out: 
     place = torch.where(flip[:, None], num_out - 1 - place, place)
     pixel = torch.arange(num_in, device=start.device) - start[:, None]
     inside = (pixel >= 0) & (pixel < length[:, None])
-    # Pixels outside the box are moved far away, where their weight is 0.
+    # A pixel outside the box gets a position far away, so its weight is 0.
     pixel = torch.where(inside, (pixel + 0.5) / reach, -1e9)
     weights = pixel[:, None, :] - ((place + 0.5) * scale / reach)[:, :, None]
     weights = weights.abs_().neg_().add_(1).clamp_(min=0)
@@ -92,21 +108,29 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, num_in: int, num_out: 
 
 
 def middle(images: Tensor, size: int) -> Tensor:
-    """The middle `size` x `size` of images [B, H, W, channels]. Source: torchvision's CenterCrop."""
+    """Crop images at the centre: [B, H, W, channels] -> [B, size, size, channels]. Source: torchvision's CenterCrop."""
     top, left = (round((length - size) / 2) for length in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 
 
 def planes(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, channels] -> float32 [B, channels, H, W]."""
+    """Convert images to channels first: uint8 [B, H, W, channels] -> float32 [B, channels, H, W], values 0..255."""
     return images.float().permute(0, 3, 1, 2).contiguous()
 
 
 def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
-    """Scale brightness, contrast and saturation of x [B, channels, H, W] by 1 - JITTER to 1 + JITTER, in a random order
-    per image, from uniforms [B, NUM_JITTER]; `orders` is ORDERS on the device [6, 3].
+    """Scale brightness, contrast and saturation by factors from 1 - JITTER to 1 + JITTER, in a random order per image.
 
-    Source: torchvision's ColorJitter(0.4, 0.4, 0.4): clamp(y + f (x - y)), where y is black, the mean grey or grey.
+    Source: torchvision's ColorJitter(0.4, 0.4, 0.4): clamp(y + f (x - y)). y is black for brightness, the mean grey
+    for contrast and the grey image for saturation.
+
+    Args:
+        x: float32 [B, channels, H, W], values 0..255.
+        uniforms: [B, NUM_JITTER] float64 in [0, 1).
+        orders: ORDERS as a tensor [6, 3] on the device of x.
+
+    Returns:
+        Images of the shape and range of x.
     """
     factors = (1 - JITTER + 2 * JITTER * uniforms[:, FACTORS:ORDER]).to(x.dtype)
     chosen = orders[(uniforms[:, ORDER] * len(ORDERS)).long()]

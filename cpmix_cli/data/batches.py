@@ -1,6 +1,6 @@
 """Batches from a data set: gather, augment and normalise as batched tensor code on the device.
 
-One interface for all data: batch(indices [B], uniforms [B, U]) -> inputs. Images stay uint8 until a batch is made.
+All data have one interface: batch(indices [B], uniforms [B, U]) -> inputs. Images stay uint8 until a batch is made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ NORMALISATIONS = {  # mean and standard deviation of red, green, blue on the sca
     "inaturalist": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
 }
 _PIECE = 8
-"""Images that a CPU augments at a time: its caches hold so many."""
+"""Images that a CPU augments together: more do not fit in its caches."""
 _MAX_ROTATION = 15.0  # degrees
 
 
@@ -35,32 +35,35 @@ class Batches(Protocol):
     """Training and test inputs by index."""
 
     num_uniforms: int
-    """Random numbers in [0, 1) that decide how one image is augmented."""
+    """U, random numbers in [0, 1) per image. Only these decide how the image is augmented."""
     device: torch.device
-    """Device of indices and uniforms: that of resident images, else the CPU. Inputs are on the network's device."""
+    """Device of indices and uniforms: the network's if images are resident, else the CPU."""
     resident: bool
-    """All images are in the device's memory: prefetch() does nothing, and a CUDA graph can hold a batch."""
+    """True if all images are in the device's memory: prefetch() does nothing, and a CUDA graph can record batch()."""
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Return training inputs of `indices` [B], augmented by `uniforms` [B, num_uniforms] float64."""
+        """Return augmented training inputs: indices [B], uniforms [B, num_uniforms] float64 -> float32 [B, ...].
+
+        Inputs are on the network's device.
+        """
         ...
 
     def plain(self, indices: Tensor) -> Tensor:
-        """Return inputs of `indices` [B] without augmentation."""
+        """Return inputs without augmentation: indices [B] -> float32 [B, ...]."""
         ...
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Start to read what batch() of these values (without uniforms: plain()) will request."""
+        """Start to read the images of a later batch(indices, uniforms), or of plain(indices) if `uniforms` is None."""
         return
 
 
 class Resident(Batches, Protocol):
-    """Batches of inputs on a device; streamed images get the same arithmetic, see on()."""
+    """Batches of inputs that are in the device's memory. StreamedBatches uses them for its arithmetic, through on()."""
 
     resident: bool = True
 
     def on(self, images: Tensor) -> Self:
-        """Return such batches of other images uint8 [n, H, W, channels]; no constant is sent to the device again."""
+        """Return a copy for other images uint8 [n, H, W, channels]. It shares the constants on the device."""
         other = copy(self)
         other._keep(images)
         return other
@@ -69,20 +72,26 @@ class Resident(Batches, Protocol):
 
 
 class ImageBatches(Resident):
-    """uint8 images [N, H, W, channels], resident on a device.
+    """Batches of whole images, uint8 [N, H, W, channels] on a device, with padded crops, flips and rotation.
 
     Differs: the padding is black pixels before normalisation, as torchvision's RandomCrop pads, not zeros after it.
+
+    Args:
+        images: uint8 [N, H, W, channels].
+        recipe: table [data]: padding, augmentation and normalisation.
+        mean: mean per channel on the scale 0..1, for normalisation "dataset".
+        std: standard deviation per channel on the same scale.
     """
 
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.num_uniforms = 3  # a row, a column and a flip; what the flip leaves of its number is an angle
+        self.num_uniforms = 3  # row, column, and one for both flip (u < 1/2) and angle (u mod 1/2)
         self.device = images.device
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
         self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
         self._rotate = recipe.augment == "crop-flip-rotate"
         offset, scale = _normalisation(recipe, self._channels, mean, std, images.device)
-        # For a whole row of pixels, so that arithmetic runs over long stretches of memory and not over three channels.
+        # Repeated for a row of pixels: arithmetic over a whole row is faster than over three channels.
         self._offset, self._scale = offset.repeat(self._width), scale.repeat(self._width)
         self._padded_height, self._padded_width = self._height + 2 * self._padding, self._width + 2 * self._padding
         self._keep(images)
@@ -92,8 +101,10 @@ class ImageBatches(Resident):
         self._pixels = F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Random crops, mirrored with probability 1/2, rotated by up to _MAX_ROTATION either way about the middle:
-        [B, channels, H, W] float32, channels last in memory.
+        """Return random crops, flipped and rotated as the recipe states: float32 [B, channels, H, W].
+
+        The memory format is channels_last. A flip has probability 1/2. A rotation is about the centre, by up to
+        _MAX_ROTATION degrees in either direction.
 
         Source of the rotation: torchvision's RandomRotation(15), nearest pixel, black corners.
         """
@@ -105,12 +116,12 @@ class ImageBatches(Resident):
         return self._crop(indices, top, left, flip, angle)
 
     def plain(self, indices: Tensor) -> Tensor:
-        """The images as they are: [B, channels, H, W] float32, channels last in memory."""
+        """Return normalised images without augmentation: float32 [B, channels, H, W], memory format channels_last."""
         middle = torch.full_like(indices, self._padding)
         return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool), None)
 
     def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None) -> Tensor:
-        """Each argument is [B]; angles in degrees, counter-clockwise."""
+        """Gather and normalise one crop per image. Arguments are [B]; angles are degrees, counter-clockwise."""
         device = indices.device
         rows = torch.arange(self._height, device=device).view(1, -1, 1)
         columns = torch.arange(self._width, device=device).view(1, 1, -1)
@@ -126,7 +137,7 @@ class ImageBatches(Resident):
         return x.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
 
     def _rotated(self, rows: Tensor, columns: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Source of each pixel of a rotated image: row, column (0 outside) and whether it is inside, [B, H, W]."""
+        """Return the source row and column of each rotated pixel, and whether it is in the image: [B, H, W] each."""
         radians = torch.deg2rad(angle)[:, None, None]
         sine, cosine = radians.sin(), radians.cos()
         middle_y, middle_x = (self._height - 1) / 2, (self._width - 1) / 2
@@ -138,9 +149,14 @@ class ImageBatches(Resident):
 
 
 class CropBatches(Resident):
-    """uint8 images [N, H, W, channels], resident on a device; the network sees squares of them.
+    """Batches of squares cut from larger images, uint8 [N, H, W, channels] on a device.
 
-    With `cropped`, training images are random crops already: [N, crop, crop, channels].
+    Args:
+        images: uint8 [N, H, W, channels].
+        recipe: table [data]: side of the square, augmentation and normalisation.
+        mean: mean per channel on the scale 0..1, for normalisation "dataset".
+        std: standard deviation per channel on the same scale.
+        cropped: training images are already random crops [N, crop, crop, channels], not whole images.
     """
 
     def __init__(
@@ -163,13 +179,14 @@ class CropBatches(Resident):
         self._images = images
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Random resized crops, flipped with probability 1/2, with other colours: [B, channels, crop, crop] float32,
-        channels last in memory; see augment.py.
+        """Return resized crops, flipped and colour-jittered as the recipe states: float32 [B, channels, crop, crop].
+
+        The memory format is channels_last. augment.py computes the augmentation.
         """
         return self._seen(indices, uniforms if self._augments else None)
 
     def plain(self, indices: Tensor) -> Tensor:
-        """The middle of each image: [B, channels, crop, crop] float32, channels last in memory."""
+        """Return the centre of each image: float32 [B, channels, crop, crop], memory format channels_last."""
         return self._seen(indices, None)
 
     def _seen(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
@@ -202,17 +219,17 @@ class CropBatches(Resident):
 def _normalisation(
     recipe: Data, num_channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Offset to subtract from each channel of pixels 0..255, and scale to multiply by: float32 [channels] each."""
+    """Return the offset to subtract from pixels 0..255 and the scale to multiply by: float32 [channels] each."""
     if recipe.normalisation != "dataset":
         neither = (0.0,) * num_channels, (1.0,) * num_channels
         mean, std = NORMALISATIONS.get(recipe.normalisation, neither)
-    std = [s or 1.0 for s in std]  # a channel that is the same everywhere: there is nothing to divide
+    std = [s or 1.0 for s in std]  # a constant channel has deviation 0
     offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
     return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)
 
 
 class PointBatches(Resident):
-    """float32 points [N, D], given as they are: [B, D]."""
+    """Batches of points, float32 [N, D] on a device, without augmentation: indices [B] -> [B, D]."""
 
     def __init__(self, points: Tensor) -> None:
         self.num_uniforms = 0
@@ -230,9 +247,13 @@ class PointBatches(Resident):
 
 
 def make_batches(inputs: Tensor, recipe: Data, record: Shaped, *, cropped: bool = False) -> Resident:
-    """Return batches of resident inputs: points (float32), or images (uint8) with the mean and deviation of `record`.
+    """Return batches of inputs that are in a device's memory.
 
-    See CropBatches for `cropped`.
+    Args:
+        inputs: images uint8 [N, H, W, channels] or points float32 [N, D], on the device.
+        recipe: table [data]: crop, augmentation and normalisation.
+        record: mean and deviation of the pixels, for normalisation "dataset".
+        cropped: as for CropBatches.
     """
     if inputs.dtype != torch.uint8:
         return PointBatches(inputs)
@@ -242,17 +263,30 @@ def make_batches(inputs: Tensor, recipe: Data, record: Shaped, *, cropped: bool 
 
 
 def stream_batches(reader: ImageReader, recipe: Data, record: Shaped, device: torch.device) -> Batches:
-    """Return batches of images that are read from disk when they are needed; `record` as for make_batches()."""
+    """Return batches of images that are read from disk on request, or earlier by prefetch().
+
+    Args:
+        reader: reads one image by index. Images of a FileReader are already cropped.
+        recipe: table [data]: crop, augmentation and normalisation.
+        record: mean and deviation of the pixels, for normalisation "dataset".
+        device: device on which images are augmented and normalised.
+    """
     none = torch.empty(0, *reader.shape, dtype=torch.uint8, device=device)
     maths = make_batches(none, recipe, record, cropped=isinstance(reader, FileReader))
     return StreamedBatches(reader, maths, device)
 
 
 def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.device) -> tuple[Batches, Tensor]:
-    """Return batches of a data set's split, and the class of each image [N] int64 on the CPU.
+    """Return batches of a split, and the class of each image [N] int64 on the CPU.
 
-    Images are resident if stored as tensors, or as shards that fit on the device (see hardware.fits()); else batches
-    are read from disk.
+    Images stored as tensors are loaded into the device's memory. Shards are loaded if hardware.fits() allows it. All
+    other images are read from disk, batch by batch.
+
+    Args:
+        dataset: data set folder.
+        split: "train", "val" or "test".
+        recipe: table [data]: crop, augmentation and normalisation.
+        device: device of the inputs.
 
     Raises:
         InputError: the split's files are missing or damaged.
@@ -268,7 +302,7 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
 
 
 def _open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileReader:
-    """Open the shards of a split, or its image files as a recipe crops them."""
+    """Return a reader of a split: its shards, or its image files with the crops of the recipe."""
     if dataset.storage == "shards":
         return dataset.shards(split)
     root = dataset.data_root
@@ -282,7 +316,16 @@ def _open_reader(dataset: Dataset, split: str, recipe: Data) -> Shards | FileRea
 
 
 def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """Yield images of a split as they are stored or tested on: uint8 [H, W, channels]; raises as open_batches()."""
+    """Yield images of a split without augmentation or normalisation: uint8 [H, W, channels] each.
+
+    Args:
+        dataset: data set folder.
+        split: "train", "val" or "test".
+        indices: positions in the split [n], in the order of the result.
+
+    Raises:
+        InputError: the split's files are missing or damaged.
+    """
     if dataset.storage == "tensors":
         images = dataset.read(split)[0].numpy()
         yield from (images[i] for i in indices)
@@ -291,7 +334,12 @@ def pictures(dataset: Dataset, split: str, indices: NDArray[np.int64]) -> Iterat
 
 
 class ClassPool:
-    """Images by class, for uniform draws within classes. Of the `labels` [N] int64, every class must have an image."""
+    """Images grouped by class, to sample uniformly within a class.
+
+    Args:
+        labels: class of each image [N] int64; every class needs at least one image.
+        num_classes: C.
+    """
 
     def __init__(self, labels: Tensor, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -300,7 +348,7 @@ class ClassPool:
         self._starts = self._counts.cumsum(0) - self._counts
 
     def draw(self, classes: Tensor, uniforms: Tensor) -> Tensor:
-        """One image index for each class [...], uniform within the class, from uniforms [...] float64."""
+        """Return one random image index per class: classes [...] int64, uniforms [...] float64 -> [...] int64."""
         counts = self._counts[classes]
         rank = (uniforms * counts).long().minimum(counts - 1)
         return self._order[self._starts[classes] + rank]

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from the published archive or from the Hugging Face Parquet layout, whichever is found.
 
-The published batches are Python pickles. Their content hash is checked before a byte is unpickled, and then the
-unpickler knows arrays, lists and text and nothing else, so no file can run code here.
+The published batches are Python pickles. Their hash is checked before anything is unpickled. The unpickler then
+accepts only arrays, lists and text, so no file can run code here.
 """
 
 import hashlib
@@ -28,19 +28,22 @@ _MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 
 @dataclass(frozen=True)
 class CifarArchive:
-    """One of the two sets as its authors publish it (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+    """Names, hashes and layout of a published archive (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
     name: str
     num_classes: int
     archive: str
+    """File name of the archive."""
     sha256: str
-    """Of the archive. Source: Keras's loader."""
+    """Hash of the archive. Source: Keras's loader."""
     folder: str
-    """The archive's one folder."""
+    """Name of the only folder in the archive."""
     train: Mapping[str, str]
     """Batch file -> MD5 of its content, in published order. Source: torchvision's loader."""
     test: Mapping[str, str]
+    """Test batch file -> MD5."""
     meta: Mapping[str, str]
+    """File with the class names -> MD5."""
     labels: str
     """Key of the labels in a batch."""
     names: str
@@ -80,11 +83,12 @@ CIFAR100 = CifarArchive(
 
 
 def read(places: list[Path], published: CifarArchive) -> Source:
-    """Read the set, in published order, from the first of the folders that has it: as the archive, its unpacked folder,
-    or Parquet files.
+    """Read a CIFAR set from the first folder in `places` that contains it. Images keep the published order.
+
+    A folder may contain the archive, the unpacked archive, or Parquet files.
 
     Raises:
-        InputError: none holds it, or what is there is not the published content, damaged, or of another layout.
+        InputError: no folder contains the set, or its files are damaged, of another layout or not the published ones.
     """
     for place in places:
         if (archive := place / published.archive).is_file():
@@ -101,7 +105,7 @@ def read(places: list[Path], published: CifarArchive) -> Source:
 
 
 def _source(published: CifarArchive, names: list[str], train: Split, test: Split, files: tuple[Path, ...]) -> Source:
-    """Return the set; refuse classes other than those of `published`."""
+    """Return the source; raise InputError if its classes are not the classes of `published`."""
     if len(names) != published.num_classes:
         raise InputError(
             f"{files[0]} names {len(names)} classes; expected {published.num_classes}",
@@ -116,21 +120,21 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
 
 
 def _from_archive(path: Path, published: CifarArchive) -> Source:
-    """The set from the .tar.gz; nothing is unpacked to disk."""
+    """Read the set from the .tar.gz, without unpacking it to disk."""
     data = read_bytes(path, limit=_MAX_ARCHIVE)
     check_published(path, "sha256", sha256(data), published.sha256)
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
 
         def member(name: str) -> bytes:
             file = archive.extractfile(f"{published.folder}/{name}")
-            assert file is not None  # the hash says which files are in it
+            assert file is not None  # the archive's hash is checked, so its files are known
             return file.read()
 
         return _from_batches(member, published, (path,))
 
 
 def _from_folder(folder: Path, published: CifarArchive) -> Source:
-    """The set from the unpacked archive."""
+    """Read the set from the unpacked archive."""
     files = tuple(folder / name for name in (*published.train, *published.test, *published.meta))
     return _from_batches(lambda name: read_bytes(folder / name, limit=_MAX_ARCHIVE), published, files)
 
@@ -156,10 +160,14 @@ def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files
 
 
 class _DataOnly(pickle.Unpickler):
-    """Unpickles arrays, and builtin containers and text, which need no name at all."""
+    """Unpickler that accepts only NumPy arrays, and builtin containers and text, which need no lookup of a name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that an array's pickle uses, under NumPy's old and new module names."""
+        """Return one of the few objects that an array's pickle names, under NumPy's old and new module names.
+
+        Raises:
+            pickle.UnpicklingError: the pickle names any other object.
+        """
         match (module, name):
             case ("numpy", "ndarray"):
                 return np.ndarray
@@ -173,7 +181,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
-    """Return a batch's dictionary; refuse bytes that are not the published ones, or hold more than data."""
+    """Return a batch's dictionary; raise InputError if the bytes are not the published ones, or more than data."""
     check_published(what, "MD5", hashlib.md5(data, usedforsecurity=False).hexdigest(), md5)
     try:
         # latin1: the batches are Python 2 pickles.
@@ -187,7 +195,7 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 
 
 def _from_parquet(folder: Path, published: CifarArchive) -> Source:
-    """The Hugging Face layout: train-*.parquet and test-*.parquet, columns img{bytes, path} and fine_label or label."""
+    """Read train-*.parquet and test-*.parquet of Hugging Face: columns img{bytes, path} and fine_label or label."""
     train_files, train = _parquet_split(folder, "train")
     test_files, test = _parquet_split(folder, "test")
     names = _class_names(train_files[0], num_classes=int(train.labels.max()) + 1)
@@ -209,9 +217,9 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
                 raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
-            # As a dictionary: an image that occurs a million times is held once.
+            # Dictionary encoding: an image that a file repeats a million times takes memory once.
             file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
-            # Images are compressed already; what grows much more than they do was made to fill the memory.
+            # Images are already compressed, so a file that expands far more was made to fill the memory.
             unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             if unpacked > 3 * len(data) + 2**20 or file.metadata.num_rows > len(data):
                 raise InputError(
@@ -222,7 +230,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
             labels.append(table[label].cast(pa.int64()).combine_chunks())
         except InputError:
             raise
-        except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
+        except Exception as fault:  # a damaged file can make pyarrow raise any exception
             raise InputError(f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy it again") from fault
         if missing := labels[-1].null_count:
             raise InputError(f"{path}: {missing} labels are missing")
@@ -234,7 +242,7 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
 
 
 def _class_names(path: Path, num_classes: int) -> list[str]:
-    """Class names from the file's Hugging Face metadata; class_0, class_1, ... where it has none."""
+    """Return the class names in the file's Hugging Face metadata; class_0, class_1, ... without such metadata."""
     import pyarrow.parquet as pq
 
     try:
@@ -249,7 +257,7 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
 
 
 def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
-    """Encoded images (PNG, WebP, JPEG) at `positions` -> uint8 [n, 32, 32, 3], as stored: no EXIF rotation."""
+    """Decode the images (PNG, WebP, JPEG) at `positions` [n] without EXIF rotation -> uint8 [n, 32, 32, 3]."""
     from PIL import Image
 
     images = np.empty((len(positions), *_SHAPE), dtype=np.uint8)
@@ -261,6 +269,6 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[n
                     if image.size != _SHAPE[:2]:
                         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
                     images[i] = np.asarray(image.convert("RGB"))
-            except Exception as fault:  # Pillow's plugins raise whatever a broken image makes them raise
+            except Exception as fault:  # a broken image can make Pillow's plugins raise any exception
                 raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
     return images

@@ -1,4 +1,4 @@
-"""Reading a data set folder that build-lt wrote."""
+"""Data set folders that build-lt wrote: their records, lists and images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,38 +21,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOOKED_FOR = 32
-"""Image files that --data-root is checked for."""
+"""Number of image files that are looked up below --data-root, to check the folder."""
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=255)]
 """Name of a file in the record's own folder."""
 
 SPLITS = ("train", "val", "test")
 Storage = Literal["tensors", "shards", "files"]
-"""One tensor per split; packed squares that are read one by one; the image files themselves, below data_root."""
+"""tensors: one tensor per split. shards: packed squares, read one by one. files: the image files below data_root."""
 
 
 class Shaped(Record):
-    """The fields of a record that say what a network takes: images with their statistics, or points."""
+    """Fields of a record that describe a network's input: the shape of images or points, and pixel statistics."""
 
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
+    """Image (H, W, channels) or point (D,)."""
     mean: list[Annotated[float, Field(allow_inf_nan=False)]]
+    """Mean per channel on the scale 0..1; empty for points, and for images that are not packed."""
     std: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    """Standard deviation per channel, as for `mean`."""
 
     @model_validator(mode="after")
     def _statistics_fit(self) -> "Shaped":
         channels = self.shape[-1] if len(self.shape) == 3 else 0
-        # Images that stay in their files have no statistics.
+        # The statistics are computed while images are packed. Images of storage "files" are not packed.
         if len(self.shape) == 2 or {len(self.mean), len(self.std)} not in ({channels}, {0}):
             raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
         return self
 
 
 class DatasetRequest(Record):
-    """The settings of build-lt; equal requests give equal data sets."""
+    """Settings of build-lt. Equal requests give equal data sets."""
 
     source: str
     rho: int | float | None
-    """Imbalance factor, as given: 20 and 20.0 are written differently."""
+    """Imbalance factor, with the type that was given: 20 and 20.0 are written differently."""
     profile: str | None
     subset_seed: int
     val_per_class: int
@@ -62,7 +65,7 @@ class DatasetRequest(Record):
     """Digest of the list of image files."""
     storage: Storage = "tensors"
     few_inclusive: bool = False
-    """Classes of exactly 20 training images are few."""
+    """Classes with exactly 20 training images belong to the group few."""
 
 
 class DatasetRecord(Shaped, DatasetRequest):
@@ -92,14 +95,14 @@ class DatasetRecord(Shaped, DatasetRequest):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set folder with a checked record; pixels are read on request."""
+    """A data set folder with a checked record. Pixels are read on request."""
 
     folder: Path
     record: DatasetRecord
     class_counts: NDArray[np.int64]
     """Training images per class [C]."""
     moved_to: Path | None = None
-    """Folder of the image files, if not that of the record."""
+    """Folder of the image files, if it is not the folder in the record."""
 
     @property
     def fingerprint(self) -> str:
@@ -120,40 +123,40 @@ class Dataset:
 
     @property
     def shape(self) -> list[int]:
-        """Shape of one image (H, W, channels) or point (2,)."""
+        """Shape of one image (H, W, channels) or point (D,)."""
         return self.record.shape
 
     @property
     def storage(self) -> Storage:
-        """How images are stored, and so what returns them: read(), shards() or paths()."""
+        """Form in which images are stored. It decides which method returns them: read(), shards() or paths()."""
         return self.record.storage
 
     @property
     def has_statistics(self) -> bool:
-        """Whether mean and deviation of the pixels are known, or not needed (points)."""
+        """True if mean and deviation of the pixels are known, or not needed (points)."""
         return self.storage != "files"
 
     @property
     def upright(self) -> bool:
-        """Whether images are rotated as EXIF says: people's own are, see decoding.py."""
+        """True if images are rotated by their EXIF tag. Only a user's own images are; see decoding.py."""
         return self.record.source == "image-folder"
 
     def recipe(self) -> str:
-        """Return the name of the default recipe for this data set; raise InputError if there is no such recipe."""
+        """Return the name of the default recipe for this data set; raise InputError if that recipe does not exist."""
         name = self.record.recipe
         try:
             find_recipe(name)
-        except UsageError as fault:  # the record names it, no user's --recipe
+        except UsageError as fault:  # an error of the record, not of the user's --recipe
             raise InputError(f"{self.folder / DATASET}: {fault.message}", fix="name one: --recipe") from fault
         return name
 
     def read(self, split: str) -> "tuple[Tensor, Tensor]":
-        """Return images uint8 [N, H, W, channels] or points float32 [N, 2], and labels [N] int64; of storage "tensors".
+        """Return images uint8 [N, H, W, channels] or points float32 [N, D], and labels [N] int64. Storage "tensors".
 
         Raises:
-            InputError: a file is missing or damaged, or a label lies outside the classes.
+            InputError: a file is missing or damaged, or a label is outside 0..C - 1.
         """
-        import torch  # takes seconds, and most commands read no images
+        import torch  # imported here: it takes seconds, and most commands read no images
 
         from cpmix_cli.artifacts.tensors import read_tensors
 
@@ -175,7 +178,7 @@ class Dataset:
         return inputs, labels
 
     def require(self, split: str) -> None:
-        """Raise InputError if there is no such split: val exists only if build-lt was asked for one."""
+        """Raise InputError if the split does not exist. val exists only if build-lt was given --val-per-class."""
         if split not in self.splits:
             raise InputError(
                 f"{self.folder} has no {split} split",
@@ -185,14 +188,16 @@ class Dataset:
 
     @property
     def splits(self) -> list[str]:
-        """Those of train, val and test that exist."""
+        """Names of the splits that exist, in the order train, val, test."""
         return [split for split in SPLITS if f"{split}.parquet" in self.record.files]
 
     def samples(self, split: str) -> pd.DataFrame:
-        """Return sample_id, label and source_index (or path, below `data_root`) of a split's images, in its order.
+        """Return the table of a split, one row per sample: sample_id, label and source_index.
+
+        If the samples are image files, the last column is path, relative to `data_root`.
 
         Raises:
-            InputError: the list is missing or damaged.
+            InputError: the table is missing or damaged.
         """
         path = self.folder / f"{split}.parquet"
         schema = tables.split_schema(self.data_root is not None)
@@ -205,16 +210,16 @@ class Dataset:
         return self.samples(split)["label"].to_numpy(np.int64)
 
     def paths(self, split: str) -> list[Path]:
-        """Return the image file of each sample of a split, if the source's images are files; raises as samples()."""
+        """Return the image file of each sample of a split [N], for sources with image files; raises as samples()."""
         root = self.data_root
-        assert root is not None  # DatasetRecord sees to it where images are read from their files
+        assert root is not None  # DatasetRecord requires data_root for storage "shards" and "files"
         return [root / path for path in self.samples(split)["path"]]
 
     def shards(self, split: str) -> Shards:
-        """Return the packed images of a split; of storage "shards".
+        """Return the packed images of a split. Storage "shards".
 
         Raises:
-            InputError: its hashes are damaged, or shards are missing or of another size.
+            InputError: the file of hashes is damaged, or a shard is missing or has the wrong size.
         """
         shards = self.recorded_shards(split)
         if missing := shards.missing():
@@ -223,7 +228,7 @@ class Dataset:
         return shards
 
     def recorded_shards(self, split: str) -> Shards:
-        """Return shards() without looking whether they exist."""
+        """Return the same as shards(), without a check that the shards exist."""
         path = self.folder / f"{split}-{HASHES}"
         table = tables.read_table(path, tables.HASHES_SCHEMA, self._sha(path))
         hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
@@ -236,7 +241,7 @@ class Dataset:
 
     @property
     def data_root(self) -> Path | None:
-        """Folder of the image files; None if the source's images are no files."""
+        """Folder of the image files; None if the source has no image files."""
         root = self.moved_to or self.record.data_root
         return Path(root) if root is not None else None
 
@@ -244,8 +249,15 @@ class Dataset:
 def unwritten_dataset(
     name: str, counts: NDArray[np.int64], shape: list[int], *, recipe: str, rho: float | None, storage: Storage
 ) -> Dataset:
-    """Return a data set that is in no folder, for timings on random pixels: `counts` [C] training images per class, of
-    `shape` (H, W, channels), stored as `storage`, with the default recipe `recipe`.
+    """Return a data set that exists only in memory, for timings on random pixels.
+
+    Args:
+        name: name of the data set and of its source.
+        counts: training images per class [C].
+        shape: image shape, [H, W, channels].
+        recipe: name of the default recipe.
+        rho: imbalance factor.
+        storage: form in which images would be stored.
     """
     fields: dict[str, Any] = {
         "name": name,
@@ -265,11 +277,15 @@ def unwritten_dataset(
 
 
 def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
-    """Return the data set in a folder; its image files are in `data_root`, if not where its record says.
+    """Open a data set folder.
+
+    Args:
+        folder: folder that build-lt wrote.
+        data_root: folder of the image files, if it is not the folder in the record.
 
     Raises:
-        InputError: no data set there, its record or class counts are damaged, or its images are not in `data_root`.
-        UsageError: a `data_root` for a set that has no image files.
+        InputError: no data set is there, its record or class counts are damaged, or images are not in `data_root`.
+        UsageError: `data_root` is given, but the data set has no image files.
     """
     path = folder / DATASET
     if not is_there(path):

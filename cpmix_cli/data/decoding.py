@@ -1,7 +1,6 @@
-"""Image files to pixels: RGB as it is stored or as it was taken, and the square that is packed and tested on.
+"""Image files to pixels: decoded RGB, and the centre square that is packed and tested on.
 
-The camera's EXIF rotation is applied to people's own images (`upright`). Benchmark sets are read without it, as
-everybody reads them.
+A user's own images are rotated by their EXIF tag (`upright`). Benchmark sets are not, as in published results.
 """
 
 import os
@@ -23,15 +22,19 @@ from cpmix_cli.runtime.errors import InputError, counted, indented
 
 T = TypeVar("T")
 SHOWN = 20
-"""Most unreadable files, or faults of a list, that a message shows."""
+"""Most unreadable files, or faulty lines of a list, that a message shows."""
 _AHEAD = 4096
-"""Calls that in_threads() queues at a time: a waiting call takes memory too."""
-_IO_THREADS = 16
+"""Calls that in_threads() queues at a time, since each waiting call takes memory."""
+_IO_THREADS = 16  # more than CPUs: on a network file system most of the time is waiting
 
 
 class UnreadableImages(InputError):
-    """Image files that cannot be read: a line 'PATH: why' each, of which the message shows the first `shown` (None:
-    all), and names the file `listed_in` that has all of them.
+    """Image files that cannot be read.
+
+    Args:
+        lines: "PATH: reason" per file.
+        shown: number of lines in the message; None shows all.
+        listed_in: file that contains all lines; the message names it.
     """
 
     def __init__(self, lines: Sequence[str], *, shown: int | None = None, listed_in: Path | None = None) -> None:
@@ -43,30 +46,47 @@ class UnreadableImages(InputError):
 
 
 def open_rgb(path: Path, *, upright: bool) -> Image.Image:
-    """Decode the whole image as RGB: as torchvision's loader does, or `upright`: rotated as EXIF says, transparency
-    laid on white. Raises whatever Pillow's plugins raise; reason() puts it in words.
+    """Decode a whole image file as RGB, as torchvision's loader does.
+
+    Args:
+        path: image file.
+        upright: also rotate the image by its EXIF tag, and lay transparency on white.
+
+    Raises:
+        Exception: any exception of Pillow's plugins; reason() describes it.
     """
     with open_file(path) as file, Image.open(file) as image:
         return _as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` (bilinear) and keep the middle `size` x `size`: torchvision's Resize(size) and
-    CenterCrop(size). The middle 224 of the middle 256 is the middle 224 of the whole.
+    """Resize the shorter side to `size` pixels (bilinear), then crop `size` x `size` at the centre.
+
+    Source: torchvision's Resize(size) and CenterCrop(size). A later centre crop of the result equals the same crop of
+    the resized image.
     """
-    from torchvision.transforms import functional  # a second of import that other data sets do not need
+    from torchvision.transforms import functional  # imported here: it takes a second, and most data sets have no files
 
     found: Image.Image = functional.center_crop(functional.resize(image, size), [size, size])
     return found
 
 
 def read_square(path: Path, size: int, *, upright: bool) -> Image.Image:
-    """Return square() of a file: the pixels that are packed, and tested on; raises as open_rgb()."""
+    """Decode a file and return its centre square, the pixels that are packed and tested on.
+
+    Args:
+        path: image file.
+        size: side of the square, in pixels.
+        upright: as for open_rgb().
+
+    Raises:
+        Exception: any exception of open_rgb().
+    """
     return square(open_rgb(path, upright=upright), size)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparency is laid on white, 16-bit grey keeps its upper 8 bits."""
+    """Convert to RGB. Transparency is laid on white; 16-bit grey keeps its upper 8 bits."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -78,23 +98,29 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(fault: Exception) -> str:
-    """Why an image cannot be read, on one line, without its path."""
+    """Return why an image cannot be read, on one line and without its path."""
     if isinstance(fault, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(fault, UnidentifiedImageError):
         return "not an image"
-    if isinstance(fault, InputError):  # no file
+    if isinstance(fault, InputError):  # from open_file(): "cannot read PATH: reason"
         return fault.message.partition(": ")[2]
     return " ".join(str(getattr(fault, "strerror", None) or fault).split()) or type(fault).__name__
 
 
 def in_threads(function: Callable[[int], T], count: int, *, threads: int | None = None) -> Iterator[T]:
-    """Yield function(0), function(1), ... in order, computed by as many threads as there are CPUs (or `threads`)."""
+    """Yield function(0), ..., function(count - 1) in this order, computed by several threads.
+
+    Args:
+        function: index -> result; called from any thread.
+        count: number of calls.
+        threads: number of threads; by default the number of CPUs that this process may use.
+    """
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         try:
             for first in range(0, count, _AHEAD):
                 yield from pool.map(function, range(first, min(first + _AHEAD, count)))
-        except BaseException:  # a signal: leaving the pool would wait for all that is left
+        except BaseException:  # a signal: without this, leaving the pool waits for all queued calls
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -109,21 +135,28 @@ def read_each(
 ) -> None:
     """Call use(i, read(paths[i])) for every image file, in threads.
 
+    Args:
+        paths: image files [N].
+        read: file -> content; may raise any exception.
+        use: takes the index of a file and its content; called from any thread.
+        progress: advances by one per file.
+        threads: number of threads; by default the number of CPUs that this process may use.
+
     Raises:
-        UnreadableImages: with every file that read() refused.
+        UnreadableImages: lists every file for which read() raised.
     """
 
     def work(i: int) -> str | None:
         try:
             found = read(paths[i])
-        except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
+        except Exception as fault:  # a broken file can make Pillow's plugins raise any exception
             return f"{paths[i]}: {reason(fault)}"
         use(i, found)
         return None
 
     unreadable = []
-    with warnings.catch_warnings():  # the process's: set around the threads and not in each
-        warnings.simplefilter("ignore")  # Pillow's name no file
+    with warnings.catch_warnings():  # filters belong to the process, so they are set outside the threads
+        warnings.simplefilter("ignore")  # Pillow's warnings do not name the file
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for line in in_threads(work, len(paths), threads=threads):
             progress.step()
@@ -133,7 +166,7 @@ def read_each(
 
 
 def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
-    """Return read_square() of people's own images: [n, size, size, 3]; raises as read_each()."""
+    """Return read_square() of a user's own images: [n, size, size, 3]; raises as read_each()."""
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     with console.Progress("read images", len(paths)) as progress:
         read_each(paths, partial(read_square, size=size, upright=True), images.__setitem__, progress)
@@ -141,7 +174,7 @@ def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
 
 
 def check_headers(paths: Sequence[Path]) -> None:
-    """Read as much of each file as gives its format and size; raise UnreadableImages with all that are no images."""
+    """Read the header of each file; raise UnreadableImages with every file that is not an image."""
 
     def look(path: Path) -> None:
         with open_file(path) as file, Image.open(file):
@@ -152,10 +185,7 @@ def check_headers(paths: Sequence[Path]) -> None:
 
 
 def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Return the bytes of each file [N]; raise UnreadableImages with all that are missing, empty or no files.
-
-    Many threads: on a network file system most of the time is waiting.
-    """
+    """Return the bytes of each file [N]; raise UnreadableImages with every path that is missing, empty or no file."""
 
     def size(path: Path) -> int:
         found = path.stat()
@@ -170,7 +200,7 @@ def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
 
 
 def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Return the results of all calls; raise UnreadableImages with the files of all calls that raised it."""
+    """Make all calls and return their results; if some raise UnreadableImages, raise one with the files of all."""
     results, unreadable = [], []
     for call in calls:
         try:

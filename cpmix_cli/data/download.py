@@ -1,6 +1,6 @@
-"""Fetching published sets: the only file that reads a network, and only for `build-lt --download`.
+"""Downloads of published sets: the only file that reads a network, and only for `build-lt --download`.
 
-Pooch does the work: a temporary file, a hash, then a rename; a file with the right hash is not fetched again.
+Pooch writes a temporary file, checks its hash and renames it. A file with the right hash is not fetched again.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,21 @@ REMOTES: Mapping[str, Mapping[str, str]] = {
         f"{_FASHION}/t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     },
 }
-"""Source -> URLs of its files -> sha256 of each, for sources with a public copy."""
+"""Source with a public copy -> URL of each file -> its sha256."""
 
 
 def download(source: str, folder: Path, remotes: Mapping[str, Mapping[str, str]] = REMOTES) -> None:
-    """Fetch the files of a source in `remotes` into a folder, which is made if missing.
+    """Fetch the published files of a source.
+
+    Args:
+        source: name of the source.
+        folder: folder that the files are written to; it is created if missing.
+        remotes: source -> URL of each file -> its sha256.
 
     Raises:
         UsageError: the source has no public copy.
         InputError: a fetched file is not the published one.
-        EnvironmentFault: the network or the disk does not allow it.
+        EnvironmentFault: the network fails, or a file cannot be written.
     """
     if source not in remotes:
         raise UsageError(
@@ -43,7 +48,7 @@ def download(source: str, folder: Path, remotes: Mapping[str, Mapping[str, str]]
     import requests
 
     files.make_folder(folder)
-    pooch.get_logger().setLevel("ERROR")  # it would print
+    pooch.get_logger().setLevel("ERROR")  # at lower levels it prints
     for url, sha in remotes[source].items():
         name = url.rpartition("/")[2]
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""People's own images: class sub-folders of files of any format that Pillow reads."""
+"""A user's own images: one sub-folder per class, with files of any format that Pillow reads."""
 
 import os
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 def listing(root: Path, paths: Sequence[str]) -> str:
-    """Return a digest of names and sizes: it changes if a file is added, removed or replaced by one of another size."""
+    """Return a digest of the names and sizes of files. It changes if a file is added, removed or changes its size."""
     sizes = [(root / path).stat().st_size if (root / path).exists() else None for path in paths]
     return digest(list(zip(paths, sizes, strict=True)))
 
 
 def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -> tuple[list[str], Split]:
-    """Return class names, and image files with their classes, sorted class by class.
+    """Return class names, and the image files of all classes, sorted within each class.
 
     Args:
         root: folder that the files' paths are relative to.
-        below: the folder in it (or "") whose sub-folders are the classes, by name; files deeper down belong to them.
+        below: folder in `root` with one sub-folder per class; "" is `root` itself. Files at any depth count.
         class_names: classes of a trained network, if there is one; a class may then have no sub-folder.
 
     Raises:
-        InputError: no such folder, no class sub-folders, classes without an image, or a sub-folder of an unknown class.
+        InputError: the folder or its sub-folders are missing, a class has no image, or a sub-folder's class is unknown.
     """
     folder = root / below
     found = sorted(_visible_folders(folder), key=lambda f: f.name)
@@ -64,10 +64,10 @@ def scan(root: Path, below: str = "", *, class_names: list[str] | None = None) -
 
 
 def find_images(places: Sequence[Path]) -> list[Path]:
-    """Return files as given, and all image files below folders, sorted.
+    """Return the image files in `places`: a file as given, a folder as all image files below it, sorted.
 
     Raises:
-        InputError: a place that does not exist, or a folder without images.
+        InputError: a place does not exist, or a folder contains no images.
     """
     found: list[Path] = []
     for place in places:
@@ -89,12 +89,12 @@ def _visible_folders(folder: Path) -> list[Path]:
         raise InputError(
             f"cannot read {folder}: {fault.strerror or fault}", fix="give the folder with --data-root FOLDER"
         ) from fault
-    # Tools leave hidden folders and "__MACOSX" behind.
+    # Hidden folders and "__MACOSX" are leftovers of tools, not classes.
     return [e for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != "__MACOSX"]
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All visible files below a folder; linked folders are followed, each once."""
+    """Return all visible files below a folder. Linked folders are followed, each once."""
     files: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):

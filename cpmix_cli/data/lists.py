@@ -1,7 +1,7 @@
 """Lists of image files: the official splits of ImageNet-LT, Places-LT and iNaturalist 2018, and a user's own.
 
-A list has a line 'PATH LABEL' per image, the path below the folder of the images. Lists are checked here; whether the
-files exist is checked where they are read.
+A list has one line 'PATH LABEL' per image, with the path relative to the folder of the images. Only the lists are
+checked here. The image files are checked where they are read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,17 +22,18 @@ _MAX_LIST = 500_000_000  # bytes; iNaturalist's training list has 30 million
 
 @dataclass(frozen=True)
 class OfficialLists:
-    """Facts of a published set, to check its lists against."""
+    """Counts of a published set, against which its lists are checked."""
 
     name: str
     lists: Mapping[str, str]
-    """Split -> file."""
+    """Split -> file name of its list."""
     num_images: Mapping[str, int]
-    """Split -> images."""
+    """Split -> number of images."""
     num_classes: int
     largest: int
     """Training images of the largest class."""
     smallest: int
+    """Training images of the smallest class."""
 
 
 # Source: the released text files, counted.
@@ -53,7 +54,7 @@ PLACES_LT = OfficialLists(
     smallest=5,
 )
 INATURALIST2018 = OfficialLists(
-    "inaturalist2018",  # tested on its validation images, as everywhere
+    "inaturalist2018",  # tested on its validation images, as in published results
     {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"},
     {"train": 437_513, "test": 24_426},
     num_classes=8142,
@@ -63,11 +64,16 @@ INATURALIST2018 = OfficialLists(
 
 
 def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
-    """Read the lists of a published set; its image files are below `root`.
+    """Read the lists of a published set.
+
+    Args:
+        list_dir: folder of the lists.
+        published: counts of the set, against which the lists are checked.
+        root: folder of the image files.
 
     Raises:
-        InputError: a list is missing or malformed, differs from the published one, or has a training image that is a
-            test image as well.
+        InputError: a list is missing or malformed, its counts are not the published ones, or an image is in the
+            training list and in the test list.
     """
     files = {split: list_dir / name for split, name in published.lists.items()}
     splits = _read_all(files, published.num_classes)
@@ -86,8 +92,10 @@ def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
 
 
 def read_own(list_dir: Path, root: Path) -> Source:
-    """Read a user's own lists: the files whose names end in train.txt, test.txt and (if there is one) val.txt; raises
-    as read(), but there is nothing published to compare with.
+    """Read a user's own lists: the files whose names end in train.txt, test.txt and, if one exists, val.txt.
+
+    Raises:
+        InputError: a list is missing or malformed, or an image is in the training list and in the test list.
     """
     found: dict[str, Path] = {}
     for split in ("train", "val", "test"):
@@ -121,7 +129,7 @@ def _source(files: Mapping[str, Path], splits: Mapping[str, Split], root: Path, 
 
 
 def _read_all(files: Mapping[str, Path], num_classes: int | None) -> dict[str, Split]:
-    """Read the lists of a set; labels are 0 to num_classes - 1 (None: to the largest label)."""
+    """Read the lists of a set and check that labels are 0 to num_classes - 1 (None: 0 to the largest label)."""
     splits = {name: read_list(path) for name, path in files.items()}
     if num_classes is None:
         num_classes = 1 + max(int(split.labels.max()) for split in splits.values())
@@ -141,7 +149,11 @@ def _read_all(files: Mapping[str, Path], num_classes: int | None) -> dict[str, S
 
 
 def read_list(path: Path) -> Split:
-    """Read one list; empty lines are skipped. A path may not lead out of the folder, nor occur twice."""
+    """Read one list. Empty lines are skipped.
+
+    Raises:
+        InputError: a line is malformed, a path leads out of the folder or occurs twice, or no image is listed.
+    """
     data = read_bytes(path, limit=_MAX_LIST)
     try:
         lines = data.decode().split("\n")
@@ -171,7 +183,7 @@ def read_list(path: Path) -> Split:
 
 
 def _refuse(path: Path, faults: Mapping[int, str]) -> None:
-    """Refuse a list with faults: line number -> what is wrong."""
+    """Raise InputError if a list has faults: line number -> what is wrong."""
     if faults:
         lines = [f"line {number}: {why}" for number, why in faults.items()]
         raise InputError(
@@ -180,7 +192,7 @@ def _refuse(path: Path, faults: Mapping[int, str]) -> None:
 
 
 def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> None:
-    """Refuse a training image that is a test image as well, which makes every accuracy wrong; warn of one in val."""
+    """Raise InputError if a training image is also a test image, which falsifies the accuracy; warn of one in val."""
     for first, second in combinations(splits, 2):
         images = set(splits[second].paths)
         shared = [path for path in splits[first].paths if path in images]
@@ -194,7 +206,7 @@ def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> N
 
 
 def _class_names(splits: Iterable[Split], num_classes: int) -> list[str]:
-    """Return the names of the images' folders if each class has a folder to itself; else the labels."""
+    """Return folder names as class names if each class has a folder of its own; else the labels."""
     pairs = {
         (path.rpartition("/")[0].rpartition("/")[2], label)
         for split in splits

@@ -1,7 +1,7 @@
-"""Packed images: files of fixed-size records uint8 [S, S, 3], decoded once, and a sha256 for each image beside them.
+"""Shards of packed images: decoded squares uint8 [S, S, 3], one after the other, with a file of one sha256 per image.
 
-A set may be larger than the memory: images are written one by one and read by pread (memory mapping breaks on network
-file systems). An image is verified when a process first reads it.
+A set may be larger than the memory, so images are written and read one by one. They are read by pread, because memory
+mapping fails on network file systems. An image is verified when a process first reads it.
 """
 
 import os
@@ -26,12 +26,12 @@ from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import InputError, indented
 
 SHARD_IMAGES = 2048
-"""Images of a new shard: 403 MB at 256 x 256; iNaturalist 2018 has 226 shards."""
+"""Images per new shard: 403 MB at 256 x 256 pixels, and 226 shards for iNaturalist 2018."""
 REPAIR = "delete that shard, then rerun its build-lt command, which packs missing shards again"
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard, counted from 0."""
+    """Return the file name of a shard, counted from 0."""
     return f"{split}-{number:05d}.shard"
 
 
@@ -45,14 +45,14 @@ class Shards:
     hashes: NDArray[np.uint8]
     """sha256 of each image [N, 32]."""
     shape: list[int]
-    """[S, S, 3], of an image."""
+    """Shape of an image, [S, S, 3]."""
     shard_images: int
-    """Images of each shard but the last."""
+    """Images per shard; the last shard may have fewer."""
 
     def __post_init__(self) -> None:
         self._files: dict[int, int] = {}
         self._opening = threading.Lock()
-        self._verified = bytearray(len(self.hashes))  # one byte per image: threads set them without a lock
+        self._verified = bytearray(len(self.hashes))  # bytes, not bits: threads set them without a lock
         self._image_bytes = int(np.prod(self.shape))
 
     def __del__(self) -> None:
@@ -60,7 +60,7 @@ class Shards:
             os.close(descriptor)
 
     def __len__(self) -> int:
-        """N."""
+        """Return N, the number of images."""
         return len(self.hashes)
 
     @property
@@ -74,18 +74,23 @@ class Shards:
         return len(self) * self._image_bytes
 
     def path(self, number: int) -> Path:
-        """File of a shard."""
+        """Return the file of a shard."""
         return self.folder / shard_name(self.split, number)
 
     def images(self, number: int) -> range:
-        """Indices of the images in a shard."""
+        """Return the indices of the images in a shard."""
         return range(number * self.shard_images, min((number + 1) * self.shard_images, len(self)))
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """Read image `index` into uint8 [S, S, 3], contiguous. `uniforms` are not used: the device augments.
+        """Read one image.
+
+        Args:
+            index: index of the image in the split.
+            uniforms: ignored, because packed images are augmented on the device.
+            into: output, uint8 [S, S, 3], contiguous.
 
         Raises:
-            InputError: the image's shard is missing, too short or damaged there.
+            InputError: the shard is missing or too short, or the image is damaged.
         """
         number, place = divmod(index, self.shard_images)
         path, target = self.path(number), into.data.cast("B")
@@ -106,14 +111,14 @@ class Shards:
         self._verified[index] = 1
 
     def load_all(self) -> NDArray[np.uint8]:
-        """All images in memory: uint8 [N, S, S, 3]; raises as read()."""
+        """Read all images into memory and return them: uint8 [N, S, S, 3]; raises as read()."""
         images = np.empty((len(self), *self.shape), dtype=np.uint8)
         for _ in in_threads(lambda i: self.read(i, None, images[i]), len(self)):
             pass
         return images
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are missing or not of their size; their content is not read."""
+        """Return the numbers of the shards that are missing or have the wrong size, without reading their content."""
 
         def is_whole(number: int) -> bool:
             with suppress(OSError):
@@ -123,7 +128,7 @@ class Shards:
         return [number for number in range(self.num_shards) if not is_whole(number)]
 
     def verify(self) -> None:
-        """Read every image; raise InputError with the damaged ones, shard by shard."""
+        """Read every image; raise InputError with the number of damaged images per shard."""
         found: dict[int, list[int]] = {}
 
         def is_damaged(index: int) -> bool:
@@ -146,7 +151,7 @@ class Shards:
             raise InputError(f"damaged shards:{indented(lines, SHOWN)}", fix=REPAIR)
 
     def _open(self, number: int) -> int:
-        """Descriptor of a shard; each is opened once."""
+        """Return the file descriptor of a shard. Each shard is opened once."""
         if (descriptor := self._files.get(number)) is not None:
             return descriptor
         with self._opening:
@@ -161,66 +166,76 @@ class Shards:
 
 
 class PackedShard(Record):
-    """Record of a finished shard, from which an interrupted build continues."""
+    """Record of a finished shard. A build that was interrupted continues from these records."""
 
     images: str
-    """Digest of the packed files, their sizes, and how they were packed."""
+    """Digest of the image files' paths and sizes, and of the packing settings."""
     hashes: str
-    """sha256 of each image, in hexadecimal, one after the other."""
+    """Concatenated sha256 of all images, in hexadecimal."""
     values: list[list[int]]
-    """How often each value occurs in each channel [3, 256]."""
+    """Histogram of the pixel values per channel [3, 256]."""
 
 
 @dataclass
 class Packing:
     """Images to pack as the shards of a split.
 
-    Until the data set is finished, a published shard has a PackedShard beside it: the same command continues from it.
+    Until the data set is finished, each published shard has a PackedShard record beside it. If the build is
+    interrupted, the same command continues from these records.
     """
 
     folder: Path
     """The data set's folder."""
     split: str
     root: Path
+    """Folder of the image files."""
     paths: Sequence[str]
-    """Image files [N], below root."""
+    """Image files [N], relative to `root`."""
     sizes: NDArray[np.int64]
-    """Bytes of each file [N]: path and size tell whether a shard is of these images."""
+    """Bytes of each file [N]. Path and size identify the images of a shard."""
     size: int
-    """S."""
+    """S, side of the packed squares in pixels."""
     upright: bool
-    """Rotate images as EXIF says."""
+    """Rotate images by their EXIF tag; see decoding.py."""
     shard_images: int
+    """Images per shard; the last shard may have fewer."""
 
     def __post_init__(self) -> None:
         self.hashes = np.zeros((len(self.paths), 32), dtype=np.uint8)
-        """sha256 of the images that are packed [N, 32]."""
+        """sha256 of each image [N, 32]; zeros until the image is packed."""
         self._values = np.zeros((3, 256), dtype=np.int64)
-        """How often each value occurs in each channel of them."""
+        """Histogram of the packed pixel values per channel."""
         self._shards = Shards(self.folder, self.split, self.hashes, [self.size, self.size, 3], self.shard_images)
 
     def left(self) -> list[int]:
-        """Return the shards to be packed; those that an earlier build finished are taken over."""
+        """Return the numbers of the shards that remain to be packed. Shards of an earlier build of these images count
+        as packed, and their hashes are loaded.
+        """
         missing = set(self._shards.missing())
         return [n for n in range(self._shards.num_shards) if n in missing or not self._taken_over(n)]
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel of all images, on the scale 0..1."""
+        """Return mean and standard deviation of the pixels, [3] each, on the scale 0..1."""
         scale = np.arange(256) / 255
         mean = self._values @ scale / self._values.sum(1)
         variance = (self._values * (scale - mean[:, None]) ** 2).sum(1) / self._values.sum(1)
         return mean.tolist(), np.sqrt(variance).tolist()
 
     def num_bytes(self, shards: Sequence[int]) -> int:
-        """Bytes of these shards."""
+        """Return the bytes of these shards together."""
         return sum(len(self._shards.images(number)) for number in shards) * 3 * self.size**2
 
     def pack(self, shards: Sequence[int], lock: locks.Lock, *, expected: NDArray[np.uint8] | None = None) -> None:
-        """Decode, publish and hash these shards, the files of each in threads.
+        """Decode images, and publish the shards with their records. The files of a shard are decoded in threads.
+
+        Args:
+            shards: numbers of the shards to pack.
+            lock: lock on the data set's folder.
+            expected: hashes of an earlier packing [N, 32] that the images must have.
 
         Raises:
-            UnreadableImages: with every file that is no image; the shards without one are published.
-            InputError: images differ from the `expected` hashes [N, 32] of an earlier packing.
+            UnreadableImages: lists every file that is not an image. Shards without such a file are published.
+            InputError: an image differs from its `expected` hash.
             EnvironmentFault: a shard cannot be written.
         """
         if not shards:
@@ -270,7 +285,7 @@ class Packing:
         signals.state_is_saved()
 
     def _taken_over(self, number: int) -> bool:
-        """Whether a shard that exists is of these images; its hashes and values are taken over then."""
+        """Return whether an existing shard contains these images; if so, load its hashes and histogram."""
         try:
             record = records.read_record(self._record(number), PackedShard)
             if record.images != self._key(number):

@@ -1,7 +1,7 @@
 """Sources of images: add a data set here.
 
-A source is a function (--data-root, --list-dir) -> Source; its name in SOURCES is the SOURCE of `build-lt`. Nothing
-here reads a network: see download.py.
+A source is a function (--data-root, --list-dir) -> Source. Its name in SOURCES is the SOURCE argument of `build-lt`.
+No function here reads a network; see download.py.
 """
 
 import gzip
@@ -24,24 +24,24 @@ _DOWNLOADS = Path("data/download")
 IMAGE_SIZE = 64
 """Default of --image-size."""
 LARGE_IMAGE_SIZE = 256
-"""Default of --image-size for images that stay in their files."""
+"""Default of --image-size if images stay in their files."""
 
 
 def places(source: str, data_root: Path | None) -> list[Path]:
-    """Return the folders that may hold a source's files: --data-root, or a folder of the source's name in it."""
+    """Return the folders in which a source's files are looked up: DATA_ROOT/SOURCE, then DATA_ROOT."""
     root = data_root or _DOWNLOADS
     return [root / source, root]
 
 
 def digits(data_root: Path | None, list_dir: Path | None) -> Source:
-    """1,797 handwritten digits of 8 x 8 grey pixels, bundled with scikit-learn (UCI, test part: 13 writers).
+    """Return scikit-learn's digits: 1,797 handwritten digits of 8 x 8 grey pixels (UCI, test part: 13 writers).
 
-    The bundle has no test split: 50 images per class are held out, by the same writers as the training images.
+    The bundle has no test split, so 50 images per class are held out. Training and test images have the same writers.
     """
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    # A value is the number of set pixels of a block, 0 to 16.
+    # Values are 0 to 16, the number of set pixels in a block of 4 x 4.
     images = (bundle.images * (255 / 16)).round().astype(np.uint8)[..., None]
     return Source(
         class_names=[str(name) for name in bundle.target_names],
@@ -53,16 +53,17 @@ def digits(data_root: Path | None, list_dir: Path | None) -> Source:
 
 
 TOY_SIMILAR = {2: 0, 3: 1}
-"""Minority of the toy data -> the majority beside it."""
+"""Minority class of the toy data -> the nearest majority class."""
 
 
 def toy(data_root: Path | None, list_dir: Path | None) -> Source:
-    """Four Gaussians in the plane: majorities red (0, 1) and purple (1, 0), minorities grey (-1, 0) and yellow (0, -1).
+    """Return the toy data: points of four Gaussians with standard deviation 0.4 in the plane.
 
-    1,000 training points per class are drawn, of which the profile keeps 1,000 / rho of the minorities; 1,000 test
-    points per class. The points are the same at every rho and subset seed.
+    The majority classes are red at (0, 1) and purple at (1, 0), the minority classes grey at (-1, 0) and yellow at
+    (0, -1). Each class has 1,000 training and 1,000 test points. The step profile keeps 1,000 / rho training points
+    of a minority class. The points are the same for every rho and subset seed.
 
-    Paper: Sec. 3.1, B.1, Fig. 2(a): grey lies beside red, yellow beside purple.
+    Paper: Sec. 3.1, B.1, Fig. 2(a): grey is next to red, yellow next to purple.
     """
     centres = np.array([[0, 1], [1, 0], [-1, 0], [0, -1]], dtype=np.float64)
     noise = np.random.Generator(np.random.PCG64(0)).normal(0.0, 0.4, size=(2, 4, 1000, 2))
@@ -79,19 +80,19 @@ def toy(data_root: Path | None, list_dir: Path | None) -> Source:
 
 
 def cifar10(data_root: Path | None, list_dir: Path | None) -> Source:
-    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 RGB, see cifar.read()."""
+    """Return CIFAR-10: 50,000 training and 10,000 test images, 32 x 32 RGB, 10 classes; raises as cifar.read()."""
     return cifar.read(places("cifar10", data_root), cifar.CIFAR10)
 
 
 def cifar100(data_root: Path | None, list_dir: Path | None) -> Source:
-    """CIFAR-100 with its 100 fine classes: 50,000 training and 10,000 test images of 32 x 32 RGB, see cifar.read()."""
+    """Return CIFAR-100: 50,000 training, 10,000 test images, 32 x 32 RGB, 100 fine classes; raises as cifar.read()."""
     return cifar.read(places("cifar100", data_root), cifar.CIFAR100)
 
 
 FASHION_NAMES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
-_FASHION_FILES = {  # sha256 of the content, which is the same however it was compressed
+_FASHION_FILES = {  # sha256 of the uncompressed content: compressed files differ between copies
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -102,12 +103,13 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
-    """Fashion-MNIST: 60,000 and 10,000 images of 28 x 28 grey, 10 classes, from the published IDX files (.gz or not).
+    """Return Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28 grey, 10 classes.
 
-    Without --data-root, those of Debian's package dataset-fashion-mnist are found.
+    The files are the published IDX files, with or without .gz. Without --data-root, the folder of Debian's package
+    dataset-fashion-mnist is also searched.
 
     Raises:
-        InputError: files missing, or not the published content.
+        InputError: files are missing, or are not the published ones.
     """
     folders = [*places("fashion-mnist", data_root), *([] if data_root else [DEBIAN_FASHION])]
     first = next(iter(_FASHION_FILES))
@@ -119,7 +121,7 @@ def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
             "or apt install dataset-fashion-mnist",
         )
     paths, content = zip(*(_fashion_file(folder, name, sha) for name, sha in _FASHION_FILES.items()), strict=True)
-    # IDX: a header of 4 bytes and 4 per axis, then the values; the hash vouches for both.
+    # IDX: a header of 4 bytes plus 4 per axis, then the values. The hash is checked, so the header is not parsed.
     images, test_images = (np.frombuffer(c, np.uint8, offset=16).reshape(-1, 28, 28, 1) for c in content[::2])
     labels, test_labels = (np.frombuffer(c, np.uint8, offset=8).astype(np.int64) for c in content[1::2])
     return Source(
@@ -132,11 +134,11 @@ def fashion_mnist(data_root: Path | None, list_dir: Path | None) -> Source:
 
 
 def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
-    """Path and content of NAME or NAME.gz."""
+    """Return path and uncompressed content of NAME or NAME.gz."""
     path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
     data = read_bytes(path, limit=_MAX_FASHION_FILE)
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # a limit: it may be a bomb
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # read with a limit: the file may expand to any size
             content = file.read(_MAX_FASHION_FILE) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as fault:
         raise InputError(f"{path} is damaged: {fault}", fix="copy or fetch it again") from fault
@@ -145,10 +147,13 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
 
 
 def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
-    """Read the user's own images: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE, or the
-    paths of lists; raises as image_folder.scan() and lists.read_own().
+    """Return a user's own images, from lists if --list-dir is given, else from one sub-folder per class.
 
-    All images are kept; with --rho, the largest exponential profile that the classes allow by rank.
+    The layout is FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE. By default all images
+    are kept. --rho keeps the largest exponential profile by rank; see longtail.ranked_counts().
+
+    Raises:
+        InputError: as image_folder.scan() and lists.read_own(), --data-root is missing, or there is only one class.
     """
     root = _root_of("image-folder", data_root)
     if list_dir is not None:
@@ -176,7 +181,7 @@ def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
 
 
 def _root_of(source: str, data_root: Path | None) -> Path:
-    """Return the folder of the image files; refuse a missing --data-root."""
+    """Return the folder of the image files; raise InputError if --data-root is missing."""
     if data_root is None:
         raise InputError(
             f"{source} needs the folder that holds the images",

@@ -1,4 +1,4 @@
-"""Records of a source: its labelled samples, in memory or as image files, before any class is made rare."""
+"""Sources and splits: labelled samples in memory or in image files, before a long-tailed subset is chosen."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from cpmix_cli.runtime.errors import InputError
 
 
 class Split:
-    """Labelled samples: the training pool of a source, a split of its own, or the part of one chosen for a data set.
+    """Labelled samples: a split of a source, or a subset of one.
 
     Args:
         labels: class of each sample [N].
-        read: positions [n] -> images uint8 [n, H, W, channels] or points float32 [n, 2]; None if samples are files.
-        paths: image file of each sample [N], below Source.root; empty if samples are no files.
+        read: positions [n] -> images uint8 [n, H, W, channels] or points float32 [n, 2]; None for image files.
+        paths: image file of each sample [N], relative to Source.root; empty if samples are not files.
         positions: position of each sample in the source's order [N]; 0 to N - 1 by default.
     """
 
@@ -34,46 +34,57 @@ class Split:
         self._read = read
 
     def take(self, positions: NDArray[np.int64]) -> "Split":
-        """Return the samples at `positions` [n]."""
+        """Return the subset of the samples at `positions` [n]."""
         paths = [self.paths[i] for i in positions] if self.paths else ()
         return Split(self.labels[positions], self._read, paths, self.positions[positions])
 
     def load(self) -> NDArray[Any]:
-        """Return samples that are no files: [N, ...]; raise InputError if an image of the source cannot be decoded."""
+        """Return the samples [N, ...] if they are not files; raise InputError if an image cannot be decoded."""
         assert self._read is not None
         return np.ascontiguousarray(self._read(self.positions))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A balanced (or naturally imbalanced) labelled set."""
+    """A balanced or naturally imbalanced labelled set, from which build-lt takes a subset."""
 
     class_names: list[str]
     pool: Split
-    """Training images or points."""
+    """Training samples."""
     recipe: str
-    """Recipe for this source where none is named."""
+    """Default recipe."""
     default_rho: float | None = None
-    """Imbalance factor where none is given; None keeps all samples."""
+    """Default imbalance factor; None keeps all samples."""
     profile: str = "exponential"
+    """Default profile, a key of longtail.PROFILES."""
     test: Split | None = None
-    """The source's test split; None holds `test_per_class` samples of each class out of the pool."""
+    """Test split of the source. If None, `test_per_class` samples per class are held out of the pool."""
     val: Split | None = None
-    """The source's val split, if it has one."""
+    """Val split of the source, if it has one."""
     test_per_class: int | None = 0
-    """Test samples per class where none are given; None: the smaller of 10 and 20 per cent."""
+    """Default number of test samples held out per class; None: 20 % of the class, at most 10."""
     files: tuple[Path, ...] = ()
-    """Source files; the data set records their hashes."""
+    """Source files. The data set records their hashes."""
     root: Path | None = None
-    """Folder of the image files; None if samples are no files."""
+    """Folder of the image files; None if samples are not files."""
     listing: str | None = None
     """Digest of the image files' names and sizes, or of the lists."""
     name: str = ""
-    """Name of the user's folder: part of the data set's name."""
+    """Name of the user's folder, for the name of the data set."""
 
 
 def check_published(what: object, kind: str, found: str, published: str) -> None:
-    """Raise InputError if the hash of a file (`what`, of the `kind` sha256 or MD5) is not the published one."""
+    """Compare a file's hash with the published one.
+
+    Args:
+        what: the file, as the message names it.
+        kind: kind of hash, as the message names it: "sha256" or "MD5".
+        found: hex digest of the file.
+        published: hex digest of the published file.
+
+    Raises:
+        InputError: the hashes differ.
+    """
     if found != published:
         raise InputError(
             f"{what} is not the published file: its {kind} is {found}, published is {published}",
@@ -82,7 +93,16 @@ def check_published(what: object, kind: str, found: str, published: str) -> None
 
 
 def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
-    """Raise InputError if one of labels [N] is not 0 to num_classes - 1."""
+    """Check that all labels are in 0..num_classes - 1.
+
+    Args:
+        path: file of the labels, for the message.
+        labels: class of each sample [N].
+        num_classes: C.
+
+    Raises:
+        InputError: a label is outside the range.
+    """
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if not 0 <= low <= high < num_classes:
         raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}")

@@ -1,4 +1,4 @@
-"""Writing the images of a data set: one tensor per split, shards, or none (they stay in files); see Storage."""
+"""Storage of a data set's images: as one tensor per split, as shards, or in their original files; see Storage."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,14 +21,22 @@ from cpmix_cli.runtime.errors import InputError
 
 
 def take(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Split]:
-    """Return the splits that the source has itself, and for the others `parts` of its pool; no empty val."""
+    """Return the splits of a data set: split -> samples. An empty val split is left out.
+
+    A test or val split of the source is used whole. The other splits are the positions `parts` [n] of its pool.
+    """
     of_source = {"train": None, "val": source.val, "test": source.test}
     splits = {name: split or source.pool.take(parts[name]) for name, split in of_source.items()}
     return {name: split for name, split in splits.items() if len(split.labels) or name != "val"}
 
 
 def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray[np.int64]]:
-    """Return the bytes of each image file, by split; raise UnreadableImages with all that are missing."""
+    """Return the size in bytes of each image file: split -> [N].
+
+    Raises:
+        UnreadableImages: lists the files that are missing, empty or not files.
+        InputError: all files are missing.
+    """
     paths = _files(root, splits.values())
     try:
         sizes = file_sizes(paths)
@@ -49,22 +57,34 @@ def _files(root: Path, splits: Iterable[Split]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Stored:
-    """The images of a data set as they were written."""
+    """Record of the images that were written for a data set."""
 
     shape: list[int]
+    """Shape of an image [H, W, channels] or point [D]."""
     mean: list[float]
+    """Mean per channel of the training images on the scale 0..1; empty if not computed."""
     std: list[float]
+    """Standard deviation per channel, as for `mean`."""
     files: dict[str, str]
     """File name -> sha256."""
     digests: dict[str, dict[str, str]]
-    """Parts of the fingerprint, by split, besides labels and positions."""
+    """Split -> digests that enter the fingerprint, besides labels and positions."""
     keys: dict[str, Any] = field(default_factory=dict)
-    """More keys for dataset.json."""
+    """Further fields of dataset.json."""
 
 
 def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, size: int) -> Stored:
-    """Write all pixels (or points) of a split to one file; image files below `root` become squares of `size` pixels.
-    Raises UnreadableImages with every file that cannot be read.
+    """Write each split to one safetensors file with its pixels or points, and its labels.
+
+    Args:
+        folder: folder of the data set.
+        splits: split -> samples.
+        root: folder of the image files; None if samples are not files.
+        size: side in pixels of the squares that image files are resized and cropped to.
+
+    Raises:
+        UnreadableImages: lists every file that cannot be read.
+        EnvironmentFault: a file cannot be written.
     """
 
     def load(split: Split) -> NDArray[Any]:
@@ -95,10 +115,22 @@ def store_shards(
     size: int,
     upright: bool,
 ) -> Stored:
-    """Pack squares of `size` pixels; keep shards that an earlier build of the same images finished.
-    Raises UnreadableImages with every file that is no image.
+    """Write the images of all splits as shards. Finished shards of an interrupted build of the same images are kept.
+
+    Args:
+        folder: folder of the data set.
+        lock: lock on the folder.
+        splits: split -> samples.
+        root: folder of the image files.
+        sizes: split -> bytes of each image file [N].
+        size: side of the packed squares, in pixels.
+        upright: rotate images by their EXIF tag; see decoding.py.
+
+    Raises:
+        UnreadableImages: lists every file that is not an image.
+        EnvironmentFault: a shard cannot be written.
     """
-    if is_there(folder / DATASET):  # to be replaced: its disk space is needed
+    if is_there(folder / DATASET):  # a finished data set is replaced; its disk space is needed
         (folder / DATASET).unlink()
         clear(folder)
     packings = {
@@ -123,7 +155,17 @@ def store_shards(
 
 
 def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int) -> Stored:
-    """Leave images where they are; raise UnreadableImages with all files that are no images by their header."""
+    """Check the header of each image file; the images stay in their files.
+
+    Args:
+        folder: folder of the data set.
+        splits: split -> samples.
+        root: folder of the image files.
+        size: side in pixels of the squares that are read for tests.
+
+    Raises:
+        UnreadableImages: lists every file whose header is not that of an image.
+    """
     check_headers(_files(root, splits.values()))
     (folder / DATASET).unlink(missing_ok=True)
     digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
@@ -131,7 +173,7 @@ def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int
 
 
 def clear(folder: Path, dataset: Dataset | None = None) -> None:
-    """Remove the records of packing, and all images in a data set's folder but those of `dataset`."""
+    """Remove packing records and stored images from a folder, except the images of `dataset`."""
     keep = set(dataset.record.files) if dataset is not None else set()
     if dataset is not None and dataset.storage == "shards":
         for split in dataset.splits:

@@ -1,8 +1,8 @@
-"""Images that are prefetched from disk.
+"""Batches that are prefetched from disk.
 
-A batch is prefetched some steps before it is requested: threads read it into memory. A requested batch is sent to the
-device as bytes and augmented there, with the same numbers as resident images. A batch that was not prefetched is read
-on request; a prefetched batch that is never requested is dropped. Results do not depend on which thread reads what.
+Threads read a batch into memory some steps before it is requested. A requested batch is sent to the device as bytes
+and augmented there, with the same arithmetic as resident images. A batch that was not prefetched is read on request. A
+prefetched batch is dropped if a later one is requested first. Results do not depend on which thread reads an image.
 """
 
 import atexit
@@ -32,37 +32,42 @@ if TYPE_CHECKING:
     from cpmix_cli.data.batches import Resident
 
 AHEAD_BYTES = 2**30
-"""Most memory of prefetched images; the requested batch comes on top."""
+"""Largest memory of prefetched images, in bytes. The requested batch is not counted."""
 _AT_ONCE = 8
-"""Images that a thread reads before it looks for the most urgent ones again."""
+"""Images that a thread reads before it takes the next part from the queue, where urgent parts are first."""
 PATIENCE_SECONDS = 1.0
-"""Longest wait for reading threads when the program ends."""
+"""Longest wait for the reading threads when the program exits."""
 
 
 class ImageReader(Protocol):
-    """Reads images one at a time, from many threads."""
+    """Reader of one image at a time; called from several threads."""
 
     shape: list[int]
     """Height, width and channels of the images."""
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """Read image `index` into uint8 [height, width, channels]: augmented by uniforms [U], or (None) as for tests.
+        """Read one image.
+
+        Args:
+            index: index of the image.
+            uniforms: random numbers [U] for a reader that crops training images; None reads the test image.
+            into: output, uint8 [height, width, channels].
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: the image is missing or damaged.
         """
         ...
 
 
 class FileReader:
-    """Reads image files; a file is decoded at every use.
+    """Reader of image files. A file is decoded each time that it is read.
 
     Args:
-        paths: of the files [N].
-        shape: of a test image, [S, S, channels]: the shorter side is scaled to S, the middle square kept.
-        recipe: crops.
-        upright: rotate images as EXIF says, see decoding.py.
-        fix: what to do about a missing or unreadable file.
+        paths: image files [N].
+        shape: shape of a test image before the recipe's crop, [S, S, channels]; see decoding.square().
+        recipe: table [data]: size and kind of the crops.
+        upright: rotate images by their EXIF tag; see decoding.py.
+        fix: advice in the message about a missing or unreadable file.
     """
 
     def __init__(
@@ -75,21 +80,30 @@ class FileReader:
         self._fix = fix
         side = recipe.crop or shape[0]
         self.shape = [side, side, shape[2]]
-        # Pillow's warnings name no file. Python's filters are the process's, so they are not set in the threads.
+        # Pillow's warnings do not name the file. Filters belong to the process, so they are not set in the threads.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def read(self, index: int, uniforms: NDArray[np.float64] | None, into: NDArray[np.uint8]) -> None:
-        """Read the random resized crop, if there are uniforms and the recipe has one; else the test image's middle."""
+        """Read a random resized crop, or the centre crop of the test image.
+
+        Args:
+            index: index of the image.
+            uniforms: random numbers [U] of the crop; None, or a recipe without resized crops, reads the test image.
+            into: output, uint8 [height, width, channels].
+
+        Raises:
+            InputError: the file is missing or not an image.
+        """
         path = self._paths[index]
         try:
             image = self._seen(open_rgb(path, upright=self._upright), uniforms)
             into[:] = np.asarray(image if self.shape[2] == 3 else image.convert("L")).reshape(self.shape)
-        except Exception as fault:  # Pillow's plugins raise whatever a broken file makes them raise
+        except Exception as fault:  # a broken file can make Pillow's plugins raise any exception
             raise InputError(f"{path} cannot be read as an image: {reason(fault)}", fix=self._fix) from fault
 
     def _seen(self, image: Image.Image, uniforms: NDArray[np.float64] | None) -> Any:
-        from torchvision.transforms import functional  # a second of import that other data sets do not need
+        from torchvision.transforms import functional  # imported here: it takes a second
 
         crop = self._recipe.crop
         if uniforms is None or not self._recipe.augment.startswith("resized-crop"):
@@ -101,7 +115,13 @@ class FileReader:
 
 
 class StreamedBatches:
-    """Batches of images that a reader reads, augmented and normalised by `maths` on a device; see batches.Batches."""
+    """Batches of images from disk; see batches.Batches for the methods.
+
+    Args:
+        reader: reads one image by index.
+        maths: batches of resident images, which augment and normalise what was read.
+        device: device of the inputs.
+    """
 
     def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
         self.num_uniforms = maths.num_uniforms
@@ -117,24 +137,28 @@ class StreamedBatches:
             job.dropped = True
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Return [B, channels, H, W] float32; raise InputError for the first image that is missing or damaged."""
+        """Return training inputs: indices [B], uniforms [B, num_uniforms] -> float32 [B, channels, H, W].
+
+        Raises:
+            InputError: an image is missing or damaged; the message names the first such image of the batch.
+        """
         images, all_of_them = self._read(indices, uniforms)
         return images.batch(all_of_them, _sent(uniforms, self._target))
 
     def plain(self, indices: Tensor) -> Tensor:
-        """As batch(), but as for tests."""
+        """Return test inputs: indices [B] -> float32 [B, channels, H, W]; raises as batch()."""
         images, all_of_them = self._read(indices, None)
         return images.plain(all_of_them)
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
-        """Start to read a batch after those prefetched before, as soon as AHEAD_BYTES have room for it."""
+        """Queue a batch for reading. Reading starts when the earlier prefetched batches leave room in AHEAD_BYTES."""
         key = _key(indices, uniforms)
         if key not in self._ahead:
             self._ahead[key] = self._job(indices, uniforms)
             self._begin()
 
     def _read(self, indices: Tensor, uniforms: Tensor | None) -> tuple["Resident", Tensor]:
-        """The images of a batch on the device, and their indices [B] there."""
+        """Return batches of the requested images only, on the device, and the indices 0 to B - 1."""
         key = _key(indices, uniforms)
         while key in self._ahead and (first := next(iter(self._ahead))) != key:
             self._ahead.pop(first).dropped = True
@@ -148,7 +172,7 @@ class StreamedBatches:
         return _PrefetchJob(self._reader, indices, uniforms, pinned=self._target.type == "cuda")
 
     def _begin(self) -> None:
-        """Begin the jobs that there is room for."""
+        """Begin the prefetch jobs that fit in AHEAD_BYTES."""
         used = 0
         for job in self._ahead.values():
             used += job.num_bytes
@@ -158,7 +182,16 @@ class StreamedBatches:
 
 
 def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64) -> Iterator[NDArray[np.uint8]]:
-    """Yield images as for tests, one after the other: uint8 [height, width, channels]."""
+    """Yield test images one after the other: uint8 [height, width, channels] each.
+
+    Args:
+        reader: reads one image by index.
+        indices: indices of the images [n], in the order of the result.
+        at_once: number of images that the threads read together.
+
+    Raises:
+        InputError: an image is missing or damaged.
+    """
     for part in torch.split(torch.as_tensor(indices, dtype=torch.int64), at_once):
         job = _PrefetchJob(reader, part, None, pinned=False)
         job.begin()
@@ -166,7 +199,7 @@ def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; the host does not wait."""
+    """Copy a tensor to the device without waiting for the copy."""
     if device.type == "cpu":
         return tensor
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
@@ -177,11 +210,11 @@ def _key(indices: Tensor, uniforms: Tensor | None) -> tuple[bytes, bytes | None]
 
 
 class _PrefetchJob:
-    """A batch to be read."""
+    """A batch that threads read, in parts of _AT_ONCE images."""
 
     def __init__(self, reader: ImageReader, indices: Tensor, uniforms: Tensor | None, *, pinned: bool) -> None:
         self.dropped = False
-        """The batch is not needed any more."""
+        """True if the batch is no longer needed."""
         self.num_bytes = len(indices) * int(np.prod(reader.shape))
         self._reader = reader
         self._indices: list[int] = indices.tolist()
@@ -193,7 +226,7 @@ class _PrefetchJob:
         self._done = threading.Event()
 
     def begin(self, *, urgent: bool = False) -> None:
-        """Give the job to the threads, before all others if it is urgent; once."""
+        """Queue the job for the threads, first in the queue if it is urgent. Later calls do nothing."""
         if self._images is not None:
             return
         count = len(self._indices)
@@ -204,7 +237,7 @@ class _PrefetchJob:
             self._done.set()
 
     def read(self, part: range) -> None:
-        """Read the images of `part`; called by the threads."""
+        """Read the images of `part`; called from the threads."""
         assert self._images is not None
         images = self._images.numpy()
         for i in part:
@@ -221,7 +254,7 @@ class _PrefetchJob:
                 self._done.set()
 
     def wait(self) -> Tensor:
-        """Return the images uint8 [B, height, width, channels], or raise what the reader raised for the first."""
+        """Return the images uint8 [B, height, width, channels]; raise the reader's error for the first faulty image."""
         self._done.wait()
         if self._faults:
             raise self._faults[min(self._faults)]
@@ -230,10 +263,10 @@ class _PrefetchJob:
 
 
 class _Threads:
-    """Reading threads, shared by all streams of the process; started with the first job.
+    """Reading threads, shared by all streams of the process. They start with the first job.
 
-    They are daemons: a file system that hangs must not hold up the exit. At the exit they are asked to stop and waited
-    for a while, since Python ends daemons in the middle of whatever they do.
+    They are daemon threads, because a file system that hangs must not block the exit. Python ends daemon threads at
+    any instruction, so at exit they get PATIENCE_SECONDS to stop.
     """
 
     def __init__(self) -> None:
@@ -243,7 +276,7 @@ class _Threads:
         self._threads: list[threading.Thread] = []
 
     def give(self, parts: list[tuple[_PrefetchJob, range]], *, urgent: bool) -> None:
-        """Queue parts of a job, to be read in their order."""
+        """Queue parts of a job in their order, before all others if they are urgent."""
         if not self._threads:
             count = hardware.num_readers(os.environ, ranks.current().local_size)
             self._threads = [threading.Thread(target=self._work, daemon=True, name="reader") for _ in range(count)]
@@ -265,7 +298,7 @@ class _Threads:
                     return
                 job, part = self._waiting.popleft()
             job.read(part)
-            del job  # free its images while the thread waits
+            del job  # else its images stay in memory while the thread waits
 
     def _stop(self) -> None:
         with self.changed:
