@@ -1,7 +1,6 @@
-"""The command line: flags in (flags.py has them), one call to a command out. Imports nothing heavy: torch and pandas
-wait for the command.
+"""The command line: parses the flags of flags.py and calls one command. Imports torch and pandas only with a command.
 
-Errors become exit codes here and nowhere else.
+Errors become exit codes only here.
 """
 
 import inspect
@@ -28,31 +27,31 @@ WITHOUT_TORCH = ("status", "compare", "misclassified", "recipes", "methods")
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turns user errors into their lines on stderr and the exit code of their kind."""
+    """Print user errors on stderr and turn them into exit codes."""
     try:
         try:
             yield
         except BrokenPipeError:
             raise
-        except OSError as fault:  # of a path that no file can have, or of a place that may not be looked at
+        except OSError as fault:  # such as an impossible path, or a folder without permission
             if isinstance(fault.filename, str | bytes):
                 raise EnvironmentFault(f"{os.fsdecode(fault.filename)}: {fault.strerror}") from fault
-            console.flush()  # the help, maybe, to a full disk
+            console.flush()  # may fail too, such as on a full disk
             raise EnvironmentFault(f"reading or writing failed: {fault.strerror or fault}") from fault
     except CpmixError as fault:
         console.error(fault)
         raise typer.Exit(fault.exit_code) from fault
-    except BrokenPipeError:  # the reader went away (cpmix ... | head)
+    except BrokenPipeError:  # the reader of the pipe closed it (cpmix ... | head)
         with suppress(BrokenPipeError):
             console.flush()
         raise typer.Exit(0) from None
 
 
 class _Commands(TyperGroup):
-    """The commands of `cpmix`, in two lists, with their errors explained."""
+    """Click group that lists the commands in two panels and prints errors through console."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # A process may run several command lines: none inherits the --json of the one before.
+        # A process may run several command lines; --json of one must not affect the next.
         console.as_json, console.command = False, ""
         return super().main(*args, **kwargs)
 
@@ -63,7 +62,7 @@ class _Commands(TyperGroup):
                 formatter.write_dl([(name.ljust(width), str(self.commands[name].help)) for name in names])
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _explained():  # --help and --version write
+        with _explained():  # --help and --version print here, which may fail
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
@@ -100,10 +99,10 @@ def _version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    # What does not train is one rank's work, and several would write the same files.
+    # Commands that do not train run on rank 0 only: several ranks would write the same files.
     if context.invoked_subcommand not in TRAINING and ranks.is_later(os.environ):
         raise typer.Exit
 
@@ -121,7 +120,7 @@ def _check_recipe(
 
 
 def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:
-    """From here on Ctrl-C exits with 75 if the phase has a state on disk."""
+    """If the phase has a training state on disk, make Ctrl-C exit with 75 from now on."""
     if not options.overwrite and os.path.lexists(phase / TRAINING_STATE):
         signals.state_is_saved()
 
@@ -132,7 +131,7 @@ def _before_stage1(options: flags.TrainStage1Options) -> None:
 
 
 def _before_later_phases(options: flags.TrainStage2Options | flags.FinetuneOptions) -> None:
-    # What --from means; the command looks closer.
+    # A guess at the source of --from, without reading it; the command checks it.
     given = options.from_folder
     run, named = (given.parent, given.name) if given.name in PHASES else (given, None)
     own, sources = "stage2", ["stage1"]
@@ -172,7 +171,7 @@ COMMANDS: dict[str, dict[str, type]] = {
         "bench": flags.BenchOptions,
     },
 }
-"""What `cpmix --help` lists; commands/NAME.py runs with the flags of the class."""
+"""Panel of `cpmix --help` -> command -> its options; commands/NAME.py runs the command."""
 BEFORE: dict[str, Callable[[Any], None]] = {
     "train-stage1": _before_stage1,
     "train-stage2": _before_later_phases,
@@ -204,7 +203,7 @@ def _add(name: str, kind: type) -> None:
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:
-    """The flags of a command as Typer reads them, its own before those of all training phases."""
+    """Yield the flags of a command as Typer parameters, the shared training flags last."""
     shared = set(inspect.get_annotations(flags.TrainingOptions)) - set(inspect.get_annotations(kind))
     last = shared if issubclass(kind, flags.TrainingOptions) else set()
     for field in sorted(fields(kind), key=lambda field: field.name in last):

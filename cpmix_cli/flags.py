@@ -1,7 +1,7 @@
-"""Every flag of every command, written once: one frozen dataclass per command, which the command line reads; its
-docstring is the command's help.
+"""Flags of all commands: one frozen dataclass per command, which the command line reads.
 
-To add a flag, add a field here; the command finds it in its options. Imports nothing heavy.
+The docstring of the dataclass is the command's help. To add a flag, add a field here; the command finds it in its
+options. Imports nothing heavy.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,9 @@ from cpmix_cli.runtime.errors import UsageError, suggest
 
 
 def one_of(*choices: str) -> Callable[[CallbackParam, str | None], str | None]:
-    """Return the check of a flag that takes one of these words.
+    """Return a callback that checks the value of a flag against `choices`.
 
-    Raises (the check):
-        UsageError: another word, with the nearest choice.
+    The callback raises UsageError for any other value and suggests the nearest choice.
     """
 
     def check(parameter: CallbackParam, value: str | None) -> str | None:
@@ -31,9 +30,13 @@ def one_of(*choices: str) -> Callable[[CallbackParam, str | None], str | None]:
 
 
 def flag(default: Any, help: str, *names: str, **settings: Any) -> Any:
-    """Return the field of a flag: `names` if it has another than the field's, `settings` as Typer's Option takes them.
+    """Return the dataclass field of a flag.
 
-    A default of `list` is an empty one: the flag is repeatable.
+    Args:
+        default: value without the flag. The type `list` makes the flag repeatable; its default is the empty list.
+        help: help text, clear without the other flags' texts.
+        names: names of the flag, such as "--set"; none: the field's name.
+        settings: other arguments of Typer's Option.
     """
     if default is list:
         return field(default_factory=list, metadata={"option": Option(None, *names, help=help, **settings)})
@@ -54,31 +57,37 @@ def _check_world_sizes(text: str | None) -> str | None:
 
 Json = Annotated[
     bool,
-    # Eager: a fault of another flag is to be one JSON object too.
-    Option("--json", callback=_set_json, is_eager=True, help="One JSON object on stdout and nothing else."),
+    # Eager, so that errors in other flags are printed as JSON too.
+    Option("--json", callback=_set_json, is_eager=True, help="Print one JSON object on stdout and nothing else."),
 ]
-"""Every command has it; see console.as_json."""
+"""The flag of every command; see console.as_json."""
 
 # -- flags of several commands -----------------------------------------------------------------------------------------
 
-From = Annotated[Path, Option("--from", help="Run folder, or a phase's folder in it.")]
-Out = Annotated[Path | None, Option(help="Output folder; another run folder than --from.")]
-Phase = Annotated[str | None, Option(help="stage1, stage2 or finetune; default: the last one done.")]
-Data = Annotated[Path | None, Option(help="Data set folder, where it is not where the run recorded it.")]
-DataRoot = Annotated[Path | None, Option(help="Folder of the image files, where it is not where build-lt found them.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Start again, whatever the output folder holds.")]
-Device = Annotated[str, Option(help="auto, cpu or cuda.", metavar="DEVICE", callback=one_of("auto", "cpu", "cuda"))]
+From = Annotated[Path, Option("--from", help="Run folder, or the folder of one of its phases.")]
+Out = Annotated[Path | None, Option(help="Run folder to write to. Default: the run that is read.")]
+Phase = Annotated[
+    str | None, Option(help="Phase to use: stage1, stage2 or finetune. Default: the last finished phase.")
+]
+Data = Annotated[Path | None, Option(help="Data set folder, if it has moved since the run recorded it.")]
+DataRoot = Annotated[Path | None, Option(help="Folder of the image files, if they have moved since build-lt.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Start over and replace existing output.")]
+Device = Annotated[
+    str,
+    Option(help="Device to compute on: auto, cpu or cuda.", metavar="DEVICE", callback=one_of("auto", "cpu", "cuda")),
+]
 RecipeName = Annotated[
-    str | None, Option(help="Recipe file or name, such as cifar100-lt/cpmix. Default: the data set's.")
+    str | None, Option(help="Recipe file or name, such as cifar100-lt/cpmix. Default: that of the run or data set.")
 ]
 Settings = Annotated[
     list[str], Option("--set", help="Change a recipe key: table.key=value. Repeatable.", metavar="KEY=VALUE")
 ]
 Epochs = Annotated[
-    int | None, Option(help="Rescale every epoch count so that both stages last this long.", min=1, max=1_000_000)
+    int | None,
+    Option(help="Rescale all epoch counts so that both stages last this many epochs together.", min=1, max=1_000_000),
 ]
 Seed = Annotated[int | None, Option(help="Replace the recipe's seed.", min=0)]
-FewInclusive = Annotated[bool, Option("--few-inclusive", help="Count classes of exactly 20 training images as few.")]
+FewInclusive = Annotated[bool, Option("--few-inclusive", help="Count classes with exactly 20 training images as few.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,54 +114,60 @@ class BuildOptions:
     source: Annotated[
         str,
         Argument(
-            help="digits, toy, cifar10, cifar100, fashion-mnist, imagenet-lt, places-lt, inaturalist2018 or "
-            "image-folder.",
+            help="Source of the images: digits, toy, cifar10, cifar100, fashion-mnist, imagenet-lt, places-lt, "
+            "inaturalist2018 or image-folder.",
             metavar="SOURCE",
         ),
     ]
-    rho: float | None = flag(None, "Imbalance factor, largest over smallest class. Default: the source's own.")
-    out: Path | None = flag(None, "Data set folder. Default: data/NAME.")
+    rho: float | None = flag(
+        None, "Imbalance factor: images of the largest / smallest class. Default: set by the source."
+    )
+    out: Path | None = flag(None, "Data set folder to write. Default: data/NAME.")
     data_root: Path | None = flag(
         None,
-        "Folder of the source's own files, or one that holds a folder for each source. Default: data/download.",
+        "Folder with the source's files, or with a sub-folder per source. Default: data/download.",
         envvar="CPMIX_DATA_DIR",
     )
     list_dir: Path | None = flag(
         None,
-        "Folder of the official lists (ImageNet_LT_train.txt, ...); with image-folder, of your own train.txt, "
-        "test.txt and val.txt. Lines: PATH LABEL, the path below --data-root.",
+        "Folder of the image lists: official ones (ImageNet_LT_train.txt, ...), or for image-folder your train.txt, "
+        "test.txt and val.txt. Each line is PATH LABEL, where --data-root holds PATH.",
     )
-    subset_seed: int = flag(0, "Which images; 0 is the published subset.", min=0, max=2**32 - 1)
+    subset_seed: int = flag(0, "Seed that selects the images; 0 gives the published subset.", min=0, max=2**32 - 1)
     profile: str | None = flag(
-        None, "image-folder: exponential, step, ranked (default) or pareto; with --rho.", metavar="NAME"
+        None,
+        "Class profile of image-folder: exponential, step, ranked (default) or pareto; needs --rho.",
+        metavar="NAME",
     )
-    val_per_class: int = flag(0, "Training images of each class held out as val.", min=0, max=1_000_000)
+    val_per_class: int = flag(0, "Training images per class to hold out as val split.", min=0, max=1_000_000)
     test_per_class: int | None = flag(
-        None, "Test images a class, for sources without a test split.", min=1, max=1_000_000
+        None, "Test images per class to hold out, for sources without a test split.", min=1, max=1_000_000
     )
     image_size: int | None = flag(
         None,
-        "Images at this height and width. Default: 64 for image-folder, 256 where they stay in their files.",
+        "Height and width of images in pixels. Default: 64 for image-folder, 256 for images left in their files.",
         min=8,
         max=1024,
     )
     pack: int | None = flag(
         None,
-        "Decode image files once, into shards of S x S pixels that need not fit into memory; 0: leave them in their "
-        "files. Default: 0 for official lists, one tensor for image-folder.",
+        "Decode images once into shards of S x S pixels, which may exceed the memory; 0 leaves images in their files. "
+        "Default: 0 for official lists, one tensor for image-folder.",
         metavar="S",
         min=0,
         max=1024,
     )
     few_inclusive: FewInclusive = False
-    download: bool = flag(False, "Fetch the source's files into --data-root first, checked by hash.", "--download")
-    verify: bool = flag(False, "Read every packed image back and check it; every image file, its header.", "--verify")
+    download: bool = flag(
+        False, "First download the source's files into --data-root and check their hashes.", "--download"
+    )
+    verify: bool = flag(False, "Check every packed image, or the header of every image file.", "--verify")
     overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Flags of all training phases."""
+    """Flags of all three training commands."""
 
     recipe: RecipeName = None
     settings: Settings = field(default_factory=list)
@@ -161,20 +176,24 @@ class TrainingOptions:
     device: Device = "auto"
     data: Data = None
     data_root: DataRoot = None
-    eval_every: int = flag(0, "Test accuracy every N epochs, into metrics.parquet; selects nothing.", min=0)
-    checkpoint_every: int = flag(1, "Save the state every N epochs.", min=1)
+    eval_every: int = flag(
+        0, "Record the test accuracy in metrics.parquet every N epochs; 0: never. Selects no checkpoint.", min=0
+    )
+    checkpoint_every: int = flag(1, "Save the training state every N epochs.", min=1)
     tracker: str | None = flag(
         None,
-        "tensorboard: also write the curves of metrics.parquet for it.",
+        "Also write the curves of metrics.parquet for a tracker: tensorboard.",
         metavar="NAME",
         callback=one_of("tensorboard"),
     )
-    dry_run: bool = flag(False, "Check everything, take a step of each phase to come, write nothing.", "--dry-run")
+    dry_run: bool = flag(
+        False, "Check everything and run one step of each remaining phase; write nothing.", "--dry-run"
+    )
     overwrite: Overwrite = False
 
     @property
     def changes_recipe(self) -> bool:
-        """A flag asks for another recipe than the checkpoint's."""
+        """Whether a flag changes the recipe of the checkpoint."""
         return bool(self.recipe or self.settings) or not (self.epochs is None and self.seed is None)
 
 
@@ -185,10 +204,12 @@ class TrainStage1Options(TrainingOptions):
     Example: cpmix train-stage1 --data data/digits-lt-rho20 --out ckpt/digits
     """
 
-    data: Path | None = flag(None, "Data set folder.", show_default=False)
-    out: Path = flag(Path("ckpt"), "Run folder.")
-    init: Path | None = flag(None, "Start from these weights (safetensors, torchvision's names); the head is new.")
-    teacher: Path | None = flag(None, "Run whose network the terms with a teacher learn from (distillation).")
+    data: Path | None = flag(None, "Data set folder that build-lt wrote. Required.", show_default=False)
+    out: Path = flag(Path("ckpt"), "Run folder to write to.")
+    init: Path | None = flag(
+        None, "Pretrained weights to start from (safetensors, torchvision's names); the head is new."
+    )
+    teacher: Path | None = flag(None, "Run whose network is the teacher of terms with distillation.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,25 +227,32 @@ class FinetuneOptions(TrainingOptions, _FromPhase):
     Example: cpmix finetune --from ckpt/digits
     """
 
-    phase: str | None = flag(None, "stage1 or stage2; default: the last one done.")
+    phase: str | None = flag(None, "Phase to finetune: stage1 or stage2. Default: the last finished phase.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(_FromPhase):
-    """Accuracy by class and group, calibration, predictions.
+    """Measure accuracy per class and group, and calibration.
 
     Example: cpmix evaluate --from ckpt/digits
     """
 
-    settings: list[str] = flag(list, "Change an [evaluation] key. Repeatable.", "--set", metavar="KEY=VALUE")
-    label: str | None = flag(None, "Write to evaluation/PHASE-LABEL/.")
-    split: str = flag(
-        "test", "test, train, or val where build-lt held one out.", callback=one_of("test", "val", "train")
+    settings: list[str] = flag(
+        list, "Change a key of [evaluation]: evaluation.key=value. Repeatable.", "--set", metavar="KEY=VALUE"
     )
-    test_data: Path | None = flag(None, "Another folder: FOLDER/CLASS/IMAGE, or a data set's test split.")
+    label: str | None = flag(None, "Write the results to evaluation/PHASE-LABEL/.")
+    split: str = flag(
+        "test",
+        "Split of the data set to predict: test, train, or val if build-lt held it out.",
+        callback=one_of("test", "val", "train"),
+    )
+    test_data: Path | None = flag(
+        None, "Other test images: a folder of FOLDER/CLASS/IMAGE, or a data set folder (its test split)."
+    )
     test_distribution: str = flag(
         "uniform",
-        "uniform (the test images as they are), forward or backward: as if the test set were long-tailed too.",
+        "Class distribution of the test set: uniform (images as they are), forward (long-tailed like training) or "
+        "backward (reversed).",
         callback=one_of("uniform", "forward", "backward"),
     )
     ratio: float = flag(50.0, "Imbalance factor of the test set under --test-distribution forward or backward.", min=1)
@@ -236,26 +264,26 @@ class EvaluateOptions(_FromPhase):
 
     @property
     def is_plain(self) -> bool:
-        """On the test split, where every reader of the evaluation looks for its samples."""
+        """Whether the test images are the data set's own test split, where readers of the evaluation look for them."""
         return self.test_data is None and self.split == "test"
 
     @property
     def distribution(self) -> str:
-        """uniform, or forward-50."""
+        """Name of the test distribution: uniform, or such as forward-50."""
         return "uniform" if self.test_distribution == "uniform" else f"{self.test_distribution}-{self.ratio:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(_FromPhase):
-    """Confusion matrix, most confused pairs, figures, one page.
+    """Report confused pairs as tables, figures and one page.
 
     Example: cpmix confusion-report --from ckpt/digits
     """
 
     compare: list[Path] = flag(
-        list, "Another run's folder, shown beside it with the difference. Repeatable.", metavar="RUN"
+        list, "Folder of another run, to show next to this one with the difference. Repeatable.", metavar="RUN"
     )
-    images: int = flag(1500, "How many misclassified test images the page carries at most.", min=0, max=20_000)
+    images: int = flag(1500, "Maximum number of misclassified test images on the page.", min=0, max=20_000)
     data: Data = None
     data_root: DataRoot = None
     overwrite: Overwrite = False
@@ -266,53 +294,55 @@ class ReportOptions(_FromPhase):
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions:
-    """Where runs stand and what to type next.
+    """Show the state of runs and the next command of each.
 
     Example: cpmix status ckpt/*
     """
 
-    folders: Annotated[list[Path], Argument(help="Run folders.", metavar="RUN...")]
+    folders: Annotated[list[Path], Argument(help="Run folders to show.", metavar="RUN...")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Runs in one table, beside the paper's numbers.
+    """Compare runs in one table, next to the paper's numbers.
 
     Example: cpmix compare ckpt/* --paper table1
     """
 
-    folders: Annotated[list[Path], Argument(help="Run folders, or phases' folders in them.", metavar="RUN...")]
+    folders: Annotated[list[Path], Argument(help="Run folders, or folders of single phases.", metavar="RUN...")]
     paper: str | None = flag(
         None,
-        "Laid out as a table of the paper: table1, table2, table3, table4, table7, table8 or table9.",
+        "Use the layout of a table of the paper: table1, table2, table3, table4, table7, table8 or table9.",
         metavar="TABLE",
         callback=one_of("table1", "table2", "table3", "table4", "table7", "table8", "table9"),
     )
     form: str = flag(
         "table",
-        "table, csv, markdown, latex or json (as --json).",
+        "Output format: table, csv, markdown, latex or json (same as --json).",
         "--format",
         metavar="FORMAT",
         callback=one_of("table", "csv", "markdown", "latex", "json"),
     )
-    out: Path | None = flag(None, "Write to this file, not to stdout.")
-    overwrite: bool = flag(False, "Replace the file --out.", "--overwrite")
+    out: Path | None = flag(None, "Write to this file instead of stdout.")
+    overwrite: bool = flag(False, "Replace the file of --out.", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions:
-    """List recipes, show one, tell two apart, or cost them.
+    """List recipes, show one, compare two, or show costs.
 
     Example: cpmix recipes digits/cpmix digits/cross-entropy
     """
 
-    name: Annotated[str | None, Argument(help="Recipe to show; none lists all.", metavar="[NAME]")] = None
-    other: Annotated[str | None, Argument(help="Recipe to compare with.", metavar="[OTHER]")] = None
+    name: Annotated[str | None, Argument(help="Recipe to show; without it, all are listed.", metavar="[NAME]")] = None
+    other: Annotated[
+        str | None, Argument(help="Second recipe, to show its differences from the first.", metavar="[OTHER]")
+    ] = None
     settings: Settings = field(default_factory=list)
     epochs: Epochs = None
     seed: Seed = None
-    rho: float | None = flag(None, "Imbalance factor, for [by_rho.R] tables.")
-    budget: bool = flag(False, "Epochs and image passes of each recipe, and their ratio to CP-Mix's.", "--budget")
+    rho: float | None = flag(None, "Imbalance factor that selects the [by_rho.R] tables.")
+    budget: bool = flag(False, "Show epochs and image passes per recipe, and their ratio to CP-Mix's.", "--budget")
 
 
 @dataclass(frozen=True)
@@ -325,96 +355,101 @@ class MethodsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Class and confidence of your own images.
+    """Predict class and confidence of your own images.
 
     Example: cpmix predict photo.jpg more/ --from ckpt/mine
     """
 
-    images: Annotated[list[Path], Argument(help="Image files, or folders of them.", metavar="IMAGES...")]
+    images: Annotated[list[Path], Argument(help="Image files, or folders of images.", metavar="IMAGES...")]
     from_folder: From
     phase: Phase = None
-    top: int = flag(1, "Classes shown for each image, most likely first.", min=1)
-    out: Path | None = flag(None, "Write a Parquet file as well.")
+    top: int = flag(1, "Number of classes to show per image, most likely first.", min=1)
+    out: Path | None = flag(None, "Also write the predictions to this Parquet file.")
     device: Device = "auto"
     overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class MisclassifiedOptions:
-    """The wrong test images behind a confusion matrix.
+    """List the misclassified images of a confusion matrix.
 
     Example: cpmix misclassified --from ckpt/mine --true lynx --predicted cat
     """
 
     from_folder: From
-    true: str | None = flag(None, "Only images of this class (name or id).", metavar="CLASS")
-    predicted: str | None = flag(None, "Only images predicted as this class (name or id).", metavar="CLASS")
+    true: str | None = flag(None, "Show only images of this true class (name or id).", metavar="CLASS")
+    predicted: str | None = flag(None, "Show only images predicted as this class (name or id).", metavar="CLASS")
     phase: Phase = None
-    label: str | None = flag(None, "Of evaluation/PHASE-LABEL/.")
-    limit: int = flag(20, "Images shown; --json gives all.", min=1)
+    label: str | None = flag(None, "Read evaluation/PHASE-LABEL/ instead of evaluation/PHASE/.")
+    limit: int = flag(20, "Number of images to show; --json gives all.", min=1)
     data: Data = None
     data_root: DataRoot = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureOptions:
-    """A figure of the paper from your runs.
+    """Draw a figure of the paper from your runs.
 
     Example: cpmix figure 3 ckpt/c100-ce ckpt/c100-mixup ckpt/c100-balanced --out figure3.pdf
     """
 
-    number: Annotated[int, Argument(help="1 to 6, as in the paper.", metavar="N", min=1, max=6)]
+    number: Annotated[int, Argument(help="Number of the figure in the paper, 1 to 6.", metavar="N", min=1, max=6)]
     folders: Annotated[
-        list[Path], Argument(help="Run folders, or phases' folders in them, in any order.", metavar="RUN...")
+        list[Path], Argument(help="Run folders, or folders of single phases, in any order.", metavar="RUN...")
     ]
-    out: list[Path] = flag(list, "A .pdf, .svg or .png file. Repeatable. Default: figureN.pdf.", metavar="FILE")
+    out: list[Path] = flag(list, "Output file (.pdf, .svg or .png). Repeatable. Default: figureN.pdf.", metavar="FILE")
     data: list[Path] = flag(
-        list, "Data set folder, where it is not where a run recorded it. Repeatable.", metavar="DIR"
+        list, "Data set folder, if it has moved since a run recorded it. Repeatable.", metavar="DIR"
     )
-    overwrite: bool = flag(False, "Replace what the files of --out hold.", "--overwrite")
+    overwrite: bool = flag(False, "Replace the files of --out.", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """A PyTorch checkpoint as safetensors, for --init.
+    """Convert a PyTorch checkpoint to safetensors, for --init.
 
     Example: cpmix import-weights resnet50-11ad3fa6.pth --sha256 11ad3fa6
     """
 
-    file: Annotated[Path, Argument(help="A PyTorch checkpoint.", metavar="FILE")]
-    sha256: Annotated[str, Option(help="Its published hash, or the first 8 digits or more.", metavar="HASH")]
-    out: Path | None = flag(None, "Default: FILE with the ending .safetensors.")
+    file: Annotated[Path, Argument(help="PyTorch checkpoint to convert.", metavar="FILE")]
+    sha256: Annotated[str, Option(help="Published SHA-256 of FILE, or at least its first 8 digits.", metavar="HASH")]
+    out: Path | None = flag(None, "Output file. Default: FILE with the suffix .safetensors.")
     overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Training speed here, and what more GPUs would make of it.
+    """Measure training speed, or project it to more GPUs.
 
     Example: cpmix bench --data data/cifar100-lt-rho200 --recipe cifar100-lt/cpmix
     """
 
-    recipe: str | None = flag(None, "Recipe to time and to project. Default: the data set's.")
+    recipe: str | None = flag(None, "Recipe to time or project. Default: the recipe of the data set.")
     settings: Settings = field(default_factory=list)
     epochs: Epochs = None
     data: Path | None = flag(
         None,
-        "Data set folder. Default: random images like CIFAR-100-LT's; for a projection as many as the recipe's "
-        "published set has.",
+        "Data set folder. Default: random images like those of CIFAR-100-LT; a projection takes the recipe's published "
+        "number of images.",
     )
     data_root: DataRoot = None
     device: Device = "auto"
-    rounds: int = flag(10, "Turns of each loop; medians are shown.", min=1)
-    seconds: float = flag(1.0, "Length of a turn; three steps at least.", min=0, max=3600)
+    rounds: int = flag(10, "Number of rounds; each times every loop once. Medians are shown.", min=1)
+    seconds: float = flag(1.0, "Seconds per loop and round; each loop runs at least three steps.", min=0, max=3600)
     world_size: str | None = flag(
-        None, "Project the recipe to so many ranks instead: 1,8,64.", metavar="N,N,...", callback=_check_world_sizes
+        None,
+        "Instead of timing, project the training time to these numbers of ranks: 1,8,64.",
+        metavar="N,N,...",
+        callback=_check_world_sizes,
     )
-    cores: int | None = flag(None, "Cores that read for each rank, in that projection. Default: 8.", min=1, max=1024)
+    cores: int | None = flag(
+        None, "CPU cores that read images, per rank, in the projection. Default: 8.", min=1, max=1024
+    )
     link: float | None = flag(
-        None, "GB a second that a rank sends, in that projection. Default: 12.5.", min=0.001, max=10_000
+        None, "Network bandwidth per rank in GB/s, in the projection. Default: 12.5.", min=0.001, max=10_000
     )
 
     @property
     def world_sizes(self) -> list[int]:
-        """Numbers of ranks to project to, in their order; none without --world-size."""
+        """Numbers of ranks of --world-size, ascending; empty without the flag."""
         return sorted({int(part) for part in self.world_size.split(",")}) if self.world_size else []

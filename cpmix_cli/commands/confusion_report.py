@@ -1,6 +1,6 @@
-"""confusion-report: what is confused with what, as tables, pictures and one page. Paper: Figs. 1 to 4.
+"""confusion-report: confusion matrix and most confused pairs, as tables, figures and one page. Paper: Figs. 1 to 4.
 
-Reads an evaluation's predictions; trains and predicts nothing (but the decision regions of points in the plane).
+Reads an evaluation's predictions. Trains nothing, and predicts only the decision regions of 2-D points.
 """
 
 from dataclasses import dataclass, replace
@@ -34,12 +34,12 @@ DECISION_REGIONS = "decision_regions"
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
 Pictures = list[tuple[str, str, dict[figures.Kind, bytes]]]
-"""File name without its ending, caption, and PNG and SVG of each."""
+"""File name without suffix, caption, and PNG and SVG of each figure."""
 
 
 @dataclass(frozen=True)
 class _Reported:
-    """An evaluated phase, and what the page shows of it."""
+    """An evaluated phase, and the data that the page shows of it."""
 
     root: Path
     source: PhaseFolder
@@ -47,18 +47,18 @@ class _Reported:
     evaluation: Path
     predictions: pd.DataFrame
     sha: str
-    """Of the predictions."""
+    """SHA-256 of the predictions' file."""
     accuracies: list[list[str]]
-    """A row for each evaluation of the run."""
+    """A table row per evaluation of the run."""
     shown: ShownRun
 
 
 def run(options: ReportOptions) -> None:
-    """Turn an evaluation into confusion/<phase>/ and confusion/index.html.
+    """Write confusion/<phase>/ and confusion/index.html from an evaluation.
 
     Raises:
-        UsageError: a run is to be compared with itself.
-        InputError: the phase was not evaluated, a run to compare with has other classes, or files are damaged.
+        UsageError: --compare names an evaluation twice, or the reported one.
+        InputError: the phase is not evaluated, a compared run has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
     own = _read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
@@ -78,7 +78,7 @@ def run(options: ReportOptions) -> None:
         "images": options.images,
         "predictions": own.sha,
         "dataset": own.dataset.fingerprint,
-        # Of other evaluations of the run too: the page shows them.
+        # The page shows all evaluations of the run, so a new one makes it stale.
         "accuracies": files.digest([run.accuracies for run in reported]),
         "page": page_digest(),
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
@@ -100,7 +100,7 @@ def _read_reported(
     data: Path | None = None,
     data_root: Path | None = None,
 ) -> _Reported:
-    """An evaluated phase of a run; what evaluate --out wrote to `out` comes before what stands in the run itself."""
+    """Read an evaluated phase of a run; an evaluation in `out` comes before one in the run folder."""
     source = choose(given, phase)
     root = source.run
     evaluation = (out or root) / "evaluation" / source.phase
@@ -128,19 +128,19 @@ def _read_reported(
 
 
 def _names(reported: list[_Reported]) -> list[str]:
-    """What to call each run on a page: its folder's name; more of its path, or its phase, where two would be alike."""
+    """Return a unique name per run for the page: the end of its path, as long as needed, or path and phase."""
     if len(reported) == 1:
         return [reported[0].source.phase]
     for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
         found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
         if len(set(found)) == len(found):
             return found
-    # Phases of one run, maybe among others.
+    # Two phases of one run have the same path.
     return [f"{'/'.join(run.root.resolve().parts[-2:])} {run.source.phase}" for run in reported]
 
 
 def _is_own_page(index: Path, folder: Path) -> bool:
-    """index.html is the one that the report in `folder` wrote, not a later report's on another phase."""
+    """Return whether the report in `folder` wrote index.html; a report of another phase may have replaced it."""
     if not index.is_file() or not (folder / files.RUN).is_file():
         return False
     return run_json.read_run(folder, run_json.ReportRecord).page == files.sha256(files.read_bytes(index))
@@ -154,14 +154,14 @@ def _write(
     pairs: pd.DataFrame,
     num_images: int,
 ) -> None:
-    """Tables, pictures, the page, and run.json last."""
+    """Publish tables, figures and page, and run.json last."""
     own = reported[0]
     source = own.source
     warn_of_boxes(own.dataset.class_names)
     pictures = _draw(own)
     page = _make_page(reported, pairs, pictures, num_images)
     files.check_place(folder, len(page))
-    # The page is that of all phases' reports: one at a time.
+    # Reports of all phases write the same page, so only one may run at a time.
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
@@ -176,7 +176,7 @@ def _write(
 
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int) -> str:
-    """The page of a run and those that it is compared with."""
+    """Render the page of a run and the runs that it is compared with."""
     own, called = reported[0], _names(reported)
     title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
     if len(reported) > 1:
@@ -184,7 +184,7 @@ def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Picture
         together = np.sum([run.shown.matrix for run in reported], axis=0)
         shown_pairs = confused_pairs(together, own.dataset.class_counts)
         if any((run.dataset.class_counts != own.dataset.class_counts).any() for run in reported):
-            notes = [f"The runs have other training images: orders, groups and rarer classes are those of {called[0]}."]
+            notes = [f"The runs have different training images. Orders, groups and rarer classes are from {called[0]}."]
     rows = [
         [f"{name}: {row[0]}" if len(reported) > 1 else row[0], *row[1:]]
         for name, run in zip(called, reported, strict=True)
@@ -208,7 +208,7 @@ def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Picture
 
 
 def _thumbnails(run: _Reported, limit: int) -> ContactSheet | None:
-    """The wrong test images that the page carries; None without any."""
+    """Make the thumbnails of misclassified test images; None if there are none or the data are points."""
     chosen = most_confused(run.predictions, limit)
     if len(run.dataset.shape) != 3 or not len(chosen):
         return None
@@ -223,22 +223,22 @@ def _draw(run: _Reported) -> Pictures:
         (
             "confusion_matrix",
             "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
-            "classes by training images, most first.",
+            "classes in descending order of training images.",
             figures.confusion_heat_map(matrix, names, counts, groups, title=title),
         ),
         (
             "confusion_matrix_grouped",
-            "The same in groups of neighbouring classes (test images a cell), as in Fig. 3 of the paper.",
+            "Confusion matrix of ten groups of neighbouring classes (test images per cell), as in Fig. 3 of the paper.",
             figures.grouped_heat_map(matrix, counts, title=title),
         ),
         (
             "class_accuracy",
-            "Accuracy of each class over its number of training images.",
+            "Accuracy per class over training images.",
             figures.class_accuracy(matrix, names, counts, title=title),
         ),
         (
             "confusion_histogram",
-            "How often confusion values occur between two classes.",
+            "Histogram of confusion values between two classes.",
             figures.confusion_histogram(matrix, title=title),
         ),
     ]
@@ -255,32 +255,32 @@ def _draw(run: _Reported) -> Pictures:
 
 
 def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
-    """The pairs with class names and training counts, for readers."""
+    """Return the pairs with class names, training counts and headings to read."""
     names, counts = np.array(dataset.class_names), dataset.class_counts
-    rarer, commoner = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
+    rarer, frequent = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
     return pd.DataFrame(
         {
             "rarer class": names[rarer],
             "training images": counts[rarer],
-            "commoner class": names[commoner],
-            "training images ": counts[commoner],
+            "more frequent class": names[frequent],
+            "training images ": counts[frequent],
             "confusions": pairs["count"],
-            "rarer taken for commoner": pairs["rarer_as_commoner"],
-            "commoner taken for rarer": pairs["commoner_as_rarer"],
-            "minority taken for majority": [
-                f"{100 * share:.0f} %" if few < many else "-"  # of two equally large classes none is the minority
-                for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[commoner], strict=True)
+            "rarer predicted as more frequent": pairs["rarer_as_commoner"],
+            "more frequent predicted as rarer": pairs["commoner_as_rarer"],
+            "rarer predicted as more frequent, %": [
+                f"{100 * share:.0f}" if few < many else "-"  # of two equally large classes, neither is the rarer
+                for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[frequent], strict=True)
             ],
         }
     )
 
 
 def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> list[tuple[str, str]]:
-    """What the page says above its pictures."""
+    """Return name and value of each line above the figures of the page."""
     counts = dataset.class_counts
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     rarer = int(matrix[counts[:, None] < counts].sum())
-    share = f"; {100 * rarer / wrong:.1f} % of them take a rarer class for a commoner one" if wrong else ""
+    share = f"; {100 * rarer / wrong:.1f} % of them predicted as a more frequent class" if wrong else ""
     return [
         ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
         ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
@@ -291,14 +291,14 @@ def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> 
 
 
 def _report(folder: Path, index: Path, own: _Reported, pairs: pd.DataFrame, status: str) -> None:
-    """The most confused pairs, the accuracies, and where the pictures are."""
+    """Show the most confused pairs, the accuracies and the paths of the outputs."""
     status = "up to date" if status == "done" else "done"
     picture = folder / run_json.read_run(folder, run_json.ReportRecord).picture
     size = len(own.predictions)
     wrong = size - int(own.shown.matrix.trace())
     top = pairs.head(NUM_SHOWN)
     if not console.as_json:
-        header = ("rarer class", ">images", "commoner class", ">images", ">confusions", ">rarer as commoner", ">share")
+        header = ("rarer class", ">images", "more frequent class", ">images", ">confusions", ">rarer as frequent", ">%")
         rows = [
             [str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in _with_names(top, own.dataset).iterrows()
         ]

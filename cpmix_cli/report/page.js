@@ -1,8 +1,8 @@
 "use strict";
-// The confusion report in the browser. All it shows stands in the page's own data; it fetches nothing.
+// The confusion report in the browser. All data is in the page; the script fetches nothing.
 //
-// A class is its id; a place is where a class stands in the chosen order; a group is some places in one row and column.
-// Rows are true classes, columns predictions.
+// A class is a class id. A place is the index of a row and column: of a class in the chosen order, or of a group of classes.
+// Rows are true classes, columns are predicted classes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const numClasses = data.names.length;
@@ -61,7 +61,7 @@ for (const run of runs) {
   }
 }
 
-// -- which class stands where -----------------------------------------------------------------------------------------
+// -- order of classes -------------------------------------------------------------------------------------------------
 
 const ids = Array.from({ length: numClasses }, (_, c) => c);
 const ORDERS = {
@@ -83,7 +83,7 @@ function layout(orderName, grouping) {
   else {
     const parts = Math.min(10, numClasses);
     members = [];
-    for (let g = 0, from = 0; g < parts; g++) { // the first ones take one more, where they do not come out even
+    for (let g = 0, from = 0; g < parts; g++) { // if the classes do not divide evenly, the first groups have one more
       const size = Math.floor(numClasses / parts) + (g < numClasses % parts ? 1 : 0);
       members.push(order.slice(from, (from += size)));
     }
@@ -101,7 +101,7 @@ function groupLabel(classes, orderName, grouping) {
   return `${data.names[classes[0]]} … ${data.names[classes[classes.length - 1]]}`;
 }
 
-// Cells of a run in a layout: images, and per cent of the row's test images.
+// Return the cells of a run in a layout: images, and per cent of the row's test images.
 function laidOut(run, places) {
   const { size, placeOf } = places;
   const found = new Map();
@@ -109,7 +109,7 @@ function laidOut(run, places) {
   run.testCounts.forEach((total, c) => (totals[placeOf[c]] += total));
   const { rows, columns, counts } = run.cells;
   for (let i = 0; i < counts.length; i++) {
-    if (!state.diagonal && rows[i] === columns[i]) continue; // of a group, its confusions within itself stay
+    if (!state.diagonal && rows[i] === columns[i]) continue; // confusions within a group are kept
     const key = placeOf[rows[i]] * size + placeOf[columns[i]];
     found.set(key, (found.get(key) || 0) + counts[i]);
   }
@@ -127,15 +127,15 @@ function palette(kind) {
   return (share) => stops[Math.max(0, Math.min(stops.length - 1, Math.round(share * (stops.length - 1))))];
 }
 
-// Where a value lies on its colour scale: square root, so that one per cent can be told from none and ten from forty.
+// Return the position of a value on its colour scale. The square root makes 1 % differ visibly from 0, and 10 % from 40 %.
 const place = (value) => Math.sqrt(Math.min(100, Math.abs(value)) / 100);
 
 class HeatMap {
   constructor(title, run, against) {
     this.run = run;
-    this.against = against; // the run that is taken off, in a map of differences
+    this.against = against; // the run that is subtracted in a map of differences
     this.title = title;
-    this.canvas = element("canvas", { tabIndex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": `${title}. Arrow keys move from cell to cell, plus and minus zoom, 0 shows all, Enter keeps the cell.` });
+    this.canvas = element("canvas", { tabIndex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": `${title}. Arrow keys move from cell to cell, plus and minus zoom, 0 resets the zoom, Enter pins the cell.` });
     this.figure = element("figure", {}, ...(runs.length > 1 ? [element("h3", { textContent: title })] : []), this.canvas);
     this.canvas.addEventListener("pointermove", (event) => this.moved(event));
     this.canvas.addEventListener("pointerleave", () => { hideTip(); if (!state.pinned) { state.cursor = null; redraw(); showCell(); } });
@@ -151,7 +151,7 @@ class HeatMap {
     this.other = this.against ? laidOut(this.against, places) : null;
     const { size } = places;
     const keys = this.other ? [...new Set([...this.own.found.keys(), ...this.other.found.keys()])] : [...this.own.found.keys()];
-    this.sorted = keys // small ones first: the large ones come on top
+    this.sorted = keys // small values first: large ones are drawn on top
       .map((key) => ({ row: Math.floor(key / size), column: key % size, value: this.value(key) }))
       .sort((a, b) => Math.abs(a.value) - Math.abs(b.value));
   }
@@ -166,7 +166,7 @@ class HeatMap {
     const context = this.canvas.getContext("2d");
     const { span, row0, column0 } = state;
     context.font = "12px system-ui, sans-serif";
-    // Names get as much room as they need, a quarter of the width at most, where their lines are not too close then.
+    // The margin fits the names, up to a quarter of the width. Names are left out if their lines would be too close.
     const longest = Math.max(...this.inView(row0, Math.min(span, 200)).map((p) => context.measureText(places.labels[p]).width));
     let margin = Math.min(width / 4, 26 + longest);
     const named = (width - margin - 8) / span >= 7;
@@ -207,7 +207,7 @@ class HeatMap {
   drawCells(context) {
     const { cell } = this;
     const sequential = palette("confusion"), diverging = palette("difference");
-    const drawn = Math.max(cell, 2); // no smaller than two pixels, or single cells of large matrices are lost
+    const drawn = Math.max(cell, 2); // at least two pixels: smaller single cells of large matrices would be invisible
     const gap = cell > 6 ? 0.5 : 0;
     context.textAlign = "center";
     context.textBaseline = "middle";
@@ -306,9 +306,9 @@ class HeatMap {
     return this.nearest(Math.floor(y / this.cell + state.row0), Math.floor(x / this.cell + state.column0));
   }
 
-  // Of cells smaller than a pointer, the one under it if it has images, else the largest within reach.
+  // Return the cell to select. Small cells are hard to hit: if the one under the pointer is empty, take the largest within 3 pixels.
   nearest(row, column) {
-    const seen = this.cell >= 2 && this.value(row * places.size + column); // drawn in its own size
+    const seen = this.cell >= 2 && this.value(row * places.size + column); // drawn at its real size
     const reach = this.cell >= 5 || seen ? 0 : Math.ceil(3 / this.cell);
     let best = { row, column }, most = -1;
     for (let r = Math.max(0, row - reach); reach && r <= Math.min(places.size - 1, row + reach); r++)
@@ -354,7 +354,7 @@ class HeatMap {
   }
 
   wheeled(event) {
-    // As in maps: the page keeps scrolling, unless Ctrl is held (a pinch sends it).
+    // As in online maps, the wheel scrolls the page unless Ctrl is held. A pinch gesture sends Ctrl.
     if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
     const cell = this.at(event);
@@ -375,7 +375,7 @@ function groupSpans() {
 function fitted(context, text, room) {
   const width = context.measureText(text).width;
   if (width <= room) return text;
-  let length = Math.ceil((text.length * room) / width); // about; names may be very long
+  let length = Math.ceil((text.length * room) / width); // an estimate, because names may be very long
   while (length > 1 && context.measureText(text.slice(0, length) + "…").width > room) length--;
   return text.slice(0, length) + "…";
 }
@@ -398,7 +398,7 @@ function zoom(factor, cell) {
   const seen = state.cursor && inView(state.cursor.row, state.row0) && inView(state.cursor.column, state.column0);
   const { row, column } = cell || (seen && state.cursor) || { row: state.row0 + state.span / 2, column: state.column0 + state.span / 2 };
   const span = Math.max(Math.min(3, places.size), Math.min(places.size, state.span * factor));
-  const kept = span / state.span; // the cell stays where it is
+  const kept = span / state.span; // the cell keeps its position on the screen
   look(row - (row - state.row0) * kept, column - (column - state.column0) * kept, span);
 }
 
@@ -414,7 +414,7 @@ function goTo(row, column) {
 }
 
 function pressed(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own: zoom, back
+  if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser uses these: zoom, back
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
   const last = places.size - 1;
   const { row, column } = state.cursor || { row: Math.floor(state.row0), column: Math.floor(state.column0) };
@@ -433,7 +433,7 @@ function pressed(event) {
 }
 
 let asked = false;
-function redraw() { // once a frame, however many events ask for it
+function redraw() { // at most once per frame, whatever the number of events
   if (asked) return;
   asked = true;
   requestAnimationFrame(() => { asked = false; maps.forEach((map) => map.draw()); });
@@ -448,7 +448,7 @@ function rearrange() {
   showCell();
 }
 
-// A name written from right to left must not turn the sentence around it.
+// A right-to-left name must not reverse the sentence around it.
 const isolated = (name) => (/[\u0590-\u08ff]/.test(name) ? `\u2068${name}\u2069` : name);
 
 // -- one cell in words ------------------------------------------------------------------------------------------------
@@ -457,13 +457,13 @@ function describe({ row, column }) {
   const key = row * places.size + column;
   const same = row === column;
   const [from, to] = [isolated(places.labels[row]), isolated(places.labels[column])];
-  const verb = !same ? `${from} taken for ${to}` : places.single ? `${from}, right` : `${from} taken for a class of the same group`;
+  const verb = !same ? `${from} predicted as ${to}` : places.single ? `${from}, correct` : `${from} predicted as a class of the same group`;
   const lines = runs.map((run, r) => {
     const { own } = maps[r];
     const right = same ? places.members[row].reduce((sum, c) => sum + run.count(c, c), 0) : 0;
     const images = (own.found.get(key) || 0) + (same && !state.diagonal ? right : 0);
     const share = percent((100 * images) / Math.max(1, own.totals[row]));
-    const text = `${number(images)} of ${number(own.totals[row])} test images (${share})${same && !places.single ? `, ${number(right)} of them right` : ""}`;
+    const text = `${number(images)} of ${number(own.totals[row])} test images (${share})${same && !places.single ? `, ${number(right)} of them correct` : ""}`;
     return runs.length > 1 ? `${run.name}: ${text}` : text;
   });
   return [verb, ...lines, ...(places.single ? [trainingLine(places.members[row][0], places.members[column][0])] : [])].join("\n");
@@ -491,7 +491,7 @@ function trainingConfusions(run, a, b) {
   return `${number(count)} of ${number(run.errors[a])} confusions of the class`;
 }
 
-const imagesOf = new Map(); // thumbnails of a cell, of the first run
+const imagesOf = new Map(); // cell -> indices of its thumbnails, which are of the first run
 if (data.images) {
   const [rows, columns] = [decode(data.images.true_class), decode(data.images.predicted_class)];
   rows.forEach((row, i) => {
@@ -504,7 +504,7 @@ if (data.images) {
 function showCell() {
   const panel = $("cell");
   if (!state.cursor) {
-    panel.replaceChildren(element("h3", { textContent: "A cell" }), element("p", { className: "quiet", textContent: "Point at a cell to read it, and to see test images of it where they are at hand. A click keeps it; another, or Escape, lets it go." }));
+    panel.replaceChildren(element("h3", { textContent: "A cell" }), element("p", { className: "quiet", textContent: "Point at a cell to see its numbers and, if the page has them, its test images. A click pins the cell; another click, or Escape, unpins it." }));
     return;
   }
   const { row, column } = state.cursor;
@@ -512,7 +512,7 @@ function showCell() {
   const list = element("dl");
   const fact = (name, value) => list.append(element("dt", { textContent: name }), element("dd", { textContent: value }));
   panel.replaceChildren(element("h3", { textContent: verb }), ...lines.map((line) => element("p", { textContent: line })));
-  if (!places.single) { // what the group's largest confusions are
+  if (!places.single) { // a cell of two groups
     fact("classes", `${places.members[row].length} true, ${places.members[column].length} predicted`);
     panel.append(list);
     return;
@@ -520,9 +520,9 @@ function showCell() {
   const [a, b] = [places.members[row][0], places.members[column][0]];
   for (const run of runs) {
     const name = runs.length > 1 ? run.name : "";
-    if (a !== b) fact(name ? `${name}, other way` : "the other way round", `${number(run.count(b, a))} of ${number(run.testCounts[b])}`);
+    if (a !== b) fact(name ? `${name}, reverse` : "reverse", `${number(run.count(b, a))} of ${number(run.testCounts[b])}`);
     if (a !== b && run.confused) fact(name ? `${name}, training` : "in training", trainingConfusions(run, a, b));
-    if (a === b) fact(name || "taken for it", `${number(run.predicted[a] - run.count(a, a))} images of other classes`);
+    if (a === b) fact(name ? `${name}, false positives` : "false positives", `${number(run.predicted[a] - run.count(a, a))} images of other classes`);
   }
   panel.append(list);
   const found = imagesOf.get(a * numClasses + b) || [];
@@ -531,7 +531,7 @@ function showCell() {
     const which = `${found.length < all ? `the ${found.length} most confident of ${number(all)} images` : "its images"}${runs.length > 1 ? ` of ${runs[0].name}` : ""}:`;
     panel.append(element("p", { className: "quiet", textContent: which }), element("div", { className: "thumbs" }, ...found.map((i) => thumbnail(i, verb))));
   }
-  else if (a !== b && runs[0].count(a, b) && data.images) panel.append(element("p", { className: "quiet", textContent: "Its images are not in the page: those of the most confused cells are." }));
+  else if (a !== b && runs[0].count(a, b) && data.images) panel.append(element("p", { className: "quiet", textContent: "The page has images of the most confused cells only, not of this one." }));
 }
 
 function thumbnail(index, words) {
@@ -545,8 +545,8 @@ function thumbnail(index, words) {
 
 // -- tables that sort -------------------------------------------------------------------------------------------------
 
-// columns: {name, of(row) -> string or number, numeric?, text?(value) -> string, left?: a number that stands for words}.
-// Long tables show their first rows, and more on request.
+// columns: {name, of(row) -> string or number, numeric?, text?(value) -> string, left?: a number that is shown as text}.
+// Long tables show their first rows; a button shows more.
 function sortable(table, columns, rows, matches, search, by, step = 100) {
   const state = { by, down: true, shown: step };
   const body = table.tBodies[0];
@@ -573,7 +573,7 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
         const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "", textContent: text ? text(value) : numeric ? number(value) : value });
         if (!i) {
           cell.setAttribute("scope", "row");
-          cell.replaceChildren(element("button", { type: "button", textContent: cell.textContent })); // its click is the row's
+          cell.replaceChildren(element("button", { type: "button", textContent: cell.textContent })); // its click reaches the row's listener
         }
         return cell;
       }));
@@ -590,7 +590,7 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
   more.addEventListener("click", () => {
     state.shown += step * 4;
     fill();
-    if (more.hidden) table.focus(); // or the focus would be nowhere
+    if (more.hidden) table.focus(); // the hidden button would lose the focus
   });
   table.tabIndex = -1;
   search.addEventListener("input", () => { fill(); $("spoken").textContent = table.caption.textContent; });
@@ -606,22 +606,22 @@ function showInMap(row, column) {
 const dash = (text) => (value) => (Number.isNaN(value) ? "-" : text(value));
 
 function pairTable() {
-  const [rarer, commoner] = [decode(data.pairs.rarer_class), decode(data.pairs.commoner_class)];
-  const rows = Array.from(rarer, (r, i) => ({ r, c: commoner[i], show: () => showInMap(r, commoner[i]) }));
+  const [rarer, frequent] = [decode(data.pairs.rarer_class), decode(data.pairs.commoner_class)];
+  const rows = Array.from(rarer, (r, i) => ({ r, c: frequent[i], show: () => showInMap(r, frequent[i]) }));
   const both = (run) => ({ r, c }) => run.count(r, c) + run.count(c, r);
   const columns = [
     { name: "rarer class", of: ({ r }) => data.names[r] },
     { name: "training images", of: ({ r }) => runs[0].trainCounts[r], numeric: true },
-    { name: "commoner class", of: ({ c }) => data.names[c] },
+    { name: "more frequent class", of: ({ c }) => data.names[c] },
     { name: "its training images", of: ({ c }) => runs[0].trainCounts[c], numeric: true },
   ];
   for (const run of runs) {
     const name = runs.length > 1 ? `, ${run.name}` : "";
     columns.push({ name: `confusions${name}`, of: both(run), numeric: true });
-    columns.push({ name: `rarer as commoner${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
-    // Where training images are equal neither class is the rarer.
+    columns.push({ name: `rarer predicted as more frequent${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
+    // With equally many training images neither class is the rarer one.
     const share = ({ r, c }) => (runs[0].trainCounts[r] < runs[0].trainCounts[c] ? (100 * run.count(r, c)) / both(run)({ r, c }) : NaN);
-    columns.push({ name: `rarer as commoner, share${name}`, of: share, text: dash((v) => `${v.toFixed(0)} %`), numeric: true });
+    columns.push({ name: `rarer predicted as more frequent, %${name}`, of: share, text: dash((v) => v.toFixed(0)), numeric: true });
     if (run.confused) columns.push({ name: `in training${name}`, of: ({ r, c }) => run.trainedOn(r, c) + run.trainedOn(c, r), numeric: true });
   }
   for (const run of runs.slice(1)) columns.push({ name: `change, ${run.name}`, of: (row) => both(run)(row) - both(runs[0])(row), text: (v) => (v > 0 ? "+" : "") + number(v), numeric: true });
@@ -630,10 +630,10 @@ function pairTable() {
 
 function classTable() {
   const run = runs[0], of = runs.length > 1 ? `, ${run.name}` : "";
-  const taken = new Array(numClasses).fill(null); // what a class is most often taken for
+  const wrong = new Array(numClasses).fill(null); // the most frequent wrong prediction per class
   for (let i = 0; i < run.cells.counts.length; i++) {
     const [row, column, count] = [run.cells.rows[i], run.cells.columns[i], run.cells.counts[i]];
-    if (row !== column && (!taken[row] || count > taken[row].count)) taken[row] = { column, count };
+    if (row !== column && (!wrong[row] || count > wrong[row].count)) wrong[row] = { column, count };
   }
   const columns = [
     { name: "class", of: ({ c }) => data.names[c] },
@@ -641,11 +641,11 @@ function classTable() {
     { name: "training images", of: ({ c }) => run.trainCounts[c], numeric: true },
     { name: "test images", of: ({ c }) => run.testCounts[c], numeric: true },
     ...runs.map((r) => ({ name: runs.length > 1 ? `accuracy, ${r.name}` : "accuracy", of: ({ c }) => r.accuracy[c], text: dash(percent), numeric: true })),
-    { name: `right among those predicted${of}`, of: ({ c }) => (run.predicted[c] ? (100 * run.count(c, c)) / run.predicted[c] : NaN), text: dash(percent), numeric: true },
-    { name: `most often taken for${of}`, of: ({ c }) => (taken[c] ? data.names[taken[c].column] : "-") },
-    { name: `so often${of}`, of: ({ c }) => (taken[c] ? taken[c].count : 0), numeric: true },
+    { name: `precision${of}`, of: ({ c }) => (run.predicted[c] ? (100 * run.count(c, c)) / run.predicted[c] : NaN), text: dash(percent), numeric: true },
+    { name: `top wrong prediction${of}`, of: ({ c }) => (wrong[c] ? data.names[wrong[c].column] : "-") },
+    { name: `its count${of}`, of: ({ c }) => (wrong[c] ? wrong[c].count : 0), numeric: true },
   ];
-  const rows = ids.map((c) => ({ c, show: () => showInMap(c, taken[c] ? taken[c].column : c) }));
+  const rows = ids.map((c) => ({ c, show: () => showInMap(c, wrong[c] ? wrong[c].column : c) }));
   sortable($("classes"), columns, rows, ({ c }) => data.names[c], $("classes-search"), 2);
 }
 
@@ -746,7 +746,7 @@ function accuracyPlot() {
       if (!Number.isNaN(run.accuracy[c])) points.push({ x: run.trainCounts[c], y: run.accuracy[c], colour: paint, text: () => `${data.names[c]}${runs.length > 1 ? `, ${run.name}` : ""}\n${percent(run.accuracy[c])} of ${number(run.testCounts[c])} test images\n${number(run.trainCounts[c])} training images` });
     });
     const parts = Math.min(10, numClasses);
-    for (let g = 0; g < parts && numClasses > 20; g++) { // means of neighbours
+    for (let g = 0; g < parts && numClasses > 20; g++) { // mean accuracies of tenths of the classes
       const part = order.slice(Math.round((g * numClasses) / parts), Math.round(((g + 1) * numClasses) / parts)).filter((c) => !Number.isNaN(run.accuracy[c]));
       if (!part.length) continue;
       const mean = part.reduce((sum, c) => sum + run.accuracy[c], 0) / part.length;
@@ -774,10 +774,10 @@ function histogramPlot() {
     counted.forEach((n, b) => {
       most = Math.max(most, n);
       const width = top / bins / runs.length, from = (b * top) / bins + r * width;
-      if (n) bars.push({ from, to: from + width, y: n, colour: colour(`run${r % 6}`), text: () => `${runs.length > 1 ? runs[r].name + "\n" : ""}${number(n)} ordered pairs with ${number((b * top) / bins, 1)} to ${number(((b + 1) * top) / bins, 1)} % taken for the other` });
+      if (n) bars.push({ from, to: from + width, y: n, colour: colour(`run${r % 6}`), text: () => `${runs.length > 1 ? runs[r].name + "\n" : ""}${number(n)} ordered pairs with ${number((b * top) / bins, 1)} to ${number(((b + 1) * top) / bins, 1)} % predicted as the other` });
     });
   });
-  return { x: { label: "per cent of a class's test images taken for one other class", low: 0, high: top }, y: { label: "ordered pairs", low: 0.7, high: most * 1.3, scale: "log" }, bars };
+  return { x: { label: "per cent of a class's test images predicted as one other class", low: 0, high: top }, y: { label: "ordered pairs", low: 0.7, high: most * 1.3, scale: "log" }, bars };
 }
 
 function relationPlot() {
@@ -786,11 +786,11 @@ function relationPlot() {
   const add = (r, c) => {
     if (r === c || !run.errors[r] || !run.testCounts[r]) return;
     const [x, y] = [(100 * run.trainedOn(r, c)) / run.errors[r], (100 * run.count(r, c)) / run.testCounts[r]];
-    points.push({ x, y, colour: paint, text: () => `${data.names[r]} taken for ${data.names[c]}\n${percent(x)} of the class's confusions in training (${number(run.trainedOn(r, c))})\n${percent(y)} of its test images` });
+    points.push({ x, y, colour: paint, text: () => `${data.names[r]} predicted as ${data.names[c]}\n${percent(x)} of the class's confusions in training (${number(run.trainedOn(r, c))})\n${percent(y)} of its test images` });
   };
   for (let i = 0; i < run.cells.counts.length; i++) add(run.cells.rows[i], run.cells.columns[i]);
   for (let i = 0; i < run.confused.counts.length; i++) if (!run.count(run.confused.rows[i], run.confused.columns[i])) add(run.confused.rows[i], run.confused.columns[i]);
-  return { x: { label: "share of the class's confusions in training (CP), per cent", low: 0, high: 100, scale: "root" }, y: { label: "of its test images, per cent", low: 0, high: 100, scale: "root" }, points };
+  return { x: { label: "share of the class's confusions in training (CP), per cent", low: 0, high: 100, scale: "root" }, y: { label: "share of its test images, per cent", low: 0, high: 100, scale: "root" }, points };
 }
 
 function calibrationPlot() {
@@ -800,13 +800,13 @@ function calibrationPlot() {
     const all = images.reduce((a, b) => a + b, 0);
     images.forEach((n, b) => {
       if (!n) return;
-      const text = () => `${runs.length > 1 ? run.name + "\n" : ""}${number(n)} test images\nmean confidence ${confidence[b].toFixed(3)}\n${percent(100 * accuracy[b])} right`;
+      const text = () => `${runs.length > 1 ? run.name + "\n" : ""}${number(n)} test images\nmean confidence ${confidence[b].toFixed(3)}\naccuracy ${percent(100 * accuracy[b])}`;
       points.push({ x: confidence[b], y: accuracy[b], colour: colour(`run${r % 6}`), size: 3 + 9 * Math.sqrt(n / all), text });
     });
     const filled = images.map((n, b) => b).filter((b) => images[b]);
     for (let k = 1; k < filled.length; k++) lines.push({ from: [confidence[filled[k - 1]], accuracy[filled[k - 1]]], to: [confidence[filled[k]], accuracy[filled[k]]], colour: colour(`run${r % 6}`) });
   });
-  return { x: { label: "confidence", low: 0, high: 1 }, y: { label: "share that is right", low: 0, high: 1.02 }, points, lines };
+  return { x: { label: "confidence", low: 0, high: 1 }, y: { label: "accuracy", low: 0, high: 1.02 }, points, lines };
 }
 
 // -- all together -----------------------------------------------------------------------------------------------------
@@ -839,9 +839,9 @@ function drawAll() {
 }
 
 function start() {
-  if (data.images) document.documentElement.style.setProperty("--sprite", `url(${data.images.sprite})`); // once, not in each of them
+  if (data.images) document.documentElement.style.setProperty("--sprite", `url(${data.images.sprite})`); // once for all thumbnails
   maps = runs.map((run) => new HeatMap(run.name, run, null));
-  for (const other of runs.slice(1)) maps.push(new HeatMap(`${other.name} less ${runs[0].name}`, other, runs[0]));
+  for (const other of runs.slice(1)) maps.push(new HeatMap(`${other.name} minus ${runs[0].name}`, other, runs[0]));
   $("maps").replaceChildren(...maps.map((map) => map.figure));
   const again = () => { maps.forEach((map) => map.prepare()); redraw(); showCell(); };
   const change = (id, key, value, then = rearrange) => $(id).addEventListener("change", () => { state[key] = value($(id)); then(); });
@@ -852,7 +852,7 @@ function start() {
   $("zoom-in").addEventListener("click", () => zoom(0.6));
   $("zoom-out").addEventListener("click", () => zoom(1 / 0.6));
   $("zoom-all").addEventListener("click", () => look(0, 0, places.size));
-  $("find").addEventListener("focus", () => { // the list is long, and seldom asked for
+  $("find").addEventListener("focus", () => { // filled on first use: the list is long and rarely needed
     if (!$("names").childElementCount) $("names").append(...data.names.map((name) => element("option", { value: name })));
   });
   const find = () => {
@@ -875,7 +875,7 @@ function start() {
   dark.addEventListener("change", drawAll);
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
-  setTimeout(() => { // below the fold: after the matrix is seen
+  setTimeout(() => { // after the matrix is shown: the rest is below the fold
     if ($("plot-relation")) plots.push(new Plot("plot-relation", relationPlot));
     plots.push(new Plot("plot-accuracy", accuracyPlot), new Plot("plot-histogram", histogramPlot), new Plot("plot-calibration", calibrationPlot));
     plots.forEach((plot) => plot.draw());

@@ -1,7 +1,7 @@
 """The page of confusion-report: one self-contained HTML file that fetches nothing.
 
-page.html is its frame; page.js draws the matrices and plots from the page's data, and sorts its tables. A policy in
-the page allows its own script and style and nothing else, so that no name in the data can run or load anything.
+page.html is the template. page.js draws the matrices and plots from the page's data, and sorts its tables. The content
+security policy allows only the page's own script and style, so no name in the data can run or load anything.
 """
 
 import base64
@@ -31,19 +31,19 @@ _COLOUR_MAPS = {
     "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},
     "difference": {"light": ("coolwarm_r", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
 }
-"""Perceptually uniform or diverging, all colour-blind safe. On dark pages viridis leaves out what is nearly black: a
-cell with few images is not one without any."""
+"""Perceptually uniform or diverging maps, all colour-blind safe. On dark pages viridis starts above its darkest
+colours, so that a cell with few images differs from an empty one."""
 _NUM_COLOURS = 64
-_MAX_PAIRS = 200_000  # training confusions on the page; of more, those of trim_confusions()
+_MAX_PAIRS = 200_000  # training confusions on the page; above that, trim_confusions() selects
 
 
 @dataclass(frozen=True)
 class ShownRun:
-    """What the page has of one run; C classes."""
+    """Data of one run that the page shows; C classes."""
 
     name: str
     facts: list[tuple[str, str]]
-    """Name and value of what it is."""
+    """Name and value of each line above the figures."""
     class_counts: Array
     """Training images [C]."""
     groups: list[str]
@@ -51,9 +51,9 @@ class ShownRun:
     matrix: Array
     """Test images [C, C]."""
     confusions: Array | None
-    """K, the confusion pairs of its training [C, C]; None where none were collected."""
+    """Confusion counts K of the training [C, C]; None if none were collected."""
     reliability: Array
-    """Images, mean confidence, share right [15, 3]."""
+    """Images, mean confidence and accuracy per confidence bin [15, 3]."""
 
 
 def render_page(
@@ -70,19 +70,20 @@ def render_page(
     pictures: list[tuple[str, list[str]]],
     embedded: list[tuple[str, bytes]],
 ) -> str:
-    """The page as HTML text; every word of the data is escaped.
+    """Return the page as HTML text; every word of the data is escaped.
 
     Args:
-        title, notes: above and below the accuracies.
-        runs: the run, and those that it is compared with, all of C classes.
-        class_names: of these.
-        accuracy: one row per evaluation.
-        pairs: see pairs.confused_pairs(), of all runs.
-        named_pairs: the first of them as they are to be read, for those without scripts.
-        clustered: class ids in an order in which confused ones stand together [C].
-        images: thumbnails of the first run's cells.
-        pictures: caption and addresses of the picture files, seen from the page.
-        embedded: caption and PNG.
+        title: heading of the page.
+        runs: the run, then the runs that it is compared with, all of the same C classes.
+        class_names: C names.
+        notes: paragraphs below the table of accuracies.
+        accuracy: table with a row per evaluation.
+        pairs: confused_pairs() of the sum of all runs' matrices.
+        named_pairs: the first of these pairs with names and headings, shown without JavaScript.
+        clustered: class ids [C], ordered so that classes confused with each other are adjacent.
+        images: thumbnails of the first run's cells; None: no thumbnails.
+        pictures: caption and addresses of each figure's files, relative to the page.
+        embedded: caption and PNG of each figure inside the page.
     """
     frame, script, style = _parts()
     data = {
@@ -115,7 +116,7 @@ def render_page(
 
 
 def page_digest() -> str:
-    """Of what all pages have in common: another one, and a page is made again."""
+    """Return the hash of the page's template, script and style. A page with another hash is rebuilt."""
     return _hash("".join(_parts()))
 
 
@@ -125,12 +126,12 @@ def _parts() -> list[str]:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style."""
+    """Return the source expression of an inline script or style in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _int32(values: Array) -> str:
-    """An array of whole numbers in JSON: base64 of little-endian int32."""
+    """Encode an array of integers for JSON: base64 of little-endian int32."""
     return base64.b64encode(np.asarray(values, dtype="<i4").tobytes()).decode()
 
 
@@ -157,7 +158,7 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
 
 
 def _stops(name: str, low: float, high: float) -> list[str]:
-    """Colours of a map, from little to much."""
+    """Return _NUM_COLOURS hex colours of a colour map between two positions in [0, 1]."""
     colours = matplotlib.colormaps[name]
     return [to_hex(colours(value)) for value in np.linspace(low, high, _NUM_COLOURS)]
 
@@ -172,16 +173,16 @@ def _relation(run: ShownRun, *, named: bool) -> str:
     found, size = relation(run.confusions, run.matrix), len(run.class_counts)
     words = f"Training confused {found['num_pairs']:,} of {size * (size - 1):,} ordered pairs of classes"
     if found["num_top"]:
-        words += f"; of the test's {found['num_top']:,} most confused ones, {found['top_in_training']:,}"
+        words += f", including {found['top_in_training']:,} of the test's {found['num_top']:,} most confused pairs"
     words += "."
     if found["num_classes"]:
         words += (
             f" For {found['same_first']:,} of {found['num_classes']:,} classes the most frequent confusion is the same."
-            f" What a class is taken for in training and test overlaps by {100 * found['overlap']:.0f} per cent."
+            f" The wrong predictions of a class in training and test overlap by {100 * found['overlap']:.0f} per cent."
         )
     words = escape(f"{run.name}: {words}" if named else words)
     return (
-        "<figure><h3>Confusion pairs of training (CP) and confusions of the test</h3>"
+        "<figure><h3>Confusion pairs in training (CP) and confusions in the test</h3>"
         f'<canvas id="plot-relation" role="img" aria-label="{words}"></canvas><figcaption>{words}</figcaption></figure>'
     )
 
@@ -189,7 +190,7 @@ def _relation(run: ShownRun, *, named: bool) -> str:
 def _reliability_in_words(run: ShownRun) -> str:
     images, confidence, accuracy = run.reliability[run.reliability[:, 0] > 0].T
     mean = 100 * np.average(np.stack([confidence, accuracy]), axis=1, weights=images)
-    return f"{run.name}: mean confidence {mean[0]:.1f} per cent, {mean[1]:.1f} per cent right"
+    return f"{run.name}: mean confidence {mean[0]:.1f} per cent, accuracy {mean[1]:.1f} per cent"
 
 
 def _links(caption: str, places: list[str]) -> str:
@@ -218,5 +219,5 @@ def _table(table: pd.DataFrame, caption: str, name: str) -> str:
 
 
 def _is_number(column: "pd.Series[str]") -> bool:
-    """Every cell is a number, a share or a dash."""
+    """Return whether every cell is a number, a percentage or a dash."""
     return bool(len(column)) and bool(column.astype(str).str.fullmatch(r"[\d ,.%\-]*").all())

@@ -172,9 +172,9 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_pointing_at_cells_tells_what_they_are(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS, confusions=np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]]))], NAMES))
-    assert shows.point(2, 1) == "wolf taken for dog\n30 of 100 test images (30.0 %)\ntraining images: 5 and 50"
-    assert shows.point(0, 0) == "cat, right\n90 of 100 test images (90.0 %)\n500 training images"
-    assert shows.point(0, 2) == "cat taken for wolf\n0 of 100 test images (0.0 %)\ntraining images: 500 and 5"
+    assert shows.point(2, 1) == "wolf predicted as dog\n30 of 100 test images (30.0 %)\ntraining images: 5 and 50"
+    assert shows.point(0, 0) == "cat, correct\n90 of 100 test images (90.0 %)\n500 training images"
+    assert shows.point(0, 2) == "cat predicted as wolf\n0 of 100 test images (0.0 %)\ntraining images: 500 and 5"
     panel = shows.page.locator("#cell")
     assert "1 of 4 confusions of the class" in panel.inner_text()
     shows.page.mouse.move(5, 5)
@@ -182,23 +182,23 @@ def test_pointing_at_cells_tells_what_they_are(opened: Any) -> None:
     assert "Point at a cell" in panel.inner_text()
     shows.page.locator("#maps canvas").click(position=shows.cell(2, 1))
     shows.point(0, 0)
-    assert panel.locator("h3").inner_text() == "wolf taken for dog"  # a click keeps it
+    assert panel.locator("h3").inner_text() == "wolf predicted as dog"  # a click keeps it
 
 
 def test_groups_are_the_sums_of_their_classes(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
     shows.page.select_option("#grouping", "groups")
     assert shows.page.evaluate("places.labels") == ["many", "medium", "few"]
-    assert shows.point(2, 1) == "few taken for medium\n30 of 100 test images (30.0 %)"
+    assert shows.point(2, 1) == "few predicted as medium\n30 of 100 test images (30.0 %)"
     two = opened(rendered([shown(HAND, np.array([500, 400, 5]))], NAMES))
     two.page.select_option("#grouping", "groups")
     assert two.point(0, 0) == (
-        "many taken for a class of the same group\n190 of 200 test images (95.0 %), 175 of them right"
+        "many predicted as a class of the same group\n190 of 200 test images (95.0 %), 175 of them correct"
     )
     two.page.uncheck("#diagonal")  # the confusions within the group stay
     assert two.page.evaluate("maps[0].value(0)") == 7.5
-    assert two.point(0, 0).endswith("190 of 200 test images (95.0 %), 175 of them right")
-    assert two.point(0, 1) == "many taken for few\n10 of 200 test images (5.0 %)"
+    assert two.point(0, 0).endswith("190 of 200 test images (95.0 %), 175 of them correct")
+    assert two.point(0, 1) == "many predicted as few\n10 of 200 test images (5.0 %)"
 
 
 def test_cells_have_their_numbers(opened: Any) -> None:
@@ -259,10 +259,10 @@ def test_text_has_contrast(opened: Any, scheme: str) -> None:
 def test_compared_runs_stand_beside_each_other_with_their_difference(opened: Any) -> None:
     better = np.array([[80, 20, 0], [5, 90, 5], [0, 10, 90]])
     shows = opened(rendered([shown(HAND, COUNTS, "plain"), shown(better, COUNTS, "mixed")], NAMES))
-    assert shows.page.locator("#maps h3").all_inner_texts() == ["plain", "mixed", "mixed less plain"]
+    assert shows.page.locator("#maps h3").all_inner_texts() == ["plain", "mixed", "mixed minus plain"]
     assert shows.page.evaluate("maps[2].value(2 * 3 + 1)") == -20
     assert shows.point(2, 1, 2).splitlines() == [
-        "wolf taken for dog",
+        "wolf predicted as dog",
         "plain: 30 of 100 test images (30.0 %)",
         "mixed: 10 of 100 test images (10.0 %)",
         "training images: 5 and 50",
@@ -280,9 +280,9 @@ def test_keyboard_moves_zooms_and_speaks(opened: Any) -> None:
     page.get_by_role("application", name="run. Arrow keys move").focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
-    assert page.locator("#spoken").inner_text().startswith("dog, right")
+    assert page.locator("#spoken").inner_text().startswith("dog, correct")
     page.keyboard.press("ArrowDown")
-    assert page.locator("#spoken").inner_text().startswith("wolf taken for dog")
+    assert page.locator("#spoken").inner_text().startswith("wolf predicted as dog")
     page.keyboard.press("End")
     assert page.evaluate("state.cursor") == {"row": 2, "column": 2}
     page.keyboard.press("Escape")
@@ -300,13 +300,13 @@ def test_zoom_keeps_the_cell_and_shows_names(opened: Any) -> None:
     assert page.evaluate("state.span") == 30
     after = shows.cell(200, 201)
     assert max(abs(a - b) for a, b in zip(before.values(), after.values(), strict=True)) < 180
-    assert shows.point(200, 201).startswith("class 200 taken for class 201")
-    page.get_by_role("button", name="whole").click()
+    assert shows.point(200, 201).startswith("class 200 predicted as class 201")
+    page.get_by_role("button", name="reset zoom").click()
     assert page.evaluate("state.span") == size
     find = page.get_by_role("combobox", name="Find a class")
     find.fill("CLASS 250")
     find.press("Enter")
-    assert page.locator("#spoken").inner_text().startswith("class 250, right")
+    assert page.locator("#spoken").inner_text().startswith("class 250, correct")
     assert page.evaluate("state.cursor") == {"row": 250, "column": 250}
     assert page.evaluate("state.span") == 12
     page.select_option("#numbers", "images")
@@ -350,9 +350,9 @@ def test_every_cell_with_images_can_be_pointed_at(opened: Any) -> None:
     matrix = np.diag([50] * size) + np.eye(size, k=1, dtype=int)
     shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
     assert 2 < shows.page.evaluate("maps[0].cell") < 5
-    assert shows.point(100, 101).startswith("class 100 taken for class 101\n1 of 51")
-    assert shows.point(100, 100).startswith("class 100, right")
-    assert shows.point(100, 102).startswith("class 101, right")  # empty: the largest within reach
+    assert shows.point(100, 101).startswith("class 100 predicted as class 101\n1 of 51")
+    assert shows.point(100, 100).startswith("class 100, correct")
+    assert shows.point(100, 102).startswith("class 101, correct")  # empty: the largest within reach
 
 
 def test_the_browsers_own_keys_stay_its_own(opened: Any) -> None:
@@ -399,12 +399,16 @@ def test_every_number_by_hand(opened: Any) -> None:
         return [line.locator("th, td").all_inner_texts() for line in lines]
 
     assert page.locator("#pairs thead th").all_inner_texts() == [
-        *("rarer class", "training images", "commoner class", "its training images", "confusions"),
-        *("rarer as commoner", "rarer as commoner, share", "in training"),
+        *("rarer class", "training images", "more frequent class", "its training images", "confusions"),
+        *("rarer predicted as more frequent", "rarer predicted as more frequent, %", "in training"),
     ]
     assert rows("pairs") == [
-        ["wolf", "5", "dog", "50", "40", "30", "75 %", "6"],
-        ["dog", "50", "cat", "500", "15", "5", "33 %", "3"],
+        ["wolf", "5", "dog", "50", "40", "30", "75", "6"],
+        ["dog", "50", "cat", "500", "15", "5", "33", "3"],
+    ]
+    assert page.locator("#classes thead th").all_inner_texts() == [
+        *("class", "group", "training images", "test images", "accuracy"),
+        *("precision", "top wrong prediction", "its count"),
     ]
     assert rows("classes") == [
         ["cat", "many", "500", "100", "90.0 %", "94.7 %", "dog", "10"],
@@ -413,15 +417,15 @@ def test_every_number_by_hand(opened: Any) -> None:
     ]
     page.locator("#maps canvas").click(position=shows.cell(2, 1))
     assert page.locator("#cell dl").inner_text().split("\n") == [
-        *("the other way round", "10 of 100", "in training", "6 of 8 confusions of the class")
+        *("reverse", "10 of 100", "in training", "6 of 8 confusions of the class")
     ]
     assert "the 2 most confident of 30 images:" in page.locator("#cell").inner_text()
     thumbs = page.locator(".thumb")
-    assert thumbs.all()[1].get_attribute("aria-label") == "test image: wolf taken for dog, confidence 0.60"
+    assert thumbs.all()[1].get_attribute("aria-label") == "test image: wolf predicted as dog, confidence 0.60"
     places = thumbs.evaluate_all("found => found.map((e) => e.style.backgroundPosition)")
     assert places == ["0px 0px", "-64px 0px"]
     page.locator("#maps canvas").click(position=shows.cell(1, 1))
-    assert page.locator("#cell dl").inner_text().split("\n") == ["taken for it", "40 images of other classes"]
+    assert page.locator("#cell dl").inner_text().split("\n") == ["false positives", "40 images of other classes"]
 
     relation_, accuracy, histogram, calibration = (page.evaluate(f"plots[{k}].spec") for k in range(4))
     assert sorted((p["x"], p["y"]) for p in relation_["points"]) == [(25, 0), (25, 0), (75, 10), (75, 30)]
@@ -431,11 +435,11 @@ def test_every_number_by_hand(opened: Any) -> None:
     assert [(p["x"], p["y"]) for p in calibration["points"]] == [(0.25, 0.5), (0.99, 0.9)]
     assert calibration["points"][1]["size"] > calibration["points"][0]["size"]
     label = page.locator("#plot-calibration").get_attribute("aria-label")
-    assert label == "run: mean confidence 69.4 per cent, 74.0 per cent right"
+    assert label == "run: mean confidence 69.4 per cent, accuracy 74.0 per cent"
     assert page.locator("#plot-relation").get_attribute("aria-label") == (
-        "Training confused 4 of 6 ordered pairs of classes; of the test's 4 most confused ones, 2. For 2 of 2 classes "
-        "the most frequent confusion is the same. What a class is taken for in training and test overlaps by 75 per "
-        "cent."
+        "Training confused 4 of 6 ordered pairs of classes, including 2 of the test's 4 most confused pairs. For 2 of "
+        "2 classes the most frequent confusion is the same. The wrong predictions of a class in training and test "
+        "overlap by 75 per cent."
     )
 
 
@@ -480,7 +484,7 @@ def test_long_tables_come_in_parts(opened: Any) -> None:
 def test_tables_sort_filter_and_lead_to_the_cell(opened: Any) -> None:
     size = 30
     matrix = np.diag([50] * size)
-    matrix[np.arange(1, size), 0] = np.arange(1, size)  # class c is taken for class 0 c times
+    matrix[np.arange(1, size), 0] = np.arange(1, size)  # class c is predicted as class 0 c times
     names = [f"class {c}" for c in range(size)]
     shows = opened(rendered([shown(matrix, np.arange(size, 0, -1) * 10)], names))
     page = shows.page
@@ -500,7 +504,7 @@ def test_tables_sort_filter_and_lead_to_the_cell(opened: Any) -> None:
     page.locator("#pairs-search").fill("CLASS 12")
     assert [row.locator("th").inner_text() for row in rows.all()] == ["class 12"]
     rows.first.click()
-    assert page.locator("#cell h3").inner_text() == "class 12 taken for class 0"
+    assert page.locator("#cell h3").inner_text() == "class 12 predicted as class 0"
     classes = page.locator("#classes tbody tr")
     assert classes.count() == size
     assert classes.nth(29).locator("th, td").all_inner_texts()[:4] == ["class 29", "few", "10", "79"]
@@ -530,7 +534,7 @@ def test_page_of_a_real_run(digits_run: Path, opened: Any) -> None:
     row, column = order.index(wrong["true_class"]), order.index(wrong["predicted_class"])
     assert f"{wrong['count']} of 50 test images" in shows.point(row, column)
     shows.page.locator("#maps canvas").click(position=shows.cell(row, column))
-    thumbs = shows.page.get_by_role("img", name=re.compile("test image: .* taken for"))
+    thumbs = shows.page.get_by_role("img", name=re.compile("test image: .* predicted as"))
     assert thumbs.count() == min(8, wrong["count"])
     for name in ("accuracy", "histogram", "calibration", "relation"):
         data = shows.page.evaluate(
