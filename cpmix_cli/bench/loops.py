@@ -1,7 +1,7 @@
-"""What `bench` times: the loop of the released long-tail code, cpmix's own, and parts of it alone.
+"""Training loops that `bench` times: cpmix, the loop of the released long-tail code, and single parts of training.
 
-A loop takes steps and counts the images that pass through the network, each once. All train the same network on the
-same images, with a learning rate too small to matter.
+All loops train the same network on the same images, with a very small learning rate, so the weights hardly change. A
+loop counts an image once per forward pass.
 """
 
 import signal
@@ -34,21 +34,21 @@ _RATE = 1e-5
 
 
 class TimedLoop(ABC):
-    """Something that trains on a device."""
+    """Loop of training steps, or of a part of them, on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @abstractmethod
     def take(self, num_steps: int) -> int:
-        """Take so many steps; return the images that went through the network."""
+        """Run `num_steps` steps; return the images processed, counted once per forward pass."""
 
     def warm_up(self) -> None:
-        """Steps after which nothing is chosen, allocated or recorded any more."""
+        """Run steps until kernels are selected, memory is allocated and CUDA graphs are recorded."""
         self.timed(EAGER_STEPS + 1)
 
     def timed(self, num_steps: int) -> tuple[float, int]:
-        """Seconds of so many steps, until the device is done, and their images."""
+        """Run `num_steps` steps; return the seconds until the device is done, and the images processed."""
         with own_stream(self.device):
             synchronize(self.device)
             started = time.perf_counter()
@@ -58,7 +58,7 @@ class TimedLoop(ABC):
 
 
 class TrainingLoop(TimedLoop):
-    """cpmix: a phase's own epochs, but for the disk and the console."""
+    """Training loop of cpmix: the epochs of a phase, without checkpoints and console output."""
 
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState) -> None:
         super().__init__(data.labels.device)
@@ -78,7 +78,7 @@ class TrainingLoop(TimedLoop):
     def warm_up(self) -> None:
         with own_stream(self.device):
             self._step.begin_epoch(self._state.epoch)
-            for number in {0, self._num_steps - 1}:  # the two sizes of a batch
+            for number in {0, self._num_steps - 1}:  # a full batch, and the last one, which may be smaller
                 for _ in range(EAGER_STEPS + 1):
                     self._step(number)
             synchronize(self.device)
@@ -92,8 +92,9 @@ class TrainingLoop(TimedLoop):
 
 
 class NetworkAlone(TimedLoop):
-    """Forward, backward and optimizer step on one resident batch; on CUDA as a graph, as cpmix has it, unless `record`
-    is False, as several ranks have it.
+    """Forward pass, backward pass and optimizer step on one resident batch.
+
+    On CUDA the step is a graph, as in training on one rank. `record` False runs it eagerly, as in training on several.
     """
 
     def __init__(self, data: TrainingData, plan: Plan, state: TrainingState, *, record: bool = True) -> None:
@@ -123,10 +124,10 @@ class NetworkAlone(TimedLoop):
 
 
 class InputAlone(TimedLoop):
-    """Images read, augmented and then not used.
+    """Reading and augmentation of images, without a network.
 
-    Images from disk are prefetched as in training. Resident ones are the same at each step, so that augmentation alone
-    is timed.
+    Images on disk are prefetched as in training. Resident images are the same at each step, so only augmentation is
+    timed.
     """
 
     def __init__(self, batches: Batches, device: torch.device, num_images: int, batch_size: int) -> None:
@@ -153,15 +154,20 @@ class InputAlone(TimedLoop):
 
 
 def _leave_signals(worker: int) -> None:
-    """In a loader process: Ctrl-C and the rest are the main process's business."""
+    """Ignore Ctrl-C in a loader process, and restore the defaults of other signals: the main process handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
-    """uint8 images [N, H, W, channels], or image files, as a map-style data set of PIL images, transformed one at a
-    time; `shape` is that of a test image.
+    """Map-style data set of PIL images, which torchvision transforms one by one.
+
+    Args:
+        images: images [N, H, W, channels] uint8, or N image files.
+        shape: shape of a test image (H, W, channels).
+        labels: class of each image [N] int64.
+        recipe: [data] of the recipe: crop, padding and augmentation.
     """
 
     def __init__(self, images: Tensor | Sequence[Path], shape: Sequence[int], labels: Tensor, recipe: Data) -> None:
@@ -199,8 +205,10 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 
 
 class ReferenceLoop(TimedLoop):
-    """The loop of LDAM-DRW and its descendants: PIL transforms in loader processes, float32 as cuDNN has it by default
-    (TF32), the loss read at every step.
+    """Reference loop, as in the released code of LDAM-DRW and its successors.
+
+    PIL transforms run in loader processes, convolutions in TF32, which is cuDNN's default, and the loss is read at each
+    step.
     """
 
     def __init__(self, data: PilImages, model: Classifier, batch_size: int, num_workers: int) -> None:
@@ -212,11 +220,13 @@ class ReferenceLoop(TimedLoop):
         self._batches: Iterator[Any] = iter(())
 
     def timed(self, num_steps: int) -> tuple[float, int]:
-        """As above, with fresh workers. What they made ahead is used up first, and they are gone afterwards: they would
-        slow the other loops.
+        """Run `num_steps` steps with new workers; return the seconds and the images processed.
+
+        Batches that the workers prefetched before are used up first. The workers end afterwards: they would slow down
+        the other loops.
         """
-        ahead = self._num_workers * 2  # each worker makes two, the loader's default
-        # As many batches follow as are made ahead, so that the workers are busy to the end.
+        ahead = self._num_workers * 2  # each worker prefetches two batches, the loader's default
+        # The loader has as many batches after the timed ones, so the workers are busy until the end.
         num_samples = (num_steps + 2 * ahead) * self._batch_size
         generator = torch.Generator().manual_seed(0)
         loader = DataLoader(

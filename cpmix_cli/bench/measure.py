@@ -1,4 +1,4 @@
-"""Timings: loops that take turns, round after round, their memory, and what surrounds them."""
+"""Timings: loops that run in turn, their peak memory, start-up time and the cost of confusion pairs."""
 
 import ctypes
 import math
@@ -31,43 +31,43 @@ from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.plan import PhaseContext, Plan
 
 PAIR_CLASSES = (100, 1000, 8142)  # CIFAR-100, ImageNet-LT, iNaturalist 2018
-_MIN_STEPS = 3  # of a loop in a round
+_MIN_STEPS = 3  # per loop and round
 MIB = 2**20
 
 
 @dataclass
 class Timing:
-    """Speeds of a loop."""
+    """Timing of one loop."""
 
     loop: TimedLoop
     peak_bytes: int | None
-    """Memory that building and warming it up took, without the resident images and without loader processes."""
+    """Peak memory of building and warming up the loop, without resident images and loader processes; or None."""
     num_steps: int
-    """In a round."""
+    """Steps per round."""
     images_per_second: list[float] = field(default_factory=list)
-    """Round by round."""
+    """Speed in each round, images per second."""
 
     def turn(self) -> None:
-        """Time a round."""
+        """Run and time one round."""
         seconds, images = self.loop.timed(self.num_steps)
         self.images_per_second.append(images / seconds)
 
     @property
     def median(self) -> float:
-        """Images a second."""
+        """Median speed over the rounds, images per second."""
         return statistics.median(self.images_per_second)
 
     def ratio_to(self, other: "Timing") -> float:
-        """Median over the rounds of this loop's speed over the other's in the same round."""
+        """Return the median over the rounds of (this loop's speed / the other's speed in the same round)."""
         pairs = zip(self.images_per_second, other.images_per_second, strict=True)
         return statistics.median(mine / others for mine, others in pairs)
 
 
 def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
-    """The data set of a folder; without one, an unwritten one like CIFAR-100-LT at rho 200.
+    """Return the data set in a folder; without a folder, one in memory with the counts of CIFAR-100-LT at rho 200.
 
     Raises:
-        InputError: no data set there, damaged, or points.
+        InputError: the folder has no data set, or a damaged one, or one of points.
         UsageError: --data-root without --data.
     """
     if folder is not None:
@@ -84,11 +84,11 @@ def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
 
 
 def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext, list[str]]:
-    """The name of the recipe to time, what its plans are made from, and its phases.
+    """Return the name of the recipe to time, the context of its plans, and its phases.
 
     Raises:
-        EnvironmentFault: the device is not there.
-        UsageError: faults of the recipe, or it does not fit the data set, or requires a teacher.
+        EnvironmentFault: the device is missing.
+        UsageError: the recipe has errors, does not fit the data set, or needs a teacher.
     """
     device = hardware.use_device(options.device)
     name = options.recipe or dataset.record.recipe
@@ -102,12 +102,12 @@ def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext,
 
 
 def random_images(count: int, shape: Sequence[int]) -> Tensor:
-    """Random pixels, the same each time: uint8 [count, *shape]."""
+    """Return images of random pixels, the same at each call: [count, *shape] uint8."""
     return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def random_data(context: PhaseContext, labels: Tensor) -> TrainingData:
-    """random_images() with these labels [N], resident on the device."""
+    """Return resident training data: N random_images() with the labels [N] int64."""
     dataset, device = context.dataset, context.device
     images = random_images(len(labels), dataset.shape).to(device)
     batches = make_batches(images, context.recipe.data, dataset.record)
@@ -117,7 +117,17 @@ def random_data(context: PhaseContext, labels: Tensor) -> TrainingData:
 def measure(
     loops: Mapping[str, Callable[[], TimedLoop]], rounds: int, seconds: float, memory: "Memory"
 ) -> dict[str, Timing]:
-    """Time loops in turn, each for so many seconds per round."""
+    """Build and warm up loops, then time them in turn.
+
+    Args:
+        loops: name -> function that builds a loop.
+        rounds: rounds; in each, every loop runs once.
+        seconds: length of a loop's turn in seconds; it takes at least three steps.
+        memory: measures the peak memory of each loop.
+
+    Returns:
+        The timing of each loop by name.
+    """
     timings = {}
     expected = 0.0
     for name, build in loops.items():
@@ -129,26 +139,26 @@ def measure(
         expected += rounds * timings[name].num_steps * taken
     console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
     for number in range(rounds):
-        for timing in reversed(timings.values()) if number % 2 else timings.values():  # who comes first alternates
+        for timing in reversed(timings.values()) if number % 2 else timings.values():  # alternate the order
             timing.turn()
     return timings
 
 
 class Memory:
-    """Peak memory of a device above what there was at restart(): reserved on CUDA, else resident in this process."""
+    """Peak memory since restart(), above the memory then: reserved on CUDA, else resident in this process."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._before: int | None = None
 
     def restart(self) -> None:
-        """Give back what the allocator keeps, and forget the peak so far."""
+        """Release the allocator's cached memory, and reset the peak."""
         if self._cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_reserved()
             return
-        self._before = None  # the peak so far stays, unless the system can forget it
+        self._before = None  # if the system cannot reset the peak, it is unknown
         with suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
@@ -156,20 +166,20 @@ class Memory:
             self._before = _of_this_process("VmRSS")
 
     def peak(self) -> int | None:
-        """Bytes; None where the system does not say."""
+        """Return the peak in bytes, or None if the system cannot measure it."""
         if self._before is None:
             return None
         return (torch.cuda.max_memory_reserved() if self._cuda else _of_this_process("VmHWM")) - self._before
 
 
 def _of_this_process(name: str) -> int:
-    """Bytes, by the name that /proc has."""
+    """Return a memory value of /proc/self/status in bytes, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def start_up_seconds() -> float:
-    """Median of five runs of `cpmix --help`, as a process."""
+    """Return the median duration of five `cpmix --help` processes in seconds."""
     command = [sys.executable, "-m", "cpmix_cli", "--help"]
     return _median_seconds(
         lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True), 5, torch.device("cpu")
@@ -177,7 +187,7 @@ def start_up_seconds() -> float:
 
 
 def _median_seconds(function: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds that a call takes, until the device is done with it."""
+    """Return the median duration of a call in seconds, until the device is done."""
     taken = []
     for _ in range(times):
         synchronize(device)
@@ -189,7 +199,16 @@ def _median_seconds(function: Callable[[], object], times: int, device: torch.de
 
 
 def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[str, float]:
-    """Seconds to count a batch's confusions and to draw as many pairs, with 50 confused classes a row."""
+    """Time the counting of a batch's errors, and the drawing of one confused partner per image.
+
+    Args:
+        num_classes: C; K [C, C] has at most 50 nonzero cells per row.
+        batch_size: B.
+        device: device of K.
+
+    Returns:
+        num_classes, and count_seconds and draw_seconds per batch.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def classes(*shape: int) -> Tensor:
@@ -212,6 +231,6 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
 
 
 def not_projected(plans: Iterable[Plan]) -> list[str]:
-    """What a recipe also takes time for, and nothing here times."""
+    """Return parts of training that take time and are not timed here."""
     matches = any(term.recipe.match is not None for plan in plans for term in plan.terms)
     return ["the matching of partners"] if matches else []

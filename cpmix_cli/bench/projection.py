@@ -1,10 +1,10 @@
-"""bench --world-size: what training takes on other numbers of ranks.
+"""bench --world-size: training time projected to other numbers of ranks.
 
-What is timed or counted here, what is assumed, and what follows from both are kept apart; project() is arithmetic
-alone. Nothing is written but packed images and image files in a temporary folder.
+The code keeps Measurements, Assumptions and the projection apart; project() only calculates. Files are written only to
+a temporary folder: packed images and image files.
 
 A step takes as long as its slowest resource: the device (augmentation, network, confused pairs), the cores that read
-images, the links between ranks.
+images, or the links between ranks.
 """
 
 import math
@@ -42,61 +42,62 @@ from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 
-_PACKED_SIDE = 256  # pixels, where nothing is packed yet: what all of the published sets are tested at
-_GENERATED = (500, 375)  # width and height of image files made where there are none: the commonest of ImageNet
+_PACKED_SIDE = 256  # pixels, for a data set without packed images: the test resolution of the published sets
+_GENERATED = (500, 375)  # width and height of generated image files: the most frequent size in ImageNet
 _NUM_GENERATED = 16
-_NUM_READ = 256  # images that are read or augmented in turn; the page cache holds them
-_FIRST_IMAGES = 8  # that go through a network when it is first timed
-_STEP_SECONDS = 1.0  # a measured step takes hardly longer: its batch is that of a rank, or a smaller one
-_MAX_SECONDS = 3.0  # of all turns of one measurement; there is one in any case
+_NUM_READ = 256  # images that are read or augmented in turn; few enough for the page cache
+_FIRST_IMAGES = 8  # images in the first timed forward pass of a network
+_STEP_SECONDS = 1.0  # limit of a timed step: if a rank's batch takes longer, a smaller batch is timed
+_MAX_SECONDS = 3.0  # limit of all turns of one measurement; at least one turn is timed
 _MB, _GB = 1e6, 1e9
 _PLACES = {"resident": "on the device", "shards": "in shards", "files": "in their files"}
 
 
 @dataclass(frozen=True)
 class StorageSpeed:
-    """Training images as they are kept: on the device, packed or in their files."""
+    """Speed of one way to store training images: on the device, in shards or in their files."""
 
     read: float | None
-    """Images a second that one core reads; None where there is nothing to read."""
+    """Images per second that one core reads; None for images on the device."""
     image_bytes: float
-    """Read from disk for an image."""
+    """Bytes read from disk per image."""
     augment: Mapping[int, float]
-    """Images a second on the device, by images at once."""
+    """Images in one call -> images per second that the device augments."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was timed or counted here."""
+    """Values measured on this machine."""
 
     kept: Mapping[str, StorageSpeed]
+    """Way to store images ("resident", "shards", "files") -> its speed."""
     network: Mapping[str, Mapping[int, float]]
-    """Phase -> images a second forward, backward and through the optimizer, by images of a term at once."""
+    """Phase -> images of a term per step -> images per second, for forward, backward and optimizer."""
     gradient_bytes: Mapping[str, int]
-    """By phase, of what it trains."""
+    """Phase -> bytes of the gradients of its trained parameters."""
     buffer_bytes: int
-    """Of the network's running statistics, which the first rank sends to the others."""
+    """Bytes of the network's running statistics, which the first rank sends to the others."""
     count_seconds: float
-    """To count the errors of a batch."""
+    """Seconds to count the errors of a batch."""
     draw_seconds: float
-    """To draw confused partners for a batch."""
+    """Seconds to draw confused partners for a batch."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not known here."""
+    """Assumed values, which cannot be measured on this machine."""
 
     cores: int
-    """Of a rank, that read images."""
+    """Cores per rank that read images."""
     link: float
-    """GB a second, each way, of the slowest link on the way round all ranks."""
+    """GB per second in each direction, on the slowest link of the ring of all ranks."""
     ranks_per_machine: int = 8
 
 
 def _images_made(plan: Plan, *, sliced: bool) -> int:
-    """Images that are read and augmented for each of a batch."""
+    """Return the images read and augmented per image of the batch."""
     terms = [term.recipe for term in plan.terms]
-    # In slices, partners from the batch may be another rank's, and are made anew.
+    # With several slices, a partner in the batch may be in another rank's slice: it is read again.
     anew = {*CLASS_PARTNERS, *(BATCH_PARTNERS if sliced else ())}
     natural = sum(term.draw == "natural" for term in terms)
     return min(natural, 1) + len(terms) - natural + sum(term.partner in anew for term in terms)
@@ -105,7 +106,7 @@ def _images_made(plan: Plan, *, sliced: bool) -> int:
 def _share(
     measured: Measurements, assumed: Assumptions, plan: Plan, kept: str, world_size: int, size: int
 ) -> dict[str, Any]:
-    """The share of one rank in a step over a batch of `size` images; images that pad what is uneven are counted."""
+    """Return one rank's images, seconds and bytes in a step over a batch of `size` images, padding included."""
     images, num_terms = measured.kept[kept], len(plan.terms)
     part = BatchSlice(0, world_size * plan.micro_batches, size)
     num_images = part.length * plan.micro_batches
@@ -115,7 +116,7 @@ def _share(
     pairs += measured.draw_seconds * sum(term.recipe.partner == "confusion" for term in plan.terms)
     device = made / _speed_at(images.augment, part.length)
     device += num_images * num_terms / _speed_at(measured.network[plan.phase], part.length) + pairs
-    sums = 8 * (num_terms + 3)  # the losses, their sum, how many are right, and the word that none has ended
+    sums = 8 * (num_terms + 3)  # losses, objective, correct predictions, and the check that no rank has ended
     # A ring all-reduce of n bytes sends 2 (W - 1) / W n from each of W ranks.
     sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[plan.phase] + sums)
     if world_size > 1:
@@ -137,15 +138,26 @@ def _share(
 
 
 def _speed_at(speeds: Mapping[int, float], at_once: int) -> float:
-    """The speed at the nearest number of images that was measured."""
+    """Return the speed at the nearest measured number of images."""
     return speeds[min(speeds, key=lambda size: abs(size - at_once))]
 
 
 def project(
     measured: Measurements, assumed: Assumptions, plans: Iterable[Plan], num_images: int, kept: str, world_size: int
 ) -> dict[str, Any]:
-    """Time, GPU-hours, traffic and limits of phases over so many images on a number of ranks, with the images kept in
-    one of the ways of measured.kept.
+    """Project the training time, the traffic and the slowest resource of each phase.
+
+    Args:
+        measured: values measured on this machine.
+        assumed: cores and links of the other machines.
+        plans: plans of the phases.
+        num_images: training images per epoch.
+        kept: way to store images, a key of measured.kept.
+        world_size: number of ranks W.
+
+    Returns:
+        Seconds of all phases, rank-hours, and the fields of each phase: seconds and bytes per rank and step, and bytes
+        read per epoch.
     """
     image_bytes = measured.kept[kept].image_bytes
     on_a_machine = min(world_size, assumed.ranks_per_machine)
@@ -172,9 +184,9 @@ def run(options: BenchOptions) -> None:
     """Measure, project to options.world_sizes and print.
 
     Raises:
-        EnvironmentFault: the device is not there.
-        InputError: the data set is damaged, or holds points.
-        UsageError: faults of the flags or the recipe.
+        EnvironmentFault: the device is missing.
+        InputError: the data set is damaged, or has points instead of images.
+        UsageError: the flags or the recipe have errors.
     """
     sizes = options.world_sizes
     dataset, num_images, source = _training_set(options)
@@ -198,7 +210,7 @@ def run(options: BenchOptions) -> None:
         plans.append(plan)
         gradients[phase] = _num_bytes(p for p in state.model.parameters() if p.requires_grad)
         buffers = _num_bytes(state.model.buffers())
-        # Images of a term that a rank takes at once, for each number of ranks.
+        # Images of a term per slice, for each number of ranks.
         size = plan.size(0, num_images)
         at_once = {BatchSlice(0, ranks * plan.micro_batches, size).length for ranks in sizes}
         all_at_once |= at_once
@@ -213,7 +225,7 @@ def run(options: BenchOptions) -> None:
     kept, facts = _images(context, all_at_once, options)
     if "shards" in kept:
         resident = num_images * kept["shards"].image_bytes
-        # The ranks of a machine each have a GPU, but one memory between them.
+        # Each rank has its own GPU memory, but the ranks of a machine share its main memory.
         if hardware.fits(round(resident * (1 if device.type == "cuda" else assumed.ranks_per_machine)), device):
             kept = {"resident": StorageSpeed(None, 0.0, kept["shards"].augment), **kept}
     costs = measure.pair_costs(dataset.num_classes, recipe.optimizer.batch_size, device)
@@ -257,14 +269,17 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
-    """The data set, its training images, and where their number is from: without --data, the recipe's published set."""
+    """Return the data set, its number of training images, and the source of that number.
+
+    Without --data that is the recipe's published set, else random images.
+    """
     family = find_recipe(options.recipe).resolve().parent.name if options.recipe is not None else ""
     if options.data is not None or options.data_root is not None or family not in OFFICIAL_LISTS:
         dataset = measure.training_set(options.data, options.data_root)
         return dataset, int(dataset.class_counts.sum()), "--data" if options.data else "made up"
     published = OFFICIAL_LISTS[family]
     num_images = published.num_images["train"]
-    counts = np.full(published.num_classes, num_images // published.num_classes)  # who has how many changes no speed
+    counts = np.full(published.num_classes, num_images // published.num_classes)  # the imbalance changes no speed
     shape = [_PACKED_SIDE, _PACKED_SIDE, 3]
     dataset = unwritten_dataset(family, counts, shape, recipe=f"{family}/cpmix", rho=None, storage="shards")
     return dataset, num_images, "published"
@@ -273,9 +288,9 @@ def _training_set(options: BenchOptions) -> tuple[Dataset, int, str]:
 def _speeds(
     build: Callable[[int], TimedLoop], sizes: Iterable[int], options: BenchOptions, num_terms: int = 1
 ) -> dict[int, float]:
-    """Images a second by images of a term at once."""
-    # A CPU's speed hangs little on their number: there it is the largest whose step is short; a GPU takes all those
-    # whose steps are short and fit into its memory. Not 1: batch norm may not take it.
+    """Time loops of several sizes: images of a term per step -> images per second."""
+    # A CPU's speed depends little on the size, so only the largest size with a short step is timed. A GPU times all
+    # sizes with short steps that fit into its memory. At least 2 images: batch norm may refuse 1.
     wanted = sorted({max(2, size) for size in sizes})
     size = min(max(2, -(-_FIRST_IMAGES // num_terms)), wanted[-1])
     loop, taken = _warm(build(size))
@@ -292,13 +307,13 @@ def _speeds(
 
 
 def _warm(loop: TimedLoop) -> tuple[TimedLoop, float]:
-    """A loop whose libraries have chosen and allocated, and the seconds of a step."""
+    """Run steps until kernels are selected and memory is allocated; return the loop and the seconds per step."""
     loop.timed(EAGER_STEPS if loop.device.type == "cuda" else 1)
     return loop, loop.timed(1)[0]
 
 
 def _median_speed(loop: TimedLoop, taken: float, options: BenchOptions) -> float:
-    """Images a second: the median of options.rounds turns, or of as many as _MAX_SECONDS have room for."""
+    """Return the median images per second over options.rounds turns, or fewer if they exceed _MAX_SECONDS."""
     steps = max(1, math.ceil(options.seconds / taken))
     timing = measure.Timing(loop, None, steps)
     for _ in range(min(options.rounds, max(1, int(_MAX_SECONDS / (steps * taken))))):
@@ -309,7 +324,7 @@ def _median_speed(loop: TimedLoop, taken: float, options: BenchOptions) -> float
 def _images(
     context: PhaseContext, at_once: Iterable[int], options: BenchOptions
 ) -> tuple[dict[str, StorageSpeed], dict[str, Any]]:
-    """How images may be kept, with the speed of each way; and what was read for that."""
+    """Time each way to store images; return the speeds by way, and facts about the images that were read."""
     dataset, recipe, device = context.dataset, context.recipe.data, context.device
 
     def augmenting(batches: Batches) -> dict[int, float]:
@@ -331,7 +346,7 @@ def _images(
         return time.perf_counter() - started
 
     def reading(reader: ImageReader, count: int) -> float:
-        first = seconds_to_read(reader, count)  # from here on in the page cache, and verified
+        first = seconds_to_read(reader, count)  # after it, images are verified and in the page cache
         turns = min(options.rounds, max(1, int(_MAX_SECONDS / first)))
         return count / statistics.median(seconds_to_read(reader, count) for _ in range(turns))
 
@@ -354,7 +369,7 @@ def _images(
 
 
 def _packed(folder: Path, shape: list[int]) -> Callable[[], Shards]:
-    """Write a shard of random pixels; return what opens it."""
+    """Write a shard of random pixels; return a function that opens it."""
     images = measure.random_images(_NUM_READ, shape).numpy()
     (folder / shard_name("train", 0)).write_bytes(images.tobytes())
     hashes = np.frombuffer(b"".join(sha256(image.tobytes()).digest() for image in images), dtype=np.uint8)
@@ -362,7 +377,7 @@ def _packed(folder: Path, shape: list[int]) -> Callable[[], Shards]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """_NUM_GENERATED JPEGs that have detail at every scale, as photographs do; about as large as those of ImageNet."""
+    """Write _NUM_GENERATED JPEGs with detail at every scale, as in photographs; their bytes are as in ImageNet."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.full((_NUM_GENERATED, 3, *reversed(_GENERATED)), 128.0)
     for octave in range(8):
@@ -376,7 +391,10 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The fewest ranks at which something else than the device is the limit, and what, in the longest such phase."""
+    """Return the smallest number of ranks at which reading or links limit a step, with phase and resource, or None.
+
+    If several phases are limited, it is the longest one.
+    """
     for entry in projected:
         phases = entry["images"][kept]["phases"]
         limited = [phase for phase in phases if phases[phase]["limit"] != "device"]
@@ -387,7 +405,7 @@ def _first_limit(kept: str, projected: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
-    """Three parts: measured, assumed, projected; or the JSON object."""
+    """Print the parts measured, assumed and projected, or the JSON object."""
     assumed, projected = fields["assumed"], fields["projected"]
     totals, steps = [], []
     for entry in projected:

@@ -1,7 +1,7 @@
-"""Measuring predictions: accuracy by class and group, calibration. Nothing here selects anything.
+"""Metrics of predictions: accuracy per class and group, calibration. No function here selects a model.
 
-Shapes: N test images, C classes. Own code and not torchmetrics, which counts a class absent from the test set as
-recall 0 and loses confidence 1.0 from the calibration error.
+Shapes: N test images, C classes. Not torchmetrics: it gives recall 0 to a class without test images, and its
+calibration error drops predictions of confidence 1.0.
 """
 
 from typing import Any
@@ -15,23 +15,37 @@ _NUM_BINS = 15
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Test images of true class i (row) predicted as j (column): [C, C] int64, diagonal included. Paper: Eq. (5)."""
+    """Count test images of true class i (row) predicted as class j (column).
+
+    Args:
+        labels: true classes [N] int64.
+        predicted: predicted classes [N] int64.
+        num_classes: C.
+
+    Returns:
+        Counts [C, C] int64, with correct predictions on the diagonal.
+
+    Paper: Eq. (5).
+    """
     pairs = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return pairs.view(num_classes, num_classes)
 
 
 def class_accuracy(matrix: Tensor) -> Tensor:
-    """Fraction of each class's test images that are right [C] float64; NaN where it has none."""
+    """Compute the accuracy of each class, a fraction: [C, C] -> [C] float64; NaN for a class without test images."""
     return matrix.diagonal().double() / matrix.sum(1).double()
 
 
 def reliability(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Images, mean confidence and share that is right in 15 equal bins (0, 1/15], ... [15, 3]; NaN in empty ones.
+    """Compute the reliability diagram over 15 equal bins of confidence, (0, 1/15], (1/15, 2/15] and so on.
 
     Args:
-        confidence: the largest softmax probability [N] float64.
-        right: [N] bool.
-        weights: see sample_weights(); None: each image counts one.
+        confidence: largest softmax probability per image [N] float64.
+        right: whether the prediction is correct [N] bool.
+        weights: weight per image [N] float64, see sample_weights(); None: each image has weight 1.
+
+    Returns:
+        Images, mean confidence and accuracy per bin [15, 3] float64; the means are NaN in empty bins.
     """
     weights = torch.ones(len(confidence), dtype=torch.float64) if weights is None else weights
     bins = (confidence * _NUM_BINS).ceil().long().clamp(1, _NUM_BINS) - 1
@@ -41,8 +55,17 @@ def reliability(confidence: Tensor, right: Tensor, weights: Tensor | None = None
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """Mean |accuracy - confidence| over the bins of reliability(), weighted by their images, as a fraction: of logits
-    [N, C] and labels [N].
+    """Compute the expected calibration error: mean |accuracy - confidence| over the bins of reliability().
+
+    Bins are weighted by their images.
+
+    Args:
+        logits: logits [N, C].
+        labels: true classes [N] int64.
+        weights: weight per image [N] float64, see sample_weights(); None: each image has weight 1.
+
+    Returns:
+        A fraction from 0 to 1.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     images, confidences, accuracies = reliability(confidence, predicted == labels, weights).unbind(1)
@@ -50,12 +73,13 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, weights: Tensor |
 
 
 def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, ratio: float) -> Tensor:
-    """Test images of each class [C] of a long-tailed test set, as many as the balanced one of num_test [C] allows.
+    """Return the images per class [C] int64 of a long-tailed subset of the test set.
 
     Args:
-        class_counts: training images per class [C], which give the order.
-        distribution: "forward", the class with most training images has most test images; "backward", the fewest.
-        ratio: of the largest class to the smallest.
+        class_counts: training images per class [C], which give the order of the classes.
+        num_test: test images per class [C]; the smallest is the size of the subset's largest class.
+        distribution: "forward": the class with most training images has most test images. "backward": it has fewest.
+        ratio: imbalance factor of the subset, largest class / smallest class.
 
     Source: Zhang et al., SADE, Sec. 5.3: the same exponential profile as in training.
     """
@@ -65,8 +89,10 @@ def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, r
 
 
 def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
-    """How many images of a test set each one of N stands for [N] float64: one, or with a profile [C] (see
-    shifted_profile()) its part of those of its class, which is what is expected of a random subset.
+    """Return the weight of each test image: labels [N] -> [N] float64.
+
+    Without a profile [C], see shifted_profile(), all weights are 1. With it, a weight is the class's images in the
+    profile / its test images. So weighted metrics are those expected over random subsets of that profile.
     """
     if profile is None:
         return torch.ones(len(labels), dtype=torch.float64)
@@ -74,10 +100,16 @@ def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:
 
 
 def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor | None = None) -> dict[str, Any]:
-    """The numbers of metrics.json from logits [N, C], labels [N], the group of each class [C] and a profile (see
-    sample_weights()): percent, null for a group without classes.
+    """Compute the accuracies of metrics.json, in percent; None for a group without tested classes.
 
-    Groups and balanced accuracy are means of class accuracies; classes without test images are left out and counted.
+    Group accuracies and balanced accuracy are means of class accuracies. Classes without test images are excluded, and
+    their number is `num_classes_without_test`.
+
+    Args:
+        logits: logits [N, C].
+        labels: true classes [N] int64.
+        groups: group of each class, C names of longtail.GROUPS.
+        profile: images per class [C] of a long-tailed test set, see sample_weights(); None: the test set as it is.
     """
     found = logits.argmax(1)
     accuracy = class_accuracy(confusion_matrix(labels, found, len(groups)))

@@ -1,4 +1,4 @@
-"""Weights of the experts, learnt from test images without their labels (SADE).
+"""Weights of the experts, learnt from test images without labels (SADE).
 
 Shapes: E experts, N images, C classes.
 """
@@ -13,12 +13,19 @@ from cpmix_cli.recipe.schema import Optimizer
 
 _EPOCHS = 5
 _BATCH = 128
-_LEAST_WEIGHT = 0.05  # below it for any expert learning ends: what follows is a collapse on the others
+_LEAST_WEIGHT = 0.05  # learning stops if a weight is below: the weights would collapse on the other experts
 
 
 def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Positions of the test images that weights are learnt from, in random order: all N, or of each class as many as
-    the profile [C] has; labels [N] are looked at for that alone.
+    """Choose the test images from which the weights are learnt, in random order.
+
+    Args:
+        labels: true classes [N] int64; read only to draw a subset of the profile.
+        profile: images per class [C] of a long-tailed test set; None: all N images.
+        generator: gives the random order; advances in place.
+
+    Returns:
+        Positions of the images, [n] int64.
     """
     chosen = torch.randperm(len(labels), generator=generator)
     if profile is None:
@@ -31,19 +38,22 @@ def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torc
 
 
 Views = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Positions of images [B] and the number of the call -> expert logits of two augmented views, [E, B, C]."""
+"""(positions of images [B], number of the call from 0) -> expert logits of two augmented views, each [E, B, C]."""
 
 
 def learn_expert_weights(views: Views, chosen: Tensor, num_experts: int, recipe: Optimizer, seed: int) -> Tensor:
-    """The weights of the experts [E], of sum 1, under which predictions of two views of an image agree most. No label
-    is looked at.
+    """Learn the weights of the experts for which the predictions of two views of an image agree most, without labels.
 
     Args:
-        views: of the test images.
-        chosen: their positions.
+        views: gives the expert logits of two views of test images.
+        chosen: positions of the test images to learn from [n] int64.
         num_experts: E.
-        recipe: [optimizer]: learning rate, momentum, Nesterov and weight decay of SGD on weights before a softmax.
-        seed: of the order.
+        recipe: [optimizer] of the recipe: SGD's learning rate, momentum, Nesterov and weight decay. SGD acts on the
+            weights before a softmax.
+        seed: seed of the order of the images.
+
+    Returns:
+        Weights [E] float32 with sum 1.
 
     Source: Zhang et al., SADE, Sec. 4.2, and its code: mean cosine of the two softmaxes, 5 epochs, batches of 128.
     Differs: SGD also where the recipe's kind is another.
@@ -66,11 +76,13 @@ def learn_expert_weights(views: Views, chosen: Tensor, num_experts: int, recipe:
 
 
 def weakly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random view of each image [B, H, W, channels] uint8: crop, colours, grey, blur, flip.
+    """Return a random view of each image: crop, colour jitter, greyscale, blur, flip.
+
+    Shapes: [B, H, W, channels] uint8 -> the same.
 
     Source: Zhang et al., SADE, its code for CIFAR: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8, grey 0.2, blur 0.2.
     """
-    from torchvision.transforms import v2  # a second of import that other evaluations do not need
+    from torchvision.transforms import v2  # the import takes a second, and other evaluations do not need it
 
     change = v2.Compose(
         [
@@ -81,6 +93,6 @@ def weakly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
             v2.RandomHorizontalFlip(),
         ]
     )
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: it gets one of ours
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: seed a copy
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         return torch.stack([change(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Predictions of a trained network: logits of experts, combined and adjusted. Always fp32.
+"""Predictions of a trained network: logits of its experts, combined and adjusted. Always fp32.
 
 Shapes: N images, C classes, E experts.
 """
@@ -22,15 +22,24 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.state import load_model
 
-_AHEAD = 3  # batches that are read from disk while another is predicted
+_AHEAD = 3  # batches prefetched from disk while one is predicted
 
 
 @torch.no_grad()
 def predict(
     model: Classifier, batches: Batches, num_samples: int, batch_size: int, of: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Raw logits of each expert [E, N, C] float32 on the CPU, in the data's order; the network in eval mode, fp32, no
-    augmentation. With `of` what that function gives of the inputs, images along its second axis.
+    """Compute the raw logits of each expert in eval mode, in fp32 and without augmentation.
+
+    Args:
+        model: set to eval mode.
+        batches: test inputs.
+        num_samples: N; inputs 0 to N - 1 are predicted in that order.
+        batch_size: images per forward pass.
+        of: function of the inputs to use instead of the expert logits: [B, ...] -> [n, B, ...].
+
+    Returns:
+        Logits [E, N, C] float32 on the CPU, or the values of `of` [n, N, ...].
     """
     model.eval()
     function = of or model.expert_logits
@@ -44,7 +53,15 @@ def predict(
 
 
 def post_hoc(logits: Tensor, class_counts: Tensor, recipe: Evaluation) -> Tensor:
-    """Logits z [N, C], of an expert or of all, as [evaluation] says: adjusted, z - tau log(n_c / N), and scaled.
+    """Adjust logits z for the class priors and divide by the temperature T: (z - tau log(n_c / n)) / T.
+
+    Args:
+        logits: combined logits, or those of one expert [N, C].
+        class_counts: training images n_c per class [C]; n is their sum.
+        recipe: [evaluation], with tau = logit_adjustment and T = temperature.
+
+    Returns:
+        Logits [N, C].
 
     Source: Menon et al., Long-tail learning via logit adjustment.
     """
@@ -54,14 +71,14 @@ def post_hoc(logits: Tensor, class_counts: Tensor, recipe: Evaluation) -> Tensor
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a network makes of N images."""
+    """Predictions for N images."""
 
     logits: Tensor
-    """[N, C], as [evaluation] says."""
+    """Logits of the combined experts [N, C], after post_hoc()."""
     experts: Tensor
-    """Raw ones of each expert [E, N, C]."""
+    """Raw logits of each expert [E, N, C]."""
     weights: Tensor | None
-    """Of the experts, [E] or for each image [E, N]; None where there are none."""
+    """Weights of the experts, [E] or per image [E, N]; None if they are averaged or combined by target classes."""
 
 
 def predicted(
@@ -72,8 +89,15 @@ def predicted(
     recipe: Evaluation,
     weights: Tensor | None = None,
 ) -> Predicted:
-    """Predict N images, and combine, adjust and scale the experts' logits; weights of the experts [E] are those learnt
-    beforehand.
+    """Predict N images: compute the experts' logits, combine and adjust them.
+
+    Args:
+        model: set to eval mode.
+        batches: test inputs.
+        num_samples: N.
+        class_counts: training images per class [C].
+        recipe: [evaluation].
+        weights: weights of the experts [E], learnt before (learn_expert_weights()); None: as `recipe.aggregate` gives.
     """
     experts = predict(model, batches, num_samples, recipe.batch_size)
     if recipe.aggregate == "routed" and model.routers is not None:
@@ -85,17 +109,23 @@ def predicted(
 
 @torch.no_grad()
 def _normalise(model: Classifier, tau: float) -> None:
-    """Divide each class vector of a head by its norm ** tau; biases stay. Source: Kang et al., Decoupling."""
+    """Divide each class vector of the heads by its norm ** tau; biases stay. Source: Kang et al., Decoupling."""
     for head in model.heads:
         assert isinstance(head, nn.Linear)
         head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
 
 
 def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:
-    """A function that measures the model's fraction of test images right as it is then, for --eval-every.
+    """Return a function that measures the model's current test accuracy, a fraction, for --eval-every.
 
-    As [evaluation] says, but for two of its keys: without weights learnt at test time experts are averaged, as are all
-    of them before there are routers; and tau_norm changes weights, so a network in training goes without.
+    It follows [evaluation] with two exceptions. Experts are averaged if their weights are learnt at test time, or if
+    the network has no routers yet. tau_norm is not applied, because it would change the weights in training.
+
+    Args:
+        dataset: its test split is measured.
+        recipe: gives [data] and [evaluation].
+        model: read at each call; a call leaves it in eval mode.
+        device: device of the model.
     """
     batches, labels = open_batches(dataset, "test", recipe.data, device)
     counts = torch.tensor(dataset.class_counts)
@@ -108,7 +138,16 @@ def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device
 
 
 def predicted_regions(source: PhaseFolder, dataset: Dataset, points: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What a classifier of the plane says on a square grid around points: coordinates [G], classes [G, G] (row: y)."""
+    """Predict the class at each point of a square grid, for a network that classifies points of the plane.
+
+    Args:
+        source: a finished phase.
+        dataset: its data set, of points.
+        points: points [n, 2] that the grid must contain.
+
+    Returns:
+        Coordinates of both axes [G] float32 and predicted classes [G, G] int64; rows are y.
+    """
     edge = float(points.abs().max()) + 0.2
     axis = torch.linspace(-edge, edge, 400)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -119,11 +158,16 @@ def predicted_regions(source: PhaseFolder, dataset: Dataset, points: Tensor) -> 
 
 
 def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Sequence[int]) -> Classifier:
-    """The network of a phase with its trained weights, normalised as [evaluation] says; images of the data set are of
-    that shape (H, W, channels), points (2,).
+    """Return the network of a phase with its trained weights, and with tau_norm applied.
+
+    Args:
+        source: a finished phase.
+        recipe: recipe of the phase.
+        num_classes: C.
+        shape: shape of an image of the data set (H, W, channels), or (2,) for points.
 
     Raises:
-        InputError: the weights are damaged or of another network.
+        InputError: the weights are missing, damaged or of another network.
     """
     path, sha = source.output(files.MODEL)
     tensors, _ = read_tensors(path, sha)

@@ -1,4 +1,4 @@
-"""Test samples of a checkpoint: a split of its data set, or another folder of the same classes."""
+"""Test samples for a checkpoint: a split of its data set, or another folder of the same classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,26 +22,27 @@ from cpmix_cli.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class TestSet:
-    """N samples with their true classes, to evaluate a checkpoint on."""
+    """N test samples with their true classes."""
 
     open: Callable[[Data, torch.device], Batches]
-    """Makes their batches, as a recipe sees them on a device."""
+    """([data] of a recipe, device) -> batches of the samples, cropped and normalised by that recipe."""
     pictures: Callable[[torch.Tensor], torch.Tensor]
-    """Positions [B] -> images as they are stored, uint8 [B, H, W, channels]; or points, float32 [B, 2]."""
+    """Positions [B] -> stored images [B, H, W, channels] uint8, or points [B, 2] float32."""
     labels: torch.Tensor
-    """[N] int64, class ids of the trained network."""
+    """True classes [N] int64, numbered as in the trained network."""
     samples: pd.DataFrame
-    """sample_id, label and path or source_index of each."""
+    """N rows with sample_id, label, and path or source_index."""
     data_root: Path | None
-    """What the paths are relative to."""
+    """Folder to which the paths are relative; None without image files."""
     fingerprint: str
+    """Hash that identifies the test set in the record of the evaluation."""
 
 
 def own_tests(dataset: Dataset, split: str) -> TestSet:
-    """Return the data set's own train, val or test split.
+    """Return the train, val or test split of the data set.
 
     Raises:
-        InputError: it has none, or its files are damaged.
+        InputError: the data set has no such split, or its files are missing or damaged.
     """
     dataset.require(split)
     inputs = cache(lambda: dataset.read(split)[0])
@@ -62,12 +63,12 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
 
 
 def other_tests(folder: Path, dataset: Dataset) -> TestSet:
-    """Return another folder's test samples: the test split of a data set folder, or class sub-folders of images.
+    """Return the test samples of another folder: the test split of a data set folder, or class sub-folders of images.
 
-    Classes are matched by name; some may be missing, none may be unknown.
+    Classes are matched by name. Classes of the network may be missing, but every class of the folder must be known.
 
     Raises:
-        InputError: classes that the network does not know, images of another shape, unreadable files.
+        InputError: the folder has unknown classes, images of another shape, or files that cannot be read.
     """
     if (folder / DATASET).is_file():
         other = open_dataset(folder)
@@ -82,7 +83,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
                 f"{folder} has classes that the network does not know: {', '.join(unknown)}",
                 needed_by="evaluate --test-data",
             )
-        # Normalised as in training: the network has not seen what a test set's own statistics would do to it.
+        # Normalise as in training: the network was not trained on inputs scaled by the test set's own statistics.
         own = {"mean": dataset.record.mean, "std": dataset.record.std}
         tests = own_tests(replace(other, record=other.record.model_copy(update=own)), "test")
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
@@ -95,7 +96,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
     check_headers(paths)
 
     reader = partial(FileReader, paths, dataset.shape, upright=True)
-    # An edit may keep a file's size; millions of images are not read for that.
+    # The listing has file sizes only, so an edit of equal size stays unnoticed: hashing would read millions of images.
     content: Any = image_folder.listing(folder, files.paths)
     if dataset.storage == "tensors":
         content = [[path, sha256(read_bytes(folder / path))] for path in files.paths]

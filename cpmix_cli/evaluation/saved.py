@@ -1,4 +1,4 @@
-"""Finished evaluations: their numbers, their predictions, and how they are shown."""
+"""Finished evaluations: reading their metrics and predictions, and table rows of their accuracies."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,15 @@ from cpmix_cli.runtime.errors import InputError
 
 
 def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) -> tuple[pd.DataFrame, str]:
-    """An evaluation's predictions and their hash.
+    """Read the predictions of an evaluation; return the table and the sha256 of its file.
+
+    Args:
+        evaluation: folder of the evaluation.
+        source: phase that must have been evaluated.
+        num_classes: C.
 
     Raises:
-        InputError: there is none, or it is of an older checkpoint.
+        InputError: the evaluation is missing or damaged, or was made from an older checkpoint.
     """
     label = evaluation.name.removeprefix(source.phase).removeprefix("-")
     flags = ["--label", label] if label else []
@@ -37,22 +42,27 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
 
 
 def matrix_of(predictions: pd.DataFrame, num_classes: int) -> NDArray[np.int64]:
-    """Test images of true class (row) predicted as (column) [C, C], from read_predictions()."""
+    """Count test images of each true class (row) predicted as each class (column): [C, C] int64.
+
+    `predictions` is the table of read_predictions().
+    """
     label, predicted = predictions[["label", "predicted"]].to_numpy(np.int64).T
     counts = np.bincount(label * num_classes + predicted, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
 POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")
-"""Keys of [evaluation] under which the same network gives other logits."""
+"""Keys of [evaluation] that change the logits of a network."""
 ACCURACY_HEADER = ("evaluation", ">top-1", ">many", ">medium", ">few", ">balanced", ">ECE", ">images")
 
 
 def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
-    """A table row for each finished evaluation of a run, in the order of its phases.
+    """Return one table row per finished evaluation of a run, in the order of the phases.
+
+    A damaged evaluation is left out with a warning, unless its folder's name is `own`.
 
     Raises:
-        InputError: the evaluation in the folder named `own` is damaged; of another that is, a warning tells.
+        InputError: the evaluation `own` is damaged.
     """
     rows = []
     for folder in sorted((path.parent for path in evaluations.glob(f"*/{files.RUN}")), key=_place):
@@ -66,7 +76,7 @@ def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
 
 
 class Accuracy(records.Record):
-    """Numbers of accuracy.summary(), in per cent; None for a group without classes."""
+    """Metrics of accuracy.summary(), in percent; None for a group without tested classes."""
 
     top1: float
     many: float | None
@@ -79,7 +89,7 @@ class Accuracy(records.Record):
 
 
 class EvaluationNumbers(Accuracy):
-    """Fields of an evaluation's metrics.json; those that nothing reads are kept too, to be shown."""
+    """Fields of an evaluation's metrics.json. Unknown fields are kept, so that --json shows them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -89,7 +99,7 @@ class EvaluationNumbers(Accuracy):
 
 
 def accuracy_row(name: str, numbers: Accuracy) -> list[str]:
-    """Return the cells under ACCURACY_HEADER."""
+    """Return the cells of one row under ACCURACY_HEADER."""
     shares = (numbers.top1, numbers.many, numbers.medium, numbers.few, numbers.balanced_accuracy, numbers.ece)
     return [name, *("-" if share is None else f"{share:.2f}" for share in shares), f"{numbers.num_test:,}"]
 
@@ -98,7 +108,7 @@ def read_numbers(evaluation: Path) -> EvaluationNumbers:
     """Read an evaluation's metrics.json.
 
     Raises:
-        InputError: it or the evaluation's record is missing or damaged.
+        InputError: metrics.json or run.json is missing or damaged.
     """
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     path, sha = run_json.output_of(evaluation, record, files.EVALUATION)

@@ -1,8 +1,7 @@
-"""Run folders: which phases are done, stale or interrupted, and who may write where.
+"""Run folders: phases that are done, stale or interrupted; the data set and the recipe of a run.
 
-A run folder holds one folder a phase. run.json is written last and its presence means done; it records the hashes of
-what went in and what came out, so a phase knows by itself whether it still belongs to the files beside it. Nothing is
-guessed from file times.
+A run folder has one folder per phase. run.json is written last: a phase is done if it exists. It records the hashes of
+the phase's inputs and outputs. By these hashes, not by file times, cpmix detects that a phase is stale.
 """
 
 import os
@@ -24,9 +23,9 @@ _Begun = TypeVar("_Begun", bound=BegunRecord)
 
 @dataclass(frozen=True)
 class PhaseFolder:
-    """The folder of one training phase in a run folder.
+    """Folder of one training phase in a run folder.
 
-    What reads it raises InputError where it cannot be looked into, or is damaged.
+    Methods that read it raise InputError if the folder cannot be read, or a file in it is damaged.
     """
 
     run: Path
@@ -34,60 +33,60 @@ class PhaseFolder:
 
     @property
     def path(self) -> Path:
-        """RUN/PHASE."""
+        """Path RUN/PHASE."""
         return self.run / self.phase
 
     @property
     def done(self) -> bool:
-        """run.json is there, whatever it is."""
+        """True if run.json exists; its content is not checked."""
         return is_there(self.path / RUN)
 
     @property
     def is_begun(self) -> bool:
-        """Done, or a training state is there."""
+        """True if the phase is done, or a training state exists."""
         return self.done or is_there(self.path / TRAINING_STATE)
 
     def record(self) -> PhaseRecord:
-        """Read run.json of a done phase."""
+        """Return the content of run.json."""
         return self._own(RUN, run_json.read_run(self.path, PhaseRecord))
 
     def _own(self, name: str, record: _Begun) -> _Begun:
-        """Refuse the record of another phase, whose folder was copied under this name."""
+        """Return the record, or raise if it is of another phase, whose folder was copied under this name."""
         if record.phase != self.phase:
             raise InputError(f"{self.path / name} is of {record.phase}, and not of {self.phase}")
         return record
 
     def output(self, name: str) -> tuple[Path, str]:
-        """Path and recorded hash of one of the phase's files."""
+        """Return the path and the recorded sha256 of one of the phase's output files."""
         return run_json.output_of(self.path, self.record(), name)
 
     def state(self) -> StateRecord:
-        """Read the metadata of the training state."""
+        """Return the metadata of the training state."""
         return self._own(TRAINING_STATE, run_json.read_state_record(self.path / TRAINING_STATE))
 
     def begun(self) -> BegunRecord:
-        """Read what is recorded of a done or interrupted phase: its run.json, or its training state's metadata."""
+        """Return the record of the phase: run.json if it is done, else the metadata of its training state."""
         return self.record() if self.done else self.state()
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of a done or interrupted phase, verified."""
+        """Return the resolved recipe of a done or interrupted phase; the file's hash is verified."""
         path = self.path / RECIPE
         sha = self.output(RECIPE)[1] if self.done else self.state().recipe_sha256
         read_bytes(path, sha)
         try:
             return load(str(path))
-        except UsageError as fault:  # nobody's --recipe: a file of the run folder
+        except UsageError as fault:  # the file is not from --recipe, so it is no usage error
             raise InputError(fault.message, fix="restore it, or start the phase again with --overwrite") from fault
 
     def origin(self) -> "PhaseFolder | None":
-        """The phase that a done or interrupted one started from, wherever that is; None for stage 1."""
+        """Return the phase that this one started from, in this run or in another; None for stage 1."""
         source = self.begun().source
         return PhaseFolder(beside(self.run, source.run), source.phase) if source else None
 
     def stale_because(self) -> str | None:
-        """Return why a done or interrupted phase no longer belongs to its input, or None.
+        """Return why a done or interrupted phase is stale, or None if it is not.
 
-        An input that is out of reach (its run was deleted or left behind in a move) says nothing against the phase.
+        If the input run is missing (deleted, or not moved together), the phase does not count as stale.
         """
         source, origin = self.begun().source, self.origin()
         if source is None or origin is None or not origin.path.is_dir():
@@ -99,31 +98,37 @@ class PhaseFolder:
         return origin.stale_because()
 
     def evaluation(self, label: str | None = None) -> Path:
-        """The folder of its evaluation: RUN/evaluation/PHASE or RUN/evaluation/PHASE-LABEL."""
+        """Return the folder of the phase's evaluation: RUN/evaluation/PHASE or RUN/evaluation/PHASE-LABEL."""
         return self.run / "evaluation" / (self.phase if label is None else f"{self.phase}-{label}")
 
     def is_source_of(self, evaluation: EvaluationRecord) -> bool:
-        """Whether an evaluation is of the present checkpoint of this phase."""
+        """Return whether an evaluation was made from the current weights of this phase."""
         return evaluation.source.sha256 == self.output(MODEL)[1]
 
     def status(self) -> Status:
-        """absent, interrupted, done or stale."""
+        """Return absent, interrupted, done or stale."""
         if self.done:
             return "stale" if self.stale_because() else "done"
         return "interrupted" if self.is_begun else "absent"
 
 
 def beside(run: Path, relative: str) -> Path:
-    """A path recorded relative to a run folder, as it can be typed; whole where a symbolic link is in the way."""
+    """Return a path recorded relative to a run folder, as a user would type it; absolute if ".." crosses a symlink."""
     typed, real = Path(os.path.normpath(run / relative)), (run / relative).resolve()
     return typed if typed.resolve() == real else real
 
 
 def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data_root: Path | None = None) -> Dataset:
-    """Open the data set of a run: that of --data, else from where the run recorded it.
+    """Open the data set of a run.
+
+    Args:
+        run: the run folder.
+        known: the record of the data set in the run.
+        given: folder from --data; None: the recorded relative path, then the absolute one.
+        data_root: folder of image files, if the data set leaves images in their files; None: the recorded one.
 
     Raises:
-        InputError: none of them holds the data set with the recorded fingerprint, or `data_root` not its images.
+        InputError: no folder has a data set with the recorded fingerprint, or `data_root` does not have its images.
         UsageError: see open_dataset().
     """
     places = [given] if given is not None else [run / known.relative, Path(known.absolute)]
@@ -144,7 +149,10 @@ def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data
 
 
 def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
-    """How run.json names a data set: relative to the run folder, absolute, by fingerprint; and what `predict` needs."""
+    """Return the record of a data set for run.json, see run_json.DatasetReference.
+
+    The fingerprint identifies the data set; the image shape and the pixel statistics are for `predict`.
+    """
     return {
         "name": dataset.name,
         "relative": os.path.relpath(dataset.folder.resolve(), run.resolve()),
@@ -158,10 +166,15 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
 
 
 def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, origin: str) -> None:
-    """Refuse a recipe under which `folder` would have been trained differently.
+    """Check that a recipe gives the same result for an already trained phase.
+
+    Args:
+        folder: the trained phase.
+        recipe: recipe of a later phase.
+        origin: where `recipe` comes from, for the message.
 
     Raises:
-        InputError: with the keys that differ.
+        InputError: a key of the trained phase differs; the message lists all of them.
     """
     changed = differences(folder.record().made_from.recipe, recipe.tables_of(folder.phase))
     if changed:

@@ -1,4 +1,4 @@
-"""The command to type next, from what a run folder holds."""
+"""The next command for a run folder, from the phases and evaluations that it contains."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,21 @@ _COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "fi
 
 @dataclass(frozen=True)
 class BegunRun:
-    """A run folder in which training has begun."""
+    """Run folder with at least one begun phase."""
 
     root: Path
     begun: list[PhaseFolder]
-    """Phases that are done, stale or interrupted, in their order."""
+    """Phases that are done, stale or interrupted, from stage 1 to finetune."""
     last: PhaseFolder
-    """The latest of them that is not stale."""
+    """Last begun phase that is not stale; if all are stale, the last one."""
     recipe: Recipe
-    """That of `last`: after stage 1 was trained by another recipe, the stale phases' is no longer the run's."""
+    """Recipe of `last`. Stale phases may have another one, if stage 1 was trained again with a new recipe."""
 
     def phases(self) -> list[tuple[PhaseFolder, Path | None]]:
-        """Return the phases that the run has or is to have, and the other run that holds one, if one does."""
+        """Return the phases of the run: begun ones and those of its recipe.
+
+        A phase before the first begun one may be in another run: then that run's folder is the second value, else None.
+        """
         origin = self.begun[0].origin()
         elsewhere = origin.run if origin and origin.run.resolve() != self.root.resolve() else None
         first = PHASES.index(self.begun[0].phase)
@@ -39,17 +42,18 @@ class BegunRun:
         ]
 
     def unfinished(self) -> list[PhaseFolder]:
-        """Return the phases of the recipe that are not done, here or elsewhere."""
+        """Return the phases of the recipe that are not done, except those in another run."""
         here = [folder for folder, elsewhere in self.phases() if elsewhere is None]
         return [folder for folder in here if self.recipe.epochs_of(folder.phase) and folder.status() != "done"]
 
     def next_command(self) -> str | None:
-        """Return the command that continues the run, or evaluates or reports it; None if there is nothing to do, or
-        another process writes a phase now.
+        """Return the next command: continue training, evaluate, then confusion-report.
+
+        None if all are done, or another process is writing a phase.
         """
         for folder, elsewhere in self.phases():
             if elsewhere is None and folder.status() in ("absent", "interrupted") and locks.holder(folder.path):
-                return None  # it would be refused
+                return None  # the lock would refuse the command
         if unfinished := self.unfinished():
             return _to_continue(unfinished[0], self.recipe)
         evaluation = self.last.evaluation()
@@ -63,10 +67,10 @@ class BegunRun:
 
 
 def begun_phases(run: Path) -> list[PhaseFolder]:
-    """Return the phases of a run that are done, stale or interrupted, in their order.
+    """Return the phases of a run that are done, stale or interrupted, from stage 1 to finetune.
 
     Raises:
-        InputError: there are none, or a record is damaged.
+        InputError: the run has no such phase, or a record is damaged.
     """
     begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
     if not begun:
@@ -75,10 +79,10 @@ def begun_phases(run: Path) -> list[PhaseFolder]:
 
 
 def read_run(run: Path) -> BegunRun:
-    """Read what stands where in a run folder.
+    """Read the phases and the recipe of a run folder.
 
     Raises:
-        InputError: it holds no phase, or a record is damaged.
+        InputError: the folder has no phase, or a record is damaged.
     """
     begun = begun_phases(run)
     last = ([folder for folder in begun if not folder.stale_because()] or begun)[-1]
@@ -86,8 +90,9 @@ def read_run(run: Path) -> BegunRun:
 
 
 def next_command(run: Path) -> str:
-    """Return the command to type next for a run, whatever its folder holds: `cpmix status` tells more where it is
-    complete, is being written, or is damaged.
+    """Return the next command for a run.
+
+    If the run is complete, damaged or being written, that is `cpmix status`, which shows the details.
     """
     try:
         if not any(PhaseFolder(run, phase).is_begun for phase in PHASES):
@@ -99,12 +104,12 @@ def next_command(run: Path) -> str:
 
 
 def _begin(run: Path) -> str:
-    """Return what begins a run of which nothing is known: no command, since the data set is not."""
+    """Return a hint how to start a run: no full command, since the data set folder is unknown."""
     return f"train its stage 1: train-stage1 takes a data set folder as --data, and {run} as --out"
 
 
 def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
-    """Return the command that makes or finishes a phase of a run with this recipe, the first that is not done."""
+    """Return the command that trains or resumes `folder`, the first phase of `recipe` that is not done."""
     root, phase, command = folder.run, folder.phase, _COMMANDS[folder.phase]
     if folder.status() == "absent":
         earlier = (PhaseFolder(root, name) for name in PHASES[: PHASES.index(phase)])
@@ -117,9 +122,9 @@ def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
         for flag, path in begun.inputs.items():
             words += [f"--{flag}", path]
     else:
-        if not recipe.epochs_of(origin.phase):  # stage 2, which the run no longer has
+        if not recipe.epochs_of(origin.phase):  # stage 2, which the recipe no longer has
             origin = PhaseFolder(origin.run, "stage1")
-        if origin.status() in ("interrupted", "stale"):  # in another run, and first
+        if origin.status() in ("interrupted", "stale"):  # it is in another run, and must be trained first
             return _to_continue(origin, origin.recipe())
         words += ["--from", str(origin.run)]
         if phase == "finetune" and origin.phase == "stage1" and recipe.stage2 is not None:
@@ -135,10 +140,10 @@ def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
 
 
 def _keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
-    """Whether a stale phase is made again by its own recipe, and not by that of the phase it starts from.
+    """Return whether a stale phase is trained again with its own recipe, not with the recipe of its source phase.
 
-    Where its own table and what comes before both differ, the command is refused with the keys: better than another
-    method without a word.
+    If both its own table and the earlier tables differ, its own recipe is used. The command then fails and lists the
+    keys; with the other recipe it would train another method without notice.
     """
     recipe = folder.recipe()
     if origin.record().made_from.recipe == recipe.tables_of(origin.phase):
@@ -148,7 +153,7 @@ def _keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
 
 
 def _data_folder(run: Path, known: DatasetReference) -> Path | None:
-    """Where the data set of a phase is, if it still is where the phase says."""
+    """Return the data set folder at the path that the phase recorded, or None if it is not there."""
     try:
         folder = find_dataset(run, known, None).folder
     except InputError:

@@ -1,4 +1,4 @@
-"""An output folder: what is to be done in it, and what is recorded of it."""
+"""Output folders: deciding whether to start, resume or stop, and recording the outputs in run.json."""
 
 import os
 import platform
@@ -29,22 +29,21 @@ from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 def decide(
     folder: Path, made_from: dict[str, Any], *, overwrite: bool, refresh: bool = False
 ) -> Literal["fresh", "resume", "done"]:
-    """What a command has to do in its output folder; writes nothing.
+    """Decide what a command does in its output folder; write nothing.
 
     Args:
-        folder: where it writes.
-        made_from: what the output depends on: "recipe" tables and hashes of inputs.
-        overwrite: start again whatever is there, but for what the same command began and did not finish: a job that
-            is preempted and queued again has the flag each time.
-        refresh: inputs that changed are reason enough to start again (for outputs that cost seconds).
+        folder: output folder.
+        made_from: inputs of the output: "recipe" tables, and hashes of the other inputs.
+        overwrite: replace any output, but resume one that the same inputs began. A preempted job that is queued again
+            has the flag each time.
+        refresh: replace the output if inputs other than the recipe changed, for outputs that take only seconds.
 
     Returns:
-        "done": it is there, made from the same. "resume": begun from the same. "fresh": nothing usable is there (any
-        more).
+        "done": finished from the same inputs. "resume": begun from the same inputs. "fresh": start from the beginning.
 
     Raises:
-        EnvironmentFault: the folder holds an output made from something else.
-        InputError: what it holds is damaged.
+        EnvironmentFault: the folder has an output of other inputs.
+        InputError: the output is damaged.
     """
     path = folder / files.TRAINING_STATE
     is_done = files.is_there(folder / files.RUN)
@@ -76,10 +75,12 @@ def decide(
 
 
 def clear(folder: Path) -> None:
-    """Make the output folder, and take away what claims that it is done; what is left is replaced file by file.
+    """Create the output folder, and delete run.json, so the folder does not count as done.
+
+    Other old files are replaced one by one.
 
     Raises:
-        EnvironmentFault: the folder cannot be made or written.
+        EnvironmentFault: the folder cannot be created or written.
     """
     files.make_folder(folder)
     try:
@@ -90,35 +91,47 @@ def clear(folder: Path) -> None:
 
 @dataclass
 class Recorder:
-    """Collects what run.json says of one execution; finish() publishes it last."""
+    """Publisher of the files of an output folder, which records their hashes; finish() writes run.json last."""
 
     folder: Path
-    """Where all of it goes."""
+    """Output folder."""
     phase: str
-    """What made it."""
+    """Phase or command that makes the output."""
     made_from: dict[str, Any]
-    """See decide()."""
+    """Inputs of the output, see decide()."""
     lock: Lock
-    """Of the folder; nothing is written once it is lost."""
+    """Lock of the folder; if it is lost, nothing more is written."""
     _outputs: dict[str, str] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
 
     def publish(self, name: str, data: bytes) -> str:
-        """Publish a file of the folder and record it; returns its hash."""
+        """Publish a file in the folder and record it; return its sha256."""
         self.lock.check()
         self._outputs[name] = files.publish(self.folder / name, data)
         return self._outputs[name]
 
     def publish_table(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
-        """Publish a Parquet file of the folder and record it."""
+        """Publish a Parquet file in the folder and record it.
+
+        Args:
+            name: file name.
+            schema: names, types and nullability of the columns.
+            columns: values by column name, all of one length.
+        """
         self.publish(name, tables.table_bytes(schema, columns))
 
     def publish_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
-        """Publish a safetensors file of the folder and record it."""
+        """Publish a safetensors file in the folder and record it.
+
+        Args:
+            name: file name.
+            tensors: tensors by name, on any device.
+            metadata: JSON value for the file's header, or None.
+        """
         self.publish(name, tensor_bytes(tensors, metadata))
 
     def finish(self, **fields: Any) -> None:
-        """Publish run.json with more `fields`."""
+        """Publish run.json: inputs, outputs, versions, times and `fields`."""
         now = time.time()
         record = {
             "format": records.FORMAT,

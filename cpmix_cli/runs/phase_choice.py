@@ -1,4 +1,4 @@
-"""Which phase of a run folder a command takes, and what to type first if there is none."""
+"""The choice of the phase that a command reads, from --from, --phase and the phases that are done."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cpmix_cli.runtime.errors import InputError, UsageError
 
 
 def locate(source: Path) -> tuple[Path, str | None]:
-    """Return the run folder that a path means, and the phase if the path is that of a phase's folder.
+    """Return the run folder of a path RUN or RUN/PHASE, and the phase, or None for RUN.
 
     Raises:
         InputError: the path is no folder.
@@ -23,7 +23,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
 
 
 def choose(given: Path, phase: str | None = None) -> PhaseFolder:
-    """Return the finished phase that --from and --phase mean, see choose_phase().
+    """Return the finished phase of --from (`given`) and --phase (`phase`), see choose_phase().
 
     Raises:
         UsageError, InputError: see locate() and choose_phase().
@@ -33,18 +33,23 @@ def choose(given: Path, phase: str | None = None) -> PhaseFolder:
 
 
 def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> PhaseFolder:
-    """Return the wanted phase, else the last candidate that is done and not stale, and print which.
+    """Return the requested phase, else the last candidate that is done and not stale, and print its name.
+
+    Args:
+        run: the run folder.
+        wanted: requested phase, or None.
+        candidates: phases that the command can read, in the order of training.
 
     Raises:
-        UsageError: no such phase.
-        InputError: it is not done, or stale.
+        UsageError: `wanted` is not among the candidates.
+        InputError: `wanted` is stale or not done; or no candidate is done.
     """
     passed_over: list[str] = []
     if wanted is not None:
         if wanted not in candidates:
             raise UsageError(f"{console.command} takes no phase {wanted}: one of {', '.join(candidates)}")
         folder = PhaseFolder(run, wanted)
-        if not folder.is_begun:  # the job before may have ended on another machine, a moment ago
+        if not folder.is_begun:  # a network file system may show the output of another machine's job with a delay
             wait_for(folder.path / RUN)
         if (status := folder.status()) == "done":
             return folder

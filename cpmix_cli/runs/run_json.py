@@ -1,4 +1,4 @@
-"""The records of a run folder: run.json and the metadata of a training state."""
+"""Records of a run folder: run.json, and the metadata of a training state."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,7 +14,7 @@ from cpmix_cli.runtime.errors import InputError
 
 
 def _place(path: str) -> str:
-    """A path as it may be; checked here and not by a pattern, which takes no bytes that are not UTF-8."""
+    """Check a recorded path; a pydantic pattern would refuse file names that are not UTF-8."""
     if not path or "\0" in path or len(path) > 4096:
         raise ValueError("no path")
     return path
@@ -24,7 +24,7 @@ Place = Annotated[str, AfterValidator(_place)]
 
 
 class DatasetReference(Shaped):
-    """How a record names its data set; see dataset_entry()."""
+    """Data set of a run or an evaluation; see folders.dataset_entry()."""
 
     name: str
     relative: Place
@@ -34,7 +34,7 @@ class DatasetReference(Shaped):
 
 
 class SourceReference(Record):
-    """The checkpoint that something was made from."""
+    """Checkpoint that an output was made from."""
 
     phase: TrainingPhase
     sha256: str
@@ -42,24 +42,24 @@ class SourceReference(Record):
 
 
 class MadeFrom(Record):
-    """What an output depends on; other inputs are kept beside these two as hashes by name."""
+    """Inputs of an output; other fields are hashes of other inputs."""
 
     model_config = ConfigDict(extra="allow")
 
     recipe: dict[str, Any]
-    """Those tables of the resolved recipe that the output depends on."""
+    """Tables of the resolved recipe that the output depends on."""
     dataset: str
     """Fingerprint of the data set, or of other test images."""
     init: str = "none"
-    """sha256 of the file that --init named."""
+    """sha256 of the file of --init."""
 
     def inputs(self) -> dict[str, Any]:
-        """Return all inputs as they were recorded; see output.decide()."""
+        """Return all recorded inputs, for the comparison in output.decide()."""
         return self.model_dump(exclude_unset=True)
 
 
 class RunRecord(Record):
-    """Fields of any run.json."""
+    """Fields of every run.json."""
 
     phase: str
     made_from: MadeFrom
@@ -77,7 +77,7 @@ class BegunRecord(Record):
     threads: int
     ranks: int = 1
     inputs: dict[str, str] = Field(default_factory=dict)
-    """Paths of other input files by the flag that names them; only a training state records them."""
+    """Paths of other input files by flag; only a training state records them."""
 
 
 class PhaseRecord(BegunRecord, RunRecord):
@@ -124,16 +124,21 @@ def read_run(folder: Path, model: type[_Run]) -> _Run:
     """Read a folder's run.json.
 
     Raises:
-        InputError: missing or damaged, or a record of something else.
+        InputError: the file is missing or damaged, or lacks fields of `model`.
     """
     return records.read_record(folder / files.RUN, model)
 
 
 def output_of(folder: Path, record: RunRecord, name: str) -> tuple[Path, str]:
-    """Path and recorded hash of one of a folder's files.
+    """Return the path and the recorded sha256 of an output file.
+
+    Args:
+        folder: output folder.
+        record: its run.json.
+        name: file name.
 
     Raises:
-        InputError: its run.json does not name the file.
+        InputError: run.json does not record the file.
     """
     if name not in record.outputs:
         raise InputError(f"{folder / files.RUN} records no {name}")
@@ -141,29 +146,29 @@ def output_of(folder: Path, record: RunRecord, name: str) -> tuple[Path, str]:
 
 
 def read_state_record(path: Path) -> StateRecord:
-    """Read the metadata of a training state alone; its tensors are not verified.
+    """Read only the metadata of a training state; its tensors are not verified.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: the file is missing, or its header is damaged.
     """
     return state_record(path, check_seal(path, read_header(path)[1]))
 
 
 def verify_state(path: Path) -> tuple[StateRecord, int]:
-    """Read the metadata of an interrupted phase's training state, and the number of epochs that its history has.
+    """Verify a whole training state; return its metadata and the number of epochs in its history.
 
     Raises:
-        InputError: it is missing, or anything in it is damaged.
+        InputError: the file is missing or damaged.
     """
     shapes, metadata = read_sealed(path)
     return state_record(path, metadata), shapes.get("history", [0])[0]
 
 
 def state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:
-    """The metadata of a training state, checked.
+    """Check the metadata of a training state and return them as a record.
 
     Raises:
-        InputError: of another version, or no such metadata.
+        InputError: the metadata have another format version, or lack a field.
     """
     records.check_format(path, metadata)
     return records.checked(path, StateRecord, metadata)

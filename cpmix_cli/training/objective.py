@@ -49,7 +49,7 @@ class TermBatch:
     y2: Tensor | None = None
     """Labels of the partners [P] int64; None if unmixed."""
     lam: Tensor | None = None
-    """lambda_y, weight of the loss at y1 [P] or [1]; None if unmixed."""
+    """lambda_y, weight of the loss at y1 [P]; None if unmixed."""
     gate: Tensor | None = None
     """True if this batch is mixed [1] bool; None if the term mixes all batches, or none."""
     image_weights: Tensor | None = None

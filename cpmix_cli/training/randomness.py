@@ -4,8 +4,8 @@ Each generator is keyed by (seed, phase, epoch, purpose). It runs on the CPU, be
 on every device and independent of the order of the draws. A resumed run needs only integers to continue. Two recipes
 that share a term draw the same numbers for it.
 
-Shapes: S steps per epoch, B batch size, K = 1 (one number per batch) or B, U uniform numbers per augmented image,
-V uniform numbers per mix. A single step has the same types without the axis S.
+Shapes: S steps per epoch, B batch size, K = 1 (one number per batch) or B. An augmented image takes U uniform numbers,
+a mix takes V. A single step has the same types without the axis S.
 """
 
 import hashlib

@@ -89,8 +89,8 @@ class Step:
     def _run(self, size: int) -> None:
         """Run the selected step, a batch of `size` images.
 
-        Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward pass, partners are drawn before the errors of
-        this step are known, so they come from the counts up to the previous step.
+        Paper: Algorithm 1 and Eq. (13). Differs: with one joint forward pass, the errors of this step are not known
+        when partners are drawn. Partners come from the counts up to the previous step.
         """
         plan, state = self._plan, self._state
         inputs = self.inputs.row(size)
