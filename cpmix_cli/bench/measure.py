@@ -159,7 +159,7 @@ class Memory:
             self._before = torch.cuda.memory_reserved()
             return
         self._before = None  # if the system cannot reset the peak, it is unknown
-        with suppress(OSError, AttributeError):  # not glibc
+        with suppress(OSError, AttributeError):  # the C library is not glibc
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -231,6 +231,6 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
 
 
 def not_projected(plans: Iterable[Plan]) -> list[str]:
-    """Return parts of training that take time and are not timed here."""
+    """Return the parts of training that `bench` does not time although the plans need them."""
     matches = any(term.recipe.match is not None for plan in plans for term in plan.terms)
     return ["the matching of partners"] if matches else []

@@ -97,7 +97,7 @@ def predicted(
         num_samples: N.
         class_counts: training images per class [C].
         recipe: [evaluation].
-        weights: weights of the experts [E], learnt before (learn_expert_weights()); None: as `recipe.aggregate` gives.
+        weights: weights of the experts [E] from learn_expert_weights(); None if `recipe.aggregate` is not "test-time".
     """
     experts = predict(model, batches, num_samples, recipe.batch_size)
     if recipe.aggregate == "routed" and model.routers is not None:

@@ -149,7 +149,7 @@ def _keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:
     if origin.record().made_from.recipe == recipe.tables_of(origin.phase):
         return True
     mine, theirs = (r.tables().get(folder.phase, {}) for r in (recipe, origin.recipe()))
-    return {**mine, "epochs": None} != {**theirs, "epochs": None}  # --epochs rescales those of finetune
+    return {**mine, "epochs": None} != {**theirs, "epochs": None}  # --epochs may have rescaled finetune.epochs
 
 
 def _data_folder(run: Path, known: DatasetReference) -> Path | None:

@@ -18,7 +18,7 @@ class BatchSlice:
     index: int
     """Number of this slice, from 0."""
     num_slices: int
-    """Ranks * micro-batches per rank."""
+    """Slices per batch: ranks * micro-batches per rank."""
     batch_size: int
     """B, images of the whole batch."""
 

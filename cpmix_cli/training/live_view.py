@@ -20,7 +20,7 @@ from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 
-NUM_PAIRS = 5
+_NUM_PAIRS = 5
 
 
 class _Column(NamedTuple):
@@ -64,7 +64,7 @@ class LiveView:
         rows = [("", *(column.title for column in epochs))]
         rows += [(label, *(column.numbers.get(label, "") for column in epochs)) for label in epochs[-1].numbers]
         pairs = pd.concat([column.errors for column in epochs], axis=1).fillna(0)
-        pairs = pairs.loc[pairs.sum(axis=1).nlargest(NUM_PAIRS).index]
+        pairs = pairs.loc[pairs.sum(axis=1).nlargest(_NUM_PAIRS).index]
         if len(pairs):
             rows.append(("images of a class taken for another", *("" for _ in epochs)))
         for pair, counts in zip(pairs.index, pairs.to_numpy(), strict=True):

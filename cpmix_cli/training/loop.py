@@ -107,7 +107,7 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
     Args:
         plan: plan of the phase.
         step: runs one step.
-        state: holds the epoch and the steps done; changes in place.
+        state: current epoch and completed steps; changes in place.
         num_steps: steps per epoch.
 
     Raises:

@@ -59,7 +59,7 @@ class TrainingState:
     model: Classifier
     optimizer: torch.optim.Optimizer
     confusion: Tensor
-    """K [C, C] float64."""
+    """Confusion counts K [C, C] float64: images of class i (row) predicted as class j (column)."""
     epoch: int
     """Current epoch, counted as in Plan; after training, the last epoch."""
     step: int = 0
