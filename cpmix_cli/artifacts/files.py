@@ -1,8 +1,8 @@
-"""Files on disk: names, schemas, atomic publishing, hashes.
+"""Files on disk: names, JSON, hashes, atomic publishing, checked reading.
 
-Every file is published whole (temporary file in the same folder, fsync, rename, fsync of the folder) and verified by
-hash when it is read. Tensors are safetensors, tables are Parquet, records are JSON with a digest of their own
-content. Never pickle.
+A file is published whole: temporary file in the same folder, fsync, rename, fsync of the folder. Its hash is checked
+when it is read. Tensors are safetensors, tables are Parquet, records are JSON with a digest of their own content. No
+file is a pickle.
 """
 
 import errno
@@ -24,7 +24,7 @@ from cpmix_cli.runtime.processes import start_of
 
 TrainingPhase = Literal["stage1", "stage2", "finetune"]
 PHASES: tuple[str, ...] = get_args(TrainingPhase)
-"""Training phases in their order; a run folder has a folder for each."""
+"""Training phases in their order. A run folder has one folder per phase."""
 
 DATASET = "dataset.json"
 RUN = "run.json"
@@ -48,22 +48,26 @@ CONFUSED_PAIRS = "confused_pairs.parquet"
 
 
 def json_text(value: Any) -> str:
-    """A JSON value for people and programs to read. File names that are no UTF-8 are escaped."""
+    """Return a JSON value as indented text. Bytes of file names that are not UTF-8 are escaped."""
     return _unicode(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal content, equal text. File names that are no UTF-8 are escaped."""
+    """Return JSON with sorted keys and no spaces, so that equal values give equal text. Escapes as json_text()."""
     return _unicode(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def _unicode(text: str) -> str:
-    """JSON text whose lone surrogates (bytes of a file name that are no UTF-8) are escaped, as JSON itself would."""
+    """Escape lone surrogates in JSON text. They stand for bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Members of a JSON object, for json.loads(); ValueError if a name occurs twice, of which the last would count."""
+    """Return the members of a JSON object, as object_pairs_hook of json.loads().
+
+    Raises:
+        ValueError: a name occurs twice; json.loads() would keep only the last value.
+    """
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError("a name stands there twice")
@@ -71,12 +75,12 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest of bytes."""
+    """Return the sha256 of bytes as hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Hex digest of a JSON value's canonical text."""
+    """Return the sha256 of a JSON value's canonical text as hex digits."""
     return sha256(canonical_json(value).encode())
 
 
@@ -86,14 +90,21 @@ TEMPORARY = ".cpmix-tmp-"
 
 
 def temporary_for(path: Path) -> Path:
-    """Where this process writes a file before it is renamed to `path`. A short name: that of `path` may be at the limit
-    of the file system.
+    """Return the file that this process writes and then renames to `path`.
+
+    Its name does not contain the name of `path`, which may be as long as the file system allows.
     """
     return path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{sha256(os.fsencode(path.name))[:8]}")
 
 
 def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> EnvironmentFault:
-    """The error for a file or folder that cannot be written: why, what was needed and what is free."""
+    """Return the error for a file or folder that cannot be written.
+
+    Args:
+        path: file or folder.
+        fault: error of the operating system.
+        needed_bytes: bytes to be written. The message compares them with the free space or the limit.
+    """
     reason = fault.strerror or str(fault)
     fix = "choose a folder you can write to with --out"
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -111,20 +122,20 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above that exists."""
+    """Return the path itself, or the nearest parent folder that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> None:
-    """Refuse an output folder that cannot be written or lacks room, before hours are spent on what goes there.
+    """Check that an output folder can be written and has enough space, before hours of work.
 
     Args:
-        folder: may not exist yet.
-        needed_bytes: of all new files.
-        largest_file: its bytes, which `ulimit -f` may forbid.
+        folder: output folder; it need not exist.
+        needed_bytes: bytes of all new files together.
+        largest_file: bytes of the largest new file, to compare with the limit of `ulimit -f`.
 
     Raises:
-        EnvironmentFault: with the reason. A quota shows only when it is hit.
+        EnvironmentFault: the folder cannot be written or lacks space. A quota is not visible in advance.
     """
     place = _existing(folder)
     code = 0
@@ -141,7 +152,7 @@ def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> No
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; raise EnvironmentFault if that cannot be."""
+    """Create a folder and its parents; raise EnvironmentFault if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -149,10 +160,10 @@ def make_folder(path: Path) -> None:
 
 
 def publish(path: Path, data: bytes) -> str:
-    """Write a file whole and return its sha256. If it fails, `path` holds what it held before.
+    """Publish a file whole and return its sha256. On failure, `path` keeps its earlier content.
 
     Raises:
-        EnvironmentFault: the disk, a permission or a quota does not allow it; the temporary file is gone.
+        EnvironmentFault: a full disk, a permission or a quota prevents writing. No temporary file remains.
     """
     with publishing(path, len(data)) as file:
         file.write(data)
@@ -161,26 +172,28 @@ def publish(path: Path, data: bytes) -> str:
 
 @contextmanager
 def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
-    """Yield a file to write `num_bytes` to. It is published when the context is left, and not at all by an exception;
-    see publish(). An OSError inside is taken for one of writing.
+    """Yield a file to write `num_bytes` to. It is published at the end of the context, but not after an exception.
+
+    Raises:
+        EnvironmentFault: as publish(). Any OSError inside the context counts as an error of writing.
     """
     temporary = temporary_for(path)
     before = temporary.with_name(temporary.name + "-before")
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            # Mode 0666 less the umask, as any other program would: the group can read a checkpoint.
+            # open() gives the user's usual permissions, unlike tempfile: the group may read a checkpoint.
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(OSError):  # nothing was there, or no hard links are: then there is no way back
+            with suppress(OSError):  # no earlier file, or a file system without hard links: no restore below
                 os.link(path, before)
             temporary.replace(path)
             try:
                 os.fsync(folder)
             except OSError as fault:
-                if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that know no fsync of folders
+                if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # not a file system without fsync of folders
                     before.replace(path) if before.exists() else path.unlink()
                     raise
         finally:
@@ -194,15 +207,15 @@ def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
 
 
 def refuse_existing(path: Path | None, *, overwrite: bool) -> None:
-    """Raise EnvironmentFault if the file of --out exists and there is no --overwrite."""
+    """Raise EnvironmentFault if the file of --out exists and --overwrite is not given."""
     if path is not None and path.exists() and not overwrite:
         raise EnvironmentFault(f"{path} exists", fix="write elsewhere, or replace it with --overwrite")
 
 
 def publish_out(path: Path, data: bytes) -> None:
-    """Publish the file of --out, which lies in no locked folder; raises as publish().
+    """Publish the file of --out, whose folder is not locked; raises as publish().
 
-    Makes its folder, and removes what processes of this machine left that died while they published this very file.
+    The folder is created if missing. Temporary files for the same path are removed if their process is dead.
     """
     make_folder(path.parent)
     *_, name = temporary_for(path).name.rpartition("-")
@@ -217,14 +230,16 @@ def publish_out(path: Path, data: bytes) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 LATE_SECONDS = 5.0
-"""Longest wait for a file that a record names: network file systems show some late."""
-MAX_RECORD = 2_000_000  # bytes; that of a data set of ten thousand classes has half a million
+"""Longest wait for a file that a record names. On network file systems a new file may appear late."""
+MAX_RECORD = 2_000_000  # bytes; the record of a data set with ten thousand classes has half a million
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading, or raise InputError.
+    """Open a regular file for reading.
 
-    Refuses what is no file: a folder, a pipe that would wait for ever, a device without an end.
+    Raises:
+        InputError: the file is missing or unreadable, or is not a regular file. A pipe could block for ever, and a
+            device may have no end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -243,7 +258,7 @@ def _read_fault(path: Path, fault: OSError) -> InputError:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path exists, be it a link to nowhere; raise InputError if that cannot be seen."""
+    """Return whether a path exists; a broken link counts. Raise InputError if the folder cannot be searched."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -254,19 +269,24 @@ def is_there(path: Path) -> bool:
 
 
 def wait_for(path: Path) -> None:
-    """Wait LATE_SECONDS at most until a file shows that has to exist; not at all without its folder."""
+    """Wait up to LATE_SECONDS for a file that has to exist. Do not wait if its folder is missing."""
     until = time.monotonic() + LATE_SECONDS
     while not os.path.lexists(path) and path.parent.is_dir() and time.monotonic() < until:
         time.sleep(0.1)
-        with suppress(OSError), os.scandir(path.parent) as entries:  # makes NFS look again
+        with suppress(OSError), os.scandir(path.parent) as entries:  # makes NFS refresh the folder
             next(entries, None)
 
 
 def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) -> bytes:
-    """Read a file and check its bytes against the recorded sha256; a file with one is waited for, see wait_for().
+    """Read a whole file.
+
+    Args:
+        path: file to read.
+        sha: recorded sha256 that the bytes must have. With it, a missing file is waited for; see wait_for().
+        limit: largest size in bytes.
 
     Raises:
-        InputError: the file is missing, unreadable, larger than `limit` bytes, or not what was published.
+        InputError: the file is missing, unreadable, larger than `limit`, or has another sha256.
     """
     if sha is not None:
         wait_for(path)
@@ -287,6 +307,6 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
 
 
 def verify(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Raise InputError if a file of a folder is missing or not as recorded: name -> sha256."""
+    """Raise InputError if a file of a folder is missing or has another hash than recorded: name -> sha256."""
     for name, sha in hashes.items():
         read_bytes(folder / name, sha)

@@ -1,8 +1,8 @@
-"""One writer a folder: a lock file that names who writes, and that outlives no process for long.
+"""Locks: one writer per folder, named in a lock file that expires soon after its process ends.
 
-The lock is made whole under another name and linked into place, so that it is never half there, on network file systems
-too. A writer on this machine is looked up among the processes; of one elsewhere the heartbeat (the lock file's time,
-by the file system's own clock) is all that can be seen.
+The lock file is written under another name and linked into place, so that it is never incomplete, even on network file
+systems. A writer on this machine is alive if its process is. A writer on another machine is alive if its heartbeat is
+recent: the modification time of the lock file, by the file system's clock.
 """
 
 import errno
@@ -26,39 +26,42 @@ from cpmix_cli.runtime.processes import start_of
 LOCK = ".cpmix-lock"
 HEARTBEAT_SECONDS = 30.0
 _STALE_SECONDS = 300.0
-"""A writer elsewhere that has been silent for so long is dead."""
+"""A writer on another machine counts as dead after this time without a heartbeat."""
 _POLL_SECONDS = 0.2
 
 
 class Owner(Record):
-    """A process, as others can tell it from all others: the content of a lock file."""
+    """Identity of a process, unique among machines and restarts: the content of a lock file."""
 
     model_config = ConfigDict(extra="forbid")
 
     host: str
     pid: int
     kernel: str
-    """Boot id and pid namespace: within one, a pid means the same to all."""
+    """Boot id and pid namespace. Processes in the same namespace see the same pids."""
     started: str
     """Start of the process in clock ticks since boot."""
     slurm_job: str
+    """Slurm job id; "" outside Slurm."""
     slurm_task: str
-    """Step and task, which two tasks of one `srun` do not share."""
+    """Restart count, step and task: RESTART.STEP.TASK. It differs between the tasks of one `srun`."""
     serial: int
-    """Number of the lock among those that this process has taken."""
+    """Count of the locks that this process has taken, to distinguish them."""
 
     @property
     def name(self) -> str:
-        """Host, pid and job, for the message."""
+        """Host, pid and job, for messages."""
         return f"{self.host}, pid {self.pid}" + (f", Slurm job {self.slurm_job}" if self.slurm_job else "")
 
     def is_alive(self, silent_seconds: float, asking: "Owner") -> bool:
-        """Whether the owner may still write.
+        """Return whether the owner may still write.
+
+        A requeued Slurm job keeps its id. A lock with the id of `asking` was left by the job's earlier run, unless its
+        owner is another task of the same step.
 
         Args:
-            silent_seconds: since its last heartbeat.
-            asking: the process that wants the lock. A requeued Slurm job keeps its number: a lock under that number is
-                of its own earlier life, unless it is of another task of the same step.
+            silent_seconds: seconds since the owner's last heartbeat.
+            asking: the process that needs the lock.
         """
         if self.host == asking.host and self.kernel == asking.kernel:
             return start_of(self.pid) == self.started
@@ -97,17 +100,19 @@ def _this_process() -> Owner:
 
 
 class Lock:
-    """A folder held for writing; see hold()."""
+    """Lock on a folder that this process holds; see hold()."""
 
     def __init__(self, folder: Path, owner: Owner) -> None:
         self._path = folder / LOCK
         self._owner = owner
 
     def check(self) -> None:
-        """Call before anything is written: this process may have been stopped for longer than a lock lasts.
+        """Check that the lock is still held. Call this before each write.
+
+        A process that was suspended for longer than _STALE_SECONDS may have lost its lock.
 
         Raises:
-            EnvironmentFault: another process has taken the folder over.
+            EnvironmentFault: another process has taken the lock.
         """
         if not self._is_own():
             found = _read(self._path)
@@ -134,10 +139,16 @@ class Lock:
 
 @contextmanager
 def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
-    """Hold a folder for writing (it is made if missing), and sweep what dead writers left unfinished in it.
+    """Lock a folder for writing, and remove the temporary files that dead writers left in it.
+
+    The folder is created if missing, and removed at the end if it is still empty.
+
+    Args:
+        folder: folder to lock.
+        wait: wait for another writer instead of raising.
 
     Raises:
-        EnvironmentFault: another process holds the folder and `wait` is False, or the folder cannot be written.
+        EnvironmentFault: another process holds the lock and `wait` is False, or the folder cannot be written.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     owner = _this_process()
@@ -157,7 +168,7 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
     finally:
         released.set()
         lock._release()
-        with suppress(OSError):  # something was written
+        with suppress(OSError):  # a folder that is not empty stays
             for place in made:
                 place.rmdir()
 
@@ -169,26 +180,26 @@ def _sweep(folder: Path, owner: Owner) -> None:
         if not (found.is_alive(silence, owner) if found is not None else silence < _STALE_SECONDS):
             with suppress(OSError):
                 path.unlink()
-    for path in folder.glob(f"{files.TEMPORARY}*"):  # nobody else writes here
-        with suppress(OSError):  # another user's, in a folder that lets nobody else remove it
+    for path in folder.glob(f"{files.TEMPORARY}*"):  # the lock is held, so their writers are dead
+        with suppress(OSError):  # another user's file may not be removable
             path.unlink()
 
 
 def tidy(folder: Path) -> None:
-    """Sweep a finished folder whose writer died before it could. Leftovers do no harm, so failures are ignored."""
+    """Remove the temporary files of dead writers from a finished folder. They do no harm, so failures are ignored."""
     if next(folder.glob(".cpmix-*"), None) is not None:
         with suppress(EnvironmentFault, OSError), hold(folder):
             pass
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Raise EnvironmentFault if another process holds the folder, as hold() would; take nothing."""
+    """Raise EnvironmentFault if another process holds the folder's lock, as hold() would, but do not take the lock."""
     if (found := holder(folder)) is not None:
         raise _refusal(folder, found)
 
 
 def holder(folder: Path) -> Owner | None:
-    """Return the living process that writes a folder, if one does."""
+    """Return the living process that holds a folder's lock; None if no process holds it."""
     path = folder / LOCK
     found = _read(path)
     alive = found is not None and found.is_alive(_silence(path, time.time()), _this_process())
@@ -203,23 +214,23 @@ def _refusal(folder: Path, held_by: Owner) -> EnvironmentFault:
 
 
 def _try(folder: Path, owner: Owner) -> Owner | None:
-    """Take the lock, also from a dead owner, and return None; or return the living owner."""
-    files.make_folder(folder)  # each time: a writer that wrote nothing removes it when it leaves
+    """Take the lock, possibly from a dead owner, and return None; or return the living owner."""
+    files.make_folder(folder)  # at each attempt: a writer that wrote nothing removes the folder
     lock = folder / LOCK
     candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
     try:
         candidate.write_text(owner.model_dump_json())
-        now = candidate.stat().st_mtime  # by the clock of the file system, which is the lock's too
+        now = candidate.stat().st_mtime  # the file system's clock, as for the heartbeat
         while True:
             if _place(candidate, lock):
                 return None
             found, silence = _read(lock), _silence(lock, now)
             if found is not None and found.is_alive(silence, owner):
                 return found
-            if found is None and lock.exists() and silence < _STALE_SECONDS:  # damaged, or of another version
+            if found is None and lock.exists() and silence < _STALE_SECONDS:  # damaged, or from another version
                 return owner.model_copy(update={"host": "an unknown process", "pid": 0, "slurm_job": ""})
             _set_aside(lock, found)
-    except FileNotFoundError:  # such a writer left just now
+    except FileNotFoundError:  # another writer has just removed the folder
         return _try(folder, owner)
     except OSError as fault:
         raise files.write_fault(lock, fault, needed_bytes=4096) from fault
@@ -229,7 +240,7 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
 
 
 def _place(candidate: Path, lock: Path) -> bool:
-    """Put the lock there unless one is; False if one is."""
+    """Put the lock in place and return True; return False if a lock exists."""
     try:
         os.link(candidate, lock)
     except FileExistsError:
@@ -237,7 +248,7 @@ def _place(candidate: Path, lock: Path) -> bool:
     except OSError as fault:
         if fault.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}:
             raise
-        try:  # no hard links here
+        try:  # the file system has no hard links
             with lock.open("x") as file:
                 file.write(candidate.read_text())
         except FileExistsError:
@@ -246,7 +257,7 @@ def _place(candidate: Path, lock: Path) -> bool:
 
 
 def _set_aside(lock: Path, dead: Owner | None) -> None:
-    """Remove a dead owner's lock, and no other's that took its place in between."""
+    """Remove a dead owner's lock; put it back if another process has replaced it in the meantime."""
     aside = lock.with_name(f"{LOCK}-dead-{socket.gethostname()}-{os.getpid()}")
     with suppress(FileNotFoundError):
         lock.rename(aside)
@@ -257,7 +268,7 @@ def _set_aside(lock: Path, dead: Owner | None) -> None:
 
 
 def _read(lock: Path) -> Owner | None:
-    """The owner of a lock; None without one, or if it cannot be read."""
+    """Return the owner in a lock file; None if the file is missing or unreadable."""
     try:
         return Owner.model_validate_json(files.read_bytes(lock))
     except (InputError, ValueError):
@@ -265,7 +276,7 @@ def _read(lock: Path) -> Owner | None:
 
 
 def _silence(lock: Path, now: float) -> float:
-    """Seconds since the last heartbeat."""
+    """Return the seconds since the last heartbeat."""
     try:
         return now - lock.stat().st_mtime
     except OSError:

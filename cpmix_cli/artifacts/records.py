@@ -1,4 +1,4 @@
-"""Records on disk: JSON with a digest of its own content, read as objects whose fields are checked once."""
+"""Records on disk: JSON files with a digest of their own content, read as objects with checked fields."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 class Record(BaseModel):
-    """Base of what is read from disk: names the fields that its readers use. Other fields of the file are ignored."""
+    """Base class of objects read from JSON. Fields of the file that a class does not declare are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -23,7 +23,7 @@ Read = TypeVar("Read", bound=Record)
 
 
 def publish_record(path: Path, fields: Mapping[str, Any]) -> str:
-    """Publish fields as a JSON record with the digest of its own content, for people and programs to read."""
+    """Publish fields as a JSON record with a digest of its content, and return the file's sha256."""
     return publish(path, _text({**fields, "digest": digest(dict(fields))}))
 
 
@@ -32,17 +32,17 @@ def _text(sealed: Any) -> bytes:
 
 
 def read_record(path: Path, model: type[Read]) -> Read:
-    """Read a JSON record whose own digest holds.
+    """Read a JSON record and check its digest and the fields of `model`.
 
     Raises:
-        InputError: missing, not JSON, of another format, changed since it was written, or without a field that `model`
-            requires.
+        InputError: the file is missing, not JSON, of another format or changed since it was written, or a field of
+            `model` is missing or invalid.
     """
     return checked(path, model, read_fields(path))
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Return all fields of a JSON record, its digest checked and left out; see read_record()."""
+    """Return all fields of a JSON record except its digest, which is checked; raises as read_record()."""
     data = read_bytes(path, limit=MAX_RECORD)
     try:
         fields: dict[str, Any] = json.loads(data, object_pairs_hook=unique_members)
@@ -59,10 +59,15 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def checked(path: Path, model: type[Read], fields: Any) -> Read:
-    """Return the fields of a file as a record. The file may have been made by hand, digest and all.
+    """Convert fields to a record and check them. A correct digest is no proof: a user may have written the file.
+
+    Args:
+        path: file of the fields, for the message.
+        model: class of the record.
+        fields: JSON value.
 
     Raises:
-        InputError: with the first field that is missing or wrong.
+        InputError: a field is missing or invalid; the message names the first.
     """
     try:
         return model.model_validate(fields)
@@ -72,7 +77,7 @@ def checked(path: Path, model: type[Read], fields: Any) -> Read:
 
 
 def check_format(path: Path, fields: Mapping[str, Any]) -> None:
-    """Raise InputError for a file of another format than FORMAT: another version of cpmix wrote it."""
+    """Raise InputError if a file has another format than FORMAT, because another version of cpmix wrote it."""
     if fields.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {fields.get('format')}, this cpmix reads format {FORMAT}",

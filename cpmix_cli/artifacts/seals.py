@@ -1,4 +1,4 @@
-"""Safetensors files without torch: their headers, and the seal that shows a file to be whole without a record of it."""
+"""Seals of safetensors files, without torch: headers, and digests in the metadata that prove a file undamaged."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ import safetensors
 from cpmix_cli.artifacts.files import digest, open_file, read_bytes, unique_members
 from cpmix_cli.runtime.errors import InputError
 
-MAX_HEADER = 8_000_000  # bytes; a ResNet-152's is 60 thousand
+MAX_HEADER = 8_000_000  # bytes; the header of a ResNet-152 has 60 thousand
 DAMAGED = (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
-"""Raised by what parses a file that is none."""
+"""Exceptions that parsing a damaged file can raise."""
 _DTYPES = {
     "F64": "torch.float64",
     "F32": "torch.float32",
@@ -24,14 +24,17 @@ _DTYPES = {
     "U8": "torch.uint8",
     "BOOL": "torch.bool",
 }
-"""Types as safetensors names them -> as digests do."""
+"""Type name in safetensors -> type name in digests."""
 
 
 def parse_header(data: bytes) -> tuple[dict[str, list[int]], Any]:
-    """Return shapes by tensor name, and metadata (a JSON value or None), of a file's first bytes.
+    """Parse the header in the first bytes of a file.
+
+    Returns:
+        Tensor name -> shape, and the metadata: a JSON value or None.
 
     Raises:
-        one of DAMAGED: they are no header.
+        one of DAMAGED: the bytes are not a valid header.
     """
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER:
@@ -43,10 +46,10 @@ def parse_header(data: bytes) -> tuple[dict[str, list[int]], Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
-    """Return shapes by tensor name, and metadata (a JSON value or None), of a safetensors file; its values stay unread.
+    """Read only the header of a safetensors file; returns the same as parse_header().
 
     Raises:
-        InputError: missing, or no header.
+        InputError: the file is missing or its header is not valid.
     """
     with open_file(path) as file:
         data = file.read(8)
@@ -59,7 +62,7 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
 
 
 def content_digest(tensors: Iterable[tuple[str, str, Sequence[int], Any]]) -> str:
-    """Return the hex digest of tensors: name, type, shape and bytes of each, in the order of their names."""
+    """Return the sha256, as hex digits, of tensors (name, type, shape, bytes). Give them in the order of names."""
     content = hashlib.sha256()
     for name, dtype, shape, values in tensors:
         content.update(f"{name} {dtype} {list(shape)}\n".encode())
@@ -68,16 +71,21 @@ def content_digest(tensors: Iterable[tuple[str, str, Sequence[int], Any]]) -> st
 
 
 def sealed(metadata: Mapping[str, Any], tensors_digest: str) -> dict[str, Any]:
-    """Return metadata with a digest of the tensors and one of itself; see check_seal()."""
+    """Return metadata with two more keys: the digest of the tensors, and a digest of the metadata themselves."""
     content = {**metadata, "tensors_digest": tensors_digest}
     return {**content, "digest": digest(content)}
 
 
 def check_seal(path: Path, metadata: Any, tensors_digest: str | None = None) -> dict[str, Any]:
-    """Return the metadata that sealed() sealed; without `tensors_digest`, only the metadata are checked.
+    """Check metadata made by sealed(), and return them without their own digest.
+
+    Args:
+        path: file of the metadata, for the message.
+        metadata: JSON value.
+        tensors_digest: digest of the file's tensors; None checks only the metadata.
 
     Raises:
-        InputError: there is no seal, or it is broken.
+        InputError: the metadata have no seal, or a digest differs.
     """
     content = dict(metadata) if isinstance(metadata, dict) else {}
     whole = content.pop("digest", None) == digest(content)
@@ -87,10 +95,13 @@ def check_seal(path: Path, metadata: Any, tensors_digest: str | None = None) -> 
 
 
 def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Return shapes by tensor name, and metadata, of a sealed file that is whole; no tensor is made.
+    """Check the seal of a file over its metadata and all tensor bytes, without making tensors.
+
+    Returns:
+        Tensor name -> shape, and the metadata.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: the file is missing or damaged, or has no seal.
     """
     data = read_bytes(path)
     try:

@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet files with exact schemas, checked when they are read."""
+"""Tables on disk: Parquet files with fixed schemas, checked when they are read."""
 
 import io
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from cpmix_cli.runtime.errors import InputError
 
 
 def schema_of(*columns: str) -> pa.Schema:
-    """Return the schema of columns "name type"; a type that ends in ? allows null."""
+    """Return the Arrow schema of columns given as "name type". A type that ends in "?" allows null."""
     fields = []
     for column in columns:
         name, kind = column.rsplit(" ", 1)
@@ -27,7 +27,7 @@ def schema_of(*columns: str) -> pa.Schema:
 
 
 def split_schema(by_path: bool) -> pa.Schema:
-    """Schema of train, val and test .parquet; an image is known by its place in the source, or by its file's path."""
+    """Return the schema of train, val and test .parquet, with the column path or source_index to identify an image."""
     return schema_of("sample_id int64", "label int32", "path string" if by_path else "source_index int64")
 
 
@@ -52,7 +52,7 @@ PREDICTED_IMAGES_SCHEMA = schema_of(
 
 
 def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:
-    """Columns as the bytes of a Parquet file with exactly this schema."""
+    """Return the bytes of a Parquet file with these columns and exactly this schema."""
     arrays = [pa.array(columns[f.name], type=f.type, from_pandas=True) for f in schema]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
@@ -60,14 +60,23 @@ def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:
 
 
 def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> str:
-    """Publish columns as Parquet; see table_bytes()."""
+    """Publish columns as a Parquet file and return its sha256.
+
+    Args:
+        path: file to write.
+        schema: names and types of the columns.
+        columns: column name -> values [N].
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
     return publish(path, table_bytes(schema, columns))
 
 
 _UNPACKS = 10
-"""Most bytes of a table in memory per byte of its file. A split's list of a million images has 4."""
+"""Largest number of bytes in memory per byte of the file. The table of a split with a million images has 4."""
 _UNPACKS_REGULAR = 128
-"""The same if `max_rows` bounds the rows: all pairs of 256 classes, each confused once, have 101."""
+"""The same limit if `max_rows` is given. The table of all pairs of 256 classes, each confused once, has 101."""
 
 
 def read_table(
@@ -76,13 +85,13 @@ def read_table(
     """Read a Parquet table.
 
     Args:
-        path: of the file.
-        schema: the columns that it must have; None accepts any.
-        sha: the recorded sha256.
-        max_rows: most rows that it can have, if that is known: such a table may be more regular than others.
+        path: file to read.
+        schema: columns that the table must have; None accepts any.
+        sha: recorded sha256 of the file.
+        max_rows: largest possible number of rows, if known. The table may then compress better than others.
 
     Raises:
-        InputError: missing, damaged, with other columns or impossible values, or made to fill the memory.
+        InputError: the file is missing, damaged or too large in memory, or has other columns or too many rows.
     """
     data = read_bytes(path, sha)
     try:
@@ -90,7 +99,7 @@ def read_table(
         if schema is not None and not found.equals(schema):
             raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}")
         texts = [field.name for field in found if pa.types.is_string(field.type)]
-        # As a dictionary: a word that occurs a million times is held once.
+        # Dictionary encoding: a string that a column repeats a million times takes memory once.
         source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
         num_rows = source.metadata.num_rows
         if max_rows is not None and num_rows > max_rows:
@@ -105,26 +114,26 @@ def read_table(
         table: pd.DataFrame = columns.cast(found).to_pandas()
     except InputError:
         raise
-    except Exception as fault:  # a damaged file makes pyarrow raise whatever its bytes happen to spell
+    except Exception as fault:  # a damaged file can make pyarrow raise any exception
         raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
     return table
 
 
 def _text_bytes(chunk: pa.DictionaryArray) -> int:
-    """Bytes of all words of a column, a word that occurs twice counted twice."""
+    """Return the bytes of all strings of a column; repeated strings count each time."""
     lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
     return int(pc.sum(lengths).as_py() or 0)
 
 
 def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
-    """A few bytes can spell a million equal rows, or names; none of our tables is that regular."""
+    """Raise InputError if a table expands too much: a few bytes can encode a million equal rows or strings."""
     if unpacked > times * len(data) + 2**20:
         raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
 
 
 def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
-    """Refuse other codecs than ours. Snappy makes 64 bytes of 3 at most, whatever the footer says; one page of gzip or
-    Zstandard can fill the memory before anything of it is counted.
+    """Raise InputError for any codec except Snappy. Snappy expands 3 bytes to at most 64, whatever the footer states.
+    One page of gzip or Zstandard can fill the memory before its size is known.
     """
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     used = {group.column(i).compression for group in groups for i in range(group.num_columns)}
@@ -137,7 +146,7 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str) -> None:
-    """Refuse a table with its first row that is wrong, if any."""
+    """Raise InputError with the first row for which `wrong` is True, if there is one."""
     if wrong.any():
         first = int(wrong.to_numpy().argmax())
         row = ", ".join(f"{name} {value}" for name, value in table.iloc[first].items())
@@ -145,13 +154,27 @@ def _refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str
 
 
 def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
-    """Raise InputError for the first row whose class id in `column` is not 0 to num_classes - 1."""
+    """Check that all class ids of a column are in 0..num_classes - 1.
+
+    Args:
+        path: file of the table, for the message.
+        table: table that was read.
+        column: name of the column of class ids.
+        num_classes: C.
+
+    Raises:
+        InputError: an id is outside the range; the message shows the first such row.
+    """
     classes = table[column]
     _refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
 
 
 def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
-    """Read class_counts.parquet: classes 0 to C - 1 in order, each with a training image; raises as read_table()."""
+    """Read class_counts.parquet: one row per class 0 to C - 1, in this order, with counts of images.
+
+    Raises:
+        InputError: as read_table(); or ids are not 0 to C - 1 in order, or a class has no training image.
+    """
     table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
     _refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
     _refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
@@ -160,7 +183,16 @@ def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
 
 
 def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
-    """Read confusion_pairs.parquet: ordered pairs of different classes, each once; raises as read_table()."""
+    """Read confusion_pairs.parquet: one row per ordered pair of different classes that were confused.
+
+    Args:
+        path: file to read.
+        sha: recorded sha256 of the file.
+        num_classes: C.
+
+    Raises:
+        InputError: as read_table(); or a class id or count is out of range, or a pair is invalid or repeated.
+    """
     pair = ["true_class", "predicted_class"]
     table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
     for name in pair:
@@ -172,14 +204,14 @@ def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
 
 
 def confusion_columns(counts: NDArray[Any]) -> dict[str, Any]:
-    """Confusion counts [C, C] as the sparse columns of CONFUSION_SCHEMA, in row order, no zero rows."""
+    """Convert confusion counts to columns of CONFUSION_SCHEMA: [C, C] -> [n] each, n counts other than 0, by row."""
     counts = counts.round().astype(np.int64)
     true_class, predicted_class = counts.nonzero()
     return {"true_class": true_class, "predicted_class": predicted_class, "count": counts[true_class, predicted_class]}
 
 
 def confusion_counts(table: pd.DataFrame, num_classes: int) -> NDArray[np.int64]:
-    """The dense counts [C, C] of a sparse confusion table."""
+    """Convert a sparse table of CONFUSION_SCHEMA to dense counts: n rows -> [C, C]."""
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     counts[table["true_class"], table["predicted_class"]] = table["count"]
     return counts

@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files, sealed by a digest of what they hold. Never pickle."""
+"""Tensors on disk: safetensors files with digests of their content, never pickles."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +14,10 @@ from cpmix_cli.runtime.errors import InputError, counted, indented
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
-    """Tensors as the bytes of a safetensors file, with `metadata` (a JSON value) under the one key "cpmix".
+    """Return the bytes of a safetensors file, with `metadata` (a JSON value) under the single key "cpmix".
 
-    One key only: safetensors 0.8 writes several in random order, and equal content must be equal bytes.
+    There is only one key, because safetensors 0.8 writes several in random order and equal content must give equal
+    bytes.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     text = {"cpmix": canonical_json(metadata)} if metadata is not None else None
@@ -24,25 +25,41 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex digest of tensors with their names, types and shapes, for a file whose hash no record holds yet."""
+    """Return the sha256, as hex digits, of tensors with their names, types and shapes."""
     plain = ((name, t.detach().cpu().contiguous()) for name, t in sorted(tensors.items()))
     return content_digest((name, str(t.dtype), t.shape, t.view(-1).view(torch.uint8).numpy().data) for name, t in plain)
 
 
 def sealed_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata with a digest of the tensors and one of itself: such a file needs no record beside it to be checked."""
+    """Return metadata sealed with digests of the tensors and of itself, so that the file can be checked on its own."""
     return sealed(metadata, tensors_digest(tensors))
 
 
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
-    """Publish tensors as safetensors; see tensor_bytes()."""
+    """Publish tensors as a safetensors file and return its sha256; see tensor_bytes().
+
+    Args:
+        path: file to write.
+        tensors: name -> tensor.
+        metadata: JSON value, or None for no metadata.
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
     return publish(path, tensor_bytes(tensors, metadata))
 
 
 def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor], Any]:
-    """Read tensors and metadata (a JSON value or None) of a safetensors file; raise InputError if it is none.
+    """Read a safetensors file: tensors by name, and metadata (a JSON value or None).
 
-    As bytes and not by memory mapping, which is slow or fatal on network file systems.
+    The file is read as bytes, because memory mapping is slow or fatal on network file systems.
+
+    Args:
+        path: file to read.
+        sha: recorded sha256 of the file.
+
+    Raises:
+        InputError: the file is missing or damaged.
     """
     data = read_bytes(path, sha)
     try:
@@ -61,12 +78,19 @@ def check_fit(
     needed_by: str = "",
     fix: str = "",
 ) -> None:
-    """Check the tensors of the file `path` (`given`) against those that they are to be copied into (`own`).
+    """Check that tensors of a file can be copied into the tensors of a network.
 
-    With `exact` False, any floating-point type goes into any other, and counters of batch norm may be missing.
+    Args:
+        path: file of the tensors, for the message.
+        given: tensors of the file, by name.
+        own: tensors of the network, by name.
+        exact: require equal types and all names. If False, floating-point types may differ and the counters of batch
+            norm may be missing.
+        needed_by: flag or phase that needs the file, for the message.
+        fix: advice for the message.
 
     Raises:
-        InputError: with every tensor that is missing, unknown, of another shape or type, or not finite.
+        InputError: lists every tensor that is missing, unknown, of another shape or type, or not finite.
     """
     faults = []
     for name in sorted(own.keys() | given.keys()):
@@ -81,7 +105,7 @@ def check_fit(
         elif expected.dtype != found.dtype and (exact or expected.is_floating_point() != found.is_floating_point()):
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (found, expected)]
             faults.append(f"{name}: holds {kinds[0]}, expected {kinds[1]}")
-        elif not found.to(expected.dtype).isfinite().all():  # a float64 may be beyond float32
+        elif not found.to(expected.dtype).isfinite().all():  # checked after conversion: a float64 may exceed float32
             faults.append(f"{name}: holds values that are not finite")
     if faults:
         message = f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}"
