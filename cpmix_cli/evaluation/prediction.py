@@ -97,7 +97,7 @@ def predicted(
         num_samples: N.
         class_counts: training images per class [C].
         recipe: [evaluation].
-        weights: weights of the experts [E] from learn_expert_weights(); None if `recipe.aggregate` is not "test-time".
+        weights: weights of the experts [E] from learn_expert_weights(); None: combined as in experts.combined().
     """
     experts = predict(model, batches, num_samples, recipe.batch_size)
     if recipe.aggregate == "routed" and model.routers is not None:

@@ -127,7 +127,7 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         step(state.step)
         state.step += 1
         if state.step == num_steps:
-            ranks.current().max_over_ranks(0)  # notice a lost rank here: the read below would wait for it forever
+            ranks.current().max_over_ranks(0)  # notice a lost rank here: the read below would wait for it on the device
         if reads_each or state.step == num_steps:
             before = _check_finite(plan, state, num_steps, before if reads_each else None)
         if state.step == num_steps:
