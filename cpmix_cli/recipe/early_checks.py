@@ -1,4 +1,4 @@
-"""What can be said of --recipe, --set and --epochs before torch is imported."""
+"""Early checks: --recipe, --set and --epochs are checked before torch is imported."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,17 @@ from cpmix_cli.runtime.errors import InputError
 
 
 class _DatasetRecipe(Record):
-    """Fields of a dataset.json that decide which recipe is read."""
+    """Fields of dataset.json that decide which recipe is read."""
 
     recipe: str
     rho: float | None
 
 
 class _Outputs(Record):
-    """The field of a run.json that names its files."""
+    """Field of run.json that lists the output files."""
 
     outputs: dict[str, str]
+    """File name -> sha256."""
 
 
 def check_request(
@@ -30,9 +31,19 @@ def check_request(
     data: Path | None = None,
     phases: Sequence[Path] = (),
 ) -> None:
-    """Check a request as load() does, before anything heavy is imported; faults of other files are left to the phase.
+    """Check the flags of a recipe as load() does, before slow imports.
 
-    Without `name`, the recipe is that of the data set folder `data`, or of the first finished one of the `phases`.
+    Errors of the data set folder or of a run folder are not raised here. The command raises them later.
+
+    Args:
+        name: value of --recipe; None takes the data set's recipe, or that of the first finished folder in `phases`.
+        settings: values of --set.
+        epochs: value of --epochs.
+        data: data set folder.
+        phases: phase folders from which a recipe may be taken.
+
+    Raises:
+        UsageError: as load().
     """
     rho = None
     if data is not None:
@@ -52,7 +63,7 @@ def check_request(
 
 
 def _own_recipe(phase: Path) -> str | None:
-    """The recipe of a finished phase; None if it is not what run.json records, for which no --recipe is to blame."""
+    """Return the recipe file of a finished phase; None if it is damaged, which is no error of --recipe."""
     path = phase / RECIPE
     try:
         read_bytes(path, read_record(phase / RUN, _Outputs).outputs.get(RECIPE, ""), limit=MAX_BYTES)

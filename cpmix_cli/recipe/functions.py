@@ -1,8 +1,8 @@
-"""The functions that a recipe may name, their parameters and their needs: known without importing torch.
+"""Functions that a recipe may name, with their parameters and needs, without an import of torch.
 
-losses.py, mixing.py and models.py import torch, which takes seconds. So recipes are checked against an outline of these
-files, made from their source text: the tables at their foot, and functions with only their keyword-only parameters.
-training/objective.py binds the real ones by the same rules.
+losses.py, mixing.py and models.py import torch, which takes seconds. Recipes are therefore checked against outlines of
+these files, made from their source text. An outline has the tables at the end of a file, and functions with only their
+keyword-only parameters. training/objective.py binds the real functions by the same rules.
 """
 
 import ast
@@ -32,28 +32,28 @@ FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reweight": ("losses", ("CLASS_WEIGHTS",)),
     "model": ("models", ("MODELS",)),
 }
-"""Key of a recipe -> the module of the functions that it may name, and its dictionaries of them."""
+"""Key of a recipe (a kind of function) -> module of these functions, and the names of its tables of them."""
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a function of a term needs beside its parameters: an entry of NEEDS at the foot of the function's file."""
+    """Requirements of a term's function besides its parameters: an entry of NEEDS at the end of the function's file."""
 
     keys: Mapping[str, Sequence[object]] = field(default_factory=dict)
     """Key of the recipe, such as "model.head" -> its allowed values."""
     why: str = ""
-    """The reason for these values, for the message."""
+    """Reason for these values, for the message."""
     repeats: Mapping[str, str] = field(default_factory=dict)
-    """Parameter -> key of the recipe with the same value."""
+    """Parameter -> key of the recipe that must have the same value."""
     idle_without: Mapping[str, str] = field(default_factory=dict)
-    """Parameter -> step of the term, such as "reweight", without which it may only be 0."""
+    """Parameter -> key of the term, such as "reweight". Without this key the parameter must be 0."""
     stage: str = ""
-    """The only stage that may have the function; "": any."""
+    """Only stage in which the function is allowed; "" allows all."""
     images: bool = False
-    """The data set has images, not points."""
+    """True if the data set must have images, not points."""
     class_pairs: str = ""
-    """Parameter that holds pairs of class ids of the data set."""
+    """Parameter that contains pairs of class ids of the data set."""
     package: str = ""
     """Module that must be installed."""
     extra: str = ""
@@ -62,11 +62,12 @@ class Needs:
 
 @cache
 def outline(module: str) -> dict[str, Any]:
-    """Return the top-level names of a module of this package: functions with only their keyword-only parameters, and
-    other values that need no package that takes long to import.
+    """Return the top-level names of a module of this package, without an import of slow packages.
+
+    Functions have only their keyword-only parameters. Values that need a slow package are left out.
 
     Raises:
-        NameError: a table of functions needs one; says what in the module is to be changed.
+        NameError: a table of functions needs a slow package; the message states what to change in the module.
     """
     path = Path(__file__).parents[1] / f"{module}.py"
     found: dict[str, Any] = {}
@@ -90,12 +91,12 @@ def outline(module: str) -> dict[str, Any]:
         except NameError as fault:
             tables = {table for known_in, names in FUNCTION_TABLES.values() if known_in == module for table in names}
             made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
-            if isinstance(node, ast.FunctionDef):  # which is no fault unless a table names it
+            if isinstance(node, ast.FunctionDef):  # an error only if a table names the function
                 unreadable[node.name] = _unreadable_parameter(node, str(fault.name))
             elif made & {*tables, "NEEDS"}:
                 told = f"{', '.join(made)} may only name functions of this file: {fault}"
                 raise NameError(f"{path}: {unreadable.get(str(fault.name), told)}") from fault
-            # Otherwise a constant made with torch.
+            # Any other name is a constant that is made with a slow package.
     return found
 
 
@@ -111,19 +112,24 @@ def _unreadable_parameter(function: ast.FunctionDef, package: str) -> str:
 
 
 def known(kind: str, namespace: Callable[[str], Mapping[str, Any]] = outline) -> Functions:
-    """Return the functions of a kind (a key of FUNCTION_TABLES) by name; namespace: module -> its top-level names."""
+    """Return the functions of a kind by name.
+
+    Args:
+        kind: key of FUNCTION_TABLES.
+        namespace: module name -> its top-level names. By default they come from outline().
+    """
     module, tables = FUNCTION_TABLES[kind]
     return {name: function for table in tables for name, function in namespace(module)[table].items()}
 
 
 def needs_of(kind: str, name: str) -> Needs:
-    """Return what a function needs; nothing if there is no such function."""
+    """Return the needs of a function; empty needs if the function does not exist."""
     needs: Mapping[Any, Needs] = outline(FUNCTION_TABLES[kind][0]).get("NEEDS", {})
     return needs.get(known(kind).get(name), Needs())
 
 
 def keywords(kind: str, name: object) -> list[str]:
-    """Return the parameters of a function; none if there is no such function."""
+    """Return the parameter names of a function; an empty list if the function does not exist."""
     function = known(kind).get(str(name))
     return [] if function is None else list(inspect.signature(function).parameters)
 
@@ -135,12 +141,12 @@ def bind(
 
     Args:
         names: kind -> name of the function.
-        given: keys of the term that are parameters of the functions.
+        given: keys and values of the term that are not fields of TermRecipe: parameters of the functions.
         functions: kind -> functions by name.
-        others: other keys of a term, to be suggested for unknown ones.
+        others: fields of TermRecipe, to suggest for an unknown key.
 
     Returns:
-        Kind -> bound function, and all faults as "key = value: what is wrong".
+        Kind -> bound function, and a list of all errors as "key = value: what is wrong".
     """
     bound: dict[str, Callable[..., Any]] = {}
     keys: set[str] = set()
@@ -162,13 +168,13 @@ def bind(
             elif parameter.default is inspect.Parameter.empty:
                 faults.append(f'{key}: missing (a parameter of {kind} = "{name}")')
         bound[kind] = partial(functions[kind][name], **values)
-    if len(bound) == len(names):  # else keys may belong to the function that was not found
+    if len(bound) == len(names):  # else a key may be a parameter of the unknown function
         faults += [f"{key}: unknown key.{suggest(key, {*others, *keys})}" for key in sorted(given.keys() - keys)]
     return bound, faults
 
 
 @cache
 def _checker(function: Callable[..., Any], key: str) -> TypeAdapter[Any]:
-    """The check of one parameter of a function."""
+    """Return the pydantic check of one parameter of a function."""
     annotation = inspect.signature(function).parameters[key].annotation
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))

@@ -1,4 +1,4 @@
-"""Recipes from files and flags: found by name, merged, checked whole, rescaled to other lengths."""
+"""Recipes from files and flags: found by name, merged, checked, rescaled to another number of epochs."""
 
 import tomllib
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, suggest
 
-MAX_BYTES = 4_000_000  # of a recipe
-_MAX_DEPTH = 16  # of tables in tables; a recipe has 4
+MAX_BYTES = 4_000_000  # largest size of a recipe file
+_MAX_DEPTH = 16  # deepest nesting of tables; a recipe has 4 levels
 _MAX_EXTENDS = 16
 
 
 @cache
 def _recipe_folders() -> list[Path]:
-    """Folders of recipes with names: in the installed package, or beside it in a checkout."""
+    """Return the folders of recipes that have names: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
+    """Return the sorted names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
     return sorted(
         path.relative_to(folder).with_suffix("").as_posix()
         for folder in _recipe_folders()
@@ -36,7 +36,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe given by path or by name; raise UsageError if there is none."""
+    """Return the file of a recipe given by path or by name; raise UsageError if it does not exist."""
     path = Path(name)
     try:
         if path.suffix == ".toml" and path.is_file():
@@ -44,7 +44,7 @@ def find_recipe(name: str) -> Path:
         for folder in _recipe_folders():
             if (found := folder / f"{name}.toml").is_file():
                 return found
-    except OSError as fault:  # too long a name, a folder that may not be looked into
+    except OSError as fault:  # a name that is too long, or a folder that may not be read
         raise UsageError(f'recipe "{name}": {fault.strerror}', needed_by="--recipe") from fault
     if path.suffix == ".toml":
         raise UsageError(f"no file {path}", needed_by="--recipe")
@@ -63,13 +63,13 @@ def load(
 
     Args:
         name: path of a TOML file, or the name of a recipe that comes with cpmix.
-        settings: "table.key=value" overrides, values as in TOML (a bare word is a string).
-        epochs: rescale every epoch count so that both stages together last this many.
+        settings: overrides "table.key=value", with values as in TOML; a bare word is a string.
+        epochs: length of both stages together; all epoch counts are rescaled to it.
         seed: replaces the recipe's seed.
-        rho: imbalance factor of the data set; chooses the [by_rho.R] overrides.
+        rho: imbalance factor of the data set; selects the overrides in [by_rho.R].
 
     Raises:
-        UsageError: file, syntax, keys, types, ranges or settings are wrong; all faults are listed.
+        UsageError: the file, syntax, a key, type, range or setting is wrong; all errors are listed.
     """
     path = find_recipe(name)
     tables = read_tables(path)
@@ -96,11 +96,17 @@ def load(
 
 
 def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the tables of a recipe file, merged over those of the recipe that it `extends`, `without` some of these.
-    `about` is not inherited. `above`: files that extend this one.
+    """Return the tables of a recipe file, merged over the tables of the recipe that it `extends`.
+
+    Keys of the extended recipe that `without` lists are removed. `about` is not inherited.
+
+    Args:
+        path: recipe file.
+        above: files that extend this one, nearest first.
 
     Raises:
-        UsageError: a file is missing, no TOML, extends itself or too many, or `without` names a key that is missing.
+        UsageError: a file is missing or not TOML, extends itself or is nested too deeply, or a key in `without` is
+            missing.
     """
     if len(above) > _MAX_EXTENDS:
         raise UsageError(
@@ -126,10 +132,10 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def read_own_tables(path: Path) -> dict[str, Any]:
-    """Return the tables of a recipe file itself, `extends` and `without` among them.
+    """Return the tables of a recipe file, including `extends` and `without`, which are not resolved.
 
     Raises:
-        UsageError: the file is missing, or no TOML.
+        UsageError: the file is missing or not TOML.
     """
     try:
         return _parse(read_bytes(path, limit=MAX_BYTES).decode())
@@ -140,14 +146,14 @@ def read_own_tables(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The tables of TOML text; ValueError if it is none, too deep to walk, or has an integer of more than 64 bits."""
+    """Parse TOML; raise ValueError if it is invalid, nested too deeply, or has an integer of more than 64 bits."""
     try:
         tables = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except tomllib.TOMLDecodeError:
         raise
-    except ValueError:  # of int(), which reads some thousand digits and no more
+    except ValueError:  # int() refuses more than 4,300 digits
         raise ValueError("it has an integer of more than 64 bits") from None
     _check_value(tables, 0)
     return tables
@@ -163,7 +169,7 @@ def _check_value(value: Any, depth: int) -> None:
 
 
 def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
-    """Remove "table.key" from nested tables, for `without` in the file `path`."""
+    """Remove "table.key" from nested tables, as `without` in the file `path` states."""
     *places, last = str(key).split(".")
     for place in places:
         tables = _table(tables.get(place))
@@ -173,7 +179,7 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
 
 
 def _function_faults(tables: dict[str, Any]) -> list[str]:
-    """Faults of the functions that terms name and of their parameters, whatever other faults the tables have."""
+    """Return the errors of the functions that terms name, and of their parameters, even if other keys are invalid."""
     faults = []
     for stage in PHASES:
         for name, term in _table(_table(tables.get(stage)).get("terms")).items():
@@ -189,10 +195,10 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _rescaled(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with every epoch count multiplied by epochs / schedule.epochs.
+    """Return the recipe with every epoch count multiplied by epochs / schedule.epochs.
 
-    Whole counts are rounded and keep at least one epoch (each stage too); warm-up and milestones stay fractions, so
-    that two milestones of a long schedule do not fall together in a short one.
+    Whole counts are rounded to at least one epoch, also per stage. Warm-up and milestones stay fractions, so that two
+    milestones of a long schedule do not coincide in a short one.
     """
     s = recipe.schedule
     if epochs == s.epochs:
@@ -234,9 +240,7 @@ def _rescaled(recipe: Recipe, epochs: int) -> Recipe:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over`. If `over` names another function in a term, the old one's parameters
-    are removed.
-    """
+    """Return `base` with the nested values of `over`, without parameters of functions that `over` replaces."""
     merged = dict(base)
     for kind in TERM_KINDS:
         old, new = base.get(kind), over.get(kind)
@@ -272,7 +276,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    """One pydantic fault as 'table.key: what is wrong'."""
+    """Return a pydantic error as "table.key: what is wrong"."""
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
@@ -286,7 +290,7 @@ def _explain(error: dict[str, Any]) -> str:
 
 
 def _keys_of(location: list[str]) -> list[str]:
-    """Field names of the table at `location`."""
+    """Return the field names of the table at `location`."""
     table: Any = Recipe
     for part in location:
         field = getattr(table, "model_fields", {}).get(part)

@@ -1,7 +1,7 @@
-"""What goes with what in a recipe: keys of different tables, and what the functions that terms name need.
+"""Rules between keys of different tables of a recipe, and between functions of terms and keys.
 
-A rule between keys is a line of _RULES. The needs of a function are in NEEDS at the foot of its file; those that
-concern a data set or the machine are checked in training/checks.py. A schema.Table finds its keys without effect.
+A rule between keys is a line of _RULES. The needs of a function are in NEEDS at the end of its file. Needs that concern
+the data set or the machine are checked in training/checks.py. Keys without effect are found by schema.Table.
 """
 
 import json
@@ -12,14 +12,16 @@ from cpmix_cli.recipe.schema import Recipe, TermRecipe
 
 
 class _Rule(NamedTuple):
-    """A key with one of these values needs another key with one of those."""
+    """Rule: if `key` has one of `values`, then `other` must have one of the `allowed` values."""
 
     key: str
-    """ "table.key"; `*` is each term that counts."""
+    """ "table.key"; `*` stands for each term with a weight above 0."""
     values: Sequence[object]
     other: str
+    """ "table.key" of the other key."""
     allowed: Sequence[object]
     why: str = ""
+    """Reason for the rule, for the message."""
 
 
 _RESIZED = ["resized-crop-flip", "resized-crop-flip-jitter"]
@@ -44,7 +46,7 @@ _RULES = (
 
 
 def unmet(recipe: Recipe) -> list[str]:
-    """Return a line for each conflict in a recipe whose tables are valid by themselves."""
+    """Return one line per conflict in a recipe whose single tables are valid."""
     faults = []
     for key, values, other, allowed, why in _RULES:
         for place, value in _values(recipe, key):
@@ -83,7 +85,7 @@ def _unmet_of_functions(recipe: Recipe, place: str, term: TermRecipe) -> Iterato
 
 
 def _missing(recipe: Recipe, what: str, other: str, allowed: Sequence[object], why: str) -> list[str]:
-    """A line for each place of the key `other` without the value that `what` needs."""
+    """Return one line per place of the key `other` whose value is not one that `what` needs."""
     several = f"{allowed.start} or more" if isinstance(allowed, range) else " or ".join(map(_shown, allowed))
     return [
         f"{what} needs {place} = {several}, not {_shown(value)}{f': {why}' if why else ''}"
@@ -93,7 +95,7 @@ def _missing(recipe: Recipe, what: str, other: str, allowed: Sequence[object], w
 
 
 def _values(recipe: Recipe, key: str) -> list[tuple[str, Any]]:
-    """The places and values of a key; None without its table."""
+    """Return the places and values of a key. The value is None if its table is missing."""
     found: list[tuple[str, Any]] = [("", recipe)]
     for part in key.split("."):
         if part == "*":
@@ -104,5 +106,5 @@ def _values(recipe: Recipe, key: str) -> list[tuple[str, Any]]:
 
 
 def _shown(value: object) -> str:
-    """A value as TOML has it."""
+    """Return a value in TOML notation."""
     return "(none)" if value is None else json.dumps(value)

@@ -1,7 +1,7 @@
-"""The recipe: everything that changes the numbers, as a strict TOML file.
+"""The recipe: all settings that change results, as a TOML file with strict keys and types.
 
-The resolved recipe is written beside each phase's output and is itself valid. Folders and devices are flags and never
-keys of a recipe. Imports nothing heavy.
+The resolved recipe is written beside each phase's output and is a valid recipe itself. Folders and devices are flags,
+not keys of a recipe. This module imports no slow package.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cpmix_cli.recipe.functions import TERM_KINDS, Needs, known, needs_of
 from cpmix_cli.runtime.errors import suggest
 
-# What each phase depends on. An output is refused to another recipe when one of its tables differs.
+# Tables that each phase depends on. If one of them differs, an existing output is not used with the new recipe.
 TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
 PHASE_TABLES: dict[str, tuple[str, ...]] = {
     "stage1": (*TRAINING_TABLES, "stage1"),
@@ -26,16 +26,16 @@ MAX_BATCH = 1_000_000
 
 
 class Table(BaseModel):
-    """A TOML table: unknown keys are faults, no type is coerced but int to float, inf and nan are no numbers."""
+    """TOML table. Unknown keys, inf and nan are errors. No type is converted except int to float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Key -> keys without effect while it has its default: refused then, and left out of a resolved recipe."""
+    """Key -> keys that have no effect while it has its default. They are then refused, and not in a resolved recipe."""
     _quiet: ClassVar[tuple[str, ...]] = ()
-    """Keys that a resolved recipe leaves out at their defaults: runs older than the key keep their recipe."""
+    """Keys that a resolved recipe omits at their defaults, so that recipes of runs older than the key are unchanged."""
 
     def _given(self, keys: Iterable[str]) -> list[str]:
-        """The keys that differ from their defaults."""
+        """Return the keys whose values differ from their defaults."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
     @model_validator(mode="after")
@@ -55,24 +55,29 @@ class Table(BaseModel):
 
 
 class Data(Table):
-    """How images become inputs."""
+    """Augmentation and normalisation: from stored images to network inputs."""
 
     augment: Literal[
         "resized-crop-flip-jitter", "resized-crop-flip", "crop-flip-rotate", "crop-flip", "crop", "none"
     ] = "crop-flip"
-    """Training augmentation. crop: random, after padding. resized-crop: 8 to 100 % of the image, 3:4 to 4:3 in shape,
-    resized to `crop`. flip: mirrored with probability 1/2. rotate: up to 15 degrees. jitter: brightness, contrast and
-    saturation by up to 40 %."""
+    """Training augmentation. crop: random crop after padding. resized-crop: random crop with 8 to 100 % of the area and
+    an aspect ratio from 3:4 to 4:3, resized to `crop`. flip: horizontal flip with probability 1/2. rotate: rotation by
+    up to 15 degrees. jitter: brightness, contrast and saturation changed by up to 40 %."""
     padding: int = Field(default=4, ge=0, le=1024)
-    """Black pixels on each side before the crop."""
+    """Black pixels that are added to each side before the random crop."""
     crop: int = Field(default=0, ge=0, le=4096)
-    """Side of the square that the network sees: a resized crop in training, the middle in tests; 0: the whole image."""
+    """Side of the network's square input, in pixels: a resized crop in training, the centre crop in tests. 0: images
+    are not cropped."""
     normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
-    """Mean and deviation per channel: those published of a data set, the training set's own, or 0 and 1."""
+    """Mean and standard deviation per channel. cifar10, imagenet, inaturalist: published values. dataset: values of the
+    training set. none: 0 and 1."""
     _quiet: ClassVar[tuple[str, ...]] = ("crop",)
 
     def input_shape(self, shape: Sequence[int]) -> list[int]:
-        """Return the network's input shape for images (H, W, channels) or points (D,) of `shape`."""
+        """Return the shape of a network input: image [H, W, channels] -> [crop, crop, channels] if `crop` is not 0.
+
+        Shapes of points (D,), and of images that are not cropped, are returned unchanged.
+        """
         return [self.crop, self.crop, shape[2]] if self.crop and len(shape) == 3 else list(shape)
 
 
@@ -80,32 +85,34 @@ class Model(Table):
     """The network."""
 
     name: str = "resnet32"
-    """A key of models.MODELS."""
+    """Name of the network, a key of models.MODELS."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of forward and backward; auto is bf16 autocast if the processor has it, resolved when stage 1 starts."""
+    """Precision of forward and backward pass. auto: bf16 autocast if the hardware supports it, else fp32. auto is
+    resolved when stage 1 starts."""
     head: Literal["linear", "cosine"] = "linear"
-    """cosine: scaled cosine of feature and class vector, without bias (LDAM's NormedLinear)."""
+    """Classifier head. cosine: scaled cosine of feature and class weight, without bias (LDAM's NormedLinear)."""
     head_scale: float = Field(default=30.0, gt=0)
-    """Scale s of the cosine head: logits = s * cos(feature, class vector)."""
+    """Scale s of the cosine head: logits = s * cos(feature, class weight)."""
     head_bias: Literal["drawn", "rare"] = "drawn"
-    """Initial bias of a linear head; rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
+    """Initial bias of a linear head. drawn: random. rare: -log(C - 1), for sigmoid losses (Cui et al., Sec. 5.1)."""
     experts: int = Field(default=1, ge=1, le=100)
-    """Branches of the network, each with its own head; the logits are their mean."""
+    """Number of experts: branches of the network, each with its own head. The logits are the mean over the experts."""
     shared_stages: int = Field(default=1, ge=1)
-    """Stages after the stem that all experts share. RIDE: 1 of the 3 of CIFAR networks, 2 of torchvision's 4."""
+    """Number of stages after the stem that all experts share. RIDE shares 1 of 3 in CIFAR networks, and 2 of 4 in
+    torchvision's networks."""
     expert_width: float = Field(default=1.0, gt=0, le=1)
-    """Channels of an expert's own stages, relative to the network's."""
+    """Channels in the stages of an expert, as a fraction of the network's channels."""
     expert_layout: Literal["loop"] = "loop"
-    """The only layout: experts run one after the other. Recipes of earlier runs name it."""
+    """Only layout: experts run one after the other. The key exists because recipes of earlier runs contain it."""
     detached_experts: bool = False
     """Gradients of experts after the first do not reach the shared stages (ACE, whose paper leaves it open)."""
     init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
     """Published weights that `train-stage1 --init` must give, after import-weights: the file name, which ends in the
-    first digits of its sha256 (resnet152-394f9c45.pth). "": fresh weights, or any that --init names."""
+    first digits of its sha256 (resnet152-394f9c45.pth). "": random weights, or any weights of --init."""
     frozen: list[str] = []
-    """Names of modules that no phase trains (layer1, layer4.0); their batch norm keeps its statistics."""
+    """Names of modules that no phase trains (layer1, layer4.0). Their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
-    """Batch norm uses the images of all ranks, not only of its own."""
+    """Compute the statistics of batch norm over the images of all ranks, not of each rank separately."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -121,15 +128,17 @@ class Model(Table):
 
 
 class ParameterGroup(Table):
-    """Settings of the parameters whose name starts with `prefix`; the first matching group counts."""
+    """Settings of the parameters whose names start with `prefix`. The first matching group applies."""
 
     prefix: str
     lr_factor: float = Field(default=1.0, ge=0, le=1e6)
+    """Factor on the learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay; None: the optimizer's."""
 
 
 class Optimizer(Table):
-    """One optimizer for both stages."""
+    """Optimizer of both stages."""
 
     kind: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(default=0.1, gt=0, le=1e30)
@@ -139,55 +148,56 @@ class Optimizer(Table):
     """SGD only."""
     weight_decay: float = Field(default=2e-4, ge=0)
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
-    """Of a step, over all ranks."""
+    """Images per step, over all ranks."""
     micro_batches: int = Field(default=1, ge=1, le=10_000)
-    """Parts of a rank's share of the batch, run one after the other to save memory; batch norm sees one part."""
+    """Number of parts of a rank's batch, run one after the other to save memory. Batch norm uses the images of one
+    part."""
     groups: list[ParameterGroup] = []
     expert_rates: Literal["equal", "target-share"] = "equal"
-    """Learning rate of the experts' own parameters; target-share: lr times the share of the training images whose
-    classes the expert answers for (ACE)."""
+    """Learning rate of the experts' own parameters. equal: lr. target-share: lr times the fraction of training images
+    whose classes are the expert's targets (ACE)."""
     _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
 
 
 class Schedule(Table):
-    """One schedule over all epochs; stage 2 continues where stage 1 ends."""
+    """Epochs and learning rate of both stages. Stage 2 continues the schedule of stage 1."""
 
     epochs: int = Field(default=300, ge=1, le=MAX_EPOCHS)
-    """E, both stages together."""
+    """E, epochs of both stages together."""
     stage1_epochs: int = Field(default=200, ge=1, le=MAX_EPOCHS)
     """E_cp of Algorithm 1; equal to `epochs` in a single-stage recipe."""
     warmup_epochs: float = Field(default=10, ge=0)
-    """Epoch e (from 1) runs at lr * min(1, e / warmup_epochs)."""
+    """Length of the linear warm-up: epoch e (from 1) has the factor min(1, e / warmup_epochs)."""
     kind: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: list[float] = []
-    """multistep: epochs after a milestone have one more factor `decay`; milestones may lie beyond the end."""
+    """multistep: epochs after which the learning rate is multiplied by `decay`. Milestones may exceed `epochs`."""
     decay: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 0.01
-    """One factor for all milestones, or one for each."""
+    """One factor for all milestones, or one factor per milestone."""
     rescaled_from: int = Field(default=0, ge=0)
-    """Epochs before --epochs changed them; 0 if it did not."""
+    """Value of `epochs` before --epochs changed it; 0 if it did not."""
 
 
 class Confusion(Table):
-    """Collecting confusion pairs."""
+    """Collection of confusion pairs."""
 
     start_epoch: int = Field(default=1, ge=1)
-    """First epoch (from 1) whose errors count."""
+    """First epoch (from 1) whose errors are counted."""
     decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on all counts at the start of each epoch; 1 as in the paper."""
     source: Literal["train"] = "train"
-    """The only source: errors on the natural training batch of every step. Recipes of earlier runs name it."""
+    """Only source: errors on the natural training batch of every step. Recipes of earlier runs contain the key."""
     predictions: Literal["ensemble"] = "ensemble"
-    """The only kind: errors of the experts' mean. Recipes of earlier runs name it."""
+    """Only kind: errors of the experts' mean. Recipes of earlier runs contain the key."""
     refresh: Literal["step", "epoch"] = "step"
-    """Partner classes are drawn from the counts up to the previous step, or from those at the start of the epoch: then
-    images can be prefetched from disk."""
+    """Counts from which partner classes are sampled. step: counts up to the previous step. epoch: counts at the start
+    of the epoch, so that images can be prefetched from disk."""
     _quiet: ClassVar[tuple[str, ...]] = ("refresh",)
 
 
 class TermRecipe(Table):
-    """One named part of an objective: draw -> partner -> ratio -> mix -> label -> loss.
+    """One named term of an objective: draw -> partner -> ratio -> mix -> label -> loss.
 
-    Keys beyond these are keyword arguments of the functions named (t of `imbalance-aware`, beta of `effective-number`).
+    Any other key is a parameter of a function that the term names (t of `imbalance-aware`, beta of `effective-number`).
     """
 
     model_config = ConfigDict(extra="allow")
@@ -201,38 +211,41 @@ class TermRecipe(Table):
     }
 
     draw: Literal["natural", "class-uniform"] = "natural"
-    """The epoch's shuffled batch, or classes drawn uniformly and an image of each."""
+    """Sampling. natural: the epoch's shuffled batch. class-uniform: a uniform class, then a uniform image of it."""
     partner: str | None = None
-    """A key of mixing.BATCH_PARTNERS or CLASS_PARTNERS; none leaves the batch unmixed."""
+    """Choice of the partner image: a key of mixing.BATCH_PARTNERS or CLASS_PARTNERS. None: the batch is not mixed."""
     match: str | None = None
-    """A key of mixing.MATCHES: which image of the batch each partner is mixed with; none: its own."""
+    """Assignment of partners to images of the batch: a key of mixing.MATCHES. None: partner i goes to image i."""
     match_power: float = Field(default=1.0, ge=0)
-    """Epoch e of E matches with probability (e / E) ** match_power; otherwise partners stay with their own image."""
+    """Power p of the probability (e / E)^p with which partners are matched in epoch e of E."""
     ratio: str | None = None
+    """Distribution of the mixing ratio lambda: a key of mixing.RATIOS."""
     alpha: float | None = Field(default=None, gt=0)
-    """The ratio is drawn from Beta(alpha, alpha)."""
+    """Parameter of Beta(alpha, alpha), from which the ratio is sampled."""
     per_sample: bool = False
-    """Draw one ratio per image, not per batch."""
+    """Sample one ratio per image, not per batch."""
     mix: str | None = None
+    """Mixing of the pixels: a key of mixing.MIXES."""
     label: str | None = None
+    """Rule for the label weight lambda_y of a mixed image: a key of mixing.LABELS."""
     probability: float = Field(default=1.0, gt=0, le=1)
     """Probability that a batch is mixed."""
     unmixed_first: float = Field(default=0.0, ge=0)
-    """First epochs, in which no batch is mixed."""
+    """Number of epochs at the start in which no batch is mixed."""
     unmixed_last: float = Field(default=0.0, ge=0)
-    """Last epochs, in which no batch is mixed."""
+    """Number of epochs at the end in which no batch is mixed."""
     loss: str = "cross-entropy"
-    """A key of losses.LOSSES, summed over the experts; or of losses.ENSEMBLE_LOSSES."""
+    """A key of losses.LOSSES, whose loss is summed over the experts, or of losses.ENSEMBLE_LOSSES."""
     regulariser: str | None = None
-    """A key of losses.REGULARISERS, added once and without labels."""
+    """A key of losses.REGULARISERS. It is added once and uses no labels."""
     teacher: str | None = None
-    """A key of losses.DISTILLATIONS, towards the network that `train-stage1 --teacher RUN` names."""
+    """A key of losses.DISTILLATIONS. The teacher is the network of `train-stage1 --teacher RUN`."""
     reweight: str | None = None
-    """A key of losses.CLASS_WEIGHTS."""
+    """Class weights of the loss: a key of losses.CLASS_WEIGHTS."""
     reweight_after: float = Field(default=0.0, ge=0)
-    """Epochs without the weights (DRW)."""
+    """Number of epochs before the class weights apply (DRW)."""
     reweight_norm: Literal["batch-sum", "count"] = "batch-sum"
-    """A weighted loss is divided by the sum of the batch's class weights, or by the batch size."""
+    """Divisor of a weighted loss. batch-sum: sum of the batch's class weights. count: batch size."""
     weight: float = Field(default=1.0, ge=0)
     """Factor of the term in the objective; 0 leaves the term out."""
 
@@ -245,31 +258,35 @@ class TermRecipe(Table):
 
     @property
     def is_gated(self) -> bool:
-        """Whether some batches of the term are not mixed."""
+        """True if some batches of the term are not mixed."""
         return self.probability < 1 or self.unmixed_first > 0 or self.unmixed_last > 0
 
     @property
     def functions(self) -> dict[str, str]:
-        """Kind -> name of each function that the term names."""
+        """Functions that the term names: kind -> name."""
         return {kind: name for kind in TERM_KINDS if (name := getattr(self, kind)) is not None}
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Keys that are parameters of these functions."""
+        """Parameters of these functions: key -> value."""
         return dict(self.__pydantic_extra__ or {})
 
     def needs(self, place: str) -> Iterator[tuple[str, Needs]]:
-        """Yield ('stage1.terms.erm.loss = "ldam"', its needs) for each function of the term, which is at `place`."""
+        """Yield the functions of the term with their needs, such as ('stage1.terms.erm.loss = "ldam"', Needs(...)).
+
+        Args:
+            place: place of the term in the recipe, such as "stage1.terms.erm".
+        """
         for kind, name in self.functions.items():
             yield f'{place}.{kind} = "{name}"', needs_of(kind, name)
 
 
 class Stage(Table):
-    """The objective of a training stage: the sum of its terms."""
+    """Objective of a training stage: the weighted sum of its terms."""
 
     terms: dict[str, TermRecipe]
     forward: Literal["joint", "separate"] = "joint"
-    """One forward for all terms (batch norm sees them together), or one for each."""
+    """joint: one forward pass with the images of all terms, which share batch norm. separate: one pass per term."""
 
     @model_validator(mode="after")
     def _has_terms(self) -> "Stage":
@@ -279,7 +296,7 @@ class Stage(Table):
 
 
 class Finetune(Stage):
-    """Training of the head on a trained network."""
+    """Finetuning of the head of a trained network."""
 
     epochs: int = Field(default=30, ge=1, le=MAX_EPOCHS)
     lr: float = Field(default=0.5, gt=0, le=1e30)
@@ -288,41 +305,41 @@ class Finetune(Stage):
     weight_decay: float = Field(default=0.0, ge=0)
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
     kind: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the learning rate; cosine falls to 0 over the steps."""
+    """Schedule of the learning rate. cosine: falls to 0 over all steps."""
     head: Literal["keep", "reinit", "scale", "routers"] = "keep"
-    """keep: the trained head. reinit: a fresh one (cRT). scale: a learnable scale per class behind it (LWS). routers:
-    choose how many experts an image gets (RIDE)."""
+    """Head to train. keep: the trained head. reinit: a new random head (cRT). scale: the trained head with a learnable
+    scale per class (LWS). routers: networks that choose the number of experts per image (RIDE)."""
     router_top: int = Field(default=30, ge=1, le=10_000)
-    """Number of largest logits that routers see."""
+    """Number of largest logits that are inputs of a router."""
     train: list[str] = Field(default=["head"], min_length=1)
-    """Parameter-name prefixes that are trained."""
+    """Prefixes of the names of trained parameters."""
     groups: list[ParameterGroup] = []
-    """As in [optimizer]."""
+    """Parameter groups, as in [optimizer]."""
     batchnorm: Literal["frozen", "shift"] = "frozen"
-    """frozen: the network is in eval mode; shift: running statistics move."""
+    """frozen: the network is in eval mode, so batch norm uses its running statistics. shift: they are updated."""
 
 
 class Evaluation(Table):
-    """Measuring a checkpoint; always fp32."""
+    """Evaluation of a checkpoint, always in fp32."""
 
     batch_size: int = Field(default=500, ge=1, le=MAX_BATCH)
     aggregate: Literal["mean", "targets", "test-time", "routed"] = "mean"
-    """How the experts' logits are combined. mean. targets: heads scaled to the first one's size, then for each class
-    the mean of the experts that answer for it (ACE). test-time: weights under which predictions of two views of a test
-    image agree, learnt without labels by `evaluate` (SADE). routed: mean of as many experts as the routers choose
-    (RIDE)."""
+    """Combination of the experts' logits. mean: their mean. targets: heads are scaled to the size of the first head,
+    then each class gets the mean over the experts that have it as a target (ACE). test-time: a weighted mean;
+    `evaluate` learns the weights without labels, so that predictions of two views of a test image agree (SADE).
+    routed: mean of the experts that the routers choose (RIDE)."""
     routing_threshold: float = Field(default=0.5, ge=0, le=1)
-    """An image goes to the next expert if the router's probability exceeds this."""
+    """Router probability above which an image also goes to the next expert."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits, for calibration; choose it on held-out images."""
+    """Divisor of the logits, for calibration. Choose it on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=100)
     """tau of the post-hoc logit adjustment: z - tau log(class frequency)."""
     tau_norm: float = Field(default=0.0, ge=0, le=100)
-    """Each class vector of a linear head is divided by its norm to the power of this."""
+    """Power tau of tau-normalisation: each class weight w of a linear head becomes w / |w|^tau."""
 
 
 class Recipe(Table):
-    """A whole recipe."""
+    """A complete recipe."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: Data = Data()
@@ -336,7 +353,7 @@ class Recipe(Table):
     evaluation: Evaluation = Evaluation()
 
     def terms(self, *, idle: bool = False) -> Iterator[tuple[str, TermRecipe]]:
-        """Yield terms with their places such as stage1.terms.erm; those of weight 0 only if `idle`."""
+        """Yield terms with their places, such as "stage1.terms.erm". Terms of weight 0 are included only if `idle`."""
         for table in ("stage1", "stage2", "finetune"):
             stage: Stage | None = getattr(self, table)
             for name, term in stage.terms.items() if stage is not None else ():
@@ -344,35 +361,41 @@ class Recipe(Table):
                     yield f"{table}.terms.{name}", term
 
     def epochs_of(self, phase: str) -> int:
-        """Epochs of a training phase; 0 if the recipe lacks it."""
+        """Return the epochs of a training phase; 0 if the recipe does not contain the phase."""
         if phase == "finetune":
             return self.finetune.epochs if self.finetune else 0
         stage1 = self.schedule.stage1_epochs
         return {"stage1": stage1, "stage2": self.schedule.epochs - stage1}[phase]
 
     def tables(self) -> dict[str, Any]:
-        """The recipe as plain nested dictionaries."""
+        """Return the recipe as nested dictionaries."""
         return self.model_dump(exclude_none=True)
 
     def tables_of(self, phase: str) -> dict[str, Any]:
-        """The tables that a phase depends on."""
+        """Return the tables that a phase depends on."""
         tables = self.tables()
         return {name: tables[name] for name in PHASE_TABLES.get(phase, ("evaluation",)) if name in tables}
 
     def to_toml(self) -> str:
-        """The recipe as TOML text."""
+        """Return the recipe as TOML text."""
         import tomli_w
 
         return tomli_w.dumps(self.tables())
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """'table.key: old -> new' for each key in which two nested dictionaries differ."""
+    """Return one line "table.key: old -> new" per key that differs between two nested dictionaries."""
     return [f"{key}: {_shown(a)} -> {_shown(b)}" for key, a, b in changed(old, new)]
 
 
 def changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """('table.key', old, new) for each key in which two nested dictionaries differ; None where one has no such key."""
+    """Return ("table.key", old value, new value) per key that differs between two nested dictionaries.
+
+    Args:
+        old: tables of a recipe.
+        new: tables of another recipe. A missing key has the value None.
+        prefix: start of all returned keys, such as "model.".
+    """
     found: list[tuple[str, Any, Any]] = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
