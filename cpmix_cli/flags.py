@@ -318,7 +318,7 @@ class CompareOptions:
     )
     form: str = flag(
         "table",
-        "Output format: table, csv, markdown, latex or json (same as --json).",
+        "Output format: table, csv, markdown, latex or json.",
         "--format",
         metavar="FORMAT",
         callback=one_of("table", "csv", "markdown", "latex", "json"),
