@@ -1,8 +1,7 @@
-"""Everything cpmix shows; the only file that prints.
+"""Output of all commands: results on stdout, progress and errors on stderr; the only file that prints.
 
-stdout carries the result alone: a short table, or with --json exactly one JSON object. All else goes to stderr, one
-plain line at a time; a live view of the training stands below the lines only where stderr is a terminal. Control codes
-that stand in a file's or a class's name are shown, never obeyed.
+stdout contains only the result: a short table, or with --json exactly one JSON object. All other output is plain lines
+on stderr, with a live view below them if stderr is a terminal. Control codes in names of files or classes are escaped.
 """
 
 import json
@@ -23,53 +22,53 @@ if TYPE_CHECKING:
 
 as_json = False  # set by the command line, before a command runs
 command = ""
-"""What runs, such as evaluate or figure 3; set by the command line. Errors of inputs and flags name it."""
+"""Command that runs, such as "evaluate" or "figure 3"; set by the command line. Errors of inputs and flags name it."""
 _muted = False
 
 
 def mute(muted: bool) -> None:
-    """Show nothing from here on, or again: of several ranks one speaks."""
+    """Turn all output of this process off or on. Of several ranks, only one prints."""
     global _muted
     _muted = muted
 
 
 def set_up() -> None:
-    """Make both streams take any text: a file name may hold bytes that are no UTF-8, a terminal may know ASCII only."""
+    """Make both streams accept any text. File names may have bytes that are not UTF-8; a terminal may be ASCII only."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by whoever started us
+        if stream is not None:  # None: the parent process closed the stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def printable(text: str) -> str:
-    """Text with its control codes spelled out, but for line ends and tabs."""
+    """Escape the control codes in a text, except line ends and tabs."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def on_a_line(text: str) -> str:
-    """Text for a cell of a table, which a line end would break."""
+    """Escape all control codes in a text, including line ends and tabs, for a cell of a table."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def note(text: str) -> None:
-    """One line of progress on stderr. A log that cannot be written (its reader left, its disk is full) stops no run."""
+    """Print one line of progress on stderr. Errors of writing are ignored, so that a full disk does not stop a run."""
     if sys.stderr is not None and not _muted:
         with suppress(OSError, ValueError):
             print(printable(text), file=sys.stderr, flush=True)
 
 
 def _out(text: str) -> None:
-    """A line of the result; raises as flush() does."""
+    """Print one line of the result on stdout; raises as flush()."""
     if sys.stdout is not None and not _muted:
         with _writing():
             print(text, flush=True)
 
 
 def flush() -> None:
-    """What others (click's help) could not write to stdout.
+    """Flush stdout, for text that other code printed, such as click's help.
 
     Raises:
-        BrokenPipeError: the reader left.
-        EnvironmentFault: it cannot be written.
+        BrokenPipeError: the reader closed the pipe.
+        EnvironmentFault: stdout cannot be written.
     """
     if sys.stdout is not None:
         with _writing():
@@ -78,11 +77,11 @@ def flush() -> None:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """While something is written to stdout; raises as flush() does."""
+    """Convert an OSError of writing to stdout; raises as flush()."""
     try:
         yield
     except OSError as fault:
-        # Python flushes stdout once more at exit: give what is left somewhere to go.
+        # Python flushes stdout again at exit. Without this it would fail again there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(fault, BrokenPipeError):
             raise
@@ -90,17 +89,17 @@ def _writing() -> Iterator[None]:
 
 
 def typed(*words: object) -> str:
-    """A cpmix command as one types it: quoted for the shell."""
+    """Return a cpmix command line of these words, quoted for the shell."""
     return shlex.join(["cpmix", *map(str, words)])
 
 
 def follow(command: str) -> None:
-    """The command to type next, on stderr."""
+    """Print the command to type next, on stderr."""
     note(f"next: {command}")
 
 
 def warn(text: str) -> None:
-    """A warning on stderr."""
+    """Print a warning on stderr."""
     note(f"warning: {text}")
 
 
@@ -112,14 +111,17 @@ def result(
     title: str = "",
     lines: Sequence[str] = (),
 ) -> None:
-    """The result of a command on stdout: `fields` as one JSON object, or a table and lines for a reader.
+    """Print the result of a command on stdout: a JSON object with --json, else a table and lines.
 
     Args:
-        fields: what --json prints, after the command.
-        rows: table cells, row by row; nothing is drawn without rows.
-        header: column names; a name that starts with ">" is right-aligned.
-        title: a line above the table.
+        fields: JSON object, printed with the command as its first field.
+        rows: cells of the table, row by row. Without rows no table is printed.
+        header: column names; a column whose name starts with ">" is right-aligned.
+        title: line above the table.
         lines: plain lines below the table.
+
+    Raises:
+        EnvironmentFault: stdout cannot be written.
     """
     if as_json:
         _out(json.dumps(with_command(fields), allow_nan=False))
@@ -131,20 +133,34 @@ def result(
 
 
 def with_command(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a result as JSON has them: the command comes first."""
+    """Return the fields of a JSON result, with the command as the first field."""
     return {"command": command.split()[0], **fields} if command else fields
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """A table on stdout, see table_lines()."""
+    """Print a table on stdout.
+
+    Args:
+        header: as for table_lines().
+        rows: as for table_lines().
+        title: as for table_lines().
+
+    Raises:
+        EnvironmentFault: stdout cannot be written.
+    """
     for line in table_lines(header, rows, title=title):
         _out(line)
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> list[str]:
-    """A table as lines, columns padded with spaces; plain text, so that logs and pipes stay readable.
+    """Return a table as plain lines, with columns padded by spaces, which logs and pipes also show well.
 
-    The terminal's width is not consulted: a folded number is worse than a long line.
+    Lines may be longer than the terminal is wide, because a number must not be broken.
+
+    Args:
+        header: column names; a column whose name starts with ">" is right-aligned.
+        rows: cells, row by row.
+        title: line above the table; "" for none.
     """
     named = [name.removeprefix(">") for name in header]
     cells = [[on_a_line(cell) for cell in row] for row in rows]
@@ -158,7 +174,7 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
 
 
 def error(fault: CpmixError) -> None:
-    """A user error on stderr, and as the one JSON object of a --json command."""
+    """Print a user error on stderr, and with --json also as the JSON object on stdout."""
     if isinstance(fault, InputError | UsageError):
         fault.needed_by = fault.needed_by or command
     note(str(fault))
@@ -168,7 +184,7 @@ def error(fault: CpmixError) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: under 1 s, 8 s, 3 min 20 s, 5 h 06 min."""
+    """Return a time as text: "under 1 s", "8 s", "3 min 20 s", "5 h 06 min"."""
     total = round(seconds)
     if total < 1:
         return "under 1 s"
@@ -180,7 +196,13 @@ def duration(seconds: float) -> str:
 
 
 def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -> list[str]:
-    """Class counts as lines with bars; above 20 classes, every k-th class."""
+    """Return class counts as lines with bars. Of more than 20 classes, every k-th is shown.
+
+    Args:
+        counts: images per class [C].
+        names: class names [C].
+        width: length of the longest bar, in characters.
+    """
     stride = -(-len(counts) // 20)
     chosen = range(0, len(counts), stride)
     label_width = max(len(names[c]) for c in chosen)
@@ -192,9 +214,12 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
 
 
 class Progress:
-    """Progress of work on many alike things, as a context: a bar on a terminal, elsewhere a line every LINE_SECONDS.
+    """Progress of work on many items, as a context: a bar on a terminal, else a line every LINE_SECONDS.
 
-    It is called `doing`, such as "packed train images"; `done` of the `total` were done in an earlier run.
+    Args:
+        doing: label, such as "packed train images".
+        total: number of items.
+        done: number of items that an earlier run finished.
     """
 
     LINE_SECONDS = 10.0
@@ -216,7 +241,7 @@ class Progress:
         self._view.close()
 
     def step(self, count: int = 1) -> None:
-        """`count` more are done."""
+        """Count more items as finished."""
         self._done += count
         if (now := time.perf_counter()) < self._next:
             return
@@ -232,23 +257,23 @@ class Progress:
 
 @dataclass
 class EpochProgress:
-    """Progress of a training phase: one line an epoch everywhere, and below the lines a live view on a terminal.
+    """Progress of a training phase: one line per epoch, and on a terminal a live view below the lines.
 
-    The projected time is printed once, when enough steps have been timed. The view is drawn once a second, and less
-    often where that would take more than VIEW_SHARE of the time.
+    The projected time is printed once, after TIMED_STEPS steps. The view is drawn every VIEW_SECONDS, or less often so
+    that drawing takes at most VIEW_SHARE of the time.
     """
 
     phase: str
     num_steps: int
-    """Of the whole phase."""
+    """Steps of the whole phase."""
     first_step: int
-    """Steps that were done in an earlier run."""
+    """Steps that an earlier run finished."""
     warm_up: int
-    """Steps that also pay for setting up, and are not timed."""
+    """First steps of this run that are not timed, because they include setup."""
     synchronize: Callable[[], None]
-    """Waits for the device, before the clock is read."""
+    """Wait for the device; called before the clock is read."""
     look: Callable[[], Sequence[Sequence[str]]] = list
-    """Gives the rows of the view, the heading first and the most telling next."""
+    """Return the rows of the view: the heading, then the most important rows first."""
 
     TIMED_STEPS: ClassVar = 5
     VIEW_SECONDS: ClassVar = 1.0
@@ -260,11 +285,11 @@ class EpochProgress:
 
     @property
     def has_view(self) -> bool:
-        """stderr is a terminal that can show it."""
+        """True if stderr is a terminal that can show the view."""
         return self._view.live is not None
 
     def step(self, done: int) -> None:
-        """`done` steps of the phase are finished (counted from its first epoch)."""
+        """Report that `done` steps of the phase are finished, counted from its first epoch."""
         timed = done - self.first_step - self.warm_up
         if timed == 0:
             self.synchronize()
@@ -276,12 +301,12 @@ class EpochProgress:
                 f"{self.num_steps - done} more steps ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
             )
         if self.has_view and time.perf_counter() >= self._next_view:
-            per_step = self._seconds_per_step(timed)  # waiting for the steps is no cost of the view
+            per_step = self._seconds_per_step(timed)  # waits for queued steps, which is no cost of the view
             began = time.perf_counter()
             left = per_step * (self.num_steps - done) if timed >= self.TIMED_STEPS else None
             self._view.draw(done, left, self.look())
             ended = time.perf_counter()
-            # The first drawing also loads what it draws with.
+            # The first drawing also imports rich, so its time is not used.
             pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
             self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
@@ -290,22 +315,22 @@ class EpochProgress:
         return (time.perf_counter() - self._started) / max(1, timed)
 
     def line(self, text: str) -> None:
-        """One plain line; where there is a view, above it."""
+        """Print one plain line, above the view if there is one."""
         if self._view.live is None:
             note(text)
             return
         try:
             self._view.live.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
-        except (OSError, ValueError):  # the terminal is gone; the run is not
+        except (OSError, ValueError):  # the terminal was closed; the run continues
             self.close()
 
     def close(self) -> None:
-        """Take the view away."""
+        """Remove the view."""
         self._view.close()
 
 
 class _View:
-    """A bar and a table at the foot of the terminal; `live` is None where stderr is none, or can only print lines."""
+    """Bar and table at the bottom of the terminal. `live` is None if stderr is not a terminal that can redraw."""
 
     WIDTH = 76
     live: "Live | None" = None
@@ -325,11 +350,11 @@ class _View:
         live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
         with suppress(OSError):
             live.start()
-            screen.show_cursor(True)  # a process that is killed could not give it back
+            screen.show_cursor(True)  # else the cursor stays hidden if the process is killed
             self.live = live
 
     def draw(self, done: int, seconds_left: float | None, rows: Sequence[Sequence[str]] = ()) -> None:
-        """Draw anew: the bar, and below it as many rows as there is room for, the heading first; None: nobody knows."""
+        """Redraw the bar and as many rows as fit, the heading first. The time left may be unknown (None)."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table
@@ -341,8 +366,8 @@ class _View:
         left = "" if seconds_left is None else f", {duration(seconds_left)} left"
         bar = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1))
         bar.add_row(Text(self._doing), ProgressBar(self._total, done), Text(f"{done}/{self._total}{left}"))
-        shown = list(rows[: max(0, height - 3)])  # the bar, a line of the log and the cursor's have theirs
-        while shown and not any(shown[-1][1:]):  # a heading whose rows have none
+        shown = list(rows[: max(0, height - 3)])  # 3 lines for the bar, a line of the log and the cursor
+        while shown and not any(shown[-1][1:]):  # a heading without rows
             shown.pop()
         numbers = [Column(justify="right", no_wrap=True) for _ in rows[0][1:]] if rows else []
         table = Table.grid(Column(ratio=1, no_wrap=True, overflow="ellipsis"), *numbers, padding=(0, 2))
@@ -351,11 +376,11 @@ class _View:
         bar.width = table.width = min(width, self.WIDTH)
         try:
             self.live.update(Group(bar, table), refresh=True)
-        except (OSError, ValueError):  # the terminal is gone; the run is not
+        except (OSError, ValueError):  # the terminal was closed; the run continues
             self.close()
 
     def close(self) -> None:
-        """Take it away."""
+        """Remove the view from the terminal."""
         live, self.live = self.live, None
         if live is not None:
             with suppress(OSError, ValueError):

@@ -1,7 +1,7 @@
-"""User errors and the exit code of each.
+"""User errors and their exit codes.
 
-A CpmixError is something the user can mend: it is shown as three lines (what is wrong, who needs it, the command that
-fixes it) and never as a traceback. A ValueError is a wrong call from Python, an assert our own invariant.
+A CpmixError is an error that the user can repair. It is shown as three lines (what is wrong, what needs it, how to fix
+it) without a traceback. A ValueError is a wrong call from Python. An assert checks an invariant of this package.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ EXIT_CTRL_C = 130
 
 
 class CpmixError(Exception):
-    """Base of every error a user can cause.
+    """Base class of all errors that a user can cause.
 
     Args:
-        message: what is wrong, with the value and the file it stands in.
-        needed_by: what needs it, if not the command that runs: a flag, a phase.
-        fix: the command (or the change) that mends it.
+        message: what is wrong, with the value and the file that contains it.
+        needed_by: flag or phase that needs the value, if it is not the command that runs.
+        fix: command or change that repairs the error.
     """
 
     exit_code = EXIT_BUG
@@ -39,58 +39,68 @@ class CpmixError(Exception):
 
 
 class UsageError(CpmixError):
-    """A bad flag or recipe."""
+    """Invalid flag or recipe."""
 
     exit_code = 2
 
 
 class InputError(CpmixError):
-    """A missing, bad or damaged input."""
+    """Missing, invalid or damaged input."""
 
     exit_code = 3
 
 
 class EnvironmentFault(CpmixError):
-    """The machine or the output place: disk, permission, device, an output that belongs to another recipe."""
+    """Error of the machine or the output folder: disk, permission, device, an output of another recipe."""
 
     exit_code = 4
 
 
 class Diverged(CpmixError):
-    """The loss became NaN or infinite."""
+    """Loss that became NaN or infinite."""
 
     exit_code = 5
 
 
 class Interrupted(CpmixError):
-    """A signal stopped the run; its state is published and the same command goes on."""
+    """Run that a signal stopped. Its state is published, and the same command resumes it."""
 
     exit_code = EXIT_INTERRUPTED
     word = "interrupted"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return "1 file" or "2,000 files"; the plural is noun + "s" unless given."""
+    """Return a number with its noun: "1 file", "2,000 files".
+
+    Args:
+        number: number of items.
+        noun: singular of the noun.
+        plural: plural of the noun; "" adds "s" to the singular.
+    """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def shortened(items: Sequence[str], limit: int, separator: str = ", ") -> str:
-    """Return "a, b and 3 more": the first `limit` items, and how many are left out."""
+    """Return the first items and the number of the others: "a, b and 3 more".
+
+    Args:
+        items: texts.
+        limit: largest number of items in the result.
+        separator: text between two items.
+    """
     more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more
 
 
 def indented(items: Sequence[str], limit: int | None = None) -> str:
-    """Return the first `limit` items (None: all), each on a line of its own below the message, and how many are left
-    out.
-    """
+    """Return the first `limit` items (None: all) as indented lines below a message, and how many are left out."""
     left_out = 0 if limit is None else max(0, len(items) - limit)
     return "".join(f"\n    {item}" for item in [*items[:limit], *([f"... and {left_out:,} more"] if left_out else [])])
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' for the nearest known name, and the list of all of them if they are not too many."""
-    import difflib  # not while signals.py is imported, which must take no time
+    """Return the hint ' Did you mean "x"?' with the most similar known name, and all known names if at most 20."""
+    import difflib  # imported here: signals.py imports this module first, and that must be fast
 
     names = sorted(known)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)

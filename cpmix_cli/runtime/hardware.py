@@ -1,4 +1,4 @@
-"""What a run computes on: the device, its precision, and the threads of the CPU."""
+"""Hardware of a run: device, precision, CPU threads and free memory."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,17 @@ from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
 
 RESIDENT_SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}
-"""Of the memory that is free, for images that are kept there."""
+"""Largest fraction of a device's free memory for images that are kept there."""
 
 
 def use_device(name: str) -> torch.device:
-    """auto, cpu or cuda -> a device that is there, set up for this process: threads, and float32 that is float32. Each
-    of several ranks on a machine gets its own GPU.
+    """Return the device for "auto", "cpu" or "cuda", and set this process up for it.
+
+    The setup is the number of CPU threads and full float32 precision in convolutions. Each rank on a machine gets its
+    own GPU.
 
     Raises:
-        EnvironmentFault: cuda was asked for and is not there, or has fewer GPUs than the machine has ranks.
+        EnvironmentFault: "cuda" is not available, or the machine has fewer GPUs than ranks.
     """
     here = ranks.current()
     if name == "cuda" and not torch.cuda.is_available():
@@ -38,13 +40,13 @@ def use_device(name: str) -> torch.device:
             f"{here.local_size} ranks on a machine with {there} GPU{'s' if there > 1 else ''}",
             fix="start one rank for each GPU",
         )
-    device = torch.device("cuda", here.local_rank % there)  # Slurm may show each task its own GPU alone
+    device = torch.device("cuda", here.local_rank % there)  # under Slurm a task may see only its own GPU
     torch.cuda.set_device(device)
     return device
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """auto -> bf16 where the hardware multiplies it, else fp32; anything else stays."""
+    """Return the precision for "auto": "bf16" if the hardware multiplies it, else "fp32". Keep any other value."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
@@ -57,32 +59,38 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def num_threads(environment: Mapping[str, str], local_size: int = 1) -> int:
-    """Cores that this process may use: those it is bound to (its share of all, where several ranks are bound to none),
-    or fewer where OMP_NUM_THREADS, SLURM_CPUS_PER_TASK or the quota of its control group (a container's --cpus) says
-    so. More threads than that stop each other at every step.
+    """Return the number of CPU threads for this process. More threads than cores slow every step down.
+
+    It is the number of cores to which the process is bound. If ranks on a machine are not bound, each gets an equal
+    share of all cores. OMP_NUM_THREADS, SLURM_CPUS_PER_TASK and the CPU quota of the control group (a container's
+    --cpus) can lower the number.
     """
     return _cores(environment, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
 
 
 def num_readers(environment: Mapping[str, str], local_size: int = 1) -> int:
-    """Threads that read images: as num_threads(), but for OMP_NUM_THREADS, which torchrun sets to 1."""
+    """Return the number of threads that read images: as num_threads(), without OMP_NUM_THREADS.
+
+    torchrun sets OMP_NUM_THREADS to 1, which would leave a single reader.
+    """
     return _cores(environment, local_size, ("SLURM_CPUS_PER_TASK",))
 
 
 def _cores(environment: Mapping[str, str], local_size: int, names: Sequence[str]) -> int:
-    limits: list[int] = [joblib.cpu_count()]  # looks at the binding and at quotas
+    limits: list[int] = [joblib.cpu_count()]  # respects the binding and quotas
     if len(os.sched_getaffinity(0)) == os.cpu_count():
         limits.append(limits[0] // local_size)
     for name in names:
-        value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may give a number for each nesting level
+        value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may list a number per nesting level
         if value.isdigit():
             limits.append(int(value))
     return max(1, min(limits))
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether images of so many bytes may stay on a device: RESIDENT_SHARE of what is free there holds them. On the CPU
-    the ranks of a machine share its memory.
+    """Return whether images of `num_bytes` may stay on a device: they fit in RESIDENT_SHARE of its free memory.
+
+    On the CPU, the ranks of a machine share its memory equally.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -92,7 +100,12 @@ def fits(num_bytes: int, device: torch.device) -> bool:
 
 
 def free_memory(proc: Path, cgroup: Path) -> int:
-    """Bytes that this machine can still give, or its control group if that has less; 0 where nothing says so."""
+    """Return the free memory in bytes of the machine, or of its control group if that is less; 0 if unknown.
+
+    Args:
+        proc: the folder /proc.
+        cgroup: the folder /sys/fs/cgroup.
+    """
     free = 1024 * _number_after(proc / "meminfo", "MemAvailable:")
     for place, limit, used, files in (
         (cgroup, "memory.max", "memory.current", "inactive_file "),
@@ -100,13 +113,13 @@ def free_memory(proc: Path, cgroup: Path) -> int:
     ):
         with suppress(OSError, ValueError):  # no such group, or no limit: "max"
             room = int((place / limit).read_text()) - int((place / used).read_text())
-            # What was read from files counts as used, but is given up for what is needed.
+            # The file cache counts as used, but the kernel frees it when memory is needed.
             free = min(free, room + _number_after(place / "memory.stat", files))
     return max(0, free)
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU or of the processor."""
+    """Return the model name of the GPU or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _value_after(Path("/proc/cpuinfo"), "model name").removeprefix(":").strip() or "cpu"
@@ -117,7 +130,7 @@ def _number_after(path: Path, word: str) -> int:
 
 
 def _value_after(path: Path, word: str) -> str:
-    """The rest of the first line that begins with a word; "" without such a line or file."""
+    """Return the rest of the first line that starts with `word`; "" without such a line or file."""
     with suppress(OSError):
         return next((x.removeprefix(word).strip() for x in path.read_text().splitlines() if x.startswith(word)), "")
     return ""

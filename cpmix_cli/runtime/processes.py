@@ -1,15 +1,16 @@
-"""Processes of this machine: whether one is alive, and which one a number means."""
+"""Processes of this machine: identified by pid and start time, because pids are reused."""
 
 from pathlib import Path
 
 
 def start_of(pid: int | str) -> str:
-    """Return the start of a living process in clock ticks since boot: a number that is used again has another start.
+    """Return the start time of a living process in clock ticks since boot; "" if it does not exist or is a zombie.
 
-    "" if there is no such process, or it has ended and nobody has asked how (a zombie).
+    Two processes with the same pid have different start times.
     """
     try:
-        # The name, in brackets, may hold anything; state and start time are the 3rd and the 22nd field.
+        # Fields are read after the last bracket, since the name in brackets may contain spaces. The 3rd field is the
+        # state, the 22nd the start time.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):

@@ -1,8 +1,8 @@
-"""Several processes that train one network together: who this one is, and what they say to each other.
+"""Ranks: the processes that train one network together, their communication and their common end.
 
-torchrun or srun starts them, one for each GPU; torch.distributed carries their words, and DistributedDataParallel the
-gradients. What they agree on goes over a channel of its own, whole numbers from host to host, so that a rank that ends
-can tell the others in the middle of anything. No pickle goes over either.
+torchrun or srun starts one rank per GPU. torch.distributed exchanges tensors, and DistributedDataParallel averages the
+gradients. Decisions of all ranks go through a separate gloo group (the channel) as integers on the CPU. A rank that
+ends can thus inform the others at any point. No pickles are exchanged.
 """
 
 import gc
@@ -23,39 +23,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOIN_SECONDS = 300.0
-"""Until all ranks have to be there."""
+"""Longest wait until all ranks have joined."""
 WAIT = timedelta(hours=1)
-"""For the slowest rank: the first one also writes checkpoints."""
+"""Longest wait for the slowest rank. It is long because the first rank also writes checkpoints."""
 LAST_WORD = timedelta(seconds=5)
+"""Longest wait for the other ranks when a rank announces its end."""
 SURVEY_SECONDS = 10.0
+"""Longest search for the rank that was lost."""
 ENDED = 1000
-"""Words from here on say that a rank ends; below are signals and answers."""
+"""Smallest number on the channel that means that a rank ends. Smaller numbers are signals and answers."""
 
 
 class Left(SystemExit):
-    """Another rank has said why all of them end. Not an Exception: nothing that mends failures is to swallow it."""
+    """Exit of this rank after another rank has reported the reason. `except Exception` does not catch it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, seen from one of them; by default there is one."""
+    """Position of this process among the processes that train together. By default there is one process."""
 
     rank: int = 0
     size: int = 1
+    """Number of ranks."""
     local_rank: int = 0
-    """Counted on this machine alone."""
+    """Number of this rank on its machine, from 0."""
     local_size: int = 1
+    """Number of ranks on this machine."""
 
     @property
     def first(self) -> bool:
-        """This is the one that writes and speaks."""
+        """True for rank 0, which alone writes files and prints."""
         return self.rank == 0
 
     def max_over_ranks(self, number: int) -> int:
-        """The largest of the numbers, from 0 to ENDED - 1, that all ranks give; each waits for all.
+        """Return the largest `number` of all ranks. Each rank waits for all others. Numbers are 0 to ENDED - 1.
 
         Raises:
-            Left: a rank ended instead.
+            Left: another rank announced its end instead.
         """
         if self.size == 1:
             return number
@@ -65,14 +69,14 @@ class Ranks:
         return told
 
     def all_equal(self, sha: str) -> bool:
-        """Whether all ranks give this hex digest."""
+        """Return whether all ranks have the same hex digest; raises as max_over_ranks()."""
         parts = [int(sha[i : i + 8], 16) % ENDED for i in range(0, 32, 8)]
         largest = [self.max_over_ranks(part) for part in parts]
         smallest = [ENDED - 1 - self.max_over_ranks(ENDED - 1 - part) for part in parts]
         return largest == smallest
 
     def sum_(self, values: "Tensor") -> "Tensor":
-        """Sum over the ranks, in place, the same bits on each."""
+        """Sum values over all ranks, in place and with identical bits on each rank; return them."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -80,7 +84,7 @@ class Ranks:
         return values
 
     def all_gather(self, values: "Tensor") -> "Tensor":
-        """The values [n, ...] of all ranks one after the other [size n, ...]; n is the same for each."""
+        """Concatenate the values of all ranks in order: [n, ...] -> [size * n, ...], with equal n on all ranks."""
         if self.size == 1:
             return values
         import torch
@@ -95,21 +99,21 @@ _current = Ranks()
 _channel: Any = None
 _num_joined = 0
 _neighbours: dict[int, int] = {}
-"""Process of each rank on this machine."""
+"""Rank on this machine -> pid."""
 
 
 def current() -> Ranks:
-    """The ranks that this process trains with; itself alone outside together()."""
+    """Return this process's position among the ranks; outside together() it is the only rank."""
     return _current
 
 
 def find(environment: Mapping[str, str]) -> Ranks:
-    """Who this process is, as torchrun or srun says; alone where neither started it with others.
+    """Return this process's position from the variables of torchrun or srun; the only rank if neither started it.
 
-    Only a job step of Slurm counts: a batch script has the variables of its whole allocation, too.
+    Slurm's variables count only inside a job step, because a batch script has the variables of its allocation.
 
     Raises:
-        EnvironmentFault: the variables make no sense.
+        EnvironmentFault: the variables are invalid or contradict each other.
     """
     try:
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
@@ -134,14 +138,14 @@ def find(environment: Mapping[str, str]) -> Ranks:
 
 
 def is_later(environment: Mapping[str, str]) -> bool:
-    """This process is one of several ranks, and not the first; false where find() would raise."""
+    """Return whether this process is one of several ranks and not the first; False if find() would raise."""
     with suppress(EnvironmentFault):
         return not find(environment).first
     return False
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """'4(x2),3' -> [4, 4, 3]."""
+    """Parse the tasks per node: "4(x2),3" -> [4, 4, 3]."""
     counts = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -152,7 +156,11 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port where the ranks meet: as told, or on the first node of the job step, a port made of its number."""
+    """Return host and port at which the ranks connect.
+
+    They are MASTER_ADDR and MASTER_PORT. By default, the host is the first node of the Slurm job step, and the port is
+    computed from the ids of job and step.
+    """
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
     first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma outside brackets
@@ -162,19 +170,21 @@ def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the other ranks, and leave with all of them: whatever ends one ends all, with one exit code, said once.
+    """Connect to the other ranks for the duration of a context. An error at one rank ends all ranks.
+
+    All ranks end with the same exit code, and one of them reports the error.
 
     Raises:
-        CpmixError: what was raised inside, at the one rank that is to say it.
-        EnvironmentFault: other ranks never came, or one was lost.
-        Left: another rank says why.
+        CpmixError: the error raised inside, at the rank that reports it.
+        EnvironmentFault: not all ranks joined, or a rank was lost.
+        Left: another rank reports the error.
     """
     global _current
     place = find(os.environ)
     if place.size == 1:
         yield
         return
-    signals.twice_seconds = 1.0  # Slurm and torchrun may each hand SIGTERM on
+    signals.twice_seconds = 1.0  # Slurm and torchrun may both forward the same SIGTERM
     store = _join(place)
     _current = place
     console.mute(not place.first)
@@ -182,7 +192,7 @@ def together() -> Iterator[None]:
     try:
         try:
             yield
-        except OSError as fault:  # of one machine's file system, maybe
+        except OSError as fault:  # may concern the file system of one machine only
             what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
             raise EnvironmentFault(f"{what}{fault.strerror or fault}") from fault
         done = True
@@ -196,7 +206,7 @@ def together() -> Iterator[None]:
         raise
     except Exception as fault:
         if not _is_of_a_lost_rank(fault):
-            _is_mine_to_say(store, place, EXIT_BUG)  # Python says it at each
+            _is_mine_to_say(store, place, EXIT_BUG)  # Python prints the traceback at each rank, whatever this returns
             raise
         _end_without(store, place, fault)
     finally:
@@ -205,15 +215,15 @@ def together() -> Iterator[None]:
 
 
 def _join(place: Ranks) -> Any:
-    """Meet the others; returns the store that they share."""
+    """Connect to the other ranks and return their shared store."""
     import torch
     import torch.distributed as dist
 
     global _channel, _num_joined
     host, port = rendezvous_address(os.environ)
     try:
-        # As torch's own env:// does it: torchrun keeps the store itself. Each of its attempts has names of its own, and
-        # each command of a process that runs several.
+        # Like torch's env://: under torchrun, its agent hosts the store. Keys get a prefix per restart of torchrun and
+        # per command of this process, so that they cannot collide.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         limit = timedelta(seconds=JOIN_SECONDS)
         shared = dist.TCPStore(  # type: ignore[attr-defined]
@@ -234,7 +244,7 @@ def _join(place: Ranks) -> Any:
             if host == socket.gethostname():
                 _neighbours[rank] = int(process)
     except RuntimeError as fault:
-        console.mute(False)  # the first may be the one that did not come
+        console.mute(False)  # print at each rank: the first rank may be the missing one
         raise EnvironmentFault(
             f"rank {place.rank} of {place.size} does not meet the others at {host}:{port}: {_first_line(fault)}",
             fix="look why another rank did not start; or choose the place with MASTER_ADDR and MASTER_PORT",
@@ -243,7 +253,7 @@ def _join(place: Ranks) -> Any:
 
 
 def _tell(number: int, limit: timedelta) -> int:
-    """The largest number that a rank tells over the channel."""
+    """Return the largest number that a rank sends on the channel."""
     import torch
     import torch.distributed as dist
 
@@ -254,11 +264,12 @@ def _tell(number: int, limit: timedelta) -> int:
 
 
 def _is_mine_to_say(store: Any, place: Ranks, code: int) -> bool:
-    """Tell the others that this rank ends, and with what; of several that end at once the lowest speaks."""
+    """Announce the end of this rank with its exit code; return whether this rank must report the reason."""
     with suppress(RuntimeError):
-        store.set("ended", str(code))  # for those who are in the middle of something else
+        store.set("ended", str(code))  # for ranks that do not wait on the channel now
+    # Of ranks that end together with the same code, the lowest sends the largest number and reports.
     word = ENDED + code * place.size + place.size - 1 - place.rank
-    with suppress(RuntimeError):  # they will miss this rank where they are
+    with suppress(RuntimeError):  # ranks that do not wait on the channel will notice the lost connection
         return _tell(word, LAST_WORD) == word
     return True
 
@@ -272,27 +283,27 @@ def _is_of_a_lost_rank(fault: Exception) -> bool:
 
 
 def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
-    """A rank is gone: say which, once, and end, at the others by Left; nothing where it said why itself."""
+    """End this rank after the loss of another. One rank reports which is lost, unless that rank gave the reason."""
     import torch
 
     if signals.pending():
         raise Left(EXIT_INTERRUPTED) from fault
-    # What stands in the frames holds the connections open. Closed, they tell the others, while the store is there.
+    # Objects in the frames of the traceback keep connections open. Closed connections inform the other ranks.
     fault.__traceback__ = None
     gc.collect()
     _leave(abort=True)
     speaker, code = 1, 0
-    with suppress(RuntimeError):  # the first rank kept the store, and is gone
+    with suppress(RuntimeError):  # the store fails if the lost rank hosted it
         code = int(store.get("ended")) if store.check(["ended"]) else 0
         speaker = int(store.compare_set("speaker", "", str(place.rank)))
         store.add("heard", 1)
     until = time.monotonic() + SURVEY_SECONDS
-    # A process that is killed closes its connections a moment before it is gone.
+    # A killed process closes its connections shortly before it disappears.
     while not (gone := [rank for rank, process in _neighbours.items() if not processes.start_of(process)]):
         if code or time.monotonic() > until:
             break
         time.sleep(0.05)
-    with suppress(RuntimeError):  # who keeps the store stays until the others have asked it
+    with suppress(RuntimeError):  # the first rank may host the store, so it waits until the others have read it
         while place.first and store.add("heard", 0) < place.size - len(gone) and time.monotonic() < until:
             time.sleep(0.05)
     if code or place.rank != speaker:
@@ -304,14 +315,14 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
         f"cannot go on: {_first_line(fault)}",
         fix="run the same command again: it goes on from the last state that was saved",
     )
-    if torch.cuda.is_available():  # NCCL would wait for the lost rank before it lets the program end
+    if torch.cuda.is_available():  # at exit, NCCL would wait for the lost rank
         console.error(lost)
         os._exit(lost.exit_code)
     raise lost from fault
 
 
 def _leave(*, abort: bool) -> None:
-    """Close what the ranks share; if ranks may be missing, end NCCL's kernels, which would wait for them."""
+    """Close the connections. With `abort`, stop NCCL's kernels, which would wait for missing ranks."""
     import torch
     import torch.distributed as dist
 

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: they set a flag that the training loop looks at between steps.
+"""Signals that stop a run: they set a flag that the training loop reads between steps.
 
-Installed before all else is imported, so that a job preempted while it starts also ends cleanly; so nothing slow is
-imported here. Exit 75 says that the same command goes on; 130 is left for Ctrl-C where there is nothing yet to go on
-with.
+The handlers are installed before all other imports, so that a job that is preempted while it starts also ends cleanly.
+This module therefore imports nothing slow. Exit code 75 means that the same command resumes the run. Exit code 130
+means Ctrl-C before any state was saved.
 """
 
 import os
@@ -15,7 +15,7 @@ from cpmix_cli.runtime.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, Interrupted
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 twice_seconds = 0.0
-"""In which the same SIGTERM may come again and be the same request; ranks.py sets it."""
+"""Time in seconds within which a second SIGTERM counts as the same request; set by ranks.py."""
 
 _pending: signal.Signals | None = None
 _since = 0.0
@@ -25,36 +25,36 @@ _has_state = False
 
 
 class Stopped(SystemExit):
-    """A signal outside the loop. Not an Exception: nothing that mends failures is to swallow it."""
+    """Exit by a signal outside the training loop. `except Exception` does not catch it."""
 
 
 def install() -> None:
-    """Take over the signals of HANDLED."""
+    """Install the handler for the signals of HANDLED."""
     for number in HANDLED:
         signal.signal(number, _handle)
 
 
 def ignore() -> None:
-    """The command is over: its exit code stands, whatever comes while Python takes itself down."""
+    """Ignore all signals from now on, so that none changes the exit code while Python shuts down."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def state_is_saved() -> None:
-    """From here on the same command has something on disk to go on with."""
+    """Record that there is state on disk from which the same command can resume. Ctrl-C then exits with code 75."""
     global _has_state
     _has_state = True
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _pending, _since, _adopted
-    if _adopted:  # this rank's own copy of what the ranks agreed on
+    if _adopted:  # this rank's copy of the signal on which the ranks agreed
         _adopted, _since = False, time.monotonic()
         return
     code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
     if number == _pending == signal.SIGTERM and time.monotonic() - _since < twice_seconds:
         return
-    if _pending is not None:  # the second signal: leave at once, what was published stays
+    if _pending is not None:  # a second signal: exit at once; published files remain
         os._exit(code)
     _pending, _since = signal.Signals(number), time.monotonic()
     if not _in_loop:
@@ -62,13 +62,17 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def number() -> int:
-    """Of the signal that asked to stop; 0 without one."""
+    """Return the number of the pending signal; 0 if there is none."""
     return 0 if _pending is None else int(_pending)
 
 
 def adopt(number: int) -> bool:
-    """Take over the signal that the ranks agreed on, a number or 0; whether there is one. What comes to this rank after
-    it gave its own number waits for the next time.
+    """Make the signal on which the ranks agreed pending at this rank; return whether there is one.
+
+    A signal that reaches this rank after it sent its own number is handled at the next agreement.
+
+    Args:
+        number: number of the signal; 0 for none.
     """
     global _pending, _adopted
     if _pending is None and number:
@@ -77,17 +81,17 @@ def adopt(number: int) -> bool:
 
 
 def pending() -> str | None:
-    """Name of the signal that asked to stop, if one did."""
+    """Return the name of the pending signal; None if there is none."""
     return _pending.name if _pending is not None else None
 
 
 def interrupted(where: str) -> Interrupted:
-    """What to tell the user whom a signal interrupted."""
+    """Return the error for a run that a signal interrupted; `where` describes the state of the run."""
     return Interrupted(f"{pending()} received; {where}", fix="run the same command again to go on")
 
 
 class in_loop:
-    """While inside, a first signal waits for the loop to look at pending()."""
+    """Context of the training loop: inside it, a first signal only becomes pending(), and the loop stops the run."""
 
     def __enter__(self) -> None:
         global _in_loop
