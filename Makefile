@@ -3,22 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A process per core; a process that is done takes over tests of another.
+PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test lint check torture clean
+.PHONY: demo test slow lint check torture clean
 
 # The six commands on handwritten digits: data, training, tables, pictures.
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh demo
 
+# What a change breaks first: all but the tests marked slow.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# Sweeps of damage, kills, ranks, jobs, the browser, whole runs: the rest of the tests.
+slow: $(READY)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test slow
 
 # Two hundred SIGKILLs in all phases, each followed by the same command: prints kills, resumes, differences.
 torture: $(READY)

@@ -1,6 +1,10 @@
 """Shared by the tests: the command line in this process, and one trained run on each built-in data set."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; before torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,6 +26,14 @@ artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where tha
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed and item.get_closest_marker("slow"):
+        report.sections.append(("marked slow: make test leaves it out", f"pytest {item.nodeid}"))
+    return report
 
 
 @pytest.fixture
