@@ -225,6 +225,7 @@ def test_divergence_ends_with_5_and_keeps_no_result(digits: Path, tmp_path: Path
     assert not (tmp_path / "stage1" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
     """In an sbatch log: no control character even where FORCE_COLOR is set, one line an epoch, JSON alone on stdout."""
     flags = ["--data", str(digits), "--out", str(tmp_path), "--epochs", "6", "--json"]
@@ -240,6 +241,7 @@ def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
     assert lines[-1] == f"next: cpmix train-stage2 --from {tmp_path}"
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_recipes(digits: Path, tmp_path: Path) -> None:
     build = "import os, sys, hatchling.build as b; os.chdir(sys.argv[1]); print(b.build_wheel(sys.argv[2]))"
     name = process(REPOSITORY, tmp_path, code=build).stdout.strip()

@@ -487,6 +487,7 @@ temperature_spread = 0.05
 """
 
 
+@pytest.mark.slow
 def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "ride.toml"
     recipe.write_text(CPMIX_RIDE)
@@ -513,6 +514,7 @@ def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
     assert epochs["num_confusions"].sum() == pytest.approx((417 * (1 - epochs["train_accuracy"])).sum())
 
 
+@pytest.mark.slow
 def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> None:
     flags = ["--recipe", "digits/cross-entropy", "--set", "model.experts=3", "--set", "stage1.terms.erm.loss=sade"]
     must("train-stage1", "--data", digits, *flags, "--epochs", 4, "--out", tmp_path)
@@ -579,6 +581,7 @@ def test_predictions_in_training_are_those_of_evaluate(digits: Path, tmp_path: P
     assert mean["top1"] != found["top1"]
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     """To one that is seldom sure of anything."""
     plain = ["train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", "--epochs", 20]
@@ -644,6 +647,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     assert sums["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "routed.toml"
     recipe.write_text(

@@ -325,6 +325,7 @@ def test_a_table_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
         tables.read_table(path, tables.CONFUSION_SCHEMA)
 
 
+@pytest.mark.slow
 def test_a_name_that_stands_there_many_times_is_refused(tmp_path: Path) -> None:
     """50 kilobytes that would be 600 megabytes of text."""
     path = tmp_path / "class_counts.parquet"

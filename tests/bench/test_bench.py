@@ -52,6 +52,7 @@ def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
     assert "1 round, " in result.stderr
 
 
+@pytest.mark.slow
 def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
     flags = ("--data", digits, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--set", "model.precision=fp32")
     idle = ("draw=natural", "loss=cross-entropy", "teacher=distillation", "weight=0")  # it does not count

@@ -155,6 +155,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_published_set_as_json(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ("--world-size", "8,1", "--cores", 2, "--link", 1, "--json")
@@ -188,6 +189,7 @@ def test_a_published_set_as_json(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert set(found["runs_out_first"]) == set(found["projected"][0]["images"])
 
 
+@pytest.mark.slow
 def test_tables_keep_measured_assumed_and_projected_apart(recipe: Path) -> None:
     flags = ("--world-size", "1,8", "--epochs", 2, "--set", "model.sync_batchnorm=true")
     told = must("bench", "--recipe", recipe, *QUICK, *flags).stdout.replace(str(recipe), "own").splitlines()
@@ -201,6 +203,7 @@ def test_tables_keep_measured_assumed_and_projected_apart(recipe: Path) -> None:
     assert "projected, not measured: own on 62,500 images in 365 classes (published)" in told
 
 
+@pytest.mark.slow
 def test_a_data_set_in_its_own_files(recipe: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for name in ("lynx", "cat"):

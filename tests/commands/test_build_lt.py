@@ -157,6 +157,7 @@ def test_damaged_sources(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.cifar
 @pytest.mark.skipif(not REAL.is_dir(), reason="no CIFAR-100 parquet files at hand")
 def test_real_cifar100_lt(tmp_path: Path) -> None:

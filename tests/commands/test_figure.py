@@ -105,6 +105,7 @@ def test_every_method_has_a_style() -> None:
         assert len({style[key] for style in paper_figures.METHOD_STYLES.values()}) == len(OBJECTIVES)
 
 
+@pytest.mark.slow
 def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> None:
     runs = [toys / name for name in TOYS]
     out, again = tmp_path / "new" / "f.pdf", tmp_path / "again.svg"
@@ -136,6 +137,7 @@ def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> 
     assert len(pdf) < 1_000_000
 
 
+@pytest.mark.slow
 def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     draw = paper_figures.toy_example
@@ -202,6 +204,7 @@ def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     draw = setting("stage1.terms.erm.draw=class-uniform")
@@ -229,6 +232,7 @@ def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypat
         assert image.size == (2925, 1417)
 
 
+@pytest.mark.slow
 def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path) -> None:
     runs = [hand / name for name in ("balanced", "mixup", "cross-entropy")]
     told = must("figure", 3, *runs, "--out", tmp_path / "f.pdf", "--json").json
@@ -265,6 +269,7 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
     refused(3, "are both Balanced Softmax on digits-LT-20\n", "figure", 4, *runs, runs[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 6])
 def test_figures_5_and_6_place_what_is_given(number: int, hand: Path, tmp_path: Path) -> None:
     runs = [hand / name for name in ("balanced", "cpmix", "cross-entropy")]

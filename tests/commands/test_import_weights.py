@@ -96,6 +96,7 @@ def test_files_and_hashes_that_are_none_are_refused(tmp_path: Path) -> None:
     assert cpmix("import-weights", tmp_path / "w.pth").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_checkpoints_are_the_input_s_fault(tmp_path: Path, zipped: bool, generator: torch.Generator) -> None:
     """Whatever a damaged file makes the unpickler raise, the user gets an error of 3 lines; cpmix() raises the rest."""
@@ -164,6 +165,7 @@ def test_stage1_starts_from_given_weights(digits: Path, weights: dict[str, torch
     assert cpmix(*run, "--init", tmp_path / "w.safetensors").code == 4
 
 
+@pytest.mark.slow
 def test_from_a_run_s_weights_to_a_checkpoint_and_back_into_another_run(
     digits: Path, digits_run: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_a_finished_run_is_done_and_left_alone(digits_run: Path) -> None:
         assert phase["top1"] == expected
 
 
+@pytest.mark.slow
 def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "my run"
     must("train-stage1", "--data", toy, "--out", run, "--epochs", 2, "--recipe", "toy/balanced-softmax")
@@ -136,6 +137,7 @@ def test_a_second_run_finds_its_stage1_elsewhere(digits_run: Path, tmp_path: Pat
     assert cpmix("status", other).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
 def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digits: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"

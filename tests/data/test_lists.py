@@ -82,6 +82,7 @@ def test_the_other_official_lists_that_are_at_hand() -> None:
         lists.read(SPLITS, lists.IMAGENET_LT, SPLITS)
 
 
+@pytest.mark.slow
 @real
 def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real lists, and a folder that holds something else."""

@@ -202,6 +202,7 @@ def test_a_changed_list_of_hashes(photos: Path, tmp_path: Path) -> None:
     ended(pack(photos, tmp_path / "d"), 3, "test-hashes.parquet is damaged")
 
 
+@pytest.mark.slow
 def test_no_room(photos: Path, tmp_path: Path) -> None:
     """Of a file, as ulimit -f has it."""
     hook = FOUR_A_SHARD + "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
@@ -230,6 +231,7 @@ def stopped(photos: Path, out: Path, event: str, name: str, number: signal.Signa
     return hooked(hook, *packing(photos, out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Just when an image of the fifth of five shards is opened; what was whole before is taken over."""
@@ -267,6 +269,7 @@ def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path:
     assert open_dataset(tmp_path / "d").fingerprint == whole.json["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp_path: Path) -> None:
     """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
     whole, out, path = tmp_path / "whole", tmp_path / "d", photos / "train" / "a" / "000.jpg"

@@ -259,6 +259,7 @@ def test_memory_of_an_epoch_over_a_set_that_is_larger(monkeypatch: pytest.Monkey
     assert peak is not None and peak < 200_000_000  # glibc keeps some of what is given back
 
 
+@pytest.mark.slow
 def test_the_end_of_the_program_waits_for_no_reader() -> None:
     """Two announced batches whose images take a minute each."""
     code = """
@@ -304,6 +305,7 @@ def test_training_from_streamed_shards_is_that_from_resident_ones(
     assert contents(tmp_path / "kept") == contents(tmp_path / "read")
 
 
+@pytest.mark.slow
 def test_all_commands_on_images_that_stay_in_their_files(tree: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     data = shutil.copytree(tree / "files", tmp_path / "data")
@@ -414,6 +416,7 @@ def test_recipes_that_the_images_do_not_fit(tree: Path, toy: Path, tmp_path: Pat
     refused(2, points, *train, toy, *setting("data.crop=8", 'data.augment="none"'))
 
 
+@pytest.mark.slow
 def test_bench_times_what_comes_from_disk_beside_pillow_in_workers(tree: Path) -> None:
     flags = (*FLAGS, "--device", "cpu", "--rounds", 1, "--seconds", 0, "--json", "--set", "model.precision=fp32")
     measured = must("bench", "--data", tree / "files", *flags).json

@@ -83,6 +83,7 @@ def test_page_is_in_full_without_scripts() -> None:
     assert rows == [("wolf", "40"), ("dog", "15")]
 
 
+@pytest.mark.slow
 def test_page_of_8142_classes_is_small() -> None:
     size = 8142
     generator = np.random.Generator(np.random.Philox(0))
@@ -524,6 +525,7 @@ def test_every_control_and_picture_has_a_name(opened: Any) -> None:
     assert levels[0] == 1 and levels.count(1) == 1
 
 
+@pytest.mark.slow
 def test_page_of_a_real_run(digits_run: Path, opened: Any) -> None:
     must("confusion-report", "--from", digits_run, "--overwrite")
     shows = opened(digits_run / "confusion" / "index.html")
@@ -552,6 +554,7 @@ def page_data(run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(digits_run, other)
@@ -570,6 +573,7 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     refused(3, f"fix: cpmix evaluate --from {other}", "confusion-report", "--from", digits_run, "--compare", other)
 
 
+@pytest.mark.slow
 def test_images_are_as_many_as_asked_for(digits_run: Path) -> None:
     whole = page_data(digits_run)["images"]
     assert len(whole["confidence"]) > 3
@@ -585,6 +589,7 @@ def test_the_toys_page_has_its_regions(toy_run: Path) -> None:
     assert "Decision regions" in html.unescape(text)
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_the_evaluation(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     must("build-lt", "digits", "--rho", 6.2, "--out", data)

@@ -74,6 +74,7 @@ def pixels(png: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 10, 100, 300])
 def test_every_picture_at_every_size(size: int) -> None:
     for seed in (0, 1):
@@ -96,6 +97,7 @@ def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
     assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
 
 
+@pytest.mark.slow
 def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
     for kind in ("svg", "pdf"):
         first, second = (figures.encode(heat_map(*example(100)), kind) for _ in range(2))
@@ -138,6 +140,7 @@ def test_letters_that_the_font_lacks_are_known(
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_single_cells_of_a_large_matrix_are_seen() -> None:
     values = np.zeros((7, 5))
     values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1

@@ -166,6 +166,7 @@ def small_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIFAR)
 def test_every_recipe_of_cifar_is_fit_to_train(name: str, small_cifar: Path, tmp_path: Path) -> None:
     flags = ["--data", small_cifar, "--recipe", name, "--out", tmp_path / "run"]

@@ -200,6 +200,7 @@ def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
     return [("train-stage1", "--data", data, "--out", run, "--epochs", 5, *settings), ("train-stage2", "--from", run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
 def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: Path) -> None:
     """No batch norm; the last batch has 52 of 64 points. Draws and counts are the same, sums differ by rounding."""
@@ -224,6 +225,7 @@ def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: 
     assert record["ranks"] == 3
 
 
+@pytest.mark.slow
 def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
     """What does not train is the first rank's alone."""
     run, data = tmp_path / "run", tmp_path / "digits"
@@ -255,6 +257,7 @@ def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
         assert "up to date" in must(*command).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
 def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, tmp_path: Path) -> None:
     """... and the run goes on with another number of ranks, as if nothing had been."""
@@ -278,6 +281,7 @@ def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, 
     assert metrics(run / "stage2")[WHOLE_NUMBERS].equals(metrics(whole / "stage2")[WHOLE_NUMBERS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_all_ranks_saves_though_it_comes_to_one_after_the_other(
     number: signal.Signals, toy: Path, tmp_path: Path
@@ -306,6 +310,7 @@ def test_class_weights_are_normed_over_the_batch_of_all_ranks(toy: Path, tmp_pat
     pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1, 2])
 def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> None:
     launched = Launched(3, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
@@ -320,6 +325,7 @@ def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "run" / "stage1").glob(".lock*")) or killed == 0
 
 
+@pytest.mark.slow
 def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
     codes, outs, errs = Launched(3, ("train-stage1", "--data", tmp_path / "none", "--json")).end()
     assert codes == [3] * 3
@@ -328,6 +334,7 @@ def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
     assert not any(errs[1:] + outs[1:])
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all(digits: Path, tmp_path: Path) -> None:
     """One machine does not see the data set."""
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -340,6 +347,7 @@ def test_an_error_of_one_ends_all(digits: Path, tmp_path: Path) -> None:
     assert errs[1].startswith("error: rank 1: no data set in data")
 
 
+@pytest.mark.slow
 def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, data in zip(folders, (digits, toy), strict=True):
@@ -352,6 +360,7 @@ def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: 
     assert sum("error: " in err for err in errs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [0, 1])
 def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
@@ -362,6 +371,7 @@ def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_said_once(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "optimizer.lr=1e20")
     codes, _, errs = Launched(2, words).end()
@@ -370,6 +380,7 @@ def test_a_run_that_diverges_is_said_once(digits: Path, tmp_path: Path) -> None:
     assert errs[1] == ""
 
 
+@pytest.mark.slow
 def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "model.sync_batchnorm=true")
     codes, _, errs = Launched(2, words).end()
@@ -382,6 +393,7 @@ def test_batch_norm_across_ranks_needs_gpus(digits: Path, tmp_path: Path) -> Non
     must(*words, "--epochs", 6)  # alone it has nothing to do
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_ranks_writes_nothing(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--dry-run")
     assert "over 2 ranks" in must_run(2, words)

@@ -54,6 +54,7 @@ def check(eager: emulated.Outcome, replayed: emulated.Outcome) -> None:
     assert not replayed.differs_from(eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "phase"), METHODS.values(), ids=list(METHODS))
 def test_replayed_epochs_of_all_methods_are_the_eager_ones(recipe: str, phase: str, few_digits: Dataset) -> None:
     """But those of OTmix, which are never recorded."""

@@ -77,6 +77,7 @@ def limited(*command: object, size: int) -> Result:
     return process(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_is_seen_before_the_first_batch(digits: Path, digits_run: Path) -> None:
     again = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
     said = (f"cannot write {digits_run / 'stage1'}: File too large", "a file may have 100,000 here (ulimit -f)")
@@ -85,6 +86,7 @@ def test_a_limit_on_files_is_seen_before_the_first_batch(digits: Path, digits_ru
     assert "epoch=" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["diverges", "finds no room", "is killed"])
 def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
     digits: Path, digits_run: Path, ends: str
@@ -113,6 +115,7 @@ def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
     }
 
 
+@pytest.mark.slow
 def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     """A job that is queued again has its flag again."""
     flags = ["--data", digits, "--epochs", 200, "--seed", 3]
@@ -134,6 +137,7 @@ def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path:
     assert "goes on" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_build_that_finds_no_room_can_be_given_again(tmp_path: Path) -> None:
     said = ("a file may have 10,000 here (ulimit -f)", "fix: raise the limit, or choose another folder with --out")
     ended(limited("build-lt", "digits", "--out", tmp_path / "d", size=10_000), 4, said)

@@ -45,6 +45,7 @@ def changed(data: bytes, rng: random.Random, number: int) -> bytes:
             return data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
 
 
+@pytest.mark.slow
 def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     """Every file of every command, each read by that command again; 2,000 changes in all."""
     data = Path(shutil.copytree(toy, tmp_path / "data"))
@@ -93,6 +94,7 @@ def interrupt(phase: Path) -> None:
 SEALED = "seals.check_seal(path, metadata, tensors.tensors_digest(found))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [f"found, metadata = tensors.read_tensors(path); {SEALED}", "seals.read_sealed(path)"])
 def test_a_damaged_file_takes_no_more_memory_than_three_times_its_size(tmp_path: Path, read: str) -> None:
     """In a process of its own, by the peak of its resident memory; three times the file at most."""
@@ -448,6 +450,7 @@ def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
     assert not Path("/tmp/cpmix-outside").exists()
 
 
+@pytest.mark.slow
 def test_a_bomb_in_a_gz_takes_no_memory(tmp_path: Path) -> None:
     """4 GB of zeros under a published name: no more is unpacked than there should be."""
     compress = zlib.compressobj(9, zlib.DEFLATED, 31)

@@ -52,6 +52,7 @@ def session(*lines: tuple[object, ...], **environment: str) -> tuple[list[int], 
     return codes, b"\n".join(line for line in said if not line.startswith(b"exit ")), result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_asks_for_a_socket(tmp_path: Path, no_network: None) -> None:
     must("build-lt", "digits", "--out", tmp_path / "data")
     pipeline(tmp_path / "data", tmp_path / "run", "--epochs", 3)
@@ -60,6 +61,7 @@ def test_nothing_asks_for_a_socket(tmp_path: Path, no_network: None) -> None:
     must("methods", "--json")
 
 
+@pytest.mark.slow
 def test_a_home_and_caches_that_cannot_be_written_change_nothing(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     names = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TORCH_HOME", "HF_HOME", "MPLCONFIGDIR")
     run = tmp_path / "run"
@@ -89,6 +91,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_paths_are_taken(name: str, tmp_path: Path) -> None:
     place = tmp_path / NAMES[name]
@@ -103,6 +106,7 @@ def test_odd_paths_are_taken(name: str, tmp_path: Path) -> None:
     assert must("status", run, "--json").json["runs"][0]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_path_that_is_no_utf_8_is_taken(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data, run = place / "data", place / "run"
@@ -131,12 +135,14 @@ def shell(line: str, **places: object) -> Result:
 TRAIN = "{cpmix} train-stage1 --data {toy} --out {run} --epochs 20"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["2>&1 | head -1", "2> >(head -1)", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
 def test_a_log_that_nobody_reads_stops_no_run(into: str, toy: Path, tmp_path: Path) -> None:
     ended(shell(f"{TRAIN} {into}", toy=toy, run=tmp_path / "run"), 0)
     assert (tmp_path / "run" / "stage1" / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_result_that_nobody_reads_is_an_error_only_on_a_full_disk(toy_run: Path) -> None:
     result = shell("{cpmix} status {run} | head -0", run=toy_run)
     assert (result.code, result.stderr) == (0, "")
@@ -145,6 +151,7 @@ def test_a_result_that_nobody_reads_is_an_error_only_on_a_full_disk(toy_run: Pat
     ended(shell("{cpmix} status {run} --json >/dev/full", run=toy_run), 4)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_no_control_codes_are_written(toy: Path, tmp_path: Path) -> None:
     """Whatever the environment says of colours."""
     _, stdout, stderr = session(

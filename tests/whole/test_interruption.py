@@ -112,6 +112,7 @@ def test_a_signal_while_torch_is_imported_ends_the_command(
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
@@ -129,6 +130,7 @@ def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number:
     assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     hook = (
@@ -145,6 +147,7 @@ def test_a_second_signal_ends_at_once(digits: Path, tmp_path: Path, number: sign
     assert ".cpmix-lock" not in " ".join(files(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_while_images_are_read_ends_once(tmp_path: Path) -> None:
     """As Slurm and a terminal send it; the threads that read images get it too."""
     generator = np.random.default_rng(0)
@@ -160,6 +163,7 @@ def test_a_signal_to_the_whole_group_while_images_are_read_ends_once(tmp_path: P
     assert contents(tmp_path / "set") == contents(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(digits: Path, tmp_path: Path) -> None:
     """The derived files are missing; the same command makes them from the state."""
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)

@@ -151,6 +151,7 @@ SMALL += ['finetune.train=["layer3", "layer4", "head"]', "finetune.batchnorm=shi
 FLAGS = ["--recipe", "imagenet-lt/cpmix", "--epochs", "3", *setting(*SMALL)]
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_through_all_phases(photos: Path, published: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     name = published.with_suffix(".pth").name
@@ -204,6 +205,7 @@ def test_a_frozen_module_is_not_its_namesakes() -> None:
     assert frozen == {"layer1.0.conv1.weight", "head.bias"}
 
 
+@pytest.mark.slow
 def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp_path: Path) -> None:
     name = published.with_suffix(".pth").name
     run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]

@@ -162,6 +162,7 @@ def test_another_recipe_on_a_finished_phase_is_refused_with_the_difference(digit
         refused(4, ("optimizer.lr: 0.1 -> 0.05", "seed: 0 -> 3", "--overwrite"), *command)
 
 
+@pytest.mark.slow
 def test_two_stage_2s_start_from_one_stage_1(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "bs"
     flags = ("--recipe", "digits/balanced-softmax", "--epochs", 6, "--out", other)

@@ -227,6 +227,7 @@ def preempt(job: subprocess.Popen[str], stage1: Path, cluster: Cluster) -> str:
     return log
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluster: Cluster, toy: Path) -> None:
     command = ["bash", "recipes/slurm/pipeline.sh", str(toy), "run", "--epochs", str(EPOCHS)]
     options = {"cwd": cluster.folder, "env": {**cluster.environment, "PHASES": "train-stage2"}, "text": True}
@@ -253,6 +254,7 @@ def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluste
     assert contents(cluster.folder / "run") == contents(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["one-node.sbatch", "torchrun.sbatch"])
 def test_two_ranks_are_preempted_and_go_on(cluster: Cluster, toy: Path, script: str) -> None:
     command = ("train-stage1", "--data", toy, "--out", "run", "--epochs", EPOCHS)
@@ -372,6 +374,7 @@ def test_each_task_of_an_array_has_its_rho_and_seed(recorder: Cluster) -> None:
     assert (code, log) == (2, "task 9: there are 3 imbalances times 3 seeds\n")
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_array_build_their_data_set_once(recorder: Cluster) -> None:
     real = f'PYTHONPATH="{REPOSITORY}" exec {sys.executable} -m cpmix_cli "$@"'
     recorded = f'exec {sys.executable} -m cpmix_cli "$@"'

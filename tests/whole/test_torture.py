@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_kills_change_nothing() -> None:
     command = [sys.executable, str(Path(__file__).parents[1] / "torture.py"), "--kills", "20"]
     result = subprocess.run(command, capture_output=True, text=True)
