@@ -105,6 +105,7 @@ def test_a_signal_while_torch_is_imported_ends_the_command(
     result = hooked(on_event("import", "args[0] == 'torch'", number), "train-stage1", "--data", digits, "--out", out)
     ended(result, 130 if number == signal.SIGINT else 75)
     assert result.stderr.splitlines() == [
+        "train-stage1: loading torch",
         f"interrupted: {number.name} received; what was published stays",
         "  fix: run the same command again to go on",
     ]
