@@ -1,8 +1,8 @@
 """Confusion counts and the pair distribution drawn from them: the core of CP-Mix.
 
-K [C, C] holds how often an image of class i (row) was predicted as class j (column) in training, diagonal always
-zero. It is float64 so that `confusion.decay` can act on it; without decay every value is a whole number, exact up to
-2^53. Everything here is plain tensor code without a host synchronisation.
+K [C, C] counts how often training images of class i (row) were predicted as class j (column); its diagonal is always
+zero. It is float64 so that `confusion.decay` can scale it; without decay every value is an integer, exact up to 2^53.
+All functions are tensor code without a host synchronisation.
 """
 
 import torch
@@ -12,12 +12,12 @@ NO_ERROR = -1
 
 
 def confusion_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """Misclassifications as single numbers, C true + predicted [B] int64; NO_ERROR where there is none to count.
+    """Encode each misclassification as C * true + predicted [B] int64; NO_ERROR for other images.
 
     Args:
         labels: true classes [B] int64.
         predictions: argmax of the raw logits [B] int64.
-        counted: whether an image's error counts, [B] or for all of them [1] or a scalar, bool.
+        counted: whether errors are counted, bool, per image [B] or for all images ([1] or a scalar).
         num_classes: C.
 
     Paper: Eq. (6).
@@ -26,23 +26,23 @@ def confusion_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_cl
 
 
 def count_confusions(counts: Tensor, codes: Tensor) -> None:
-    """Add misclassifications, as confusion_codes() has them [n], to K in place. Paper: over all epochs (Sec. 4.1)."""
+    """Add the codes of confusion_codes() [n] to K [C, C] in place. Paper: over all epochs (Sec. 4.1)."""
     counts.view(-1).index_add_(0, codes.clamp(min=0), (codes != NO_ERROR).to(counts.dtype))
 
 
 def draw_confused(counts: Tensor, classes: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Partner classes c_m ~ K[c_t] / sum K[c_t], by inverse CDF.
+    """Sample partner classes c_m ~ K[c_t] / sum K[c_t] by inverse CDF.
 
-    A class that was never confused (empty row) falls back to the classes confused as it (its column), and if there
-    are none to a uniform draw over the other classes.
+    Fallbacks for an empty row of K: the column, that is classes predicted as c_t; if it is empty too, a uniform draw
+    over the other classes.
 
     Args:
         counts: K [C, C] float64.
         classes: c_t [B] int64.
-        uniforms: one number of [0, 1) each [B] float64.
+        uniforms: random numbers in [0, 1) [B] float64.
 
     Returns:
-        c_m [B] int64, and where a fall-back was taken [B] bool.
+        c_m [B] int64, and whether a fallback was used [B] bool.
 
     Paper: Algorithm 1, Sec. 4.3. Differs: the paper leaves the empty row open.
     """
@@ -56,13 +56,12 @@ def draw_confused(counts: Tensor, classes: Tensor, uniforms: Tensor) -> tuple[Te
 
 
 def draw_weighted(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw of one column a row, proportional to non-negative weights [B, C]; zero weights are never drawn.
+    """Sample one column index per row [B] int64, proportional to non-negative weights [B, C], by inverse CDF.
 
-    Returns:
-        Column indices [B] int64.
+    `uniforms` are random numbers in [0, 1) [B] float64. A column of weight zero is never drawn.
     """
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
-    # u < 1, yet u * total can round up to total: stay below it, where the last non-zero weight is.
+    # u * total can round up to total, beyond the last non-zero weight. The largest value below total prevents it.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)

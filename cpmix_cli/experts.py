@@ -1,4 +1,4 @@
-"""Several experts in one network: which classes each answers for, and how their logits become one.
+"""Several experts in one network: the target classes of each, and the combination of their logits.
 
 Shapes: E experts, N images, C classes.
 """
@@ -11,16 +11,16 @@ from cpmix_cli.models import Classifier
 
 
 def target_classes(class_counts: Tensor, num_experts: int) -> Tensor:
-    """The classes that each expert answers for [E, C] bool: the first for all, each later one for fewer and rarer.
+    """Return the target classes of each expert [E, C] bool: all classes for the first, fewer and rarer ones for others.
 
-    Three experts take all, medium and few, few, where all three groups have classes; otherwise expert k of E takes the
-    (E - k) / E rarest classes, k from 0.
+    Three experts have the targets all, medium + few, and few, if each group has classes. Otherwise expert k = 0, 1, ...
+    has the rarest (E - k) / E of the classes.
 
-    Source: Cai et al., ACE, from its description. Differs: for other numbers than three it is not known where the
-    splits lie, so they are equal shares of the classes by rank, whatever the groups are.
+    Source: Cai et al., ACE, from its description. Differs: the splits for other numbers of experts are unknown, so
+    they are equal shares of the classes by rank.
     """
     num_classes = len(class_counts)
-    rank = class_counts.argsort(descending=True, stable=True).argsort(stable=True)  # 0 is the commonest
+    rank = class_counts.argsort(descending=True, stable=True).argsort(stable=True)  # 0: most frequent
     experts = torch.arange(num_experts, device=class_counts.device)[:, None]
     shares = rank * num_experts >= experts * num_classes
     if num_experts != 3:
@@ -34,15 +34,17 @@ def target_classes(class_counts: Tensor, num_experts: int) -> Tensor:
 def combined(
     logits: Tensor, how: str, model: Classifier, class_counts: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """One set of logits [N, C] from those of each expert [E, N, C].
+    """Combine the logits of the experts: [E, N, C] -> [N, C].
 
     Args:
-        how: `evaluation.aggregate`: "mean"; "targets", with heads scaled to the size of the first and, for each class,
-            the mean over the experts that answer for it; else with these weights, where there are.
-        model: whose head weights have the sizes.
-        weights: of the experts, [E] or for each image [E, N].
+        logits: raw logits of each expert [E, N, C].
+        how: value of `evaluation.aggregate`. "targets" scales z_k to z_k |W_1|^2 / |W_k|^2, W_k the head weights, and
+            averages, per class, over the experts that have it as a target. Others are "mean" unless `weights` is given.
+        model: network whose heads give |W_k|.
+        class_counts: training images per class [C], which determine the targets.
+        weights: weights of the experts, [E] or per image [E, N]; they replace `how`.
 
-    Source of "targets": Cai et al., ACE, from its description: z_k |W_1|^2 / |W_k|^2.
+    Source of "targets": Cai et al., ACE, from its description.
     """
     if weights is not None:
         return (weights.view(len(logits), -1, 1) * logits).sum(0)
@@ -55,15 +57,15 @@ def combined(
 
 
 def routed_weights(routes: Tensor, threshold: float) -> Tensor:
-    """The weights of the experts for each image [E, N]: equal ones of those that it goes through.
+    """Return the weights of the experts per image [E, N]: equal for the experts that the image passes, else 0.
 
     Args:
         routes: logits of the routers [E - 1, N].
-        threshold: an image goes on while the chance is above it; 0 lets every image through all experts, 1 through none
-            but the first.
+        threshold: an image continues to the next expert while the router's probability exceeds it. 0: all images pass
+            all experts; 1: only the first.
 
     Source: Wang et al., RIDE, Sec. 3.4.
     """
-    goes_on = (routes.sigmoid() > threshold) | (threshold == 0)  # a chance may round to 0
+    goes_on = (routes.sigmoid() > threshold) | (threshold == 0)  # because a probability may round to 0
     through = torch.cat([torch.ones_like(routes[:1]), goes_on.to(routes.dtype).cumprod(0)])
     return through / through.sum(0)

@@ -1,30 +1,27 @@
 """Losses, regularisers and class weights: add one here.
 
-Shapes: E experts (1 of a plain network), B batch, C classes. A loss is
+Shapes: E experts (1 for a plain network), B images per batch, C classes. The kinds of functions are:
 
     loss(logits [B, C], labels [B], weights [B], class_counts [C], *, parameters) -> scalar
-
-with hard labels. A mixed batch calls it twice, L(y1, lam) + L(y2, 1 - lam), so no loss knows of mixing: with a loss
-that is linear in the labels that is its soft-label form. `weights` are the mixing weights times the class weights; the
-scalar is their weighted sum over B, divided by B. It is taken of each expert, and the sum is what counts; one that
-treats experts differently (ENSEMBLE_LOSSES) has logits [E, B, C]. A regulariser knows no labels, and is added once:
-
     regulariser(logits [E, B, C], class_counts [C], reweighting [1], *, parameters) -> scalar
-
-`reweighting` is 1 in epochs whose class weights count, else 0. What a teacher says is learnt by
-
     distillation(logits [E, B, C], teacher [B, C], *, parameters) -> scalar
-
-which is added once too. Routers (models.Routers) are trained by a loss that has their logits [E - 1, B] as well:
-
     routing(logits [E, B, C], routes [E - 1, B], labels [B], *, parameters) -> scalar
+    class_weights(class_counts [C], *, parameters) -> [C] with mean 1
 
-Class weights are
+Args of all of them:
+    logits: raw outputs of the network. A loss gets one expert at a time, and the losses of the experts are summed; a
+        loss across experts (ENSEMBLE_LOSSES) and all other kinds get all experts [E, B, C].
+    labels: hard labels int64. For a mixed batch the loss is called twice, L(y1, lam) + L(y2, 1 - lam). So no loss
+        implements mixing; for a loss that is linear in the labels this equals its soft-label form.
+    weights: mixing weight times class weight of each image. A loss is their weighted sum over the batch, divided by B.
+    class_counts: training images per class int64.
+    reweighting: 1 in epochs that use the class weights, else 0.
+    teacher: logits of the teacher network.
+    routes: logits of the routers (models.Routers).
 
-    class_weights(class_counts [C], *, parameters) -> [C], of mean 1
-
-All are found by name in the dictionaries at the foot; keyword-only parameters become recipe keys of a term. What a
-loss needs of the rest of the recipe stands in NEEDS, below the dictionaries; recipes are refused that do not have it.
+Regularisers, distillation and routing are added once per term. The dictionaries at the end give each function its name
+in recipes. Keyword-only parameters become recipe keys of a term. NEEDS, below the dictionaries, lists other recipe keys
+that a function requires; recipes without them are refused.
 """
 
 import math
@@ -46,57 +43,69 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """[B] -> [B, C] bool. torch's one_hot looks at the labels first, which makes the host wait."""
+    """Encode labels [B] -> [B, C] bool, without the host synchronisation of torch's one_hot()."""
     return labels[:, None] == torch.arange(num_classes, device=labels.device)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
-    """(1/B) sum_b w_b (-z_y + log sum_c exp z_c). Paper: Eq. (1) with l = cross entropy."""
+    """Cross entropy: (1/B) sum_b w_b (-z_y + log sum_c exp z_c). Paper: Eq. (1) with l = cross entropy."""
     return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
 def logit_adjusted(
     logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 1.0
 ) -> Tensor:
-    """Cross entropy of z + tau log n; the raw logits are used at test time.
+    """Cross entropy of the logits z + tau log n, n the class counts; predictions use the raw logits.
 
-    Source: Menon et al., Long-tail learning via logit adjustment; n for the prior adds a constant to all
-    logits of an image, which cross entropy does not see.
+    Args:
+        tau: strength of the adjustment; 0 is cross entropy, 1 is Balanced Softmax.
+
+    Source: Menon et al., Long-tail learning via logit adjustment. They use the prior in place of n, which shifts all
+    logits of an image by the same constant and leaves cross entropy unchanged.
     """
     return cross_entropy(logits + tau * class_counts.to(logits.dtype).log(), labels, weights, class_counts)
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
-    """Cross entropy of z + log n: the softmax under the training prior. The raw logits are used at test time.
+    """Cross entropy of the logits z + log n, n the class counts: softmax under the training prior.
 
-    Paper: l_ERM, Sec. 4.3 (from Ren et al., Balanced Meta-Softmax). With equal counts it is cross entropy; for a
-    uniform test prior it is also the Bayias loss of UniMix (Xu et al.).
+    Predictions use the raw logits. With equal counts it is cross entropy. For a uniform test prior it is also the
+    Bayias loss of UniMix (Xu et al.).
+
+    Paper: l_ERM, Sec. 4.3 (from Ren et al., Balanced Meta-Softmax).
     """
     return logit_adjusted(logits, labels, weights, class_counts, tau=1.0)
 
 
 def focal(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, gamma: NonNegative) -> Tensor:
-    """(1/B) sum_b w_b (1 - p_y)^gamma (-log p_y), p the softmax; gamma = 0 is cross entropy.
+    """Focal loss: (1/B) sum_b w_b (1 - p_y)^gamma (-log p_y), p the softmax.
 
-    Source: Lin et al., Focal loss, on the softmax. Differs: LDAM-DRW's code (and what descends from it) takes p
-    as exp(-w CE), so that class weights bend the modulation too.
+    Args:
+        gamma: exponent that reduces the loss of well-classified images; 0 is cross entropy.
+
+    Source: Lin et al., Focal loss, on the softmax. Differs: LDAM-DRW's code and its descendants compute p as
+    exp(-w CE), so there class weights change the modulation too.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     return (weights * _chance_of_error(losses) ** gamma * losses).mean()
 
 
 def _chance_of_error(losses: Tensor) -> Tensor:
-    """1 - exp(-loss), exact where it is small and never 0, where a power of it below 1 has no finite slope."""
+    """Return 1 - exp(-loss), exact for small values and above 0, where powers below 1 have no finite slope."""
     return (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 def sigmoid_focal(
     logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, gamma: NonNegative
 ) -> Tensor:
-    """(1/B) sum_b w_b sum_c (1 - p_bc)^gamma BCE(z_bc, [c = y_b]), p the sigmoid's chance of what is true of class c;
-    gamma = 0 is the sigmoid cross entropy.
+    """Sigmoid focal loss: (1/B) sum_b w_b sum_c (1 - p_bc)^gamma BCE(z_bc, [c = y_b]).
 
-    Source: Cui et al., Class-balanced loss; wants `model.head_bias = "rare"`.
+    p_bc is the sigmoid probability of the true answer to "is image b of class c?".
+
+    Args:
+        gamma: exponent that reduces the loss of well-classified images; 0 is sigmoid cross entropy.
+
+    Source: Cui et al., Class-balanced loss. Use it with `model.head_bias = "rare"`.
     """
     targets = _one_hot(labels, logits.shape[1]).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -112,14 +121,14 @@ def ldam(
     max_margin: NonNegative = 0.5,
     scale: Positive,
 ) -> Tensor:
-    """Cross entropy of z - scale m_y e_y with margins m_c = max_margin (n_min / n_c)^(1/4).
+    """Cross entropy after subtracting scale * m_y from the true class's logit, m_c = max_margin (n_min / n_c)^(1/4).
 
     Args:
-        logits: scale times cosines, as `model.head = "cosine"` gives them.
-        max_margin: of the rarest class, as a cosine.
-        scale: `model.head_scale`.
+        logits: scale * cosine [B, C], the output of `model.head = "cosine"`.
+        max_margin: margin of the rarest class, as a cosine.
+        scale: the value of `model.head_scale`.
 
-    Source: Cao et al., LDAM-DRW, and its code, which multiplies by s in the loss: the same.
+    Source: Cao et al., LDAM-DRW. Its code multiplies by the scale in the loss instead, which is equivalent.
     """
     margins = max_margin * (class_counts.min() / class_counts.to(logits.dtype)) ** 0.25
     shift = scale * _one_hot(labels, logits.shape[1]) * margins
@@ -136,15 +145,15 @@ def lade(
     remine: NonNegative,
     importance: Literal["sample"] = "sample",
 ) -> Tensor:
-    """Balanced Softmax + lader_weight sum_c pi_c (-T1_c + T2_c + remine T2_c^2).
+    """LADE: Balanced Softmax + lader_weight sum_c pi_c (-T1_c + T2_c + remine T2_c^2), pi the training prior.
 
-    T1_c is the mean logit c over the batch's images of class c (0 without one); T2_c the log of the mean of exp z_c
-    over the batch under a uniform prior, that is with image b weighted by 1 / (C pi_y_b).
+    T1_c is the mean of logit c over the batch's images of class c, or 0 if there are none. T2_c is the log of the mean
+    of exp z_c over the batch under a uniform prior: image b has importance weight 1 / (C pi_y_b).
 
     Args:
         lader_weight: alpha of the paper.
-        remine: lambda of its regularisation.
-        importance: the one way to bring T2 to the uniform prior: by the class of each image.
+        remine: lambda of the paper's regularisation.
+        importance: whose prior gives the importance weights. Only "sample": the class of each image.
 
     Source: Hong et al., LADE. Differs: the released code weights by the prior of the column, 1 / (C pi_c).
     """
@@ -167,14 +176,14 @@ def label_aware_smoothing(
     smooth_tail: Fraction,
     over: Literal["others", "all"] = "others",
 ) -> Tensor:
-    """Cross entropy with labels smoothed by eps_y, between smooth_head for the largest class and smooth_tail for the
-    smallest: eps_y = tail + (head - tail) sin(pi/2 (n_y - n_min) / (n_max - n_min)).
+    """Cross entropy with labels smoothed by eps_y = tail + (head - tail) sin(pi/2 (n_y - n_min) / (n_max - n_min)).
 
     Args:
-        over: the classes that eps is spread over: the C - 1 others, as the paper says. Differs: the code spreads it
-            over all, the true one included: "all".
+        smooth_head: eps of the largest class.
+        smooth_tail: eps of the smallest class.
+        over: classes that share eps: the C - 1 "others", as in the paper, or "all" including the true class.
 
-    Source: Zhong et al., MiSLAS.
+    Source: Zhong et al., MiSLAS. Differs: the released code has over = "all".
     """
     counts = class_counts.to(logits.dtype)
     place = (counts[labels] - counts.min()) / (counts.max() - counts.min()).clamp(min=1)
@@ -192,14 +201,17 @@ def label_aware_smoothing(
 
 
 def sade(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 2.0) -> Tensor:
-    """Three experts of different skill: cross entropy; Balanced Softmax; and cross entropy of z + log pi - tau log pi',
-    where pi' has the priors of pi in reversed rank, so that the rarest class has the largest.
+    """Sum of three experts' losses: cross entropy, Balanced Softmax, and cross entropy of z + log pi - tau log pi'.
+
+    pi' are the priors pi in reversed rank: the rarest class gets the largest prior. Classes of equal count are ranked
+    by id.
 
     Args:
-        logits: [3, B, C].
-        tau: of the third: 2 for CIFAR-100-LT and ImageNet-LT, 1 for Places-LT and iNaturalist.
+        logits: of exactly three experts [3, B, C].
+        tau: strength of the third expert's inverse adjustment: 2 for CIFAR-100-LT and ImageNet-LT, 1 for Places-LT and
+            iNaturalist.
 
-    Source: Zhang et al., SADE, Eq. (3) to (5). Classes of equal count take their places in the order of their ids.
+    Source: Zhang et al., SADE, Eq. (3) to (5).
     """
     order = class_counts.argsort(stable=True)
     reversed_counts = torch.empty_like(class_counts).scatter(0, order, class_counts[order.flip(0)])
@@ -220,18 +232,19 @@ def ace(
     interference: NonNegative = 1.0,
     measure: Literal["norm"] = "norm",
 ) -> Tensor:
-    """For each expert, over the images of the classes that it answers for: cross entropy, and the size of its logits of
-    the other classes, which it is not to be confident of; divided by all images of the batch.
+    """Sum over experts of cross entropy + interference * ||logits of its non-target classes||.
+
+    The loss of an expert covers only images of its target classes (experts.target_classes()), divided by all B images.
+    The second term penalises confidence in the other classes.
 
     Args:
-        logits: [E, B, C], E >= 2.
-        interference: factor of that size.
-        measure: the one measure of size: the L2 norm.
+        logits: of at least two experts [E, B, C].
+        interference: factor of the second term.
+        measure: size of the other logits. Only "norm": the L2 norm.
 
-    Source: Cai et al., ACE, from its description; the code is not at hand. Which classes are whose: see
-    experts.target_classes(). Differs: form and factor of the second part are not settled; third-party code has the
-    norm (sums of squares diverge at a learning rate of 0.1). Divided by its own images alone, two or three rare ones
-    would move the shared stages as much as a whole batch.
+    Source: Cai et al., ACE, from its description; its code was not available. Differs: form and factor of the second
+    term are unsettled. Third-party code has the norm; sums of squares diverge at a learning rate of 0.1. The division
+    by B prevents two or three rare images from moving the shared stages as much as a whole batch.
     """
     targets = target_classes(class_counts, len(logits))
     total = logits.new_zeros(())
@@ -244,15 +257,19 @@ def ace(
 
 
 def routing(logits: Tensor, routes: Tensor, labels: Tensor, *, pos_weight: Positive = 100.0) -> Tensor:
-    """Sigmoid cross entropy of the routers: after expert i an image wants the next where the mean of the experts so far
-    is wrong, and that with some later ones is right.
+    """Sigmoid cross entropy of the routers' logits.
+
+    The target of router i is 1 if the mean of the first i experts is wrong, but correct after some later expert.
 
     Args:
-        pos_weight: factor of those images.
+        logits: of the experts [E, B, C].
+        routes: logits of the routers [E - 1, B].
+        labels: true classes [B].
+        pos_weight: weight of images with target 1.
 
     Source: Wang et al., RIDE, Sec. 3.4 and its code.
     """
-    so_far = logits.cumsum(0)  # the mean has the same largest class
+    so_far = logits.cumsum(0)  # the sum has the same argmax as the mean
     right = (so_far.argmax(2) == labels).long()  # [E, B]
     later = right.flip(0).cumsum(0).flip(0)[1:] > 0
     wanted = (later & (right[:-1] == 0)).to(routes.dtype)
@@ -272,17 +289,17 @@ def expert_diversity(
     temperature_spread: Fraction = 0.0,
     against: Literal["mean"] = "mean",
 ) -> Tensor:
-    """- diversity mean(T)^2 sum_e KL(q || p_e): experts that differ from their mean are rewarded.
+    """Diversity reward: -diversity mean(T)^2 sum_e KL(q || p_e), lower the more the experts differ from their mean.
 
-    p_e is the softmax of z_e / T, q that of the mean logits, without a gradient. T is 1 until class weights count, then
-    T_c = C pi_c s + 1 - s over its largest, s the spread: lower for rare classes.
+    p_e is the softmax of z_e / T, q the softmax of the mean logits, detached. T is 1 while class weights are off; then
+    T_c = (C pi_c s + 1 - s) / max_c of the same, with s the temperature spread: lower for rare classes.
 
     Args:
-        diversity: lambda; below 0 experts are drawn together.
-        temperature_spread: s; 0 where no class weights come, and T stays 1.
-        against: the one reference: the mean expert.
+        diversity: lambda of the paper; a negative value makes the experts more alike.
+        temperature_spread: s. Must be 0 in terms without class weights.
+        against: reference distribution. Only "mean": the mean of the experts.
 
-    Source: Wang et al., RIDE, and its code, which the paper's numbers come from. Differs: Eq. (2) and (3) of the paper
+    Source: Wang et al., RIDE, and its code, which gave the paper's numbers. Differs: Eq. (2) and (3) of the paper
     have the mean over the other experts of KL(p_e || p_j).
     """
     prior = class_counts.to(logits.dtype) / class_counts.sum()
@@ -294,7 +311,7 @@ def expert_diversity(
     return -diversity * temperature.mean() ** 2 * divergence
 
 
-# -- what a teacher says -----------------------------------------------------------------------------------------------
+# -- distillation ------------------------------------------------------------------------------------------------------
 
 
 def distillation(
@@ -305,15 +322,17 @@ def distillation(
     factor: NonNegative = 1.0,
     of: Literal["experts"] = "experts",
 ) -> Tensor:
-    """factor T^2 sum_e KL(q || p_e), q and p_e the softmax of the teacher's and each expert's logits over T.
+    """Distillation: factor T^2 sum_e KL(q || p_e), q and p_e the softmax of the teacher's and expert e's logits / T.
 
     Args:
+        logits: of the experts [E, B, C].
+        teacher: logits of the teacher in eval mode [B, C].
         temperature: T.
-        factor: 0 learns nothing from the teacher.
-        of: the one student: each expert.
+        factor: weight of the loss; 0 switches distillation off.
+        of: student of the loss. Only "experts": each expert.
 
-    Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the released code has the experts' mean logits learn, and
-    leaves the teacher in training mode, so that its statistics drift; here it is in eval mode.
+    Source: Wang et al., RIDE, Sec. 3.3 and its code. Differs: the released code trains the experts' mean logits, and
+    keeps the teacher in training mode, so its batch-norm statistics drift.
     """
     target = F.log_softmax(teacher / temperature, 1)
     log_p = F.log_softmax(logits / temperature, 2)
@@ -324,7 +343,7 @@ def distillation(
 
 
 def effective_number(class_counts: Tensor, *, beta: BelowOne) -> Tensor:
-    """(1 - beta) / (1 - beta^n_c), scaled to mean 1; beta = 0 weights all alike.
+    """Class weights (1 - beta) / (1 - beta^n_c), scaled to mean 1; beta = 0 weights all classes equally.
 
     Source: Cui et al., Class-balanced loss.
     """
@@ -358,4 +377,4 @@ NEEDS: dict[Callable[..., Tensor], Needs] = {
     expert_diversity: Needs(idle_without={"temperature_spread": "reweight"}),
     distillation: Needs(stage="stage1"),
 }
-"""Function -> what it needs beside its parameters."""
+"""Function -> its requirements beyond its own parameters."""

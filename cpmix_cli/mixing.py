@@ -1,19 +1,28 @@
 """Partners, matches, ratios, mixes and label rules: add a mixing method here.
 
-Shapes: B batch, K = 1 or B, C classes. A mixed term is draw -> partner -> match -> ratio -> mix -> label -> loss, and
-each step is one function found by its name in the dictionaries at the foot. Keyword-only parameters become recipe keys
-of the term; an Annotated pydantic Field gives their range.
+A mixed term is draw -> partner -> match -> ratio -> mix -> label -> loss. Each step is one function, and the
+dictionaries at the end give it its name in recipes. Keyword-only parameters become recipe keys of the term; an
+Annotated pydantic Field gives their range. Shapes: B images per batch, K = 1 or B, C classes, D features.
 
     partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS)
                                                 or classes [B] (CLASS_PARTNERS)
-    match(f1, y1, f2, y2, state)             -> for each partner the position of its image in the batch [B]
-    ratio(drawn [K], n1 [B], n2 [B])         -> lambda_x [K], from draws of Beta(alpha, alpha)
-    mix(x1, x2, lam [K], uniforms [K, V])    -> mixed inputs, and lambda_x as it came out; V: see MIX_UNIFORMS
+    match(f1, y1, f2, y2, state)             -> position in the batch of the image to mix with each partner [B]
+    ratio(drawn [K], n1 [B], n2 [B])         -> lambda_x [K]
+    mix(x1, x2, lam [K], uniforms [K, V])    -> mixed inputs [B, ...] and the resulting lambda_x [K]
     label(lam [K], n1 [B], n2 [B])           -> lambda_y [B]
 
-1 is the batch that was drawn, 2 its partners; f are features [B, D] of the network in eval mode. A class partner is
-followed by a uniform draw of an image of that class.
-A match may run other libraries and wait for the device, so a stage that has one is no CUDA graph. Paper: Sec. 2.2, 4.
+Args of all of them (1: the sampled batch, 2: its partners):
+    uniforms: random numbers in [0, 1), float64; V per image for a mix (see MIX_UNIFORMS).
+    labels, y1, y2: classes of the images [B] int64.
+    state: class counts and confusion counts, see MixingState.
+    f1, f2: features of the network in eval mode [B, D].
+    drawn: samples of Beta(alpha, alpha) [K] float64.
+    n1, n2: training images of the classes of each pair [B].
+    x1, x2: inputs [B, ...]; images are [B, channels, H, W].
+    lam: share of x1 in the mixed input, lambda_x [K].
+
+After a class partner, an image of that class is drawn uniformly. A match may call other libraries and synchronise with
+the device, so a stage with a match is not captured as a CUDA graph. Paper: Sec. 2.2, 4.
 """
 
 from collections.abc import Callable
@@ -35,30 +44,33 @@ AtLeastOne = Annotated[float, Field(ge=1)]
 
 @dataclass
 class MixingState:
-    """What partners and matches may look at."""
+    """Counts that partners and matches may read."""
 
     class_counts: Tensor
-    """Training images a class [C] int64, as truncated by build-lt."""
+    """Training images per class [C] int64, after build-lt's truncation."""
     confusion: Tensor
-    """K [C, C] float64."""
+    """Confusion counts K [C, C] float64: row true, column predicted."""
     num_fallbacks: Tensor
-    """Scalar float64: draws of this step whose class had no confusion yet. Partners add to it in place."""
+    """Scalar float64: draws of this step from a class without confusions. Partners add to it in place."""
 
 
 # -- partners in the batch ---------------------------------------------------------------------------------------------
 
 
 def permutation(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
-    """A random permutation of the batch: the mixup of Zhang et al. and RegMixup. Paper: Eq. (16), App. A."""
+    """Pair by a random permutation of the batch: mixup of Zhang et al., and RegMixup. Paper: Eq. (16), App. A."""
     return uniforms.argsort()
 
 
 def unimix(uniforms: Tensor, labels: Tensor, state: MixingState, *, sample_tau: float) -> Tensor:
-    """An image of the batch with probability in proportion to n_y ** sample_tau, with replacement.
+    """Sample an image of the batch with probability proportional to n_y ** sample_tau, with replacement.
 
-    The batch itself goes by n, so a partner's class goes by n ** (1 + sample_tau). Far below 0 the one rarest image of
-    a batch is the partner of nearly all. Source: UniMix's released code, sample_tau = -0.1 on CIFAR-100. Differs: the
-    tau of the paper (Xu et al.) is that of classes among all images, -1: `frequency_power`.
+    Args:
+        sample_tau: exponent. The batch follows n, so the partners' classes follow n ** (1 + sample_tau). Far below 0,
+            the rarest image of a batch is the partner of nearly all images.
+
+    Source: UniMix's released code, sample_tau = -0.1 on CIFAR-100. Differs: tau of the paper (Xu et al.) is -1 and
+    applies to classes among all images: see `frequency_power`.
     """
     weights = state.class_counts[labels].to(torch.float64) ** sample_tau
     return draw_weighted(weights.expand(len(labels), -1), uniforms)
@@ -68,27 +80,29 @@ def unimix(uniforms: Tensor, labels: Tensor, state: MixingState, *, sample_tau: 
 
 
 def confusion(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
-    """A class that the model takes `labels` for. Paper: Algorithm 1, Sec. 4.3."""
+    """Sample a class from the confusions of each label's class. Paper: Algorithm 1, Sec. 4.3."""
     classes, fell_back = draw_confused(state.confusion, labels, uniforms)
     state.num_fallbacks += fell_back.sum()
     return classes
 
 
 def class_uniform(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
-    """Any other class, all alike: the control that keeps class balance and drops confusion."""
+    """Sample any other class uniformly: the control that keeps class balance and ignores confusions."""
     weights = torch.ones(len(labels), len(state.class_counts), dtype=torch.float64, device=labels.device)
     return draw_weighted(weights.scatter_(1, labels[:, None], 0.0), uniforms)
 
 
 def random(uniforms: Tensor, labels: Tensor, state: MixingState) -> Tensor:
-    """The class of a random training image, its own included: the control without balance or confusion."""
+    """Sample the class of a random training image, own class included: the control without class balance."""
     frequencies = state.class_counts.to(torch.float64).expand(len(labels), -1)
     return draw_weighted(frequencies, uniforms)
 
 
 def frequency_power(uniforms: Tensor, labels: Tensor, state: MixingState, *, power: float) -> Tensor:
-    """A class with probability in proportion to n_c ** power, whatever the own one is: 0 draws classes uniformly, -1 by
-    their inverse frequency, 1 as they are.
+    """Sample a class with probability proportional to n_c ** power, whatever the label.
+
+    Args:
+        power: exponent: 0 for uniform classes, -1 for inverse frequency, 1 for the training distribution.
 
     Source: Park et al., CMO, whose released code weights images by n^-1: power = 0; Xu et al., UniMix: power = -1.
     """
@@ -97,11 +111,15 @@ def frequency_power(uniforms: Tensor, labels: Tensor, state: MixingState, *, pow
 
 
 def fixed(uniforms: Tensor, labels: Tensor, state: MixingState, *, pairs: list[list[int]]) -> Tensor:
-    """The class paired with each class beforehand, both ways; classes of no pair are mixed within themselves. `pairs`
-    has class ids two by two. Paper: Sec. 3.1, Fig. 2(d).
+    """Return the class that `pairs` assigns to each label; a class without a pair is mixed with itself.
+
+    Args:
+        pairs: pairs of class ids; each pair counts in both directions.
+
+    Paper: Sec. 3.1, Fig. 2(d).
     """
     partner = labels
-    for a, b in pairs:  # numbers in where() stay with the operation; assigned to an element, torch 2.14 sends them over
+    for a, b in pairs:  # where(): torch 2.14 would copy numbers that are assigned to elements from the host
         partner = torch.where(labels == a, b, torch.where(labels == b, a, partner))
     return partner
 
@@ -119,15 +137,16 @@ def transport(
     feature_weight: Fraction = 0.05,
     regularisation: Positive = 0.01,
 ) -> Tensor:
-    """The image that optimal transport sends each partner to: argmax_j T_kj of the entropic plan between partners k and
-    images j, at cost w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(j's class | k's class)), w the feature_weight, P the rows
-    of the confusions.
+    """Match partners k to images j by optimal transport: argmax_j T_kj of the entropic transport plan T.
+
+    The cost is w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(class of j | class of k)), P the normalised rows of K.
 
     Args:
-        regularisation: of the entropy.
+        feature_weight: w, share of the feature distance in the cost.
+        regularisation: weight of the entropy.
 
-    Source: Gao et al., OTmix. Differs: features are pooled, in eval mode and without a gradient; the
-    released CIFAR code takes them before the pool in train mode, which moves batch norm's statistics twice more a step.
+    Source: Gao et al., OTmix. Differs: here features are pooled, in eval mode and without gradient. The released CIFAR
+    code takes them before the pooling in train mode, which updates batch norm's statistics two more times per step.
     """
     import ot
 
@@ -136,7 +155,7 @@ def transport(
     confused = (rows / rows.sum(1, keepdim=True).clamp(min=1e-12))[:, y1]
     cost = feature_weight * (1 - f2 @ f1.t()) + (1 - feature_weight) * (1 - confused)
     even = torch.full((len(y1),), 1 / len(y1), dtype=cost.dtype, device=cost.device)
-    # In the logarithmic domain: at a cost of 1 and a regularisation of 0.01, exp(-100) is 0 in float32.
+    # Logarithmic domain, because exp(-cost / regularisation) = exp(-100) underflows in float32.
     plan = ot.sinkhorn(even, even, cost, regularisation, method="sinkhorn_log", stopThr=1e-6, warn=False)
     return torch.as_tensor(plan).argmax(1)
 
@@ -145,14 +164,14 @@ def transport(
 
 
 def beta(drawn: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
-    """lambda ~ Beta(alpha, alpha). Paper: Sec. 2.2."""
+    """Return lambda ~ Beta(alpha, alpha), the draws themselves. Paper: Sec. 2.2."""
     return drawn
 
 
 def unimix_ratio(drawn: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
-    """lambda ~ Beta(alpha, alpha) shifted by n2 / (n1 + n2), round the circle: for alpha < 1 most often near that.
+    """Return (drawn + n2 / (n1 + n2)) mod 1; for alpha < 1 most values lie near n2 / (n1 + n2).
 
-    Source: Xu et al., UniMix; wants `per_sample = true`.
+    Source: Xu et al., UniMix. Requires `per_sample = true`.
     """
     return (drawn + n2.to(torch.float64) / (n1 + n2)) % 1.0
 
@@ -161,16 +180,18 @@ def unimix_ratio(drawn: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
 
 
 def linear(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """lambda x1 + (1 - lambda) x2. Paper: Eq. (7)."""
+    """Return lambda x1 + (1 - lambda) x2. Paper: Eq. (7)."""
     weight = lam.to(x1.dtype).view(-1, *[1] * (x1.dim() - 1))
     return weight * x1 + (1 - weight) * x2, lam
 
 
 def box(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """x1 with a box of x2 pasted in, of sides sqrt(1 - lambda) those of the image, its centre anywhere and what sticks
-    out cut off; lambda is counted again as the share of x1 that is left. V = 2: the centre.
+    """Paste a box of x2 into x1; the resulting lambda is the remaining area share of x1.
 
-    Source: Yun et al., CutMix, and its code, which cuts the sides down to whole and even pixels.
+    The box has sqrt(1 - lambda) of the image's height and width, rounded down to even pixels. Its centre is uniform
+    over the image (V = 2); parts outside the image are cut off.
+
+    Source: Yun et al., CutMix, and its code.
     """
     edges = []
     for axis, length in enumerate(x1.shape[2:]):
@@ -186,22 +207,28 @@ def box(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, 
 
 
 def same_ratio(lam: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
-    """lambda_y = lambda: the labels of vanilla mixup. Paper: Eq. (3)."""
+    """Return lambda_y = lambda, the labels of vanilla mixup. Paper: Eq. (3)."""
     return lam.expand(len(n1))
 
 
 def imbalance_aware(lam: Tensor, n1: Tensor, n2: Tensor, *, t: Fraction) -> Tensor:
-    """lambda_y = t lambda + (1 - t) n2 / (n1 + n2): leans to the rarer class. Paper: Eq. (9).
+    """Return lambda_y = t lambda + (1 - t) n2 / (n1 + n2), which favours the rarer class. Paper: Eq. (9).
 
-    Swapping the pair and taking 1 - lambda gives the same target; t = 1 is vanilla mixup.
+    Args:
+        t: weight of lambda; 1 is vanilla mixup. Swapping the pair and lambda with 1 - lambda gives the same label.
     """
     rarity = n2.to(torch.float64) / (n1 + n2)
     return t * lam + (1 - t) * rarity
 
 
 def remix(lam: Tensor, n1: Tensor, n2: Tensor, *, min_ratio: AtLeastOne = 3.0, threshold: Fraction = 0.5) -> Tensor:
-    """The rarer class alone where the counts differ by min_ratio or more and lambda of the commoner one is below the
-    threshold; else lambda. Source: Chou et al., Remix: kappa and tau.
+    """Label with only the rarer class if the pair is imbalanced and the more frequent class has a small share.
+
+    Args:
+        min_ratio: least ratio of the two class counts for the rule to apply; kappa of the paper.
+        threshold: share of the more frequent class below which it applies; tau of the paper.
+
+    Otherwise lambda_y = lambda. Source: Chou et al., Remix.
     """
     lam = lam.expand(len(n1))
     to_second = (n1 >= min_ratio * n2) & (lam < threshold)
@@ -221,11 +248,11 @@ MATCHES: dict[str, Callable[..., Tensor]] = {"transport": transport}
 RATIOS: dict[str, Callable[..., Tensor]] = {"beta": beta, "unimix": unimix_ratio}
 MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": linear, "box": box}
 MIX_UNIFORMS = {"linear": 0, "box": 2}
-"""V, the uniforms that a mix takes."""
+"""V: random numbers per image that a mix uses."""
 LABELS: dict[str, Callable[..., Any]] = {"lambda": same_ratio, "imbalance-aware": imbalance_aware, "remix": remix}
 NEEDS: dict[Callable[..., Any], Needs] = {
     fixed: Needs(class_pairs="pairs"),
     transport: Needs(package="ot", extra="transport"),
     box: Needs(images=True),
 }
-"""Function -> what it needs beside its parameters."""
+"""Function -> its requirements beyond its own parameters."""

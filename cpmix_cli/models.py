@@ -1,10 +1,11 @@
 """Networks: add one here.
 
-A network has `features(x) -> [B, D]` and a linear `head`; called, it gives raw logits [B, C]. One of several experts
-has a head for each, on features [B, E D] that stand side by side: `expert_logits(x)` are [E, B, C], E = 1 for a plain
-network, and the logits are their mean. A builder takes the number of classes, the shape of one image (H, W, channels)
-or point (2,), and [model]; it raises ValueError for what it cannot do. Which head stands on it is [model] head's
-business: see build_model().
+A network has `features(x) -> [B, D]` and a linear `head`; a call returns raw logits [B, C]. A network of E experts has
+one head per expert on concatenated features [B, E D]. `expert_logits(x)` returns [E, B, C], with E = 1 for a plain
+network, and the logits are their mean.
+
+A builder in MODELS takes the number of classes, the shape of one sample and the [model] table. It raises ValueError for
+what it does not support. build_model() replaces the linear head if `model.head` says so.
 """
 
 import itertools
@@ -23,13 +24,13 @@ from cpmix_cli.recipe.schema import Finetune, Model
 
 
 class Classifier(nn.Module):
-    """Features and a head; subclasses define features() and begin with a linear head."""
+    """Features and a head. A subclass defines features() and creates a linear head."""
 
     head: nn.Module
     routers: "Routers | None"
-    """Of several experts: which images want the next one; see change_head()."""
+    """Routers of a network with several experts, see change_head(); None without."""
     frozen: tuple[str, ...]
-    """Modules that are never trained; see within()."""
+    """Names of modules and parameters that are never trained; see within()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Classifier(nn.Module):
         self.frozen = ()
 
     def train(self, mode: bool = True) -> Self:
-        """As any module's, but that what is frozen stays in eval mode: its batch norm keeps its statistics."""
+        """Set training mode, but keep frozen modules in eval mode so that their batch norm keeps its statistics."""
         super().train(mode)
         for name, module in self.named_modules():
             if within(name, self.frozen):
@@ -45,27 +46,27 @@ class Classifier(nn.Module):
         return self
 
     def places_of(self, name: str) -> list[str]:
-        """Which tensors of the network a published one is for."""
+        """Return the tensors of this network that start from the published tensor `name`."""
         return [name]
 
     def features(self, x: Tensor) -> Tensor:
-        """Inputs -> [B, D]; of experts [B, E D]."""
+        """Compute features: inputs [B, ...] -> [B, D], or [B, E D] with experts."""
         raise NotImplementedError
 
     def expert_logits(self, x: Tensor) -> Tensor:
-        """Inputs -> raw logits of each expert [E, B, C]."""
+        """Compute raw logits of each expert: inputs [B, ...] -> [E, B, C]."""
         logits: Tensor = self.head(self.features(x))
         return logits if isinstance(self.head, ExpertHeads) else logits[None]
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs -> raw logits of each expert [E, B, C], and the routers' [E - 1, B], which move nothing but these."""
+        """Compute logits of experts [E, B, C] and routers [E - 1, B]; the routers' gradient stops at their inputs."""
         assert self.routers is not None
         features = self.features(x)
         logits: Tensor = self.head(features)
         return logits, self.routers(features.detach(), logits.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs -> raw logits [B, C], the mean over the experts."""
+        """Compute raw logits, the mean over the experts: inputs [B, ...] -> [B, C]."""
         return self.expert_logits(x).mean(0)
 
     @property
@@ -74,7 +75,7 @@ class Classifier(nn.Module):
         return list(self.head) if isinstance(self.head, ExpertHeads) else [self.head]
 
     def replace_heads(self, make: Callable[[nn.Linear], nn.Module]) -> None:
-        """Put another head in the place of each linear one."""
+        """Replace each linear head by make(head)."""
         made = []
         for head in self.heads:
             assert isinstance(head, nn.Linear)
@@ -83,20 +84,20 @@ class Classifier(nn.Module):
 
 
 def within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter or module is one of these, or lies in one: layer3.1 holds layer3.1.conv1, not layer3.10."""
+    """Return whether `name` is or lies in one of the modules: layer3.1 contains layer3.1.conv1, but not layer3.10."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 class ExpertHeads(nn.ModuleList):
-    """A head for each expert."""
+    """One head per expert."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, E D] -> [E, B, C]."""
+        """Apply each head to its features: [B, E D] -> [E, B, C]."""
         return torch.stack([head(own) for head, own in zip(self, features.chunk(len(self), 1), strict=True)])
 
 
 class CosineHead(nn.Module):
-    """scale cos(f, w_c), without bias. Source: LDAM-DRW's NormedLinear, which leaves the scale to the loss."""
+    """Cosine head: logit c = scale * cos(f, w_c). Source: LDAM-DRW's NormedLinear, which scales in the loss."""
 
     def __init__(self, num_features: int, num_classes: int, scale: float) -> None:
         super().__init__()
@@ -104,14 +105,14 @@ class CosineHead(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C], in the weight's precision: bf16 would round a cosine near 1 to two digits."""
+        """Compute logits [B, D] -> [B, C] in the weight's precision: bf16 rounds cosines near 1 to two digits."""
         with torch.autocast(features.device.type, enabled=False):
             directions = F.normalize(features.to(self.weight.dtype), dim=1)
             return self.scale * F.linear(directions, F.normalize(self.weight, dim=1))
 
 
 class ScaledHead(nn.Linear):
-    """s_c (w_c f + b_c) with a learnable scale a class, 1 at first. Source: LWS of Kang et al., Decoupling."""
+    """Linear head times a learnable scale per class, initially 1. Source: LWS of Kang et al., Decoupling."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__(head.in_features, head.out_features)
@@ -119,13 +120,15 @@ class ScaledHead(nn.Linear):
         self.scale = nn.Parameter(torch.ones_like(head.bias))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C]."""
+        """Compute s_c (w_c f + b_c): [B, D] -> [B, C]."""
         return self.scale * super().forward(features)
 
 
 class Routers(nn.Module):
-    """After each expert but the last: does this image want the next one? A logit, from the largest logits of the
-    experts so far and 16 units over the expert's direction of features.
+    """Binary classifiers after each expert but the last: whether an image continues to the next expert.
+
+    The inputs of router k are the largest mean logits of experts 0 to k, and NUM_UNITS ReLU units on the normalised
+    features of expert k.
 
     Source: Wang et al., RIDE, Sec. 3.4 and its code.
     """
@@ -139,7 +142,7 @@ class Routers(nn.Module):
         self.decide = nn.Linear(self.top + self.NUM_UNITS, 1)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
-        """[B, E D] and [E, B, C] -> [E - 1, B]."""
+        """Compute the routers' logits: features [B, E D], logits [E, B, C] -> [E - 1, B]."""
         found = []
         for k, part in enumerate(features.chunk(len(self.units) + 1, 1)[:-1]):
             largest = logits[: k + 1].mean(0).topk(self.top, 1).values
@@ -149,7 +152,7 @@ class Routers(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with the parameter-free shortcut A: every second pixel, channels padded with zeros."""
+    """Two 3 x 3 convolutions with shortcut A, which has no parameters: strided pixels, zero-padded channels."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -161,8 +164,8 @@ class BasicBlock(nn.Module):
         self.padding = (num_out - num_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, num_in, H, W] -> [B, num_out, H / stride, W / stride]."""
-        # In place where the backward pass does not look: a quarter less memory, and less of it to go through.
+        """Compute [B, num_in, H, W] -> [B, num_out, H / stride, W / stride]."""
+        # In place where the backward pass does not need the input: saves a quarter of the memory, and time.
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.padding:
@@ -172,9 +175,9 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(Classifier):
-    """ResNet of the CIFAR papers: a 3 x 3 stem, three stages of basic blocks at 1, 2, 4 times the width, average pool.
+    """ResNet of the CIFAR papers: 3 x 3 stem, three stages of basic blocks at 1, 2 and 4 times the width, average pool.
 
-    ResNet-32 is 5 blocks a stage at width 16: 470,004 parameters for 100 classes of RGB images.
+    ResNet-32 has 5 blocks per stage and width 16: 470,004 parameters for 100 classes of RGB images.
     Source: He et al., Sec. 4.2; as in LDAM-DRW.
     """
 
@@ -186,13 +189,13 @@ class CifarResNet(Classifier):
         self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, 4 width]."""
+        """Compute features: [B, channels, H, W] -> [B, 4 * width]."""
         out: Tensor = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return out.mean((2, 3))
 
 
 def _basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list[BasicBlock]:
-    """The blocks of stages from `first` on, widths[0] channels coming in; all but stage 0 halve height and width."""
+    """Make the blocks of stages `first`, `first` + 1, ...; widths[0] are the input channels. Stage 0 has stride 1."""
     made = []
     for number, num_out in enumerate(widths[1:]):
         for block in range(blocks):
@@ -202,24 +205,24 @@ def _basic_stages(widths: Sequence[int], blocks: int, *, first: int = 0) -> list
 
 
 class Experts(nn.ModuleList):
-    """Experts one after the other, on the same maps; detached, only the first one's gradient goes back into them."""
+    """Experts on the same feature maps; if detached, only the first expert's gradient reaches the shared stages."""
 
     def __init__(self, experts: Iterable[nn.Module], *, detached: bool) -> None:
         super().__init__(experts)
         self.detached = detached
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, E D, H', W']."""
+        """Concatenate the experts' outputs: [B, channels, H, W] -> [B, E D, H', W']."""
         first, *later = self
         others = x.detach() if self.detached else x
         return torch.cat([first(x), *(expert(others) for expert in later)], 1)
 
 
 class CifarExperts(Classifier):
-    """A CifarResNet whose later stages and head each expert has for itself, narrower by [model] expert_width.
+    """A CifarResNet with separate later stages and heads per expert, narrowed by `model.expert_width`.
 
-    Of ResNet-32 with one shared stage and 3 / 4 of the width, three experts have 783,856 parameters at 100 classes
-    under cosine heads, six 1,543,888.
+    ResNet-32 with one shared stage, 3 / 4 of the width, 100 classes and cosine heads has 783,856 parameters with three
+    experts and 1,543,888 with six.
     Source: Wang et al., RIDE, and its code.
     """
 
@@ -242,13 +245,13 @@ class CifarExperts(Classifier):
         self.head = ExpertHeads(nn.Linear(own[-1], num_classes) for _ in range(experts))
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] -> [B, E D]."""
+        """Compute features: [B, channels, H, W] -> [B, E D]."""
         out: Tensor = self.experts(self.shared(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         return out.mean((2, 3))
 
 
 class PointNet(Classifier):
-    """One hidden layer of ReLU units over points of the plane. Paper: B.1 (100 units)."""
+    """One hidden layer of ReLU units on 2-D points. Paper: B.1 (100 units)."""
 
     def __init__(self, num_classes: int, num_inputs: int, num_hidden: int) -> None:
         super().__init__()
@@ -256,12 +259,12 @@ class PointNet(Classifier):
         self.head = nn.Linear(num_hidden, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, num_inputs] -> [B, num_hidden]."""
+        """Compute features: [B, num_inputs] -> [B, num_hidden]."""
         return F.relu(self.hidden(x))
 
 
 class ImageNetResNet(Classifier):
-    """torchvision's ResNet with its own parameter names, so that its published weights fit; its `fc` is our `head`."""
+    """torchvision's ResNet under its parameter names, which published weights use; only `fc` is called `head`."""
 
     def __init__(self, name: str, num_classes: int) -> None:
         super().__init__()
@@ -272,7 +275,7 @@ class ImageNetResNet(Classifier):
         self.head = nn.Linear(network.fc.in_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D]; a feature map has 1 / 32 of the height and width."""
+        """Compute features: [B, 3, H, W] -> [B, D], the mean of maps of H / 32 x W / 32."""
         for child, module in self.named_children():
             if child != "head":
                 x = module(x)
@@ -280,10 +283,10 @@ class ImageNetResNet(Classifier):
 
 
 class ImageNetExperts(Classifier):
-    """torchvision's ResNet whose later stages and head each expert has for itself, narrower by [model] expert_width.
+    """torchvision's ResNet with separate later stages and heads per expert, narrowed by `model.expert_width`.
 
-    Source: Wang et al., RIDE, and its code: of ResNet-50 the experts have 192 and 384 planes for 256 and 512, and
-    features of 1,536.
+    Source: Wang et al., RIDE, and its code: experts of ResNet-50 have 192 and 384 planes instead of 256 and 512, and
+    1,536 features.
     """
 
     def __init__(self, name: str, num_classes: int, recipe: Model) -> None:
@@ -299,36 +302,36 @@ class ImageNetExperts(Classifier):
         lengths = [len(stage) for stage in stages[shared:]]
 
         def branch() -> nn.Sequential:
-            network.inplanes = planes[shared - 1] * block.expansion  # of torchvision's, which each stage moves on
+            network.inplanes = (
+                planes[shared - 1] * block.expansion
+            )  # input channels; torchvision's _make_layer() updates them
             made = (network._make_layer(block, *stage, stride=2) for stage in zip(own, lengths, strict=True))
             return nn.Sequential(*itertools.chain.from_iterable(made))
 
         self.experts = Experts((branch() for _ in range(experts)), detached=recipe.detached_experts)
         self.head = ExpertHeads(nn.Linear(own[-1] * block.expansion, num_classes) for _ in range(experts))
-        # torchvision's modules -> those here; a block of an expert's own stages is there once for each.
+        # Module of torchvision -> modules here; a block of a separate stage exists once per expert.
         self._places = {"conv1": ["shared.0"], "bn1": ["shared.1"]}
         self._places |= {f"layer{n}": [f"shared.{n + 3}"] for n in range(1, shared + 1)}
         blocks = [f"layer{n}.{b}" for n, length in enumerate(lengths, shared + 1) for b in range(length)]
         self._places |= {block: [f"experts.{e}.{i}" for e in range(experts)] for i, block in enumerate(blocks)}
 
     def places_of(self, name: str) -> list[str]:
-        """One of torchvision's is for what is shared, or for each expert."""
+        """Return the shared tensor, or one tensor per expert, that starts from torchvision's tensor `name`."""
         for module, places in self._places.items():
             if name.startswith(f"{module}."):
                 return [place + name.removeprefix(module) for place in places]
         return [name]
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, E D]."""
+        """Compute features: [B, 3, H, W] -> [B, E D]."""
         out: Tensor = self.experts(self.shared(x))
         return out.mean((2, 3))
 
 
 def _torchvision_resnet(name: str) -> Any:
-    """torchvision's network of that name, with torch's own initial weights. ResNet-10, which it has not, is ResNet-18
-    with one block a stage.
-    """
-    from torchvision.models import resnet  # a second of import that other networks do not need
+    """Make torchvision's network of that name. ResNet-10, which it lacks, is ResNet-18 with one block per stage."""
+    from torchvision.models import resnet  # imported here: it takes a second, and other networks do not need it
 
     if name == "resnet10":
         return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
@@ -336,8 +339,10 @@ def _torchvision_resnet(name: str) -> Any:
 
 
 def _initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw every convolution and linear layer anew, in the order of the modules: Kaiming-normal weights (fan in, gain
-    sqrt 2), linear biases as PyTorch draws them; the vectors of a cosine head uniform on the cube, then of length 1.
+    """Initialise convolutions, linear layers and cosine heads in the order of the modules.
+
+    Weights are Kaiming-normal (fan in, gain sqrt 2) and linear biases PyTorch's default. Class vectors of a cosine head
+    are uniform in the cube, then normalised.
     """
     with torch.no_grad():
         for module in model.modules():
@@ -352,8 +357,16 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, blocks: int) -> Classifier:
-    """A ResNet of the CIFAR papers, of width 16, with so many blocks in a stage; of several experts where [model] has
-    them.
+    """Build a ResNet of the CIFAR papers of width 16, with `model.experts` experts.
+
+    Args:
+        num_classes: C.
+        shape: (H, W, channels) of an image.
+        recipe: table [model].
+        blocks: basic blocks per stage.
+
+    Raises:
+        ValueError: the samples are points, or the experts' keys do not fit the network.
     """
     if len(shape) != 3:
         raise ValueError(f"takes images, the data set has samples of shape {tuple(shape)}")
@@ -363,10 +376,20 @@ def cifar_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, block
 
 
 def imagenet_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, name: str) -> Classifier:
-    """One of torchvision's ResNets (stride in the 3 x 3 convolution); of several experts where [model] has them."""
+    """Build one of torchvision's ResNets (stride in the 3 x 3 convolution), with `model.experts` experts.
+
+    Args:
+        num_classes: C.
+        shape: (H, W, 3) of an image, more than 32 pixels in height and width.
+        recipe: table [model].
+        name: name of the network in torchvision, or "resnet10".
+
+    Raises:
+        ValueError: the samples have another shape, or the experts' keys do not fit the network.
+    """
     if recipe.experts > 1 and name.startswith("resnext"):
         raise ValueError(f"model.experts = {recipe.experts}: the groups of its convolutions have no narrower version")
-    # At 32 pixels the last map is a single one, and batch norm cannot train on a last batch of one image.
+    # At 32 pixels the last feature map has one pixel, so batch norm fails on a last batch of one image.
     if len(shape) != 3 or shape[-1] != 3 or min(shape[:2]) <= 32:
         raise ValueError(
             f"takes RGB images of more than 32 x 32 pixels, the data set has samples of shape {tuple(shape)}"
@@ -377,7 +400,16 @@ def imagenet_resnet(num_classes: int, shape: Sequence[int], recipe: Model, *, na
 
 
 def one_hidden_layer(num_classes: int, shape: Sequence[int], recipe: Model) -> Classifier:
-    """100 hidden units over 2-D points. Paper: B.1."""
+    """Build a network of 100 hidden units for points. Paper: B.1.
+
+    Args:
+        num_classes: C.
+        shape: (number of coordinates,) of a point.
+        recipe: table [model].
+
+    Raises:
+        ValueError: the samples are images, or the recipe has several experts.
+    """
     if len(shape) != 1:
         raise ValueError(f"takes points, the data set has samples of shape {tuple(shape)}")
     if recipe.experts > 1:
@@ -400,13 +432,17 @@ MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
 
 
 def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
-    """Copy given weights into all of a network but its head, whose classes are others.
+    """Copy pretrained weights into a network, in place, except the head. Return the number of copied tensors.
 
-    `head.*` and torchvision's `fc.*` are left aside, and counters of batch norm may be missing. Experts of full width
-    all start from the same stages. Returns how many tensors were taken; `path` is for the message.
+    Experts of full width all start from the same weights.
+
+    Args:
+        model: the network.
+        tensors: name -> tensor. `head.*` and torchvision's `fc.*` are ignored; batch-norm counters may be missing.
+        path: file of the tensors, for messages.
 
     Raises:
-        InputError: with every tensor that is missing, unknown, of another shape or kind of number, or not finite.
+        InputError: tensors are missing, unknown, of another shape or dtype, or not finite; lists all of them.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
     body = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
@@ -420,10 +456,16 @@ def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) 
 
 
 def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
-    """The network of [model] for samples of shape (H, W, channels) or (2,), its weights drawn from `generator`.
+    """Build and initialise the network of a recipe.
+
+    Args:
+        recipe: table [model].
+        num_classes: C.
+        shape: shape of a sample: (H, W, channels) or (2,).
+        generator: source of the random weights.
 
     Raises:
-        ValueError: the network cannot take such samples.
+        ValueError: the network does not support such samples or keys.
     """
     model = MODELS[recipe.name](num_classes, shape, recipe)
     if recipe.head == "cosine":
@@ -440,7 +482,14 @@ def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator
 
 
 def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator: torch.Generator) -> None:
-    """Make a trained network's head the one that the finetune starts from, as `finetune.head` says, in place."""
+    """Prepare the head of a trained network for the finetune, in place, by `finetune.head`.
+
+    Args:
+        model: the trained network.
+        recipe: table [finetune].
+        num_classes: C.
+        generator: source of random weights for a new head or routers.
+    """
     if recipe.head == "reinit":
         _initialise(model.head, generator)
     elif recipe.head == "scale":
@@ -457,5 +506,6 @@ PUBLISHED_WEIGHTS = {
     "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
     "resnet152-394f9c45.pth": "394f9c45966e3651a89bbb78a48410a6755854ce4a5ab64927cf1c7247f85e58",
 }
-"""sha256 of torchvision's files that recipes name: its IMAGENET1K_V1 of ResNet-50 and -152. It publishes the first 8
-digits, in the names; the others are as several projects that download these files have pinned them."""
+"""File name -> SHA-256 of torchvision's weights that recipes name: IMAGENET1K_V1 of ResNet-50 and ResNet-152.
+
+torchvision publishes the first 8 digits in the name. The other digits are those that several projects pin."""
