@@ -1,7 +1,7 @@
-"""Pictures, tables and pages of confusion-report, figure and compare; pure functions of arrays and text."""
+"""Figures and page of confusion-report, and the paper's figures: pure functions of arrays and text."""
 
 import logging
 
-# Before matplotlib is imported: it warns of a home it cannot write its font cache to (it takes a temporary folder), and
-# once a font of a cache that another, deleted environment left. Neither changes a picture.
+# Before matplotlib is imported. It warns if the home folder is not writable (it uses a temporary folder instead), or if
+# the font cache names fonts of a deleted environment. Neither changes a figure.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

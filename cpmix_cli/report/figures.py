@@ -1,9 +1,15 @@
-"""The panels that figures are made of, and the figures of confusion-report; paper_figures.py has the paper's.
+"""Panels of figures, and the figures of confusion-report; paper_figures.py has the paper's.
 
-Everywhere `matrix` has the test images of true class (row) predicted as (column) [C, C], `class_counts` the training
-images [C], `class_names` C names, and `axes` is where to draw. Classes stand in the order of their training images,
-most first. The colour map is viridis reversed (perceptually uniform, colour-blind safe); a cell without images is
-white, so zero differs from little. Equal arrays give equal bytes.
+Args of all functions:
+    axes: matplotlib Axes to draw on.
+    matrix: test images of true class (row) predicted as class (column) [C, C].
+    class_names: C names.
+    class_counts: training images per class [C].
+    title: title of the figure.
+
+Classes are drawn in descending order of their training images. The colour map is viridis reversed (perceptually
+uniform, colour-blind safe); cells without images are white, so that zero differs from small values. Equal arrays give
+equal bytes.
 """
 
 import io
@@ -27,29 +33,34 @@ from cpmix_cli.runtime import console
 Array = NDArray[Any]
 Kind = Literal["png", "svg", "pdf"]
 
-matplotlib.rcParams["text.parse_math"] = False  # names of classes are no formulas
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name starts no formula
 
-MAX_NUMBERS = 12  # classes of a matrix whose cells carry numbers
+MAX_NUMBERS = 12
+"""Largest number of classes of a matrix with numbers in its cells."""
 _MAX_NAMES = 150
-_MAX_CELLS = 1000  # a side: more than a picture has pixels for
+_MAX_CELLS = 1000  # per side; more cells than pixels
 _MAX_BINS = 60
 _NUM_GROUPS = 10
 _COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
-"""White, and not see-through: PDF viewers draw dark seams between cells that are and cells that are not."""
+"""Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
-# Metadata that would not be the same in equal pictures
+# Metadata that differs between equal figures
 _CHANGING: dict[Kind, str] = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
 
 
 def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
-    """A Figure as the bytes of a file; a PDF carries its fonts (TrueType), an SVG its letters as outlines. In both, dpi
-    is that of matrices and clouds of points alone.
+    """Encode a Figure as a file. PDFs embed TrueType fonts; SVGs draw text as outlines.
+
+    Args:
+        figure: the Figure; its layout is fixed by the first call.
+        kind: file format.
+        dpi: resolution of a PNG. In PDF and SVG, only of matrices and point clouds.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # see warn_of_boxes()
-        if figure.get_layout_engine() is not None:  # once: laid out again for each kind, it would move a little
-            for _ in range(2):  # axes that the first laid out smaller may have other ticks, with labels of other sizes
+        if figure.get_layout_engine() is not None:  # only once: a second layout for the next kind would move items
+            for _ in range(2):  # the first pass may shrink axes, which changes their ticks and the size of labels
                 figure.draw_without_rendering()
             figure.set_layout_engine("none")
         figure.savefig(buffer, format=kind, dpi=dpi, metadata={_CHANGING[kind]: None})
@@ -57,7 +68,7 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
 
 
 def warn_of_boxes(class_names: Sequence[str]) -> None:
-    """Say which names will not be legible in pictures."""
+    """Warn of class names with letters that the figures' font lacks."""
     known = get_font(findfont(FontProperties())).get_charmap()
     if lacking := [name for name in class_names if any(ord(letter) not in known for letter in name)]:
         console.warn(
@@ -69,55 +80,55 @@ def warn_of_boxes(class_names: Sequence[str]) -> None:
 
 
 def by_count(class_counts: Array) -> Array:
-    """Class ids, most training images first, ties by id."""
+    """Return class ids in descending order of training images, ties by id: [C] -> [C]."""
     return np.argsort(-class_counts, kind="stable")
 
 
 def consolidated(matrix: Array, class_counts: Array) -> Array:
-    """Test images summed over ten groups of neighbouring classes [G, G]."""
+    """Sum test images over ten groups of neighbouring classes: [C, C] -> [G, G], G = min(10, C)."""
     parts, _ = _neighbours(class_counts)
     return np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
 
 
 def _neighbours(class_counts: Array) -> tuple[list[Array], list[str]]:
-    """Class ids in (nearly) equal groups, at most one a class, and the training images of each: "500 to 310"."""
+    """Return class ids in up to ten nearly equal groups, and each group's training images such as "500 to 310"."""
     parts = np.array_split(by_count(class_counts), min(_NUM_GROUPS, len(class_counts)))
     ends = [(class_counts[part[0]], class_counts[part[-1]]) for part in parts]
     return parts, [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
 
 
 def row_percent(matrix: Array) -> Array:
-    """Per cent of each true class's test images [C, C]; 0 for a class without."""
+    """Convert counts to per cent of each row [C, C]; 0 in rows without test images."""
     percent: Array = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     return percent
 
 
 def percent_right(matrix: Array) -> Array:
-    """Per cent of each class's test images that are right [C]; NaN where it has none."""
+    """Return the accuracy per class in per cent [C]; NaN for a class without test images."""
     with np.errstate(invalid="ignore"):
         percent: Array = matrix.diagonal() / matrix.sum(1) * 100
     return percent
 
 
 def count_norm(*cells: Array) -> LogNorm:
-    """Colours of counts of images on a logarithmic scale, the same for several matrices."""
-    return LogNorm(vmin=1, vmax=max(10, *(c.max() for c in cells)))  # from one image on: the same in every picture
+    """Return a logarithmic colour scale for counts that covers all the given matrices."""
+    return LogNorm(vmin=1, vmax=max(10, *(c.max() for c in cells)))  # starts at one image in every figure
 
 
 def _largest_of_blocks(values: Array, block: int) -> Array:
-    """The largest value of each block of cells; a mean would fade single ones, which are most of a large matrix."""
+    """Return the largest value per block of cells; a mean would fade isolated cells, which dominate large matrices."""
     rows, columns = (np.arange(0, size, block) for size in values.shape)
     largest: Array = np.maximum.reduceat(np.maximum.reduceat(values, rows, axis=0), columns, axis=1)
     return largest
 
 
 def whole_percent(value: float) -> str:
-    """What stands in a cell: nothing at zero, <1 below one."""
+    """Format a percentage for a cell: nothing for zero, <1 below one."""
     return f"{value:.0f}" if value >= 1 else "<1" if value > 0 else ""
 
 
 def turn(names: Sequence[str]) -> int:
-    """Degrees by which names below an axis are turned, so that they do not run into each other."""
+    """Return the rotation of names below an axis in degrees: 90 if any has more than three letters."""
     return 90 if max(map(len, names), default=0) > 3 else 0
 
 
@@ -132,16 +143,17 @@ def draw_matrix(
     fontsize: float = 9,
     what: str = "class",
 ) -> AxesImage:
-    """Coloured cells, zero ones white; of a matrix too large for that, blocks in the colour of their largest value.
+    """Draw a matrix as coloured cells, zeros white. Matrices over 1,000 cells per side show blocks' largest values.
 
     Args:
-        matrix: of true classes (rows) and predicted ones (columns), or of groups of them, in their order.
-        names: tick -> label, on both axes.
-        number: value -> what stands in its cell; None: nothing.
-        norm: value -> colour; None: of 0 to 100 per cent, on a square-root scale.
-        transposed: true classes along x, as in the paper; else along y.
-        fontsize: of the numbers, in points.
-        what: a row is.
+        axes: Axes to draw on.
+        matrix: values of true (rows) and predicted (columns) classes or groups, in their order.
+        names: tick position -> label, on both axes.
+        number: formats the value in a cell; None: no numbers.
+        norm: value -> colour; None: 0 to 100 per cent on a square-root scale.
+        transposed: draw true classes along x, as in the paper; else along y.
+        fontsize: size of the numbers in points.
+        what: noun of the axis labels, such as "class".
     """
     values = matrix.T if transposed else matrix
     norm = norm or PowerNorm(0.5, vmin=0, vmax=100)
@@ -166,8 +178,15 @@ def draw_matrix(
 def draw_grouped(
     axes: Axes, matrix: Array, class_counts: Array, norm: Normalize | None = None, *, transposed: bool, fontsize: float
 ) -> AxesImage:
-    """The matrix in ten groups of neighbouring classes, with the number of test images in each cell; as draw_matrix(),
-    without a norm by count_norm() of these cells.
+    """Draw the matrix of ten groups of neighbouring classes, with test images as numbers.
+
+    Args:
+        axes: Axes to draw on.
+        matrix: test images [C, C].
+        class_counts: training images [C].
+        norm: value -> colour; None: count_norm() of the grouped matrix.
+        transposed: draw true classes along x; else along y.
+        fontsize: size of the numbers in points.
     """
     cells = consolidated(matrix, class_counts)
     _, labels = _neighbours(class_counts)
@@ -176,7 +195,14 @@ def draw_grouped(
 
 
 def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
-    """The colour bar of count_norm()."""
+    """Draw the colour bar of an image with count_norm().
+
+    Args:
+        figure: Figure of the axes.
+        image: image whose colours are explained.
+        axes: Axes that give room to the bar.
+        place: other arguments of Figure.colorbar().
+    """
     bar = figure.colorbar(image, ax=axes, ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.0f}", **place)
     bar.minorticks_off()
     bar.set_label("test images (white: none)")
@@ -185,9 +211,13 @@ def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes],
 def draw_accuracies(
     axes: Axes, class_names: Sequence[str], class_counts: Array, lines: Sequence[tuple[Array, dict[str, Any]]]
 ) -> None:
-    """Mean accuracies of ten groups of neighbouring classes, before bars of their mean number of training images.
+    """Draw mean accuracies of ten groups of neighbouring classes over bars of their mean training images.
 
-    A line is per cent [C], NaN where a class has no test image, and its style. Up to ten classes are named.
+    Args:
+        axes: Axes to draw on.
+        class_names: C names; shown for up to ten classes.
+        class_counts: training images [C].
+        lines: accuracy per class in per cent [C] (NaN: no test images) and line style of each line.
     """
     parts, labels = _neighbours(class_counts)
     place = np.arange(len(parts))
@@ -209,16 +239,22 @@ def draw_accuracies(
 
 
 def confusion_values(matrix: Array) -> Array:
-    """Per cent of the true class's test images taken for the other class, of each ordered pair [C * (C - 1)]."""
+    """Return per cent of the true class's test images predicted as the other class, per ordered pair [C (C - 1)]."""
     return row_percent(matrix)[~np.eye(len(matrix), dtype=bool)]
 
 
 def draw_histograms(axes: Axes, matrices: Sequence[Array], styles: Sequence[dict[str, Any]]) -> None:
-    """How many ordered pairs of classes have which confusion value, per matrix and its style of bars; zeros undrawn."""
+    """Draw histograms of confusion values above zero, one per matrix.
+
+    Args:
+        axes: Axes to draw on.
+        matrices: test images [C, C] each.
+        styles: bar style of each matrix.
+    """
     values = [confusion_values(m) for m in matrices]
     largest = max(v.max(initial=0) for v in values)
     top = max(5.0, float(np.ceil(largest / 5) * 5))
-    # Values are whole images: bins of equally many of them, each with its upper end.
+    # Values are multiples of one image, so each bin spans a fixed number of images and includes its upper edge.
     image = 100 / max(1, *(m.sum(1).max() for m in matrices))
     width = image * np.ceil(top / image / _MAX_BINS)
     edges = np.arange(0, top + width, width) + image / 100
@@ -231,21 +267,27 @@ def draw_histograms(axes: Axes, matrices: Sequence[Array], styles: Sequence[dict
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0, top)
-    axes.set_xlabel("confusion value: % of the true class's test images taken for the other class")
+    axes.set_xlabel("confusion value: % of the true class's test images predicted as the other class")
     axes.set_ylabel("ordered class pairs (log)")
 
 
 _REGION_COLOURS = ("#d62728", "#9467bd", "#7f7f7f", "#e0a800", "#1f77b4", "#2ca02c", "#8c564b", "#17becf")
-_POINT_MARKERS = "oD^sPvX*"  # beside the colours, for those who cannot tell them apart
+_POINT_MARKERS = "oD^sPvX*"  # in addition to colours, for colour-blind readers
 
 
 def class_style(number: int) -> tuple[str, str]:
-    """Colour and marker of a class of points."""
+    """Return colour and marker of class `number` of 2-D points."""
     return _REGION_COLOURS[number % len(_REGION_COLOURS)], _POINT_MARKERS[number % len(_POINT_MARKERS)]
 
 
 def draw_regions(axes: Axes, axis: Array, classes: Array) -> None:
-    """Colour the plane by the class predicted at (row of y, column of x) [G, G]; `axis` [G] ascends, and is of both."""
+    """Colour the background by the predicted class at each grid point.
+
+    Args:
+        axes: Axes to draw on.
+        axis: ascending coordinates of the grid, in x and y [G].
+        classes: predicted class at (row of y, column of x) [G, G].
+    """
     axes.imshow(
         classes % len(_REGION_COLOURS),
         origin="lower",
@@ -259,8 +301,14 @@ def draw_regions(axes: Axes, axis: Array, classes: Array) -> None:
 
 
 def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[str], *, size: float) -> None:
-    """Points [N, 2] of the plane with their labels [N], those of commoner classes of that size (square points), rarer
-    ones larger, edged and on top; the label of a class says how many it has.
+    """Draw 2-D points, rare classes larger, with an edge and on top.
+
+    Args:
+        axes: Axes to draw on.
+        points: coordinates [N, 2].
+        labels: class ids [N].
+        class_names: C names, for the legend.
+        size: area of a marker of frequent classes in square points.
     """
     counts = np.bincount(labels, minlength=len(class_names))
     for c in by_count(counts):
@@ -288,14 +336,22 @@ def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[
 def confusion_heat_map(
     matrix: Array, class_names: Sequence[str], class_counts: Array, groups: Sequence[str], *, title: str
 ) -> Figure:
-    """The whole matrix in per cent of each true class's test images; thin lines part the groups (many, medium or few,
-    of each class). A few classes carry numbers, up to 150 their names. Paper: Fig. 1(b), 5, 6.
+    """Draw the confusion matrix in per cent of each true class's test images. Paper: Fig. 1(b), 5, 6.
+
+    Up to 12 classes have numbers in the cells, up to 150 have names on the axes. Lines separate the groups.
+
+    Args:
+        matrix: test images [C, C].
+        class_names: C names.
+        class_counts: training images [C].
+        groups: many, medium or few, per class [C].
+        title: title of the figure.
     """
     order = by_count(class_counts)
     size = len(order)
     numbered = size <= MAX_NUMBERS
     side = 6.5 if numbered else min(16.0, 7 + 0.08 * size)
-    figure, axes = _one_panel(side * 1.12, side, f"{title}\n")  # a line for the names of groups
+    figure, axes = _one_panel(side * 1.12, side, f"{title}\n")  # an empty line for the group names
     percent, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
     named, dense = size <= _MAX_NAMES, 20 < size <= _MAX_NAMES
     names = {t: class_names[order[t]] if named else f"{t + 1}" for t in range(0, size, 1 if named else 50)}
@@ -320,7 +376,13 @@ def _one_panel(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figure:
-    """The matrix in ten groups of neighbouring classes, see draw_grouped(). Paper: Fig. 3(a, b), 4(a)."""
+    """Draw the matrix [C, C] in ten groups of neighbouring classes, see draw_grouped(). Paper: Fig. 3(a, b), 4(a).
+
+    Args:
+        matrix: test images [C, C].
+        class_counts: training images [C].
+        title: title of the figure.
+    """
     figure, axes = _one_panel(7.2, 6.4, title)
     image = draw_grouped(axes, matrix, class_counts, transposed=False, fontsize=9)
     add_count_bar(figure, image, axes, shrink=0.8)
@@ -328,8 +390,13 @@ def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figur
 
 
 def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Array, *, title: str) -> Figure:
-    """Accuracy of classes before their training images: means of ten groups, above dots of the classes in them.
-    Paper: Fig. 4(b, c).
+    """Draw accuracies and training images: means of ten groups as a line, single classes as dots. Paper: Fig. 4(b, c).
+
+    Args:
+        matrix: test images [C, C].
+        class_names: C names.
+        class_counts: training images [C].
+        title: title of the figure.
     """
     figure, axes = _one_panel(9, 4.8, title)
     accuracy, size = percent_right(matrix), len(class_counts)
@@ -342,11 +409,11 @@ def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Arra
 
 
 def confusion_histogram(matrix: Array, *, title: str) -> Figure:
-    """How many ordered pairs of classes have which confusion value; the title counts zeros. Paper: Fig. 3(c)."""
+    """Draw the histogram of confusion values of ordered class pairs; the title counts zeros. Paper: Fig. 3(c)."""
     values = confusion_values(matrix)
     zeros, largest = int((values == 0).sum()), values.max(initial=0)
-    told = f"largest {largest:.0f} %" if largest > 0 else "no confusion"
-    figure, axes = _one_panel(7, 4.2, f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {told}")
+    note = f"largest {largest:.0f} %" if largest > 0 else "no confusion"
+    figure, axes = _one_panel(7, 4.2, f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {note}")
     draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     return figure
 
@@ -354,13 +421,20 @@ def confusion_histogram(matrix: Array, *, title: str) -> Figure:
 def decision_regions(
     axis: Array, grid_classes: Array, points: Array, labels: Array, class_names: Sequence[str], *, title: str
 ) -> Figure:
-    """What a classifier of the plane predicts where, under training points: see draw_regions() and draw_points().
-    Paper: Fig. 2(b-d).
+    """Draw the decision regions of a classifier of 2-D points, and training points on top. Paper: Fig. 2(b-d).
+
+    Args:
+        axis: ascending coordinates of the grid, in x and y [G].
+        grid_classes: predicted class at (row of y, column of x) [G, G].
+        points: coordinates [N, 2].
+        labels: class ids [N].
+        class_names: C names.
+        title: title of the figure.
     """
     figure, axes = _one_panel(6.4, 6.6, title)
     draw_regions(axes, axis, grid_classes)
     draw_points(axes, points, labels, class_names, size=7)
     handles: list[Any] = figure.legend(loc="outside lower center", ncols=4, frameon=False).legend_handles
-    for handle in handles:  # a common class's points are too small to tell their marker
+    for handle in handles:  # the markers of frequent classes are too small to recognise
         handle.set(sizes=[30], alpha=1)
     return figure

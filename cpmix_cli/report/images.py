@@ -1,4 +1,4 @@
-"""Test images of the most confused cells, small, on one sheet for the page."""
+"""Thumbnails of test images of the most confused cells, on one contact sheet for the page."""
 
 import base64
 import io
@@ -17,30 +17,30 @@ _COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """N thumbnails in rows, as the page has them."""
+    """N thumbnails in rows of one image, and their labels, for the page."""
 
     true_class: NDArray[Any]
-    """[N], as predicted_class."""
+    """True class of each thumbnail [N]."""
     predicted_class: NDArray[Any]
+    """[N]."""
     confidence: list[int]
-    """Per cent [N]."""
+    """Confidence of the prediction in per cent [N]."""
     side: int
-    """Pixels of a thumbnail, which is square."""
+    """Height and width of a thumbnail in pixels."""
     width: int
-    """Of the sheet, in pixels."""
+    """Width of the sheet in pixels."""
     height: int
     sprite: str
-    """data: URL, WebP."""
+    """The sheet as a data: URL of a WebP image."""
     columns: int = _COLUMNS
-    """Thumbnails in a row."""
+    """Thumbnails per row."""
 
 
 def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """The wrong test images to show: most confused cells first, in a cell the most confident, a few of each.
+    """Choose misclassified test images: most confused cells first, up to 8 most confident images per cell.
 
-    Args:
-        predictions: sample_id, label, predicted, confidence of each test image.
-        limit: how many at most.
+    `predictions` has the columns sample_id, label, predicted and confidence; at most `limit` images are returned, with
+    true_class, predicted_class, confidence and sample_id.
     """
     wrong = predictions[predictions["label"] != predictions["predicted"]]
     cells = wrong.groupby(["label", "predicted"])["confidence"]
@@ -53,7 +53,13 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
 
 
 def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> ContactSheet:
-    """One picture of images uint8 [H, W, 1 or 3] with their largest side: those of most_confused(), one at least."""
+    """Make the contact sheet of the images of most_confused(); at least one.
+
+    Args:
+        images: uint8 [H, W, 1 or 3] each, in the order of `chosen`.
+        largest: largest height or width of the images.
+        chosen: result of most_confused().
+    """
     side = min(_LARGEST_SIDE, largest)
     width, height = side * min(_COLUMNS, len(chosen)), side * -(-len(chosen) // _COLUMNS)
     page = Image.new("RGB", (width, height))

@@ -1,6 +1,6 @@
-"""Which classes are confused with each other: pairs and their direction, an order of classes, training against test.
+"""Confused class pairs and their direction, clustered class order, confusions in training versus test.
 
-C classes; matrices have true classes in rows and predictions in columns.
+C classes; matrices have true classes in rows and predicted classes in columns.
 """
 
 from typing import Any
@@ -12,16 +12,17 @@ from scipy import cluster, spatial
 
 
 def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataFrame:
-    """One row for each unordered pair of classes with any confusion, most confused first, from test images [C, C] and
-    training images [C]. Of two equally large classes the one with the larger id counts as the rarer.
+    """Count the confusions of each unordered class pair, most confused first: [C, C], training images [C] -> table.
+
+    Pairs without confusions are left out. Of two equally large classes, the larger id counts as the rarer.
 
     Returns:
-        rarer_class, commoner_class int32; rarer_as_commoner, commoner_as_rarer and their sum count int64;
-        minority_share float64 = rarer_as_commoner / count. Ties are ordered by class ids.
+        rarer_class, commoner_class int32 (commoner: more frequent); rarer_as_commoner, commoner_as_rarer and their sum
+        count int64; minority_share float64 = rarer_as_commoner / count. Ties are ordered by class ids.
 
-    Paper: Sec. 3, Fig. 1 (minorities are taken for their similar majorities).
+    Paper: Sec. 3, Fig. 1 (minorities are predicted as similar majorities).
     """
-    # Rank 0 is the commonest class; a stable sort keeps smaller ids first.
+    # Rank 0 is the most frequent class; a stable sort keeps smaller ids first.
     rank = np.argsort(np.argsort(-class_counts, kind="stable"))
     true, predicted = np.nonzero(matrix)
     images = matrix[true, predicted].astype(np.int64)
@@ -35,16 +36,16 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     table = pd.DataFrame(columns)[true != predicted].groupby(["rarer_class", "commoner_class"], as_index=False).sum()
     table["count"] = table["rarer_as_commoner"] + table["commoner_as_rarer"]
     table["minority_share"] = table["rarer_as_commoner"] / table["count"]
-    # groupby() has sorted by class ids, which decide ties
+    # groupby() sorts by class ids, and a stable sort keeps that order in ties
     ranked: pd.DataFrame = table.sort_values("count", ascending=False, kind="stable", ignore_index=True)
     return ranked
 
 
 def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
-    """Class ids in an order in which classes confused with each other stand together [C], from test images [C, C].
+    """Order classes so that confused classes are adjacent: test images [C, C] -> class ids [C].
 
-    The leaves of average-linkage clustering; two classes are the closer, the larger the shares of their test images
-    that are predicted as the other. At 8,142 classes: 3 s and 1.2 GB on one core.
+    It is the order of leaves of average-linkage clustering. The similarity of two classes is the sum of both shares
+    of test images predicted as the other. 8,142 classes take 3 s and 1.2 GB on one core.
     """
     size = len(matrix)
     if size < 3:
@@ -58,25 +59,29 @@ def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 100) -> dict[str, Any]:
-    """How the confusion pairs CP of training, K [C, C], foretell those of the test, from test images [C, C].
+    """Measure how well the confusion pairs CP of training predict the confusions of the test.
 
-    Of the most confused ordered test pairs at most num_top are looked up in CP.
+    Args:
+        confusions: K, counts of training confusions [C, C].
+        matrix: test images [C, C].
+        num_top: most confused ordered test pairs to look up in CP.
 
     Returns:
-        num_pairs: ordered pairs that CP has; num_top, top_in_training: those looked up and found; num_classes: those
-        with confusions in both; same_first: of these, where a most frequent one is the same; overlap: their mean
-        sum_j min(p_j, q_j), p and q what the class is predicted as in training and test, None without such classes.
+        num_pairs: ordered pairs in CP. num_top, top_in_training: test pairs looked up, and found. num_classes: classes
+        with confusions in both. same_first: those of them whose most frequent confusion is the same. overlap: mean over
+        them of sum_j min(p_j, q_j), p and q the distributions of wrong predictions in training and test; None without
+        such classes.
 
-    Paper: Sec. 4.1 takes training confusions for an estimate of those to come.
+    Paper: Sec. 4.1 uses training confusions as an estimate of test confusions.
     """
     tested = matrix * ~np.eye(len(matrix), dtype=bool)
     true, predicted = np.nonzero(tested)
-    # By share and not by images: classes may have unequally many test images.
+    # By share, because classes may have different numbers of test images.
     share = tested[true, predicted] / matrix.sum(1)[true]
     most = np.argsort(-share, kind="stable")[:num_top]
     both = np.flatnonzero((tested.sum(1) > 0) & (confusions.sum(1) > 0))
     same_first, overlap = 0, 0.0
-    for c in both:  # row by row: the matrices may be large
+    for c in both:  # one row at a time, because the matrices may be large
         p, q = confusions[c] / confusions[c].sum(), tested[c] / tested[c].sum()
         same_first += int(((p == p.max()) & (q == q.max())).any())
         overlap += float(np.minimum(p, q).sum())
@@ -91,8 +96,14 @@ def relation(confusions: NDArray[Any], matrix: NDArray[Any], *, num_top: int = 1
 
 
 def trim_confusions(confusions: NDArray[Any], matrix: NDArray[Any], *, num_largest: int = 10) -> NDArray[Any]:
-    """K [C, C] without the cells that tell least: kept are those of pairs that the test confuses (matrix [C, C]), and
-    each class's largest. Over a whole training at 8,142 classes millions of cells are not zero.
+    """Set cells of K to zero, except pairs confused in the test and the largest cells of each row.
+
+    A full training with 8,142 classes has millions of non-zero cells, too many for a page.
+
+    Args:
+        confusions: K [C, C].
+        matrix: test images [C, C].
+        num_largest: cells kept per row.
     """
     largest = np.zeros(confusions.shape, dtype=bool)
     num_largest = min(num_largest, len(confusions))

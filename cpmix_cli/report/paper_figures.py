@@ -1,7 +1,7 @@
-"""The paper's figures 1 to 6, as matplotlib Figures of a page's width (6.5 inches), from arrays.
+"""The paper's figures 1 to 6, drawn from arrays as matplotlib Figures 6.5 inches wide.
 
-As in the paper, and other than in confusion-report, a matrix here has the true class along x and the prediction along
-y: its upper right holds minorities taken for majorities. Shapes: C classes, G groups, R imbalance factors.
+As in the paper, and unlike confusion-report, matrices are drawn with the true class along x and the predicted class
+along y. So the upper right shows minorities predicted as majorities. Shapes: C classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from cpmix_cli.report import figures
 from cpmix_cli.report.figures import Array, by_count, draw_grouped, draw_matrix, draw_points, whole_percent
 
 _WIDTH = 6.5
-_SMALL = 6  # points, of numbers in cells
+_SMALL = 6  # font size of numbers in cells, points
 _RHO = "\N{GREEK SMALL LETTER RHO}"
 _printed = matplotlib.rc_context(
     {
@@ -41,8 +41,8 @@ _printed = matplotlib.rc_context(
         "lines.markersize": 4,
     }
 )
-"""Decorates what draws with the sizes of a printed page."""
-# Okabe and Ito's colours, which the colour-blind can tell apart; and a marker each
+"""Decorator that sets the font and line sizes of a printed page."""
+# Okabe and Ito's colours, which are colour-blind safe
 METHOD_STYLES: dict[str, dict[str, Any]] = {
     "ERM": {"color": "#000000", "marker": "o"},
     "Mixup": {"color": "#0072b2", "marker": "s", "linestyle": "--"},
@@ -54,12 +54,12 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The test results of one run of a method."""
+    """Test results of one run of a method."""
 
     method: str
-    """A key of METHOD_STYLES."""
+    """Key of METHOD_STYLES."""
     data: str
-    """Name of the data set as figures write it."""
+    """Name of the data set in figures."""
     rho: float
     class_names: list[str]
     class_counts: Array
@@ -68,12 +68,12 @@ class MethodResult:
 
     @property
     def accuracy(self) -> float:
-        """Per cent of the test images."""
+        """Accuracy in per cent of the test images."""
         return 100 * float(self.matrix.trace()) / float(self.matrix.sum())
 
     @property
     def similar_confusion(self) -> int:
-        """Toy data: test points of each minority predicted as the similar majority. Paper: Fig. 2(e)."""
+        """Toy data: number of test points of minorities predicted as their similar majority. Paper: Fig. 2(e)."""
         return sum(int(self.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
 
 
@@ -82,7 +82,7 @@ def _letter(axes: Axes, letter: str, text: str) -> None:
 
 
 def panel_letters() -> Iterator[str]:
-    """a to z, then aa, ab, ..."""
+    """Yield a to z, then aa, ab, ..."""
     yield from ascii_lowercase
     yield from map("".join, product(ascii_lowercase, repeat=2))
 
@@ -92,7 +92,7 @@ def panel_letters() -> Iterator[str]:
 
 @_printed
 def class_distribution(erm: MethodResult) -> Figure:
-    """Figure 1: training images of each class, and how many of its test images ERM predicts as which."""
+    """Draw figure 1: training images per class, and the confusion matrix of ERM in test images."""
     order = by_count(erm.class_counts)
     names, place = [erm.class_names[c] for c in order], range(len(order))
     figure = Figure(figsize=(_WIDTH, 3.15), layout="constrained")
@@ -128,15 +128,17 @@ def toy_example(
     shown: Mapping[str, MethodResult],
     results: Sequence[MethodResult],
 ) -> Figure:
-    """Figure 2: data, decision regions under the test points, and accuracy and confusion over the imbalance factor.
+    """Draw figure 2: data, decision regions with test points, and accuracy and confusion over the imbalance factor.
 
-    The paper's panels have the paper's letters; (f), the regions under pairs that were collected, is not in it.
+    Letters are the paper's; (f), the regions of CP-Mix with collected pairs, is not in the paper.
 
     Args:
-        train, test: points [N, 2] and labels [N]; the regions were learnt from those of train.
-        axis: coordinates of the regions in both directions [G].
-        regions: of ERM, Mixup, fixed pairs and CP-Mix, the class at (row of y, column of x) [G, G].
-        shown: the run of each of these methods whose regions they are.
+        train: training points [N, 2] and labels [N] of the runs in `shown`.
+        test: test points [N, 2] and labels [N].
+        axis: ascending coordinates of the grid, in x and y [G].
+        regions: per method (ERM, Mixup, similar-pair mixup, CP-Mix) the predicted class at (row of y, column of x)
+            [G, G].
+        shown: per method, the run whose regions are drawn.
         results: all runs, of several imbalance factors and seeds.
     """
     figure = Figure(figsize=(_WIDTH, 3.95), layout="constrained")
@@ -155,7 +157,7 @@ def toy_example(
         _letter(axes, letter, method)
         numbers = f"{shown[method].accuracy:.1f} % right, confusion {shown[method].similar_confusion:,}"
         axes.set_xlabel(numbers, fontsize=6.5, labelpad=2)
-        for c in range(len(class_names)):  # its marker, legible, in the middle of each class
+        for c in range(len(class_names)):  # a larger marker in the middle of each class
             colour, marker = figures.class_style(c)
             middle = test[0][test[1] == c].mean(0)
             axes.plot(*middle, color=colour, marker=marker, markersize=5, markeredgecolor="k", markeredgewidth=0.6)
@@ -182,7 +184,7 @@ def toy_example(
 
 
 def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[MethodResult], float]) -> None:
-    """Means over seeds as lines, plus and minus a standard deviation as bands."""
+    """Draw means over seeds as lines, and plus and minus one standard deviation as bands."""
     rhos = sorted({result.rho for result in results})
     for method in dict.fromkeys(result.method for result in results):
         values = pd.Series([value(r) for r in results if r.method == method])
@@ -205,8 +207,12 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
 
 @_printed
 def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: MethodResult) -> Figure:
-    """Figure 3: matrices of ERM and Mixup in ten groups of classes, and confusion values of ERM on the same long-tailed
-    data and on the same classes with equally many training images.
+    """Draw figure 3: grouped matrices of ERM and Mixup, and confusion values of ERM on long-tailed and balanced data.
+
+    Args:
+        erm: ERM on long-tailed data.
+        mixup: Mixup on the same data.
+        balanced: ERM on balanced data of the same classes.
     """
     figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
@@ -230,8 +236,9 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
 
 @_printed
 def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
-    """Figure 4: the grouped matrix of CP-Mix, and on one or two data sets the accuracies of classes (or ten groups of
-    them) of each method's run.
+    """Draw figure 4: the grouped matrix of CP-Mix, and accuracies per class or group of the methods.
+
+    `panels` has method -> result for one or two data sets; the matrix is of the first.
     """
     figure = Figure(figsize=(_WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -248,8 +255,8 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
     lines = []
     for method in panels[0]:
         where = [letter for letter, panel in zip("bc", panels, strict=False) if panel[method].finetuned]
-        told = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
-        lines.append(Line2D([], [], label=method + told, **METHOD_STYLES[method]))
+        note = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
+        lines.append(Line2D([], [], label=method + note, **METHOD_STYLES[method]))
     right.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
@@ -259,8 +266,12 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
 
 @_printed
 def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Sequence[str], *, numbered: bool) -> Figure:
-    """Figures 5 and 6: whole matrices, a row for each data set and a column per method, in per cent of the true class;
-    numbered, for few classes, with their names on the axes and per cents in the cells.
+    """Draw figures 5 and 6: confusion matrices in per cent of the true class, a row per data set, a column per method.
+
+    Args:
+        rows: method -> result, per data set; a missing method leaves its place empty.
+        methods: methods in the order of the columns.
+        numbered: for few classes: show class names and percentages in cells.
     """
     width, height = _WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
     figure = Figure(figsize=(width, height + 0.35 if numbered else height), layout="constrained")
@@ -285,7 +296,7 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
                 axes.set_xticklabels([])
             if shown[r, :c].any():
                 axes.set_yticklabels([])
-            title = f"{method}, {first.data}"  # beside names of classes there is room for about 20 letters
+            title = f"{method}, {first.data}"  # next to class names, about 20 letters fit
             _letter(axes, next(letters), f"{method},\n{first.data}" if numbered and len(title) > 20 else title)
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
