@@ -58,7 +58,7 @@ def canonical_json(value: Any) -> str:
 
 
 def _unicode(text: str) -> str:
-    """Escape lone surrogates in JSON text. They stand for bytes of a file name that are not UTF-8."""
+    """Escape lone surrogates in JSON text, which represent bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

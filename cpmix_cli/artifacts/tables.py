@@ -132,8 +132,9 @@ def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
 
 
 def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
-    """Raise InputError for any codec except Snappy. Snappy expands 3 bytes to at most 64, whatever the footer states.
-    One page of gzip or Zstandard can fill the memory before its size is known.
+    """Raise InputError if a table is compressed with another codec than Snappy.
+
+    Snappy expands 3 bytes to at most 64. One page of gzip or Zstandard can fill the memory before its size is known.
     """
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     used = {group.column(i).compression for group in groups for i in range(group.num_columns)}

@@ -37,14 +37,14 @@ class Shaped(Record):
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=3)]
     """Image (H, W, channels) or point (D,)."""
     mean: list[Annotated[float, Field(allow_inf_nan=False)]]
-    """Mean per channel on the scale 0..1; empty for points, and for images that are not packed."""
+    """Mean per channel on the scale 0..1; empty for points, and for images that stay in their files."""
     std: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     """Standard deviation per channel, as for `mean`."""
 
     @model_validator(mode="after")
     def _statistics_fit(self) -> "Shaped":
         channels = self.shape[-1] if len(self.shape) == 3 else 0
-        # The statistics are computed while images are packed. Images of storage "files" are not packed.
+        # Images that stay in their files have no statistics, because build-lt does not decode them.
         if len(self.shape) == 2 or {len(self.mean), len(self.std)} not in ({channels}, {0}):
             raise ValueError(f"shape {self.shape} with {len(self.mean)} means and {len(self.std)} deviations")
         return self
@@ -178,7 +178,7 @@ class Dataset:
         return inputs, labels
 
     def require(self, split: str) -> None:
-        """Raise InputError if the split does not exist. val exists only if build-lt was given --val-per-class."""
+        """Raise InputError if the split does not exist, such as val without --val-per-class of build-lt."""
         if split not in self.splits:
             raise InputError(
                 f"{self.folder} has no {split} split",

@@ -185,7 +185,7 @@ def check_headers(paths: Sequence[Path]) -> None:
 
 
 def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Return the bytes of each file [N]; raise UnreadableImages with every path that is missing, empty or no file."""
+    """Return the bytes of each file [N]; raise UnreadableImages with each that is missing, empty or not a file."""
 
     def size(path: Path) -> int:
         found = path.stat()

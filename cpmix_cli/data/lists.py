@@ -72,8 +72,8 @@ def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
         root: folder of the image files.
 
     Raises:
-        InputError: a list is missing or malformed, its counts are not the published ones, or an image is in the
-            training list and in the test list.
+        InputError: a list is missing or malformed, its counts are not the published ones, or a training image is also
+            a test image.
     """
     files = {split: list_dir / name for split, name in published.lists.items()}
     splits = _read_all(files, published.num_classes)
@@ -95,7 +95,7 @@ def read_own(list_dir: Path, root: Path) -> Source:
     """Read a user's own lists: the files whose names end in train.txt, test.txt and, if one exists, val.txt.
 
     Raises:
-        InputError: a list is missing or malformed, or an image is in the training list and in the test list.
+        InputError: a list is missing or malformed, or a training image is also a test image.
     """
     found: dict[str, Path] = {}
     for split in ("train", "val", "test"):

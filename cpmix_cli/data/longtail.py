@@ -81,9 +81,9 @@ def pareto_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int6
     off where it has fallen to 1 / rho. It falls faster at the head and slower at the tail than the exponential profile.
 
     Differs: Liu et al. (2019, "Large-Scale Long-Tailed Recognition in an Open World") made ImageNet-LT by "the Pareto
-    distribution with the power value alpha = 6", but did not release the code. Their list is not this curve. For 1,000
-    classes from 1,280 to 5 images, the curve has 175,036 images and 362/309/329 many, medium and few classes. The list
-    has 115,846 images and 385/479/136 classes.
+    distribution with the power value alpha = 6". Their code is not released, and their list is not this curve. For
+    1,000 classes from 1,280 to 5 images, the curve has 175,036 images and 362/309/329 many, medium and few classes. The
+    list has 115,846 images and 385/479/136 classes.
 
     Args:
         num_max: images of the largest class.
@@ -118,8 +118,8 @@ PROFILES: dict[str, Callable[[NDArray[np.int64], float], NDArray[np.int64]]] = {
 def shuffled_by_class(labels: NDArray[np.int64], num_classes: int, seed: int) -> list[NDArray[np.int64]]:
     """Return C shuffled arrays of positions, one per class. A subset is the start of each array.
 
-    One RandomState shuffles the classes in ascending order. The order thus does not depend on the number of images
-    kept, and a subset of larger rho is part of a subset of smaller rho.
+    One RandomState shuffles the classes in ascending order, whatever the number of images to keep. A subset of larger
+    rho is therefore part of a subset of smaller rho.
 
     Source: LDAM-DRW imbalance_cifar.py.
 

@@ -134,7 +134,7 @@ class ParameterGroup(Table):
     lr_factor: float = Field(default=1.0, ge=0, le=1e6)
     """Factor on the learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Weight decay; None: the optimizer's."""
+    """Weight decay; None: that of the table that contains the group."""
 
 
 class Optimizer(Table):

@@ -121,6 +121,7 @@ def result(
         lines: plain lines below the table.
 
     Raises:
+        BrokenPipeError: the reader closed the pipe.
         EnvironmentFault: stdout cannot be written.
     """
     if as_json:
@@ -146,6 +147,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
         title: as for table_lines().
 
     Raises:
+        BrokenPipeError: the reader closed the pipe.
         EnvironmentFault: stdout cannot be written.
     """
     for line in table_lines(header, rows, title=title):

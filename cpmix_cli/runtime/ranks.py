@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """True for rank 0, which alone writes files and prints."""
+        """True for rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     def max_over_ranks(self, number: int) -> int:
@@ -206,7 +206,7 @@ def together() -> Iterator[None]:
         raise
     except Exception as fault:
         if not _is_of_a_lost_rank(fault):
-            _is_mine_to_say(store, place, EXIT_BUG)  # Python prints the traceback at each rank, whatever this returns
+            _is_mine_to_say(store, place, EXIT_BUG)  # announce only: Python prints the traceback at each rank
             raise
         _end_without(store, place, fault)
     finally:
