@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts import tables
 from cpmix_cli.artifacts.tensors import read_tensors
-from cpmix_cli.commands.train_stage1 import prepare
+from cpmix_cli.commands.train_stage1 import _prepare
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.evaluation.accuracy import shifted_profile, summary
@@ -633,7 +633,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
     settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
     context = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "fp32", {})
-    plan, state = prepare(None, PhaseFolder(tmp_path, "stage1"), context)
+    plan, state = _prepare(None, PhaseFolder(tmp_path, "stage1"), context)
     assert plan.teacher is not None and not plan.teacher.training
     saved, _ = read_tensors(tmp_path / "stage1" / "model.safetensors")
     student = copy.deepcopy(state.model).train()

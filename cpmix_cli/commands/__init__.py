@@ -1,1 +1,1 @@
-"""One file a command, each a run() to be read top to bottom."""
+"""One file per command, each with a run() to read from top to bottom."""

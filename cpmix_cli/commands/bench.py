@@ -1,7 +1,7 @@
-"""bench: how fast this machine trains, beside the loop of the released long-tail code and the network alone.
+"""bench: training speed of this machine, next to the reference loop of the released code and the network alone.
 
-The loops take turns, round after round, so that a drift of the machine's speed meets all of them. Medians over the
-rounds are printed, of ratios too. Nothing is written.
+The loops take turns in each round, so that a drift of the machine's speed affects all of them. All results are medians
+over the rounds, including ratios. Nothing is written.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,12 +39,12 @@ from cpmix_cli.training.randomness import torch_generator
 
 
 def run(options: BenchOptions) -> None:
-    """Measure and print; with --world-size, project.
+    """Measure and print the speed of each loop; with --world-size, project the training time.
 
     Raises:
-        EnvironmentFault: the device is not there.
-        InputError: the data set is damaged, or holds points.
-        UsageError: faults of the recipe.
+        EnvironmentFault: the device is missing.
+        InputError: the data set is damaged, or contains points.
+        UsageError: the recipe is wrong.
     """
     if options.world_sizes:
         projection.run(options)
@@ -77,11 +77,11 @@ def run(options: BenchOptions) -> None:
         return TrainingLoop(data, *rehearsal(context, phase))
 
     def plain() -> TimedLoop:
-        model = recipe.model.model_copy(update={"experts": 1})  # at its full width, whatever the experts'
+        model = recipe.model.model_copy(update={"experts": 1})  # of full width, whatever model.expert_width
         changed = replace(context, recipe=recipe.model_copy(update={"model": model}))
         return NetworkAlone(data, *rehearsal(changed, "stage1"))
 
-    # Each phase stands beside the network it is compared with.
+    # Each phase is timed next to the network that it is compared with.
     loops: dict[str, Callable[[], TimedLoop]] = {"reference": reference}
     if not data.batches.resident:
         size = min(recipe.optimizer.batch_size, len(labels))
@@ -138,7 +138,7 @@ def run(options: BenchOptions) -> None:
 
 
 def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mapping[str, int]) -> None:
-    """Table and lines, or the JSON object."""
+    """Print the table and lines, or the JSON object."""
     reference, own = timings["reference"], fields["precision"]
 
     def row(title: str, timing: Timing, alone: Timing | None = None) -> list[str]:

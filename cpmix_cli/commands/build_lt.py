@@ -1,4 +1,4 @@
-"""build-lt: a long-tailed data set folder from a source."""
+"""build-lt: build a long-tailed data set folder from a source."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -26,12 +26,12 @@ from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, i
 
 
 def run(options: BuildOptions) -> None:
-    """Choose images, pack them, and say what came out.
+    """Select images, store them, and print the class counts.
 
     Raises:
-        UsageError: unknown source, a number out of range, or a flag that the source does not have.
-        InputError: source files missing or damaged, or too few images for what is asked.
-        EnvironmentFault: the folder holds another data set, or cannot be written; the network, with --download.
+        UsageError: the source is unknown, a number is out of range, or the source does not support a flag.
+        InputError: source files are missing or damaged, or classes have too few images for the request.
+        EnvironmentFault: the folder contains another data set or cannot be written, or --download failed.
     """
     _check_flags(options)
     if options.download:
@@ -94,7 +94,7 @@ def run(options: BuildOptions) -> None:
 
 
 def _check_flags(options: BuildOptions) -> None:
-    """Refuse what can be refused without looking at a file."""
+    """Check the flags as far as possible without reading a file."""
     name = options.source
     if name not in SOURCES:
         raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}')
@@ -127,7 +127,7 @@ def _check_flags(options: BuildOptions) -> None:
 
 
 def _folder_name(options: BuildOptions, source: Source, rho: float | None) -> str:
-    """Source, rho and all that is not the default, such as cifar100-lt-rho200-seed1."""
+    """Return a name from source, rho and all values that are not the default, such as cifar100-lt-rho200-seed1."""
     name = options.source
     if source.name:
         name += "-" + re.sub(r"[^\w.-]+", "-", source.name)
@@ -146,11 +146,11 @@ def _folder_name(options: BuildOptions, source: Source, rho: float | None) -> st
 
 
 def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int64]]:
-    """Positions in the source's pool for train, val and (where the source has no test split) test.
+    """Select positions in the source's pool for train, val and, if the source has no test split, test.
 
-    Train is a prefix of each class's shuffled order, test its end, val what stands before test: so subsets are nested
-    over rho and the three never overlap. A class too small for its test images (None: the smaller of 10 and 20 per
-    cent, rounded) keeps one to train on. The positions are stacked class by class.
+    Each class is shuffled. Its first images are train, its last ones test, and val lies before test. So subsets are
+    nested over rho, and the splits never overlap. Without --test-per-class, a class holds out 20 per cent (rounded), at
+    most 10 images. Every class keeps at least one training image. The positions are stacked class by class.
     """
     names, rho, num_val = source.class_names, request.rho, request.val_per_class
     order = shuffled_by_class(source.pool.labels, len(names), request.subset_seed)
@@ -188,7 +188,7 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
 
 @contextmanager
 def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
-    """If more image files are unreadable than a message can show, list all of them in a file beside the output."""
+    """If a message cannot show all unreadable image files, list them in a file next to the output folder."""
     path = folder.with_name(f"{folder.name}-unreadable.txt")
     try:
         yield
@@ -211,7 +211,7 @@ def _write(
     splits: Mapping[str, Split],
     stored: storage.Stored,
 ) -> None:
-    """Publish the lists, the class counts and, last, dataset.json."""
+    """Publish the lists, the class counts, and dataset.json last."""
     files = dict(stored.files)
     digests: dict[str, Any] = {}
     for split, part in splits.items():
@@ -219,7 +219,7 @@ def _write(
         columns |= {"path": part.paths} if source.root else {"source_index": part.positions}
         listed = f"{split}.parquet"
         files[listed] = tables.publish_table(folder / listed, tables.split_schema(source.root is not None), columns)
-        # Of the content and not of the Parquet bytes, which another pyarrow may write differently.
+        # A digest of the content, because another pyarrow may write other Parquet bytes.
         pairs = np.stack([part.labels, part.positions]).astype("<i8").tobytes()
         digests[split] = {"list": artifacts.sha256(pairs), **stored.digests[split]}
 
@@ -264,7 +264,7 @@ def _write(
 
 
 def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
-    """Check the files of a data set that exists, and that it is the one asked for; pack missing shards again."""
+    """Check that an existing data set is the requested one and undamaged; pack missing shards again."""
     recorded = dataset.record.model_dump(include=set(DatasetRequest.model_fields))
     if changed := differences(recorded, request.model_dump()):
         raise EnvironmentFault(
@@ -278,7 +278,7 @@ def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
 
 
 def _repair(dataset: Dataset) -> None:
-    """Pack missing or truncated shards again; the recorded hashes say what has to come out."""
+    """Pack missing or truncated shards again, and check them against the recorded hashes."""
     assert dataset.data_root is not None
     for split in dataset.splits:
         recorded = dataset.recorded_shards(split)
@@ -308,7 +308,7 @@ def _verify(dataset: Dataset) -> None:
 
 
 def _num_duplicates(dataset: Dataset) -> int:
-    """Count the test images that equal a training image pixel by pixel; 0 for images that stay in their files."""
+    """Count test images with the pixels of a training image; 0 for images left in their files."""
     if dataset.storage == "files":
         return 0
     in_shards = dataset.storage == "shards"

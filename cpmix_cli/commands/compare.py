@@ -1,7 +1,7 @@
-"""compare: evaluations of many runs in one table, or in the form of a table of CP-Mix's paper.
+"""compare: show evaluations of many runs in one table, or in the layout of a table of CP-Mix's paper.
 
-Reads records and metrics; trains and predicts nothing. Runs share a row when they agree in all that was recorded of
-them but the seed (results/comparison.py). What rows of one method differ in is said below the table.
+Reads only records and metrics. Runs share a row if all their records agree except the seed (results/comparison.py).
+Differences between rows of one method are listed below the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,19 +21,19 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
-"""Keys of metrics.json, per cent -> column names."""
+"""Key of metrics.json (per cent) -> column name."""
 MAX_LISTED = 8
-"""Keys that a line below the table lists."""
+"""Largest number of keys in a line below the table."""
 FORMS: dict[str, Callable[[Sheet], list[str]]] = {"table": plain, "markdown": markdown, "latex": latex, "json": plain}
 
 
 def run(options: CompareOptions) -> None:
-    """Gather the evaluations of all runs and lay them out.
+    """Collect the evaluations of all runs and show them.
 
     Raises:
-        UsageError: --json and another --format.
-        InputError: a folder that holds no run, or none of its evaluations is of use; damaged records or metrics.
-        EnvironmentFault: --out exists, or cannot be written.
+        UsageError: both --json and another --format are given.
+        InputError: a folder is no run, no evaluation is usable, or records or metrics are damaged.
+        EnvironmentFault: --out exists or cannot be written.
     """
     if console.as_json and options.form not in ("table", "json"):
         raise UsageError(f"--json and --format {options.form}: give one of the two")
@@ -77,7 +77,7 @@ def run(options: CompareOptions) -> None:
 def _publish(
     options: CompareOptions, fields: dict[str, Any], sheets: Sequence[Sheet], records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The result on stdout, or in --out."""
+    """Write the result to stdout or --out."""
     if options.form == "csv":
         lines = csv_text(records)
     else:
@@ -96,13 +96,13 @@ def _publish(
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    """1, 2 and 4."""
+    """Join numbers as in "1, 2 and 4"."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def _row_fields(row: ComparisonRow) -> dict[str, Any]:
-    """A row as plain values, full precision."""
+    """Return a row as plain values in full precision."""
     run, published = row.first, row.published()
     mean = row.statistics("top1")[0]
     return {
@@ -130,7 +130,7 @@ def _row_fields(row: ComparisonRow) -> dict[str, Any]:
 
 
 def _records_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """Rows for CSV: no value is a list or table; the last column has what differs from others of the method."""
+    """Return rows for CSV, without lists or tables; the last column lists differences from the method's other rows."""
     records = []
     for row in rows:
         record: dict[str, Any] = {}
@@ -156,7 +156,7 @@ FLATTEN: dict[str, Callable[[Any], str]] = {
 
 
 def _with_deviation(row: ComparisonRow, measure: str) -> str:
-    """A mean with its deviation, two decimals."""
+    """Format mean and standard deviation with two decimals."""
     mean, deviation = row.statistics(measure)
     if mean is None:
         return "-"
@@ -164,8 +164,9 @@ def _with_deviation(row: ComparisonRow, measure: str) -> str:
 
 
 def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
-    """A table of accuracies for each data set, and one of what the training took. Deviations of top-1 alone keep the
-    table within a terminal.
+    """Make a table of accuracies per data set, and one of training costs.
+
+    Without `with_deviations` only top-1 has a deviation, which keeps the table within a terminal.
     """
     numbered = list(enumerate(rows, start=1))
     sheets = [
@@ -177,7 +178,7 @@ def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[
 
 
 def _accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> Sheet:
-    """Accuracies on one data set."""
+    """Make the table of accuracies on one data set."""
     header = ["#", "method", "finetune", ">n", *(f">{name}" for name in MEASURES.values())]
     published = [row.published() for _, row in numbered]
     if any(published):
@@ -236,12 +237,12 @@ def _accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviatio
 
 
 def _epochs_note(row: ComparisonRow) -> str:
-    """10 of 300 epochs; of both stages."""
+    """Format the epochs of both stages as in "10 of 300 epochs"."""
     return f"{row.first.conditions['schedule.epochs']} of {row.first.full_epochs} epochs"
 
 
 def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
-    """What the training took."""
+    """Make the table of training costs."""
     costs = {number: row.cost() for number, row in numbered}
     on_gpu = any(cost["gpu_hours"] is not None for cost in costs.values())
     header = ["#", ">parameters", ">epochs", ">images/s", ">training", *([">GPU-hours"] if on_gpu else []), "device"]
@@ -257,7 +258,7 @@ def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
             *(["-" if hours is None else f"{hours:.2f}"] if on_gpu else []),
             cost["device"] or "-",
         )
-        # Evaluations of one checkpoint, in one line; whatever else looks alike, in its own.
+        # Evaluations of the same checkpoints share a line; other equal costs do not.
         checkpoints = tuple(sorted(r.checkpoint for r in row.runs))
         same.setdefault((*checkpoints, *cells), []).append(number)
     width = len(header) - 1
@@ -273,12 +274,12 @@ def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
 
 
 def _places(row: ComparisonRow, table: PaperTable) -> list[tuple[PaperRow, Column]]:
-    """The cells of a table that a row stands for."""
+    """Return the cells of a paper table that a row corresponds to."""
     return [(theirs, column) for theirs in table.rows for column in table.columns if row.stands_for(theirs, column)]
 
 
 def _paper_records(table: PaperTable, rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """A record for every cell of a table and each row of ours for it; one without where there is none."""
+    """Return a record per cell of a paper table and row of ours, or one with NO_RUN for a cell without rows."""
     records = []
     for theirs in table.rows:
         for column, cell in zip(table.columns, theirs.cells, strict=True):
@@ -300,7 +301,7 @@ NO_RUN = {"ours_mean": None, "ours_std": None, "n": 0, "epochs": None, "full_epo
 
 
 def _our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
-    """What a record has of a row of ours."""
+    """Return the fields of a record about a row of ours."""
     mean, deviation = row.statistics(column.measure)
     return {
         "ours_mean": mean,
@@ -313,7 +314,7 @@ def _our_fields(row: ComparisonRow, column: Column) -> dict[str, Any]:
 
 
 def _paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
-    """A table of the paper, each row followed by ours, empty where no run is."""
+    """Make a table of the paper, each row followed by ours; cells without a run are empty."""
     letters: dict[str, str] = {}
 
     def cell_of(row: ComparisonRow, column: Column, beside: int) -> str:
@@ -348,5 +349,5 @@ def _paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
 
 
 def _letter_of(number: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
+    """Return the label of note `number`: a, b, ..., z, aa, ab, ..."""
     return (_letter_of(number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)

@@ -1,7 +1,7 @@
-"""evaluate: accuracy, groups, calibration and predictions of a checkpoint. Always fp32.
+"""evaluate: accuracy, groups, calibration and predictions of a checkpoint, always in fp32.
 
-On the data set's own test split, with --split on its training or held-out images, or with --test-data on another folder
-of the same classes.
+The test images are the data set's test split, another split with --split, or those of --test-data, another folder of
+the same classes.
 """
 
 import json
@@ -37,12 +37,13 @@ from cpmix_cli.training.randomness import torch_generator
 
 
 def run(options: EvaluateOptions) -> None:
-    """Predict the test samples and publish what follows from it.
+    """Predict the test samples and publish metrics, predictions and logits.
 
     Raises:
-        UsageError: a --label that is no file name, a --set beyond [evaluation], or a --split of --test-data.
-        InputError: no finished phase, another data set, other classes, or damaged files.
-        EnvironmentFault: the output belongs to other settings, the device is not there, the disk is full.
+        UsageError: --label is no file name, --set changes keys outside [evaluation], or both --split and --test-data
+            are given.
+        InputError: no phase is finished, the data set or classes are others, or files are damaged.
+        EnvironmentFault: the output belongs to other settings, the device is missing, or the disk is full.
     """
     if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
         raise UsageError(f'--label "{options.label}": letters, digits, ".", "_" and "-" only')
@@ -103,7 +104,7 @@ def run(options: EvaluateOptions) -> None:
         fields["source"] = {"phase": source.phase, "sha256": sha}
         recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
-    if label is None:  # the report is of the plain evaluation
+    if label is None:  # confusion-report reads only the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []
         flags += ["--out", str(options.out)] if options.out else []
         console.follow(console.typed("confusion-report", "--from", root, *flags))
@@ -113,7 +114,7 @@ def run(options: EvaluateOptions) -> None:
 
 
 def _default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:
-    """What tells an evaluation from the phase's plain one: other test images, another post-hoc method."""
+    """Return a label from split, test data, distribution and post-hoc method; None for the plain evaluation."""
     parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
     if options.test_data is not None:
         parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
@@ -125,7 +126,7 @@ def _default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) ->
 
 
 def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:
-    """What --test-distribution asks for [C]."""
+    """Return the test images per class of --test-distribution [C]; None for uniform."""
     if options.test_distribution == "uniform":
         return None
     num_test = torch.bincount(labels, minlength=dataset.num_classes)
@@ -134,7 +135,7 @@ def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch
     counts, most = torch.tensor(dataset.class_counts), int(num_test.min())
     profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
     if not profile.all():
-        # The number of images itself, or the one below: a quotient may come out short of 1.
+        # The ratio equal to the image count can fail: its quotient may be rounded below 1.
         ratios = range(most, 0, -1)
         highest = next(r for r in ratios if shifted_profile(counts, num_test, options.test_distribution, r).all())
         num_empty = int((profile == 0).sum())
@@ -155,8 +156,9 @@ def _learnt_weights(
     profile: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """Weights of the experts [E], from unlabelled test images; of a subset of them, drawn once, where the test set is
-    to be long-tailed.
+    """Learn the weights of the experts [E] from unlabelled test images.
+
+    With a test distribution, the images are a subset with that distribution, drawn once.
     """
     if len(dataset.shape) != 3:
         raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
@@ -181,8 +183,8 @@ def _learnt_weights(
 
 
 def _requested_recipe(options: EvaluateOptions, source: PhaseFolder) -> Recipe:
-    """The checkpoint's recipe; --set may change [evaluation] only."""
-    own = source.recipe()  # verified, before settings are laid over it
+    """Return the recipe of the checkpoint with --set, which may change only [evaluation]."""
+    own = source.recipe()  # verifies the file, before --set is applied
     if not options.settings:
         return own
     recipe = loading.load(str(source.output(files.RECIPE)[0]), settings=options.settings)
@@ -201,7 +203,7 @@ def _publish(
     tests: TestSet,
     options: EvaluateOptions,
 ) -> None:
-    """metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
+    """Publish metrics.json, per_class.parquet, predictions.parquet and logits.safetensors."""
     labels, logits, experts, weights = tests.labels, found.logits, found.experts, found.weights
     groups = [group_of(int(n), few_inclusive=options.few_inclusive) for n in dataset.class_counts]
     shares, used = None, float(len(experts))
@@ -251,7 +253,7 @@ def _publish(
 
 
 def _report(folder: Path, status: str) -> None:
-    """This evaluation as JSON; as a table with the run's others beside it, and each expert's row."""
+    """Print this evaluation as JSON, or a table of all evaluations of the run and the experts of this one."""
     numbers = read_numbers(folder)
     rows = accuracy_rows(folder.parent, folder.name)
     experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers.experts, start=1)]

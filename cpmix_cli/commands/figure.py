@@ -1,7 +1,7 @@
-"""figure: the paper's figures 1 to 6 from run folders. Reads evaluations' predictions; trains nothing.
+"""figure: draw the paper's figures 1 to 6 from run folders. Reads predictions of evaluations, trains nothing.
 
-A run's place in a figure is what it is, not where it stands on the command line: its method is what the recipe of its
-phase minimises, its imbalance factor the data set's.
+The place of a run in a figure depends on its method and imbalance factor, not on the order of the command line. The
+method is the objective of the phase's recipe, and the imbalance factor is that of the data set.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
 
 KINDS: dict[str, Kind] = {".pdf": "pdf", ".svg": "svg", ".png": "png"}
-DPI = 450  # of a PNG, and of the pixels within the others
+DPI = 450  # of PNG files, and of matrices and point clouds in PDF and SVG
 
 SOURCE_TITLES = {
     "cifar10": "CIFAR10",
@@ -40,12 +40,12 @@ SOURCE_TITLES = {
     "digits": "digits",
     "toy": "toy",
 }
-TOY_RHO = 20.0  # of the paper's panels: 1,000 and 50 points
+TOY_RHO = 20.0  # imbalance factor of the paper's panels: 1,000 and 50 points
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A trained phase of one of OBJECTIVES, which may have a place in a figure."""
+    """A trained phase of a method of OBJECTIVES, which a figure may show."""
 
     source: PhaseFolder
     method: str
@@ -54,18 +54,18 @@ class _Candidate:
 
     @property
     def balanced(self) -> bool:
-        """All classes have as many training images."""
+        """Whether all classes have equally many training images."""
         return bool(self.dataset.class_counts.max() == self.dataset.class_counts.min())
 
     @property
     def rho(self) -> float:
-        """Imbalance factor: the one built for, else the largest class over the smallest."""
+        """Imbalance factor: --rho of build-lt, or else largest / smallest class."""
         recorded, counts = self.dataset.record.rho, self.dataset.class_counts
         return float(recorded if recorded is not None else counts.max() / counts.min())
 
     @property
     def data(self) -> str:
-        """The data set as the paper writes it: CIFAR100-LT-200, balanced CIFAR100."""
+        """Name of the data set as in the paper: CIFAR100-LT-200, balanced CIFAR100."""
         title = SOURCE_TITLES.get(self.dataset.record.source)
         if title is None:
             return self.dataset.name
@@ -73,10 +73,10 @@ class _Candidate:
 
     @cached_property
     def result(self) -> MethodResult:
-        """What the figure shows.
+        """Test results of the phase.
 
         Raises:
-            InputError: the phase was not evaluated, or files are damaged.
+            InputError: the phase is not evaluated, or files are damaged.
         """
         evaluation = self.source.run / "evaluation" / self.source.phase
         table, _ = read_predictions(evaluation, self.source, self.dataset.num_classes)
@@ -92,16 +92,16 @@ class _Candidate:
 
 
 Panels = list[tuple[str, _Candidate]]
-"""Where each run of a figure is shown: letter, or "(e)" for all of a curve."""
+"""Panel letters and run of each run in a figure; runs of a curve share their letter."""
 
 
 def run(options: FigureOptions) -> None:
     """Draw a figure and publish it.
 
     Raises:
-        UsageError: an --out that is no picture.
-        InputError: a run that the figure needs is missing, not evaluated, of other data, or given twice.
-        EnvironmentFault: an --out exists already, with another content, or cannot be written.
+        UsageError: --out has another suffix than those of KINDS.
+        InputError: a required run is missing, not evaluated, of other data, or given twice.
+        EnvironmentFault: --out exists with other content, or cannot be written.
     """
     console.command = f"figure {options.number}"
     outs = options.out or [Path(f"figure{options.number}.pdf")]
@@ -130,7 +130,7 @@ def run(options: FigureOptions) -> None:
 
 
 def _read_runs(options: FigureOptions) -> list[_Candidate]:
-    """The runs of the methods of OBJECTIVES; warnings name the others."""
+    """Return the runs of methods of OBJECTIVES, and warn of the others."""
     given = {open_dataset(folder).fingerprint: folder for folder in reversed(options.data)}
     found = []
     for folder in options.folders:
@@ -148,12 +148,13 @@ def _read_runs(options: FigureOptions) -> list[_Candidate]:
     return found
 
 
-# -- which run goes where ----------------------------------------------------------------------------------------------
+# -- selection of runs -------------------------------------------------------------------------------------------------
 
 
 def _by_data(options: FigureOptions, found: Sequence[_Candidate], wanted: Collection[str]) -> list[list[_Candidate]]:
-    """Runs of wanted methods, those of the same training images together, in the order of their first; refused are
-    data sets that differ and look the same in a figure.
+    """Group the runs of wanted methods by training images, in the order of first appearance.
+
+    Refuses different data sets that have the same name in a figure.
     """
     groups: dict[str, list[_Candidate]] = {}
     for one in found:
@@ -177,7 +178,7 @@ def _nothing_given(options: FigureOptions, needs: str) -> InputError:
 
 
 def _refuse_several(groups: Sequence[Sequence[_Candidate]], most: int = 1) -> None:
-    """Check that there are no more data sets than a figure shows."""
+    """Refuse more data sets than a figure shows."""
     if len(groups) > most:
         listed = ", ".join(f"{first.source.run} ({first.data})" for first, *_ in groups)
         raise InputError(f"the runs are of {len(groups)} data sets: {listed}", fix="give runs of one")
@@ -186,7 +187,7 @@ def _refuse_several(groups: Sequence[Sequence[_Candidate]], most: int = 1) -> No
 def _by_method(
     group: Sequence[_Candidate], wanted: Sequence[str], *, all_of_them: bool = False
 ) -> dict[str, _Candidate]:
-    """Those runs of a data set whose method is wanted, in that order: one of each at most; or one of each."""
+    """Return method -> run of a data set in the order of `wanted`; refuses two runs of a method, or missing ones."""
     chosen: dict[str, _Candidate] = {}
     for method in wanted:
         for one in group:
@@ -208,7 +209,7 @@ def _by_method(
 
 
 def _refuse_many_classes(one: _Candidate) -> None:
-    """Check that the numbers in the cells of a figure can be read."""
+    """Refuse data sets with too many classes for numbers in the cells."""
     if one.dataset.num_classes > MAX_NUMBERS:
         raise InputError(
             f"{console.command} writes numbers into cells, for {MAX_NUMBERS} classes at most; {one.source.run} has "
@@ -221,7 +222,7 @@ def _refuse_many_classes(one: _Candidate) -> None:
 
 
 def _figure1(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure", Panels]:
-    """Class distribution and confusion matrix of ERM."""
+    """Draw class distribution and confusion matrix of ERM."""
     groups = _by_data(options, found, ["ERM"])
     _refuse_several(groups)
     one = _by_method(groups[0], ["ERM"])["ERM"]
@@ -233,7 +234,7 @@ TOY_METHODS = ("ERM", "Mixup", "similar-pair mixup", "CP-Mix")
 
 
 def _figure2(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure", Panels]:
-    """The toy example: regions at one imbalance factor, accuracy and confusion over all, over seeds."""
+    """Draw the toy example: regions at one imbalance factor, accuracy and confusion over all of them."""
     for one in found:
         if one.dataset.record.source != "toy":
             raise InputError(
@@ -271,7 +272,7 @@ def _figure2(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure",
 
 
 def _refuse_unlike(runs: Sequence[_Candidate]) -> None:
-    """Check that the runs of a method depend on the same but for seed and data."""
+    """Refuse runs of one method whose recipes differ in more than the seed."""
     first: dict[str, tuple[_Candidate, dict[str, Any]]] = {}
     for one in runs:
         settings = {key: value for key, value in one.recipe.tables_of(one.source.phase).items() if key != "seed"}
@@ -285,7 +286,7 @@ def _refuse_unlike(runs: Sequence[_Candidate]) -> None:
 
 
 def _figure3(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure", Panels]:
-    """Grouped matrices of ERM and Mixup, and confusion values of ERM on balanced and long-tailed data."""
+    """Draw grouped matrices of ERM and Mixup, and confusion values of ERM on balanced and long-tailed data."""
     groups = _by_data(options, found, ["ERM", "Mixup"])
     tailed = [group for group in groups if not group[0].balanced]
     if not tailed:
@@ -310,7 +311,7 @@ ACCURACY_METHODS = ("ERM", "Mixup", "Balanced Softmax", "CP-Mix")
 
 
 def _figure4(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure", Panels]:
-    """The grouped matrix of CP-Mix, and accuracies of classes on one or two data sets."""
+    """Draw the grouped matrix of CP-Mix, and accuracies per class on one or two data sets."""
     groups = _by_data(options, found, ACCURACY_METHODS)
     _refuse_several(groups, most=2)
     groups.sort(key=lambda group: -group[0].dataset.num_classes)
@@ -325,7 +326,7 @@ def _figure4(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure",
 
 
 def _results_of(chosen: Mapping[str, _Candidate]) -> dict[str, MethodResult]:
-    """What a figure shows of each method's run."""
+    """Return the test results of each method's run."""
     return {method: one.result for method, one in chosen.items()}
 
 
@@ -333,7 +334,7 @@ GRID_METHODS = ("ERM", "Mixup", "CP-Mix")
 
 
 def _figure5(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure", Panels]:
-    """Whole matrices of methods over imbalance factors; of figure 6, whose classes are few, with numbers."""
+    """Draw matrices of methods over imbalance factors; figure 6 has few classes and shows numbers."""
     groups = _by_data(options, found, GRID_METHODS)
     numbered, first = options.number == 6, groups[0][0]
     if any(group[0].dataset.class_names != first.dataset.class_names for group in groups):
@@ -359,7 +360,7 @@ FIGURES: dict[int, Callable[[FigureOptions, list[_Candidate]], tuple["Figure", P
 
 
 def _report(number: int, panels: Panels, outs: list[Path], status: str) -> None:
-    """Which run is what in the figure."""
+    """Print the panel of each run, and the files."""
     listed, rows = [], []
     for panel, one in panels:
         fields = {

@@ -1,7 +1,7 @@
-"""finetune: class-balanced training of the head on the frozen network. Paper: Sec. 5.1, B.3 (Table 6, last rows).
+"""finetune: finetune the head with class-balanced sampling. Paper: Sec. 5.1, B.3 (Table 6, last rows).
 
-Differs: the paper gives neither loss nor schedule nor sampler; cross entropy on class-uniform draws, cosine to 0, the
-head kept, batch norm frozen. Each is a recipe key.
+Differs: the paper gives no loss, schedule or sampler. Here: cross entropy, class-uniform sampling, a cosine schedule to
+0, the head kept, batch norm and the rest of the network frozen. Each is a recipe key.
 """
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
@@ -13,10 +13,10 @@ from cpmix_cli.training.phase import continued, train
 
 
 def run(options: FinetuneOptions) -> None:
-    """Train the head from the last training stage.
+    """Finetune the head from the last finished stage.
 
     Raises:
-        InputError: only stage 1 of two stages is done, and --phase does not name it.
+        InputError: only stage 1 of two stages is done, and neither --phase nor --from names it.
         CpmixError: see training.phase.continued() and train().
     """
     root, named = locate(options.from_folder)

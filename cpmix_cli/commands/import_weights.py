@@ -1,7 +1,7 @@
-"""import-weights: a PyTorch checkpoint becomes a safetensors file, once. The only place that reads such a file.
+"""import-weights: convert a PyTorch checkpoint to a safetensors file. The only code that reads such checkpoints.
 
-Its hash is checked before a byte is unpickled, PyTorch's tensors-only unpickler does the rest, and there is no way
-round it. PyTorch 2.11, the oldest that cpmix runs on, has the fixes of CVE-2025-32434 and CVE-2026-24747.
+The hash is checked before a byte is unpickled, and only PyTorch's tensors-only unpickler is used; no flag changes that.
+PyTorch 2.11, the oldest version that cpmix supports, has the fixes of CVE-2025-32434 and CVE-2026-24747.
 """
 
 import io
@@ -20,18 +20,18 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, shortened
 
 WRAPPERS = ("state_dict", "model", "state_dict_ema")
-"""Keys under which training scripts keep the weights beside an epoch count and an optimizer."""
+"""Keys under which training scripts save the weights, next to epoch and optimizer."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+"""Prefixes that DataParallel and torch.compile add to every name."""
 
 
 def run(options: ImportOptions) -> None:
     """Convert a checkpoint.
 
     Raises:
-        UsageError: the hash is none, or too short; the output would be the checkpoint itself.
-        InputError: the file is missing, is another one, or holds more than tensors.
-        EnvironmentFault: another file is in the way, or the disk does not allow it.
+        UsageError: the hash is malformed or too short, or --out is the checkpoint itself.
+        InputError: the file is missing, has another hash, or contains more than tensors.
+        EnvironmentFault: --out exists with other content, or cannot be written.
     """
     wanted = options.sha256.lower()
     if not re.fullmatch(r"[0-9a-f]{8,64}", wanted):
@@ -52,7 +52,7 @@ def run(options: ImportOptions) -> None:
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
     status = "done"
     if out.exists() and not options.overwrite:
-        # Its bytes, not what it says of its origin: a damaged file says the same.
+        # Compares bytes, because a damaged file may still have the right metadata.
         if not out.is_file() or files.read_bytes(out) != converted:
             raise EnvironmentFault(f"{out} holds something else", fix="choose another --out, or give --overwrite")
         status = "up to date"
@@ -67,10 +67,10 @@ def run(options: ImportOptions) -> None:
 
 
 def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's bytes, by plain names."""
+    """Read the tensors of a checkpoint by their names without PREFIXES."""
     try:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as fault:  # a damaged pickle raises whatever its bytes happen to spell
+    except Exception as fault:  # a damaged pickle may raise any exception
         refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(fault))
         reason = f"it holds {refused[1]}" if refused else str(fault).split("\n")[0].split(". ")[0]
         raise InputError(
@@ -94,12 +94,12 @@ def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
             + shortened(twice, 10),
             fix="ask its authors for the state_dict alone",
         )
-    # Copies: in a checkpoint several names may share one memory, in safetensors none do.
+    # Copies, because tensors of a checkpoint may share memory, which safetensors does not support.
     return {names[name]: value.detach().clone() for name, value in content.items()}
 
 
 def _not_plain(value: object) -> str:
-    """What a value is that safetensors has no place for; "" for a dense tensor of real numbers."""
+    """Return why safetensors cannot store a value; "" for a dense tensor of real numbers."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     kinds = {"sparse": value.layout != torch.strided, "quantized": value.is_quantized, "complex": value.is_complex()}

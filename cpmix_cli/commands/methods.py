@@ -1,7 +1,7 @@
-"""methods: every method that has a recipe, with its kind, paper, needs, and its cells in the tables of CP-Mix's paper.
+"""methods: list the methods that have recipes, with kind, paper, requirements, and results in CP-Mix's paper.
 
-A recipe says it in its [about] table, which no training looks at; paper.py has the cells. recognised() says which
-method a trained recipe is. Reads TOML alone.
+Kind, paper and requirements are in the recipes' [about] tables, which training ignores; results/paper.py has the
+results. Reads only TOML.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from cpmix_cli.results.paper import COPIED, PAPER_TABLES
 from cpmix_cli.runtime import console
 
 SHOWN = "cifar100-lt"
-"""The data set whose recipes have the cells that are shown."""
+"""Data set whose recipes are listed with their results."""
 LARGE = tuple(column.data for column in PAPER_TABLES["table2"].columns)
 
 
@@ -53,11 +53,11 @@ def run(options: MethodsOptions) -> None:
 
 
 def _printed(name: str, note: str = "") -> dict[str, Any]:
-    """What CP-Mix's paper prints for the method of a recipe: name, cells, copied, note.
+    """Return the results of a recipe's method in CP-Mix's paper: name, cells, copied, note.
 
-    `cells` has the accuracy by rho in Table 1 for the recipe's data set, in Table 2 by data set, in the ablations of
-    Tables 3 (rho 200) and 4 (ImageNet-LT) by table. A recipe of SHOWN has those of the large data sets too. `copied`
-    means that its authors took them from other papers. `note` is about them, else the one given.
+    `cells` has accuracies: of Table 1 by rho, of Table 2 by data set, of Tables 3 (rho 200) and 4 (ImageNet-LT) by
+    table. A recipe of SHOWN also has those of the large data sets. `copied`: the authors took them from other papers.
+    `note` is the paper tables' note, or else the given one.
     """
     family, _, method = name.rpartition("/")
     cells: dict[str, float] = {}
@@ -78,7 +78,7 @@ def _printed(name: str, note: str = "") -> dict[str, Any]:
 
 
 def _cells(recipe: str, *columns: tuple[str, ...]) -> list[str]:
-    """Text per column, of the first of its keys that the recipe of SHOWN has; copied ones with a star."""
+    """Format a cell per column: the accuracy of the first of its keys that the recipe of SHOWN has; * if copied."""
     known = _printed(f"{SHOWN}/{recipe}")
     found = [next((known["cells"][key] for key in keys if key in known["cells"]), None) for keys in columns]
     return ["" if cell is None else f"{cell:.2f}{'*' if known['copied'] else ' '}" for cell in found]

@@ -1,4 +1,4 @@
-"""misclassified: the test images behind the off-diagonal cells of a confusion matrix, file by file."""
+"""misclassified: list the test images in the off-diagonal cells of a confusion matrix."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from cpmix_cli.runtime.errors import InputError, UsageError, suggest
 
 
 def run(options: MisclassifiedOptions) -> None:
-    """List the wrong images of an evaluation, the surest mistakes first.
+    """List the misclassified images of an evaluation, most confident errors first.
 
     Raises:
-        UsageError: no such class.
-        InputError: the phase was not evaluated, or files are damaged.
+        UsageError: --true or --predicted is no class.
+        InputError: the phase is not evaluated, or files are damaged.
     """
     source = choose(options.from_folder, options.phase)
     root = source.run
@@ -50,7 +50,7 @@ def run(options: MisclassifiedOptions) -> None:
 
 
 def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
-    """A class by name, or by id where no class has that name."""
+    """Return the id of a class given by name, or by id if no class has that name."""
     if given is None:
         return None
     if given in classes:
@@ -61,7 +61,7 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
 
 
 def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:
-    """Where each image comes from: its file's path, or its place in the published test split."""
+    """Return the file path of each image, or its index in the published test split."""
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if files.SAMPLES in record.outputs:
         data_root = Path(record.data_root) if record.data_root is not None else None

@@ -1,4 +1,4 @@
-"""predict: the class of people's images by a trained network. Needs the run folder alone, not its data set."""
+"""predict: classify a user's images with a trained network. Requires only the run folder, not its data set."""
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ NUM_SHOWN = 50
 
 
 def run(options: PredictOptions) -> None:
-    """Predict images and show class and confidence of each.
+    """Predict class and confidence of each image.
 
     Raises:
-        InputError: no finished phase, no images, or images that cannot be read.
-        EnvironmentFault: --out exists, or cannot be written; the device is not there.
+        InputError: no phase is finished, no images are found, or images cannot be read.
+        EnvironmentFault: --out exists or cannot be written, or the device is missing.
     """
     source = choose(options.from_folder, options.phase)
     seen = source.record().dataset
@@ -45,7 +45,7 @@ def run(options: PredictOptions) -> None:
 
     kept = confidence.shape[1]
     columns = {
-        # A table holds UTF-8 alone; a file name may hold any bytes.
+        # Parquet strings are UTF-8, but a file name may have any bytes.
         "path": np.repeat([str(path).encode("utf-8", "backslashreplace").decode() for path in paths], kept),
         "rank": np.tile(np.arange(1, kept + 1), len(paths)),
         "class_id": classified.flatten().numpy(),

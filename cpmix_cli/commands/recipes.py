@@ -1,4 +1,4 @@
-"""recipes: what comes with cpmix, one of them resolved, what two differ in, or what they cost. Reads TOML alone."""
+"""recipes: list the recipes of cpmix, show one, compare two, or show their costs. Reads only TOML."""
 
 from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.flags import RecipesOptions
@@ -8,10 +8,10 @@ from cpmix_cli.runtime import console
 
 
 def run(options: RecipesOptions) -> None:
-    """List, show, compare or reckon.
+    """List, show or compare recipes, or show their costs.
 
     Raises:
-        UsageError: no such recipe, or faults in it.
+        UsageError: a recipe is missing or wrong.
     """
     if options.budget:
         _show_budgets(options)
@@ -30,18 +30,18 @@ def run(options: RecipesOptions) -> None:
 
 
 def _resolved(options: RecipesOptions, name: str) -> Recipe:
-    """A recipe as a training phase would resolve it."""
+    """Load a recipe as a training phase would."""
     return load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho)
 
 
 def _description(name: str) -> str:
-    """First comment line of a recipe's file."""
+    """Return the first comment line of a recipe's file."""
     with find_recipe(name).open(encoding="utf-8") as file:
         return file.readline().strip().removeprefix("#").strip()
 
 
 def _show_budgets(options: RecipesOptions) -> None:
-    """What the named recipes cost, or all of them; to_cpmix is null where the data set has no recipe cpmix."""
+    """Print the costs of the named recipes, or of all; to_cpmix is null if the data set has no recipe cpmix."""
     budgets, rows = [], []
     for name in [name for name in (options.name, options.other) if name] or recipe_names():
         recipe = _resolved(options, name)
@@ -61,11 +61,11 @@ def _show_budgets(options: RecipesOptions) -> None:
 
 
 def image_passes(recipe: Recipe) -> float:
-    """Images that pass through the network, divided by the N of the training set.
+    """Return the passes of images through the network, divided by the training images N.
 
-    Each epoch of a stage or of the finetune is one pass for each term with weight > 0, whether all of the network is
-    trained on it or the head alone. A term with a `match` adds two forwards in each batch that is matched; expected
-    are probability x (e / E) ** match_power of those of epoch e, none where the term goes unmixed.
+    Each epoch of a phase is one pass per term with weight > 0, also if only the head is trained. A term with a `match`
+    adds two forward passes per matched batch. In mixed epoch e of E, the expected share of matched batches is
+    probability * (e / E) ** match_power.
     """
     first, last = recipe.schedule.stage1_epochs, recipe.schedule.epochs
     passes = _stage_passes(recipe.stage1, range(1, first + 1), last)
@@ -77,7 +77,7 @@ def image_passes(recipe: Recipe) -> float:
 
 
 def _stage_passes(stage: Stage, epochs: range, num_epochs: int) -> float:
-    """The same for one stage: its epochs (from 1) of num_epochs."""
+    """Return the passes of one stage in `epochs`, which are numbered from 1 to num_epochs."""
     passes = 0.0
     for term in stage.terms.values():
         if term.weight > 0:

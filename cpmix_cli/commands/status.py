@@ -1,4 +1,4 @@
-"""status: where runs stand and what to type next. Reads records and headers; writes nothing."""
+"""status: show the state of runs and the next command. Reads records and headers, writes nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from cpmix_cli.runtime.errors import EXIT_INTERRUPTED
 
 
 def run(options: StatusOptions) -> int:
-    """Show runs.
+    """Show the state of runs.
 
     Returns:
-        The exit code: 0 when all are done, 75 when one can go on.
+        Exit code: 0 if all are done, 75 if one can continue.
 
     Raises:
-        InputError: a folder that holds no run, or a damaged record.
+        InputError: a folder is no run, or a record is damaged.
     """
     runs, rows = [], []
     for given in options.folders:
@@ -41,8 +41,10 @@ def run(options: StatusOptions) -> int:
 
 
 def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) -> dict[str, Any]:
-    """What --json says of a phase. Its status is done, stale, interrupted or absent; running: another process writes it
-    now; or elsewhere: done in the run that this one started from.
+    """Return the fields of a phase for --json.
+
+    Its status is done, stale, interrupted, absent, running (a process writes it now) or elsewhere (done in the run that
+    this one started from).
     """
     status: str = folder.status() if elsewhere is None else "elsewhere"
     epochs, total = 0, run.recipe.epochs_of(folder.phase)
@@ -56,7 +58,7 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
     else:
         if status == "interrupted":
             because = folder.stale_because()
-            # Whole: what is damaged cannot go on.
+            # Verifies the state, because a damaged one cannot be resumed.
             epochs, total = (
                 run_json.verify_state(folder.path / files.TRAINING_STATE)[1],
                 folder.recipe().epochs_of(folder.phase),
@@ -74,7 +76,7 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
 
 
 def _accuracy(folder: PhaseFolder) -> float | None:
-    """top1 of the plain evaluation, if it is of this checkpoint."""
+    """Return top1 of the plain evaluation; None if it is missing or of another checkpoint."""
     evaluation = folder.evaluation()
     if not (evaluation / files.RUN).is_file():
         return None

@@ -1,4 +1,4 @@
-"""train-stage1: epochs 1 to E_cp on the natural batches, collecting confusion pairs. Paper: Algorithm 1, first part."""
+"""train-stage1: train epochs 1 to E_cp on natural batches and collect confusion pairs. Paper: Algorithm 1, part 1."""
 
 import re
 from dataclasses import replace
@@ -27,12 +27,12 @@ from cpmix_cli.training.state import TrainingState
 
 
 def run(options: TrainStage1Options) -> None:
-    """Train from fresh weights (or those of --init) to the end of stage 1.
+    """Train from fresh weights, or those of --init, to the end of stage 1.
 
     Raises:
-        UsageError: a --teacher that no term listens to, or a term that wants one.
-        InputError: the --init file is damaged or of another network; the --teacher was trained on other data, or sees
-            images normalised differently.
+        UsageError: --teacher is given and no term uses it, or it is missing and a term requires it.
+        InputError: the --init file is damaged or of another network; the --teacher was trained on other data, or with
+            another normalisation.
         CpmixError: see training.phase.train().
     """
     if options.data is None:
@@ -51,12 +51,12 @@ def run(options: TrainStage1Options) -> None:
     inputs = {} if options.init is None else {"init": options.init}
     if teacher is not None:
         inputs["teacher"] = teacher.path / files.MODEL
-    folder, prepared = PhaseFolder(options.out, "stage1"), partial(prepare, options.init, teacher)
+    folder, prepared = PhaseFolder(options.out, "stage1"), partial(_prepare, options.init, teacher)
     train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
 
 
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
-    """Weights come as safetensors; a recipe that starts from published ones is given these, and not others."""
+    """Check that --init is a safetensors file, and was made from the weights that the recipe names, if any."""
     wanted = recipe.model.init
     sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "")
     if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
@@ -89,15 +89,16 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
 
 
 def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -> PhaseFolder | None:
-    """The last phase done of --teacher, or the phase that it names. A teacher and taught terms go together, and
-    both networks learn from the same images.
+    """Return the phase that --teacher names, or its last finished phase; None without a teacher.
+
+    Checks that a term uses the teacher, and that both networks have the same data set and normalisation.
     """
     taught = [term.name for term in compile_stage(recipe.stage1) if "teacher" in term.functions]
     if run is None:
         if taught:
             raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
         return None
-    source = choose(run.parent if run.is_file() else run)  # its model.safetensors will do
+    source = choose(run.parent if run.is_file() else run)  # --teacher may be a model.safetensors
     if source.record().dataset.fingerprint != dataset.fingerprint:
         raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
     if not taught:
@@ -116,18 +117,18 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
     return source
 
 
-def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContext) -> tuple[Plan, TrainingState]:
-    """Fresh or given weights, empty confusion counts, and the stage-1 plan."""
+def _prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContext) -> tuple[Plan, TrainingState]:
+    """Return the stage-1 plan, and a state with fresh or pretrained weights and empty confusion counts."""
     plan = make_plan(context, "stage1")
     state = fresh_state(context)
     if init is not None:
         taken = load_backbone(state.model, _read_weights(init, context.inputs["init"]), init)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     elif state.model.frozen:
-        # Its batch norm keeps mean 0 and variance 1 as well, so deep networks may overflow.
+        # Frozen batch norm keeps mean 0 and variance 1, so deep networks may overflow.
         console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
     if teacher is not None:
-        # As it was trained: what its [evaluation] does to weights is for its own evaluations.
+        # Without its [evaluation], which changes weights only for the teacher's own evaluations.
         trained = teacher.recipe().model_copy(update={"evaluation": schema.Evaluation()})
         model = read_model(teacher, trained, context.dataset.num_classes, context.dataset.shape)
         plan = replace(plan, teacher=model.to(context.device).eval().requires_grad_(False))
@@ -136,6 +137,6 @@ def prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContex
 
 def _read_weights(path: Path, sha: str) -> dict[str, Tensor]:
     tensors, metadata = read_tensors(path, sha)
-    if isinstance(metadata, dict) and "tensors_digest" in metadata:  # import-weights wrote it
+    if isinstance(metadata, dict) and "tensors_digest" in metadata:  # written by import-weights
         check_seal(path, metadata, tensors_digest(tensors))
     return tensors

@@ -1,6 +1,6 @@
-"""train-stage2: epochs E_cp + 1 to E, adding the mixed terms. Paper: Algorithm 1, second part, and Eq. (13).
+"""train-stage2: train epochs E_cp + 1 to E with the mixed terms. Paper: Algorithm 1, second part, and Eq. (13).
 
-Weights, momentum, schedule and confusion counts continue from stage 1; many stage 2s can start from one stage 1.
+Weights, momentum, schedule and confusion counts continue from stage 1. Several stage 2s can start from one stage 1.
 """
 
 from cpmix_cli.evaluation.prediction import accuracy_on_test
