@@ -1,4 +1,4 @@
-"""What compare knows of a run: its evaluations, what each was made with, and which may stand in one row."""
+"""Evaluations of runs for compare: their numbers, conditions and costs, and which of them share a row."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.metrics import read_metrics
 
 MAX_NAMED = 3
-"""Changed keys with which a method still goes by its name."""
+"""Largest number of changed keys with which a method keeps its name."""
 COST_KEYS = ("images_per_second", "training_seconds", "gpu_hours", "device")
-"""Images through the network, once for each term; seconds of the epochs by the clock; hours None on a CPU."""
+"""Keys of a cost. Images count once per term. Seconds are wall-clock time of epochs. gpu_hours is None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -33,56 +33,56 @@ class EvaluatedRun:
 
     run: Path
     name: str
-    """Of its method, with the keys that were changed."""
+    """Name of its method, with the changed keys in brackets."""
     method: Recognised
     data: str
     label: str
-    """Of the evaluation; empty without one."""
+    """Label of the evaluation, or ""."""
     stage: str
-    """before or after the finetune, none where the recipe has none, or before stage 2; and the evaluation's label."""
+    """before or after the finetune, none (no finetune in the recipe), or before stage 2; then the label, if any."""
     forms: frozenset[bool]
-    """Which rows of the paper it may stand for, by PaperRow.finetuned."""
+    """Values of PaperRow.finetuned of the paper's rows that it is comparable with."""
     seed: int
     numbers: EvaluationNumbers
     conditions: dict[str, Any]
-    """All that it has to share with others in its row, by names with dots."""
+    """Dotted key -> value of everything that runs of one row share."""
     checkpoint: str
     num_parameters: int
     epochs: tuple[int, ...]
-    """Of the phases that lead to the checkpoint."""
+    """Epochs of each phase that leads to the checkpoint."""
     full_epochs: int | None
-    """Of both stages in the recipe, where --epochs made them fewer or more."""
+    """Epochs of both stages in the recipe before --epochs rescaled them; None without --epochs."""
     cost: dict[str, Any]
-    """Values of COST_KEYS over all phases that lead to the checkpoint; None if one is out of reach."""
+    """Values of COST_KEYS over all phases that lead to the checkpoint; all None if one is missing."""
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in the seed."""
 
     runs: list[EvaluatedRun]
 
     @property
     def first(self) -> EvaluatedRun:
-        """One of them, for what they share."""
+        """The first run, for the values that all share."""
         return self.runs[0]
 
     def statistics(self, measure: str) -> tuple[float | None, float | None]:
-        """Mean and sample standard deviation of a measure; None where there is none."""
+        """Return mean and sample standard deviation of a measure; None if undefined."""
         values = [value for run in self.runs if (value := getattr(run.numbers, measure)) is not None]
         return (fmean(values) if values else None, stdev(values) if len(values) > 1 else None)
 
     def cost(self) -> dict[str, Any]:
-        """Means over the runs; None where one has no cost, and of speed where devices differ."""
+        """Return mean costs over the runs. A cost is None if a run lacks it; speed and time also if devices differ."""
         *numbers, devices = ([run.cost[key] for run in self.runs] for key in COST_KEYS)
         means = [None if None in values else fmean(values) for values in numbers]
         if len(set(devices)) > 1:
             means[:2] = None, None
-        told = None if None in devices else ", ".join(sorted(set(devices)))
-        return dict(zip(COST_KEYS, (*means, told), strict=True))
+        device = None if None in devices else ", ".join(sorted(set(devices)))
+        return dict(zip(COST_KEYS, (*means, device), strict=True))
 
     def published(self) -> tuple[PaperRow, str] | None:
-        """The paper's row and top-1 accuracy for it."""
+        """Return the row and top-1 accuracy of the paper that correspond to these runs; None without."""
         for table in PAPER_TABLES.values():
             for row in table.rows:
                 for column, cell in zip(table.columns, row.cells, strict=True):
@@ -91,17 +91,18 @@ class ComparisonRow:
         return None
 
     def stands_for(self, row: PaperRow, column: Column) -> bool:
-        """Whether a cell of the paper is of this method, data set and stage."""
+        """Return whether a cell of the paper has this method, data set and stage."""
         run = self.first
         return run.data == column.data and row.finetuned in run.forms and run.method.is_printed_in(row, column)
 
 
 def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], list[str]]:
-    """The evaluations of a run (of one phase) that are of its present checkpoints; and why others are left out, a line
-    each, which are warnings too.
+    """Return the evaluations of a run's current checkpoints, and a line per evaluation that is left out.
+
+    The lines are also printed as warnings. `phase` restricts the evaluations to one phase.
 
     Raises:
-        InputError: no phase, or a damaged record.
+        InputError: the folder contains no phase, or a record is damaged.
     """
     paths = sorted((root / "evaluation").glob(f"*/{files.RUN}"))
     if paths and not any(PhaseFolder(root, name).is_begun for name in files.PHASES):
@@ -131,7 +132,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
 
 
 def _unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
-    """Why an evaluation says nothing of its run, or None."""
+    """Return why an evaluation is not of a current checkpoint; None if it is."""
     match source.status():
         case "absent":
             return f"its run has no {source.phase}"
@@ -171,13 +172,13 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
 
 
 def split_name(data: str) -> tuple[str, float | None]:
-    """cifar100-lt and 200 of cifar100-lt-rho200-seed1; the name itself where it says no rho."""
+    """Split cifar100-lt-rho200-seed1 into cifar100-lt and 200; without rho return the name itself and None."""
     found = re.fullmatch(r"(.+-lt)-rho(\d[\d.e+]*)(-.+)?", data)
     return (found[1], float(found[2])) if found else (data, None)
 
 
 def _stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]]:
-    """EvaluatedRun.stage but for a label, and EvaluatedRun.forms."""
+    """Return EvaluatedRun.stage without the label, and EvaluatedRun.forms."""
     last = "stage1" if recipe.stage2 is None else "stage2"
     if source.phase == "finetune":
         origin = source.origin()
@@ -189,14 +190,14 @@ def _stage_of(source: PhaseFolder, recipe: Recipe) -> tuple[str, frozenset[bool]
 
 
 def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
-    """Epochs of the phases up to this one."""
+    """Return the epochs of each phase up to this one."""
     origin = source.origin()
     before = () if origin is None else files.PHASES[: files.PHASES.index(origin.phase) + 1]
     return tuple(recipe.epochs_of(phase) for phase in (*before, source.phase))
 
 
 def _leading_phases(source: PhaseFolder) -> list[PhaseFolder]:
-    """The phases that lead to a checkpoint, its own last; none where one is out of reach."""
+    """Return the phases that lead to a checkpoint, its own last; an empty list if one is missing."""
     found = [source]
     while (origin := found[0].origin()) is not None:
         if not origin.done:
@@ -206,7 +207,7 @@ def _leading_phases(source: PhaseFolder) -> list[PhaseFolder]:
 
 
 def _cost_of(leading: Sequence[PhaseFolder]) -> dict[str, Any]:
-    """See COST_KEYS."""
+    """Return the values of COST_KEYS."""
     images = seconds = 0.0
     records = [folder.record() for folder in leading]
     for folder in leading:
@@ -232,7 +233,7 @@ def _flattened(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _conditions_of(
     record: EvaluationRecord, trained: PhaseRecord, recipe: Recipe, phase: str, leading: Sequence[PhaseFolder]
 ) -> dict[str, Any]:
-    """What runs of one row share: all but the seed, and the precision as it was resolved."""
+    """Return everything that runs of one row share: all but the seed, with the precision that was resolved."""
     dataset, tests = trained.dataset, record.made_from.dataset
     own, _, split = tests.partition(" ")
     tables = recipe.tables_of(phase)
@@ -250,8 +251,9 @@ def _conditions_of(
 
 
 def _name_of(method: Recognised, leading: Sequence[PhaseFolder]) -> str:
-    """The method's name, and in brackets up to MAX_NAMED keys in which it is another. Beyond that it is another method,
-    and goes by the file that --recipe named, or by a digest of the keys.
+    """Return the name of the method, with up to MAX_NAMED changed keys in brackets.
+
+    With more changes it is another method: the name is the file of --recipe, or a digest of the changes.
     """
     if not method.changed:
         return method.method
@@ -267,19 +269,19 @@ def _name_of(method: Recognised, leading: Sequence[PhaseFolder]) -> str:
 
 
 def said(keys: Mapping[str, Any]) -> str:
-    """key=value, ..."""
+    """Format changed keys as "key=value, ..."."""
     return ", ".join(f"no {key}" if value is None else f"{key}={shown(value)}" for key, value in keys.items())
 
 
 def shown(value: Any) -> str:
-    """A recipe's value in a line."""
+    """Format a value of a recipe."""
     if isinstance(value, bool):
         return str(value).lower()
     return "(none)" if value is None else "(table)" if isinstance(value, dict) else str(value)
 
 
 def in_rows(measured: Sequence[EvaluatedRun]) -> list[ComparisonRow]:
-    """Runs by what they share; a checkpoint that stands in several folders counts once."""
+    """Group runs into rows by stage and conditions; a checkpoint in several folders counts once."""
     grouped: dict[str, dict[str, EvaluatedRun]] = {}
     for run in measured:
         group = grouped.setdefault(files.canonical_json([run.stage, run.conditions]), {})
@@ -302,7 +304,7 @@ _RESCALED = ("schedule", "confusion", "stage1", "stage2", "finetune")  # tables 
 
 
 def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """What rows of the same method, data set, rho and stage differ in: row numbers (from 1), and values by key."""
+    """Return the differences between rows of one method, data set, rho and stage: row numbers (from 1) and values."""
     alike: dict[tuple[Any, ...], dict[int, EvaluatedRun]] = {}
     for number, row in enumerate(rows, start=1):
         run = row.first
@@ -315,9 +317,9 @@ def differences_of(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
         values = {key: [run.conditions.get(key) for run in group] for key in keys}
         differing = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
         if "schedule.epochs" in differing and len({run.method.recipe for run in group}) == 1:
-            # --epochs rescales other keys with it; those that were changed beside it are known.
+            # --epochs rescales these tables too, so of them only keys that a run changed count.
             kept = {"schedule.epochs", *(key for run in group for key in run.method.changed)}
             differing = {k: v for k, v in differing.items() if k in kept or k.partition(".")[0] not in _RESCALED}
-        if differing:  # else alone, or one evaluation under two labels
+        if differing:  # none if the row is the only one, or an evaluation has two labels
             found.append({"rows": list(numbered), "keys": differing})
     return found

@@ -1,7 +1,7 @@
-"""Methods: what recipes say of theirs in [about], and which method a trained recipe is. Reads TOML alone.
+"""Methods: the recipes' [about] tables, and the method of a trained recipe. Reads only TOML.
 
-recognised() compares all settings with those of the recipes that come with cpmix. minimised() compares objectives alone
-and leaves out parameters on purpose: a figure names a curve by its method, and CP-Mix with another t is CP-Mix there.
+recognised() compares all settings with those of cpmix's recipes. minimised() compares only objectives, without their
+parameters: a figure names a curve by its method, and CP-Mix with another t is still CP-Mix.
 """
 
 from collections.abc import Mapping
@@ -23,38 +23,39 @@ KINDS = get_args(Kind)  # in the order of the list
 
 
 class About(Table):
-    """[about] of a recipe: where its method comes from."""
+    """Table [about] of a recipe: its method and where that comes from."""
 
     method: str
-    """Its name, as in the paper's tables where it is there. The recipes of a method share it."""
+    """Name of the method, as in the paper's tables if it is there. All recipes of the method have it."""
     kind: Kind | None = None
-    """This and the next two stand in one recipe of the method."""
+    """Kind of the method. Only one recipe of a method has kind, paper and needs."""
     paper: str = ""
     """Authors, title, venue, year."""
     needs: str = ""
-    """What it takes beside images and labels."""
+    """Requirements besides images and labels."""
     note: str = ""
-    """What else to know of it."""
+    """Remarks."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method and what its recipes say of it."""
+    """A method and the [about] tables of its recipes."""
 
     name: str
     kind: str
     paper: str
     needs: str
     recipes: dict[str, About]
-    """By the recipe's name."""
+    """Name of the recipe -> its table."""
 
 
 def all_methods() -> list[Method]:
-    """The methods in the order of KINDS. A recipe without [about] is of the method that has a recipe of its name for
-    another data set.
+    """Return the methods in the order of KINDS.
+
+    A recipe without [about] belongs to the method of the recipe with the same name for another data set.
 
     Raises:
-        UsageError: an [about] table is wrong, or none of a method's says its kind.
+        UsageError: an [about] table is wrong, or no table of a method has its kind.
     """
     found = {name: about for name in recipe_names() if (about := read_about(find_recipe(name))) is not None}
     of_stem = {stem(name): about.method for name, about in found.items()}
@@ -73,10 +74,10 @@ def all_methods() -> list[Method]:
 
 
 def read_about(path: Path) -> About | None:
-    """What a recipe file says of its method; None where it says nothing.
+    """Return the [about] table of a recipe file; None without one.
 
     Raises:
-        UsageError: keys or types are wrong; all faults are listed.
+        UsageError: keys or types are wrong; lists all errors.
     """
     if (table := read_own_tables(path).get("about")) is None:
         return None
@@ -88,34 +89,40 @@ def read_about(path: Path) -> About | None:
 
 
 def stem(name: str) -> str:
-    """cmo of cifar100-lt/cmo."""
+    """Return the last part of a recipe's name: cmo of cifar100-lt/cmo."""
     return name.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """Which method a trained recipe is."""
+    """The method of a trained recipe."""
 
     method: str
-    """Of the nearest recipe."""
+    """Method of the most similar recipe."""
     recipe: str
-    """Its name."""
+    """Name of the most similar recipe."""
     changed: dict[str, Any]
-    """Keys in which the trained one differs, with its values; None where it has no such key."""
+    """Key -> value of the trained recipe where it differs; None if it lacks the key."""
     exact: tuple[str, ...]
-    """All recipes that say the same about the phase: CP-Mix, and the last two rows of Table 3."""
+    """Names of all recipes equal in the phase, such as CP-Mix and the last two rows of Table 3."""
     order: int
-    """Place in the list of methods."""
+    """Position in the list of methods."""
 
     def is_printed_in(self, row: PaperRow, column: Column) -> bool:
-        """The paper has this method in that cell."""
+        """Return whether the paper has this method in that cell."""
         return f"{column.family}/{row.recipe}" in self.exact
 
 
 def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
-    """Compare a recorded recipe with all that come with cpmix, at its epochs and rho; those in the folder `family` come
-    first. Only what the phase depends on counts, and neither the seed nor the precision; the rest of the recipe tells
-    those apart that are equal in it.
+    """Find the recipe of cpmix that is most similar to a recorded recipe.
+
+    Only keys that the phase depends on count, without seed and precision. The other keys break ties.
+
+    Args:
+        recipe: the recorded recipe; all recipes are compared at its epochs.
+        phase: the phase that was trained.
+        family: folder of recipes to prefer, such as cifar100-lt.
+        rho: imbalance factor of the data set; None if it has none.
     """
     known = _known_settings(recipe.schedule.epochs, rho)
     counted = (*PHASE_TABLES[phase], "evaluation")
@@ -134,15 +141,14 @@ OBJECTIVES = {
     "similar-pair mixup": "toy/fixed-pairs",
     "CP-Mix": "toy/cpmix",
 }
-"""Methods of the paper's figures, and a recipe that minimises the objective of each."""
+"""Method in the paper's figures -> a recipe that minimises its objective."""
 
 
 def minimised(recipe: Recipe, phase: str) -> str | None:
-    """The method of OBJECTIVES by which a phase's network was trained, or None.
+    """Return the method of OBJECTIVES that trained the network of a phase, or None.
 
-    A finetune of CP-Mix's kind is of the method that it took. Another kind (cRT) makes another method, and so do the
-    first of two stages, several experts, an evaluation after the fact, and confusions of other images than the training
-    batches'.
+    A finetune like CP-Mix's does not change the method. None for another finetune (cRT), the first of two stages,
+    several experts, a post-hoc method, and confusions of other images than the training batches.
     """
     if phase == "stage1" and recipe.stage2 is not None:
         return None
@@ -151,7 +157,7 @@ def minimised(recipe: Recipe, phase: str) -> str | None:
 
 
 def _compared(own: dict[str, Any], known: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The keys in which own tables differ from each of the known ones, with the own values."""
+    """Return, for each known recipe, the keys that differ from it with the own values."""
     return {name: {key: value for key, _, value in changed(theirs, own)} for name, theirs in known.items()}
 
 
@@ -163,17 +169,17 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 @cache
 def _known_settings(epochs: int, rho: float | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """By method and name, the recipes that can last so many epochs."""
+    """Return (method, name) -> settings of all recipes that can have so many epochs."""
     found = {}
     for method in all_methods():
         for name in method.recipes:
-            with suppress(UsageError):  # one epoch is none for two stages
+            with suppress(UsageError):  # two stages need at least two epochs
                 found[method.name, name] = _settings(load(name, epochs=epochs, rho=rho))
     return found
 
 
 def _objective(recipe: Recipe, phase: str) -> dict[str, Any]:
-    """What a phase minimises: draw and functions of each term that counts, whatever their names and parameters."""
+    """Return the objective of a phase: sampling and functions of each weighted term, without parameters."""
 
     def terms(stage: Stage) -> list[list[tuple[str, str]]]:
         counted = ({"draw": term.draw, **term.functions} for term in stage.terms.values() if term.weight > 0)

@@ -1,7 +1,7 @@
-"""The tables of CP-Mix's paper, number by number as they are printed there. Imports nothing heavy.
+"""Tables of CP-Mix's paper, with the numbers as printed. Imports nothing heavy.
 
 Source: Yoon et al., Mix from Failure: Confusion-Pairing Mixup for Long-Tailed Recognition, arXiv 2024: Tables 1 to 4,
-and 7 to 9 of the appendix. Its Tables 5 and 6 are settings, which the recipes have.
+and 7 to 9 of the appendix. Tables 5 and 6 are settings, which are in the recipes.
 """
 
 from dataclasses import dataclass
@@ -9,59 +9,59 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers."""
+    """A column of a table."""
 
     header: str
-    """As printed; in Table 1 with a short name of the data set."""
+    """Heading as printed; in Table 1 with a short name of the data set."""
     data: str
-    """The data set, by the name that build-lt gives it."""
+    """Name of the data set, as build-lt gives it."""
     measure: str = "top1"
-    """A key of an evaluation's metrics.json, per cent."""
+    """Key of an evaluation's metrics.json, in per cent."""
 
     @property
     def family(self) -> str:
-        """The folder of the recipes for it: cifar100-lt of cifar100-lt-rho200."""
+        """Folder of the recipes for the data set: cifar100-lt of cifar100-lt-rho200."""
         return self.data.partition("-rho")[0]
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row: a method and its numbers."""
+    """A row of a table: a method and its numbers."""
 
     name: str
-    """As printed; of an ablation, what its ticks say."""
+    """Name as printed; for an ablation, the ticked components."""
     recipe: str
-    """The last part of the name of the recipes for it, such as cpmix."""
+    """Last part of the names of its recipes, such as cpmix."""
     printed: str
-    """Its numbers in the order of the columns, as printed; - where there is none."""
+    """Numbers as printed in the order of the columns; - for an empty cell."""
     finetuned: bool = False
-    """With the finetune that the recipe has. The paper finetunes CP-Mix, and MiSLAS is a finetune; recipes of others
-    have one to be compared on equal terms, and the row is what comes before it."""
+    """Whether the numbers are after the recipe's finetune, as for CP-Mix and MiSLAS. Recipes of other methods have a
+    finetune for fair comparison, and the row is the result before it."""
     copied: bool = False
-    """Copied there from other papers: no dagger, and not CP-Mix."""
+    """Whether the paper copied the row from other papers: no dagger, and not CP-Mix."""
     note: str = ""
-    """What to know of the numbers."""
+    """Remark on the numbers."""
 
     @property
     def cells(self) -> list[str | None]:
-        """Numbers as printed, one a column."""
+        """Numbers as printed, one per column; None for an empty cell."""
         return [None if cell == "-" else cell for cell in self.printed.split()]
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table."""
+    """A table of the paper."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[PaperRow, ...]
     note: str = ""
     few_inclusive: bool = False
-    """Its groups count classes of exactly 20 training images as few."""
+    """Whether classes with exactly 20 training images count as few."""
 
 
 COPIED = "copied there from other papers: other epochs, best epoch on the test set, for OTmix its confusions too"
-"""Why copied rows are not comparable."""
+"""Note why copied rows are not comparable."""
 OWN_BEST = "the best epoch on the test set"
 OTMIX = "confusions of the test set, and the best epoch on it"
 THREE = "three experts; CP-Mix + RIDE has six"
@@ -77,7 +77,7 @@ def _by_group(data: str) -> tuple[Column, ...]:
 
 
 def _ablation(printed: str) -> tuple[PaperRow, ...]:
-    """Rows of Tables 3 and 4, which have the same ticks."""
+    """Make the rows of Table 3 or 4, which have the same ticks."""
     ticks = [
         *("CE", "BS", "BS + L_mix, lambda", "BS + L_mix, Eq. 9", "BS + L_CP, lambda", "BS + L_CP + L_mix, lambda"),
         *("BS + L_CP, Eq. 9", "BS + L_CP + L_mix, Eq. 9", "the same + finetune"),

@@ -1,4 +1,4 @@
-"""Tables as text that others read: Markdown, LaTeX and CSV. Pure functions of cells."""
+"""Tables as plain text, Markdown, LaTeX and CSV: pure functions of cells."""
 
 import csv
 import io
@@ -20,22 +20,22 @@ _MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_|<
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with what is said above and below it."""
+    """A table with a title and lines below it."""
 
     title: str
     header: Sequence[str]
-    """Column names; one that starts with ">" is right-aligned."""
+    """Column names; a name that starts with ">" is right-aligned, without the ">"."""
     rows: Sequence[Sequence[str]]
     lines: Sequence[str] = ()
 
 
 def plain(sheet: Sheet) -> list[str]:
-    """Lines for a terminal."""
+    """Format a table as lines for a terminal."""
     return [*table_lines(sheet.header, sheet.rows, title=sheet.title), *sheet.lines]
 
 
 def markdown(sheet: Sheet) -> list[str]:
-    """A pipe table, the lines below it as a list."""
+    """Format a table as a Markdown pipe table, with the lines below it as a list."""
     header = [name.removeprefix(">") for name in sheet.header]
     names, *rows = [[_markdown(cell) for cell in row] for row in (header, *sheet.rows)]
     marks = ["---:" if name.startswith(">") else "---" for name in sheet.header]
@@ -45,7 +45,7 @@ def markdown(sheet: Sheet) -> list[str]:
 
 
 def latex(sheet: Sheet) -> list[str]:
-    r"""A table environment; nothing but \usepackage{booktabs} is needed."""
+    r"""Format a table as a LaTeX table environment, which needs only \usepackage{booktabs}."""
     columns = "".join("r" if name.startswith(">") else "l" for name in sheet.header)
     header = [name.removeprefix(">") for name in sheet.header]
     first, *rows = [f"  {' & '.join(map(_latex_cell, row))} \\\\" for row in (header, *sheet.rows)]
@@ -66,7 +66,7 @@ def latex(sheet: Sheet) -> list[str]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Records with the same keys as lines of CSV, a header first; nothing for None."""
+    """Format records with equal keys as lines of CSV with a header; None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -83,6 +83,6 @@ def _latex(text: str) -> str:
 
 
 def _latex_cell(text: str) -> str:
-    """A cell; a row that began with a bracket or star would give it to the line end before."""
+    """Escape a cell. A leading [ or * is braced: after the line end before it, LaTeX would read it as an argument."""
     escaped = re.sub(r"^-(?=\d)", "$-$", _latex(text))
     return f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped
