@@ -1,4 +1,4 @@
-"""bench: training speed of this machine, next to the reference loop of the released code and the network alone.
+"""bench: training speed of this machine, next to the reference loop and the network only.
 
 The loops take turns in each round, so that a drift of the machine's speed affects all of them. All results are medians
 over the rounds, including ratios. Nothing is written.
@@ -147,18 +147,18 @@ def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mappi
         memory = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:,.0f}"
         return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
 
-    rows = [row(f"released code: PIL, {fields['threads']} workers, fp32", reference)]
+    rows = [row(f"reference loop: PIL, {fields['threads']} workers, fp32", reference)]
     if "input" in timings:
         rows.append(row("read from disk and augmented, no network", timings["input"]))
     networks = [name.split() for name in timings if name.startswith("network")]
     for _, phase, precision in sorted(networks, key=lambda n: (PHASES.index(n[1]), n[2] != "fp32")):
         forward = f"{fields['images_per_step'][phase]} images" + (", head" if phase == "finetune" else "")
-        rows.append(row(f"network alone, {precision}, {forward}", timings[f"network {phase} {precision}"]))
+        rows.append(row(f"network only, {precision}, {forward}", timings[f"network {phase} {precision}"]))
     if "plain" in timings:
-        rows.append(row(f"network alone, plain, {own}", timings["plain"]))
+        rows.append(row(f"network only, plain, {own}", timings["plain"]))
     for phase, count in fields["images_per_step"].items():
         rows.append(row(f"cpmix {phase}, {own}, {count} images", timings[phase], timings[f"network {phase} {own}"]))
-    header = ("loop", ">images/s", ">lowest .. highest", ">to released code", ">to network", ">peak MiB")
+    header = ("loop", ">images/s", ">lowest .. highest", ">to reference", ">to network", ">peak MiB")
     projected = fields["projected_seconds"]
     parts = [f"{phase} {console.duration(projected[phase])} ({count} epochs)" for phase, count in epochs.items()]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""

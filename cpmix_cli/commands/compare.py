@@ -223,7 +223,7 @@ def _accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviatio
     if any(found[0].copied for *_, found in known):
         lines.append(f"* {COPIED}")
     if given := [number for number, row, _ in known if row.first.conditions["init"] != "none"]:
-        lines.append(f"row{'s' * (len(given) > 1)} {_listed(given)}: started from given weights (--init)")
+        lines.append(f"row{'s' * (len(given) > 1)} {_listed(given)}: started from pretrained weights (--init)")
     fewer: dict[str, list[int]] = {}
     for number, row, _ in known:
         if row.first.full_epochs is not None:
@@ -264,12 +264,12 @@ def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
     width = len(header) - 1
     table = [[_listed(numbers), *key[-width:]] for key, numbers in same.items()]
     lines = [
-        "summed over all phases that lead to the checkpoint, wherever they are",
-        "(a stage 1 that several share: in each of their rows); means over n",
-        "images/s: through the network, an image once for each term",
+        "totals of all phases that lead to the checkpoint, in this run or others",
+        "(a shared stage 1 counts in each row); means over n runs",
+        "images/s: images through the network, once per term",
     ]
     if any(cost["device"] is None for cost in costs.values()):
-        lines.append("-: a phase is out of reach")
+        lines.append("-: unknown, a phase is missing")
     return Sheet("training", header, table, lines)
 
 
@@ -324,7 +324,7 @@ def _paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
         if column.measure in GROUPS and few != table.few_inclusive:
             note += ", classes of 20 images are few" if few else ", classes of 20 images are medium"
         if row.first.conditions["init"] != "none":
-            note += f", started from weights {row.first.conditions['init']}"
+            note += f", started from pretrained weights {row.first.conditions['init']}"
         if beside > 1:
             note += f", {row.first.run}"
         letter = letters.setdefault(note, _letter_of(len(letters)))

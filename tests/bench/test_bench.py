@@ -45,7 +45,7 @@ def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
     result = must("bench", "--recipe", "digits/cross-entropy", *flags)
     titles = [line.split("  ")[0] for line in result.stdout.splitlines()]
     assert titles[0] == "loop"
-    assert titles[2].startswith("released code: PIL, ")
+    assert titles[2].startswith("reference loop: PIL, ")
     assert [t.split(",")[0] for t in titles if t.startswith("cpmix ")] == ["cpmix stage1", "cpmix finetune"]
     assert "projected for digits/cross-entropy: stage1 " in result.stdout
     assert "stage2" not in result.stdout
@@ -63,7 +63,7 @@ def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
     ratio = median(a / b for a, b in zip(rounds["network_stage1_fp32"], rounds["plain"], strict=True))
     assert measured["ratio_to_plain_network"] == {"loop": ratio}
     table = must(*command).stdout
-    assert "network alone, plain, fp32 " in table
+    assert "network only, plain, fp32 " in table
     assert "experts to the plain network of full width, each alone, images/s: loop " in table
     plain = must("bench", "--recipe", "digits/cross-entropy", *flags, "--json").json
     assert plain["ratio_to_plain_network"] == {}

@@ -110,7 +110,7 @@ def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list
     assert mixed == {"images_per_second": None, "training_seconds": None, "gpu_hours": 0.75, "device": "A100, H100"}
     unknown = _cost_sheet([(1, ComparisonRow([replace(measured, cost=cost(None, None, None, None))]))])
     assert unknown.rows == [["1", "75,002", "3", "-", "-", "-"]]
-    assert unknown.lines[-1] == "-: a phase is out of reach"
+    assert unknown.lines[-1] == "-: unknown, a phase is missing"
 
 
 def test_cpmix_before_and_after_and_a_stage_1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_cpmix_before_and_after_and_a_stage_1_elsewhere(digits_run: Path, tmp_pa
     (row,) = must("compare", other, "--json").json["rows"]
     assert (row["training_seconds"], row["images_per_second"], row["device"]) == (None, None, None)
     assert (row["method"], row["epochs"], row["conditions"]["init"]) == ("Balanced Softmax", [4, 2], "unknown")
-    assert must("compare", other).stdout.splitlines()[-1] == "-: a phase is out of reach"
+    assert must("compare", other).stdout.splitlines()[-1] == "-: unknown, a phase is missing"
 
 
 def test_every_recipe_is_recognised() -> None:
