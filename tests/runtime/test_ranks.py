@@ -329,7 +329,9 @@ def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> No
 def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
     codes, outs, errs = Launched(3, ("train-stage1", "--data", tmp_path / "none", "--json")).end()
     assert codes == [3] * 3
-    assert errs[0].startswith(f"error: no data set in {tmp_path / 'none'}")
+    loading, error, *_ = errs[0].splitlines()
+    assert loading == "train-stage1: loading torch"
+    assert error.startswith(f"error: no data set in {tmp_path / 'none'}")
     assert outs[0].startswith('{"error": ')
     assert not any(errs[1:] + outs[1:])
 
@@ -343,7 +345,7 @@ def test_an_error_of_one_ends_all(digits: Path, tmp_path: Path) -> None:
     (folders[0] / "data").symlink_to(digits)
     codes, _, errs = Launched(2, ("train-stage1", "--data", "data", "--out", "run"), folders=folders).end()
     assert codes == [3, 3]
-    assert errs[0] == ""
+    assert errs[0] == "train-stage1: loading torch\n"
     assert errs[1].startswith("error: rank 1: no data set in data")
 
 

@@ -132,7 +132,7 @@ def test_a_run_of_the_first_release_evaluates_to_its_numbers(first_release: tupl
 
 
 @pytest.mark.cifar
-@pytest.mark.skipif("CI" in os.environ, reason="takes 3 minutes; make test runs it outside CI")
+@pytest.mark.skipif("CI" in os.environ, reason="takes 3 minutes; make slow runs it outside CI")
 def test_a_run_of_the_first_release_finetunes_to_the_same_bits(
     first_release: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
