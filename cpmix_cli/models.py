@@ -127,8 +127,8 @@ class ScaledHead(nn.Linear):
 class Routers(nn.Module):
     """Binary classifiers after each expert but the last: whether an image continues to the next expert.
 
-    The inputs of router k are the largest mean logits of experts 0 to k, and NUM_UNITS ReLU units on the normalised
-    features of expert k.
+    Router k has two kinds of inputs: the largest mean logits of experts 0 to k, and NUM_UNITS ReLU units. The units
+    see the normalised features of expert k.
 
     Source: Wang et al., RIDE, Sec. 3.4 and its code.
     """
@@ -221,8 +221,8 @@ class Experts(nn.ModuleList):
 class CifarExperts(Classifier):
     """A CifarResNet with separate later stages and heads per expert, narrowed by `model.expert_width`.
 
-    ResNet-32 with one shared stage, 3 / 4 of the width, 100 classes and cosine heads has 783,856 parameters with three
-    experts and 1,543,888 with six.
+    Example: ResNet-32 with one shared stage, 3 / 4 of the width and cosine heads for 100 classes. Three experts have
+    783,856 parameters, six have 1,543,888.
     Source: Wang et al., RIDE, and its code.
     """
 
@@ -302,9 +302,8 @@ class ImageNetExperts(Classifier):
         lengths = [len(stage) for stage in stages[shared:]]
 
         def branch() -> nn.Sequential:
-            network.inplanes = (
-                planes[shared - 1] * block.expansion
-            )  # input channels; torchvision's _make_layer() updates them
+            # torchvision's _make_layer() reads the input channels here, and updates them.
+            network.inplanes = planes[shared - 1] * block.expansion
             made = (network._make_layer(block, *stage, stride=2) for stage in zip(own, lengths, strict=True))
             return nn.Sequential(*itertools.chain.from_iterable(made))
 

@@ -28,7 +28,7 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # at run time after cpmix_cli.report, which quietens matplotlib's warnings
+    from matplotlib.figure import Figure  # not at run time: cpmix_cli.report must silence its warnings first
 
 KINDS: dict[str, Kind] = {".pdf": "pdf", ".svg": "svg", ".png": "png"}
 DPI = 450  # of PNG files, and of matrices and point clouds in PDF and SVG
