@@ -7,7 +7,7 @@ from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
 YES = torch.ones((), dtype=torch.bool)
 
 
-def test_counts_are_those_of_a_loop(generator: torch.Generator) -> None:
+def test_confusion_counts_equal_a_plain_loop(generator: torch.Generator) -> None:
     labels = torch.randint(0, 5, (300,), generator=generator)
     predictions = torch.randint(0, 5, (300,), generator=generator)
     counts = torch.zeros(5, 5, dtype=torch.float64)

@@ -48,7 +48,9 @@ def network(**keys: object) -> Classifier:
 
 
 @pytest.mark.parametrize(("experts", "parameters"), [(2, 530_512), (3, 783_856), (4, 1_037_200), (6, 1_543_888)])
-def test_parameters_of_resnet32(experts: int, parameters: int, generator: torch.Generator) -> None:
+def test_resnet32_with_experts_has_the_published_number_of_parameters(
+    experts: int, parameters: int, generator: torch.Generator
+) -> None:
     """Three and six experts as published; the others by the same 253,344 an expert."""
     recipe = Model(name="resnet32", head="cosine", experts=experts, expert_width=0.75)
     model = build_model(recipe, 100, CIFAR, generator)
@@ -56,7 +58,7 @@ def test_parameters_of_resnet32(experts: int, parameters: int, generator: torch.
     assert model.expert_logits(torch.zeros(2, 3, 32, 32)).shape == (experts, 2, 100)
 
 
-def test_experts_of_resnet50(generator: torch.Generator) -> None:
+def test_experts_of_resnet50_share_two_stages_and_own_the_rest(generator: torch.Generator) -> None:
     """192 and 384 planes of 4 channels each, after two shared stages; the shared part is torchvision's."""
     recipe = Model(name="resnet50", head="cosine", experts=2, shared_stages=2, expert_width=0.75)
     model = build_model(recipe, 7, (64, 64, 3), generator)
@@ -134,7 +136,9 @@ SPREAD = [f"stage1.terms.erm.{k}" for k in ("regulariser=expert-diversity", "div
         (["model.experts=3", "model.name=one-hidden-layer"], "it has no stages to share"),
     ],
 )
-def test_what_experts_need(settings: list[str], message: str, digits: Path, toy: Path, tmp_path: Path) -> None:
+def test_settings_that_experts_do_not_fit_are_refused(
+    settings: list[str], message: str, digits: Path, toy: Path, tmp_path: Path
+) -> None:
     data, recipe = (toy, "toy/cross-entropy") if "one-hidden" in settings[-1] else (digits, "digits/cross-entropy")
     flags = ("--data", data, "--recipe", recipe, "--out", tmp_path / "run")
     refused(2, message, "train-stage1", *flags, *setting(*settings))
@@ -164,7 +168,7 @@ def softmax(z: list[float], temperature: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("reweighting", [0.0, 1.0])
-def test_expert_diversity_is_that_of_loops(reweighting: float) -> None:
+def test_expert_diversity_equals_a_plain_loop(reweighting: float) -> None:
     logits, _, _ = drawn(3)
     spread = [4 * n / sum(COUNTS) * 0.3 + 0.7 for n in COUNTS]
     t = [s / max(spread) if reweighting else 1.0 for s in spread]
@@ -177,7 +181,7 @@ def test_expert_diversity_is_that_of_loops(reweighting: float) -> None:
     assert float(found) == pytest.approx(-0.45 * (sum(t) / 4) ** 2 * total / 12)
 
 
-def test_temperatures_of_cifar100() -> None:
+def test_temperatures_of_cifar100_equal_those_by_hand() -> None:
     """At rho 100: 1 for the largest class, 0.807 for the smallest, 0.847 in the mean."""
     counts = torch.tensor(exponential_counts(500, 100, 100), dtype=torch.float64)
     spread = 100 * counts / counts.sum() * 0.05 + 0.95
@@ -238,7 +242,7 @@ def test_mixed_ride_of_equal_labels_is_ride() -> None:
     )
 
 
-def test_distillation_is_that_of_loops() -> None:
+def test_distillation_equals_a_plain_loop() -> None:
     logits, _, _ = drawn(3)
     teacher = drawn(4)[0][0]
     t = [1.5] * 4
@@ -251,7 +255,7 @@ def test_distillation_is_that_of_loops() -> None:
     assert float(distillation(teacher.expand(3, -1, -1), teacher)) == pytest.approx(0)
 
 
-def test_the_three_losses_of_sade() -> None:
+def test_sade_sums_three_losses_with_shifted_priors() -> None:
     """Hand-made: priors 40, 30, 30, 10 reversed by rank are 10, 30, 30, 40, equal ones in the order of their ids."""
     counts = torch.tensor([40, 30, 30, 10])
     logits, labels, weights = drawn(3)
@@ -269,7 +273,7 @@ def test_sade_of_a_uniform_prior_is_three_times_cross_entropy() -> None:
     torch.testing.assert_close(found, 3 * cross_entropy(logits[0], labels, weights, even))
 
 
-def test_classes_that_experts_answer_for() -> None:
+def test_experts_get_target_classes_by_group_or_rank() -> None:
     groups = torch.tensor([300, 19, 100, 101, 20, 2])
     assert target_classes(groups, 3).tolist() == [
         [True] * 6,
@@ -281,7 +285,7 @@ def test_classes_that_experts_answer_for() -> None:
     assert target_classes(groups, 2).tolist() == [[True] * 6, [False, True, False, False, True, True]]
 
 
-def test_ace_is_that_of_loops() -> None:
+def test_ace_equals_a_plain_loop() -> None:
     counts = torch.tensor([300, 60, 15, 4])
     logits, labels, weights = drawn(3)
     total = 0.0
@@ -304,7 +308,7 @@ def test_ace_is_that_of_loops() -> None:
     torch.testing.assert_close(ace(logits, none, weights, counts), alone)
 
 
-def test_logits_of_experts_combined() -> None:
+def test_combined_logits_average_all_experts_or_those_of_each_class() -> None:
     counts = torch.tensor([300, 60, 15, 4])
     model = network(experts=3)
     logits = drawn(3)[0].float()
@@ -321,7 +325,7 @@ def test_logits_of_experts_combined() -> None:
 # -- routers -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_routers_are_to_say() -> None:
+def test_routers_learn_if_a_later_expert_is_needed() -> None:
     """Three experts, four images of class 0: right at once; right with the second; with the third; never."""
 
     def one(c: int, height: float) -> list[float]:
@@ -339,7 +343,7 @@ def test_what_routers_are_to_say() -> None:
     assert float(routing(logits, routes, torch.zeros(4, dtype=torch.int64))) == pytest.approx(total / 8, rel=1e-5)
 
 
-def test_thresholds_of_routing() -> None:
+def test_the_threshold_decides_how_many_experts_are_averaged() -> None:
     routes = torch.tensor([[-300.0, 2.0, 2.0, 0.0], [5.0, -3.0, 1.0, 9.0]])
     assert routed_weights(routes, 0.0).allclose(torch.full((3, 4), 1 / 3))  # the full ensemble
     assert routed_weights(routes, 1.0).tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]  # the first expert
@@ -374,7 +378,7 @@ def test_routers_see_the_experts_so_far(generator: torch.Generator) -> None:
 # -- test sets of another distribution ---------------------------------------------------------------------------------
 
 
-def test_profiles_of_shifted_test_sets() -> None:
+def test_shifted_profiles_follow_or_reverse_the_training_counts() -> None:
     counts, num_test = torch.tensor([5, 50, 500]), torch.tensor([100, 100, 120])
     assert shifted_profile(counts, num_test, "forward", 50).tolist() == [2, 14, 100]
     assert shifted_profile(counts, num_test, "backward", 50).tolist() == [100, 14, 2]
@@ -444,7 +448,7 @@ def test_weights_are_learnt_as_the_recipe_trains(nesterov: bool) -> None:
     torch.testing.assert_close(found, free.softmax(0).float())
 
 
-def test_images_that_weights_are_learnt_from(generator: torch.Generator) -> None:
+def test_weights_are_learnt_from_images_drawn_by_the_profile(generator: torch.Generator) -> None:
     """As many of each class as the profile says, none twice, other ones of another order; without a profile all."""
     labels = torch.arange(3).repeat(40)
     everything = images_to_learn_from(labels, None, generator)
@@ -488,7 +492,7 @@ temperature_spread = 0.05
 
 
 @pytest.mark.slow
-def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
+def test_cpmix_on_ride_runs_through_all_phases(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "ride.toml"
     recipe.write_text(CPMIX_RIDE)
     run = tmp_path / "run"
@@ -515,7 +519,7 @@ def test_cpmix_on_ride_through_all_phases(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> None:
+def test_evaluate_applies_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> None:
     flags = ["--recipe", "digits/cross-entropy", "--set", "model.experts=3", "--set", "stage1.terms.erm.loss=sade"]
     must("train-stage1", "--data", digits, *flags, "--epochs", 4, "--out", tmp_path)
     plain = must("evaluate", "--from", tmp_path, "--json").json
@@ -570,7 +574,7 @@ def test_post_hoc_keys_and_test_distributions(digits: Path, tmp_path: Path) -> N
     refused(2, (), *evaluate, "--test-distribution", "sideways")
 
 
-def test_predictions_in_training_are_those_of_evaluate(digits: Path, tmp_path: Path) -> None:
+def test_test_accuracy_in_training_equals_that_of_evaluate(digits: Path, tmp_path: Path) -> None:
     flags = setting("model.experts=3", "stage1.terms.erm.loss=ace", "evaluation.aggregate=targets")
     flags += ["--recipe", "digits/cross-entropy", "--epochs", "3", "--eval-every", "3"]
     must("train-stage1", "--data", digits, *flags, "--out", tmp_path)
@@ -707,7 +711,7 @@ def test_routers_learn_in_fp32(digits: Path) -> None:
     assert sums["loss"] == routing(logits.float(), routes.float(), labels).item()
 
 
-def test_rates_of_ace(digits: Path) -> None:
+def test_ace_scales_learning_rates_by_the_share_of_images(digits: Path) -> None:
     """Expert k learns at lr times its share of the training images, in its stages and its head."""
     settings = ["model.experts=3", "stage1.terms.erm.loss=ace", "optimizer.expert_rates=target-share"]
     recipe = load("digits/cross-entropy", settings=settings)

@@ -28,12 +28,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_there_is_a_case_for_every_loss() -> None:
+def test_every_loss_has_a_case() -> None:
     assert {name for name, _ in CASES} == set(losses.LOSSES)
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
-def test_loss_and_gradient_are_those_of_a_loop(
+def test_loss_and_gradient_equal_a_plain_loop(
     name: str, parameters: dict[str, Any], generator: torch.Generator
 ) -> None:
     logits, labels, weights = drawn(generator)
@@ -44,7 +44,7 @@ def test_loss_and_gradient_are_those_of_a_loop(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
-def test_one_loss_under_four_names(generator: torch.Generator) -> None:
+def test_balanced_softmax_equals_logit_adjustment_bayias_and_lade(generator: torch.Generator) -> None:
     """Balanced Softmax = logit adjustment at tau 1 = Bayias = LADE without its regulariser, for any scale of counts."""
     logits, labels, weights = drawn(generator)
     pi = COUNTS / COUNTS.sum()
@@ -60,7 +60,7 @@ def test_one_loss_under_four_names(generator: torch.Generator) -> None:
         torch.testing.assert_close(gradient, first, msg=name)
 
 
-def test_limits_that_are_cross_entropy(generator: torch.Generator) -> None:
+def test_losses_become_cross_entropy_at_their_limits(generator: torch.Generator) -> None:
     logits, labels, weights = drawn(generator)
     plain = losses.cross_entropy(logits, labels, weights, COUNTS)
     for loss in (
@@ -87,7 +87,7 @@ def test_focal_losses_of_what_is_learnt_have_finite_slopes(loss: Callable[..., T
 
 
 @pytest.mark.parametrize(("rho", "head"), [(100, 0.158), (200, 0.126), (10, 0.281)])
-def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
+def test_ldam_margins_on_cifar_100_equal_the_published_ones(rho: float, head: float) -> None:
     """Published for n_max 500: the rarest class has exactly 0.5, the largest what stands here."""
     counts = torch.from_numpy(exponential_counts(500, 100, rho))
     zeros, one = torch.zeros(1, 100), torch.ones(1)
@@ -100,14 +100,14 @@ def test_ldam_margins_on_cifar_100(rho: float, head: float) -> None:
 
 
 @pytest.mark.parametrize(("rho", "head", "tail"), [(100, 0.045, 4.38), (200, 0.024, 5.78), (10, 0.258, 2.52)])
-def test_published_effective_numbers_on_cifar_100(rho: float, head: float, tail: float) -> None:
+def test_effective_numbers_on_cifar_100_equal_the_published_ones(rho: float, head: float, tail: float) -> None:
     weights = losses.effective_number(torch.from_numpy(exponential_counts(500, 100, rho)), beta=0.9999)
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0]) == pytest.approx(head, abs=6e-4)
     assert float(weights[99]) == pytest.approx(tail, abs=6e-3)
 
 
-def test_limits_of_the_effective_number() -> None:
+def test_effective_number_goes_from_equal_to_inverse_weights() -> None:
     assert losses.effective_number(COUNTS, beta=0.0).tolist() == [1.0] * 4
     inverse = 1 / COUNTS.double()
     torch.testing.assert_close(
@@ -116,7 +116,7 @@ def test_limits_of_the_effective_number() -> None:
 
 
 @pytest.mark.parametrize("over", ["others", "all"])
-def test_targets_of_label_aware_smoothing(over: Any) -> None:
+def test_label_aware_smoothing_smooths_frequent_classes_more(over: Any) -> None:
     """The gradient of cross entropy is p - q, so the target q can be read from it."""
     for label, eps in ((0, 0.4), (3, 0.1)):
         logits = torch.zeros(1, 4, requires_grad=True)

@@ -14,7 +14,7 @@ def state(counts: list[int]) -> mixing.MixingState:
     return mixing.MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
 
 
-def test_equation_9_by_hand() -> None:
+def test_equation_9_equals_the_values_by_hand() -> None:
     # lambda 0.2 on the first of a pair of 200 and 2 images: 0.5 * 0.2 + 0.5 * 2/202
     lam = torch.tensor([0.2], dtype=torch.float64)
     found = mixing.imbalance_aware(lam, torch.tensor([200]), torch.tensor([2]), t=0.5)
@@ -35,21 +35,21 @@ def test_equation_9_does_not_depend_on_the_order_of_the_pair(generator: torch.Ge
         assert ((forward >= 0) & (forward <= 1)).all()
 
 
-def test_limits_of_equation_9(generator: torch.Generator) -> None:
+def test_equation_9_is_mixup_at_t_1_and_ignores_lambda_at_0(generator: torch.Generator) -> None:
     lam = torch.rand(20, dtype=torch.float64, generator=generator)
     n1, n2 = torch.full((20,), 300), torch.full((20,), 100)
     assert mixing.imbalance_aware(lam, n1, n2, t=1.0).equal(mixing.same_ratio(lam, n1, n2))  # vanilla mixup
     assert mixing.imbalance_aware(lam, n1, n2, t=0.0).tolist() == [0.25] * 20  # independent of lambda
 
 
-def test_published_mean_weight_of_the_minority() -> None:
+def test_minority_gets_the_published_mean_weight() -> None:
     # Eq. (9), averaged over lambda: at t = 0.5 and ratio 10, 100, 200 the minority gets .705, .745, .747 on average.
     lam = torch.tensor([0.5], dtype=torch.float64)
     means = [mixing.imbalance_aware(lam, torch.tensor([1]), torch.tensor([r]), t=0.5).item() for r in (10, 100, 200)]
     assert means == pytest.approx([0.705, 0.745, 0.747], abs=6e-4)
 
 
-def test_linear_mix_by_hand_and_at_its_ends() -> None:
+def test_linear_mix_equals_the_values_by_hand_and_at_its_ends() -> None:
     x1, x2 = torch.full((2, 1, 2, 2), 8.0), torch.full((2, 1, 2, 2), 4.0)
     mixed, lam = mixing.linear(x1, x2, torch.tensor([0.25, 1.0], dtype=torch.float64), torch.zeros(2, 2))
     assert mixed[0].unique().tolist() == [5.0]
@@ -58,14 +58,14 @@ def test_linear_mix_by_hand_and_at_its_ends() -> None:
     assert mixing.linear(x1, x2, torch.tensor([0.0]), torch.zeros(1, 2))[0].equal(x2)
 
 
-def test_permutation_is_a_permutation(generator: torch.Generator) -> None:
+def test_permutation_returns_each_index_once_in_another_order(generator: torch.Generator) -> None:
     uniforms = torch.rand(30, dtype=torch.float64, generator=generator)
     found = mixing.permutation(uniforms, torch.zeros(30), state([1]))
     assert sorted(found.tolist()) == list(range(30))
     assert found.tolist() != list(range(30))
 
 
-def test_partner_classes_of_the_controls(generator: torch.Generator) -> None:
+def test_control_partners_have_their_class_frequencies(generator: torch.Generator) -> None:
     draws = 30_000
     uniforms = torch.rand(draws, dtype=torch.float64, generator=generator)
     labels = torch.full((draws,), 1)
@@ -91,7 +91,7 @@ def test_confusion_partner_counts_its_fallbacks() -> None:
     assert known.num_fallbacks.item() == 2
 
 
-def test_a_box_by_hand() -> None:
+def test_boxes_are_pasted_as_by_hand_and_lambda_is_corrected() -> None:
     """lambda 0.75 on 8 x 8: sides of 4 round (2, 5); lambda 0.36 at the corner: sides of 6, of which 3 are inside."""
     x1, x2 = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
     centre = torch.tensor([[2 / 8, 5 / 8], [0.0, 0.0]], dtype=torch.float64)
@@ -146,13 +146,13 @@ def test_one_box_for_the_batch_cuts_all_images_alike(generator: torch.Generator)
         (1.0, 300, 100, 1.0),
     ],
 )
-def test_truth_table_of_remix(lam: float, n1: int, n2: int, expected: float) -> None:
+def test_remix_gives_one_label_beyond_its_thresholds(lam: float, n1: int, n2: int, expected: float) -> None:
     found = mixing.remix(torch.tensor([lam]), torch.tensor([n1]), torch.tensor([n2]))
     assert found.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("sample_tau", "share"), [(0.0, 0.028), (-0.1, 0.037), (-0.5, 0.107), (-1.0, 0.30)])
-def test_published_shares_of_few_classes_among_unimix_partners(sample_tau: float, share: float) -> None:
+def test_unimix_partners_have_the_published_share_of_few_classes(sample_tau: float, share: float) -> None:
     """CIFAR-100-LT, rho 100, in a batch of every fifth image: the 30 classes with fewer than 20 images."""
     counts = exponential_counts(500, 100, 100)
     labels = torch.repeat_interleave(torch.arange(100), torch.from_numpy(counts))[::5]
@@ -172,7 +172,7 @@ def test_unimix_draws_by_the_power_of_the_counts(generator: torch.Generator) -> 
 @pytest.mark.parametrize(
     ("alpha", "means"), [(0.8, (0.52, 0.53, 0.51)), (0.5, (0.56, 0.60, 0.55)), (1.0, (0.5, 0.5, 0.5))]
 )
-def test_published_mean_weight_of_the_minority_in_unimix(alpha: float, means: tuple[float, ...]) -> None:
+def test_unimix_gives_the_minority_the_published_mean_weight(alpha: float, means: tuple[float, ...]) -> None:
     drawn = torch.from_numpy(np.random.Generator(np.random.Philox(1)).beta(alpha, alpha, 200_000))
     for ratio, mean in zip((2, 10, 100), means, strict=True):
         lam = mixing.unimix_ratio(drawn, torch.ones(200_000), torch.full((200_000,), ratio))
@@ -183,7 +183,9 @@ def test_published_mean_weight_of_the_minority_in_unimix(alpha: float, means: tu
 @pytest.mark.parametrize(
     ("power", "shares"), [(1.0, (0.6, 0.3, 0.1)), (0.0, (1 / 3,) * 3), (-1.0, (1 / 9, 2 / 9, 2 / 3))]
 )
-def test_frequency_power(power: float, shares: tuple[float, ...], generator: torch.Generator) -> None:
+def test_frequency_power_draws_classes_by_powers_of_their_counts(
+    power: float, shares: tuple[float, ...], generator: torch.Generator
+) -> None:
     uniforms = torch.rand(30_000, dtype=torch.float64, generator=generator)
     found = mixing.frequency_power(uniforms, torch.zeros(30_000, dtype=torch.int64), state([60, 30, 10]), power=power)
     assert (torch.bincount(found, minlength=3) / 30_000).tolist() == pytest.approx(list(shares), abs=0.015)

@@ -70,7 +70,7 @@ def test_command_lines_can_be_typed(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", READMES, ids=name_of)
-def test_what_a_readme_links_to_is_there(path: Path) -> None:
+def test_every_link_of_a_readme_exists(path: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", path.read_text("utf-8")):
         found = (path.parent / target).resolve() if target else path
         assert found.exists(), target

@@ -113,7 +113,7 @@ def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive, other, path.name])
 
 
-def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
+def test_room_check_counts_the_file_size_limit_too(tmp_path: Path) -> None:
     files.check_place(tmp_path, 1000, largest_file=1000)
     said = r"1,000 bytes are needed, a file may have 900 here \(ulimit -f\)"
     with file_limit(900):
@@ -122,7 +122,7 @@ def test_room_is_that_of_the_largest_file_too(tmp_path: Path) -> None:
             files.check_place(tmp_path, 5000, largest_file=1000)
 
 
-def test_a_folder_in_the_files_place_stays(tmp_path: Path) -> None:
+def test_publishing_over_a_folder_fails_and_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(EnvironmentFault, match="cannot write"):
         files.publish(tmp_path / "taken", b"new")
@@ -158,7 +158,7 @@ def test_a_recorded_file_that_shows_late_is_waited_for(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "loop", "dangling link"])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+def test_paths_that_are_not_regular_files_are_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x"
     with socket.socket(socket.AF_UNIX) as listening:
         match kind:
@@ -189,7 +189,7 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
-def test_what_is_no_safetensors_or_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_of_another_format_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a valid safetensors"):
@@ -205,7 +205,7 @@ class Named(records.Record):
     size: int = 3
 
 
-def test_a_record_is_an_object_that_cannot_change(tmp_path: Path) -> None:
+def test_records_are_validated_and_immutable(tmp_path: Path) -> None:
     """Fields that nobody reads are no fault: another release may have written more."""
     path = tmp_path / "named.json"
     records.publish_record(path, {"format": records.FORMAT, "name": "x", "else": 1})
@@ -236,7 +236,7 @@ def raw_safetensors(header: str, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header.encode() + data
 
 
-def test_a_tensor_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_stored_twice_is_refused(tmp_path: Path) -> None:
     """safetensors itself takes the last one without a word."""
     entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     path = tmp_path / "x.safetensors"
@@ -310,7 +310,7 @@ def test_confusion_pairs_that_cannot_be_are_refused(
         tables.read_confusions(path, sha, 2)
 
 
-def test_a_null_is_another_schema(tmp_path: Path) -> None:
+def test_a_column_with_a_null_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({k: pa.array(v, type=pa.int64()) for k, v in {**PAIRS, "count": [3, None]}.items()}), path)
     with pytest.raises(InputError, match="expected true_class int32"):
@@ -326,7 +326,7 @@ def test_a_table_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_name_that_stands_there_many_times_is_refused(tmp_path: Path) -> None:
+def test_a_name_stored_many_times_is_refused(tmp_path: Path) -> None:
     """50 kilobytes that would be 600 megabytes of text."""
     path = tmp_path / "class_counts.parquet"
     columns = {"class_id": range(600), "class_name": ["n" * 1_000_000] * 600, "group": ["few"] * 600}

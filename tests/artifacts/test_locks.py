@@ -31,7 +31,9 @@ def leave_lock(folder: Path, by: Owner, *, silent: float = 0.0) -> Path:
     return path
 
 
-def test_a_second_writer_is_refused_and_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_is_refused_and_the_error_names_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with hold(tmp_path / "stage1"):
         by = rf"\({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
@@ -119,7 +121,7 @@ def test_a_lost_lock_ends_the_writing(tmp_path: Path) -> None:
     assert files(tmp_path) == [LOCK]  # it is the other's
 
 
-def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_lock_renews_its_timestamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.05)
     with hold(tmp_path):
         path = tmp_path / LOCK
@@ -144,7 +146,7 @@ for _ in range(25):
 """
 
 
-def test_no_two_hold_it_at_once(tmp_path: Path) -> None:
+def test_only_one_process_holds_the_lock_at_once(tmp_path: Path) -> None:
     """Six processes count up by hand, over a dead one's lock to begin with."""
     leave_lock(tmp_path, owner(pid=DEAD))
     (tmp_path / "count").write_text("0")

@@ -10,7 +10,9 @@ from helpers.files import files
 PHASES = ["stage1", "stage2", "finetune"]
 
 
-def test_bench_json(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_json_reports_medians_and_writes_no_file(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = files(digits)
     flags = ("--data", digits, "--rounds", 3, "--seconds", 0, "--epochs", 30, "--device", "cpu", "--json")
@@ -40,7 +42,7 @@ def test_bench_json(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert set(measured["peak_memory_bytes"]) == set(rounds)
 
 
-def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
+def test_bench_table_omits_stage2_if_the_recipe_has_none(digits: Path) -> None:
     flags = ("--data", digits, "--rounds", 1, "--seconds", 0, "--device", "cpu")
     result = must("bench", "--recipe", "digits/cross-entropy", *flags)
     titles = [line.split("  ")[0] for line in result.stdout.splitlines()]
@@ -53,7 +55,7 @@ def test_bench_table_of_a_recipe_without_a_second_stage(digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bench_of_experts_stands_beside_one(digits: Path) -> None:
+def test_bench_compares_experts_with_the_plain_network(digits: Path) -> None:
     flags = ("--data", digits, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--set", "model.precision=fp32")
     idle = ("draw=natural", "loss=cross-entropy", "teacher=distillation", "weight=0")  # it does not count
     settings = ("model.experts=2", "model.expert_width=0.75", *(f"stage1.terms.idle.{key}" for key in idle))
@@ -73,7 +75,7 @@ def test_bench_needs_images(toy: Path) -> None:
     refused(3, f"{toy} holds points", "bench", "--data", toy)
 
 
-def test_bench_names_a_fault_of_the_recipe_before_it_measures(digits: Path) -> None:
+def test_bench_reports_a_recipe_error_before_it_measures(digits: Path) -> None:
     said = 'stage2.terms.cp.partner = "confusing": unknown'
     command = ("bench", "--data", digits, "--set", "stage2.terms.cp.partner=confusing")
     assert refused(2, said, *command).stdout == ""

@@ -45,7 +45,7 @@ def projected(measured: Measurements, assumed: Assumptions, plan: Plan, kept: st
     return project(measured, assumed, [plan], NUM_IMAGES, kept, world_size)
 
 
-def test_one_rank_by_hand() -> None:
+def test_projection_of_one_rank_equals_the_numbers_by_hand() -> None:
     """576 images at 1,000 a second, augmented at 50,000, 1 ms for pairs; the last of 604 steps has 70 images."""
     found = projected(MEASURED, ASSUMED, STAGE2, "shards", 1)
     step = found["phases"]["stage2"]
@@ -64,7 +64,7 @@ def test_one_rank_by_hand() -> None:
     assert found["rank_hours"] == pytest.approx(found["seconds"] / 3600)
 
 
-def test_input_runs_out_first_from_files() -> None:
+def test_reading_image_files_is_the_limit_on_one_rank() -> None:
     """576 images at 4 x 100 a second; 0.58276 s of the device want 576 / 58.276 = 9.9 cores."""
     step = projected(MEASURED, ASSUMED, STAGE2, "files", 1)["phases"]["stage2"]
     assert step["step_seconds"] == step["input_seconds"] == pytest.approx(1.44)
@@ -75,7 +75,7 @@ def test_input_runs_out_first_from_files() -> None:
     assert enough["limit"] == "device"
 
 
-def test_eight_ranks_by_hand() -> None:
+def test_projection_of_eight_ranks_equals_the_numbers_by_hand() -> None:
     """7/4 of 100 MB and of 3 + 3 numbers go out, the running statistics, and 24 errors to each of 7 others."""
     fast = replace(MEASURED, network={"stage2": {24: 1000.0}})
     found = projected(fast, ASSUMED, STAGE2, "shards", 8)
@@ -92,7 +92,7 @@ def test_eight_ranks_by_hand() -> None:
     assert found["rank_hours"] == pytest.approx(8 * found["seconds"] / 3600)
 
 
-def test_the_link_runs_out_first_on_64_ranks() -> None:
+def test_the_link_is_the_limit_on_64_ranks() -> None:
     """3 images each, at the speed measured with 3: 9 / 100 s. With 1 GB/s the gradients take twice as long."""
     step = projected(MEASURED, replace(ASSUMED, link=1.0), STAGE2, "shards", 64)["phases"]["stage2"]
     assert step["device_seconds"] == pytest.approx(0.09 + 12 / 50_000 + 0.001)
@@ -103,7 +103,7 @@ def test_the_link_runs_out_first_on_64_ranks() -> None:
     assert step["disk_bytes_per_second_and_machine"] == pytest.approx(of_8_ranks)
 
 
-def test_batches_that_do_not_come_out_even_and_micro_batches() -> None:
+def test_images_per_rank_round_up_for_uneven_batches_and_micro_batches() -> None:
     def images(world_size: int, plan: Plan = STAGE2) -> tuple[int, int]:
         found = projected(MEASURED, ASSUMED, plan, "shards", world_size)["phases"]["stage2"]
         return found["images_per_rank_and_step"], found["read_per_rank_and_step"]
@@ -121,7 +121,7 @@ def test_nothing_is_read_where_images_are_resident() -> None:
     assert step["disk_bytes_per_epoch"] == step["disk_bytes_per_second_and_machine"] == 0
 
 
-def test_phases_add_up() -> None:
+def test_projected_seconds_are_summed_over_phases() -> None:
     """A phase that counts and draws nothing tells no errors and has no pairs to pay for."""
     plain = plan_of("stage1", collect_confusion=False)
     measured = replace(
@@ -156,7 +156,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_published_set_as_json(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_projects_a_published_set_as_json(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ("--world-size", "8,1", "--cores", 2, "--link", 1, "--json")
     found = must("bench", "--recipe", recipe, *QUICK, *flags).json
@@ -204,7 +204,7 @@ def test_tables_keep_measured_assumed_and_projected_apart(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_data_set_in_its_own_files(recipe: Path, tmp_path: Path) -> None:
+def test_bench_projects_from_the_files_of_a_data_set(recipe: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for name in ("lynx", "cat"):
         (photos / name).mkdir(parents=True)
@@ -245,7 +245,7 @@ def test_sets_that_lie_in_memory_read_nothing(digits: Path) -> None:
         (["--world-size", "1", "--data-root", "nowhere"], 2, "--data-root is of a data set"),
     ],
 )
-def test_what_cannot_be_projected(recipe: Path, words: list[str], code: int, message: str) -> None:
+def test_requests_that_cannot_be_projected_are_refused(recipe: Path, words: list[str], code: int, message: str) -> None:
     result = cpmix("bench", "--recipe", recipe, *words)
     assert result.code == code
     assert message in result.stderr

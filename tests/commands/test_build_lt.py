@@ -22,7 +22,7 @@ SPLITS, ENDS = ("test", "train"), ("parquet", "safetensors")
 REAL = Path(os.environ.get("CPMIX_CIFAR100", Path(__file__).parents[3] / "shared" / "data" / "cifar100"))
 
 
-def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_lt_digits_writes_the_default_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = must("build-lt", "digits")
     folder = tmp_path / "data" / "digits-lt-rho20"
@@ -43,7 +43,7 @@ def test_digits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert counts["num_train"].tolist() == [int(124 * 20 ** (-i / 9)) for i in range(10)]
 
 
-def test_json_and_up_to_date(tmp_path: Path) -> None:
+def test_building_again_reports_up_to_date_and_changes_nothing(tmp_path: Path) -> None:
     first = must("build-lt", "toy", "--rho", 50, "--out", tmp_path / "toy", "--json")
     before = exact_contents(tmp_path / "toy")
     second = must("build-lt", "toy", "--rho", 50, "--out", tmp_path / "toy", "--json")
@@ -67,7 +67,7 @@ def test_another_data_set_in_the_folder_is_refused_and_kept(tmp_path: Path) -> N
     assert json.loads((tmp_path / "dataset.json").read_text())["rho"] == 100
 
 
-def test_toy_is_the_paper_s(toy: Path) -> None:
+def test_toy_has_the_counts_means_and_deviation_of_the_paper(toy: Path) -> None:
     dataset = open_dataset(toy)
     assert dataset.class_counts.tolist() == [1000, 1000, 50, 50]
     points, labels = dataset.read("test")
@@ -111,14 +111,16 @@ NO_CIFAR = "no cifar-100-python.tar.gz, cifar-100-python/ or train-*.parquet in 
         (["cifar100", "--data-root", "."], 3, NO_CIFAR),
     ],
 )
-def test_refusals(flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_flags_and_sources_are_refused_and_write_nothing(
+    flags: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CPMIX_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     refused(code, message, "build-lt", *flags)
     assert files(tmp_path) == []
 
 
-def test_hugging_face_layout(tmp_path: Path) -> None:
+def test_the_hugging_face_layout_of_cifar_is_read(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     result = must("build-lt", "cifar10", "--rho", 4, "--data-root", tmp_path, "--out", tmp_path / "o")
     assert "ratio 4)" in result.stdout
@@ -132,7 +134,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
         assert png(image) == table["img"][position]["bytes"]
 
 
-def test_a_test_image_in_the_training_set_is_warned_of(tmp_path: Path) -> None:
+def test_a_test_image_in_the_training_set_causes_a_warning(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     train = pq.read_table(tmp_path / "train-00000-of-00001.parquet")
     pq.write_table(train.slice(0, 3), tmp_path / "test-00000-of-00001.parquet")
@@ -140,7 +142,7 @@ def test_a_test_image_in_the_training_set_is_warned_of(tmp_path: Path) -> None:
     assert "warning: 3 of 3 test images are identical to a training image" in result.stderr
 
 
-def test_damaged_sources(tmp_path: Path) -> None:
+def test_damaged_sources_are_refused(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     path = tmp_path / "train-00000-of-00001.parquet"
     build = ["build-lt", "cifar10", "--data-root", tmp_path, "--out", tmp_path / "o"]
@@ -160,7 +162,7 @@ def test_damaged_sources(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.cifar
 @pytest.mark.skipif(not REAL.is_dir(), reason="no CIFAR-100 parquet files at hand")
-def test_real_cifar100_lt(tmp_path: Path) -> None:
+def test_real_cifar100_lt_has_the_published_counts_and_images(tmp_path: Path) -> None:
     result = must("build-lt", "cifar100", "--rho", 200, "--data-root", REAL, "--out", tmp_path, "--json")
     numbers = result.json
     assert (numbers["num_train"], numbers["num_test"]) == (9502, 10000)

@@ -41,7 +41,7 @@ def seeds(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-def test_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
+def test_compare_shows_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
     found = [numbers(run, "stage1") for run in seeds]
     a, b, c = (n["top1"] for n in found)
     mean = (a + b + c) / 3
@@ -76,7 +76,7 @@ def test_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
     assert must("compare", *seeds, "--format", "json").json == result
 
 
-def test_what_the_training_took(seeds: list[Path]) -> None:
+def test_compare_shows_speed_time_and_epochs_of_training(seeds: list[Path]) -> None:
     images = seconds = 0.0
     for phase in ("stage1", "finetune"):
         table = pd.read_parquet(seeds[1] / phase / "metrics.parquet")
@@ -113,7 +113,7 @@ def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list
     assert unknown.lines[-1] == "-: unknown, a phase is missing"
 
 
-def test_cpmix_before_and_after_and_a_stage_1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
+def test_compare_separates_phases_and_follows_a_stage_1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     must("train-stage2", "--from", digits_run, "--recipe", "digits/balanced-softmax", "--epochs", 6, "--out", other)
     must("evaluate", "--from", other)
@@ -183,7 +183,7 @@ def test_a_changed_method_goes_by_its_keys_or_its_file(
     assert must("compare", mine, "--json").json["rows"][0]["method"] == "mine"
 
 
-def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path: Path) -> None:
+def test_rows_state_how_they_differ(seeds: list[Path], digits: Path, tmp_path: Path) -> None:
     must("build-lt", "digits", "--subset-seed", 3, "--out", tmp_path / "subset")
     runs = [
         seeds[0],
@@ -214,7 +214,7 @@ def test_rows_say_what_they_differ_in(seeds: list[Path], digits: Path, tmp_path:
     assert titles == ["digits-lt-rho20, per cent", "digits-lt-rho20-seed3, per cent"]
 
 
-def test_other_test_images_and_labels_stand_apart(seeds: list[Path], tmp_path: Path) -> None:
+def test_evaluations_under_other_conditions_get_their_own_rows(seeds: list[Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(seeds[1], tmp_path / "run"))
     must("evaluate", "--from", run, "--phase", "stage1", "--test-distribution", "forward", "--ratio", 5)
     must("evaluate", "--from", run, "--phase", "stage1", "--set", "evaluation.logit_adjustment=1")
@@ -236,7 +236,7 @@ def test_one_run_given_twice_counts_once(seeds: list[Path], tmp_path: Path) -> N
     assert f"compare: {seeds[2]} is given twice {what}" in result.stderr
 
 
-def test_two_runs_of_one_seed_are_said(seeds: list[Path]) -> None:
+def test_two_runs_of_one_seed_are_noted(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
     row = ComparisonRow([measured, replace(measured, checkpoint="other")])
     lines = _accuracy_lines([(4, row)], with_deviations=True)
@@ -264,7 +264,9 @@ def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path
     refused(3, "stage1 is being trained again", "compare", digits_run)
 
 
-def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: list[Path], tmp_path: Path) -> None:
+def test_folders_that_cannot_be_compared_are_refused_or_left_out(
+    digits: Path, toy_run: Path, seeds: list[Path], tmp_path: Path
+) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
         error = refused(3, (), "compare", seeds[0], folder, "--json").json["error"]
         assert message in error and "needed by: compare" in error
@@ -279,7 +281,7 @@ def test_folders_that_cannot_be_compared(digits: Path, toy_run: Path, seeds: lis
     assert {run for row in result.json["rows"] for run in row["runs"]} == {str(seeds[0])}
 
 
-def test_damaged_evaluations(seeds: list[Path], tmp_path: Path) -> None:
+def test_damaged_or_renamed_evaluations_are_refused(seeds: list[Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(seeds[0], tmp_path / "run"))
     metrics = run / "evaluation" / "stage1" / "metrics.json"
     text = metrics.read_text()
@@ -300,7 +302,7 @@ OF_ROWS = {
 }
 
 
-def test_every_table_of_the_paper() -> None:
+def test_tables_of_the_paper_have_the_published_sums() -> None:
     """Sums of columns and, of Tables 1 and 2, of rows."""
     sums = {
         "table1": (15, [328.21, 699.29, 760.69, 845.83, 531.95, 966.16, 921.86, 973.17]),
@@ -345,7 +347,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_beside_the_paper(cifar: Path) -> None:
+def test_compare_shows_the_difference_to_the_paper(cifar: Path) -> None:
     top1 = numbers(cifar, "finetune")["top1"]
     lines = must("compare", cifar).stdout.splitlines()
     assert lines[1].split()[-2:] == ["paper", "diff"]
@@ -372,7 +374,7 @@ def test_copied_numbers_are_marked(cifar: Path) -> None:
     assert other.published() is None
 
 
-def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) -> None:
+def test_compare_paper_adds_our_rows_to_a_table(cifar: Path, seeds: list[Path]) -> None:
     result = must("compare", cifar, seeds[0], "--paper", "table1")
     top1 = numbers(cifar, "finetune")["top1"]
     lines = result.stdout.splitlines()
@@ -405,7 +407,7 @@ def test_a_table_of_the_paper_with_ours_in_it(cifar: Path, seeds: list[Path]) ->
         assert text.count("ours") == len(PAPER_TABLES[key].rows)
 
 
-def test_several_of_ours_in_one_cell(cifar: Path) -> None:
+def test_several_runs_in_one_cell_are_listed_with_notes(cifar: Path) -> None:
     (_, measured), _ = sorted_evaluations(cifar)
     longer = replace(measured, run=Path("longer"), conditions=measured.conditions | {"schedule.epochs": 30})
     whole, seed = (
@@ -430,7 +432,7 @@ def sorted_evaluations(run: Path) -> tuple[list[EvaluatedRun], list[str]]:
     return sorted(found, key=lambda measured: measured.stage, reverse=True), left_out
 
 
-def test_groups_of_other_classes_are_said(cifar: Path) -> None:
+def test_a_note_states_if_classes_of_20_images_are_medium(cifar: Path) -> None:
     """Table 8 counts classes of exactly 20 training images as few."""
     (_, measured), _ = sorted_evaluations(cifar)
     method = replace(measured.method, exact=("places-lt/cpmix",))
@@ -446,7 +448,7 @@ ODD = Sheet(
 )
 
 
-def test_markdown() -> None:
+def test_markdown_escapes_special_characters() -> None:
     assert markdown(ODD) == [
         "**a\\_b & 50 %**",
         "",
@@ -459,7 +461,7 @@ def test_markdown() -> None:
     ]
 
 
-def test_latex() -> None:
+def test_latex_escapes_special_characters() -> None:
     assert latex(ODD) == [
         r"\begin{table}",
         r"  \centering",
@@ -477,7 +479,7 @@ def test_latex() -> None:
     ]
 
 
-def test_plain_and_csv() -> None:
+def test_plain_text_is_aligned_and_csv_is_quoted() -> None:
     lines = plain(replace(ODD, rows=[["x", "1.00"]]))
     assert lines == ["a_b & 50 %", "name  top-1", "----  -----", "x      1.00", "+- & 3 %"]
     assert csv_text([{"a": 1, "b": None}, {"a": "x,y", "b": 0.5}]) == ["a,b", "1,", '"x,y",0.5']
@@ -485,7 +487,7 @@ def test_plain_and_csv() -> None:
     assert [_listed(n) for n in ([1], [1, 2], [1, 2, 4])] == ["1", "1 and 2", "1, 2 and 4"]
 
 
-def test_every_format_of_real_runs(seeds: list[Path], tmp_path: Path) -> None:
+def test_every_format_shows_the_same_numbers_of_real_runs(seeds: list[Path], tmp_path: Path) -> None:
     rows = must("compare", *seeds, "--json").json["rows"]
     records = list(csv.DictReader(io.StringIO(must("compare", *seeds, "--format", "csv").stdout)))
     assert [float(record["top1_mean"]) for record in records] == [row["top1"]["mean"] for row in rows]
@@ -504,7 +506,7 @@ def test_every_format_of_real_runs(seeds: list[Path], tmp_path: Path) -> None:
         assert {len(re.findall(r"(?<!\\)&", line)) for line in body.splitlines() if " & " in line} == {len(columns) - 1}
 
 
-def test_out_is_written_whole_and_not_over_another_file(seeds: list[Path], tmp_path: Path) -> None:
+def test_out_is_written_whole_and_never_over_another_file(seeds: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "deep" / "table.md"
     shown = must("compare", *seeds, "--format", "markdown").stdout
     assert must("compare", *seeds, "--format", "markdown", "--out", out).stdout == f"done: {out}\n"

@@ -89,7 +89,7 @@ def test_a_method_is_what_its_phase_minimises(recipe: str, phase: str, method: s
     assert minimised(load(recipe), phase) == method
 
 
-def test_a_term_of_no_weight_makes_no_other_method() -> None:
+def test_a_term_of_weight_0_does_not_change_the_method() -> None:
     settings = [f"stage2.terms.{name}.weight=0" for name in ("cp", "mix")]
     assert minimised(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"
 
@@ -106,7 +106,7 @@ def test_every_method_has_a_style() -> None:
 
 
 @pytest.mark.slow
-def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> None:
+def test_figure_2_is_the_same_for_any_order_of_runs(toys: Path, tmp_path: Path) -> None:
     runs = [toys / name for name in TOYS]
     out, again = tmp_path / "new" / "f.pdf", tmp_path / "again.svg"
     told = must("figure", 2, *runs, "--out", out, "--out", tmp_path / "f.svg", "--json").json
@@ -138,7 +138,9 @@ def test_figure_2_whatever_the_order_of_the_runs(toys: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_2_counts_grey_predicted_as_red_and_yellow_as_purple(
+    toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     draw = paper_figures.toy_example
     monkeypatch.setattr(paper_figures, "toy_example", lambda *args: seen.extend(args) or draw(*args))
@@ -157,7 +159,7 @@ def test_figure_2_counts_grey_taken_for_red_and_yellow_for_purple(toys: Path, mo
     assert confusion["fixed-pairs"] < confusion["cross-entropy"]
 
 
-def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Path) -> None:
+def test_figure_2_names_the_missing_run(toys: Path, toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.pdf"
     runs = (toys / "cross-entropy", toys / "fixed-pairs", toys / "cpmix")
     result = refused(3, (), "figure", 2, *runs, "--out", out)
@@ -170,7 +172,7 @@ def test_figure_2_says_which_run_is_missing(toys: Path, toy: Path, tmp_path: Pat
     assert not out.exists()
 
 
-def test_figure_2_is_of_the_toy_data(toys: Path, hand: Path) -> None:
+def test_figure_2_refuses_runs_of_other_data(toys: Path, hand: Path) -> None:
     said = f"error: {hand / 'mixup'} is of digits-lt-rho20, and not of the toy data\n"
     refused(3, said, "figure", 2, toys / "cross-entropy", hand / "mixup")
 
@@ -181,7 +183,7 @@ def test_two_runs_of_one_seed_are_refused(toys: Path, tmp_path: Path) -> None:
     refused(3, said, "figure", 2, *(toys / name for name in TOYS), copy)
 
 
-def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_path: Path) -> None:
+def test_runs_of_different_subsets_are_not_shown_side_by_side(toys: Path, tmp_path: Path) -> None:
     must("build-lt", "toy", "--subset-seed", 1, "--out", tmp_path / "data")
     other = tmp_path / "other"
     must("train-stage1", "--data", tmp_path / "data", "--recipe", "toy/cross-entropy", "--seed", 2, "--out", other)
@@ -189,12 +191,12 @@ def test_runs_of_different_subsets_do_not_stand_side_by_side(toys: Path, tmp_pat
     refused(3, said, "figure", 2, *(toys / name for name in TOYS), other)
 
 
-def test_runs_without_a_place_are_told_with_the_methods_that_have_one(toys: Path) -> None:
+def test_the_error_for_unplaced_runs_lists_the_methods_of_the_figure(toys: Path) -> None:
     run = toys / "cpmix"
     refused(3, f"error: none of {run} is a run of ERM or Mixup\n", "figure", 3, run)
 
 
-def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_evaluation_gives_the_command(toys: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(toys / "mixup", tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
     result = refused(3, (), "figure", 2, *(toys / name for name in TOYS if name != "mixup"), bare)
     assert result.stderr.endswith(
@@ -205,7 +207,7 @@ def test_a_run_without_evaluation_is_told_with_the_command(toys: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_method_of_no_figure_is_told_and_not_used(toys: Path, toy: Path, tmp_path: Path) -> None:
+def test_a_run_of_a_method_outside_the_figure_is_reported_and_unused(toys: Path, toy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     draw = setting("stage1.terms.erm.draw=class-uniform")
     must("train-stage1", "--data", toy, "--recipe", "toy/cross-entropy", "--out", other, *draw)
@@ -233,7 +235,7 @@ def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_figure_3_tells_the_balanced_run_by_its_data(hand: Path, tmp_path: Path) -> None:
+def test_figure_3_recognises_the_balanced_run_by_its_data(hand: Path, tmp_path: Path) -> None:
     runs = [hand / name for name in ("balanced", "mixup", "cross-entropy")]
     told = must("figure", 3, *runs, "--out", tmp_path / "f.pdf", "--json").json
     assert [(r["panel"], r["method"], Path(r["run"]).name) for r in told["runs"]] == [
@@ -271,14 +273,14 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 6])
-def test_figures_5_and_6_place_what_is_given(number: int, hand: Path, tmp_path: Path) -> None:
+def test_figures_5_and_6_place_each_run_in_its_panel(number: int, hand: Path, tmp_path: Path) -> None:
     runs = [hand / name for name in ("balanced", "cpmix", "cross-entropy")]
     told = must("figure", number, *runs, "--out", tmp_path / "f.pdf", "--json").json
     placed = [(r["panel"], r["method"], r["rho"]) for r in told["runs"]]
     assert placed == [("(a)", "ERM", 20), ("(b)", "CP-Mix", 20), ("(c)", "ERM", 1)]
 
 
-def test_figure_1_is_of_one_data_set(hand: Path) -> None:
+def test_figure_1_refuses_runs_of_two_data_sets(hand: Path) -> None:
     refused(3, "error: the runs are of 2 data sets: ", "figure", 1, hand / "cross-entropy", hand / "balanced")
 
 
@@ -296,7 +298,7 @@ def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: P
     must("figure", 1, run, "--out", tmp_path / "f.svg", "--data", hand / "data-rho1", "--data", digits)
 
 
-def test_a_file_that_is_another_is_kept(hand: Path, tmp_path: Path) -> None:
+def test_another_file_at_out_is_kept_without_overwrite(hand: Path, tmp_path: Path) -> None:
     out = tmp_path / "thesis.pdf"
     out.write_text("two years of work")
     figure = ("figure", 1, hand / "cross-entropy", "--out")
@@ -310,7 +312,9 @@ def test_a_file_that_is_another_is_kept(hand: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"%PDF")
 
 
-def test_the_default_name_and_wrong_ones(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_writes_its_default_name_and_refuses_bad_arguments(
+    hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = must("figure", 1, hand / "cross-entropy")
     assert re.search(r"^\(a, b\)  ERM     digits-lt-rho20     0  stage1       2 ", result.stdout, re.MULTILINE)

@@ -79,12 +79,12 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
         ({"a": Path("x")}, "is no checkpoint of tensors alone, and nothing of it was run: it holds pathlib."),
     ],
 )
-def test_checkpoints_of_other_things_are_refused(content: object, message: str, tmp_path: Path) -> None:
+def test_checkpoints_without_named_tensors_are_refused(content: object, message: str, tmp_path: Path) -> None:
     sha = save(content, tmp_path / "w.pth")
     refused(3, message, "import-weights", tmp_path / "w.pth", "--sha256", sha)
 
 
-def test_files_and_hashes_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_unreadable_files_and_wrong_hashes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"no checkpoint")
     sha = hashlib.sha256(b"no checkpoint").hexdigest()
     refused(3, "", "import-weights", tmp_path / "w.pth", "--sha256", sha)
@@ -98,7 +98,7 @@ def test_files_and_hashes_that_are_none_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_checkpoints_are_the_input_s_fault(tmp_path: Path, zipped: bool, generator: torch.Generator) -> None:
+def test_damaged_checkpoints_end_with_an_input_error(tmp_path: Path, zipped: bool, generator: torch.Generator) -> None:
     """Whatever a damaged file makes the unpickler raise, the user gets an error of 3 lines; cpmix() raises the rest."""
     path, codes = tmp_path / "w.pth", []
     torch.save({"a": torch.zeros(3, 3), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=zipped)
@@ -112,7 +112,7 @@ def test_damaged_checkpoints_are_the_input_s_fault(tmp_path: Path, zipped: bool,
     assert codes[1::2] == [3] * 100
 
 
-def test_all_but_the_head_is_taken_over(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+def test_weights_are_loaded_except_the_head(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
     model = build_model(Model(name="resnet8"), 4, (8, 8, 1), generator)
     head = model.head.weight.clone()
     given = {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")}
@@ -147,7 +147,7 @@ def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], gener
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_stage1_starts_from_given_weights(digits: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_stage1_starts_from_pretrained_weights(digits: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """At a rate of almost nothing the trained weights are those of the file."""
     save_file(weights, tmp_path / "w.safetensors")
     run = ["train-stage1", "--data", digits, "--recipe", "digits/cross-entropy", "--epochs", 1, "--out", tmp_path / "r"]
@@ -166,7 +166,7 @@ def test_stage1_starts_from_given_weights(digits: Path, weights: dict[str, torch
 
 
 @pytest.mark.slow
-def test_from_a_run_s_weights_to_a_checkpoint_and_back_into_another_run(
+def test_weights_survive_export_and_import_and_a_run_from_them_resumes(
     digits: Path, digits_run: Path, tmp_path: Path
 ) -> None:
     """The checkpoint gives the same weights; a run from them, stopped, goes on bit for bit."""
@@ -190,7 +190,7 @@ def test_from_a_run_s_weights_to_a_checkpoint_and_back_into_another_run(
     must("train-stage2", "--from", tmp_path / "stopped", "--dry-run")
 
 
-def test_a_run_without_init_is_still_its_own(digits: Path, digits_run: Path) -> None:
+def test_a_run_without_init_stays_up_to_date_and_refuses_init(digits: Path, digits_run: Path) -> None:
     """What was made before the flag was there stays up to date, and is refused to given weights."""
     command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6]
     assert "init" not in json.loads((digits_run / "stage1" / "run.json").read_text())["made_from"]
@@ -249,7 +249,7 @@ def test_torchvision_s_networks_give_its_logits(name: str, generator: torch.Gene
             build_model(Model(name=name), 7, shape, generator)
 
 
-def test_imagenet_s_networks_and_constants_are_for_colour(digits: Path, tmp_path: Path) -> None:
+def test_imagenet_networks_and_constants_refuse_grey_images(digits: Path, tmp_path: Path) -> None:
     flags = ["--set", "model.name=resnet18", "--set", "data.normalisation=imagenet"]
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "r", "--dry-run", *flags)
     rgb = 'model.name = "resnet18": takes RGB images of more than 32 x 32 pixels'

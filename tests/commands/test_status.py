@@ -93,7 +93,7 @@ def test_the_printed_commands_lead_from_stage1_to_the_report(toy: Path, tmp_path
     assert lines == [["stage1", "done", "1/1"], ["stage2", "done", "1/1"]]
 
 
-def test_a_stale_phase_is_made_again_by_its_own_recipe(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_a_stale_phase_is_rerun_by_its_own_recipe(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "random"
     must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
     again = ["train-stage1", "--data", digits, "--out", digits_run, "--overwrite"]
@@ -139,7 +139,7 @@ def test_a_second_run_finds_its_stage1_elsewhere(digits_run: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
-def test_the_printed_command_goes_on_with_an_interrupted_phase(phase: str, digits: Path, tmp_path: Path) -> None:
+def test_the_printed_command_resumes_an_interrupted_phase(phase: str, digits: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     command = ["train-stage1", "--data", str(digits), "--out", str(run), "--epochs", "90"]
     if phase == "stage2":
@@ -196,7 +196,7 @@ def test_the_next_command_names_data_that_only_the_interrupted_phase_knows(digit
     assert cpmix("status", run).code == 0
 
 
-def test_a_run_behind_a_symbolic_link_goes_on_there(digits_run: Path, tmp_path: Path) -> None:
+def test_a_run_behind_a_symbolic_link_is_resumed_there(digits_run: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     must("train-stage2", "--from", digits_run, "--out", tmp_path / "deep" / "other")
     (tmp_path / "deep" / "other" / "stage2" / "run.json").unlink()
@@ -269,7 +269,7 @@ def test_a_recipe_is_shown_at_another_imbalance(tmp_path: Path) -> None:
     assert fields["differences"] == [f"optimizer.lr: {lr} -> 0.03"]
 
 
-def test_two_recipes_are_told_apart() -> None:
+def test_recipes_command_lists_differences_of_two_recipes() -> None:
     lines = must("recipes", "digits/cpmix", "digits/balanced-softmax").stdout.splitlines()
     assert lines == ["stage2.terms.cp: (table) -> (none)", "stage2.terms.mix: (table) -> (none)"]
     assert must("recipes", "toy/cpmix", "toy/cpmix").stdout == "no difference\n"

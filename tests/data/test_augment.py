@@ -39,7 +39,7 @@ def drawn(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_boxes_are_those_of_torchvisions_loop(height: int, width: int, generator: torch.Generator) -> None:
+def test_crop_boxes_equal_those_of_torchvision(height: int, width: int, generator: torch.Generator) -> None:
     uniforms = drawn(400, generator)
     uniforms[:3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5], dtype=torch.float64)[:, None]
     boxes = augment.crop_boxes(uniforms, height, width)
@@ -69,7 +69,7 @@ def resized(image: torch.Tensor, box: list[int], size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("side", "size"), [(256, 224), (64, 64), (40, 56), (300, 32), (32, 1), (1, 8)])
-def test_resized_crops_are_torchvisions(side: int, size: int, generator: torch.Generator) -> None:
+def test_resized_crops_equal_those_of_torchvision(side: int, size: int, generator: torch.Generator) -> None:
     images = torch.randint(0, 256, (24, side, side, 3), dtype=torch.uint8, generator=generator)
     boxes = augment.crop_boxes(drawn(24, generator), side, side)
     boxes[0] = torch.tensor([0, 0, side, side])
@@ -99,7 +99,7 @@ def naive_jitter(image: torch.Tensor, u: list[float]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_jitter_is_torchvisions(channels: int, generator: torch.Generator) -> None:
+def test_jitter_equals_that_of_torchvision(channels: int, generator: torch.Generator) -> None:
     x = torch.rand(60, channels, 9, 7, generator=generator)
     uniforms = drawn(60, generator)
     uniforms[0] = 0
@@ -110,7 +110,7 @@ def test_jitter_is_torchvisions(channels: int, generator: torch.Generator) -> No
     assert len({int(u * 6) for u in uniforms[:, 26].tolist()}) == 6
 
 
-def test_factors_of_one_change_nothing(generator: torch.Generator) -> None:
+def test_jitter_factors_of_one_change_nothing(generator: torch.Generator) -> None:
     x = 255 * torch.rand(6, 3, 5, 5, generator=generator)
     uniforms = drawn(6, generator)
     uniforms[:, augment.FACTORS : augment.ORDER] = 0.5
@@ -118,13 +118,13 @@ def test_factors_of_one_change_nothing(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(256, 256, 224), (9, 8, 5), (7, 7, 7), (10, 10, 7)])
-def test_the_middle_is_torchvisions(height: int, width: int, size: int) -> None:
+def test_the_middle_equals_the_centre_crop_of_torchvision(height: int, width: int, size: int) -> None:
     images = torch.from_numpy(np.arange(height * width).reshape(1, height, width, 1) % 251)
     expected = v2.center_crop(images.permute(0, 3, 1, 2), [size, size]).permute(0, 2, 3, 1)
     assert augment.middle(images, size).equal(expected)
 
 
-def test_nothing_of_it_waits_for_the_device_or_depends_on_the_values(generator: torch.Generator) -> None:
+def test_augmentation_never_reads_values_from_the_device(generator: torch.Generator) -> None:
     """On the meta device there are no values that could be looked at."""
     kinds: Any = {"device": "meta"}
     uniforms = torch.empty(5, augment.NUM_JITTER, dtype=torch.float64, **kinds)

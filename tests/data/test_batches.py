@@ -22,7 +22,7 @@ def naive(image: torch.Tensor, row: int, column: int, flip: bool, padding: int) 
     return out
 
 
-def test_crop_flip_and_normalisation_are_those_of_a_loop(generator: torch.Generator) -> None:
+def test_crop_flip_and_normalisation_equal_a_plain_loop(generator: torch.Generator) -> None:
     images = torch.randint(0, 256, (6, 5, 7, 3), dtype=torch.uint8, generator=generator)
     mean, std = [0.1, 0.5, 0.7], [0.2, 0.3, 0.4]
     recipe = Data(augment="crop-flip", padding=2, normalisation="dataset")
@@ -81,14 +81,16 @@ def test_every_offset_and_both_directions_occur() -> None:
         ("imagenet", [(0.2 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, (1.0 - 0.406) / 0.225]),
     ],
 )
-def test_normalisation(normalisation: Any, expected: list[float]) -> None:
+def test_normalisation_subtracts_the_mean_and_divides_by_the_deviation(
+    normalisation: Any, expected: list[float]
+) -> None:
     image = torch.tensor([51, 102, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
     recipe = Data(augment="none", normalisation=normalisation)
     x = ImageBatches(image, recipe, [0.5, 0.25, 1.0], [0.25, 0.5, 0.1]).plain(torch.tensor([0]))
     torch.testing.assert_close(x[0, :, 1, 0], torch.tensor(expected))
 
 
-def test_points_pass_through() -> None:
+def test_points_are_returned_unchanged() -> None:
     points = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     batches = PointBatches(points)
     assert batches.batch(torch.tensor([1, 1]), torch.zeros(2, 3)).tolist() == [[3, 4], [3, 4]]

@@ -60,7 +60,7 @@ def test_a_class_keeps_one_image_to_train_on(tmp_path: Path) -> None:
     assert dataset.samples("test")["label"].tolist() == [0] * 2 + [1] * 5
 
 
-def test_train_and_test_folders(tmp_path: Path) -> None:
+def test_train_and_test_folders_become_the_splits(tmp_path: Path) -> None:
     write_photos(tmp_path / "p" / "train", {"red": 8, "green": 4})
     write_photos(tmp_path / "p" / "test", {"red": 3})
     build(tmp_path / "p", tmp_path / "d")
@@ -78,7 +78,7 @@ def test_rho_takes_the_largest_profile_by_rank(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "d").class_counts.tolist() == [4, 18, 9]
 
 
-def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
+def test_a_changed_folder_is_refused_as_another_data_set(tmp_path: Path) -> None:
     write_photos(tmp_path / "p", {"red": 6, "green": 6})
     build(tmp_path / "p", tmp_path / "d")
     again = must("build-lt", "image-folder", "--data-root", tmp_path / "p", "--image-size", 16, "--out", tmp_path / "d")
@@ -98,7 +98,7 @@ def test_a_changed_folder_is_another_data_set(tmp_path: Path) -> None:
         ({"red": 4}, "test", "1 sub-folder (green) of no known class"),
     ],
 )
-def test_layouts_that_cannot_be_trained_on(
+def test_layouts_that_cannot_be_trained_on_are_refused(
     tmp_path: Path, counts: dict[str, int], extra: str | None, message: str
 ) -> None:
     root = tmp_path / "p"
@@ -115,7 +115,9 @@ def test_layouts_that_cannot_be_trained_on(
     ("profile", "counts"),
     [("exponential", [16, 4, 1]), ("step", [16, 16, 1]), ("ranked", [16, 4, 1]), ("pareto", [16, 3, 1])],
 )
-def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_profile_gives_its_class_counts_and_folder_name(
+    profile: str, counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """16 images of each class at rho 16; the profile is in the folder's name where it is not the default."""
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "p" / "train", dict.fromkeys(COLOURS, 16))
@@ -129,7 +131,7 @@ def test_profiles(profile: str, counts: list[int], tmp_path: Path, monkeypatch: 
     refused(4, "profile: ", *command[:-1], "step" if profile != "step" else "pareto", "--out", numbers["folder"])
 
 
-def test_formats_that_people_have(tmp_path: Path) -> None:
+def test_image_formats_and_modes_give_the_same_pixels(tmp_path: Path) -> None:
     """One picture, left half white, right half black, in every mode: the same pixels come out."""
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     pixels[:, :8] = 255
@@ -213,7 +215,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_predict(trained: Path, tmp_path: Path) -> None:
+def test_predict_needs_only_the_run_folder(trained: Path, tmp_path: Path) -> None:
     """From the run folder alone: it is moved, and the data set stays behind."""
     write_photos(tmp_path / "new", {"red": 3, "green": 2, "blue": 1}, seed=5)
     run = tmp_path / "moved"
@@ -242,7 +244,7 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     must(*command, "--overwrite")
 
 
-def test_predict_refuses(trained: Path, tmp_path: Path) -> None:
+def test_predict_refuses_unreadable_and_missing_images(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "none").mkdir()
     run = ["--from", trained / "run", "--phase", "stage1"]
@@ -260,7 +262,7 @@ def test_a_network_of_points_takes_no_images(toy_run: Path, tmp_path: Path) -> N
     refused(3, "takes no images", "predict", tmp_path / "a.png", "--from", toy_run)
 
 
-def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_accepts_another_folder_as_test_data(trained: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "more", {"red": 4, "blue": 2}, seed=9)
     shutil.copy(trained / "photos" / "green" / "000.png", tmp_path / "more" / "blue" / "green.png")  # one error
     command = ["evaluate", "--from", trained / "run", "--phase", "stage1", "--out", tmp_path / "o"]
@@ -283,14 +285,14 @@ def test_evaluate_on_another_folder(trained: Path, tmp_path: Path) -> None:
     refused(3, "1 sub-folder (violet) of no known class", *command, "--test-data", tmp_path / "more")
 
 
-def test_test_data_of_another_kind(trained: Path, digits: Path, toy: Path, toy_run: Path) -> None:
+def test_test_data_of_another_kind_is_refused(trained: Path, digits: Path, toy: Path, toy_run: Path) -> None:
     run = ["evaluate", "--from", trained / "run", "--phase", "stage1", "--test-data"]
     refused(3, "has samples of shape (8, 8, 1), the network takes (16, 16, 3)", *run, digits)
     refused(3, (), *run, trained / "nowhere")
     refused(3, "a network of points takes no images", "evaluate", "--from", toy_run, "--test-data", trained / "photos")
 
 
-def test_misclassified_files(trained: Path, tmp_path: Path) -> None:
+def test_misclassified_lists_paths_of_wrong_predictions(trained: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "more", {"red": 2, "blue": 2}, seed=9)
     wrong = tmp_path / "more" / "blue" / "green.png"
     shutil.copy(trained / "photos" / "green" / "000.png", wrong)

@@ -56,7 +56,7 @@ def edit(places: Path, name: str, old: str, new: str) -> Path:
 
 
 @real
-def test_places_lt_is_the_published_one() -> None:
+def test_places_lt_lists_have_the_published_counts() -> None:
     found = lists.read(SPLITS, lists.PLACES_LT, SPLITS)
     counts = np.bincount(found.pool.labels)
     assert [(counts > n).sum() for n in (100, 20, 19, 0)] == [131, 131 + 157, 131 + 163, 365]
@@ -67,7 +67,7 @@ def test_places_lt_is_the_published_one() -> None:
 
 
 @real
-def test_the_other_official_lists_that_are_at_hand() -> None:
+def test_official_lists_have_the_published_sizes() -> None:
     for name, split, published in (
         ("ImageNet_LT_val.txt", "val", lists.IMAGENET_LT),
         ("ImageNet_LT_test.txt", "test", lists.IMAGENET_LT),
@@ -84,7 +84,7 @@ def test_the_other_official_lists_that_are_at_hand() -> None:
 
 @pytest.mark.slow
 @real
-def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_root_causes_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real lists, and a folder that holds something else."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
@@ -96,7 +96,7 @@ def test_a_wrong_root_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @real
-def test_a_list_that_lacks_a_line_is_not_the_published_one(tmp_path: Path) -> None:
+def test_a_list_that_lacks_a_line_is_refused(tmp_path: Path) -> None:
     for path in SPLITS.glob("Places_LT_*.txt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "Places_LT_train.txt"
@@ -106,7 +106,7 @@ def test_a_list_that_lacks_a_line_is_not_the_published_one(tmp_path: Path) -> No
     refused(3, (message, "fix: fetch the list again"), *build_short)
 
 
-def test_faults_of_lines(tmp_path: Path) -> None:
+def test_all_bad_lines_are_listed_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(
         "train/a/1.jpg 0\n\ntrain/a/1.jpg 1\n/abs/1.jpg 0\ntrain/../1.jpg 0\nnolabel.jpg\nb.jpg x\nb.jpg 1.0\n"
@@ -151,19 +151,21 @@ def test_faults_of_lines(tmp_path: Path) -> None:
         ("test", "val/zoo/test0001.jpg", "/val/zoo/test0001.jpg", "no plain path"),
     ],
 )
-def test_lists_that_cannot_be(places: Path, list_name: str, old: str, new: str, message: str) -> None:
+def test_lists_with_wrong_labels_or_paths_are_refused(
+    places: Path, list_name: str, old: str, new: str, message: str
+) -> None:
     path = edit(places, list_name, old, new)
     result = ended(build(places, "--out", places / "d", "--json"), 3, (message, str(path)))
     assert result.json["exit_code"] == 3
     assert not (places / "d").exists()
 
 
-def test_a_class_without_a_training_image(places: Path) -> None:
+def test_a_class_without_a_training_image_is_refused(places: Path) -> None:
     edit(places, "train", "jpg 2", "jpg 1")
     ended(build(places), 3, "has no image of 1 of the 3 classes: 2")
 
 
-def test_a_val_image_in_another_split_is_warned_of(places: Path) -> None:
+def test_a_val_image_in_another_split_causes_a_warning(places: Path) -> None:
     edit(places, "val", "val0000.jpg 0", "train0000.jpg 0")
     ended(build(places, "--out", places / "d"), 0, "warning: 1 images of")
 
@@ -173,7 +175,7 @@ def test_official_lists_have_their_own_splits(places: Path) -> None:
         ended(build(places, f"--{split}-per-class", 1), 2, f"places-lt has its own {split} split")
 
 
-def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacked_images_are_read_from_their_files(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(places)
     result = build(places)
     assert (result.code, result.stderr) == (0, "next: cpmix train-stage1 --data data/places-lt --out ckpt/places-lt\n")
@@ -207,7 +209,7 @@ def test_images_that_stay_in_their_files(places: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("pack", [0, 16])
-def test_the_fingerprint_is_of_paths_too(places: Path, pack: int) -> None:
+def test_a_renamed_path_changes_the_fingerprint(places: Path, pack: int) -> None:
     first = build(places, "--pack", pack, "--out", places / "a", "--json").json["fingerprint"]
     edit(places, "test", "zoo/test0001", "zoo/renamed")
     (places / "images" / "val" / "zoo" / "test0001.jpg").rename(places / "images" / "val" / "zoo" / "renamed.jpg")
@@ -215,7 +217,7 @@ def test_the_fingerprint_is_of_paths_too(places: Path, pack: int) -> None:
     assert build(places, "--pack", pack, "--out", places / "a").code == 4
 
 
-def test_few_inclusive_is_remembered(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_inclusive_is_recorded_in_the_data_set(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(places)
     result = build(places, "--few-inclusive", "--image-size", 16)
     assert "groups: many (>100) 1, medium (21..100) 0, few (<=20) 2 classes" in result.stdout
@@ -225,7 +227,7 @@ def test_few_inclusive_is_remembered(places: Path, monkeypatch: pytest.MonkeyPat
     assert (record["few_inclusive"], record["shape"]) == (True, [16, 16, 3])
 
 
-def test_a_folder_for_each_source_below_one_root(places: Path) -> None:
+def test_a_data_root_may_hold_a_folder_per_source(places: Path) -> None:
     (places / "all").mkdir()
     (places / "images").rename(places / "all" / "places-lt")
     must("build-lt", "places-lt", "--list-dir", places / "lists", "--data-root", places / "all", "--out", places / "d")
@@ -233,7 +235,7 @@ def test_a_folder_for_each_source_below_one_root(places: Path) -> None:
 
 
 @pytest.mark.parametrize("pack", [0, 16])
-def test_missing_and_unreadable_files(places: Path, pack: int) -> None:
+def test_missing_and_unreadable_files_are_listed(places: Path, pack: int) -> None:
     images = places / "images" / "train"
     (images / "zoo" / "train0001.jpg").unlink()
     flags = ("--out", places / "d", "--pack", pack)
@@ -262,7 +264,7 @@ def test_missing_and_unreadable_files(places: Path, pack: int) -> None:
     assert not (places / "d-unreadable.txt").exists()
 
 
-def test_own_lists(places: Path, tmp_path: Path) -> None:
+def test_own_lists_are_accepted_at_any_size_and_rho(places: Path, tmp_path: Path) -> None:
     """Of whatever totals, at any size, and with an imbalance factor."""
     where = ["--list-dir", places / "lists", "--data-root", places / "images"]
     numbers = must("build-lt", "image-folder", *where, "--image-size", 16, "--out", tmp_path / "a", "--json").json
@@ -288,7 +290,9 @@ def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_pa
     assert names("1.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]
 
 
-def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_prints_a_line_per_interval(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with console.Progress("packed train images", 10) as progress:
         progress.step(2)
         monkeypatch.setattr(progress, "_next", 0.0)

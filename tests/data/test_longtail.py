@@ -21,12 +21,12 @@ CIFAR100 = np.tile(np.arange(100), 500)
         (500, 100, {10: 19573, 50: 12608, 100: 10847, 200: 9502}),
     ],
 )
-def test_published_totals(num_max: int, num_classes: int, totals: dict[int, int]) -> None:
+def test_exponential_profile_gives_the_published_totals(num_max: int, num_classes: int, totals: dict[int, int]) -> None:
     found = {rho: int(longtail.exponential_counts(num_max, num_classes, rho).sum()) for rho in totals}
     assert found == totals
 
 
-def test_published_class_counts() -> None:
+def test_exponential_profile_gives_the_published_class_counts() -> None:
     of_10 = {100: [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]}
     of_10[200] = [5000, 2775, 1540, 854, 474, 263, 146, 81, 45, 25]
     assert {rho: longtail.exponential_counts(5000, 10, rho).tolist() for rho in of_10} == of_10
@@ -35,7 +35,7 @@ def test_published_class_counts() -> None:
     assert longtail.exponential_counts(500, 100, 1).tolist() == [500] * 100
 
 
-def test_step_profile_is_the_toy_of_the_paper() -> None:
+def test_step_profile_gives_the_toy_counts_of_the_paper() -> None:
     assert longtail.step_counts(1000, 4, 20).tolist() == [1000, 1000, 50, 50]
 
 
@@ -91,7 +91,7 @@ def test_global_random_state_is_neither_read_nor_touched() -> None:
     assert np.array_equal(first, longtail.shuffled_by_class(CIFAR10, 10, 0)[3])
 
 
-def test_groups_at_their_borders() -> None:
+def test_group_borders_belong_to_medium_or_few() -> None:
     assert [longtail.group_of(n) for n in (101, 100, 20, 19)] == ["many", "medium", "medium", "few"]
     assert longtail.group_of(20, few_inclusive=True) == "few"
 
@@ -103,7 +103,9 @@ def test_groups_at_their_borders() -> None:
         (500, 100, {10: (69, 31, 0), 50: (41, 41, 18), 100: (35, 35, 30), 200: (30, 31, 39)}),
     ],
 )
-def test_published_sizes_of_the_groups(num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]) -> None:
+def test_groups_have_the_published_sizes(
+    num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]
+) -> None:
     """Classes that are many, medium, few."""
     for rho, expected in sizes.items():
         groups = [longtail.group_of(int(n)) for n in longtail.exponential_counts(num_max, num_classes, rho)]
@@ -120,7 +122,7 @@ def test_ranked_counts_are_the_largest_profile_that_fits() -> None:
         assert (longtail.ranked_counts(available, rho) <= available).all()
 
 
-def test_pareto_counts_by_hand() -> None:
+def test_pareto_counts_equal_those_by_hand() -> None:
     """At rho 2^7 the places run from 1 to 2, and n = n_max / x^7."""
     # x = 1, 1.25, 1.5, 1.75, 2; x^7 = 1, 4.768, 17.086, 50.266, 128
     assert longtail.pareto_counts(12_800, 5, 128).tolist() == [12_800, 2_684, 749, 254, 100]

@@ -56,7 +56,7 @@ def stored(folder: Path, split: str = "train") -> np.ndarray:
     return open_dataset(folder).shards(split).load_all()
 
 
-def test_a_square_is_torchvision_s(tmp_path: Path) -> None:
+def test_a_square_equals_resize_and_centre_crop_of_torchvision(tmp_path: Path) -> None:
     """Byte for byte, whatever the sides; and the middle of a larger square is the middle of the image."""
     generator = np.random.default_rng(1)
     for width, height in [(300, 256), (256, 300), (341, 256), (500, 375), (375, 501), (100, 333), (17, 16), (256, 256)]:
@@ -72,7 +72,7 @@ def test_a_square_is_torchvision_s(tmp_path: Path) -> None:
         assert middle.tobytes() == whole.tobytes()
 
 
-def test_packed_folder(photos: Path, tmp_path: Path) -> None:
+def test_packing_writes_shards_with_the_resized_images(photos: Path, tmp_path: Path) -> None:
     result = pack(photos, tmp_path / "d")
     assert result.code == 0
     notes = result.stderr.splitlines()
@@ -95,7 +95,7 @@ def test_packed_folder(photos: Path, tmp_path: Path) -> None:
     assert dataset.name == "image-folder-photos-pack16"
 
 
-def test_read_from_many_threads(photos: Path, tmp_path: Path) -> None:
+def test_shards_can_be_read_from_many_threads(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     expected = stored(tmp_path / "d")
     packed = open_dataset(tmp_path / "d").shards("train")
@@ -111,7 +111,7 @@ def test_read_from_many_threads(photos: Path, tmp_path: Path) -> None:
         assert all(pool.map(same, range(len(order))))
 
 
-def test_benchmarks_ignore_exif_and_people_s_images_do_not(photos: Path, tmp_path: Path) -> None:
+def test_own_images_are_rotated_by_exif_and_benchmarks_are_not(photos: Path, tmp_path: Path) -> None:
     pixels = np.zeros((20, 20, 3), dtype=np.uint8)
     pixels[:10] = 255
     exif = Image.Exif()
@@ -126,7 +126,7 @@ def test_benchmarks_ignore_exif_and_people_s_images_do_not(photos: Path, tmp_pat
     assert stored(tmp_path / "d")[dataset.paths("train").index(path)][0, 8].tolist() == [0, 0, 0]
 
 
-def test_a_test_image_in_the_training_set_is_warned_of(photos: Path, tmp_path: Path) -> None:
+def test_a_test_image_in_the_training_set_causes_a_warning(photos: Path, tmp_path: Path) -> None:
     (photos / "test" / "b" / "000.jpg").write_bytes((photos / "train" / "a" / "002.jpg").read_bytes())
     assert "warning: 1 of 4 test images are identical to a training image" in pack(photos, tmp_path / "d").stderr
 
@@ -161,7 +161,7 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
     assert files(tmp_path / "d") == sorted([*FILES, "train-00001.shard", "train-00002.shard"])
 
 
-def test_a_shard_that_is_missing_or_short(photos: Path, tmp_path: Path) -> None:
+def test_a_missing_or_short_shard_is_refused(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     expected = stored(tmp_path / "d")
     dataset = open_dataset(tmp_path / "d")
@@ -181,7 +181,7 @@ def test_a_shard_that_is_missing_or_short(photos: Path, tmp_path: Path) -> None:
     assert (stored(tmp_path / "d") == expected).all()
 
 
-def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -> None:
+def test_a_shard_is_not_repaired_with_other_images(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     path = open_dataset(tmp_path / "d").paths("train")[9]
     with Image.open(path) as image:
@@ -196,14 +196,14 @@ def test_a_shard_is_not_mended_with_other_images(photos: Path, tmp_path: Path) -
     assert pack(photos, tmp_path / "d", "--overwrite").code == 0
 
 
-def test_a_changed_list_of_hashes(photos: Path, tmp_path: Path) -> None:
+def test_a_changed_list_of_hashes_is_refused(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "d").code == 0
     flip(tmp_path / "d" / "test-hashes.parquet", 60)
     ended(pack(photos, tmp_path / "d"), 3, "test-hashes.parquet is damaged")
 
 
 @pytest.mark.slow
-def test_no_room(photos: Path, tmp_path: Path) -> None:
+def test_packing_beyond_the_file_size_limit_fails_and_writes_nothing(photos: Path, tmp_path: Path) -> None:
     """Of a file, as ulimit -f has it."""
     hook = FOUR_A_SHARD + "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
     result = hooked(hook, *packing(photos, tmp_path / "d"))
@@ -211,7 +211,7 @@ def test_no_room(photos: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "d") == []
 
 
-def test_another_storage_takes_the_folder_over(photos: Path, tmp_path: Path) -> None:
+def test_overwriting_with_another_storage_replaces_all_files(photos: Path, tmp_path: Path) -> None:
     command = ["build-lt", "image-folder", "--data-root", photos, "--image-size", SIZE, "--out", tmp_path / "d"]
     must(*command)
     ended(pack(photos, tmp_path / "d"), 4, "storage: 'tensors' -> 'shards'")
@@ -233,7 +233,9 @@ def stopped(photos: Path, out: Path, event: str, name: str, number: signal.Signa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_packing_resumes_and_keeps_finished_shards(
+    photos: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """Just when an image of the fifth of five shards is opened; what was whole before is taken over."""
     (photos / "test" / "b" / "last.jpg").write_bytes((photos / "train" / "b" / "000.jpg").read_bytes())
     assert pack(photos, tmp_path / "whole").code == 0
@@ -255,7 +257,7 @@ def test_stopped_and_gone_on_with(photos: Path, tmp_path: Path, number: signal.S
     assert pack(photos, out, "--verify").code == 0
 
 
-def test_only_shards_of_these_very_images_are_taken_over(photos: Path, tmp_path: Path) -> None:
+def test_only_shards_of_the_same_images_are_reused(photos: Path, tmp_path: Path) -> None:
     (photos / "train" / "b" / "004.jpg").write_text("no image")
     ended(pack(photos, tmp_path / "d"), 3, "1 file cannot be read as an image")
     finished = {path.name for path in (tmp_path / "d").glob("*.shard")}
@@ -285,7 +287,7 @@ def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp
     assert (stored(out) == stored(whole)).all()
 
 
-def test_threads_end_when_the_work_is_left() -> None:
+def test_threads_stop_when_their_consumer_fails() -> None:
     started: list[int] = []
 
     def work(i: int) -> int:

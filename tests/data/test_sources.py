@@ -118,7 +118,7 @@ def test_a_pickle_that_holds_more_than_data_is_not_run(batches: dict[str, bytes]
     assert not (tmp_path / "alive").exists()
 
 
-def test_pinned_hashes_are_whole() -> None:
+def test_pinned_hashes_have_their_full_length() -> None:
     for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert len(layout.sha256) == 64
         assert all(len(h) == 32 for hashes in (layout.train, layout.test, layout.meta) for h in hashes.values())
@@ -135,7 +135,7 @@ def test_layouts_agree_with_torchvision_s() -> None:
         assert (own.folder, own.archive) == (other.base_folder, other.filename)
 
 
-def test_fashion_mnist_that_is_not_the_published_one(tmp_path: Path) -> None:
+def test_fashion_mnist_with_another_hash_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"other images"))
     build = ["build-lt", "fashion-mnist", "--out", tmp_path / "o", "--data-root"]
@@ -146,7 +146,7 @@ def test_fashion_mnist_that_is_not_the_published_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_real_fashion_mnist_lt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_fashion_mnist_lt_has_the_published_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     numbers = must("build-lt", "fashion-mnist", "--rho", 100, "--json").json
     assert numbers["folder"] == "data/fashion-mnist-lt-rho100"
@@ -183,7 +183,9 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         thread.join()
 
 
-def test_download(server: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_download_fetches_missing_and_damaged_files_only(
+    server: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     address, folder = server
     (folder / "set.gz").write_bytes(b"content")
     remote = {f"{address}/set.gz": hashlib.sha256(b"content").hexdigest()}
@@ -211,7 +213,7 @@ def test_a_download_that_is_not_the_published_file_is_not_kept(server: tuple[str
     assert files(tmp_path / "into") == []
 
 
-def test_no_network(tmp_path: Path) -> None:
+def test_download_without_a_network_fails_and_leaves_no_file(tmp_path: Path) -> None:
     nobody = {"a-set": {"http://127.0.0.1:9/set.gz": "0" * 64}}
     with pytest.raises(EnvironmentFault, match=r"cannot fetch http://127\.0\.0\.1:9/set\.gz"):
         download("a-set", tmp_path / "into", nobody)

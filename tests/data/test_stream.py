@@ -178,7 +178,7 @@ def test_crops_of_stored_squares_are_those_of_files_of_that_size(generator: torc
     assert from_files.plain(at).equal(from_squares.plain(at))
 
 
-def test_what_is_announced_is_read_ahead_and_once() -> None:
+def test_prefetched_images_are_read_ahead_and_only_once() -> None:
     reader = Numbers()
     batches = plain_numbers(reader)
     first, second = torch.tensor([4, 2]), torch.tensor([7, 7])
@@ -194,7 +194,7 @@ def test_what_is_announced_is_read_ahead_and_once() -> None:
     assert sorted(reader.seen) == [2, 4, 7, 7]
 
 
-def test_announcements_are_no_promise() -> None:
+def test_batches_are_right_whether_prefetched_or_not() -> None:
     """Out of order, never asked for, asked for twice or never announced: the images are right all the same."""
     reader = Numbers()
     batches = plain_numbers(reader)
@@ -213,7 +213,7 @@ def test_announcements_are_no_promise() -> None:
     assert batches.batch(torch.empty(0, dtype=torch.int64), uniform().view(0, 3)).shape == (0, 3, 2, 2)
 
 
-def test_the_first_damaged_image_is_told_when_its_batch_is_asked_for(readers: None) -> None:
+def test_the_first_damaged_image_is_reported_with_its_batch(readers: None) -> None:
     batches = plain_numbers(Numbers(damaged=(70, 31, 90)))
     batches.prefetch(torch.arange(50, 100), None)
     batches.prefetch(torch.arange(0, 50), None)
@@ -240,7 +240,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.Monkey
     assert sorted(reader.seen) == list(range(100))
 
 
-def test_memory_of_an_epoch_over_a_set_that_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_over_a_large_set_keeps_memory_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 MB of images, 32 of them in a batch, with 40 MB to read ahead."""
     monkeypatch.setattr(stream, "AHEAD_BYTES", 40_000_000)
     reader = Numbers(side=256)
@@ -295,7 +295,7 @@ def run_all(data: Path, run: Path, *flags: object) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("confusion.refresh=epoch", "optimizer.micro_batches=2")], ids=["", "ahead"])
-def test_training_from_streamed_shards_is_that_from_resident_ones(
+def test_training_from_streamed_shards_equals_training_from_resident_ones(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     """Bit for bit through all phases, whether partners are known ahead or not."""
@@ -306,7 +306,7 @@ def test_training_from_streamed_shards_is_that_from_resident_ones(
 
 
 @pytest.mark.slow
-def test_all_commands_on_images_that_stay_in_their_files(tree: Path, tmp_path: Path) -> None:
+def test_all_commands_run_on_images_in_their_files(tree: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     data = shutil.copytree(tree / "files", tmp_path / "data")
     shutil.copytree(tree / "images", moved)
@@ -408,7 +408,7 @@ def test_data_root_is_checked(tree: Path, digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_recipes_that_the_images_do_not_fit(tree: Path, toy: Path, tmp_path: Path) -> None:
+def test_crops_that_the_data_do_not_allow_are_refused(tree: Path, toy: Path, tmp_path: Path) -> None:
     train = ("train-stage1", "--out", tmp_path / "run", "--data")
     too_large = "data.crop = 41: the images have 40 x 40 pixels"
     refused(2, too_large, *train, tree / "shards", *FLAGS, *setting("data.crop=41"))

@@ -51,14 +51,16 @@ def test_groups_are_means_of_class_accuracies() -> None:
         ([0.5] * 10, [0, 1] * 5, 0.0),
     ],
 )
-def test_calibration_error_by_hand(confidences: list[float], labels: list[int], expected: float) -> None:
+def test_calibration_error_equals_the_value_by_hand(
+    confidences: list[float], labels: list[int], expected: float
+) -> None:
     p = torch.tensor(confidences, dtype=torch.float64)
     logits = torch.stack([p.log(), (1 - p).clamp_min(1e-300).log()], 1)
     found = expected_calibration_error(logits, torch.tensor(labels))
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_few_is_what_the_data_set_says(tmp_path: Path) -> None:
+def test_evaluate_uses_the_few_border_of_the_data_set(tmp_path: Path) -> None:
     """124 / 6.2 = 20 training images are few without a flag of evaluate's, where build-lt was told so."""
     run = tmp_path / "run"
     must("build-lt", "digits", "--rho", 6.2, "--few-inclusive", "--out", tmp_path / "data")

@@ -54,7 +54,7 @@ def test_a_parameter_that_cannot_be_read_says_so(
     assert "give the parameter a plain type and default" in str(caught.value)
 
 
-def test_needs_stand_beside_the_functions() -> None:
+def test_outline_needs_equal_those_of_the_modules() -> None:
     """The outline has those of the modules; each is of a function that recipes can name."""
     found = {}
     for kind in FUNCTION_TABLES:
@@ -89,7 +89,9 @@ def scaled(x: float, *, factor: float, power: int = 1) -> float:
         ({"mix": "scald"}, {"factor": 2.0}, ['mix = "scald": unknown. Did you mean "scaled"? Known: scaled.']),
     ],
 )
-def test_bind(names: dict[str, str], given: dict[str, Any], expected: list[str]) -> None:
+def test_bind_fills_parameters_or_lists_errors(
+    names: dict[str, str], given: dict[str, Any], expected: list[str]
+) -> None:
     bound, faults = bind(names, given, {"mix": {"scaled": scaled}}, ["loss"])
     assert faults == expected
     if not faults:

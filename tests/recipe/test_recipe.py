@@ -229,7 +229,7 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
     ],
 )
-def test_faults_of_the_keys_that_methods_need_are_told(settings: list[str], message: str) -> None:
+def test_errors_in_keys_that_methods_need_are_reported(settings: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         load("cifar100-lt/cpmix", settings=settings)
 
@@ -288,7 +288,7 @@ def test_recipes_that_extend_each_other_without_end_are_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["pipe", "device", "folder", "deep", "huge", "digits", "list"])
-def test_the_quick_check_passes_over_records_that_are_none(damage: str, tmp_path: Path) -> None:
+def test_the_quick_check_ignores_unreadable_records(damage: str, tmp_path: Path) -> None:
     """It neither waits for them nor reads on and on; the phase says what is wrong."""
     path = tmp_path / "dataset.json"
     if damage == "pipe":

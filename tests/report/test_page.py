@@ -202,7 +202,7 @@ def test_groups_are_the_sums_of_their_classes(opened: Any) -> None:
     assert two.point(0, 1) == "many predicted as few\n10 of 200 test images (5.0 %)"
 
 
-def test_cells_have_their_numbers(opened: Any) -> None:
+def test_choosing_percent_or_images_redraws_the_cells(opened: Any) -> None:
     shows = opened(rendered([shown(2 * HAND, COUNTS)], NAMES))
     pictures = []
     for numbers in ("percent", "images", "percent"):
@@ -212,7 +212,7 @@ def test_cells_have_their_numbers(opened: Any) -> None:
     assert pictures[0] == pictures[2] != pictures[1]
 
 
-def test_orders(opened: Any) -> None:
+def test_classes_are_sorted_by_the_chosen_order(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, np.array([5, 50, 500]))], ["b10", "b9", "a"]))
     labels = {}
     for order in ("count", "confusion", "accuracy", "name"):
@@ -225,7 +225,7 @@ def test_orders(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_empty_cell_is_the_page_and_one_with_few_images_is_not(opened: Any, scheme: str) -> None:
+def test_empty_cells_have_the_page_colour_and_others_do_not(opened: Any, scheme: str) -> None:
     matrix = np.array([[999, 1, 0], [100, 900, 0], [0, 0, 1000]])
     shows = opened(rendered([shown(matrix, COUNTS)], NAMES), scheme)
     background = shows.page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -275,7 +275,7 @@ def test_compared_runs_stand_beside_each_other_with_their_difference(opened: Any
     assert shows.page.locator(".legend").first.inner_text() == "plainmixed"
 
 
-def test_keyboard_moves_zooms_and_speaks(opened: Any) -> None:
+def test_keyboard_moves_the_cursor_and_announces_the_cell(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
     page = shows.page
     page.get_by_role("application", name="run. Arrow keys move").focus()
@@ -356,7 +356,7 @@ def test_every_cell_with_images_can_be_pointed_at(opened: Any) -> None:
     assert shows.point(100, 102).startswith("class 101, correct")  # empty: the largest within reach
 
 
-def test_the_browsers_own_keys_stay_its_own(opened: Any) -> None:
+def test_browser_shortcuts_are_not_intercepted(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
     shows.page.locator("#maps canvas").focus()
     shows.page.evaluate("addEventListener('keydown', (event) => { window.taken = event.defaultPrevented; })")
@@ -387,7 +387,7 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
         assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
-def test_every_number_by_hand(opened: Any) -> None:
+def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
     """A page of three classes: tables, panel, plots and thumbnails against what HAND says."""
     sprite = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
     images = ContactSheet(np.array([2, 2]), np.array([1, 1]), [90, 60], 8, 16, 8, sprite)
@@ -526,7 +526,7 @@ def test_every_control_and_picture_has_a_name(opened: Any) -> None:
 
 
 @pytest.mark.slow
-def test_page_of_a_real_run(digits_run: Path, opened: Any) -> None:
+def test_page_of_a_real_run_shows_its_confusions_and_plots(digits_run: Path, opened: Any) -> None:
     must("confusion-report", "--from", digits_run, "--overwrite")
     shows = opened(digits_run / "confusion" / "index.html")
     cells = pd.read_parquet(digits_run / "confusion" / "finetune" / "confusion_matrix.parquet")
@@ -574,7 +574,7 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
 
 
 @pytest.mark.slow
-def test_images_are_as_many_as_asked_for(digits_run: Path) -> None:
+def test_images_flag_limits_the_thumbnails(digits_run: Path) -> None:
     whole = page_data(digits_run)["images"]
     assert len(whole["confidence"]) > 3
     must("confusion-report", "--from", digits_run, "--images", 2)
@@ -583,7 +583,7 @@ def test_images_are_as_many_as_asked_for(digits_run: Path) -> None:
     assert page_data(digits_run)["images"] is None
 
 
-def test_the_toys_page_has_its_regions(toy_run: Path) -> None:
+def test_the_toy_page_shows_decision_regions(toy_run: Path) -> None:
     text = (toy_run / "confusion" / "index.html").read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 1
     assert "Decision regions" in html.unescape(text)

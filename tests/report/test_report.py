@@ -15,7 +15,7 @@ from cpmix_cli.report.images import most_confused, sheet
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, trim_confusions
 
 
-def test_pairs_by_hand() -> None:
+def test_confused_pairs_equal_those_by_hand() -> None:
     matrix = np.array([[90, 2, 0, 0], [5, 10, 0, 0], [1, 0, 8, 4], [0, 0, 3, 7]])
     table = confused_pairs(matrix, np.array([100, 20, 5, 5]))
     assert table.to_dict("list") == {
@@ -29,7 +29,7 @@ def test_pairs_by_hand() -> None:
     assert table.dtypes.astype(str).tolist() == ["int32", "int32", "int64", "int64", "int64", "float64"]
 
 
-def test_pairs_of_a_perfect_classifier_are_none() -> None:
+def test_a_perfect_classifier_has_no_confused_pairs() -> None:
     assert len(confused_pairs(np.diag([3, 4, 5]), np.array([9, 6, 1]))) == 0
 
 
@@ -76,7 +76,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 10, 100, 300])
-def test_every_picture_at_every_size(size: int) -> None:
+def test_every_figure_is_reproducible_at_every_size(size: int) -> None:
     for seed in (0, 1):
         matrix, counts, names = example(size, seed)
         matrix[-1] = 0  # without test images
@@ -120,7 +120,7 @@ def test_values_of_whole_images_fall_into_whole_bins() -> None:
     assert sorted(figures.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
 
 
-def test_names_are_no_formulas() -> None:
+def test_class_names_are_not_parsed_as_formulas() -> None:
     matrix, counts, _ = example(3)
     names = ["$a^$", "$5^ to $10", "\\frac"]
     for kind in ("png", "svg", "pdf"):
@@ -173,7 +173,7 @@ def test_decision_regions_show_the_classes_of_the_grid() -> None:
     assert changed[:, : middle - 60].sum() == 0
 
 
-def test_classes_confused_with_each_other_stand_together() -> None:
+def test_classes_confused_with_each_other_are_adjacent() -> None:
     matrix = np.diag([50] * 6)
     for a, b in ((0, 3), (1, 4), (2, 5)):
         matrix[a, b] = matrix[b, a] = 20
@@ -183,11 +183,11 @@ def test_classes_confused_with_each_other_stand_together() -> None:
 
 
 @pytest.mark.parametrize("matrix", [np.diag([3, 2]), np.array([[0, 5], [0, 0]]), np.zeros((4, 4)), np.diag([1] * 5)])
-def test_an_order_without_confusions_is_an_order(matrix: np.ndarray) -> None:
+def test_clustered_order_without_confusions_is_a_permutation(matrix: np.ndarray) -> None:
     assert sorted(clustered_order(matrix).tolist()) == list(range(len(matrix)))
 
 
-def test_relation_of_training_to_test_by_hand() -> None:
+def test_relation_of_training_to_test_equals_that_by_hand() -> None:
     confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]])
     matrix = np.array([[90, 10, 0], [5, 85, 10], [0, 30, 70]])
     # Class 0: training 3/4, 1/4, test 1, 0: overlap 3/4, the same first. Class 1: none in training. Class 2: training
@@ -200,7 +200,7 @@ def test_relation_of_training_to_test_by_hand() -> None:
     assert relation(confusions, np.diag([1, 1, 1]))["overlap"] is None
 
 
-def test_the_most_telling_confusions_of_training_are_kept() -> None:
+def test_the_most_frequent_confusions_of_training_are_kept() -> None:
     confusions = np.array([[0.0, 5, 4, 3], [1, 0, 2, 0], [0, 0, 0, 0], [9, 8, 7, 0]])
     matrix = np.array([[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [0, 0, 1, 8]])
     # The largest of each row, and 3-2 and 2-3, which the test confuses.
@@ -209,7 +209,7 @@ def test_the_most_telling_confusions_of_training_are_kept() -> None:
     assert trim_confusions(confusions, matrix).tolist() == confusions.tolist()
 
 
-def test_thumbnails_are_of_the_most_confused_cells_first() -> None:
+def test_thumbnails_show_the_most_confused_cells_first() -> None:
     wrong = [(0, 1, 0.5), (0, 1, 0.9), (2, 1, 0.99), (0, 1, 0.7), (1, 1, 1.0)]
     table = pd.DataFrame(wrong, columns=["label", "predicted", "confidence"]).reset_index(names="sample_id")
     assert most_confused(table, 3)["sample_id"].tolist() == [1, 3, 0]

@@ -29,7 +29,7 @@ OTHERS = {
 }
 
 
-def test_the_methods_and_what_the_paper_has_of_them() -> None:
+def test_methods_lists_every_method_with_its_numbers_of_the_paper() -> None:
     listed = must("methods", "--json").json
     assert listed.keys() == {"command", "methods"}
     methods = {method["method"]: method for method in listed["methods"]}
@@ -96,7 +96,7 @@ def test_every_recipe_of_cifar_says_what_it_is_about() -> None:
     assert sorted(recipes) == recipe_names()
 
 
-def test_a_wrong_about_names_its_file(tmp_path: Path) -> None:
+def test_the_error_for_a_bad_about_table_names_its_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('[about]\nkind = "magic"\ncells = { 200 = 1.0 }\nauthor = "me"\n')
     with pytest.raises(UsageError) as caught:
@@ -120,7 +120,9 @@ def test_a_wrong_about_names_its_file(tmp_path: Path) -> None:
         ("toy/cpmix", [], 7 + 3 * 3, 1),
     ],
 )
-def test_budget(name: str, flags: list[object], passes: float, ratio: float) -> None:
+def test_budget_counts_image_passes_and_their_ratio_to_cpmix(
+    name: str, flags: list[object], passes: float, ratio: float
+) -> None:
     result = must("recipes", name, "--budget", *flags, "--json").json
     assert result.keys() == {"command", "budgets"}
     (entry,) = result["budgets"]
@@ -129,7 +131,7 @@ def test_budget(name: str, flags: list[object], passes: float, ratio: float) -> 
     assert entry["to_cpmix"] == pytest.approx(ratio, abs=1e-4)
 
 
-def test_budget_of_all_recipes_and_of_a_file(tmp_path: Path) -> None:
+def test_budget_accepts_all_recipes_or_one_file(tmp_path: Path) -> None:
     listed = must("recipes", "--budget", "--json").json["budgets"]
     assert [entry["name"] for entry in listed] == recipe_names()
     entry = listed[recipe_names().index("cifar100-lt/cpmix")]

@@ -44,7 +44,7 @@ SRUN["SLURM_STEP_TASKS_PER_NODE"] = "4,3"
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, Ranks()),
     ],
 )
-def test_the_environment_says_which_rank_this_is(environment: Mapping[str, str], expected: Ranks) -> None:
+def test_rank_is_read_from_the_environment(environment: Mapping[str, str], expected: Ranks) -> None:
     assert find(environment) == expected
     assert ranks.is_later(environment) == (expected.rank > 0)
 
@@ -68,12 +68,14 @@ def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) ->
         ({}, ("localhost", 20000)),
     ],
 )
-def test_the_environment_says_where_ranks_meet(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
+def test_rendezvous_address_is_read_from_the_environment(
+    environment: Mapping[str, str], expected: tuple[str, int]
+) -> None:
     assert rendezvous_address(environment) == expected
 
 
 @pytest.mark.parametrize(("size", "count"), [(12, 3), (10, 4), (5, 4), (3, 4), (1, 4), (7, 1)])
-def test_parts_of_a_batch(size: int, count: int) -> None:
+def test_batch_slices_count_each_image_once_and_keep_the_mean(size: int, count: int) -> None:
     """Each image counts once, and the mean over the parts is that over the batch."""
     values = torch.arange(1.0, size + 1).double() ** 2
     means, seen = [], []
@@ -89,7 +91,7 @@ def test_parts_of_a_batch(size: int, count: int) -> None:
     torch.testing.assert_close(torch.stack(means).mean(), values.mean(), rtol=1e-14, atol=0)
 
 
-def test_what_fills_a_part_up_comes_from_the_beginning() -> None:
+def test_slices_are_padded_with_images_from_the_start_of_the_batch() -> None:
     """Ten images for four ranks: 0 1 2, 3 4 5, 6 7 8, and 9 with 0 and 1 again, which count nothing."""
     parts = [BatchSlice(number, 4, 10) for number in range(4)]
     found = [part.select(torch.arange(10)).tolist() for part in parts]
@@ -202,7 +204,7 @@ def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
-def test_ranks_and_micro_batches_are_one_run(refresh: str, toy: Path, tmp_path: Path) -> None:
+def test_ranks_and_micro_batches_give_the_results_of_one_rank(refresh: str, toy: Path, tmp_path: Path) -> None:
     """No batch norm; the last batch has 52 of 64 points. Draws and counts are the same, sums differ by rounding."""
     changes = ["optimizer.batch_size=64", f"confusion.refresh={refresh}", "stage2.terms.cp.per_sample=true"]
     for command in pipeline(toy, tmp_path / "alone", *changes):
@@ -326,7 +328,7 @@ def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_error_of_all_is_said_once(tmp_path: Path) -> None:
+def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
     codes, outs, errs = Launched(3, ("train-stage1", "--data", tmp_path / "none", "--json")).end()
     assert codes == [3] * 3
     loading, error, *_ = errs[0].splitlines()
@@ -364,7 +366,7 @@ def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [0, 1])
-def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Path) -> None:
+def test_a_missing_rank_is_reported_by_the_others(missing: int, digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
     launched = Launched(2, words, without=[missing], extra={"JOIN_SECONDS": "2"})
     codes, _, errs = launched.end()
@@ -374,7 +376,7 @@ def test_ranks_that_never_come_are_told(missing: int, digits: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_is_said_once(digits: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_is_reported_once(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--set", "optimizer.lr=1e20")
     codes, _, errs = Launched(2, words).end()
     assert codes == [5, 5]

@@ -56,7 +56,7 @@ def check(eager: emulated.Outcome, replayed: emulated.Outcome) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "phase"), METHODS.values(), ids=list(METHODS))
-def test_replayed_epochs_of_all_methods_are_the_eager_ones(recipe: str, phase: str, few_digits: Dataset) -> None:
+def test_replayed_epochs_of_all_methods_equal_eager_ones(recipe: str, phase: str, few_digits: Dataset) -> None:
     """But those of OTmix, which are never recorded."""
     whole = emulated.setup(recipe, phase, few_digits, *emulated.SMALL)
     replayed = emulated.train(whole, emulate=True)
@@ -67,13 +67,13 @@ def test_replayed_epochs_of_all_methods_are_the_eager_ones(recipe: str, phase: s
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=list(VARIANTS))
-def test_so_are_those_of_all_settings(settings: tuple[str, ...], few_digits: Dataset) -> None:
+def test_replayed_epochs_of_all_settings_equal_eager_ones(settings: tuple[str, ...], few_digits: Dataset) -> None:
     whole = emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL, *settings)
     check(*(emulated.train(whole, emulate=emulate) for emulate in (False, True)))
 
 
 @pytest.mark.parametrize(("recipe", "phase"), [("toy/cpmix", "stage2"), ("toy/fixed-pairs", "stage1")])
-def test_so_are_those_of_points(recipe: str, phase: str, toy: Path) -> None:
+def test_replayed_epochs_of_points_equal_eager_ones(recipe: str, phase: str, toy: Path) -> None:
     dataset = open_dataset(toy)
     batch = len(dataset.labels("train")) // 3 + 1
     whole = emulated.setup(recipe, phase, dataset, f"optimizer.batch_size={batch}")
@@ -122,7 +122,7 @@ def test_a_taught_step_reads_its_teacher_too_and_leaves_it_as_it_is(few_digits: 
 
 
 @pytest.mark.parametrize("name", emulated.FAULTS)
-def test_a_fault_that_only_a_replay_shows_shows(name: str, cpmix: emulated.Setup) -> None:
+def test_an_error_of_the_replay_only_is_detected(name: str, cpmix: emulated.Setup) -> None:
     eager, replayed = (
         emulated.train(cpmix, emulate=emulate, fault=emulated.FAULTS[name]()) for emulate in (False, True)
     )
@@ -131,19 +131,19 @@ def test_a_fault_that_only_a_replay_shows_shows(name: str, cpmix: emulated.Setup
 
 
 @pytest.mark.parametrize("name", emulated.READING)
-def test_a_step_that_waits_for_the_device_shows(name: str, cpmix: emulated.Setup) -> None:
+def test_a_step_that_waits_for_the_device_is_detected(name: str, cpmix: emulated.Setup) -> None:
     call, fault = emulated.READING[name]
     assert emulated.train(cpmix, emulate=True, fault=emulated.at_its_end(fault)).reads == {call: 2}
 
 
-def test_a_tensor_that_nobody_knows_shows(cpmix: emulated.Setup) -> None:
+def test_a_read_of_an_unknown_tensor_is_detected(cpmix: emulated.Setup) -> None:
     stray = torch.zeros(1)
     fault = emulated.at_its_end(lambda step, _: step._state.sums.values.add_(stray))
     found = emulated.train(cpmix, emulate=True, fault=fault)
     assert [name for name in found.read if name.startswith("unknown")] == ["unknown (1,) torch.float32"]
 
 
-def test_a_step_that_writes_where_none_may_shows(cpmix: emulated.Setup) -> None:
+def test_a_write_to_a_read_only_tensor_is_detected(cpmix: emulated.Setup) -> None:
     fault = emulated.at_its_end(lambda step, _: step._data.class_counts.add_(1))
     found = emulated.train(cpmix, emulate=True, fault=fault)
     assert found.written - emulated.WRITTEN == {"class counts"}

@@ -45,7 +45,7 @@ def looked_at(
     return LiveView(plan, whole, state, step, ["cat", "dog", "lynx"][: len(counts)], few_inclusive), state
 
 
-def test_groups_are_those_that_build_lt_was_told() -> None:
+def test_groups_follow_the_few_border_of_the_data_set() -> None:
     """Of classes of 101, 20 and 2 images the one of 20 is medium, or few with --few-inclusive."""
     plan = plan_of(terms_of(erm=ERM), 9, batch=41)
     for few_inclusive, expected in ((False, ("50.00", "0.00")), (True, ("-", "25.00"))):
@@ -56,7 +56,7 @@ def test_groups_are_those_that_build_lt_was_told() -> None:
         assert (rows["medium"], rows["few"]) == expected
 
 
-def test_an_epoch_by_hand() -> None:
+def test_the_view_of_an_epoch_equals_that_by_hand() -> None:
     """123 images in three steps: K grows by 10 + 5 + 1 in epoch 2, and by 3 in the first step of epoch 3."""
     plan = plan_of(terms_of(erm=ERM), 9, batch=41)
     view, state = looked_at(plan, [101, 20, 2], [[0, 0, 7], [0, 0, 0], [0, 0, 0]], epoch=2)
@@ -93,7 +93,7 @@ def test_counts_that_fade_are_compared_with_what_the_epoch_began_with() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"collect_confusion": False}, {"confusion_start": 3}])
-def test_there_is_what_there_is_to_see(changes: dict[str, Any]) -> None:
+def test_without_counted_errors_groups_and_pairs_are_hidden(changes: dict[str, Any]) -> None:
     """Without counted errors no groups and no pairs."""
     plan = replace(plan_of(terms_of(erm=ERM), 9, batch=41), **changes)
     view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
@@ -107,7 +107,7 @@ TERMS["gated"] = {"cmo": {**MIX, "probability": 0.5}}
 
 
 @pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
-def test_images_and_errors_of_real_steps(tables: Any) -> None:
+def test_errors_of_real_steps_equal_the_growth_of_k(tables: Any) -> None:
     """Of the images that are counted, as many are wrong as K has grown by; batch by batch."""
     plan = plan_of(terms_of(**tables), 100, batch=10)
     state = fresh()
@@ -218,7 +218,7 @@ def progress(rows: Sequence[Sequence[str]] = ROWS) -> EpochProgress:
     return shown
 
 
-def test_a_view_below_the_lines(terminal: Callable[..., Terminal]) -> None:
+def test_the_view_is_drawn_below_the_log_lines(terminal: Callable[..., Terminal]) -> None:
     found = terminal(100, 30)
     shown = progress()
     shown.step(1)
@@ -239,7 +239,7 @@ def test_a_view_below_the_lines(terminal: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(40, 24), (60, 15), (76, 5), (20, 4), (100, 3), (30, 1)])
-def test_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Terminal]) -> None:
+def test_the_view_is_cut_to_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Terminal]) -> None:
     found = terminal(columns, lines)
     shown = progress()
     for done in (10, 20):
@@ -259,7 +259,7 @@ def test_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Term
     assert not found.screen.cursor.hidden
 
 
-def test_the_lines_alone_on_a_terminal_that_can_only_print(terminal: Callable[..., Terminal]) -> None:
+def test_a_dumb_terminal_gets_log_lines_only(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24, "dumb")
     shown = progress()
     assert not shown.has_view
@@ -269,7 +269,7 @@ def test_the_lines_alone_on_a_terminal_that_can_only_print(terminal: Callable[..
     assert found.look() == ["stage1 epoch=1/2 loss=2.0000"]
 
 
-def test_no_colour_where_none_is_wanted(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_removes_the_colours(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted in (True, False):
         found = terminal(80, 24)
         if not wanted:
@@ -281,7 +281,7 @@ def test_no_colour_where_none_is_wanted(terminal: Callable[..., Terminal], monke
         shown.close()
 
 
-def test_names_are_shown_and_not_obeyed(terminal: Callable[..., Terminal]) -> None:
+def test_control_codes_and_markup_in_names_are_escaped(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24)
     shown = progress([("", "epoch 1"), ("  a\x1b[2Jb\nc\td as [bold]x[/bold] :cat:", "7")])
     shown.line("a\x1b[2Jb [bold] :cat:")
@@ -292,7 +292,7 @@ def test_names_are_shown_and_not_obeyed(terminal: Callable[..., Terminal]) -> No
     shown.close()
 
 
-def test_what_others_say_stands_above(terminal: Callable[..., Terminal]) -> None:
+def test_warnings_are_printed_above_the_view(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24)
     shown = progress()
     shown.step(1)
@@ -317,7 +317,9 @@ def test_a_terminal_that_goes_away_stops_nothing(terminal: Callable[..., Termina
     shown.close()
 
 
-def test_it_is_drawn_now_and_then(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_view_is_drawn_once_per_interval(
+    terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
     terminal(80, 24)
     monkeypatch.setattr(EpochProgress, "VIEW_SECONDS", 3600.0)
     looks = []

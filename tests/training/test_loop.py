@@ -47,7 +47,7 @@ def test_confusions_add_up_over_epochs_and_partial_batches() -> None:
         assert row["num_confusions"] == round(24 * (1 - (row["train_accuracy"] or 0)))
 
 
-def test_confusion_start_and_decay() -> None:
+def test_confusions_are_counted_from_the_start_epoch_and_decay() -> None:
     late, decayed = fresh(), fresh()
     plan = plan_of(terms_of(erm=ERM), 3, batch=7)
     fit(Plan(**{**vars(plan), "confusion_start": 3}), data(), late, publish=never)

@@ -224,7 +224,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("tables", METHODS.values(), ids=list(METHODS))
-def test_one_step_is_that_of_loops(tables: dict[str, Any]) -> None:
+def test_one_step_of_each_method_equals_a_plain_loop(tables: dict[str, Any]) -> None:
     """Epochs on both sides of what DRW, windows and chance change; epoch 2 is the last without the weights of DRW."""
     gates = set()
     for epoch in (1, 2, 3, 4):
@@ -235,7 +235,7 @@ def test_one_step_is_that_of_loops(tables: dict[str, Any]) -> None:
     assert not gates or gates == {0.0, 1.0}
 
 
-def test_two_steps_with_nesterov_and_parameter_groups() -> None:
+def test_nesterov_and_parameter_groups_equal_a_plain_loop() -> None:
     """The first group that fits counts; the second step is one of stage 2 by Eq. 13, with the momentum of the first."""
     groups = [
         ParameterGroup(prefix="head.bias", lr_factor=0.5, weight_decay=0.0),
@@ -252,7 +252,7 @@ def test_two_steps_with_nesterov_and_parameter_groups() -> None:
         state.confusion[3, 0] += 4.0
 
 
-def test_regmixup_of_its_code_is_the_mean_over_both_batches() -> None:
+def test_regmixup_averages_over_both_batches() -> None:
     """Cross entropy over 2 B images [x; x_mix], labels [y; y] and [y; y_partner]: both terms at half their weight."""
     tables = {name: {**table, "weight": 0.5} for name, table in METHODS["regmixup"].items()}
     state = started(tables, 1)
@@ -268,7 +268,7 @@ def test_regmixup_of_its_code_is_the_mean_over_both_batches() -> None:
     check_against_loop(state, terms_of(**tables), mean)
 
 
-def test_windows_and_chance_of_cmo() -> None:
+def test_cmo_mixes_half_the_batches_inside_its_window() -> None:
     """Of 200 epochs those from 5 to 197 mix, half of their batches: 4 to 196 counted from 0, as published."""
     terms = terms_of(erm={**NATURAL, **CMO, "unmixed_first": 4, "unmixed_last": 3})
     drawn = [draw_epoch(terms, 64, 2, (0, "stage1"), epoch, 200, 3) for epoch in range(1, 201)]

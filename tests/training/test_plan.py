@@ -41,7 +41,7 @@ def context_of(recipe: Recipe, counts: list[int], shape: list[int]) -> PhaseCont
     return PhaseContext(recipe, dataset, torch.device("cpu"), "fp32", {})
 
 
-def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
+def test_finetune_equals_a_plain_loop_over_steps() -> None:
     """Two epochs of 10 + 10 + 4 images: scales at the whole rate without decay, the classifier at half, no more."""
     state = fresh()
     context = context_of(Recipe.model_validate(RECIPE), COUNTS, [8, 8, 1])
@@ -86,7 +86,9 @@ def test_a_finetune_is_that_of_a_loop_over_steps() -> None:
         ("cifar10-lt/lws", 5000, 10, 512, 22),  # 21 * 512 + 451
     ],
 )
-def test_steps_of_a_finetune_at_rho_200(name: str, num_max: int, num_classes: int, batch: int, steps: int) -> None:
+def test_finetune_at_rho_200_has_steps_for_all_training_images(
+    name: str, num_max: int, num_classes: int, batch: int, steps: int
+) -> None:
     """As many as hold the training images, class-uniform though their draws are."""
     counts = exponential_counts(num_max, num_classes, 200).tolist()
     context = context_of(load(name, rho=200), counts, [32, 32, 3])

@@ -9,7 +9,7 @@ from cpmix_cli.recipe.schema import Schedule
 from cpmix_cli.training.schedule import learning_rate
 
 
-def test_warmup_and_drops_of_table_6() -> None:
+def test_learning_rate_warms_up_and_drops_as_in_table_6() -> None:
     schedule = Schedule(epochs=300, warmup_epochs=10, milestones=[260, 280], decay=0.01)
     expected = {1: 0.01, 5: 0.05, 10: 0.1, 11: 0.1, 260: 0.1, 261: 1e-3, 280: 1e-3, 281: 1e-5, 300: 1e-5}
     for epoch, rate in expected.items():
@@ -25,7 +25,7 @@ def test_cosine_falls_with_every_step_to_zero() -> None:
     assert all(a > b for a, b in itertools.pairwise(rates))
 
 
-def test_constant_and_milestones_beyond_the_end() -> None:
+def test_learning_rate_is_constant_if_no_milestone_is_reached() -> None:
     constant = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, kind="constant")
     beyond = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, milestones=[9.5])
     assert {learning_rate(0.3, s, e, 0, 2) for s in (constant, beyond) for e in range(1, 6)} == {0.3}

@@ -161,7 +161,7 @@ def test_a_step_never_waits_for_the_gpu(tables: Any, joint: bool, adam: bool) ->
 
 
 @pytest.mark.gpu
-def test_replayed_steps_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_steps_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
     states = []
     for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):

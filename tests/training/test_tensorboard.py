@@ -64,7 +64,7 @@ def test_the_curves_are_the_metrics_and_all_else_is_as_without(digits: Path, dig
     assert contents(moved) == before
 
 
-def test_a_run_that_goes_on_has_each_epoch_once(
+def test_a_resumed_run_has_each_epoch_once(
     handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, taken = loop.epoch_line, []
@@ -171,7 +171,7 @@ def rows(*epochs: int) -> Sequence[dict[str, float | None]]:
     return [{"epoch": epoch, "loss": 2.5, "test_accuracy": None, "seconds": 1.0} for epoch in epochs]
 
 
-def test_places_that_cannot_be_written_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_cannot_be_written_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     full = Tracker(tmp_path / "full")

@@ -63,7 +63,7 @@ def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, d
         refused(3, f"as --data, and {digits} as --out", *command.split(), "--from", digits)
 
 
-def test_stage_2_before_stage_1_names_stage_1(tmp_path: Path) -> None:
+def test_stage_2_before_stage_1_is_refused_and_names_stage_1(tmp_path: Path) -> None:
     result = refused(3, (), "train-stage2", "--from", tmp_path)
     assert result.stderr.splitlines() == [
         f"error: {tmp_path / 'stage1'} is absent",
@@ -116,7 +116,7 @@ def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
 
 
 @pytest.mark.slow
-def test_a_preempted_overwrite_goes_on(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_a_preempted_overwrite_is_resumed(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     """A job that is queued again has its flag again."""
     flags = ["--data", digits, "--epochs", 200, "--seed", 3]
     command = ["train-stage1", *flags, "--out", digits_run, "--overwrite"]

@@ -82,23 +82,23 @@ def train(data: Path, run: Path, *flags: object, teacher: Path | None = None) ->
     must("finetune", "--from", run)
 
 
-def test_toy(toy: Path, tmp_path: Path, one_thread: object) -> None:
+def test_toy_run_gives_the_recorded_bytes(toy: Path, tmp_path: Path, one_thread: object) -> None:
     train(toy, tmp_path)
     compare("toy/cpmix", hashes(tmp_path))
 
 
-def test_digits(digits: Path, tmp_path: Path, one_thread: object) -> None:
+def test_digits_run_gives_the_recorded_bytes(digits: Path, tmp_path: Path, one_thread: object) -> None:
     train(digits, tmp_path)
     compare("digits/cpmix", hashes(tmp_path))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods(digits: Path, tmp_path: Path, one_thread: object, method: str) -> None:
+def test_each_method_gives_the_recorded_bytes(digits: Path, tmp_path: Path, one_thread: object, method: str) -> None:
     train(digits, tmp_path, *flags(method, METHODS[method]))
     compare(method, hashes(tmp_path))
 
 
-def test_routers_and_a_teacher(digits: Path, tmp_path: Path, one_thread: object) -> None:
+def test_routers_and_a_teacher_give_the_recorded_bytes(digits: Path, tmp_path: Path, one_thread: object) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path / "teacher", *flags("ride", SMALL))
     train(digits, tmp_path / "run", *flags("ride-routed", SMALL), teacher=tmp_path / "teacher")
     compare("ride-routed", hashes(tmp_path / "run"))

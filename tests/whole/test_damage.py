@@ -377,7 +377,7 @@ def test_a_phase_under_another_ones_name_is_refused(digits_run: Path, done: bool
         refused(3, f"{digits_run / 'finetune' / name} is of stage2, and not of finetune", *command)
 
 
-def test_what_is_out_of_sight_is_not_taken_for_absent(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_checked_is_not_reported_as_missing(tmp_path: Path) -> None:
     """As for a user who may not look into a folder: here a name that no file system takes."""
     assert not is_there(tmp_path / "nowhere" / "x")
     (tmp_path / "file").write_text("")
@@ -400,7 +400,7 @@ def test_a_damaged_evaluation_beside_a_sound_one_is_left_out(digits_run: Path) -
 # -- nothing is unpickled, nothing unpacked beyond its bounds ----------------------------------------------------------
 
 
-def test_pickles_are_never_executed(tmp_path: Path, toy: Path) -> None:
+def test_pickle_payloads_are_never_executed(tmp_path: Path, toy: Path) -> None:
     """In a CIFAR archive and its unpacked folder, a .pth, and files that claim to be safetensors or Parquet."""
     canary = tmp_path / "sang"
     payload = pickle.dumps({"data": Canary(canary), b"data": Canary(canary), "fine_labels": [0]})
@@ -438,7 +438,7 @@ def test_pickles_are_never_executed(tmp_path: Path, toy: Path) -> None:
     assert canary.exists()
 
 
-def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
+def test_an_unpublished_archive_is_refused_without_unpacking(tmp_path: Path) -> None:
     """Members that point out of the archive are not even looked at: the hash of the whole is wrong."""
     (tmp_path / "evil").write_text("x")
     with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as packed:
@@ -451,7 +451,7 @@ def test_an_archive_unpacks_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bomb_in_a_gz_takes_no_memory(tmp_path: Path) -> None:
+def test_a_gzip_bomb_is_refused_within_bounded_memory(tmp_path: Path) -> None:
     """4 GB of zeros under a published name: no more is unpacked than there should be."""
     compress = zlib.compressobj(9, zlib.DEFLATED, 31)
     with (tmp_path / "train-images-idx3-ubyte.gz").open("wb") as file:
@@ -499,7 +499,7 @@ def test_a_damaged_hugging_face_layout_is_refused(tmp_path: Path, changes: dict[
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_rotted_since_they_were_imported_are_refused(tmp_path: Path, toy: Path) -> None:
+def test_weights_changed_since_their_import_are_refused(tmp_path: Path, toy: Path) -> None:
     weights = tmp_path / "w.pth"
     torch.save({"hidden.weight": torch.zeros(10, 2), "hidden.bias": torch.zeros(10)}, weights)
     must("import-weights", weights, "--sha256", sha256(weights.read_bytes()))
@@ -519,7 +519,7 @@ def test_image_names_that_no_table_can_hold_are_named(tmp_path: Path) -> None:
     refused(3, r"names that are no UTF-8, which no table can hold: 'b\xe9e/x.png'", *command)
 
 
-def test_json_of_a_fault_names_the_file_too(toy_run: Path) -> None:
+def test_json_of_an_error_names_the_file(toy_run: Path) -> None:
     (toy_run / "stage2" / MODEL).write_bytes(b"")
     found = cpmix("evaluate", "--from", toy_run, "--overwrite", "--json").json
     assert found["exit_code"] == 3

@@ -53,7 +53,7 @@ def session(*lines: tuple[object, ...], **environment: str) -> tuple[list[int], 
 
 
 @pytest.mark.slow
-def test_nothing_asks_for_a_socket(tmp_path: Path, no_network: None) -> None:
+def test_commands_open_no_network_socket(tmp_path: Path, no_network: None) -> None:
     must("build-lt", "digits", "--out", tmp_path / "data")
     pipeline(tmp_path / "data", tmp_path / "run", "--epochs", 3)
     must("status", tmp_path / "run")
@@ -93,7 +93,7 @@ NAMES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_paths_are_taken(name: str, tmp_path: Path) -> None:
+def test_unusual_path_names_are_accepted(name: str, tmp_path: Path) -> None:
     place = tmp_path / NAMES[name]
     data, run = place / "data", place / "run"
     must("build-lt", "toy", "--out", data)
@@ -107,7 +107,7 @@ def test_odd_paths_are_taken(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_path_that_is_no_utf_8_is_taken(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf_8_is_accepted(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data, run = place / "data", place / "run"
     codes, stdout, stderr = session(
@@ -167,7 +167,7 @@ def test_without_a_terminal_no_control_codes_are_written(toy: Path, tmp_path: Pa
     assert not {0x1B, 0x0D} & set(stdout + stderr)
 
 
-def test_control_codes_in_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+def test_control_codes_in_names_are_escaped(tmp_path: Path) -> None:
     for name in ("a\x1b[31mred", "b\x07\x9b2J"):
         for i in range(3):
             write_image(tmp_path / "mine" / name / f"{i}.png", (i, 0, 0))
@@ -201,7 +201,7 @@ def test_help_that_nobody_reads_is_an_error_only_on_a_full_disk(flags: str) -> N
     ended(shell("{cpmix} {flags} >/dev/full", flags=flags), 4, "No space left on device")
 
 
-def test_a_working_directory_that_was_deleted_is_told(tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
     result = shell("cd {gone} && rmdir {gone} && PYTHONPATH={here} {cpmix} methods", gone=tmp_path, here=Path.cwd())
     ended(result, 4, "the working directory is not there any more")
 

@@ -63,7 +63,7 @@ def load(data: bytes) -> None:
 
 @settings(max_examples=300)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_bytes_as_a_recipe(data: bytes) -> None:
+def test_any_bytes_as_a_recipe_load_or_are_refused(data: bytes) -> None:
     load(data)
 
 
@@ -78,7 +78,7 @@ def spots(tables: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 @settings(max_examples=400)
 @given(st.data())
-def test_a_recipe_with_a_few_keys_changed(data: st.DataObject) -> None:
+def test_a_recipe_with_changed_keys_loads_or_is_refused(data: st.DataObject) -> None:
     tables = tomllib.loads(data.draw(st.sampled_from(BUILT_IN)).read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         table, key = data.draw(st.sampled_from(spots(tables)))
@@ -113,7 +113,7 @@ HEADERS = JSON | st.dictionaries(st.text(max_size=6), ENTRIES | JSON, max_size=4
 
 @settings(max_examples=500)
 @given(HEADERS, st.binary(max_size=64), st.integers(-9, 9))
-def test_any_header_of_safetensors(header: Any, data: bytes, off: int) -> None:
+def test_any_safetensors_header_is_read_or_refused(header: Any, data: bytes, off: int) -> None:
     text = json.dumps(header).encode()
     size = max(0, len(text) + (off if off % 3 == 0 else 0)).to_bytes(8, "little")
     with file_of(size + text + data, "x.safetensors") as path:
@@ -128,7 +128,7 @@ def test_any_header_of_safetensors(header: Any, data: bytes, off: int) -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
 )
-def test_any_damage_to_parquet(edits: list[tuple[float, bytes]]) -> None:
+def test_any_damaged_parquet_is_read_or_refused(edits: list[tuple[float, bytes]]) -> None:
     columns = {name: np.arange(50) % 7 + 1 for name in CONFUSION_SCHEMA.names}
     data = bytearray(table_bytes(CONFUSION_SCHEMA, columns))
     for place, new in edits:

@@ -115,7 +115,7 @@ def test_a_signal_while_torch_is_imported_ends_the_command(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_and_leaves_with_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_exits_with_code_75(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
     said = (f"{number.name} received; stage1 is saved at epoch", "run the same command again")
     ended(signalled(number, "epoch=3/", *command), 75, said)
@@ -178,7 +178,7 @@ def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(d
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 75), (["--overwrite"], 130)])
-def test_ctrl_c_while_torch_is_imported_says_whether_a_phase_is_begun(
+def test_ctrl_c_while_torch_is_imported_reports_if_a_phase_has_begun(
     tmp_path: Path, flags: list[str], code: int
 ) -> None:
     (tmp_path / "stage1").mkdir()

@@ -26,7 +26,7 @@ LARGE = [name for name in recipe_names() if name.startswith(("imagenet-lt", "pla
 LAST_BLOCK = load("places-lt/cpmix-last-block").model.frozen or []  # typed by hand in test_published.py
 
 
-def test_there_is_one_for_every_number_of_table_2() -> None:
+def test_every_number_of_the_large_tables_has_a_recipe() -> None:
     rows = [
         f"{column.data}/{row.recipe}"
         for key in ("table2", "table4", "table7", "table8", "table9")
@@ -38,7 +38,7 @@ def test_there_is_one_for_every_number_of_table_2() -> None:
     assert len(LARGE) == 13 + 9 + 7 + 1 + 15
 
 
-def test_the_header_has_the_paper_s_number() -> None:
+def test_each_header_states_the_number_of_the_paper() -> None:
     for key in ("table2", "table4"):
         for row in PAPER_TABLES[key].rows:
             for column, cell in zip(PAPER_TABLES[key].columns, row.cells, strict=True):
@@ -46,7 +46,7 @@ def test_the_header_has_the_paper_s_number() -> None:
                     assert cell in header(f"{column.data}/{row.recipe}"), (row.name, column.data)
 
 
-def test_what_is_not_comparable_says_so() -> None:
+def test_recipes_that_are_not_comparable_state_it() -> None:
     rows = ["ride", "otmix", "otmix-ride"]
     wanted = {f"{data}/{row}" for data in ("imagenet-lt", "inaturalist2018") for row in rows} | {"places-lt/ride"}
     assert {name for name in LARGE if "not comparable" in header(name)} == wanted
@@ -83,7 +83,7 @@ def test_published_weights_are_known_by_their_whole_hash(tmp_path: Path) -> None
                 _check_init(recipe, path)
 
 
-def test_the_last_block_is_all_that_differs() -> None:
+def test_last_block_recipe_differs_only_in_frozen_modules() -> None:
     cp, last = (load(f"places-lt/{name}").tables() for name in ("cpmix", "cpmix-last-block"))
     assert changed(cp, last) == [("model.frozen", None, LAST_BLOCK)]
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def test_the_last_block_is_all_that_differs() -> None:
     assert {name.rpartition(".")[0].rpartition(".")[0] or "head" for name in left} == {"layer4.2", "head"}
 
 
-def test_their_runs_stand_for_the_paper_s_rows(digits_run: Path) -> None:
+def test_runs_are_matched_to_rows_of_the_paper(digits_run: Path) -> None:
     """A run's record with the recipe and data set of each number in it: in that cell, and in no other of its table."""
     must("evaluate", "--from", digits_run)
     (measured, *_), _ = evaluations_of(digits_run, None)
@@ -152,7 +152,7 @@ FLAGS = ["--recipe", "imagenet-lt/cpmix", "--epochs", "3", *setting(*SMALL)]
 
 
 @pytest.mark.slow
-def test_what_is_frozen_stays_through_all_phases(photos: Path, published: Path, tmp_path: Path) -> None:
+def test_frozen_modules_stay_unchanged_through_all_phases(photos: Path, published: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     name = published.with_suffix(".pth").name
     must("train-stage1", "--data", photos, *FLAGS, "--set", f"model.init={name}", "--init", published, "--out", run)
@@ -182,7 +182,7 @@ def test_what_is_frozen_stays_through_all_phases(photos: Path, published: Path, 
         ("ride", ["layer1"], 'the network has no "layer1", but shared, experts, head'),
     ],
 )
-def test_what_is_frozen_is_there_and_leaves_something(name: str, frozen: list[str], message: str) -> None:
+def test_frozen_names_must_exist_and_leave_parameters_to_train(name: str, frozen: list[str], message: str) -> None:
     recipe = load(f"imagenet-lt/{name}", settings=[f"model.frozen={frozen}"])
     with pytest.raises(UsageError) as fault:
         check_fits(recipe, 1000, (224, 224, 3))
@@ -190,7 +190,7 @@ def test_what_is_frozen_is_there_and_leaves_something(name: str, frozen: list[st
     assert "1 fault:" in str(fault.value) or "all of it" in message
 
 
-def test_a_frozen_module_is_not_its_namesakes() -> None:
+def test_freezing_a_module_keeps_modules_with_longer_names_trainable() -> None:
     """layer3.1 of ResNet-101 is neither layer3.10 nor layer3.19."""
     with torch.device("meta"):
         network = MODELS["resnet101"](5, (64, 64, 3), Model(name="resnet101"))
@@ -206,7 +206,7 @@ def test_a_frozen_module_is_not_its_namesakes() -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_wants_its_published_weights(photos: Path, published: Path, tmp_path: Path) -> None:
+def test_a_recipe_requires_its_published_weights(photos: Path, published: Path, tmp_path: Path) -> None:
     name = published.with_suffix(".pth").name
     run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]
     wanted = [*run, "--set", f"model.init={name}"]

@@ -39,7 +39,7 @@ def test_a_mislas_finetune_learns_scales_and_moves_statistics(digits_run: Path, 
     assert must("evaluate", "--from", out, "--json").json["phase"] == "finetune"
 
 
-def test_lws_finetune_learns_scales_alone(digits_run: Path, tmp_path: Path) -> None:
+def test_lws_finetune_learns_only_scales(digits_run: Path, tmp_path: Path) -> None:
     flags = setting("head=scale", 'train=["head.scale"]', table="finetune")
     must("finetune", "--from", digits_run, "--out", tmp_path, *flags)
     before, after = weights(digits_run, "stage2"), weights(tmp_path, "finetune")
@@ -129,14 +129,14 @@ def test_prefixes_of_all_phases_are_checked_before_the_first(digits: Path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_class_weights_that_say_nothing_are_told(digits: Path, tmp_path: Path) -> None:
+def test_class_weights_without_effect_are_reported(digits: Path, tmp_path: Path) -> None:
     flags = setting("reweight=effective-number", "beta=0.1", table="stage1.terms.erm")
     command = ("train-stage1", "--data", digits, "--out", tmp_path, "--recipe", "digits/cross-entropy", "--dry-run")
     assert "the class weights of term erm are all nearly alike: 1 times at most" in must(*command, *flags).stderr
     assert "nearly alike" not in must(*command, *flags, "--set", "stage1.terms.erm.beta=0.99").stderr
 
 
-def test_a_recipe_may_ask_for_a_post_hoc_method(digits: Path, tmp_path: Path) -> None:
+def test_a_recipe_may_set_a_post_hoc_method(digits: Path, tmp_path: Path) -> None:
     """Then it is the phase's plain evaluation, and predict uses it too."""
     recipe = ("--recipe", "digits/cross-entropy", "--set", "evaluation.logit_adjustment=1", "--epochs", 2)
     must("train-stage1", "--data", digits, "--out", tmp_path, *recipe)

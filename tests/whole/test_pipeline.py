@@ -44,7 +44,7 @@ def test_the_method_lifts_the_minorities_of_the_toy(toy: Path, toy_run: Path, tm
     assert ours["balanced_accuracy"] > plain["balanced_accuracy"]
 
 
-def test_the_report_of_an_evaluation_written_elsewhere(digits_run: Path, tmp_path: Path) -> None:
+def test_an_evaluation_written_elsewhere_can_be_reported(digits_run: Path, tmp_path: Path) -> None:
     shutil.rmtree(digits_run / "evaluation")
     other = tmp_path / "other"
     result = must("evaluate", "--from", digits_run, "--phase", "stage1", "--out", other)
@@ -92,7 +92,7 @@ def test_report_matrix_is_that_of_the_predictions(digits_run: Path) -> None:
     assert Path(result.json["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_and_pairs_of_the_stages(digits_run: Path) -> None:
+def test_metrics_and_confusion_pairs_add_up_over_stages(digits_run: Path) -> None:
     phases = ("stage1", "stage2", "finetune")
     one, two, tuned = (pd.read_parquet(digits_run / phase / "metrics.parquet") for phase in phases)
     assert one["epoch"].tolist() == [1, 2, 3, 4]
@@ -113,14 +113,14 @@ def test_metrics_and_pairs_of_the_stages(digits_run: Path) -> None:
     assert tuned["num_confusions"].isna().all()
 
 
-def test_nothing_but_the_head_moves_in_finetune(digits_run: Path) -> None:
+def test_finetune_changes_only_the_head(digits_run: Path) -> None:
     before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
     after, _ = read_tensors(digits_run / "finetune" / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved == {"head.weight", "head.bias"}
 
 
-def test_head_can_be_drawn_again(digits_run: Path, tmp_path: Path) -> None:
+def test_finetune_can_reinitialise_the_head(digits_run: Path, tmp_path: Path) -> None:
     flags = ("--set", "finetune.head=reinit", "--set", "finetune.lr=1e-9")
     must("finetune", "--from", digits_run, *flags, "--out", tmp_path / "crt")
     before, _ = read_tensors(digits_run / "stage2" / "model.safetensors")
@@ -129,7 +129,7 @@ def test_head_can_be_drawn_again(digits_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "finetune"])
-def test_a_phase_made_again_alone_gives_the_same_bytes(phase: str, digits: Path, digits_run: Path) -> None:
+def test_a_phase_rerun_alone_gives_the_same_bytes(phase: str, digits: Path, digits_run: Path) -> None:
     before = contents(digits_run / phase)
     others = {p: contents(digits_run / p) for p in ("stage1", "stage2", "finetune") if p != phase}
     first = ["--data", digits, "--out", digits_run, "--epochs", 6]
@@ -244,7 +244,7 @@ def test_a_moved_run_finds_its_data(digits: Path, digits_run: Path, tmp_path: Pa
     must("finetune", "--from", moved, "--data", tmp_path / "away")
 
 
-def test_another_data_set_is_not_taken(toy: Path, digits_run: Path) -> None:
+def test_another_data_set_is_refused(toy: Path, digits_run: Path) -> None:
     refused(3, "holds another data set (toy-lt-rho20)", "evaluate", "--from", digits_run, "--data", toy)
 
 
@@ -257,7 +257,7 @@ def test_a_report_needs_a_current_evaluation(digits_run: Path) -> None:
     must("confusion-report", "--from", digits_run)
 
 
-def test_labelled_evaluation_stands_beside_the_plain_one(digits_run: Path) -> None:
+def test_a_labelled_evaluation_is_kept_beside_the_plain_one(digits_run: Path) -> None:
     must("evaluate", "--from", digits_run, "--label", "small", "--set", "evaluation.batch_size=7")
     first, second = (digits_run / "evaluation" / name / "metrics.json" for name in ("finetune", "finetune-small"))
     assert json.loads(first.read_text()) == json.loads(second.read_text())

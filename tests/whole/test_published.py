@@ -29,7 +29,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize(("base", "name"), [(base, name) for base, shared in SHARED.items() for name in shared])
-def test_shared_stage_1(base: str, name: str) -> None:
+def test_recipes_share_stage_1_with_their_base(base: str, name: str) -> None:
     for epochs in (None, 20):
         ours, theirs = (load(n, epochs=epochs) for n in (name, base))
         assert ours.tables_of("stage1") == theirs.tables_of("stage1")
@@ -123,7 +123,7 @@ STAGE_1 = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_schedules(name: str) -> None:
+def test_recipes_have_the_published_schedules(name: str) -> None:
     data, method = name.split("/")
     recipe = load(name)
     expected = RATES.get(name) or RATES.get(data) or RATES[method]
@@ -360,7 +360,7 @@ def groups_of(table: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_settings(name: str) -> None:
+def test_recipes_have_the_published_settings(name: str) -> None:
     data, method = name.split("/")
     expected: dict[str, dict[str, Any]] = {}
     for layer in (COMMON, SETTINGS.get(data, {}), SETTINGS[method], SETTINGS.get(name, {})):
@@ -396,7 +396,7 @@ def test_published_settings(name: str) -> None:
         ("cifar100-lt", 200, (0.4, 0.1), 0.2),
     ],
 )
-def test_mislas_by_rho(data: str, rho: float, smooth: tuple[float, float], factor: float) -> None:
+def test_mislas_smooths_by_rho(data: str, rho: float, smooth: tuple[float, float], factor: float) -> None:
     finetune = load(f"{data}/mislas", rho=rho).finetune
     assert finetune is not None
     parameters = finetune.terms["erm"].parameters

@@ -256,7 +256,7 @@ def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["one-node.sbatch", "torchrun.sbatch"])
-def test_two_ranks_are_preempted_and_go_on(cluster: Cluster, toy: Path, script: str) -> None:
+def test_two_preempted_ranks_save_and_one_rank_resumes(cluster: Cluster, toy: Path, script: str) -> None:
     command = ("train-stage1", "--data", toy, "--out", "run", "--epochs", EPOCHS)
     ranks_here = {"RUN": "run", "RANKS_PER_NODE": 2} if script == "torchrun.sbatch" else {"per_node": 2}
     log = preempt(cluster.start(script, *command, number=NUMBER, **ranks_here), cluster.folder / "run/stage1", cluster)
@@ -299,7 +299,7 @@ def test_an_exit_code_but_75_ends_the_job(recorder: Cluster, code: int) -> None:
     assert recorder.read("requeued") == []
 
 
-def test_75_without_a_warning_queues_the_job_again(recorder: Cluster) -> None:
+def test_code_75_without_a_warning_queues_the_job_again(recorder: Cluster) -> None:
     """Slurm preempted by a TERM to the step, which this shell does not see."""
     assert recorder.run("pipeline.sbatch", **RUN, LEAVE=75) == (0, "")
     assert len(recorder.asked()) == 1
@@ -407,7 +407,7 @@ def ranks_of(recorder: Cluster) -> tuple[list[ranks.Ranks], set[tuple[str, int]]
 TRAIN = ["train-stage1", "--data", "data/places", "--out", "ckpt/places"]
 
 
-def test_one_node_has_a_rank_a_gpu(recorder: Cluster) -> None:
+def test_one_node_runs_one_rank_per_gpu(recorder: Cluster) -> None:
     assert recorder.run("one-node.sbatch", *TRAIN, per_node=8, number=1234) == (0, "")
     found, places = ranks_of(recorder)
     assert found == [ranks.Ranks(i, 8, i, 8) for i in range(8)]
@@ -415,7 +415,7 @@ def test_one_node_has_a_rank_a_gpu(recorder: Cluster) -> None:
     assert {words[1]["SLURM_CPUS_PER_TASK"] for words in recorder.read("asked")} == {"8"}
 
 
-def test_many_nodes_have_a_rank_a_gpu(recorder: Cluster) -> None:
+def test_many_nodes_run_one_rank_per_gpu(recorder: Cluster) -> None:
     assert recorder.run("many-nodes.sbatch", *TRAIN, nodes="n1,n2,n3", per_node=2) == (0, "")
     found, places = ranks_of(recorder)
     assert found == [ranks.Ranks(i, 6, i % 2, 2) for i in range(6)]

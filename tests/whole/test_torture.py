@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_kills_change_nothing() -> None:
+def test_killed_and_resumed_commands_leave_the_same_bytes() -> None:
     command = [sys.executable, str(Path(__file__).parents[1] / "torture.py"), "--kills", "20"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
