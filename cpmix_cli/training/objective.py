@@ -20,6 +20,7 @@ from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
 from cpmix_cli.recipe.schema import Stage, TermRecipe
+from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.randomness import Partners, TermDraws
 
@@ -157,6 +158,9 @@ class Term:
             output: logits of the slice [E, P, C].
             batch: targets of the slice.
             class_counts: training images per class [C].
+
+        Raises:
+            UsageError: the loss returns no scalar.
         """
         logits = output.logits
         total: Tensor
@@ -190,7 +194,13 @@ class Term:
                 weights = weights / (weights.mean() if mean is None else mean.to(logits.dtype))
             lam = lam * weights
         taken = [logits] if self.recipe.loss in ENSEMBLE_LOSSES else list(logits)
-        return torch.stack([self.functions["loss"](z, labels, lam, class_counts) for z in taken]).sum()
+        losses = [self.functions["loss"](z, labels, lam, class_counts) for z in taken]
+        if losses[0].ndim:  # its sum would train, too
+            raise UsageError(
+                f'loss "{self.recipe.loss}" of term {self.name} returns shape {list(losses[0].shape)}, not a scalar',
+                fix="return the mean over the batch, see the head of losses.py",
+            )
+        return torch.stack(losses).sum()
 
 
 def compile_stage(stage: Stage) -> tuple[Term, ...]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Optimizer
+from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.cuda_graphs import own_stream
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
-from cpmix_cli.training.objective import compile_stage
+from cpmix_cli.training.objective import Output, TermBatch, compile_stage
 from cpmix_cli.training.plan import make_optimizer
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
@@ -187,3 +188,11 @@ def test_all_phases_run_on_the_gpu(digits: Any, tmp_path: Any) -> None:
     must("train-stage2", "--from", run, *cuda)
     must("finetune", "--from", run, *cuda)
     assert must("evaluate", "--from", run, *cuda, "--json").json["top1"] > 60
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    (term,) = terms_of(erm={"loss": "cross-entropy"})
+    term = replace(term, functions={"loss": lambda logits, labels, weights, class_counts: weights})
+    batch = TermBatch(torch.empty(0), torch.tensor([0, 1, 1]))
+    with pytest.raises(UsageError, match=r'loss "cross-entropy" of term erm returns shape \[3\], not a scalar'):
+        term.loss(Output(torch.zeros(1, 3, 2)), batch, torch.tensor([5, 2]))
