@@ -30,7 +30,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "--json" in result.stdout
 
 
-def test_the_flags_are_those_of_the_contract() -> None:
+def test_every_command_has_the_agreed_flags() -> None:
     """Scripts depend on them: one may be added here, none may go."""
     training = "--recipe --set --epochs --seed --device --data --data-root --overwrite --dry-run --eval-every "
     training += "--checkpoint-every --tracker --json"
@@ -94,9 +94,7 @@ def test_help_and_recipe_errors_import_nothing_heavy(line: str, code: int, digit
     assert found == (code, [])
 
 
-def test_the_quick_check_leaves_to_the_phase_what_it_cannot_know(
-    digits_run: Path, digits: Path, tmp_path: Path
-) -> None:
+def test_the_quick_check_skips_what_only_the_phase_can_know(digits_run: Path, digits: Path, tmp_path: Path) -> None:
     """What a recipe says for a rho that is not known yet, and a damaged data set."""
     recipe = tmp_path / "mine.toml"
     recipe.write_text('extends = "digits/cpmix"\n[by_rho.20.finetune.terms.erm]\nloss = "logit-adjusted"\ntau = 2.0\n')
@@ -201,7 +199,7 @@ TABLES = f'--paper "table5". Did you mean "table9"? Known: {", ".join(sorted(PAP
         ("compare nowhere --format yaml", 2, '--format "yaml".'),
     ],
 )
-def test_mistakes_get_their_exit_code_and_write_nothing(
+def test_bad_commands_end_with_their_exit_code_and_write_nothing(
     line: str, code: int, message: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -211,7 +209,7 @@ def test_mistakes_get_their_exit_code_and_write_nothing(
     assert files(tmp_path) == []
 
 
-def test_json_counts_wherever_it_is_typed() -> None:
+def test_json_works_at_any_place_in_the_command_line() -> None:
     result = refused(2, (), "evaluate", "--from", "x", "--device", "gpu", "--json")
     said = 'error: --device "gpu". Did you mean "cpu"? Known: auto, cpu, cuda.'
     assert result.json == {"error": said, "exit_code": 2}

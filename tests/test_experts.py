@@ -48,7 +48,7 @@ def network(**keys: object) -> Classifier:
 
 
 @pytest.mark.parametrize(("experts", "parameters"), [(2, 530_512), (3, 783_856), (4, 1_037_200), (6, 1_543_888)])
-def test_resnet32_with_experts_has_the_published_number_of_parameters(
+def test_resnet32_with_experts_has_the_published_size(
     experts: int, parameters: int, generator: torch.Generator
 ) -> None:
     """Three and six experts as published; the others by the same 253,344 an expert."""
@@ -136,7 +136,7 @@ SPREAD = [f"stage1.terms.erm.{k}" for k in ("regulariser=expert-diversity", "div
         (["model.experts=3", "model.name=one-hidden-layer"], "it has no stages to share"),
     ],
 )
-def test_settings_that_experts_do_not_fit_are_refused(
+def test_invalid_expert_settings_are_refused(
     settings: list[str], message: str, digits: Path, toy: Path, tmp_path: Path
 ) -> None:
     data, recipe = (toy, "toy/cross-entropy") if "one-hidden" in settings[-1] else (digits, "digits/cross-entropy")

@@ -76,7 +76,7 @@ def test_control_partners_have_their_class_frequencies(generator: torch.Generato
     assert naturally.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.015)
 
 
-def test_fixed_pairs_hold_both_ways() -> None:
+def test_fixed_pairs_work_in_both_directions() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4])
     found = mixing.fixed(torch.zeros(5), labels, state([1] * 5), pairs=[[0, 2], [3, 1]])
     assert found.tolist() == [2, 3, 0, 1, 4]
@@ -103,7 +103,7 @@ def test_boxes_are_pasted_as_by_hand_and_lambda_is_corrected() -> None:
     assert lam.tolist() == [1 - 16 / 64, 1 - 9 / 64]
 
 
-def test_a_box_takes_the_area_that_it_says(generator: torch.Generator) -> None:
+def test_returned_lambda_equals_the_area_left_by_the_box(generator: torch.Generator) -> None:
     draws = 500
     lam = torch.rand(draws, dtype=torch.float64, generator=generator)
     lam[:2] = torch.tensor([0.0, 1.0])
@@ -183,7 +183,7 @@ def test_unimix_gives_the_minority_the_published_mean_weight(alpha: float, means
 @pytest.mark.parametrize(
     ("power", "shares"), [(1.0, (0.6, 0.3, 0.1)), (0.0, (1 / 3,) * 3), (-1.0, (1 / 9, 2 / 9, 2 / 3))]
 )
-def test_frequency_power_draws_classes_by_powers_of_their_counts(
+def test_draws_follow_powers_of_class_counts(
     power: float, shares: tuple[float, ...], generator: torch.Generator
 ) -> None:
     uniforms = torch.rand(30_000, dtype=torch.float64, generator=generator)

@@ -21,7 +21,7 @@ from cpmix_cli.recipe.schema import Model
         ("resnet152", 365, (224, 224, 3), 58_891_693),
     ],
 )
-def test_models_have_the_expected_parameters_and_shapes(
+def test_models_have_their_parameters_and_shapes(
     name: str, classes: int, shape: tuple[int, ...], parameters: int
 ) -> None:
     with torch.device("meta"):

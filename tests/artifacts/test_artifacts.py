@@ -101,7 +101,7 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
     assert files.read_bytes(path) == b""
 
 
-def test_what_a_dead_process_left_of_this_file_is_swept(tmp_path: Path) -> None:
+def test_temporary_files_of_a_dead_process_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     own = files.temporary_for(path)
     host, digest = own.name.removeprefix(files.TEMPORARY).rsplit("-", 2)[0], own.name.rsplit("-", 1)[1]
@@ -301,9 +301,7 @@ PAIRS = {"true_class": [0, 1], "predicted_class": [1, 0], "count": [3, 4]}
         ({"true_class": [0, 0], "predicted_class": [1, 1]}, r"row 2 .*the pair stands there twice"),
     ],
 )
-def test_confusion_pairs_that_cannot_be_are_refused(
-    tmp_path: Path, changes: dict[str, list[int]], message: str
-) -> None:
+def test_impossible_confusion_pairs_are_refused(tmp_path: Path, changes: dict[str, list[int]], message: str) -> None:
     path = tmp_path / "pairs.parquet"
     sha = tables.publish_table(path, tables.CONFUSION_SCHEMA, {**PAIRS, **changes})
     with pytest.raises(InputError, match=message):

@@ -31,9 +31,7 @@ def leave_lock(folder: Path, by: Owner, *, silent: float = 0.0) -> Path:
     return path
 
 
-def test_a_second_writer_is_refused_and_the_error_names_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_writer_is_refused_and_the_first_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with hold(tmp_path / "stage1"):
         by = rf"\({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
@@ -50,7 +48,7 @@ def test_a_second_writer_is_refused_and_the_error_names_the_first(
     assert files(tmp_path) == []
 
 
-def test_a_lock_under_which_nothing_was_written_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unused_lock_leaves_no_file(tmp_path: Path) -> None:
     with hold(tmp_path / "a" / "b" / "stage1"):
         assert files(tmp_path) == [f"a/b/stage1/{LOCK}"]
     assert list(tmp_path.iterdir()) == []
@@ -91,7 +89,7 @@ def test_locks_of_the_dead_are_taken_over_and_no_others(
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"host": 3}', "\x00\xff"])
-def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: str) -> None:
+def test_a_damaged_lock_expires_like_a_silent_one(tmp_path: Path, content: str) -> None:
     path = leave_lock(tmp_path, owner())
     path.write_text(content)
     with pytest.raises(EnvironmentFault, match="an unknown process"), hold(tmp_path):
@@ -101,7 +99,7 @@ def test_a_damaged_lock_lasts_as_long_as_a_silent_one(tmp_path: Path, content: s
         lock.check()
 
 
-def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
+def test_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"whole")
     (tmp_path / f"{TEMPORARY}elsewhere-1-abc").write_bytes(b"half")
     (tmp_path / f"{LOCK}-elsewhere-1-1").write_text(owner(pid=DEAD).model_dump_json())
@@ -111,7 +109,7 @@ def test_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
         assert files(tmp_path) == [LOCK, waiting, "model.safetensors"]
 
 
-def test_a_lost_lock_ends_the_writing(tmp_path: Path) -> None:
+def test_a_lost_lock_stops_the_writer(tmp_path: Path) -> None:
     """A process that was stopped for longer than a lock lasts finds another in its place."""
     with hold(tmp_path) as lock:
         lock.check()
@@ -159,7 +157,7 @@ def test_only_one_process_holds_the_lock_at_once(tmp_path: Path) -> None:
     assert files(tmp_path) == ["count"]
 
 
-def test_a_writer_that_leaves_nothing_leaves_those_who_wait_a_folder(tmp_path: Path) -> None:
+def test_a_waiting_writer_gets_its_folder_after_an_empty_release(tmp_path: Path) -> None:
     """It takes away the folders that it made."""
     folder = tmp_path / "a" / "b"
     with hold(folder):
@@ -181,7 +179,7 @@ with hold(Path(sys.argv[1]), wait=True) as lock:
 """
 
 
-def test_status_shows_a_phase_in_the_making_as_running(digits: Path, tmp_path: Path) -> None:
+def test_status_shows_a_locked_phase_as_running(digits: Path, tmp_path: Path) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
     leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
     result = refused(75, (), "status", tmp_path, "--json")
@@ -190,7 +188,7 @@ def test_status_shows_a_phase_in_the_making_as_running(digits: Path, tmp_path: P
     assert run["next"] is None
 
 
-def test_a_phase_in_the_making_is_left_alone(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_a_phase_locked_by_another_process_is_refused(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     elsewhere = owner(host="node7", pid=77, slurm_job="4711")
     must("train-stage1", "--data", digits, "--out", other, "--epochs", 6)

@@ -10,9 +10,7 @@ from helpers.files import files
 PHASES = ["stage1", "stage2", "finetune"]
 
 
-def test_bench_json_reports_medians_and_writes_no_file(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_json_reports_medians_only(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = files(digits)
     flags = ("--data", digits, "--rounds", 3, "--seconds", 0, "--epochs", 30, "--device", "cpu", "--json")

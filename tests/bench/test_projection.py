@@ -115,7 +115,7 @@ def test_images_per_rank_round_up_for_uneven_batches_and_micro_batches() -> None
     assert images(7, two) == (28, 112)  # 14 parts of 14 images
 
 
-def test_nothing_is_read_where_images_are_resident() -> None:
+def test_resident_images_need_no_reading() -> None:
     step = projected(MEASURED, ASSUMED, STAGE2, "resident", 8)["phases"]["stage2"]
     assert step["read_per_rank_and_step"] == step["input_seconds"] == step["cores_wanted"] == 0
     assert step["disk_bytes_per_epoch"] == step["disk_bytes_per_second_and_machine"] == 0
@@ -224,7 +224,7 @@ def test_bench_projects_from_the_files_of_a_data_set(recipe: Path, tmp_path: Pat
     assert found["measured"]["image_files"] == "16 generated JPEGs, 500 x 375"
 
 
-def test_sets_that_lie_in_memory_read_nothing(digits: Path) -> None:
+def test_data_sets_in_memory_are_projected_as_resident_only(digits: Path) -> None:
     found = must("bench", "--data", digits, *QUICK, "--world-size", "1,4", "--json").json
     assert found["recipe"] == "digits/cpmix"
     assert [list(entry["images"]) for entry in found["projected"]] == [["resident"], ["resident"]]

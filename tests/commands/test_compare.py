@@ -153,7 +153,7 @@ def test_every_recipe_is_recognised() -> None:
     assert "cifar100-lt/cross-entropy" in found.exact
 
 
-def test_a_changed_method_goes_by_its_keys_or_its_file(
+def test_a_changed_method_is_named_by_its_keys_or_its_file(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["optimizer.lr=0.05", "data.augment=none", "optimizer.batch_size=32", "optimizer.nesterov=true"]
@@ -264,7 +264,7 @@ def test_stale_and_older_evaluations_are_left_out(digits: Path, digits_run: Path
     refused(3, "stage1 is being trained again", "compare", digits_run)
 
 
-def test_folders_that_cannot_be_compared_are_refused_or_left_out(
+def test_unusable_folders_are_refused_or_left_out(
     digits: Path, toy_run: Path, seeds: list[Path], tmp_path: Path
 ) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):

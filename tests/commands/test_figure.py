@@ -85,7 +85,7 @@ def matrix_of(run: Path, phase: str, num_classes: int) -> np.ndarray:
         ("cifar100-lt/remix", "stage1", None),
     ],
 )
-def test_a_method_is_what_its_phase_minimises(recipe: str, phase: str, method: str | None) -> None:
+def test_a_method_is_named_by_the_terms_of_its_phase(recipe: str, phase: str, method: str | None) -> None:
     assert minimised(load(recipe), phase) == method
 
 
@@ -94,7 +94,7 @@ def test_a_term_of_weight_0_does_not_change_the_method() -> None:
     assert minimised(load("toy/cpmix", settings=settings), "stage2") == "Balanced Softmax"
 
 
-def test_the_pairs_mixed_are_the_pairs_counted() -> None:
+def test_fixed_pairs_of_the_toy_equal_the_pairs_of_figure_2() -> None:
     pairs = load("toy/fixed-pairs").stage1.terms["pairs"].parameters["pairs"]
     assert sorted(map(sorted, pairs)) == sorted(sorted(pair) for pair in TOY_SIMILAR.items())
 
@@ -138,9 +138,7 @@ def test_figure_2_is_the_same_for_any_order_of_runs(toys: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_figure_2_counts_grey_predicted_as_red_and_yellow_as_purple(
-    toys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figure_2_counts_grey_as_red_and_yellow_as_purple(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     draw = paper_figures.toy_example
     monkeypatch.setattr(paper_figures, "toy_example", lambda *args: seen.extend(args) or draw(*args))
@@ -312,7 +310,7 @@ def test_another_file_at_out_is_kept_without_overwrite(hand: Path, tmp_path: Pat
     assert out.read_bytes().startswith(b"%PDF")
 
 
-def test_figure_writes_its_default_name_and_refuses_bad_arguments(
+def test_default_name_is_used_and_bad_arguments_refused(
     hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

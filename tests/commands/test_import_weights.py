@@ -46,7 +46,7 @@ def test_a_checkpoint_becomes_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "foreign"])
-def test_an_output_is_up_to_date_by_its_bytes_not_by_what_it_says(tmp_path: Path, damage: str) -> None:
+def test_a_changed_output_is_not_up_to_date(tmp_path: Path, damage: str) -> None:
     sha = save({"a": torch.ones(4)}, tmp_path / "w.pth")
     command = ["import-weights", tmp_path / "w.pth", "--sha256", sha]
     must(*command)
@@ -166,7 +166,7 @@ def test_stage1_starts_from_pretrained_weights(digits: Path, weights: dict[str, 
 
 
 @pytest.mark.slow
-def test_weights_survive_export_and_import_and_a_run_from_them_resumes(
+def test_imported_weights_equal_the_run_and_can_be_trained_further(
     digits: Path, digits_run: Path, tmp_path: Path
 ) -> None:
     """The checkpoint gives the same weights; a run from them, stopped, goes on bit for bit."""
@@ -228,7 +228,7 @@ def test_init_is_checked_before_anything_is_written(digits: Path, digits_run: Pa
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_torchvision_s_networks_give_its_logits(name: str, generator: torch.Generator) -> None:
+def test_torchvision_networks_give_the_logits_of_torchvision(name: str, generator: torch.Generator) -> None:
     """With its weights under its names, the logits are torchvision's own."""
     from torchvision import models
 

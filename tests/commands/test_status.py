@@ -123,7 +123,7 @@ def test_stage1_trained_again_makes_later_phases_stale(digits: Path, digits_run:
     assert run["next"] == f"cpmix evaluate --from {digits_run}"
 
 
-def test_a_second_run_finds_its_stage1_elsewhere(digits_run: Path, tmp_path: Path) -> None:
+def test_status_finds_the_stage1_of_another_run(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     must("train-stage2", "--from", digits_run, "--set", "stage2.terms.cp.partner=random", "--out", other)
     result = refused(75, (), "status", digits_run, other, "--json")
@@ -155,7 +155,7 @@ def test_the_printed_command_resumes_an_interrupted_phase(phase: str, digits: Pa
     assert phases_of(place)[phase == "stage2"]["status"] == "done"
 
 
-def test_an_interrupted_phase_whose_input_was_trained_again_begins_anew(digits: Path, digits_run: Path) -> None:
+def test_an_interrupted_phase_restarts_if_its_input_was_retrained(digits: Path, digits_run: Path) -> None:
     (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
     recipe = digits_run / "stage2" / "recipe.toml"
     assert next_of(digits_run) == f"next: cpmix train-stage2 --from {digits_run} --recipe {recipe}"
@@ -167,7 +167,7 @@ def test_an_interrupted_phase_whose_input_was_trained_again_begins_anew(digits: 
     assert phases_of(digits_run)[1]["status"] == "done"
 
 
-def test_what_a_phase_starts_from_comes_first(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_the_next_command_completes_the_source_phase_first(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     must("train-stage2", "--from", digits_run, "--out", other)
     (digits_run / "stage1" / "run.json").unlink()
@@ -241,7 +241,7 @@ def test_folders_that_are_no_runs_are_refused(digits: Path, digits_run: Path, tm
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def test_recipes_are_listed_with_what_they_are() -> None:
+def test_recipes_are_listed_with_descriptions() -> None:
     listed = must("recipes", "--json").json["recipes"]
     assert [entry["name"] for entry in listed] == recipe_names()
     assert all(len(entry["description"]) > 20 for entry in listed)

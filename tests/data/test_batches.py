@@ -49,7 +49,7 @@ def test_images_turn_as_torchvision_turns_them(generator: torch.Generator) -> No
             torch.testing.assert_close(found, expected)
 
 
-def test_a_channel_that_is_the_same_everywhere_is_left_undivided() -> None:
+def test_a_constant_channel_is_not_divided_by_zero() -> None:
     images = torch.full((2, 3, 3, 1), 51, dtype=torch.uint8)
     found = ImageBatches(images, Data(padding=0), [0.2], [0.0]).plain(torch.tensor([0, 1]))
     torch.testing.assert_close(found, torch.zeros(2, 1, 3, 3))
@@ -81,9 +81,7 @@ def test_every_offset_and_both_directions_occur() -> None:
         ("imagenet", [(0.2 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, (1.0 - 0.406) / 0.225]),
     ],
 )
-def test_normalisation_subtracts_the_mean_and_divides_by_the_deviation(
-    normalisation: Any, expected: list[float]
-) -> None:
+def test_normalisation_subtracts_mean_and_divides_by_deviation(normalisation: Any, expected: list[float]) -> None:
     image = torch.tensor([51, 102, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
     recipe = Data(augment="none", normalisation=normalisation)
     x = ImageBatches(image, recipe, [0.5, 0.25, 1.0], [0.25, 0.5, 0.1]).plain(torch.tensor([0]))

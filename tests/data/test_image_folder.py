@@ -98,7 +98,7 @@ def test_a_changed_folder_is_refused_as_another_data_set(tmp_path: Path) -> None
         ({"red": 4}, "test", "1 sub-folder (green) of no known class"),
     ],
 )
-def test_layouts_that_cannot_be_trained_on_are_refused(
+def test_layouts_without_training_classes_are_refused(
     tmp_path: Path, counts: dict[str, int], extra: str | None, message: str
 ) -> None:
     root = tmp_path / "p"

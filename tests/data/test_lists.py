@@ -151,9 +151,7 @@ def test_all_bad_lines_are_listed_by_number(tmp_path: Path) -> None:
         ("test", "val/zoo/test0001.jpg", "/val/zoo/test0001.jpg", "no plain path"),
     ],
 )
-def test_lists_with_wrong_labels_or_paths_are_refused(
-    places: Path, list_name: str, old: str, new: str, message: str
-) -> None:
+def test_lists_with_bad_lines_are_refused(places: Path, list_name: str, old: str, new: str, message: str) -> None:
     path = edit(places, list_name, old, new)
     result = ended(build(places, "--out", places / "d", "--json"), 3, (message, str(path)))
     assert result.json["exit_code"] == 3
@@ -278,7 +276,7 @@ def test_own_lists_are_accepted_at_any_size_and_rho(places: Path, tmp_path: Path
     refused(3, "no list *train.txt in", "build-lt", "image-folder", "--list-dir", places, *where[2:])
 
 
-def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_path: Path) -> None:
+def test_classes_get_folder_names_only_if_these_are_unique(tmp_path: Path) -> None:
     def names(train: str) -> list[str]:
         (tmp_path / "train.txt").write_text(train)
         (tmp_path / "test.txt").write_text("test/b/9.jpg 1\n")
@@ -290,9 +288,7 @@ def test_classes_are_called_by_their_folders_where_these_are_theirs_alone(tmp_pa
     assert names("1.jpg 0\ny/b/1.jpg 1\n") == ["0", "1"]
 
 
-def test_progress_prints_a_line_per_interval(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_prints_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with console.Progress("packed train images", 10) as progress:
         progress.step(2)
         monkeypatch.setattr(progress, "_next", 0.0)

@@ -103,9 +103,7 @@ def test_group_borders_belong_to_medium_or_few() -> None:
         (500, 100, {10: (69, 31, 0), 50: (41, 41, 18), 100: (35, 35, 30), 200: (30, 31, 39)}),
     ],
 )
-def test_groups_have_the_published_sizes(
-    num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]
-) -> None:
+def test_groups_have_published_sizes(num_max: int, num_classes: int, sizes: dict[int, tuple[int, int, int]]) -> None:
     """Classes that are many, medium, few."""
     for rho, expected in sizes.items():
         groups = [longtail.group_of(int(n)) for n in longtail.exponential_counts(num_max, num_classes, rho)]

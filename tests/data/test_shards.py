@@ -233,9 +233,7 @@ def stopped(photos: Path, out: Path, event: str, name: str, number: signal.Signa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_packing_resumes_and_keeps_finished_shards(
-    photos: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_stopped_packing_resumes_with_finished_shards(photos: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Just when an image of the fifth of five shards is opened; what was whole before is taken over."""
     (photos / "test" / "b" / "last.jpg").write_bytes((photos / "train" / "b" / "000.jpg").read_bytes())
     assert pack(photos, tmp_path / "whole").code == 0
@@ -272,7 +270,7 @@ def test_only_shards_of_the_same_images_are_reused(photos: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_shard_of_other_images_is_not_taken_for_its_record_s(photos: Path, tmp_path: Path) -> None:
+def test_a_shard_of_other_images_does_not_match_its_record(photos: Path, tmp_path: Path) -> None:
     """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
     whole, out, path = tmp_path / "whole", tmp_path / "d", photos / "train" / "a" / "000.jpg"
     assert pack(photos, whole).code == 0

@@ -160,7 +160,7 @@ def test_streamed_shards_give_the_bits_of_resident_ones(
         assert read.plain(indices).equal(kept.plain(indices))
 
 
-def test_crops_of_stored_squares_are_those_of_files_of_that_size(generator: torch.Generator, tmp_path: Path) -> None:
+def test_crops_of_stored_squares_equal_crops_of_files(generator: torch.Generator, tmp_path: Path) -> None:
     """From files Pillow crops and rounds, from shards the device crops and does not."""
     images = torch.randint(0, 256, (12, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
     for i, image in enumerate(images):
@@ -295,7 +295,7 @@ def run_all(data: Path, run: Path, *flags: object) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("confusion.refresh=epoch", "optimizer.micro_batches=2")], ids=["", "ahead"])
-def test_training_from_streamed_shards_equals_training_from_resident_ones(
+def test_streamed_training_equals_resident_training(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     """Bit for bit through all phases, whether partners are known ahead or not."""
@@ -357,7 +357,7 @@ def test_a_damaged_shard_in_the_middle_of_training_is_named(tree: Path, tmp_path
     refused(3, f"{shard}: image 17 of the train split is damaged", *train)
 
 
-def test_a_signal_while_images_are_read_ends_at_once_and_goes_on_bit_for_bit(
+def test_a_signal_while_reading_ends_at_once_and_resumes_bit_for_bit(
     tree: Path, tmp_path: Path, handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image takes 0.1 s here: only the step under way is waited for."""
@@ -417,7 +417,7 @@ def test_crops_that_the_data_do_not_allow_are_refused(tree: Path, toy: Path, tmp
 
 
 @pytest.mark.slow
-def test_bench_times_what_comes_from_disk_beside_pillow_in_workers(tree: Path) -> None:
+def test_bench_measures_disk_input_and_the_reference_loop(tree: Path) -> None:
     flags = (*FLAGS, "--device", "cpu", "--rounds", 1, "--seconds", 0, "--json", "--set", "model.precision=fp32")
     measured = must("bench", "--data", tree / "files", *flags).json
     assert measured["input_images_per_second"] == measured["images_per_second_by_round"]["input"][0] > 0

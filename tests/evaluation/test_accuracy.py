@@ -51,9 +51,7 @@ def test_groups_are_means_of_class_accuracies() -> None:
         ([0.5] * 10, [0, 1] * 5, 0.0),
     ],
 )
-def test_calibration_error_equals_the_value_by_hand(
-    confidences: list[float], labels: list[int], expected: float
-) -> None:
+def test_calibration_error_equals_that_by_hand(confidences: list[float], labels: list[int], expected: float) -> None:
     p = torch.tensor(confidences, dtype=torch.float64)
     logits = torch.stack([p.log(), (1 - p).clamp_min(1e-300).log()], 1)
     found = expected_calibration_error(logits, torch.tensor(labels))

@@ -22,7 +22,7 @@ def test_the_outline_has_the_functions_and_parameters_of_the_modules(kind: str) 
         assert repr(list(inspect.signature(outlined[name]).parameters.values())) == repr(keywords)
 
 
-def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_the_outline_cannot_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "losses.py").write_text("import torch\nSCALE = torch.ones(1)\nLOSSES = {'mse': torch.nn.MSELoss}\n")
     monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
     functions.outline.cache_clear()
@@ -34,7 +34,7 @@ def test_a_table_that_the_outline_cannot_make_says_so(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("parameter", "package"), [("kind: torch.dtype", "torch"), ("scale: float = np.pi", "np")])
-def test_a_parameter_that_cannot_be_read_says_so(
+def test_a_parameter_that_cannot_be_read_is_an_error(
     parameter: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"import numpy as np\nimport torch\ndef mse(logits, *, inputs: int, {parameter}): ...\n"
@@ -89,9 +89,7 @@ def scaled(x: float, *, factor: float, power: int = 1) -> float:
         ({"mix": "scald"}, {"factor": 2.0}, ['mix = "scald": unknown. Did you mean "scaled"? Known: scaled.']),
     ],
 )
-def test_bind_fills_parameters_or_lists_errors(
-    names: dict[str, str], given: dict[str, Any], expected: list[str]
-) -> None:
+def test_bind_returns_functions_or_errors(names: dict[str, str], given: dict[str, Any], expected: list[str]) -> None:
     bound, faults = bind(names, given, {"mix": {"scaled": scaled}}, ["loss"])
     assert faults == expected
     if not faults:

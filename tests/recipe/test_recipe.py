@@ -24,7 +24,7 @@ def test_every_data_set_has_the_method_and_its_baselines() -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_loads_and_its_resolved_form_is_itself(name: str, tmp_path: Path) -> None:
+def test_every_recipe_loads_and_equals_its_resolved_form(name: str, tmp_path: Path) -> None:
     assert find_recipe(name).read_text().startswith("# ")
     load(name, epochs=20)
     data, path = name.split("/")[0], tmp_path / "resolved.toml"
@@ -140,7 +140,7 @@ def test_a_recipe_that_does_not_fit_the_data_is_refused() -> None:
         load("digits/cpmix", settings=["optimizer.nesterov=true", "optimizer.momentum=0"])
 
 
-def test_a_recipe_goes_without_tables_and_keys(tmp_path: Path) -> None:
+def test_without_removes_tables_and_keys(tmp_path: Path) -> None:
     child = tmp_path / "child.toml"
     child.write_text('extends = "cifar100-lt/cpmix"\nwithout = ["finetune", "stage2.terms.mix"]\n')
     recipe, base = load(str(child)), load("cifar100-lt/cpmix")
@@ -179,7 +179,7 @@ def test_extends_merges_key_by_key(tmp_path: Path) -> None:
         load(str(child))
 
 
-def test_another_function_takes_the_old_ones_parameters_with_it() -> None:
+def test_choosing_another_function_removes_the_parameters_of_the_old() -> None:
     """So that an ablation is a flag; a parameter that nobody has is a fault all the same."""
     cp = load("cifar100-lt/cpmix", settings=["stage2.terms.cp.label=lambda"]).stage2.terms["cp"]  # type: ignore[union-attr]
     assert cp.parameters == {}

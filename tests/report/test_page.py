@@ -171,7 +171,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
         page.close()
 
 
-def test_pointing_at_cells_tells_what_they_are(opened: Any) -> None:
+def test_pointing_at_a_cell_shows_its_classes_and_counts(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS, confusions=np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]]))], NAMES))
     assert shows.point(2, 1) == "wolf predicted as dog\n30 of 100 test images (30.0 %)\ntraining images: 5 and 50"
     assert shows.point(0, 0) == "cat, correct\n90 of 100 test images (90.0 %)\n500 training images"
@@ -456,12 +456,12 @@ def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> N
     assert "-" in shows.page.locator("#classes tbody tr").last.locator("td").all_inner_texts()
 
 
-def test_of_equally_large_classes_none_is_the_rarer(opened: Any) -> None:
+def test_no_class_is_the_rarer_if_sizes_are_equal(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, np.array([50, 50, 50]))], NAMES))
     assert {line.locator("td").all_inner_texts()[5] for line in shows.page.locator("#pairs tbody tr").all()} == {"-"}
 
 
-def test_runs_of_other_imbalance_have_their_own_places_in_the_plot(opened: Any) -> None:
+def test_runs_are_plotted_by_their_own_class_counts(opened: Any) -> None:
     other = np.array([2, 900, 30])
     shows = opened(rendered([shown(HAND, COUNTS, "a"), shown(HAND, other, "b")], NAMES))
     spec = shows.page.evaluate("plots.find((p) => p.canvas.id === 'plot-accuracy').spec")
@@ -469,7 +469,7 @@ def test_runs_of_other_imbalance_have_their_own_places_in_the_plot(opened: Any) 
     assert spec["x"]["low"] < 2 and spec["x"]["high"] > 900
 
 
-def test_long_tables_come_in_parts(opened: Any) -> None:
+def test_long_tables_show_100_rows_first(opened: Any) -> None:
     size = 130
     matrix = np.diag([5] * size)
     shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))

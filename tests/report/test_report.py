@@ -129,7 +129,7 @@ def test_class_names_are_not_parsed_as_formulas() -> None:
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
 
-def test_letters_that_the_font_lacks_are_known(
+def test_letters_that_the_font_lacks_cause_a_warning(
     recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["caf\u00e9", "\u72ac", "dog"]
@@ -141,7 +141,7 @@ def test_letters_that_the_font_lacks_are_known(
 
 
 @pytest.mark.slow
-def test_single_cells_of_a_large_matrix_are_seen() -> None:
+def test_single_cells_of_a_large_matrix_stay_visible() -> None:
     values = np.zeros((7, 5))
     values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1
     assert figures._largest_of_blocks(values, 2).tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 3]]

@@ -81,7 +81,7 @@ def test_the_table_marks_what_was_copied() -> None:
     ]
 
 
-def test_every_recipe_of_cifar_says_what_it_is_about() -> None:
+def test_every_recipe_of_cifar_has_an_about_table() -> None:
     for name in CIFAR:
         about = read_about(find_recipe(name))
         assert about is not None, name
@@ -120,9 +120,7 @@ def test_the_error_for_a_bad_about_table_names_its_file(tmp_path: Path) -> None:
         ("toy/cpmix", [], 7 + 3 * 3, 1),
     ],
 )
-def test_budget_counts_image_passes_and_their_ratio_to_cpmix(
-    name: str, flags: list[object], passes: float, ratio: float
-) -> None:
+def test_budget_counts_image_passes_and_ratio(name: str, flags: list[object], passes: float, ratio: float) -> None:
     result = must("recipes", name, "--budget", *flags, "--json").json
     assert result.keys() == {"command", "budgets"}
     (entry,) = result["budgets"]
@@ -147,7 +145,7 @@ def test_budget_accepts_all_recipes_or_one_file(tmp_path: Path) -> None:
     assert cpmix("recipes", "cifar100-lt/nothing", "--budget").code == 2
 
 
-def test_the_cost_that_a_header_says_is_the_budget() -> None:
+def test_the_cost_in_each_header_equals_the_budget() -> None:
     """At rho 200 those of CIFAR."""
     totals = [int(exponential_counts(num_max, classes, 200).sum()) for num_max, classes in ((5000, 10), (500, 100))]
     assert totals == [11203, 9502]

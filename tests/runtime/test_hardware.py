@@ -32,7 +32,7 @@ def test_threads_stay_within_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_threads({}) == 1
 
 
-def test_precision_asked_for_is_kept() -> None:
+def test_requested_precision_is_kept() -> None:
     cpu = torch.device("cpu")
     assert [resolve_precision(p, cpu) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert resolve_precision("auto", cpu) in ("fp32", "bf16")
@@ -44,7 +44,7 @@ def test_the_best_device_is_taken_and_float32_is_not_rounded_to_tf32() -> None:
     assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
 
 
-def test_readers_look_past_the_threads_of_the_arithmetic() -> None:
+def test_number_of_readers_ignores_omp_num_threads() -> None:
     assert num_readers({"OMP_NUM_THREADS": "1"}) == CORES
     assert num_readers({"SLURM_CPUS_PER_TASK": "1"}) == 1
     assert num_readers({}, local_size=CORES) == (1 if os.cpu_count() == CORES else CORES)
@@ -74,7 +74,7 @@ def test_free_memory_is_that_of_the_machine_or_of_its_control_group(
     assert free_memory(tmp_path / "none", group) == 0
 
 
-def test_images_stay_where_they_take_a_quarter_of_the_memory_and_no_more() -> None:
+def test_images_stay_resident_up_to_a_quarter_of_free_memory() -> None:
     cpu = torch.device("cpu")
     free = free_memory(Path("/proc"), Path("/sys/fs/cgroup"))
     assert fits(1_000_000, cpu)

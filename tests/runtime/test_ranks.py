@@ -44,7 +44,7 @@ SRUN["SLURM_STEP_TASKS_PER_NODE"] = "4,3"
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "a"}, Ranks()),
     ],
 )
-def test_rank_is_read_from_the_environment(environment: Mapping[str, str], expected: Ranks) -> None:
+def test_environment_gives_the_rank(environment: Mapping[str, str], expected: Ranks) -> None:
     assert find(environment) == expected
     assert ranks.is_later(environment) == (expected.rank > 0)
 
@@ -68,9 +68,7 @@ def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) ->
         ({}, ("localhost", 20000)),
     ],
 )
-def test_rendezvous_address_is_read_from_the_environment(
-    environment: Mapping[str, str], expected: tuple[str, int]
-) -> None:
+def test_environment_gives_the_rendezvous_address(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
     assert rendezvous_address(environment) == expected
 
 
@@ -314,7 +312,7 @@ def test_class_weights_are_normed_over_the_batch_of_all_ranks(toy: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1, 2])
-def test_a_killed_rank_ends_all(killed: int, digits: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_all_ranks(killed: int, digits: Path, tmp_path: Path) -> None:
     launched = Launched(3, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
     launched.wait_for("epoch=2/")
     launched.processes[killed].kill()

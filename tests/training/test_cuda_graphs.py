@@ -94,7 +94,7 @@ def test_a_resumed_run_replays_to_the_same_end(
     assert not rest.differs_from(eager)
 
 
-def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: emulated.Setup) -> None:
+def test_a_step_of_cpmix_reads_and_writes_only_known_tensors(cpmix: emulated.Setup) -> None:
     mixing = ("mixing.choice", "mixing.ratio", "mixing.uniforms")
     inputs = {
         *("learning_rate", "counts_errors", "fallbacks", "draws.natural.index", "draws.natural.augment"),
@@ -111,7 +111,7 @@ def test_what_a_step_of_cpmix_reads_and_writes_is_known(cpmix: emulated.Setup) -
     }
 
 
-def test_a_taught_step_reads_its_teacher_too_and_leaves_it_as_it_is(few_digits: Dataset) -> None:
+def test_a_distilled_step_reads_its_teacher_but_never_writes_it(few_digits: Dataset) -> None:
     found = emulated.train(
         emulated.setup("cifar100-lt/ride-distilled", "stage1", few_digits, *emulated.SMALL), emulate=True
     )

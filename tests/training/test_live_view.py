@@ -78,7 +78,7 @@ def test_the_view_of_an_epoch_equals_that_by_hand() -> None:
     assert table[-2:] == [("  lynx as dog", "0", "3"), ("  lynx as cat", "1", "0")]
 
 
-def test_counts_that_fade_are_compared_with_what_the_epoch_began_with() -> None:
+def test_decayed_counts_are_compared_with_the_start_of_the_epoch() -> None:
     plan = replace(plan_of(terms_of(erm=ERM), 9, batch=41), confusion_decay=0.25)
     view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
     state.confusion *= 0.25  # engine.epoch_steps()
@@ -303,7 +303,7 @@ def test_warnings_are_printed_above_the_view(terminal: Callable[..., Terminal]) 
     assert found.look() == ["warning: [the] clock is wrong"]
 
 
-def test_a_terminal_that_goes_away_stops_nothing(terminal: Callable[..., Terminal]) -> None:
+def test_a_closed_terminal_does_not_stop_the_run(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24)
     shown = progress()
     shown.step(1)
@@ -317,9 +317,7 @@ def test_a_terminal_that_goes_away_stops_nothing(terminal: Callable[..., Termina
     shown.close()
 
 
-def test_the_view_is_drawn_once_per_interval(
-    terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_view_is_drawn_at_intervals(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
     terminal(80, 24)
     monkeypatch.setattr(EpochProgress, "VIEW_SECONDS", 3600.0)
     looks = []

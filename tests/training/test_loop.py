@@ -59,7 +59,7 @@ def test_confusions_are_counted_from_the_start_epoch_and_decay() -> None:
     assert decayed.confusion.sum() == a / 4 + b / 2 + c
 
 
-def test_errors_are_counted_where_a_batch_goes_unmixed() -> None:
+def test_errors_are_counted_only_in_unmixed_batches() -> None:
     terms = terms_of(erm={**MIX, "probability": 0.5})
     state = fresh()
     fit(plan_of(terms, 6, batch=8), data(), state, publish=never)
@@ -90,7 +90,7 @@ def test_a_term_of_weight_0_is_left_out() -> None:
         assert tensor.equal(with_zero.model.state_dict()[name])
 
 
-def test_t_1_and_equal_counts_make_the_mix_term_plain_mixup() -> None:
+def test_the_mix_term_at_t_1_with_equal_counts_equals_mixup() -> None:
     """L(y1, lambda) + L(y2, 1 - lambda) with the labels of vanilla mixup, on the same draws."""
     vanilla = {k: v for k, v in MIX.items() if k != "t"} | {"label": "lambda"}
     states = [fresh(), fresh()]
@@ -130,7 +130,7 @@ def test_weights_that_one_update_makes_infinite_are_never_published() -> None:
     assert not published
 
 
-def test_draws_depend_on_seed_phase_epoch_and_purpose_alone() -> None:
+def test_draws_depend_only_on_seed_phase_epoch_and_purpose() -> None:
     terms = terms_of(erm=ERM, cp=CP)
     first = draw_epoch(terms, 24, 8, (0, "stage2"), 5, 9, 3)
     alone = draw_epoch(terms_of(cp=CP), 24, 8, (0, "stage2"), 5, 9, 3)

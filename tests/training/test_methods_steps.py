@@ -278,7 +278,7 @@ def test_cmo_mixes_half_the_batches_inside_its_window() -> None:
     assert sum(gates) / len(mixing) == pytest.approx(0.5, abs=0.02)
 
 
-def test_epochs_match_more_and_more_often() -> None:
+def test_transport_matching_becomes_more_frequent_over_epochs() -> None:
     (term,) = terms_of(erm={**NATURAL, **CMO, "match": "transport", "match_power": 1.0})
 
     def matches(seed: int, epoch: int) -> bool:

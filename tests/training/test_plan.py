@@ -86,9 +86,7 @@ def test_finetune_equals_a_plain_loop_over_steps() -> None:
         ("cifar10-lt/lws", 5000, 10, 512, 22),  # 21 * 512 + 451
     ],
 )
-def test_finetune_at_rho_200_has_steps_for_all_training_images(
-    name: str, num_max: int, num_classes: int, batch: int, steps: int
-) -> None:
+def test_finetune_steps_cover_all_images(name: str, num_max: int, num_classes: int, batch: int, steps: int) -> None:
     """As many as hold the training images, class-uniform though their draws are."""
     counts = exponential_counts(num_max, num_classes, 200).tolist()
     context = context_of(load(name, rho=200), counts, [32, 32, 3])

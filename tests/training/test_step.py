@@ -52,7 +52,7 @@ def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str =
     return step, state
 
 
-def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with() -> None:
+def test_partners_drawn_ahead_use_the_counts_at_the_start_of_the_epoch() -> None:
     """As if no error of it had been counted; the fall-backs are counted step by step."""
     sums = []
     for ahead in (True, False):
@@ -78,7 +78,7 @@ def test_partners_drawn_ahead_are_those_of_the_counts_that_the_epoch_began_with(
     assert sums[0].equal(sums[1])
 
 
-def test_an_epoch_ends_with_the_rest_of_its_images() -> None:
+def test_the_last_step_of_an_epoch_has_the_remaining_images() -> None:
     """24 images in batches of 10: the loss of the third step is the mean over the last 4, each seen once an epoch."""
     terms = terms_of(erm=ERM)
     step, state = started(terms)

@@ -44,7 +44,7 @@ def check_curves(phase: Path) -> None:
     assert [b - a for a, b in pairwise(ended)] == [pytest.approx(s, abs=2) for s in table["seconds"][1:]]
 
 
-def test_the_curves_are_the_metrics_and_all_else_is_as_without(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_curves_equal_the_metrics_and_other_files_are_unchanged(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "tracked"
     must("train-stage1", "--data", digits, "--out", run, "--epochs", 6, *TRACKED)
     must("train-stage2", "--from", run, *TRACKED)
@@ -64,9 +64,7 @@ def test_the_curves_are_the_metrics_and_all_else_is_as_without(digits: Path, dig
     assert contents(moved) == before
 
 
-def test_a_resumed_run_has_each_epoch_once(
-    handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_epoch_has_one_point(handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, taken = loop.epoch_line, []
 
     def stops(plan: Any, row: dict[str, Any]) -> str:
@@ -149,7 +147,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("breaks", "why"), FAILURES)
-def test_a_tracker_that_fails_stops_nothing(
+def test_a_failing_tracker_does_not_stop_the_run(
     breaks: Breaks, why: str, toy: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaks(monkeypatch, tmp_path)

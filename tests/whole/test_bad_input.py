@@ -41,7 +41,7 @@ def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate"])
 @pytest.mark.parametrize("damage", ["other", "no toml", "missing", "folder", "device"])
-def test_flags_do_not_hide_that_a_runs_own_recipe_is_damaged(digits_run: Path, command: str, damage: str) -> None:
+def test_a_damaged_recipe_of_the_run_is_reported_despite_flags(digits_run: Path, command: str, damage: str) -> None:
     path = digits_run / ("stage1" if command == "train-stage2" else "stage2") / "recipe.toml"
     text = path.read_text()
     path.unlink()
@@ -88,9 +88,7 @@ def test_a_limit_on_files_is_seen_before_the_first_batch(digits: Path, digits_ru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", ["diverges", "finds no room", "is killed"])
-def test_what_is_overwritten_stays_until_there_is_something_in_its_place(
-    digits: Path, digits_run: Path, ends: str
-) -> None:
+def test_overwritten_results_are_kept_until_new_ones_exist(digits: Path, digits_run: Path, ends: str) -> None:
     """The finished stage 1 outlives a new one that comes to nothing."""
     before = exact_contents(digits_run)
     command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--seed", 1, "--overwrite"]
@@ -138,7 +136,7 @@ def test_a_preempted_overwrite_is_resumed(digits: Path, digits_run: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_build_that_finds_no_room_can_be_given_again(tmp_path: Path) -> None:
+def test_a_build_without_room_fails_and_can_be_rerun(tmp_path: Path) -> None:
     said = ("a file may have 10,000 here (ulimit -f)", "fix: raise the limit, or choose another folder with --out")
     ended(limited("build-lt", "digits", "--out", tmp_path / "d", size=10_000), 4, said)
     assert "dataset.json" not in files(tmp_path)
@@ -171,7 +169,7 @@ def test_a_read_only_folder_is_refused(digits: Path, tmp_path: Path) -> None:
 
 
 @without_gpu
-def test_a_device_that_is_missing_loses_nothing(digits: Path, digits_run: Path) -> None:
+def test_a_missing_device_is_refused_and_changes_nothing(digits: Path, digits_run: Path) -> None:
     start = {"train-stage1": ("--data", digits, "--out", digits_run)}
     with unchanged(digits_run):
         for command in ("train-stage1", "train-stage2", "finetune", "evaluate"):

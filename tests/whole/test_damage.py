@@ -149,7 +149,9 @@ PLACEHOLDERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", PLACEHOLDERS)
-def test_something_else_in_a_files_place_is_refused(kind: str, toy: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_paths_of_another_kind_in_place_of_files_are_refused(
+    kind: str, toy: Path, toy_run: Path, tmp_path: Path
+) -> None:
     data = Path(shutil.copytree(toy, tmp_path / "data"))
     evaluation = toy_run / "evaluation" / "stage2"
     stage2 = toy_run / "stage2"
@@ -366,7 +368,7 @@ def test_files_of_other_runs_are_refused(toy: Path, toy_run: Path, digits_run: P
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_a_phase_under_another_ones_name_is_refused(digits_run: Path, done: bool) -> None:
+def test_a_phase_under_the_name_of_another_is_refused(digits_run: Path, done: bool) -> None:
     shutil.rmtree(digits_run / "finetune")
     shutil.copytree(digits_run / "stage2", digits_run / "finetune")
     if not done:

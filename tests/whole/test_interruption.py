@@ -74,7 +74,7 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
-def test_a_checkpoint_every_few_epochs_changes_nothing_but_where_it_goes_on(
+def test_rarer_checkpoints_change_only_where_a_run_resumes(
     handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     saved = []
@@ -165,7 +165,7 @@ def test_a_signal_to_the_whole_group_while_images_are_read_ends_once(tmp_path: P
 
 
 @pytest.mark.slow
-def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(digits: Path, tmp_path: Path) -> None:
+def test_missing_files_are_written_after_a_signal_past_the_last_epoch(digits: Path, tmp_path: Path) -> None:
     """The derived files are missing; the same command makes them from the state."""
     command = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 6)
     hash_of_name = temporary_for(Path("metrics.parquet")).name.rsplit("-", 1)[1]
@@ -178,7 +178,7 @@ def test_after_a_signal_between_the_last_epoch_and_the_record_the_rest_is_made(d
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 75), (["--overwrite"], 130)])
-def test_ctrl_c_while_torch_is_imported_reports_if_a_phase_has_begun(
+def test_ctrl_c_during_the_torch_import_reports_if_a_phase_has_begun(
     tmp_path: Path, flags: list[str], code: int
 ) -> None:
     (tmp_path / "stage1").mkdir()

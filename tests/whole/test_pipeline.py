@@ -34,7 +34,7 @@ def test_runs_leave_exactly_these_files(digits_run: Path, toy_run: Path) -> None
     assert files(toy_run) == written(["stage1", "stage2"], "stage2", regions)
 
 
-def test_the_method_lifts_the_minorities_of_the_toy(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_cpmix_improves_the_minority_classes_of_the_toy(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     """Fig. 2: cross entropy gives the minorities' regions away, CP-Mix does not."""
     erm = tmp_path / "erm"
     must("train-stage1", "--data", toy, "--recipe", "toy/cross-entropy", "--out", erm)
@@ -80,7 +80,7 @@ def test_evaluation_json_and_files_agree(digits: Path, digits_run: Path) -> None
     assert counts == (digits / "class_counts.parquet").read_bytes()
 
 
-def test_report_matrix_is_that_of_the_predictions(digits_run: Path) -> None:
+def test_report_matrix_equals_the_counts_of_the_predictions(digits_run: Path) -> None:
     table = pd.read_parquet(digits_run / "evaluation" / "finetune" / "predictions.parquet")
     expected = table.groupby(["label", "predicted"]).size()
     path = digits_run / "confusion" / "finetune" / "confusion_matrix.parquet"
@@ -201,7 +201,7 @@ def test_a_stale_phase_is_named_and_never_chosen(digits: Path, digits_run: Path)
     assert "takes finetune" in must("confusion-report", "--from", digits_run).stderr
 
 
-def test_finetune_on_half_a_recipe_must_be_asked_for(digits_run: Path) -> None:
+def test_finetune_after_stage_1_only_must_be_requested(digits_run: Path) -> None:
     shutil.rmtree(digits_run / "stage2")
     shutil.rmtree(digits_run / "finetune")
     refused(3, "only stage 1 is done", "finetune", "--from", digits_run)
@@ -221,7 +221,7 @@ def test_a_phase_that_the_recipe_lacks_is_skipped(digits: Path, toy_run: Path, t
     assert not (toy_run / "finetune").exists()
 
 
-def test_test_curve_selects_nothing(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+def test_test_accuracy_in_training_does_not_change_the_weights(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     flags = ("--data", digits, "--epochs", 6, "--eval-every", 2)
     result = must("train-stage1", *flags, "--out", tmp_path)
     curve = pd.read_parquet(tmp_path / "stage1" / "metrics.parquet")["test_accuracy"]

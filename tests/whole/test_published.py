@@ -54,7 +54,7 @@ TICKS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("row", range(1, 10))
 @pytest.mark.parametrize(("data", "all_epochs"), [("cifar100-lt", 300), ("imagenet-lt", 180)])
-def test_rows_of_the_ablations_differ_in_their_ticks(data: str, all_epochs: int, row: int) -> None:
+def test_ablation_recipes_differ_only_in_their_ticks(data: str, all_epochs: int, row: int) -> None:
     for epochs in (None, 20):
         theirs, ours = (load(f"{data}/{name}", epochs=epochs) for name in ("cpmix", f"ablation-{row}"))
         ticks = TICKS[row - 1] | ({"schedule.stage1_epochs": epochs or all_epochs} if row == 1 else {})

@@ -323,7 +323,7 @@ def test_a_job_that_cannot_be_queued_again_fails(recorder: Cluster) -> None:
 
 
 @pytest.mark.parametrize("leave", ["wait", "deaf"])
-def test_the_warning_is_handed_on_once(recorder: Cluster, leave: str) -> None:
+def test_the_warning_is_forwarded_once(recorder: Cluster, leave: str) -> None:
     """A rank that is still starting is killed by it: exit code 138."""
     job = recorder.start("pipeline.sbatch", **RUN, LEAVE=leave)
     recorder.wait_for(recorder.asked)
@@ -390,7 +390,7 @@ def test_the_tasks_of_an_array_build_their_data_set_once(recorder: Cluster) -> N
     assert not any("train-stage2" in line for line in recorder.asked())
 
 
-def test_a_task_of_an_array_is_queued_again_alone(recorder: Cluster) -> None:
+def test_only_the_preempted_task_of_an_array_is_queued_again(recorder: Cluster) -> None:
     """Its number may be the whole array's."""
     array = {"SLURM_ARRAY_JOB_ID": 40, "SLURM_ARRAY_TASK_ID": 8}
     assert recorder.run("array.sbatch", number=40, **array, LEAVE=75) == (0, "")
