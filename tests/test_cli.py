@@ -130,7 +130,7 @@ def test_the_status_of_an_interrupted_phase_needs_no_torch(digits_run: Path) -> 
     assert "torch" not in names
 
 
-def test_the_first_line_of_a_training_command_says_what_it_loads(digits: Path, tmp_path: Path) -> None:
+def test_the_first_line_of_a_training_command_states_what_it_loads(digits: Path, tmp_path: Path) -> None:
     flags = ("--data", digits, "--out", tmp_path / "run", "--epochs", 3, "--dry-run")
     assert process("train-stage1", *flags).stderr.splitlines()[0] == "train-stage1: loading torch"
     assert "loading" not in must("train-stage1", *flags).stderr  # it is loaded already
@@ -151,7 +151,7 @@ def imported_by(arguments: list[str], **environment: str) -> tuple[int, list[str
     return int(status), sorted(filter(None, names.split(",")))
 
 
-def test_version_is_that_of_the_package() -> None:
+def test_version_equals_that_of_the_package() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert must("--version").stdout == f"cpmix {project['version']}\n"
 

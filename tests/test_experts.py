@@ -652,7 +652,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
 
 
 @pytest.mark.slow
-def test_routers_are_trained_alone(digits: Path, tmp_path: Path) -> None:
+def test_finetune_trains_only_the_routers(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "routed.toml"
     recipe.write_text(
         'extends = "digits/cross-entropy"\n[model]\nexperts = 3\n[finetune]\nhead = "routers"\ntrain = ["routers"]\n'

@@ -78,7 +78,9 @@ def test_losses_become_cross_entropy_at_their_limits(generator: torch.Generator)
 
 @pytest.mark.parametrize("loss", [losses.focal, losses.sigmoid_focal])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_losses_of_what_is_learnt_have_finite_slopes(loss: Callable[..., Tensor], gamma: float) -> None:
+def test_focal_losses_have_finite_gradients_for_confident_predictions(
+    loss: Callable[..., Tensor], gamma: float
+) -> None:
     """1 - p rounds to 0 from a gap of 17 on, where its square root has an infinite slope."""
     for gap in (1.0, 18.0, 60.0, 200.0):
         logits = torch.tensor([[gap, -gap, -gap]], requires_grad=True)

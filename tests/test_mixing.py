@@ -201,7 +201,7 @@ def test_few_classes_are_most_partners_at_power_minus_1() -> None:
     assert (torch.tensor(counts)[chosen] < 20).double().mean().item() == pytest.approx(share, abs=1e-3)
 
 
-def test_transport_without_features_takes_the_most_confused(generator: torch.Generator) -> None:
+def test_transport_without_features_chooses_the_most_confused(generator: torch.Generator) -> None:
     """Six classes, one image of each on both sides: each is sent to the class it is confused with most."""
     known = state([10] * 6)
     confused = [3, 0, 4, 1, 5, 2]
@@ -215,7 +215,7 @@ def test_transport_without_features_takes_the_most_confused(generator: torch.Gen
     assert y1[found].tolist() == [confused[c] for c in y2.tolist()]
 
 
-def test_transport_by_features_alone_takes_the_nearest(generator: torch.Generator) -> None:
+def test_transport_by_features_only_chooses_the_nearest(generator: torch.Generator) -> None:
     x1 = torch.randn(8, 40, generator=generator)
     order = torch.randperm(8, generator=generator)
     labels = torch.zeros(8, dtype=torch.int64)

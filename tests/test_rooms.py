@@ -52,7 +52,7 @@ def test_every_file_lies_in_a_room() -> None:
     assert {room(path.relative_to(PACKAGE).with_suffix("").parts) for path in FILES} == set(ROOMS)
 
 
-def test_commands_are_what_help_lists() -> None:
+def test_help_lists_every_command_file() -> None:
     listed = [line.split()[0] for line in must("--help").stdout.splitlines() if line.startswith("  ")]
     names = {path.stem.replace("_", "-") for path in FILES if path.parent.name == "commands"}
     assert names <= set(listed)

@@ -74,7 +74,7 @@ DEAD = 2**22 - 1  # a pid beyond those in use
         ({"slurm_job": "11"}, 0, False),  # this job, alive
     ],
 )
-def test_locks_of_the_dead_are_taken_over_and_no_others(
+def test_only_locks_of_dead_or_silent_processes_are_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_by: dict[str, object], silent: float, taken: bool
 ) -> None:
     for name, value in (("SLURM_JOB_ID", "11"), ("SLURM_STEP_ID", "4"), ("SLURM_PROCID", "0")):

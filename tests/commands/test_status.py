@@ -37,7 +37,7 @@ def phases_of(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_table_shows_a_finished_and_a_begun_run(digits_run: Path, tmp_path: Path) -> None:
+def test_the_table_shows_finished_and_unfinished_runs(digits_run: Path, tmp_path: Path) -> None:
     begun = tmp_path / "my run"  # a shell would take this for two words
     shutil.copytree(digits_run / "stage1", begun / "stage1")
     top1 = f"{json.loads((digits_run / 'evaluation/finetune/metrics.json').read_text())['top1']:.2f}"
@@ -61,7 +61,7 @@ def test_the_table_shows_a_finished_and_a_begun_run(digits_run: Path, tmp_path: 
     assert next_of(begun) == f"next: cpmix finetune --from '{begun}'"
 
 
-def test_a_finished_run_is_done_and_left_alone(digits_run: Path) -> None:
+def test_status_shows_a_finished_run_as_done_and_changes_nothing(digits_run: Path) -> None:
     with unchanged(digits_run):
         found = must("status", digits_run, "--json").json
     assert found["status"] == "done"

@@ -225,7 +225,7 @@ def test_the_first_damaged_image_is_reported_with_its_batch(readers: None) -> No
         batches.plain(torch.arange(0, 50))
 
 
-def test_no_more_is_read_ahead_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetching_stays_within_its_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Numbers(side=8)
     monkeypatch.setattr(stream, "AHEAD_BYTES", 25 * 8 * 8 * 3)
     batches = plain_numbers(reader)

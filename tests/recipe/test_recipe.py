@@ -62,7 +62,7 @@ FAULTS = {
 }
 
 
-def test_all_faults_are_listed_at_once_with_the_nearest_name() -> None:
+def test_all_errors_are_listed_at_once_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=f"{len(FAULTS)} faults") as caught:
         load("cifar100-lt/cpmix", settings=list(FAULTS))
     assert [message for message in FAULTS.values() if message not in str(caught.value)] == []

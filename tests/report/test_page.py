@@ -257,7 +257,7 @@ def test_text_has_contrast(opened: Any, scheme: str) -> None:
         assert contrast(words, page) > 4.5
 
 
-def test_compared_runs_stand_beside_each_other_with_their_difference(opened: Any) -> None:
+def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any) -> None:
     better = np.array([[80, 20, 0], [5, 90, 5], [0, 10, 90]])
     shows = opened(rendered([shown(HAND, COUNTS, "plain"), shown(better, COUNTS, "mixed")], NAMES))
     assert shows.page.locator("#maps h3").all_inner_texts() == ["plain", "mixed", "mixed minus plain"]
@@ -590,7 +590,7 @@ def test_the_toy_page_shows_decision_regions(toy_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_groups_are_those_of_the_evaluation(tmp_path: Path) -> None:
+def test_the_page_uses_the_groups_of_the_evaluation(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     must("build-lt", "digits", "--rho", 6.2, "--out", data)
     must("train-stage1", "--data", data, "--recipe", "digits/cross-entropy", "--epochs", 1, "--out", run)

@@ -66,7 +66,7 @@ def test_methods_lists_every_method_with_its_numbers_of_the_paper() -> None:
     assert kinds == sorted(kinds)
 
 
-def test_the_table_marks_what_was_copied() -> None:
+def test_the_table_marks_copied_numbers() -> None:
     lines = must("methods").stdout.splitlines()
     rows = {line.split("  ")[0]: line for line in lines[: lines.index("")]}
     assert rows["OTmix (BS)"].split()[3:6] == ["46.80*", "52.30*", "62.30*"]

@@ -38,7 +38,7 @@ def test_requested_precision_is_kept() -> None:
     assert resolve_precision("auto", cpu) in ("fp32", "bf16")
 
 
-def test_the_best_device_is_taken_and_float32_is_not_rounded_to_tf32() -> None:
+def test_the_best_device_is_chosen_and_float32_is_not_rounded_to_tf32() -> None:
     assert use_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
@@ -61,7 +61,7 @@ def test_number_of_readers_ignores_omp_num_threads() -> None:
         ({"memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "100"}, 700),
     ],
 )
-def test_free_memory_is_that_of_the_machine_or_of_its_control_group(
+def test_free_memory_is_limited_by_the_machine_or_its_control_group(
     files: dict[str, str], expected: int, tmp_path: Path
 ) -> None:
     proc, group = tmp_path / "proc", tmp_path / "group"

@@ -137,7 +137,7 @@ TRAIN = "{cpmix} train-stage1 --data {toy} --out {run} --epochs 20"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("into", ["2>&1 | head -1", "2> >(head -1)", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
-def test_a_log_that_nobody_reads_stops_no_run(into: str, toy: Path, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_does_not_stop_a_run(into: str, toy: Path, tmp_path: Path) -> None:
     ended(shell(f"{TRAIN} {into}", toy=toy, run=tmp_path / "run"), 0)
     assert (tmp_path / "run" / "stage1" / "run.json").is_file()
 

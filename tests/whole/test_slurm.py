@@ -335,7 +335,7 @@ def test_the_warning_is_forwarded_once(recorder: Cluster, leave: str) -> None:
     assert recorder.read("requeued") == ["7"]
 
 
-def test_after_the_warning_no_step_is_begun(recorder: Cluster) -> None:
+def test_no_step_starts_after_the_warning(recorder: Cluster) -> None:
     job = recorder.start("pipeline.sbatch", **RUN, LEAVE="finish")
     recorder.wait_for(recorder.asked)
     job.send_signal(signal.SIGUSR1)
