@@ -25,6 +25,9 @@ def main() -> None:
         raise
     finally:
         signals.ignore()
+        from cpmix_cli.runtime import console
+
+        console.drop_unwritten_notes()
 
 
 if __name__ == "__main__":

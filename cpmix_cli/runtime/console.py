@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
 
@@ -56,6 +56,21 @@ def note(text: str) -> None:
             print(printable(text), file=sys.stderr, flush=True)
 
 
+def drop_unwritten_notes() -> None:
+    """Drop the notes that could not be written to stderr; called last."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds to nowhere. Python flushes it again at exit, and would exit with 120."""
+    with suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _out(text: str) -> None:
     """Print one line of the result on stdout; raises as flush()."""
     if sys.stdout is not None and not _muted:
@@ -81,8 +96,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        # Python flushes stdout again at exit. Without this it would fail again there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         if isinstance(fault, BrokenPipeError):
             raise
         raise EnvironmentFault(f"cannot write the result to standard output: {fault.strerror}") from fault

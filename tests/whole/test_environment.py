@@ -126,9 +126,10 @@ def test_a_path_that_is_not_utf_8_is_accepted(tmp_path: Path) -> None:
 
 
 def shell(line: str, **places: object) -> Result:
-    """Run a line of the shell in which {cpmix} and places are filled in."""
+    """Run a line of the shell in which {cpmix} and places are filled in, with buffered streams, as users have them."""
     text = line.format(cpmix=f"{sys.executable} -m cpmix_cli", **places)
-    found = subprocess.run(["bash", "-c", f"set -o pipefail; {text}"], capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    found = subprocess.run(["bash", "-c", f"set -o pipefail; {text}"], capture_output=True, text=True, env=buffered)
     return Result(found.returncode, found.stdout, found.stderr)
 
 
