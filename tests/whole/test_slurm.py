@@ -30,14 +30,19 @@ NUMBER = 101
 EPOCHS = 30
 """Of the toy data: long enough to be preempted."""
 
-SRUN = """
+FLAGS = """
 import json, os, signal, subprocess, sys
 arguments = sys.argv[1:]
 flags = {}
 while arguments[0].startswith("--"):
     name, _, value = arguments.pop(0).partition("=")
     flags[name] = value
-nodes = os.environ["SLURM_JOB_NODELIST"].split(",")
+"""
+"""How the stand-ins for srun and sbatch begin: they read their flags."""
+
+SRUN = (
+    FLAGS
+    + """nodes = os.environ["SLURM_JOB_NODELIST"].split(",")
 per_node = int(flags.get("--ntasks-per-node", os.environ["SLURM_NTASKS_PER_NODE"]))
 with open(os.environ["CLUSTER"] + "/srun", "a") as log:
     step = sum(1 for _ in open(log.name))
@@ -60,6 +65,7 @@ for rank in range(per_node * len(nodes)):
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
+)
 
 SCONTROL = """
 import os, sys
@@ -72,18 +78,14 @@ else:
     sys.exit(int(os.environ.get("NO_REQUEUE", 0)))
 """
 
-SBATCH = """
-import json, os, sys
-arguments = sys.argv[1:]
-flags = {}
-while arguments[0].startswith("--"):
-    name, _, value = arguments.pop(0).partition("=")
-    flags[name] = value
-with open(os.environ["CLUSTER"] + "/sbatch", "a") as log:
+SBATCH = (
+    FLAGS
+    + """with open(os.environ["CLUSTER"] + "/sbatch", "a") as log:
     number = 101 + sum(1 for _ in open(log.name))
     print(json.dumps([number, flags, arguments]), file=log)
 print(number if "--parsable" in flags else f"Submitted batch job {number}")
 """
+)
 
 # Says what it was asked and who it is, then does as LEAVE says: an exit code, or what to do at the warning.
 RECORD = """
