@@ -140,6 +140,12 @@ class BuildOptions:
         metavar="NAME",
     )
     val_per_class: int = flag(0, "Training images per class to hold out as val split.", min=0, max=1_000_000)
+    val_capped: bool = flag(
+        False,
+        "Keep the class counts of the data set without val split. A class has fewer images only where --val-per-class "
+        "does not leave enough. Without this flag, the whole profile shrinks. Needs --rho and --val-per-class.",
+        "--val-capped",
+    )
     test_per_class: int | None = flag(
         None, "Test images per class to hold out, for sources without a test split.", min=1, max=1_000_000
     )

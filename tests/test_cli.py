@@ -35,8 +35,8 @@ def test_every_command_has_the_agreed_flags() -> None:
     training = "--recipe --set --epochs --seed --device --data --data-root --overwrite --dry-run --eval-every "
     training += "--checkpoint-every --tracker --json"
     expected = {
-        "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --test-per-class "
-        "--image-size --pack --few-inclusive --download --verify --overwrite --json",
+        "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
+        "--test-per-class --image-size --pack --few-inclusive --download --verify --overwrite --json",
         "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",

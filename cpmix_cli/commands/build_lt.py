@@ -49,6 +49,12 @@ def run(options: BuildOptions) -> None:
     if source.val is not None and options.val_per_class:
         raise UsageError(f"--val-per-class: {options.source} has its own val split", fix="drop the flag")
 
+    if options.val_capped and (rho is None or not options.val_per_class):
+        raise UsageError(
+            "--val-capped keeps the counts of an imbalance factor beside a val split; one of the two is missing",
+            fix="give --rho and --val-per-class as well, or drop the flag",
+        )
+
     name = _folder_name(options, source, rho)
     folder = options.out or Path("data") / name
     request = DatasetRequest(
@@ -61,6 +67,7 @@ def run(options: BuildOptions) -> None:
         image_size=size if source.root else None,
         listing=source.listing,
         storage=kind,
+        val_capped=options.val_capped,
         few_inclusive=options.few_inclusive,
     )
 
@@ -142,14 +149,16 @@ def _folder_name(options: BuildOptions, source: Source, rho: float | None) -> st
     if options.few_inclusive:
         name += "-few-inclusive"
     numbers = {"seed": options.subset_seed, "val": options.val_per_class, "test": options.test_per_class}
-    return name + "".join(f"-{word}{number}" for word, number in numbers.items() if number)
+    name += "".join(f"-{word}{number}" for word, number in numbers.items() if number)
+    return f"{name}-capped" if options.val_capped else name
 
 
 def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int64]]:
     """Select positions in the source's pool for train, val and, if the source has no test split, test.
 
     Each class is shuffled. Its first images are train, its last ones test, and val lies before test. So subsets are
-    nested over rho, and the splits never overlap. Without --test-per-class, a class holds out 20 per cent (rounded), at
+    nested over rho, and the splits never overlap. With val_capped, the training set differs from the one without val only
+    in classes that val does not leave enough images. Without --test-per-class, a class holds out 20 per cent (rounded), at
     most 10 images. Every class keeps at least one training image. The positions are stacked class by class.
     """
     names, rho, num_val = source.class_names, request.rho, request.val_per_class
@@ -171,7 +180,8 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
         )
     counts = left
     if rho is not None and request.profile is not None:
-        counts = PROFILES[request.profile](left, rho)
+        shaped = PROFILES[request.profile](left + num_val if request.val_capped else left, rho)
+        counts = np.minimum(shaped, left)
     if counts.min() < 1:
         raise InputError(
             f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",
@@ -321,11 +331,13 @@ def _show(dataset: Dataset, status: str) -> None:
     record, counts = dataset.record, dataset.class_counts
     groups = record.groups
     medium, few = ("21..100", "<=20") if record.few_inclusive else ("20..100", "<20")
+    num_val = len(dataset.labels("val")) if "val" in dataset.splits else 0
     fields = {
         "status": status,
         "folder": str(dataset.folder),
         "num_classes": len(counts),
         "num_train": record.num_train,
+        "num_val": num_val,
         "num_test": record.num_test,
         "largest": int(counts.max()),
         "smallest": int(counts.min()),
@@ -336,7 +348,8 @@ def _show(dataset: Dataset, status: str) -> None:
     lines = [
         *console.histogram(counts.tolist(), record.classes),
         "",
-        f"{record.name}: {record.num_train:,} training and {record.num_test:,} test images, "
+        f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
+        f"{record.num_test:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():.4g})",
         f"groups: {shown} classes",

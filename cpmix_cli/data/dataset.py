@@ -64,6 +64,8 @@ class DatasetRequest(Record):
     listing: str | None
     """Digest of the list of image files."""
     storage: Storage = "tensors"
+    val_capped: bool = False
+    """Class counts are those without val split, capped at what val leaves; False: the profile of what val leaves."""
     few_inclusive: bool = False
     """Classes with exactly 20 training images belong to the group few."""
 

@@ -106,6 +106,7 @@ NO_CIFAR = "no cifar-100-python.tar.gz, cifar-100-python/ or train-*.parquet in 
         (["digits", "--rho", "0.5"], 2, "the imbalance factor is 1 or more"),
         (["digits", "--rho", "1000"], 3, "leaves no image in 3 classes"),
         (["digits", "--val-per-class", "124"], 3, 'class "8" has 174 images; holding out 174 leaves none to train on'),
+        (["digits", "--val-capped"], 2, "fix: give --rho and --val-per-class as well, or drop the flag"),
         (["toy", "--test-per-class", "5"], 2, "toy has its own test split"),
         (["cifar100"], 3, "--data-root FOLDER"),
         (["cifar100", "--data-root", "."], 3, NO_CIFAR),

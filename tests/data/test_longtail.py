@@ -75,6 +75,32 @@ def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
     assert np.bincount(source.pool.labels[last["test"]]).tolist() == [50] * 10
 
 
+def test_capped_val_keeps_the_standard_training_set_except_where_val_needs_the_images() -> None:
+    source = SOURCES["digits"](None, None)  # the classes have 124 to 133 images beside the 50 test images
+    request = DatasetRequest(
+        source="digits",
+        rho=20,
+        profile="exponential",
+        subset_seed=0,
+        val_per_class=0,
+        test_per_class=50,
+        image_size=None,
+        listing=None,
+    )
+    standard, capped, shrunk = (
+        _choose(source, request.model_copy(update=update))
+        for update in ({}, {"val_per_class": 30, "val_capped": True}, {"val_per_class": 30})
+    )
+    counts = [np.bincount(source.pool.labels[parts["train"]]).tolist() for parts in (standard, capped, shrunk)]
+    # The smallest class allows 124 images at the head, and 94 beside val; class 0 has 128 images, so val leaves 98.
+    assert counts[0] == [124, 88, 63, 45, 32, 23, 16, 12, 8, 6]
+    assert counts[1] == [98, 88, 63, 45, 32, 23, 16, 12, 8, 6]
+    assert counts[2] == [94, 67, 48, 34, 24, 17, 12, 9, 6, 4]
+    assert set(capped["train"]) < set(standard["train"])
+    assert np.bincount(source.pool.labels[capped["val"]]).tolist() == [30] * 10
+    assert not set(capped["val"]) & set(capped["train"])
+
+
 def test_another_seed_takes_other_images() -> None:
     assert (
         longtail.shuffled_by_class(CIFAR10, 10, 0)[0].tolist() != longtail.shuffled_by_class(CIFAR10, 10, 1)[0].tolist()
