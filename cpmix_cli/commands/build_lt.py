@@ -157,9 +157,10 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
     """Select positions in the source's pool for train, val and, if the source has no test split, test.
 
     Each class is shuffled. Its first images are train, its last ones test, and val lies before test. So subsets are
-    nested over rho, and the splits never overlap. With val_capped, the training set differs from the one without val only
-    in classes that val does not leave enough images. Without --test-per-class, a class holds out 20 per cent (rounded), at
-    most 10 images. Every class keeps at least one training image. The positions are stacked class by class.
+    nested over rho, and the splits never overlap. With val_capped, the training set differs from the one without val
+    only in classes that val does not leave enough images. Without --test-per-class, a class holds out 20 per cent
+    (rounded), at most 10 images. Every class keeps at least one training image. The positions are stacked class by
+    class.
     """
     names, rho, num_val = source.class_names, request.rho, request.val_per_class
     order = shuffled_by_class(source.pool.labels, len(names), request.subset_seed)
