@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from cpmix_cli import __version__, flags
 from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
 from cpmix_cli.runtime import console, ranks, signals
-from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, UsageError
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
 WITHOUT_TORCH = ("status", "compare", "misclassified", "recipes", "methods")
@@ -39,6 +39,10 @@ def _explained() -> Iterator[None]:
             console.flush()  # may fail too, such as on a full disk
             raise EnvironmentFault(f"reading or writing failed: {fault.strerror or fault}") from fault
     except CpmixError as fault:
+        if isinstance(fault, InputError) and fault.path is not None and not fault.fix:
+            from cpmix_cli.runs.repair import repair_command  # imported here: it imports pandas
+
+            fault.fix = repair_command(fault.path)
         console.error(fault)
         raise typer.Exit(fault.exit_code) from fault
     except BrokenPipeError:  # the reader of the pipe closed it (cpmix ... | head)

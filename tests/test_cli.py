@@ -181,7 +181,7 @@ TABLES = f'--paper "table5". Did you mean "table9"? Known: {", ".join(sorted(PAP
             3,
             "fix: train its stage 1: train-stage1 takes a data set folder as --data, and . as --out",
         ),
-        ("evaluate --from . --phase stage3", 2, "takes no phase stage3"),
+        ("evaluate --from . --phase stage3", 2, "--phase stage3: evaluate reads only stage1 or stage2 or finetune"),
         ("evaluate --from . --label a/b", 2, '--label "a/b"'),
         ("confusion-report --from .", 3, "holds no finished"),
         ("evaluate --from . --device gpu", 2, '--device "gpu"'),

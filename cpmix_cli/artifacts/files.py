@@ -70,7 +70,7 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return members
 
 
@@ -249,12 +249,14 @@ def open_file(path: Path) -> BinaryIO:
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise InputError(f"cannot read {path}: it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+        raise InputError(f"cannot read {path}: it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file", path=path)
     return os.fdopen(descriptor, "rb")
 
 
 def _read_fault(path: Path, fault: OSError) -> InputError:
-    return InputError(f"cannot read {path}: {fault.strerror or fault}")
+    denied = fault.errno in {errno.EACCES, errno.EPERM}  # the file may be whole
+    fix = f"give your user permission to read {path} and to enter the folders above it" if denied else ""
+    return InputError(f"cannot read {path}: {fault.strerror or fault}", fix=fix, path=path)
 
 
 def is_there(path: Path) -> bool:
@@ -293,15 +295,14 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise InputError(f"{path} has {size:,} bytes; a file of its kind has at most {limit:,}")
+            raise InputError(f"{path} has {size:,} bytes; a file of its kind has at most {limit:,}", path=path)
         try:
             data = file.read()
         except OSError as fault:
             raise _read_fault(path, fault) from fault
     if sha is not None and sha256(data) != sha:
         raise InputError(
-            f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...",
-            fix="make it again with --overwrite, or restore it from a copy",
+            f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...", path=path
         )
     return data
 

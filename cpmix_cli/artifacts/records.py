@@ -49,11 +49,9 @@ def read_fields(path: Path) -> dict[str, Any]:
         as_published = _text(fields) == data
         sealed = fields.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
-        raise InputError(f"{path} is damaged: not a cpmix record") from fault
+        raise InputError(f"{path} is damaged: it is not a JSON record of cpmix", path=path) from fault
     if digest(fields) != sealed or not as_published:
-        raise InputError(
-            f"{path} was changed after it was written", fix="restore it, or make it again with --overwrite"
-        )
+        raise InputError(f"{path} was changed after it was written: its digest differs", path=path)
     check_format(path, fields)
     return fields
 
@@ -73,13 +71,14 @@ def checked(path: Path, model: type[Read], fields: Any) -> Read:
         return model.model_validate(fields)
     except ValidationError as fault:
         first = fault.errors()[0]
-        raise InputError(f"{path} is no such record: {'.'.join(map(str, first['loc']))}: {first['msg']}") from fault
+        field = ".".join(map(str, first["loc"])) or "the record"
+        raise InputError(f"{path} has an invalid value: {field}: {first['msg']}", path=path) from fault
 
 
 def check_format(path: Path, fields: Mapping[str, Any]) -> None:
     """Raise InputError if a file has another format than FORMAT, because another version of cpmix wrote it."""
     if fields.get("format") != FORMAT:
+        found = fields.get("format")
         raise InputError(
-            f"{path} has format {fields.get('format')}, this cpmix reads format {FORMAT}",
-            fix="use the cpmix version that wrote it, or make it again",
+            f"{path} has format {found}, this cpmix reads format {FORMAT}: another version of cpmix wrote it", path=path
         )

@@ -58,7 +58,7 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
     try:
         return parse_header(data)
     except DAMAGED as fault:
-        raise InputError(f"{path} is not a valid safetensors file") from fault
+        raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
 
 
 def content_digest(tensors: Iterable[tuple[str, str, Sequence[int], Any]]) -> str:
@@ -90,7 +90,7 @@ def check_seal(path: Path, metadata: Any, tensors_digest: str | None = None) -> 
     content = dict(metadata) if isinstance(metadata, dict) else {}
     whole = content.pop("digest", None) == digest(content)
     if not whole or tensors_digest not in (None, content.get("tensors_digest")):
-        raise InputError(f"{path} is damaged, or no file of cpmix", fix="make it again, with --overwrite")
+        raise InputError(f"{path} is damaged, or was not written by cpmix: its digest is missing or differs", path=path)
     return content
 
 
@@ -110,5 +110,5 @@ def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
         entries = ((name, _DTYPES[t["dtype"]], t["shape"], t["data"]) for name, t in found)
         tensors_digest = content_digest(entries)
     except DAMAGED as fault:
-        raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
+        raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
     return shapes, check_seal(path, metadata, tensors_digest)

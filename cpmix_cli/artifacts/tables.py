@@ -97,13 +97,15 @@ def read_table(
     try:
         found = pq.read_schema(io.BytesIO(data))
         if schema is not None and not found.equals(schema):
-            raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}")
+            raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}", path=path)
         texts = [field.name for field in found if pa.types.is_string(field.type)]
         # Dictionary encoding: a string that a column repeats a million times takes memory once.
         source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
         num_rows = source.metadata.num_rows
         if max_rows is not None and num_rows > max_rows:
-            raise InputError(f"{path} says it has {num_rows:,} rows; it can have {max_rows:,}")
+            raise InputError(
+                f"{path} has {num_rows:,} rows by its footer; at most {max_rows:,} are possible", path=path
+            )
         _refuse_codecs(path, source.metadata)
         times = _UNPACKS if max_rows is None else _UNPACKS_REGULAR
         unpacked = sum(4 if field.name in texts else -(-field.type.bit_width // 8) for field in found) * num_rows
@@ -115,7 +117,7 @@ def read_table(
     except InputError:
         raise
     except Exception as fault:  # a damaged file can make pyarrow raise any exception
-        raise InputError(f"{path} is not a valid Parquet file: {fault}") from fault
+        raise InputError(f"{path} is not a valid Parquet file: {fault}", path=path) from fault
     return table
 
 
@@ -128,7 +130,10 @@ def _text_bytes(chunk: pa.DictionaryArray) -> int:
 def _refuse_size(path: Path, data: bytes, unpacked: int, times: int) -> None:
     """Raise InputError if a table expands too much: a few bytes can encode a million equal rows or strings."""
     if unpacked > times * len(data) + 2**20:
-        raise InputError(f"{path} would unpack its {len(data):,} bytes to {unpacked:,}")
+        raise InputError(
+            f"{path} would unpack from {len(data):,} to {unpacked:,} bytes; at most {times} times its size is read",
+            path=path,
+        )
 
 
 def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
@@ -139,7 +144,7 @@ def _refuse_codecs(path: Path, footer: pq.FileMetaData) -> None:
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     used = {group.column(i).compression for group in groups for i in range(group.num_columns)}
     if others := sorted(used - {"SNAPPY", "UNCOMPRESSED"}):
-        raise InputError(f"{path} is compressed with {', '.join(others)}; cpmix writes SNAPPY")
+        raise InputError(f"{path} is compressed with {', '.join(others)}; cpmix writes and reads SNAPPY", path=path)
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -151,7 +156,7 @@ def _refuse(path: Path, table: pd.DataFrame, wrong: "pd.Series[bool]", what: str
     if wrong.any():
         first = int(wrong.to_numpy().argmax())
         row = ", ".join(f"{name} {value}" for name, value in table.iloc[first].items())
-        raise InputError(f"{path}, row {first + 1} ({row}): {what}", fix="make it again with --overwrite")
+        raise InputError(f"{path}, row {first + 1} ({row}): {what}", path=path)
 
 
 def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: int) -> None:
@@ -177,9 +182,9 @@ def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
         InputError: as read_table(); or ids are not 0 to C - 1 in order, or a class has no training image.
     """
     table = read_table(path, CLASS_COUNTS_SCHEMA, sha)
-    _refuse(path, table, table["class_id"] != np.arange(len(table)), "classes stand in the order of their ids, from 0")
-    _refuse(path, table, table["num_train"] < 1, "a class has a training image at least")
-    _refuse(path, table, table["num_test"] < 0, "no class has fewer than 0 test images")
+    _refuse(path, table, table["class_id"] != np.arange(len(table)), "class ids must be 0, 1, 2, ... in this order")
+    _refuse(path, table, table["num_train"] < 1, "num_train must be at least 1")
+    _refuse(path, table, table["num_test"] < 0, "num_test must be at least 0")
     return table
 
 
@@ -198,9 +203,9 @@ def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:
     table = read_table(path, CONFUSION_SCHEMA, sha, max_rows=num_classes**2)
     for name in pair:
         refuse_outside(path, table, name, num_classes)
-    _refuse(path, table, table["count"] < 1, "a pair is there because it was counted")
-    _refuse(path, table, table["true_class"] == table["predicted_class"], "a class is not confused with itself")
-    _refuse(path, table, table.duplicated(pair), "the pair stands there twice")
+    _refuse(path, table, table["count"] < 1, "count must be at least 1")
+    _refuse(path, table, table["true_class"] == table["predicted_class"], "the two classes of a pair must differ")
+    _refuse(path, table, table.duplicated(pair), "the pair occurs twice")
     return table
 
 

@@ -66,7 +66,7 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
         _, metadata = parse_header(data)
         return safetensors.torch.load(data), metadata
     except DAMAGED as fault:
-        raise InputError(f"{path} is not a valid safetensors file: {fault}") from fault
+        raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
 
 
 def check_fit(
@@ -87,7 +87,7 @@ def check_fit(
         exact: require equal types and all names. If False, floating-point types may differ and the counters of batch
             norm may be missing.
         needed_by: flag or phase that needs the file, for the message.
-        fix: advice for the message.
+        fix: advice for the message; "" is the command that writes the file again.
 
     Raises:
         InputError: lists every tensor that is missing, unknown, of another shape or type, or not finite.
@@ -104,9 +104,9 @@ def check_fit(
             faults.append(f"{name}: has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
         elif expected.dtype != found.dtype and (exact or expected.is_floating_point() != found.is_floating_point()):
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (found, expected)]
-            faults.append(f"{name}: holds {kinds[0]}, expected {kinds[1]}")
+            faults.append(f"{name}: has type {kinds[0]}, expected {kinds[1]}")
         elif not found.to(expected.dtype).isfinite().all():  # checked after conversion: a float64 may exceed float32
-            faults.append(f"{name}: holds values that are not finite")
+            faults.append(f"{name}: contains NaN or infinite values")
     if faults:
         message = f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}"
-        raise InputError(message, needed_by=needed_by, fix=fix)
+        raise InputError(message, needed_by=needed_by, fix=fix, path=path)

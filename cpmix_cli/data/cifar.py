@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import read_bytes, sha256
 from cpmix_cli.data.splits import Source, Split, check_labels, check_published
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, counted
 
 _SHAPE = (32, 32, 3)
 _MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
+_FETCH = "run the same command again with --download, which fetches the published archive"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
             fix="give the folder of the other CIFAR set with --data-root FOLDER",
         )
     for split in (train, test):
-        check_labels(files[0], split.labels, published.num_classes)
+        check_labels(files[0], split.labels, published.num_classes, fix=_FETCH)
     return Source(names, train, f"{published.name}-lt/cpmix", test=test, files=files)
 
 
@@ -156,7 +157,7 @@ def _from_batches(member: Callable[[str], bytes], published: CifarArchive, files
         names = [str(name) for name in content(published.meta)[0][published.names]]
         return _source(published, names, split(published.train), split(published.test), files)
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
-        raise InputError(f"{place} is not of the layout of {published.archive}: {fault!r}") from fault
+        raise InputError(f"{place} has another layout than {published.archive}: {fault!r}", fix=_FETCH) from fault
 
 
 class _DataOnly(pickle.Unpickler):
@@ -187,7 +188,9 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
         # latin1: the batches are Python 2 pickles.
         content: dict[str, Any] = _DataOnly(io.BytesIO(data), encoding="latin1").load()
     except Exception as fault:
-        raise InputError(f"{what} is not data only and was not read: {fault}") from fault
+        raise InputError(
+            f"{what} contains other objects than data, so it is not loaded: {fault}", fix=_FETCH
+        ) from fault
     return content
 
 
@@ -216,14 +219,17 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
             columns = pq.read_schema(io.BytesIO(data)).names
             label = next((name for name in ("fine_label", "label") if name in columns), None)
             if label is None or "img" not in columns:
-                raise InputError(f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)")
+                raise InputError(
+                    f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)", fix=_FETCH
+                )
             # Dictionary encoding: an image that a file repeats a million times takes memory once.
             file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
             # Images are already compressed, so a file that expands far more was made to fill the memory.
             unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             if unpacked > 3 * len(data) + 2**20 or file.metadata.num_rows > len(data):
                 raise InputError(
-                    f"{path} would unpack its {len(data):,} bytes to {unpacked:,} and {file.metadata.num_rows:,} rows"
+                    f"{path} would unpack from {len(data):,} to {unpacked:,} bytes in {file.metadata.num_rows:,} rows",
+                    fix=_FETCH,
                 )
             table = file.read(["img", label]).combine_chunks()
             encoded.append(pa.chunked_array(table["img"].chunks, table["img"].type).combine_chunks().field("bytes"))
@@ -231,12 +237,12 @@ def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
         except InputError:
             raise
         except Exception as fault:  # a damaged file can make pyarrow raise any exception
-            raise InputError(f"{path} is not a readable Parquet file: {fault}", fix="fetch or copy it again") from fault
+            raise InputError(f"{path} is not a readable Parquet file: {fault}", fix=_FETCH) from fault
         if missing := labels[-1].null_count:
-            raise InputError(f"{path}: {missing} labels are missing")
+            raise InputError(f"{path} lacks {counted(missing, 'label')}", fix=_FETCH)
     images = pa.chunked_array(encoded)
     if not len(images):
-        raise InputError(f"{files[0]} holds no images")
+        raise InputError(f"{files[0]} contains no images", fix=_FETCH)
     classes = np.concatenate([part.to_numpy(zero_copy_only=False) for part in labels]).astype(np.int64)
     return files, Split(classes, lambda positions: _decode(images, positions, files[0]))
 
@@ -252,7 +258,7 @@ def _class_names(path: Path, num_classes: int) -> list[str]:
             if names := features.get(column, {}).get("names"):
                 return [str(name) for name in names]
     except Exception as fault:
-        raise InputError(f"{path} has metadata that are not Hugging Face's: {fault}") from fault
+        raise InputError(f"{path} has unreadable Hugging Face metadata: {fault}", fix=_FETCH) from fault
     return [f"class_{c}" for c in range(num_classes)]
 
 
@@ -270,5 +276,5 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[n
                         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
                     images[i] = np.asarray(image.convert("RGB"))
             except Exception as fault:  # a broken image can make Pillow's plugins raise any exception
-                raise InputError(f"image {position} of {path} cannot be decoded: {fault}") from fault
+                raise InputError(f"image {position} of {path} cannot be decoded: {fault}", fix=_FETCH) from fault
     return images

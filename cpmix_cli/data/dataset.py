@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, model_validator
 from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.data.shards import REPAIR, Shards
+from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.splits import check_labels
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime.errors import InputError, UsageError, shortened
@@ -168,14 +168,18 @@ class Dataset:
         inputs = tensors.pop("images" if len(self.shape) == 3 else "points", torch.empty(0))
         dtype = torch.uint8 if len(self.shape) == 3 else torch.float32
         if tensors or labels.dtype != torch.int64 or inputs.dtype != dtype:
-            raise InputError(f"{path} holds other tensors than those of a split of {self.name}")
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path} does not contain exactly the tensors labels (int64) and images or points ({kind})", path=path
+            )
         if list(inputs.shape) != [len(labels), *self.shape]:
             raise InputError(
-                f"{path} holds inputs of shape {list(inputs.shape)} and labels of {list(labels.shape)}; "
-                f"expected one of {self.shape} a label"
+                f"{path} has inputs of shape {list(inputs.shape)} and labels of shape {list(labels.shape)}; "
+                f"expected inputs of shape {[len(labels), *self.shape]}",
+                path=path,
             )
         if not inputs.isfinite().all():
-            raise InputError(f"{path} holds points that are not finite")
+            raise InputError(f"{path} contains NaN or infinite coordinates", path=path)
         check_labels(path, labels.numpy(), self.num_classes)
         return inputs, labels
 
@@ -225,8 +229,9 @@ class Dataset:
         """
         shards = self.recorded_shards(split)
         if missing := shards.missing():
-            names = [str(shards.path(number)) for number in missing]
-            raise InputError(f"{shortened(names, 1)} missing or not whole", fix=REPAIR)
+            paths = [shards.path(number) for number in missing]
+            names = shortened([str(path) for path in paths], 1)
+            raise InputError(f"{names}: missing, or of another size than recorded", path=paths[0])
         return shards
 
     def recorded_shards(self, split: str) -> Shards:
@@ -238,7 +243,8 @@ class Dataset:
 
     def _sha(self, path: Path) -> str:
         if path.name not in self.record.files:
-            raise InputError(f"{self.folder / DATASET} records no {path.name}")
+            record = self.folder / DATASET
+            raise InputError(f"{record} records no file {path.name}", path=record)
         return self.record.files[path.name]
 
     @property
@@ -292,12 +298,14 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
     path = folder / DATASET
     if not is_there(path):
         raise InputError(
-            f"no data set in {folder} ({DATASET} is missing)", fix="give a folder that build-lt has written with --data"
+            f"no data set in {folder} ({DATASET} is missing)",
+            fix="give --data a folder that cpmix build-lt has written; without one, start with: cpmix build-lt digits",
         )
     record = records.read_record(path, DatasetRecord)
     counts = tables.read_class_counts(folder / CLASS_COUNTS, record.files.get(CLASS_COUNTS, ""))
     if counts["class_name"].tolist() != record.classes:
-        raise InputError(f"{folder / CLASS_COUNTS} names other classes than {path}")
+        counted = folder / CLASS_COUNTS
+        raise InputError(f"{counted} has other class names than {path}", path=counted)
     dataset = Dataset(folder, record, np.asarray(counts["num_train"], dtype=np.int64), data_root)
     if data_root is not None:
         _check_moved(dataset, data_root)
@@ -311,7 +319,11 @@ def _check_moved(dataset: Dataset, data_root: Path) -> None:
             fix="drop the flag",
         )
     if not data_root.is_dir():
-        raise InputError(f"no folder {data_root}", needed_by="--data-root")
+        raise InputError(
+            f"no folder {data_root}",
+            needed_by="--data-root",
+            fix=f"give the folder that has the images of {dataset.record.data_root}",
+        )
     paths = dataset.paths("train")
     looked_for = [paths[i] for i in np.linspace(0, len(paths) - 1, min(_LOOKED_FOR, len(paths)), dtype=int)]
     if missing := [path for path in looked_for if not path.is_file()]:

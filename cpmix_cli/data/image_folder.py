@@ -70,15 +70,20 @@ def find_images(places: Sequence[Path]) -> list[Path]:
         InputError: a place does not exist, or a folder contains no images.
     """
     found: list[Path] = []
+    suffixes = ", ".join(sorted(_SUFFIXES))
     for place in places:
         images = [place]
         if place.is_dir():
             images = sorted(f for f in _files_below(place) if f.suffix.lower() in _SUFFIXES)
             if not images:
-                raise InputError(f"{place} holds no images ({', '.join(sorted(_SUFFIXES))})")
+                raise InputError(
+                    f"no file below {place} has the name of an image", fix=f"give files that end in {suffixes}"
+                )
         found += images
     if missing := [str(f) for f in found if not f.exists()]:
-        raise InputError(f"no such file: {', '.join(missing)}")
+        raise InputError(
+            f"no such file: {', '.join(missing)}", fix="give image files, or folders of images, that exist"
+        )
     return found
 
 

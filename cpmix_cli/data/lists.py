@@ -158,7 +158,10 @@ def read_list(path: Path) -> Split:
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as fault:
-        raise InputError(f"{path} is no list: not UTF-8 text ({fault.reason} at byte {fault.start:,})") from fault
+        raise InputError(
+            f"{path} is not UTF-8 text: {fault.reason} at byte {fault.start:,}",
+            fix="fetch the list again, or write a line 'PATH LABEL' for each image",
+        ) from fault
     seen: dict[str, int] = {}
     labels: list[int] = []
     faults: dict[int, str] = {}
@@ -178,7 +181,7 @@ def read_list(path: Path) -> Split:
             labels.append(int(label))
     _refuse(path, faults)
     if not labels:
-        raise InputError(f"{path} lists no image")
+        raise InputError(f"{path} lists no image", fix="write a line 'PATH LABEL' for each image")
     return Split(np.array(labels, dtype=np.int64), paths=list(seen))
 
 

@@ -5,6 +5,7 @@ mapping fails on network file systems. An image is verified when a process first
 """
 
 import os
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -27,7 +28,6 @@ from cpmix_cli.runtime.errors import InputError, indented
 
 SHARD_IMAGES = 2048
 """Images per new shard: 403 MB at 256 x 256 pixels, and 226 shards for iNaturalist 2018."""
-REPAIR = "delete that shard, then rerun its build-lt command, which packs missing shards again"
 
 
 def shard_name(split: str, number: int) -> str:
@@ -100,14 +100,14 @@ class Shards:
             # A network file system may return less than requested.
             while got := os.preadv(descriptor, [target[done:]], place * self._image_bytes + done):
                 done += got
-        except InputError as fault:
-            raise InputError(fault.message, fix=REPAIR) from fault
         except OSError as fault:
-            raise InputError(f"cannot read {path}: {fault.strerror or fault}", fix=REPAIR) from fault
+            raise InputError(f"cannot read {path}: {fault.strerror or fault}", path=path) from fault
         if done < len(target):
-            raise InputError(f"{path}: image {index} of the {self.split} split ends before its end", fix=REPAIR)
+            raise InputError(f"{path}: image {index} of the {self.split} split is cut short", path=path)
         if not self._verified[index] and sha256(target).digest() != self.hashes[index].tobytes():
-            raise InputError(f"{path}: image {index} of the {self.split} split is damaged", fix=REPAIR)
+            raise InputError(
+                f"{path}: image {index} of the {self.split} split is damaged: its sha256 differs", path=path
+            )
         self._verified[index] = 1
 
     def load_all(self) -> NDArray[np.uint8]:
@@ -148,7 +148,9 @@ class Shards:
                 f"{self.path(number)}: {len(images):,} damaged, the first is image {images[0]}"
                 for number, images in found.items()
             ]
-            raise InputError(f"damaged shards:{indented(lines, SHOWN)}", fix=REPAIR)
+            shards = shlex.join(str(self.path(number)) for number in found)
+            fix = f"delete them, then run the same command again, which packs missing shards: rm -f {shards}"
+            raise InputError(f"damaged shards:{indented(lines, SHOWN)}", fix=fix)
 
     def _open(self, number: int) -> int:
         """Return the file descriptor of a shard. Each shard is opened once."""

@@ -92,17 +92,18 @@ def check_published(what: object, kind: str, found: str, published: str) -> None
         )
 
 
-def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int) -> None:
+def check_labels(path: Path, labels: NDArray[np.int64], num_classes: int, *, fix: str = "") -> None:
     """Check that all labels are in 0..num_classes - 1.
 
     Args:
         path: file of the labels, for the message.
         labels: class of each sample [N].
         num_classes: C.
+        fix: advice for the message; "" is the command that writes the file again.
 
     Raises:
         InputError: a label is outside the range.
     """
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if not 0 <= low <= high < num_classes:
-        raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}")
+        raise InputError(f"{path} has labels {low} to {high}; expected 0 to {num_classes - 1}", fix=fix, path=path)

@@ -17,7 +17,7 @@ from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.decoding import check_headers
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, shortened
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
             raise InputError(
                 f"{folder} has classes that the network does not know: {', '.join(unknown)}",
                 needed_by="evaluate --test-data",
+                fix=f"give a data set with classes of the network only: {shortened(dataset.class_names, 20)}",
             )
         # Normalise as in training: the network was not trained on inputs scaled by the test set's own statistics.
         own = {"mean": dataset.record.mean, "std": dataset.record.std}
@@ -90,7 +91,11 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
     if len(dataset.shape) != 3:
-        raise InputError(f"{folder}: a network of points takes no images", needed_by="evaluate --test-data")
+        raise InputError(
+            f"{folder} is no data set folder, and a network of points takes no images",
+            needed_by="evaluate --test-data",
+            fix="give a data set folder of points, built with: cpmix build-lt toy",
+        )
     _, files = image_folder.scan(folder, class_names=dataset.class_names)
     paths = [folder / path for path in files.paths]
     check_headers(paths)

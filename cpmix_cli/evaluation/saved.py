@@ -115,7 +115,7 @@ def read_numbers(evaluation: Path) -> EvaluationNumbers:
     try:
         numbers = json.loads(files.read_bytes(path, sha, limit=files.MAX_RECORD))
     except (ValueError, RecursionError) as fault:
-        raise InputError(f"{path} is no JSON") from fault
+        raise InputError(f"{path} is not valid JSON: {fault}", path=path) from fault
     return records.checked(path, EvaluationNumbers, numbers)
 
 

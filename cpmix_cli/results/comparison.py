@@ -116,7 +116,10 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
         folder = path.parent
         record = read_run(folder, EvaluationRecord)
         if record.phase != f"evaluation/{folder.name}":
-            raise InputError(f"{path} is of {record.phase}, and not of evaluation/{folder.name}")
+            raise InputError(
+                f"{path} is the record of {record.phase}, not of evaluation/{folder.name}",
+                fix=f"rename the folder to {root / record.phase}, or delete it",
+            )
         source = PhaseFolder(root, record.source.phase)
         if phase is not None and source.phase != phase:
             continue

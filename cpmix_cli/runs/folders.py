@@ -53,7 +53,8 @@ class PhaseFolder:
     def _own(self, name: str, record: _Begun) -> _Begun:
         """Return the record, or raise if it is of another phase, whose folder was copied under this name."""
         if record.phase != self.phase:
-            raise InputError(f"{self.path / name} is of {record.phase}, and not of {self.phase}")
+            path = self.path / name
+            raise InputError(f"{path} is the record of {record.phase}, not of {self.phase}", path=path)
         return record
 
     def output(self, name: str) -> tuple[Path, str]:
@@ -76,7 +77,7 @@ class PhaseFolder:
         try:
             return load(str(path))
         except UsageError as fault:  # the file is not from --recipe, so it is no usage error
-            raise InputError(fault.message, fix="restore it, or start the phase again with --overwrite") from fault
+            raise InputError(fault.message, path=path) from fault
 
     def origin(self) -> "PhaseFolder | None":
         """Return the phase that this one started from, in this run or in another; None for stage 1."""
@@ -132,19 +133,21 @@ def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data
         UsageError: see open_dataset().
     """
     places = [given] if given is not None else [run / known.relative, Path(known.absolute)]
-    seen = []
+    seen, damaged = [], None
     for place in places:
         try:
             found = open_dataset(place)
         except InputError as fault:
             seen.append(fault.message)
+            damaged = damaged or fault.path
             continue
         if found.fingerprint == known.fingerprint:
             return found if data_root is None else open_dataset(place, data_root=data_root)
         seen.append(f"{place} holds another data set ({found.name})")
     raise InputError(
         f"the data set {known.name} of {run} is not found: {'; '.join(dict.fromkeys(seen))}",
-        fix="give its folder with --data FOLDER",
+        fix="" if damaged else "give its folder with --data FOLDER",
+        path=damaged,
     )
 
 

@@ -8,11 +8,11 @@ from cpmix_cli.artifacts.files import PHASES, RECIPE, RUN
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
-from cpmix_cli.runs.run_json import DatasetReference, EvaluationRecord
+from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
-_COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
+TRAINING_COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
 
 
 @dataclass(frozen=True)
@@ -110,33 +110,52 @@ def _begin(run: Path) -> str:
 
 def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     """Return the command that trains or resumes `folder`, the first phase of `recipe` that is not done."""
-    root, phase, command = folder.run, folder.phase, _COMMANDS[folder.phase]
+    root, phase, command = folder.run, folder.phase, TRAINING_COMMANDS[folder.phase]
     if folder.status() == "absent":
         earlier = (PhaseFolder(root, name) for name in PHASES[: PHASES.index(phase)])
         return _begin(root) if all(f.status() == "absent" for f in earlier) else console.typed(command, "--from", root)
     begun, origin = folder.begun(), folder.origin()
     again = folder.stale_because() is not None
-    words = [command]
-    if origin is None:
-        words += ["--data", str(_data_folder(root, begun.dataset) or begun.dataset.absolute), "--out", str(root)]
-        for flag, path in begun.inputs.items():
-            words += [f"--{flag}", path]
-    else:
+    if origin is not None:
         if not recipe.epochs_of(origin.phase):  # stage 2, which the recipe no longer has
             origin = PhaseFolder(origin.run, "stage1")
         if origin.status() in ("interrupted", "stale"):  # it is in another run, and must be trained first
             return _to_continue(origin, origin.recipe())
-        words += ["--from", str(origin.run)]
-        if phase == "finetune" and origin.phase == "stage1" and recipe.stage2 is not None:
-            words += ["--phase", "stage1"]
-        if origin.run.resolve() != root.resolve():
-            words += ["--out", str(root)]
-        if origin.done and _data_folder(origin.run, origin.record().dataset) is None:
-            data = _data_folder(root, begun.dataset)
-            words += ["--data", str(data)] if data else []
+    words = training_words(folder, begun, origin, has_stage2=recipe.stage2 is not None)
     if not again or (origin is not None and origin.done and _keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / RECIPE)]
     return console.typed(*words, *(["--overwrite"] if again else []))
+
+
+def training_words(
+    folder: PhaseFolder, begun: BegunRecord, origin: PhaseFolder | None, *, has_stage2: bool
+) -> list[str]:
+    """Return the words of the command that trains a phase from the inputs in its record, without --recipe.
+
+    Args:
+        folder: the phase.
+        begun: record of the phase.
+        origin: phase to start from; None for stage 1.
+        has_stage2: True if the recipe has a stage 2, so that a finetune of stage 1 has to name its phase.
+
+    Raises:
+        InputError: the record of `origin` is damaged.
+    """
+    root, words = folder.run, [TRAINING_COMMANDS[folder.phase]]
+    if origin is None:
+        words += ["--data", str(_data_folder(root, begun.dataset) or begun.dataset.absolute), "--out", str(root)]
+        for flag, path in begun.inputs.items():
+            words += [f"--{flag}", path]
+        return words
+    words += ["--from", str(origin.run)]
+    if folder.phase == "finetune" and origin.phase == "stage1" and has_stage2:
+        words += ["--phase", "stage1"]
+    if origin.run.resolve() != root.resolve():
+        words += ["--out", str(root)]
+    if origin.done and _data_folder(origin.run, origin.record().dataset) is None:
+        data = _data_folder(root, begun.dataset)
+        words += ["--data", str(data)] if data else []
+    return words
 
 
 def _keeps_recipe(folder: PhaseFolder, origin: PhaseFolder) -> bool:

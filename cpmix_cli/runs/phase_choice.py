@@ -47,7 +47,10 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
     passed_over: list[str] = []
     if wanted is not None:
         if wanted not in candidates:
-            raise UsageError(f"{console.command} takes no phase {wanted}: one of {', '.join(candidates)}")
+            raise UsageError(
+                f"--phase {wanted}: {console.command} reads only {' or '.join(candidates)}",
+                fix=f"give --phase {candidates[-1]}",
+            )
         folder = PhaseFolder(run, wanted)
         if not folder.is_begun:  # a network file system may show the output of another machine's job with a delay
             wait_for(folder.path / RUN)

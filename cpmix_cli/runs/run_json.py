@@ -16,7 +16,7 @@ from cpmix_cli.runtime.errors import InputError
 def _place(path: str) -> str:
     """Check a recorded path; a pydantic pattern would refuse file names that are not UTF-8."""
     if not path or "\0" in path or len(path) > 4096:
-        raise ValueError("no path")
+        raise ValueError("not a path: empty, longer than 4,096 characters, or with a NUL")
     return path
 
 
@@ -141,7 +141,7 @@ def output_of(folder: Path, record: RunRecord, name: str) -> tuple[Path, str]:
         InputError: run.json does not record the file.
     """
     if name not in record.outputs:
-        raise InputError(f"{folder / files.RUN} records no {name}")
+        raise InputError(f"{folder / files.RUN} records no file {name}", path=folder / files.RUN)
     return folder / name, record.outputs[name]
 
 

@@ -99,7 +99,10 @@ def _writing() -> Iterator[None]:
         _discard(sys.stdout)
         if isinstance(fault, BrokenPipeError):
             raise
-        raise EnvironmentFault(f"cannot write the result to standard output: {fault.strerror}") from fault
+        raise EnvironmentFault(
+            f"cannot write the result to standard output: {fault.strerror}",
+            fix="free the disk that the output goes to, or send it elsewhere; then run the same command again",
+        ) from fault
 
 
 def typed(*words: object) -> str:

@@ -5,6 +5,7 @@ it) without a traceback. A ValueError is a wrong call from Python. An assert che
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 75
@@ -45,9 +46,18 @@ class UsageError(CpmixError):
 
 
 class InputError(CpmixError):
-    """Missing, invalid or damaged input."""
+    """Missing, invalid or damaged input.
+
+    Args:
+        message, needed_by, fix: see CpmixError.
+        path: the damaged file, instead of `fix`, if the fix depends on the folder of the file; see runs/repair.py.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, needed_by: str = "", fix: str = "", path: Path | None = None) -> None:
+        super().__init__(message, needed_by=needed_by, fix=fix)
+        self.path = path
 
 
 class EnvironmentFault(CpmixError):

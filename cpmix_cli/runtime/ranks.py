@@ -194,7 +194,10 @@ def together() -> Iterator[None]:
             yield
         except OSError as fault:  # may concern the file system of one machine only
             what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
-            raise EnvironmentFault(f"{what}{fault.strerror or fault}") from fault
+            raise EnvironmentFault(
+                f"{what}{fault.strerror or fault}",
+                fix="check the disk and the permissions of that machine, then run the same command again",
+            ) from fault
         done = True
     except (CpmixError, signals.Stopped) as end:
         code = end.exit_code if isinstance(end, CpmixError) else int(str(end.code))

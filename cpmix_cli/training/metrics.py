@@ -49,7 +49,7 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     path, sha = folder.output(METRICS)
     table = read_table(path, sha=sha)
     if table.empty or not {column.split()[0] for column in _COLUMNS} <= set(table.columns):
-        raise InputError(f"{path} holds no metrics of {folder.phase}", fix="train again with --overwrite")
+        raise InputError(f"{path} has no rows, or lacks a column of the metrics of {folder.phase}", path=path)
     return table
 
 

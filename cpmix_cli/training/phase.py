@@ -248,14 +248,18 @@ def resume(
     state.sums = EpochSums(names, state.confusion.device)
     is_known = not saved.columns or sorted(saved.columns) == sorted(metrics.metrics_schema(names).names)
     if not is_known or len(sums) != len(state.sums.values):
-        raise InputError(f"{path} was written by another version of cpmix", fix="run the command with --overwrite")
+        raise InputError(f"{path} was written by another version of cpmix", path=path)
     state.load(tensors, path)
     num_steps = plan.num_steps(num_images)
     if not (plan.first_epoch <= saved.epoch <= plan.last_epoch and saved.step <= num_steps):
-        raise InputError(f"{path} stands at epoch {saved.epoch}, step {saved.step}, which is none of this phase")
+        raise InputError(
+            f"{path} was saved at epoch {saved.epoch}, step {saved.step}; {plan.phase} has epochs "
+            f"{plan.first_epoch} to {plan.last_epoch} of {num_steps} steps",
+            path=path,
+        )
     finished = saved.epoch - plan.first_epoch + (saved.step == num_steps)
     if len(history) != finished or history.numel() != finished * len(saved.columns):
-        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}")
+        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}", path=path)
     state.epoch, state.step = saved.epoch, saved.step
     state.sums.values.copy_(sums)
     rows = (zip(saved.columns, row, strict=True) for row in history.tolist())
@@ -451,8 +455,8 @@ def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> Tra
     counts = torch.bincount(labels, minlength=dataset.num_classes)
     if counts.tolist() != dataset.class_counts.tolist():
         raise InputError(
-            f"{dataset.folder}: class_counts.parquet does not count the training labels",
-            fix="build the data set again, with --overwrite",
+            f"{dataset.folder / files.CLASS_COUNTS} has other counts than the training labels",
+            path=dataset.folder / files.CLASS_COUNTS,
         )
     return TrainingData(batches, labels.to(device), counts.to(device))
 

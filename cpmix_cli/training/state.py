@@ -116,7 +116,7 @@ class TrainingState:
         check_fit(path, saved, own)
         counts = [t for n, t in saved.items() if n in ("confusion", "epoch_confusion")]
         if any((t < 0).any() or t.diagonal().any() for t in counts):
-            raise InputError(f"{path} holds confusion counts below 0, or of a class with itself")
+            raise InputError(f"{path} has confusion counts below 0, or of a class with itself", path=path)
         self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
         self.confusion.copy_(saved["confusion"])
         if not optimizer:

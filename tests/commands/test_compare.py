@@ -289,7 +289,7 @@ def test_damaged_or_renamed_evaluations_are_refused(seeds: list[Path], tmp_path:
     refused(3, f"{metrics} is damaged", "compare", run)
     metrics.write_text(text)
     (run / "evaluation" / "stage1").rename(run / "evaluation" / "stage1-mine")
-    refused(3, "is of evaluation/stage1, and not of evaluation/stage1-mine", "compare", run)
+    refused(3, "is the record of evaluation/stage1, not of evaluation/stage1-mine", "compare", run)
 
 
 TOTALS_1 = [473.45, 513.04, 506.14, 420.3, 353.28, 151.7, 535.09, 422.1, 267.8, 541.47, 163.2, 167.3, 421.9, 541.52]

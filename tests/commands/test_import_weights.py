@@ -137,9 +137,9 @@ def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], gener
         load_backbone(model, weights, Path("w.safetensors"))
     assert str(fault.value).splitlines()[:7] == [
         "error: w.safetensors does not fit the network, 6 tensors:",
-        "    bn1.bias: holds values that are not finite",
-        "    bn1.running_mean: holds values that are not finite",
-        "    bn1.running_var: holds int8, expected float32",
+        "    bn1.bias: contains NaN or infinite values",
+        "    bn1.running_mean: contains NaN or infinite values",
+        "    bn1.running_var: has type int8, expected float32",
         "    bn1.weight: missing",
         "    conv1.weight: has shape (16, 3, 3, 3), expected (16, 1, 3, 3)",
         "    layer9.weight: not in the network",

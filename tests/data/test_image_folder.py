@@ -251,7 +251,7 @@ def test_predict_refuses_unreadable_and_missing_images(trained: Path, tmp_path: 
     for place, message in (
         (tmp_path / "broken.png", "broken.png: not an image"),
         (tmp_path / "missing.png", "no such file"),
-        (tmp_path / "none", "holds no images"),
+        (tmp_path / "none", "has the name of an image"),
     ):
         refused(3, message, "predict", place, *run)
     refused(3, "holds no finished", "predict", tmp_path / "broken.png", "--from", tmp_path)

@@ -113,7 +113,7 @@ def test_a_pickle_that_holds_more_than_data_is_not_run(batches: dict[str, bytes]
         batches["data_batch_1"] = batch(0, 3, extra=canary)
     layout, archive = published(batches)
     (tmp_path / layout.archive).write_bytes(archive)
-    with pytest.raises(InputError, match="is not data only and was not read: it asks for"):
+    with pytest.raises(InputError, match="contains other objects than data, so it is not loaded: it asks for"):
         cifar.read([tmp_path], layout)
     assert not (tmp_path / "alive").exists()
 

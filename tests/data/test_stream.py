@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.commands import forget_signals, must, process, refused, setting
+from helpers.commands import fix_of, forget_signals, must, process, refused, run_commands, setting
 from helpers.files import contents, flip
 from helpers.jpeg_tree import picture
 from numpy.typing import NDArray
@@ -354,7 +354,11 @@ def test_a_damaged_shard_in_the_middle_of_training_is_named(tree: Path, tmp_path
     shard = data / "train-00000.shard"
     flip(shard, 17 * SIZE * SIZE * 3)
     train = ("train-stage1", "--data", data, "--out", tmp_path / "run", *FLAGS)
-    refused(3, f"{shard}: image 17 of the train split is damaged", *train)
+    result = refused(3, f"{shard}: image 17 of the train split is damaged", *train)
+    fix, _, advice = fix_of(result).partition(", ")
+    assert advice == "with the --list-dir that it was built with"
+    run_commands(f"{fix} --list-dir {tree / 'lists'}")
+    must(*train)
 
 
 def test_a_signal_while_reading_ends_at_once_and_resumes_bit_for_bit(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +60,26 @@ def ended(result: Result, code: int, messages: str | Sequence[str] = ()) -> Resu
         assert message in result.stderr
     assert "Traceback" not in result.stderr
     return result
+
+
+def fix_of(result: Result) -> str:
+    """The command or change on the fix: line of an error."""
+    (fix,) = [line.removeprefix("  fix: ") for line in result.stderr.splitlines() if line.startswith("  fix: ")]
+    return fix
+
+
+def follow_fix(result: Result) -> str:
+    """Run the commands on the fix: line of an error, as a user would paste them; returns the line."""
+    run_commands(fix_of(result))
+    return fix_of(result)
+
+
+def run_commands(line: str) -> None:
+    """Run commands of a shell, joined by &&; cpmix in this process."""
+    for command in line.split(" && "):
+        name, *words = shlex.split(command)
+        assert name in ("cpmix", "mv", "rm"), command
+        must(*words) if name == "cpmix" else subprocess.run([name, *words], check=True)
 
 
 def process(*arguments: object, code: str = "", **options: Any) -> Result:

@@ -26,7 +26,7 @@ def data(digits: Path, tmp_path: Path) -> Path:
         (-100, "train.safetensors has labels -100 to 9; expected 0 to 9"),
         (-1, "train.safetensors has labels -1 to 9; expected 0 to 9"),
         (10, "train.safetensors has labels 0 to 10; expected 0 to 9"),
-        (9, "class_counts.parquet does not count the training labels"),
+        (9, "class_counts.parquet has other counts than the training labels"),
     ],
 )
 def test_labels_of_a_data_set_made_by_hand_are_checked(data: Path, tmp_path: Path, label: int, message: str) -> None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.commands import cpmix, ended, must, process, refused
-from helpers.files import Canary, edit_record, files, flip, unchanged, write_image
+from helpers.commands import cpmix, ended, fix_of, follow_fix, must, process, refused, run_commands
+from helpers.files import Canary, edit_record, exact_contents, files, flip, unchanged, write_image
 from PIL import Image
 
 from cpmix_cli.artifacts import records, tables
@@ -74,7 +74,8 @@ def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) 
             path.write_bytes(damaged)
             total += 1
             result = cpmix(*command)
-            if result.code != 3 or str(path) not in result.stderr or "Traceback" in result.stderr:
+            said = (str(path), "\n  needed by: ", "\n  fix: ")
+            if result.code != 3 or not all(words in result.stderr for words in said) or "Traceback" in result.stderr:
                 silent.append(f"{path}: {command[0]} exit {result.code}: {result.stderr}")
         path.write_bytes(whole)
         assert cpmix(*command).code in (0, 75), path  # whole again (status: 75, to be continued)
@@ -174,10 +175,159 @@ def test_paths_of_another_kind_in_place_of_files_are_refused(
                 continue  # nothing was made yet
             aside = path.rename(path.with_name("aside"))
             PLACEHOLDERS[kind](path)
-            refused(3, path.name if kind == "missing" else str(path), *command)
+            refused(3, (path.name if kind == "missing" else str(path), "\n  fix: "), *command)
             path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
             aside.rename(path)
     assert not (tmp_path / "new").exists()
+
+
+# -- the printed fix ---------------------------------------------------------------------------------------------------
+
+RETRAINS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
+
+
+def put_aside(path: Path, kind: str) -> None:
+    path.rename(path.with_name("aside"))
+    PLACEHOLDERS[kind](path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("class_counts.parquet", "missing"),
+        ("class_counts.parquet", "pickle"),
+        ("train.safetensors", "flipped"),
+        ("train.safetensors", "folder"),
+        ("test.parquet", "loop"),
+    ],
+)
+def test_the_printed_fix_repairs_a_data_set(tmp_path: Path, name: str, kind: str) -> None:
+    data = tmp_path / "my data"
+    build = ("build-lt", "toy", "--rho", "12.5", "--val-per-class", 20, "--subset-seed", 3, "--few-inclusive")
+    must(*build, "--out", data)
+    expected = exact_contents(data)
+    put_aside(data / name, kind)
+    command = ("train-stage1", "--data", data, "--out", tmp_path / "run", "--dry-run")
+    if name == "test.parquet":
+        command = (*build, "--out", data)
+    follow_fix(refused(3, str(data / name), *command))
+    must(*command)
+    (data / "aside").unlink()
+    if kind == "folder":
+        (data / f"{name}.moved").rmdir()
+    assert exact_contents(data) == expected
+
+
+@pytest.mark.parametrize("kind", ["flipped", "empty", "folder", "pipe"])
+def test_a_data_set_without_a_whole_record_is_to_be_built_with_its_own_flags(
+    toy: Path, tmp_path: Path, kind: str
+) -> None:
+    """Only its record says what they were."""
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    put_aside(data / DATASET, kind)
+    fix = fix_of(refused(3, str(data / DATASET), "build-lt", "toy", "--out", data))
+    before, _, command = fix.partition("build it again with its source and flags: ")
+    assert before == (f"mv {data / DATASET} {data / DATASET}.moved && " if kind == "folder" else "")
+    assert command == f"cpmix build-lt SOURCE --out {data} --overwrite"
+    run_commands(before + command.replace("SOURCE", "toy"))
+    must("build-lt", "toy", "--out", data)
+
+
+OF_PHASES = [RUN, MODEL, "metrics.parquet", CONFUSION_PAIRS, "class_counts.parquet", RECIPE]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "flipped") for name in OF_PHASES), (RUN, "folder"), (MODEL, "folder"), (MODEL, "missing")],
+)
+@pytest.mark.parametrize("phase", ["stage1", "stage2", "finetune"])
+def test_the_printed_fix_repairs_a_phase_from_its_training_state(
+    digits: Path, digits_run: Path, phase: str, name: str, kind: str
+) -> None:
+    """In seconds, and so that later phases stay what they are."""
+    command: tuple[object, ...] = (RETRAINS[phase], "--from", digits_run)
+    if phase == "stage1":
+        command = ("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)
+    folder = digits_run / phase
+    weights, state = (sha256((folder / file).read_bytes()) for file in (MODEL, TRAINING_STATE))
+    # The flags of the recipe are those in run.json, which here has the words of pytest.
+    edit_record(folder / RUN, argv=["cpmix", *map(str, command)])
+    put_aside(folder / name, kind)
+    result = refused(3, str(folder / name), *command)
+    assert "--overwrite" not in follow_fix(result)
+    must(*command)
+    assert [sha256((folder / file).read_bytes()) for file in (MODEL, TRAINING_STATE)] == [weights, state]
+
+
+@pytest.mark.parametrize("phase", ["stage1", "stage2", "finetune"])
+def test_the_printed_fix_trains_a_phase_with_a_damaged_state_again(digits: Path, digits_run: Path, phase: str) -> None:
+    command: tuple[object, ...] = (RETRAINS[phase], "--from", digits_run)
+    if phase == "stage1":
+        command = ("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)
+    folder = digits_run / phase
+    weights = (folder / MODEL).read_bytes()
+    flip(folder / TRAINING_STATE)
+    assert follow_fix(refused(3, str(folder / TRAINING_STATE), *command)).endswith(" --overwrite")
+    must(*command)
+    assert (folder / MODEL).read_bytes() == weights
+    interrupt(folder)
+    flip(folder / TRAINING_STATE)
+    result = refused(3, str(folder / TRAINING_STATE), *command)
+    if phase == "stage1":  # no other file has its data set
+        said = f"train it from the beginning: run the train-stage1 command of {digits_run} again with --overwrite"
+        assert fix_of(result) == said
+        must(*command, "--overwrite")
+    else:
+        follow_fix(result)
+    must(*command)
+    assert (folder / MODEL).read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "flipped") for name in (RUN, "metrics.json", "predictions.parquet", "logits.safetensors")),
+        *((RUN, kind) for kind in ("folder", "pickle")),
+        *(("per_class.parquet", kind) for kind in ("missing", "folder")),
+    ],
+)
+def test_the_printed_fix_repairs_an_evaluation(toy_run: Path, name: str, kind: str) -> None:
+    path = toy_run / "evaluation" / "stage2" / name
+    put_aside(path, kind)
+    command = ("evaluate", "--from", toy_run)
+    assert follow_fix(refused(3, str(path), *command)).endswith(
+        f"cpmix evaluate --from {toy_run} --phase stage2 --overwrite"
+    )
+    must(*command)
+    must("confusion-report", "--from", toy_run)
+
+
+def test_the_printed_fix_repairs_a_labelled_evaluation(toy_run: Path) -> None:
+    """Its label does not say which --set it was made with: that is in run.json, as it was typed."""
+    command = ("evaluate", "--from", toy_run, "--set", "evaluation.tau_norm=1")
+    must(*command)
+    folder = toy_run / "evaluation" / "stage2-tau-norm-1"
+    flip(folder / "metrics.json")
+    plain = refused(3, str(folder / "metrics.json"), *command)
+    assert fix_of(plain) == f"run the evaluate command that wrote {folder} again, with --overwrite"
+    edit_record(folder / RUN, argv=["cpmix", *map(str, command)])
+    follow_fix(refused(3, str(folder / "metrics.json"), *command))
+    must(*command)
+
+
+@pytest.mark.parametrize("name", [RUN, "confused_pairs.parquet", "confusion_matrix.parquet"])
+def test_the_printed_fix_repairs_a_report(toy_run: Path, name: str) -> None:
+    path = toy_run / "confusion" / "stage2" / name
+    flip(path)
+    follow_fix(refused(3, str(path), "confusion-report", "--from", toy_run))
+    must("confusion-report", "--from", toy_run)
+
+
+def test_the_fix_of_a_damaged_file_outside_of_runs_names_the_file(toy: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"no such thing")
+    result = refused(3, str(weights), "train-stage1", "--data", toy, "--init", weights, "--out", tmp_path / "run")
+    assert fix_of(result) == f"restore {weights} from a copy, or make it again the way it was made"
 
 
 # -- content that is wrong under the right hash ------------------------------------------------------------------------
@@ -208,10 +358,10 @@ STATE_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] 
     "extra": (lambda t: t.update(more=torch.zeros(1)), "more: not in the network"),
     "missing": (lambda t: t.pop(HEAD), f"{HEAD}: missing"),
     "shape": (put(HEAD, lambda t: t[:3].clone()), f"{HEAD}: has shape (3, 100), expected (4, 100)"),
-    "type": (put(HEAD, torch.Tensor.double), f"{HEAD}: holds float64, expected float32"),
-    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"{HEAD}: holds values that are not finite"),
-    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "confusion: holds values that are not finite"),
-    "below 0": (put("confusion", lambda t: t - 1), "holds confusion counts below 0"),
+    "type": (put(HEAD, torch.Tensor.double), f"{HEAD}: has type float64, expected float32"),
+    "nan": (put(HEAD, lambda t: t.clone().fill_(torch.nan)), f"{HEAD}: contains NaN or infinite values"),
+    "inf": (put("confusion", lambda t: t.clone().fill_(torch.inf)), "confusion: contains NaN or infinite values"),
+    "below 0": (put("confusion", lambda t: t - 1), "has confusion counts below 0"),
     "diagonal": (put("confusion", lambda t: t + torch.eye(4, dtype=t.dtype)), "of a class with itself"),
     "classes": (put("confusion", lambda t: t[:3, :3].clone()), "confusion: has shape (3, 3), expected (4, 4)"),
     "no momentum": (lambda t: t.pop("optimizer.head.bias.momentum_buffer"), "momentum_buffer: missing"),
@@ -236,7 +386,7 @@ def test_weights_that_do_not_fit_are_refused(digits_run: Path, toy_run: Path) ->
     refused(3, "does not fit the network", "evaluate", "--from", digits_run)
     tensors["head.bias"][1] = torch.nan
     republish(toys.parent, toys.name, publish_tensors(toys, tensors))
-    message = f"{toys} does not fit the network, 1 tensor:\n    head.bias: holds values that are not finite"
+    message = f"{toys} does not fit the network, 1 tensor:\n    head.bias: contains NaN or infinite values"
     refused(3, message, "evaluate", "--from", toy_run, "--overwrite")
 
 
@@ -314,7 +464,7 @@ def test_a_runs_record_of_its_data_set_is_checked(digits_run: Path, tmp_path: Pa
     edit_record(path, dataset={**records.read_fields(path)["dataset"], **edit})
     write_image(tmp_path / "x.png")
     for command in (("predict", "--from", digits_run, tmp_path / "x.png"), ("evaluate", "--from", digits_run)):
-        refused(3, f"{path} is no such record", *command)
+        refused(3, f"{path} has an invalid value", *command)
 
 
 def test_a_data_set_whose_recipe_is_missing_is_refused(toy: Path, tmp_path: Path) -> None:
@@ -340,7 +490,7 @@ OF_DATA_SETS += [{"groups": {}}, {"recipe": "r" * 400}, {"files": {"../../etc/pa
 def test_a_data_set_sealed_by_hand_is_refused(digits: Path, tmp_path: Path, edit: dict[str, object]) -> None:
     path = Path(shutil.copytree(digits, tmp_path / "data")) / DATASET
     edit_record(path, **edit)
-    refused(3, f"{path} is no such record", "train-stage1", "--data", path.parent, "--out", tmp_path / "run")
+    refused(3, f"{path} has an invalid value", "train-stage1", "--data", path.parent, "--out", tmp_path / "run")
 
 
 # -- of another data set, subset or recipe -----------------------------------------------------------------------------
@@ -376,7 +526,7 @@ def test_a_phase_under_the_name_of_another_is_refused(digits_run: Path, done: bo
     name = RUN if done else TRAINING_STATE
     commands = (("status", digits_run), ("evaluate", "--from", digits_run))
     for command in commands if done else commands[:1]:
-        refused(3, f"{digits_run / 'finetune' / name} is of stage2, and not of finetune", *command)
+        refused(3, f"{digits_run / 'finetune' / name} is the record of stage2, not of finetune", *command)
 
 
 def test_a_path_that_cannot_be_checked_is_not_reported_as_missing(tmp_path: Path) -> None:
@@ -485,13 +635,13 @@ def hugging_face(folder: Path, **changes: object) -> None:
     ("changes", "message"),
     [
         ({"fine_label": ["cat"] * 200}, "not a readable Parquet file"),
-        ({"fine_label": [None, *range(199)]}, "1 labels are missing"),
+        ({"fine_label": [None, *range(199)]}, "lacks 1 label"),
         ({"fine_label": [100] * 200}, "names 101 classes; expected 100"),
         ({"fine_label": [-1, *range(1, 100)] * 2}, "has labels -1 to 99"),
         ({"img": ["x"] * 200}, "not a readable Parquet file"),
         ({"img": [{"bytes": b"GIF89a", "path": None}] * 200}, "cannot be decoded"),
         ({"img": [{"bytes": None, "path": "x"}] * 200}, "cannot be decoded"),
-        ({"img": [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]}, "would unpack its"),
+        ({"img": [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]}, "would unpack from"),
     ],
 )
 def test_a_damaged_hugging_face_layout_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
