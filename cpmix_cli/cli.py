@@ -5,21 +5,24 @@ Errors become exit codes only here.
 
 import inspect
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from cpmix_cli import __version__, flags
 from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
 from cpmix_cli.runtime import console, ranks, signals
-from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
 WITHOUT_TORCH = ("status", "compare", "misclassified", "recipes", "methods")
@@ -35,9 +38,16 @@ def _explained() -> Iterator[None]:
             raise
         except OSError as fault:  # such as an impossible path, or a folder without permission
             if isinstance(fault.filename, str | bytes):
-                raise EnvironmentFault(f"{os.fsdecode(fault.filename)}: {fault.strerror}") from fault
+                path = os.fsdecode(fault.filename)
+                raise EnvironmentFault(
+                    f"{path} cannot be read or written: {fault.strerror}",
+                    fix=f"correct the path, or its permissions: {shlex.join(['ls', '-ld', path])}",
+                ) from fault
             console.flush()  # may fail too, such as on a full disk
-            raise EnvironmentFault(f"reading or writing failed: {fault.strerror or fault}") from fault
+            raise EnvironmentFault(
+                f"reading or writing failed: {fault.strerror or fault}",
+                fix="check the disk (df -h) and its mount, then give the command again",
+            ) from fault
     except CpmixError as fault:
         if isinstance(fault, InputError) and fault.path is not None and not fault.fix:
             from cpmix_cli.runs.repair import repair_command  # imported here: it imports pandas
@@ -49,6 +59,51 @@ def _explained() -> Iterator[None]:
         with suppress(BrokenPipeError):
             console.flush()
         raise typer.Exit(0) from None
+
+
+def _flag_error(fault: TyperException, words: Sequence[str], command: TyperCommand | TyperGroup) -> UsageError:
+    """Return an error that Typer found in a command line as an error with the flag, its value and a fix.
+
+    Args:
+        fault: an unknown, missing or invalid flag or argument.
+        words: words after the name of the command.
+        command: the command.
+    """
+    option, parameter = getattr(fault, "option_name", ""), getattr(fault, "param", None)
+    flags: dict[str, Any] = {name: known for known in command.params for name in known.opts if name.startswith("-")}
+    called = "cpmix" if isinstance(command, TyperGroup) else f"cpmix {command.name}"
+    if option in flags and flags[option].is_flag:
+        return UsageError(f"{option} takes no value", fix=f"give {option} alone")
+    if option in flags:
+        return UsageError(f"{option} has no value", fix=f"give {option} a value: {flags[option].help}")
+    if option:
+        near = [f"give --{name}; " for name in nearest(option.strip("-"), [flag.strip("-") for flag in flags])]
+        return UsageError(f"{called} has no flag {option}", fix="".join(near) + f"{called} --help lists all flags")
+    if parameter is None:
+        return UsageError(fault.format_message(), fix=f"{called} --help lists its arguments and flags")
+    is_flag = parameter.opts[0] in flags
+    name = parameter.opts[0] if is_flag else parameter.metavar
+    if not fault.message:
+        return UsageError(f"{name} is missing", fix=f"give {name}: {parameter.help}")
+    pairs = [(word, after) for word, after in pairwise(words)] + [
+        tuple(word.split("=", 1)) for word in words if "=" in word
+    ]
+    given = [value for flag, value in pairs if flag in parameter.opts] if is_flag else words[:1]
+    reason = fault.message.removeprefix("Input should be ").partition(",")[0]
+    low, high = parameter.min, parameter.max
+    wanted = "a number" if low is None else f"a number from {low} " + ("up" if high is None else f"to {high}")
+    return UsageError(f"{' '.join([name, *given[-1:]])} is not {reason}", fix=f"give {name} {wanted}")
+
+
+class _Command(TyperCommand):
+    """Command whose errors, also those of its flags, name it."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **more: Any) -> Any:
+        console.command, words = str(self.name), list(args)
+        try:
+            return super().make_context(info_name, args, *rest, **more)
+        except TyperException as fault:
+            raise _flag_error(fault, words, self) from fault
 
 
 class _Commands(TyperGroup):
@@ -67,7 +122,18 @@ class _Commands(TyperGroup):
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _explained():  # --help and --version print here, which may fail
-            return super().make_context(*args, **kwargs)
+            words = list(args[1])
+            try:
+                return super().make_context(*args, **kwargs)
+            except TyperException as fault:
+                if not words:  # the help of cpmix
+                    raise
+                raise _flag_error(fault, words, self) from fault
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise UsageError(f"cpmix has no command {args[0]}", fix=give_one_of(args[0], self.commands))
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         with _explained():
@@ -203,7 +269,7 @@ def _add(name: str, kind: type) -> None:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     text, example = str(inspect.getdoc(kind)).split("\n\n")
-    app.command(name, help=text, epilog=example)(run)
+    app.command(name, cls=_Command, help=text, epilog=example)(run)
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:

@@ -12,18 +12,19 @@ from typing import Annotated, Any
 from typer import Argument, CallbackParam, Option
 
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import UsageError, suggest
+from cpmix_cli.runtime.errors import UsageError, give_one_of
 
 
 def one_of(*choices: str) -> Callable[[CallbackParam, str | None], str | None]:
     """Return a callback that checks the value of a flag against `choices`.
 
-    The callback raises UsageError for any other value and suggests the nearest choice.
+    The callback raises UsageError for any other value and names the nearest choice.
     """
 
     def check(parameter: CallbackParam, value: str | None) -> str | None:
         if value is not None and value not in choices:
-            raise UsageError(f'{parameter.opts[0]} "{value}".{suggest(value, choices)}')
+            flag = parameter.opts[0]
+            raise UsageError(f'{flag} "{value}" is unknown', fix=give_one_of(value, choices, flag))
         return value
 
     return check
@@ -51,7 +52,10 @@ def _set_json(wanted: bool) -> bool:
 def _check_world_sizes(text: str | None) -> str | None:
     parts = (text or "1").split(",")
     if not all(part.strip().isdecimal() and len(part) <= 8 and int(part) > 0 for part in parts):
-        raise UsageError(f'--world-size "{text}": numbers of ranks, such as 1,8,64')
+        raise UsageError(
+            f'--world-size "{text}" is no list of numbers of ranks',
+            fix="give numbers from 1 up, such as --world-size 1,8,64",
+        )
     return text
 
 

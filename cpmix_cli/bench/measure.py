@@ -73,10 +73,14 @@ def training_set(folder: Path | None, data_root: Path | None) -> Dataset:
     if folder is not None:
         dataset = open_dataset(folder, data_root=data_root)
         if len(dataset.shape) != 3:
-            raise InputError(f"{folder} holds points; the loop to compare with takes images")
+            raise InputError(
+                f"{folder} holds points, and the reference loop takes images", fix="give --data a data set of images"
+            )
         return dataset
     if data_root is not None:
-        raise UsageError("--data-root is of a data set: give --data too")
+        raise UsageError(
+            f"--data-root {data_root} has no data set whose images it holds", fix="give --data FOLDER as well"
+        )
     counts = exponential_counts(500, 100, 200)
     return unwritten_dataset(
         "random images", counts, [32, 32, 3], recipe="cifar100-lt/cpmix", rho=200.0, storage="tensors"
@@ -95,7 +99,10 @@ def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext,
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
     check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     if any("teacher" in term.functions for term in compile_stage(recipe.stage1)):
-        raise UsageError(f"{name} learns from a teacher, which bench has not")
+        raise UsageError(
+            f"{name} learns from a teacher, and bench takes no --teacher",
+            fix="give a recipe without a teacher, such as --recipe cifar100-lt/cpmix",
+        )
     precision = hardware.resolve_precision(recipe.model.precision, device)
     phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     return name, PhaseContext(recipe, dataset, device, precision, {}), phases

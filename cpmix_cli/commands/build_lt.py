@@ -22,7 +22,7 @@ from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, indented, suggest
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, give_one_of, indented
 
 
 def run(options: BuildOptions) -> None:
@@ -104,11 +104,16 @@ def _check_flags(options: BuildOptions) -> None:
     """Check the flags as far as possible without reading a file."""
     name = options.source
     if name not in SOURCES:
-        raise UsageError(f'no source "{name}".{suggest(name, SOURCES)}')
+        raise UsageError(f'build-lt has no source "{name}"', fix=give_one_of(name, SOURCES))
     if options.rho is not None and not options.rho >= 1:
-        raise UsageError(f"--rho {options.rho:g}: the imbalance factor is 1 or more")
+        raise UsageError(
+            f"--rho {options.rho:g} is no imbalance factor", fix="give a number from 1 up, such as --rho 20"
+        )
     if options.profile is not None and options.profile not in PROFILES:
-        raise UsageError(f'--profile: no profile "{options.profile}".{suggest(options.profile, PROFILES)}')
+        raise UsageError(
+            f'--profile "{options.profile}" is no class profile',
+            fix=give_one_of(options.profile, PROFILES, "--profile"),
+        )
     is_official = name in OFFICIAL_LISTS
     has_files = is_official or name == "image-folder"
     refusals = {
@@ -129,7 +134,8 @@ def _check_flags(options: BuildOptions) -> None:
         raise UsageError("--profile: without --rho all images are kept", fix="give --rho as well")
     if options.pack and not 8 <= options.pack <= 1024:
         raise UsageError(
-            f"--pack {options.pack}: packed images have 8 to 1024 pixels a side; 0 leaves them in their files"
+            f"--pack {options.pack} is no side of packed images",
+            fix="give 8 to 1024 pixels, such as --pack 256; --pack 0 leaves the images in their files",
         )
 
 

@@ -36,7 +36,7 @@ def run(options: CompareOptions) -> None:
         EnvironmentFault: --out exists or cannot be written.
     """
     if console.as_json and options.form not in ("table", "json"):
-        raise UsageError(f"--json and --format {options.form}: give one of the two")
+        raise UsageError(f"--json and --format {options.form} are two output formats", fix="drop one of the two flags")
     console.as_json = console.as_json or options.form == "json"
     files.refuse_existing(options.out, overwrite=options.overwrite)
     measured: list[EvaluatedRun] = []

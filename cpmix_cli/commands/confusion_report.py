@@ -65,11 +65,19 @@ def run(options: ReportOptions) -> None:
     others = [_read_reported(folder) for folder in options.compare]
     for other in others:
         if other.dataset.class_names != own.dataset.class_names:
-            raise InputError(f"{other.root} has other classes than {own.root}", needed_by="confusion-report --compare")
+            raise InputError(
+                f"{other.root} has other classes than {own.root}",
+                needed_by="confusion-report --compare",
+                fix=f"drop --compare {other.root}, or give a run on data with the same classes",
+            )
     reported = [own, *others]
     places = [run.evaluation.resolve() for run in reported]
     if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UsageError(f"{twice} is given twice", needed_by="confusion-report --compare")
+        raise UsageError(
+            f"{twice} is given twice",
+            needed_by="confusion-report --compare",
+            fix="give each run once in --from and --compare",
+        )
     pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     out = options.out or own.root
     folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"

@@ -46,13 +46,24 @@ def run(options: EvaluateOptions) -> None:
         EnvironmentFault: the output belongs to other settings, the device is missing, or the disk is full.
     """
     if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
-        raise UsageError(f'--label "{options.label}": letters, digits, ".", "_" and "-" only')
+        raise UsageError(
+            f'--label "{options.label}" is no file name of letters, digits, ".", "_" and "-"',
+            fix="give a name such as --label run-2",
+        )
     if options.test_data is not None and options.split != "test":
-        raise UsageError("--split is of the data set, --test-data another one: give one of the two")
+        raise UsageError(
+            f"--split {options.split} and --test-data {options.test_data} name two sets of test images",
+            fix="drop one of the two flags",
+        )
     if options.test_distribution == "uniform" and options.ratio != 50:
-        raise UsageError("--ratio is that of a --test-distribution: forward or backward")
+        raise UsageError(
+            f"--ratio {options.ratio:g} has no effect on a uniform test distribution",
+            fix="give --test-distribution forward or backward as well, or drop --ratio",
+        )
     if not math.isfinite(options.ratio):
-        raise UsageError(f"--ratio {options.ratio:g}: no number that a class can be larger by")
+        raise UsageError(
+            f"--ratio {options.ratio:g} is not a finite number", fix="give a number from 1 up, such as --ratio 50"
+        )
     source = choose(options.from_folder, options.phase)
     root = source.run
     dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
@@ -131,7 +142,11 @@ def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch
         return None
     num_test = torch.bincount(labels, minlength=dataset.num_classes)
     if empty := int((num_test == 0).sum()):
-        raise InputError(f"{empty} classes have no test image", needed_by="evaluate --test-distribution")
+        raise InputError(
+            f"{counted(empty, 'class', 'classes')} of {dataset.num_classes} have no test image",
+            needed_by=f"evaluate --test-distribution {options.test_distribution}",
+            fix="drop --test-distribution, or give test images of every class with --test-data",
+        )
     counts, most = torch.tensor(dataset.class_counts), int(num_test.min())
     profile = shifted_profile(counts, num_test, options.test_distribution, options.ratio)
     if not profile.all():
@@ -161,7 +176,11 @@ def _learnt_weights(
     With a test distribution, the images are a subset with that distribution, drawn once.
     """
     if len(dataset.shape) != 3:
-        raise InputError("points have no augmented views", needed_by='evaluation.aggregate = "test-time"')
+        raise InputError(
+            f"{dataset.folder} holds points, which have no augmented views",
+            needed_by='evaluation.aggregate = "test-time"',
+            fix="give --set evaluation.aggregate=mean",
+        )
     chosen = images_to_learn_from(tests.labels, profile, torch_generator(recipe.seed, "test-time"))
 
     def views(batch: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +208,10 @@ def _requested_recipe(options: EvaluateOptions, source: PhaseFolder) -> Recipe:
         return own
     recipe = loading.load(str(source.output(files.RECIPE)[0]), settings=options.settings)
     if changed := schema.differences({**own.tables(), "evaluation": {}}, {**recipe.tables(), "evaluation": {}}):
-        raise UsageError(f"evaluate --set changes what was trained: {'; '.join(changed)}")
+        raise UsageError(
+            f"--set changes what {source.path} was trained with: {'; '.join(changed)}",
+            fix="change only keys of [evaluation], such as --set evaluation.tau_norm=1, or train with the others",
+        )
     return recipe
 
 

@@ -107,7 +107,10 @@ def run(options: FigureOptions) -> None:
     outs = options.out or [Path(f"figure{options.number}.pdf")]
     for out in outs:
         if out.suffix.lower() not in KINDS:
-            raise UsageError(f"--out {out}: the name ends in {', '.join(KINDS)}")
+            raise UsageError(
+                f"--out {out} ends in none of {', '.join(KINDS)}",
+                fix=f"give a name such as --out figure{options.number}.pdf",
+            )
     found = _read_runs(options)
     figure, panels = FIGURES[options.number](options, found)
     used = {one.source.path for _, one in panels}

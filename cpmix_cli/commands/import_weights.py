@@ -80,7 +80,10 @@ def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
+        raise InputError(
+            f"{path} holds no named tensors, but {'an empty' if content == {} else 'a'} {type(content).__name__}",
+            fix="give a file that torch.save(model.state_dict(), FILE) wrote",
+        )
     if others := [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]:
         raise InputError(
             f"{path} has entries that are no plain tensors: {shortened(others, 10)}",

@@ -10,7 +10,7 @@ from cpmix_cli.flags import MisclassifiedOptions
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, suggest
+from cpmix_cli.runtime.errors import InputError, UsageError, give_one_of
 
 
 def run(options: MisclassifiedOptions) -> None:
@@ -57,7 +57,10 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
         return classes.index(given)
     if given.isdecimal() and int(given) < len(classes):
         return int(given)
-    raise UsageError(f'{flag} "{given}" is no class.{suggest(given, classes)}')
+    raise UsageError(
+        f'{flag} "{given}" is neither a class nor a class id from 0 to {len(classes) - 1}',
+        fix=give_one_of(given, classes, flag),
+    )
 
 
 def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong: pd.DataFrame) -> list[str | int]:

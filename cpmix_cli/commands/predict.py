@@ -28,7 +28,10 @@ def run(options: PredictOptions) -> None:
     source = choose(options.from_folder, options.phase)
     seen = source.record().dataset
     if len(seen.shape) != 3:
-        raise InputError(f"{source.path} is a network of points and takes no images")
+        raise InputError(
+            f"{source.path} was trained on points ({seen.name}) and takes no images",
+            fix="give --from a run that was trained on images",
+        )
     files.refuse_existing(options.out, overwrite=options.overwrite)
     device = use_device(options.device)
     paths = image_folder.find_images(options.images)

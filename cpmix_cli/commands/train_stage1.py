@@ -36,7 +36,10 @@ def run(options: TrainStage1Options) -> None:
         CpmixError: see training.phase.train().
     """
     if options.data is None:
-        raise UsageError("--data is missing: the data set folder", fix="give a folder that build-lt has written")
+        raise UsageError(
+            "--data is missing: the data set folder",
+            fix="give a folder that build-lt has written; for the handwritten digits: cpmix build-lt digits",
+        )
     dataset = open_dataset(options.data, data_root=options.data_root)
     recipe = loading.load(
         options.recipe or dataset.recipe(),
@@ -100,7 +103,11 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
         return None
     source = choose(run.parent if run.is_file() else run)  # --teacher may be a model.safetensors
     if source.record().dataset.fingerprint != dataset.fingerprint:
-        raise InputError(f"{source.path} was not trained on {dataset.name} of {dataset.folder}", needed_by="--teacher")
+        raise InputError(
+            f"{source.path} was trained on {source.record().dataset.name}, not on {dataset.name} in {dataset.folder}",
+            needed_by="--teacher",
+            fix=f"give --teacher a run that was trained with --data {dataset.folder}",
+        )
     if not taught:
         raise UsageError(
             "no term of the recipe learns from a teacher",

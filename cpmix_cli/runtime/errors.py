@@ -4,6 +4,7 @@ A CpmixError is an error that the user can repair. It is shown as three lines (w
 it) without a traceback. A ValueError is a wrong call from Python. An assert checks an invariant of this package.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,9 +111,32 @@ def indented(items: Sequence[str], limit: int | None = None) -> str:
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """Return the hint ' Did you mean "x"?' with the most similar known name, and all known names if at most 20."""
-    import difflib  # imported here: signals.py imports this module first, and that must be fast
-
     names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    near = nearest(wrong, names)
     hint = f' Did you mean "{near[0]}"?' if near else ""
     return f"{hint} Known: {', '.join(names)}." if 0 < len(names) <= 20 else hint
+
+
+def give_one_of(wrong: str, known: Iterable[str], flag: str = "") -> str:
+    """Return the fix line of a wrong name: "give --device cpu, or another of auto, cpu, cuda".
+
+    Args:
+        wrong: name that was given.
+        known: names that can be given; at most 20 are listed.
+        flag: flag of the name; "" for an argument.
+    """
+    names = sorted(known)
+    near, listed = nearest(wrong, names), shortened(names, 20)
+    first = shlex.join([*([flag] if flag else []), *near])
+    return (
+        f"give {first}, or another of {listed}"
+        if near
+        else f"give {first or 'one'} {'one ' if flag else ''}of {listed}"
+    )
+
+
+def nearest(wrong: str, names: Sequence[str]) -> list[str]:
+    """Return the name that is most similar to a wrong one; an empty list if none is similar."""
+    import difflib  # imported here: signals.py imports this module first, and that must be fast
+
+    return difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
