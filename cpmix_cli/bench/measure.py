@@ -97,7 +97,9 @@ def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext,
     device = hardware.use_device(options.device)
     name = options.recipe or dataset.record.recipe
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
-    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    check_fits(
+        recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
+    )
     if any("teacher" in term.functions for term in compile_stage(recipe.stage1)):
         raise UsageError(
             f"{name} learns from a teacher, and bench takes no --teacher",

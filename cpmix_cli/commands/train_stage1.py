@@ -48,7 +48,9 @@ def run(options: TrainStage1Options) -> None:
         seed=options.seed,
         rho=dataset.record.rho,
     )
-    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    check_fits(
+        recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
+    )
     teacher = _choose_teacher(options.teacher, recipe, dataset)
     _check_init(recipe, options.init)
     inputs = {} if options.init is None else {"init": options.init}

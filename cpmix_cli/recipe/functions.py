@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cpmix_cli.runtime.errors import suggest
+from cpmix_cli.runtime.errors import UsageError, suggest
 
 Functions = Mapping[str, Callable[..., Any]]
 FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -33,6 +33,22 @@ FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": ("models", ("MODELS",)),
 }
 """Key of a recipe (a kind of function) -> module of these functions, and the names of its tables of them."""
+ARGUMENTS = {
+    "BATCH_PARTNERS": ("uniforms", "labels", "state"),
+    "CLASS_PARTNERS": ("uniforms", "labels", "state"),
+    "MATCHES": ("f1", "y1", "f2", "y2", "state"),
+    "RATIOS": ("drawn", "n1", "n2"),
+    "MIXES": ("x1", "x2", "lam", "uniforms"),
+    "LABELS": ("lam", "n1", "n2"),
+    "LOSSES": ("logits", "labels", "weights", "class_counts"),
+    "ENSEMBLE_LOSSES": ("logits", "labels", "weights", "class_counts"),
+    "ROUTING_LOSSES": ("logits", "routes", "labels"),
+    "REGULARISERS": ("logits", "class_counts", "reweighting"),
+    "DISTILLATIONS": ("logits", "teacher"),
+    "CLASS_WEIGHTS": ("class_counts",),
+    "MODELS": ("num_classes", "shape", "recipe"),
+}
+"""Table of functions -> the positional arguments that a call gives, in order; other parameters are keyword-only."""
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
@@ -67,11 +83,13 @@ def outline(module: str) -> dict[str, Any]:
     Functions have only their keyword-only parameters. Values that need a slow package are left out.
 
     Raises:
-        NameError: a table of functions needs a slow package; the message states what to change in the module.
+        UsageError: a table of functions needs a slow package, or a function in it has parameters that no recipe can
+            set; the message states what to change in the module.
     """
     path = Path(__file__).parents[1] / f"{module}.py"
     found: dict[str, Any] = {}
-    unreadable: dict[str, str] = {}
+    unreadable: dict[str, tuple[str, str]] = {}
+    signatures: dict[str, ast.arguments] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             source = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
@@ -79,6 +97,7 @@ def outline(module: str) -> dict[str, Any]:
             if source is None or not (source.partition(".")[0] in light or source.startswith("cpmix_cli.recipe.")):
                 continue
         elif isinstance(node, ast.FunctionDef):
+            signatures[node.name] = node.args
             node.args = ast.arguments([], [], None, node.args.kwonlyargs, node.args.kw_defaults, None, [])
             node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -94,20 +113,46 @@ def outline(module: str) -> dict[str, Any]:
             if isinstance(node, ast.FunctionDef):  # an error only if a table names the function
                 unreadable[node.name] = _unreadable_parameter(node, str(fault.name))
             elif made & {*tables, "NEEDS"}:
-                told = f"{', '.join(made)} may only name functions of this file: {fault}"
-                raise NameError(f"{path}: {unreadable.get(str(fault.name), told)}") from fault
+                told = (f"{', '.join(made)} names {fault.name}", f"name only functions that are defined in {path}")
+                message, fix = unreadable.get(str(fault.name), told)
+                raise UsageError(f"{path}: {message}", fix=fix) from fault
             # Any other name is a constant that is made with a slow package.
+    for table in ARGUMENTS.keys() & found.keys():
+        for name in {getattr(function, "func", function).__name__ for function in found[table].values()}:
+            if name in signatures:
+                _check_signature(path, table, name, signatures[name])
     return found
 
 
-def _unreadable_parameter(function: ast.FunctionDef, package: str) -> str:
+def _check_signature(path: Path, table: str, name: str, found: ast.arguments) -> None:
+    """Raise UsageError if a function of a table does not take the table's arguments, or a parameter has no type."""
+    wanted, given = ARGUMENTS[table], [argument.arg for argument in found.posonlyargs + found.args]
+    typeless = [parameter.arg for parameter in found.kwonlyargs if parameter.annotation is None]
+    if typeless:
+        raise UsageError(
+            f"{path}: {name}(): the parameter {typeless[0]} has no type",
+            fix=f"write its type, such as {typeless[0]}: float, or {typeless[0]}: float = 1.0",
+        )
+    if len(given) != len(wanted) and found.vararg is None:
+        defaults = dict(zip(reversed(given), map(ast.unparse, reversed(found.defaults)), strict=False))
+        extra = [f"{key}: float" + (f" = {defaults[key]}" if key in defaults else "") for key in given[len(wanted) :]]
+        rest = f", *, {', '.join(extra)}" if extra else ""
+        raise UsageError(
+            f"{path}: {name}() takes {', '.join(given) or 'nothing'}; a function of {table} gets {', '.join(wanted)}, "
+            "and its parameters after a *",
+            fix=f"write def {name}({', '.join([*given[: len(wanted)], *wanted[len(given) :]])}{rest})",
+        )
+
+
+def _unreadable_parameter(function: ast.FunctionDef, package: str) -> tuple[str, str]:
+    """Return what is wrong with a function that cannot be read without a package, and the fix."""
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     texts = [ast.unparse(name) + (f" = {ast.unparse(default)}" if default else "") for name, default in given]
     culprit = next(text for text in texts if re.search(rf"\b{package}\b", text))
     return (
-        f"{function.name}(): the parameter {culprit} cannot be read without importing {package}. Recipes are checked "
-        "without that: give the parameter a plain type and default (float, int, bool, str, list, Literal, Annotated), "
-        "and make anything else of its value inside of the function"
+        f"{function.name}(): the parameter {culprit} cannot be read without importing {package}",
+        "give the parameter a plain type and default (float, int, bool, str, list, Literal, Annotated), and make "
+        "anything else of its value inside of the function",
     )
 
 
@@ -136,7 +181,7 @@ def keywords(kind: str, name: object) -> list[str]:
 
 def bind(
     names: Mapping[str, str], given: Mapping[str, Any], functions: Mapping[str, Functions], others: Iterable[str]
-) -> tuple[dict[str, Callable[..., Any]], list[str]]:
+) -> tuple[dict[str, partial[Any]], list[str]]:
     """Look up the functions that a term names and bind the parameters of each.
 
     Args:
@@ -148,7 +193,7 @@ def bind(
     Returns:
         Kind -> bound function, and a list of all errors as "key = value: what is wrong".
     """
-    bound: dict[str, Callable[..., Any]] = {}
+    bound: dict[str, partial[Any]] = {}
     keys: set[str] = set()
     faults = []
     for kind, name in names.items():

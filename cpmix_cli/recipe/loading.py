@@ -1,5 +1,7 @@
 """Recipes from files and flags: found by name, merged, checked, rescaled to another number of epochs."""
 
+import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +14,7 @@ from cpmix_cli.artifacts.files import PHASES, read_bytes
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
-from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, suggest
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, shortened, suggest
 
 MAX_BYTES = 4_000_000  # largest size of a recipe file
 _MAX_DEPTH = 16  # deepest nesting of tables; a recipe has 4 levels
@@ -45,9 +47,15 @@ def find_recipe(name: str) -> Path:
             if (found := folder / f"{name}.toml").is_file():
                 return found
     except OSError as fault:  # a name that is too long, or a folder that may not be read
-        raise UsageError(f'recipe "{name}": {fault.strerror}', needed_by="--recipe") from fault
+        raise UsageError(
+            f'recipe "{name}" cannot be read: {fault.strerror}', needed_by="--recipe", fix="cpmix recipes"
+        ) from fault
     if path.suffix == ".toml":
-        raise UsageError(f"no file {path}", needed_by="--recipe")
+        raise UsageError(
+            f"recipe file {path} does not exist",
+            needed_by="--recipe",
+            fix="correct the path, or give a name that cpmix recipes lists",
+        )
     raise UsageError(f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes")
 
 
@@ -76,23 +84,81 @@ def load(
     tables.pop("about", None)
     by_rho = tables.pop("by_rho", {})
     if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
-        raise UsageError(f"recipe {path}: by_rho holds a table for each rho, such as [by_rho.100.optimizer]")
+        raise UsageError(
+            f"recipe {path}: by_rho is not a table of tables",
+            fix=f"write [by_rho.100.optimizer], or the like, in {path}",
+        )
     if rho is not None and f"{rho:g}" in by_rho:
         tables = _merged(tables, by_rho[f"{rho:g}"])
+    changed = tables
     for setting in settings:
-        tables = _merged(tables, _parse_setting(setting))
+        changed = _merged(changed, _parse_setting(setting))
     if seed is not None:
-        tables["seed"] = seed
+        changed = {**changed, "seed": seed}
+    recipe, faults = _checked(changed)
+    if recipe is None or faults:
+        own = [fault for fault in _checked(tables)[1] if fault in faults]
+        raise refusal(f"recipe {path}", faults, typed_flags(settings, seed), own, fix=f"correct {path}")
+    return recipe if epochs is None else _rescaled(recipe, epochs, path)
+
+
+def _checked(tables: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe of resolved tables, None if they are invalid, and one line per error."""
     recipe = None
     try:
         recipe = Recipe.model_validate(tables)
         faults = unmet(recipe)
     except ValidationError as fault:
         faults = [_explain(dict(error)) for error in fault.errors()]
-    faults += _function_faults(tables)
-    if recipe is None or faults:
-        raise UsageError(f"recipe {path} has {counted(len(faults), 'fault')}:{indented(faults)}")
-    return _rescaled(recipe, epochs) if epochs is not None else recipe
+    return recipe, faults + _function_faults(tables)
+
+
+def typed_flags(settings: Sequence[str], seed: int | None = None) -> list[tuple[str, str]]:
+    """Return the key and the text of each flag that changes a recipe: ("optimizer.lr", "--set optimizer.lr=1")."""
+    typed = [(setting.partition("=")[0].strip(), _shown(setting)) for setting in settings]
+    return typed if seed is None else [*typed, ("seed", f"--seed {seed}")]
+
+
+def _shown(setting: str) -> str:
+    """Return the flag of a setting as it is typed in a shell, with at most 80 characters of the setting."""
+    return f"--set {shlex.quote(setting if len(setting) <= 80 else f'{setting[:80]}...')}"
+
+
+def refusal(
+    subject: str, faults: Sequence[str], flags: Sequence[tuple[str, str]], own: Sequence[str] | None, fix: str
+) -> UsageError:
+    """Return the error of a recipe, which names the flags that cause it.
+
+    Args:
+        subject: the recipe, such as "recipe mine.toml".
+        faults: one line per error, which starts with the key.
+        flags: see typed_flags().
+        own: lines of `faults` that the recipe has without the flags; None: lines without a key of a flag.
+        fix: how to correct the recipe itself.
+    """
+    if own is None:
+        own = [fault for fault in faults if not _flags_in(fault, flags)]
+    caused = {flag for fault in faults if fault not in own for flag in _flags_in(fault, flags) or _beside(fault, flags)}
+    named = shortened([flag for _, flag in flags if flag in caused], 5)
+    count = counted(len(faults), "error")
+    if not caused:
+        return UsageError(f"{subject} has {count}:{indented(faults)}", fix=fix)
+    if not own:
+        return UsageError(f"{named}: {count} in {subject}:{indented(faults)}", fix=f"correct or drop {named}")
+    return UsageError(f"{subject} with {named} has {count}:{indented(faults)}", fix=f"{fix}; correct or drop {named}")
+
+
+def _flags_in(fault: str, flags: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the flags whose keys a line names, or that lie in the table that it starts with."""
+    place = re.split(r"[:= ]", fault, maxsplit=1)[0]
+    names = {key: rf"(?<![\w.]){re.escape(key)}(?!\w)" for key, _ in flags}
+    return [flag for key, flag in flags if re.search(names[key], fault) or key.startswith(f"{place}.")]
+
+
+def _beside(fault: str, flags: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the flags for the table of the key that a line starts with; all if there are none."""
+    table = re.split(r"[:= ]", fault, maxsplit=1)[0].rpartition(".")[0]
+    return [flag for key, flag in flags if key.rpartition(".")[0] == table] or [flag for _, flag in flags]
 
 
 def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
@@ -110,20 +176,30 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     """
     if len(above) > _MAX_EXTENDS:
         raise UsageError(
-            f"{above[-1]} extends more than {_MAX_EXTENDS} recipes, one on the other", needed_by="--recipe"
+            f"{above[-1]} extends a chain of more than {_MAX_EXTENDS} recipes",
+            needed_by="--recipe",
+            fix=f"write the keys of some of them into {above[-1]}, and extend a recipe further up",
         )
     tables = read_own_tables(path)
     without = tables.pop("without", [])
     if (base := tables.pop("extends", None)) is None:
         if without:
-            raise UsageError(f"{path}: without: there is no recipe that it extends", needed_by="--recipe")
+            raise UsageError(
+                f"{path}: `without` removes keys of another recipe, but there is no `extends`",
+                needed_by="--recipe",
+                fix=f'in {path}, add extends = "NAME", or remove the line without = ...',
+            )
         return tables
     try:
         found = find_recipe(str(base))
     except UsageError as fault:
         raise UsageError(f"{path}: extends: {fault.message}", needed_by=fault.needed_by, fix=fault.fix) from fault
     if found in (path, *above):
-        raise UsageError(f'{path}: extends = "{base}" leads back to itself', needed_by="--recipe")
+        raise UsageError(
+            f'{path}: extends = "{base}" leads back to a recipe that extends {path}',
+            needed_by="--recipe",
+            fix=f"in {path}, extend another recipe; cpmix recipes lists all",
+        )
     below = read_tables(found, (path, *above))
     below.pop("about", None)
     for key in without if isinstance(without, list) else [without]:
@@ -140,9 +216,13 @@ def read_own_tables(path: Path) -> dict[str, Any]:
     try:
         return _parse(read_bytes(path, limit=MAX_BYTES).decode())
     except InputError as fault:
-        raise UsageError(fault.message, needed_by="--recipe") from fault
+        raise UsageError(
+            fault.message, needed_by="--recipe", fix=fault.fix or "give another file with --recipe"
+        ) from fault
     except ValueError as fault:
-        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe") from fault
+        raise UsageError(
+            f"{path} is not readable TOML: {fault}", needed_by="--recipe", fix=f"correct {path}"
+        ) from fault
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -174,7 +254,11 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
     for place in places:
         tables = _table(tables.get(place))
     if last not in tables:
-        raise UsageError(f'{path}: without: the recipe that it extends has no "{key}"', needed_by="--recipe")
+        raise UsageError(
+            f'{path}: without: the recipe that it extends has no "{key}"',
+            needed_by="--recipe",
+            fix=f'remove "{key}" from `without` in {path}',
+        )
     del tables[last]
 
 
@@ -194,7 +278,7 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _rescaled(recipe: Recipe, epochs: int) -> Recipe:
+def _rescaled(recipe: Recipe, epochs: int, path: Path) -> Recipe:
     """Return the recipe with every epoch count multiplied by epochs / schedule.epochs.
 
     Whole counts are rounded to at least one epoch, also per stage. Warm-up and milestones stay fractions, so that two
@@ -205,7 +289,10 @@ def _rescaled(recipe: Recipe, epochs: int) -> Recipe:
         return recipe
     stages = 1 if recipe.stage2 is None else 2
     if epochs < stages:
-        raise UsageError(f"--epochs {epochs}: this recipe has {stages} stages, one epoch each at least")
+        raise UsageError(
+            f"--epochs {epochs} is too short: recipe {path} has {stages} stages of at least one epoch",
+            fix=f"give --epochs {stages} or more",
+        )
     scale = epochs / s.epochs
 
     def whole(count: int) -> int:
@@ -258,7 +345,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _parse_setting(setting: str) -> dict[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f'--set "{setting}" is not table.key=value', fix="for example --set optimizer.lr=0.05")
+        raise UsageError(f"{_shown(setting)} is not table.key=value", fix="give one such as --set optimizer.lr=0.05")
     parts = key.strip().split(".")
     value: Any
     try:
@@ -268,8 +355,9 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except ValueError as fault:
-        shown = setting if len(setting) <= 80 else f"{setting[:80]}..."
-        raise UsageError(f'--set "{shown}": {fault}') from fault
+        raise UsageError(
+            f"{_shown(setting)} holds no value of a recipe: {fault}", fix="give a value such as --set optimizer.lr=0.05"
+        ) from fault
     for part in reversed(parts):
         value = {part: value}
     return dict(value)

@@ -56,14 +56,17 @@ def unmet(recipe: Recipe) -> list[str]:
         faults += _unmet_of_functions(recipe, place, term)
     s = recipe.schedule
     if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
-        faults.append(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} milestones")
+        faults.append(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} schedule.milestones")
+    both = f"schedule.stage1_epochs = {s.stage1_epochs} of schedule.epochs = {s.epochs}"
     if s.stage1_epochs > s.epochs:
-        faults.append(f"schedule.stage1_epochs = {s.stage1_epochs} exceeds schedule.epochs = {s.epochs}")
-    elif (recipe.stage2 is None) != (s.stage1_epochs == s.epochs):
+        faults.append(f"{both}: lower the first; --epochs N, not schedule.epochs, shortens a whole recipe")
+    elif recipe.stage2 is None and s.stage1_epochs < s.epochs:
         faults.append(
-            f"schedule leaves {s.epochs - s.stage1_epochs} epochs to stage 2, "
-            f"but [stage2] is {'missing' if recipe.stage2 is None else 'given'}"
+            f"{both} leave {s.epochs - s.stage1_epochs} to stage 2, but [stage2] is missing: set both to one number in "
+            "[schedule], or add [stage2]"
         )
+    elif recipe.stage2 is not None and s.stage1_epochs == s.epochs:
+        faults.append(f"{both} leave none to [stage2]: lower the first, or remove [stage2]")
     return faults
 
 

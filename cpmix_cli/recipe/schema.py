@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cpmix_cli.recipe.functions import TERM_KINDS, Needs, known, needs_of
+from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, known, needs_of
 from cpmix_cli.runtime.errors import suggest
 
 # Tables that each phase depends on. If one of them differs, an existing output is not used with the new recipe.
@@ -198,6 +198,7 @@ class TermRecipe(Table):
     """One named term of an objective: draw -> partner -> ratio -> mix -> label -> loss.
 
     Any other key is a parameter of a function that the term names (t of `imbalance-aware`, beta of `effective-number`).
+    It has the type that the function states.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -248,6 +249,17 @@ class TermRecipe(Table):
     """Divisor of a weighted loss. batch-sum: sum of the batch's class weights. count: batch size."""
     weight: float = Field(default=1.0, ge=0)
     """Factor of the term in the objective; 0 leaves the term out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, given: Any) -> Any:
+        """Convert parameters to the types of their functions: epsilon = 1 and epsilon = 1.0 are one recipe."""
+        if not isinstance(given, dict):
+            return given
+        names = {kind: name for kind in TERM_KINDS if isinstance(name := given.get(kind), str)}
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        bound, _ = bind(names, own, {kind: known(kind) for kind in names}, ())
+        return {**given, **{key: value for function in bound.values() for key, value in function.keywords.items()}}
 
     @model_validator(mode="after")
     def _complete(self) -> "TermRecipe":

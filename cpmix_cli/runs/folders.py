@@ -168,20 +168,6 @@ def dataset_entry(dataset: Dataset, run: Path) -> dict[str, Any]:
     }
 
 
-def require_same_upstream(folder: PhaseFolder, recipe: Recipe, *, origin: str) -> None:
-    """Check that a recipe gives the same result for an already trained phase.
-
-    Args:
-        folder: the trained phase.
-        recipe: recipe of a later phase.
-        origin: where `recipe` comes from, for the message.
-
-    Raises:
-        InputError: a key of the trained phase differs; the message lists all of them.
-    """
-    changed = differences(folder.record().made_from.recipe, recipe.tables_of(folder.phase))
-    if changed:
-        raise InputError(
-            f"{folder.path} was trained differently from {origin}:\n    " + "\n    ".join(changed),
-            fix=f"train {folder.phase} with that recipe into another folder, or drop the changed keys",
-        )
+def upstream_changes(folder: PhaseFolder, recipe: Recipe) -> list[str]:
+    """Return one line "table.key: old -> new" per key with which a later recipe differs from a trained phase's."""
+    return differences(folder.record().made_from.recipe, recipe.tables_of(folder.phase))

@@ -67,10 +67,13 @@ def decide(
     if refresh and not any(line.startswith("recipe.") for line in changed):
         console.note(f"{folder}: its input changed, so it is made again")
         return "fresh"
+    schedule = found["recipe"].get("schedule", {})
+    shortened = schedule.get("rescaled_from") and any(line.startswith("recipe.schedule.epochs:") for line in changed)
+    again = f"give --epochs {schedule['epochs']}, as it was begun; or " if shortened else ""
     raise EnvironmentFault(
         f"{folder} was made from something else:\n    "
         + "\n    ".join(line.removeprefix("recipe.") for line in changed),
-        fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
+        fix=f"{again}write elsewhere with --out FOLDER, or replace it with --overwrite",
     )
 
 

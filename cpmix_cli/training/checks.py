@@ -7,11 +7,14 @@ import torch
 
 from cpmix_cli.data.batches import NORMALISATIONS
 from cpmix_cli.models import MODELS, within
+from cpmix_cli.recipe.loading import refusal, typed_flags
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.runtime.errors import EnvironmentFault, UsageError, counted, indented
+from cpmix_cli.runtime.errors import EnvironmentFault
 
 
-def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True) -> None:
+def check_fits(
+    recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True, settings: Sequence[str] = ()
+) -> None:
     """Check all phases of a recipe against a data set.
 
     Args:
@@ -19,6 +22,7 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
         num_classes: C.
         shape: shape of an image (H, W, channels), or (2,) for points.
         has_statistics: whether mean and standard deviation of the training pixels are known.
+        settings: values of --set that changed the recipe, for the message.
 
     Raises:
         UsageError: the recipe does not fit the data set or the network; the message lists all errors.
@@ -55,7 +59,8 @@ def check_fits(recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_st
                 if len(pair) != 2 or not all(0 <= c < num_classes for c in pair):
                     faults.append(f"{place}.{needs.class_pairs}: {pair} is not two of the {num_classes} class ids")
     if faults:
-        raise UsageError(f"the recipe has {counted(len(faults), 'fault')}:{indented(faults)}")
+        fix = "change these keys with --set, or give a recipe for this data set with --recipe"
+        raise refusal("the recipe", faults, typed_flags(settings), None, fix)
 
 
 def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:

@@ -4,8 +4,8 @@ All three training commands use it. Each command file defines only its recipe, i
 """
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
-from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError, counted, indented
 from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData
@@ -35,6 +35,8 @@ from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_st
 from cpmix_cli.training.state import EpochSums, TrainingState, read_state
 from cpmix_cli.training.tensorboard import Tracker, forget
 
+FEW_STEPS = 5
+"""Least steps per epoch of stage 1 without a warning: recipes count epochs of sets with more."""
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
 """(data set, recipe, network, device) -> function that returns the test accuracy, a fraction, for --eval-every.
 
@@ -99,19 +101,53 @@ def continued(
         InputError: `source` is damaged, or was trained with another recipe; or its data set is not found.
     """
     dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
-    recipe = source.recipe()  # verifies the file, which is needed even if flags change the recipe
+    recipe = trained = source.recipe()  # verifies the file, which is needed even if flags change the recipe
+    name = options.recipe or str(source.output(files.RECIPE)[0])
+    load = partial(loading.load, name, settings=options.settings, rho=dataset.record.rho)
     if options.changes_recipe:
-        recipe = loading.load(
-            options.recipe or str(source.output(files.RECIPE)[0]),
-            settings=options.settings,
-            epochs=options.epochs,
-            seed=options.seed,
-            rho=dataset.record.rho,
+        recipe = load(epochs=options.epochs, seed=options.seed)
+    check_fits(
+        recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
+    )
+    if changed := folders.upstream_changes(source, recipe):
+        raise InputError(
+            f"{source.path} was trained differently from {options.recipe or 'what is asked'}:{indented(changed)}",
+            fix=_upstream_fix(options, source, trained, load, changed),
         )
-    check_fits(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    folders.require_same_upstream(source, recipe, origin=options.recipe or "what is asked")
     folder = PhaseFolder(options.out or source.run, phase)
     return PhaseRequest(folder, source, recipe, dataset, options, partial(_load_source, source, phase), test_accuracy)
+
+
+def _upstream_fix(
+    options: TrainStage2Options | FinetuneOptions,
+    source: PhaseFolder,
+    trained: Recipe,
+    load: Callable[..., Recipe],
+    changed: Sequence[str],
+) -> str:
+    """Return how to continue a phase whose recipe the flags change: --epochs and --seed of that phase, if they suffice.
+
+    Args:
+        options: flags of the command.
+        source: the trained phase.
+        trained: its recipe.
+        load: loads the requested recipe with other `epochs` and another `seed`.
+        changed: lines of upstream_changes().
+    """
+    epochs = trained.schedule.epochs if trained.schedule.rescaled_from else None
+    with suppress(UsageError):
+        if not folders.upstream_changes(source, load(epochs=epochs, seed=trained.seed)):
+            flags = [] if epochs in (None, options.epochs) else [f"--epochs {epochs}"]
+            flags += [f"--seed {trained.seed}"] if any(line.startswith("seed:") for line in changed) else []
+            parts = [f"give {' '.join(flags)}, as {source.phase} was trained"] if flags else []
+            return " and ".join(
+                parts + ([f"drop --epochs {options.epochs}"] if epochs is None and options.epochs else [])
+            )
+    typed = [
+        flag for key, flag in loading.typed_flags(options.settings) if any(line.startswith(key) for line in changed)
+    ]
+    flags = typed or ([f"--recipe {options.recipe}"] if options.recipe else ["the changed keys"])
+    return f"drop {' '.join(flags)}, or train {source.phase} with that into another folder"
 
 
 def _load_source(source: PhaseFolder, phase: str, context: PhaseContext) -> tuple[Plan, TrainingState]:
@@ -283,12 +319,23 @@ def _note_plan(
 ) -> None:
     """Print what will be trained, and warn if class weights have almost no effect."""
     size, num_images = ranks.current().size, len(data.labels)
+    num_steps, first, last = plan.num_steps(num_images), state.epoch, plan.last_epoch
+    epochs = (
+        f"epoch {last}, {counted(num_steps, 'step')}"
+        if first == last
+        else f"epochs {first} to {last}, {counted(num_steps, 'step')} each"
+    )
     console.note(
-        f"{plan.phase}: {asked.dataset.name}, {num_images:,} images, epochs {state.epoch} to {plan.last_epoch} of "
-        f"{plan.num_steps(num_images)} steps; {asked.recipe.model.name}, {_num_parameters(state.model):,} parameters; "
+        f"{plan.phase}: {asked.dataset.name}, {num_images:,} images, {epochs}; "
+        f"{asked.recipe.model.name}, {_num_parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {context.device.type}, {context.precision}, "
         f"{torch.get_num_threads()} threads"
     )
+    if plan.phase == "stage1" and num_steps < FEW_STEPS:
+        console.warn(
+            f"an epoch has only {counted(num_steps, 'step')}, with batches of {plan.batch_size} images: lower "
+            "optimizer.batch_size and optimizer.lr with --set, or raise --epochs"
+        )
     if (parts := size * plan.micro_batches) > 1:
         pieces = f" and {plan.micro_batches} micro-batches each" if plan.micro_batches > 1 else ""
         console.note(
