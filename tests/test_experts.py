@@ -565,8 +565,8 @@ def test_evaluate_applies_post_hoc_keys_and_test_distributions(digits: Path, tmp
     assert uniform["expert_weights"] != learnt["expert_weights"]
     evaluate = ("evaluate", "--from", tmp_path)
     refused(2, 'needs finetune.head = "routers"', *evaluate, "--set", "evaluation.aggregate=routed")
-    refused(2, "--ratio is that of a --test-distribution", *evaluate, "--ratio", 10)
-    infinite = "--ratio inf: no number that a class can be larger by"
+    refused(2, "--ratio 10 has no effect on a uniform test distribution", *evaluate, "--ratio", 10)
+    infinite = "--ratio inf is not a finite number"
     refused(2, infinite, *evaluate, "--test-distribution", "forward", "--ratio", "inf")
     said = ("--ratio 51 leaves 1 class without a test image: the largest has 50", "fix: give --ratio 50, or less")
     for way in ("forward", "backward"):
@@ -609,11 +609,11 @@ def test_a_student_comes_near_its_teacher(digits: Path, tmp_path: Path) -> None:
     refused(2, "stage1.terms.erm learns from a teacher", *taught, *out)
     refused(2, "no term of the recipe learns from a teacher", *plain, *teacher, *out)
     must("build-lt", "digits", "--rho", 5, "--out", tmp_path / "other")
-    refused(3, "was not trained on digits-lt-rho5", *taught, "--data", tmp_path / "other", *teacher, *out)
+    refused(3, "not on digits-lt-rho5", *taught, "--data", tmp_path / "other", *teacher, *out)
     said = ('of data.normalisation = "dataset", the recipe has "none"', "--set data.normalisation=dataset")
     refused(3, said, *taught, "--set", "data.normalisation=none", *teacher, *out)
     taught_stage1 = ("--set", "stage1.terms.erm.teacher=distillation")
-    refused(2, "which bench has not", "bench", "--data", digits, *taught[3:5], *taught_stage1)
+    refused(2, "bench takes no --teacher", "bench", "--data", digits, *taught[3:5], *taught_stage1)
     assert not (tmp_path / "no").exists()
 
 

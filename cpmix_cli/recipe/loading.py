@@ -144,7 +144,8 @@ def refusal(
     if not caused:
         return UsageError(f"{subject} has {count}:{indented(faults)}", fix=fix)
     if not own:
-        return UsageError(f"{named}: {count} in {subject}:{indented(faults)}", fix=f"correct or drop {named}")
+        gives = "gives" if len(caused) == 1 else "give"
+        return UsageError(f"{named} {gives} {count} in {subject}:{indented(faults)}", fix=f"correct or drop {named}")
     return UsageError(f"{subject} with {named} has {count}:{indented(faults)}", fix=f"{fix}; correct or drop {named}")
 
 
@@ -372,6 +373,8 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{name}: missing"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        message = "Input should be a table"
     if not location or isinstance(error["input"], dict):
         return f"{name}: {message}" if name else message
     return f"{name} = {error['input']!r}: {message}"

@@ -118,7 +118,7 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
 
 
 def give_one_of(wrong: str, known: Iterable[str], flag: str = "") -> str:
-    """Return the fix line of a wrong name: "give --device cpu, or another of auto, cpu, cuda".
+    """Return the fix line of a wrong name: "give --device cpu, or one of auto, cuda".
 
     Args:
         wrong: name that was given.
@@ -126,17 +126,16 @@ def give_one_of(wrong: str, known: Iterable[str], flag: str = "") -> str:
         flag: flag of the name; "" for an argument.
     """
     names = sorted(known)
-    near, listed = nearest(wrong, names), shortened(names, 20)
-    first = shlex.join([*([flag] if flag else []), *near])
-    return (
-        f"give {first}, or another of {listed}"
-        if near
-        else f"give {first or 'one'} {'one ' if flag else ''}of {listed}"
+    near = nearest(wrong, names) if len(names) > 1 else names
+    give, others = (
+        shlex.join(["give", *filter(None, [flag]), *near]),
+        shortened([n for n in names if n not in near], 20),
     )
+    return f"{give}{', or' if near else ''} one of {others}" if others else give
 
 
-def nearest(wrong: str, names: Sequence[str]) -> list[str]:
+def nearest(wrong: str, known: Iterable[str]) -> list[str]:
     """Return the name that is most similar to a wrong one; an empty list if none is similar."""
     import difflib  # imported here: signals.py imports this module first, and that must be fast
 
-    return difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    return difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)

@@ -137,8 +137,9 @@ def _upstream_fix(
     epochs = trained.schedule.epochs if trained.schedule.rescaled_from else None
     with suppress(UsageError):
         if not folders.upstream_changes(source, load(epochs=epochs, seed=trained.seed)):
-            flags = [] if epochs in (None, options.epochs) else [f"--epochs {epochs}"]
-            flags += [f"--seed {trained.seed}"] if any(line.startswith("seed:") for line in changed) else []
+            keys = [line.partition(":")[0] for line in changed]
+            flags = [f"--epochs {epochs}"] if epochs is not None and "schedule.epochs" in keys else []
+            flags += [f"--seed {trained.seed}"] if "seed" in keys else []
             parts = [f"give {' '.join(flags)}, as {source.phase} was trained"] if flags else []
             return " and ".join(
                 parts + ([f"drop --epochs {options.epochs}"] if epochs is None and options.epochs else [])

@@ -234,15 +234,15 @@ def test_data_sets_in_memory_are_projected_as_resident_only(digits: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--world-size", "0"], 2, '--world-size "0": numbers of ranks, such as 1,8,64'),
-        (["--world-size", "1,eight"], 2, "numbers of ranks"),
-        (["--world-size", "1,,8"], 2, "numbers of ranks"),
-        (["--world-size", "9" * 5000], 2, "numbers of ranks"),
+        (["--world-size", "0"], 2, '--world-size "0" is no list of numbers of ranks'),
+        (["--world-size", "1,eight"], 2, "give numbers from 1 up"),
+        (["--world-size", "1,,8"], 2, "give numbers from 1 up"),
+        (["--world-size", "9" * 5000], 2, "give numbers from 1 up"),
         (["--world-size", "17"], 2, "--world-size 17: a batch of "),  # the finetune's
         (["--cores", "2"], 2, "--cores and --link are a projection's"),
         (["--link", "2"], 2, "--world-size 1,8,64"),
         (["--world-size", "1", "--data", "nowhere"], 3, "no data set in nowhere"),
-        (["--world-size", "1", "--data-root", "nowhere"], 2, "--data-root is of a data set"),
+        (["--world-size", "1", "--data-root", "nowhere"], 2, "--data-root nowhere has no data set"),
     ],
 )
 def test_requests_that_cannot_be_projected_are_refused(recipe: Path, words: list[str], code: int, message: str) -> None:

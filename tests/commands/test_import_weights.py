@@ -69,8 +69,8 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(2)], "holds a list, not named tensors"),
-        ({}, "holds a dict, not named tensors"),
+        ([torch.zeros(2)], "holds no named tensors, but a list"),
+        ({}, "holds no named tensors, but an empty dict"),
         ({"a": torch.zeros(2), "lr": 0.1}, "has entries that are no plain tensors: lr (float)"),
         ({"model": {"state_dict": {"a": torch.zeros(2)}}}, "no plain tensors: state_dict (dict)"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, "a (complex)"),

@@ -304,5 +304,7 @@ def test_misclassified_lists_paths_of_wrong_predictions(trained: Path, tmp_path:
     cell = must("misclassified", *run, "--label", "files", "--true", "blue", "--predicted", 1, "--json").json
     assert [i["image"] for i in cell["images"]] == [str(wrong)]
     assert must("misclassified", *run, "--label", "files", "--true", "red", "--json").json["images"] == []
-    refused(2, 'Did you mean "blue"?', "misclassified", *run, "--label", "files", "--true", "bleu")
+    refused(
+        2, "fix: give --true blue, or one of green, red", "misclassified", *run, "--label", "files", "--true", "bleu"
+    )
     refused(3, "--label none", "misclassified", *run, "--label", "none")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import refused
 
-from cpmix_cli import losses, mixing
+from cpmix_cli import losses, mixing, models
 from cpmix_cli.recipe import functions
 from cpmix_cli.recipe.functions import FUNCTION_TABLES, Needs, bind, known, needs_of
+from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.objective import FUNCTIONS
 
 
@@ -27,8 +29,9 @@ def test_a_table_that_the_outline_cannot_read_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
     functions.outline.cache_clear()
     try:
-        with pytest.raises(NameError, match=r"losses\.py: LOSSES may only name functions of this file"):
+        with pytest.raises(UsageError, match=r"losses\.py: LOSSES names torch") as caught:
             functions.outline("losses")
+        assert caught.value.fix == f"name only functions that are defined in {tmp_path / 'losses.py'}"
     finally:
         functions.outline.cache_clear()
 
@@ -45,13 +48,53 @@ def test_a_parameter_that_cannot_be_read_is_an_error(
         functions.outline("losses")  # a helper that no table names may have any parameter
         (tmp_path / "losses.py").write_text(f"{text}LOSSES = {{'mse': mse}}\n")
         functions.outline.cache_clear()
-        with pytest.raises(NameError) as caught:
+        with pytest.raises(UsageError) as caught:
             functions.outline("losses")
     finally:
         functions.outline.cache_clear()
-    message = f"{tmp_path}/losses.py: mse(): the parameter {parameter} cannot be read without importing {package}. "
-    assert str(caught.value).startswith(message)
-    assert "give the parameter a plain type and default" in str(caught.value)
+    message = f"{tmp_path}/losses.py: mse(): the parameter {parameter} cannot be read without importing {package}"
+    assert caught.value.message == message
+    assert "give the parameter a plain type and default" in caught.value.fix
+
+
+ARGUMENTS = "logits, labels, weights, class_counts"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message", "fix"),
+    [
+        (f"{ARGUMENTS}, *, eps", "mine(): the parameter eps has no type", "such as eps: float, or eps: float = 1.0"),
+        (
+            f"{ARGUMENTS}, *, eps=2.0",
+            "mine(): the parameter eps has no type",
+            "such as eps: float, or eps: float = 1.0",
+        ),
+        (f"{ARGUMENTS}, eps: float", f"mine() takes {ARGUMENTS}, eps; a ", f"def mine({ARGUMENTS}, *, eps: float)"),
+        (f"{ARGUMENTS}, eps=2.0", f"mine() takes {ARGUMENTS}, eps; a ", f"def mine({ARGUMENTS}, *, eps: float = 2.0)"),
+        ("logits, y", f"a function of LOSSES gets {ARGUMENTS}", "def mine(logits, y, weights, class_counts)"),
+    ],
+)
+def test_a_function_that_no_recipe_can_call_is_refused(
+    parameters: str, message: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "losses.py"
+    text = (
+        (Path(losses.__file__)).read_text().replace("LOSSES: dict", f"def mine({parameters}): ...\n\n\nLOSSES: dict", 1)
+    )
+    own.write_text(
+        text.replace('    "cross-entropy": cross_entropy,', '    "cross-entropy": cross_entropy,\n    "mine": mine,')
+    )
+    (tmp_path / "mixing.py").write_text(Path(mixing.__file__).read_text())
+    (tmp_path / "models.py").write_text(Path(models.__file__).read_text())
+    monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
+    functions.outline.cache_clear()
+    try:
+        result = refused(2, f"error: {own}: ", "recipes", "digits/cpmix", "--set", "stage1.terms.erm.loss=mine")
+    finally:
+        functions.outline.cache_clear()
+    said, _, told = result.stderr.partition("  fix: ")
+    assert message in said
+    assert fix in told
 
 
 def test_outline_needs_equal_those_of_the_modules() -> None:

@@ -186,4 +186,5 @@ def test_places_that_cannot_be_written_are_reported_once(tmp_path: Path, capsys:
 
 def test_another_tracker_is_refused(toy: Path, tmp_path: Path) -> None:
     result = refused(2, (), "train-stage1", "--data", toy, "--out", tmp_path, "--tracker", "tensorbord")
-    assert result.stderr == 'error: --tracker "tensorbord". Did you mean "tensorboard"? Known: tensorboard.\n'
+    said = 'error: --tracker "tensorbord" is unknown\n  needed by: train-stage1\n  fix: give --tracker tensorboard\n'
+    assert result.stderr == said

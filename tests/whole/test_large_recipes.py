@@ -187,7 +187,7 @@ def test_frozen_names_must_exist_and_leave_parameters_to_train(name: str, frozen
     with pytest.raises(UsageError) as fault:
         check_fits(recipe, 1000, (224, 224, 3))
     assert message in str(fault.value)
-    assert "1 fault:" in str(fault.value) or "all of it" in message
+    assert "1 error:" in str(fault.value) or "all of it" in message
 
 
 def test_freezing_a_module_keeps_modules_with_longer_names_trainable() -> None:

@@ -97,7 +97,7 @@ def test_tau_is_chosen_on_held_out_images(digits: Path, tmp_path: Path) -> None:
     assert wrong["num_images"] == round(30 * (1 - plain["top1"] / 100))
     assert "next: cpmix misclassified" in must(*command, "--overwrite").stderr
 
-    refused(2, '--split "vall". Did you mean "val"?', "evaluate", "--from", run, "--split", "vall")
+    refused(2, "fix: give --split val, or one of test, train", "evaluate", "--from", run, "--split", "vall")
     assert cpmix(*command, "--test-data", digits).code == 2
     other = ("--out", tmp_path / "other", "--recipe", "digits/cross-entropy", "--epochs", 1)
     must("train-stage1", "--data", digits, *other)

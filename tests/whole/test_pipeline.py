@@ -262,5 +262,5 @@ def test_a_labelled_evaluation_is_kept_beside_the_plain_one(digits_run: Path) ->
     first, second = (digits_run / "evaluation" / name / "metrics.json" for name in ("finetune", "finetune-small"))
     assert json.loads(first.read_text()) == json.loads(second.read_text())
     command = ("evaluate", "--from", digits_run, "--set", "optimizer.lr=1.0")
-    refused(2, "changes what was trained: optimizer.lr: 0.1 -> 1.0", *command)
+    refused(2, "was trained with: optimizer.lr: 0.1 -> 1.0", *command)
     refused(4, "few_inclusive: False -> True", "evaluate", "--from", digits_run, "--few-inclusive")
