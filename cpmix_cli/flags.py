@@ -314,7 +314,7 @@ class StatusOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Compare runs in one table, next to the paper's numbers.
+    """Compare runs in one table, next to the paper's numbers, and run by run with the first RUN.
 
     Example: cpmix compare ckpt/* --paper table1
     """
@@ -325,6 +325,12 @@ class CompareOptions:
         "Use the layout of a table of the paper: table1, table2, table3, table4, table7, table8 or table9.",
         metavar="TABLE",
         callback=one_of("table1", "table2", "table3", "table4", "table7", "table8", "table9"),
+    )
+    split: str | None = flag(
+        None,
+        "Only evaluations of this split of the runs' own data sets: test, val or train. Rows of val are ranked.",
+        metavar="SPLIT",
+        callback=one_of("test", "val", "train"),
     )
     form: str = flag(
         "table",

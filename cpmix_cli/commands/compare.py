@@ -1,7 +1,7 @@
 """compare: show evaluations of many runs in one table, or in the layout of a table of CP-Mix's paper.
 
-Reads only records and metrics. Runs share a row if all their records agree except the seed (results/comparison.py).
-Differences between rows of one method are listed below the table.
+Runs share a row if all their records agree except the seed (results/comparison.py). What rows of one method differ in
+is listed below the table. Rows are also compared run by run (results/paired.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from cpmix_cli.artifacts import files
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.flags import CompareOptions
-from cpmix_cli.results import comparison
+from cpmix_cli.results import comparison, paired
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
@@ -22,6 +22,9 @@ from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Key of metrics.json (per cent) -> column name."""
+WINNERS_CURSE = (
+    "ranked by val. The best of several on val is in part luck, so its val number is too high: measure it once on test"
+)
 MAX_LISTED = 8
 """Largest number of keys in a line below the table."""
 FORMS: dict[str, Callable[[Sheet], list[str]]] = {"table": plain, "markdown": markdown, "latex": latex, "json": plain}
@@ -51,18 +54,26 @@ def run(options: CompareOptions) -> None:
             found, others = comparison.evaluations_of(root, phase)
             measured += found
             left_out += others
-    if not measured:
-        raise InputError(
-            f"no evaluation of use in {', '.join(map(str, options.folders))}",
-            fix=console.typed("status", *options.folders),
-        )
+    measured = _of_split(measured, options)
     rows = comparison.in_rows(measured)
+    if options.split == "val":  # best first within a data set; data sets keep their order
+        data = list(dict.fromkeys(row.first.data for row in rows))
+        rows.sort(key=lambda row: (data.index(row.first.data), -(row.statistics("top1")[0] or 0)))
     if options.paper is None:
+        pairs = paired.paired_rows(rows, measured[0].run)
         fields: dict[str, Any] = {
             "rows": [_row_fields(row) for row in rows],
             "differences": comparison.differences_of(rows),
+            "paired": [pair.fields() for pair in pairs],
         }
-        sheets, records = _sheets_of(rows, with_deviations=options.form != "table"), _records_of(rows)
+        with_deviations = options.form != "table"
+        sheets = _sheets_of(rows, with_deviations=with_deviations)
+        if options.split == "val":
+            sheets[-1] = replace(sheets[-1], lines=[*sheets[-1].lines, WINNERS_CURSE])
+        if pairs:
+            sheets += paired.sheets_of(pairs, with_deviations=with_deviations)
+        sheets.append(_cost_sheet(rows))
+        records = _records_of(rows)
     else:
         table = PAPER_TABLES[options.paper]
         for other in (row.first for row in rows if not _places(row, table)):
@@ -72,6 +83,22 @@ def run(options: CompareOptions) -> None:
         fields = {"paper": options.paper, "title": table.title, "note": table.note, "cells": records}
         sheets = [_paper_sheet(table, rows)]
     _publish(options, {**fields, "left_out": left_out}, sheets, records)
+
+
+def _of_split(measured: list[EvaluatedRun], options: CompareOptions) -> list[EvaluatedRun]:
+    """Return the evaluations on the split of --split, or all without it; raise InputError if none is left."""
+    if options.split is not None:
+        measured = [run for run in measured if run.conditions["test images"] == f"own {options.split} split"]
+    if measured:
+        return measured
+    folders = ", ".join(map(str, options.folders))
+    if options.split is None:
+        raise InputError(f"no evaluation of use in {folders}", fix=console.typed("status", *options.folders))
+    raise InputError(
+        f"no evaluation of the {options.split} split in {folders}",
+        needed_by=f"compare --split {options.split}",
+        fix=console.typed("evaluate", "--from", options.folders[0], "--split", options.split),
+    )
 
 
 def _publish(
@@ -164,7 +191,7 @@ def _with_deviation(row: ComparisonRow, measure: str) -> str:
 
 
 def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
-    """Make a table of accuracies per data set, and one of training costs.
+    """Make a table of accuracies per data set.
 
     Without `with_deviations` only top-1 has a deviation, which keeps the table within a terminal.
     """
@@ -174,7 +201,7 @@ def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[
         for data in dict.fromkeys(row.first.data for row in rows)
     ]
     sheets[-1] = replace(sheets[-1], lines=_accuracy_lines(numbered, with_deviations))
-    return [*sheets, _cost_sheet(numbered)]
+    return sheets
 
 
 def _accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], with_deviations: bool) -> Sheet:
@@ -222,7 +249,7 @@ def _accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviatio
         lines.append("paper: top-1 in its Tables 1 to 4")
     if any(found[0].copied for *_, found in known):
         lines.append(f"* {COPIED}")
-    if given := [number for number, row, _ in known if row.first.conditions["init"] != "none"]:
+    if given := [number for number, row, _ in known if row.first.conditions["init"] not in ("none", "unknown")]:
         lines.append(f"row{'s' * (len(given) > 1)} {_listed(given)}: started from pretrained weights (--init)")
     fewer: dict[str, list[int]] = {}
     for number, row, _ in known:
@@ -241,8 +268,9 @@ def _epochs_note(row: ComparisonRow) -> str:
     return f"{row.first.conditions['schedule.epochs']} of {row.first.full_epochs} epochs"
 
 
-def _cost_sheet(numbered: Sequence[tuple[int, ComparisonRow]]) -> Sheet:
+def _cost_sheet(rows: Sequence[ComparisonRow]) -> Sheet:
     """Make the table of training costs."""
+    numbered = list(enumerate(rows, start=1))
     costs = {number: row.cost() for number, row in numbered}
     on_gpu = any(cost["gpu_hours"] is not None for cost in costs.values())
     header = ["#", ">parameters", ">epochs", ">images/s", ">training", *([">GPU-hours"] if on_gpu else []), "device"]
@@ -323,7 +351,7 @@ def _paper_sheet(table: PaperTable, rows: Sequence[ComparisonRow]) -> Sheet:
         few = row.first.conditions["few_inclusive"]
         if column.measure in GROUPS and few != table.few_inclusive:
             note += ", classes of 20 images are few" if few else ", classes of 20 images are medium"
-        if row.first.conditions["init"] != "none":
+        if row.first.conditions["init"] not in ("none", "unknown"):
             note += f", started from pretrained weights {row.first.conditions['init']}"
         if beside > 1:
             note += f", {row.first.run}"

@@ -32,6 +32,10 @@ class EvaluatedRun:
     """One evaluation of one run."""
 
     run: Path
+    evaluation: Path
+    """Folder of the evaluation."""
+    source: PhaseFolder
+    """Phase that was evaluated."""
     name: str
     """Name of its method, with the changed keys in brackets."""
     method: Recognised
@@ -47,6 +51,9 @@ class EvaluatedRun:
     conditions: dict[str, Any]
     """Dotted key -> value of everything that runs of one row share."""
     checkpoint: str
+    """sha256 of the weights."""
+    started_from: str | None
+    """sha256 of the weights that the phase started from; None for stage 1, or if they are missing."""
     num_parameters: int
     epochs: tuple[int, ...]
     """Epochs of each phase that leads to the checkpoint."""
@@ -54,6 +61,13 @@ class EvaluatedRun:
     """Epochs of both stages in the recipe before --epochs rescaled them; None without --epochs."""
     cost: dict[str, Any]
     """Values of COST_KEYS over all phases that lead to the checkpoint; all None if one is missing."""
+
+    @property
+    def tested_on(self) -> tuple[str, ...]:
+        """Data set and images of the evaluation, equal for runs with comparable numbers."""
+        return tuple(
+            str(self.conditions.get(key)) for key in ("data set", "subset", "test images", "test_distribution")
+        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,8 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
     usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
     return EvaluatedRun(
         run=source.run,
+        evaluation=folder,
+        source=source,
         name=_name_of(method, leading),
         method=method,
         data=data,
@@ -167,6 +183,7 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
         numbers=read_numbers(folder),
         conditions=conditions,
         checkpoint=record.source.sha256,
+        started_from=origin.output(files.MODEL)[1] if (origin := source.origin()) and origin.done else None,
         num_parameters=trained.num_parameters,
         epochs=epochs_to(source, recipe),
         full_epochs=recipe.schedule.rescaled_from or None,

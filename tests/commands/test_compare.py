@@ -65,7 +65,7 @@ def test_compare_shows_mean_and_deviation_over_seeds(seeds: list[Path]) -> None:
     assert all(len(line) <= 100 for line in lines)
 
     result = must("compare", *seeds, "--json").json
-    assert result.keys() == {"command", "rows", "differences", "left_out"}
+    assert result.keys() == {"command", "rows", "differences", "paired", "left_out"}
     assert (result["differences"], result["left_out"]) == ([], [])
     first, second = result["rows"]
     assert first["top1"] == pytest.approx({"mean": mean, "std": deviation})
@@ -101,14 +101,14 @@ def cost(*values: object) -> dict[str, Any]:
 def test_evaluations_of_one_checkpoint_cost_once_and_gpus_have_hours(seeds: list[Path]) -> None:
     (measured,), _ = evaluations_of(seeds[0], None)
     hours = [replace(measured, cost=cost(2.0, 3600.0 * h, float(h), "H100")) for h in (1, 3)]
-    rows = [(1, ComparisonRow(hours)), (2, ComparisonRow(hours)), (3, ComparisonRow([measured]))]
+    rows = [ComparisonRow(hours), ComparisonRow(hours), ComparisonRow([measured])]
     sheet = _cost_sheet(rows)
     assert sheet.rows[0] == ["1 and 2", "75,002", "3", "2", "2 h 00 min", "2.00", "H100"]
     assert sheet.rows[1][0] == "3"
     assert sheet.rows[1][5] == "-"
     mixed = ComparisonRow([hours[0], replace(hours[1], cost=cost(1.0, 1.0, 0.5, "A100"))]).cost()
     assert mixed == {"images_per_second": None, "training_seconds": None, "gpu_hours": 0.75, "device": "A100, H100"}
-    unknown = _cost_sheet([(1, ComparisonRow([replace(measured, cost=cost(None, None, None, None))]))])
+    unknown = _cost_sheet([ComparisonRow([replace(measured, cost=cost(None, None, None, None))])])
     assert unknown.rows == [["1", "75,002", "3", "-", "-", "-"]]
     assert unknown.lines[-1] == "-: unknown, a phase is missing"
 
@@ -495,12 +495,12 @@ def test_every_format_shows_the_same_numbers_of_real_runs(seeds: list[Path], tmp
     assert [(r["seeds"], r["epochs"], r["paper"]) for r in records] == [("0 1 2", "3", ""), ("1", "3+1", "")]
     assert [record["differs"] for record in records] == ["", ""]  # two methods
     piped = must("compare", *seeds, "--format", "markdown").stdout.splitlines()
-    first = [line for line in piped[: piped.index("**training**")] if line.startswith("|")]
+    first = [line for line in piped[: piped.index("**paired differences, per cent points**")] if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in first} == {10}
     assert first[2].count("±") == 5  # in all columns
     tex = must("compare", *seeds, "--format", "latex").stdout
     assert tex.startswith("% \\usepackage{booktabs}\n\\begin{table}\n")
-    assert tex.count("\\toprule") == tex.count("\\bottomrule") == tex.count("\\end{table}") == 2
+    assert tex.count("\\toprule") == tex.count("\\bottomrule") == tex.count("\\end{table}") == 4
     bodies = re.findall(r"tabular}{([lr]+)}(.*?)\\end{tabular}", tex, re.S)
     for columns, body in bodies:
         assert {len(re.findall(r"(?<!\\)&", line)) for line in body.splitlines() if " & " in line} == {len(columns) - 1}
