@@ -4,16 +4,18 @@ Differs: the paper gives no loss, schedule or sampler. Here: cross entropy, clas
 0, the head kept, batch norm and the rest of the network frozen. Each is a recipe key.
 """
 
-from cpmix_cli.evaluation.prediction import accuracy_on_test
+from cpmix_cli.evaluation.prediction import accuracy_on_test, balanced_accuracy
 from cpmix_cli.flags import FinetuneOptions
+from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.phase_choice import choose_phase, locate
+from cpmix_cli.runtime import console, hardware, ranks
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.phase import continued, train
+from cpmix_cli.training.phase import PhaseRequest, continued, train
 
 
 def run(options: FinetuneOptions) -> None:
-    """Finetune the head from the last finished stage.
+    """Finetune the head from the last finished stage. With a val split, warn if val gets worse.
 
     Raises:
         InputError: only stage 1 of two stages is done, and neither --phase nor --from names it.
@@ -30,3 +32,17 @@ def run(options: FinetuneOptions) -> None:
             fix=next_command(root),
         )
     train(asked)
+    if ranks.current().first and asked.folder.done and "val" in asked.dataset.splits:
+        _check_on_val(asked, source)
+
+
+def _check_on_val(asked: PhaseRequest, source: PhaseFolder) -> None:
+    """Report the balanced accuracy on val before and after the finetune, and warn if it fell."""
+    device = hardware.use_device(asked.options.device)
+    before, after = (balanced_accuracy(phase, asked.dataset, "val", device) for phase in (source, asked.folder))
+    console.note(f"finetune: balanced accuracy on val {before:.2f} before, {after:.2f} after")
+    if after < before:
+        console.warn(
+            f"the finetune makes val worse by {before - after:.2f} points. The network without it is in {source.path}: "
+            f"name it with --phase {source.phase}"
+        )

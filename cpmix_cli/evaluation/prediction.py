@@ -15,6 +15,7 @@ from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.batches import Batches, open_batches
 from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix
 from cpmix_cli.experts import combined, routed_weights
 from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.schema import Evaluation, Recipe
@@ -135,6 +136,26 @@ def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device
         return float((found == labels).double().mean())
 
     return measure
+
+
+def balanced_accuracy(source: PhaseFolder, dataset: Dataset, split: str, device: torch.device) -> float:
+    """Return the mean over classes of the accuracy of a phase's network, in per cent. It follows [evaluation].
+
+    Args:
+        source: a finished phase.
+        dataset: its data set.
+        split: split to measure; classes without an image in it are left out.
+        device: device to use.
+
+    Raises:
+        InputError: the weights or the split are missing or damaged.
+    """
+    recipe = source.recipe()
+    model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
+    batches, labels = open_batches(dataset, split, recipe.data, device)
+    counts = torch.tensor(dataset.class_counts)
+    found = predicted(model, batches, len(labels), counts, recipe.evaluation).logits.argmax(1)
+    return 100 * float(class_accuracy(confusion_matrix(labels, found, dataset.num_classes)).nanmean())
 
 
 def predicted_regions(source: PhaseFolder, dataset: Dataset, points: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
