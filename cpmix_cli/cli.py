@@ -49,10 +49,10 @@ def _explained() -> Iterator[None]:
                 fix="check the disk (df -h) and its mount, then give the command again",
             ) from fault
     except CpmixError as fault:
-        if isinstance(fault, InputError) and fault.path is not None and not fault.fix:
-            from cpmix_cli.runs.repair import repair_command  # imported here: it imports pandas
+        if isinstance(fault, InputError):
+            from cpmix_cli.runs.repair import fix_of  # imported here: it imports pandas
 
-            fault.fix = repair_command(fault.path)
+            fault.fix = fix_of(fault)
         console.error(fault)
         raise typer.Exit(fault.exit_code) from fault
     except BrokenPipeError:  # the reader of the pipe closed it (cpmix ... | head)

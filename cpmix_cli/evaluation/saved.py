@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
@@ -71,7 +72,7 @@ def accuracy_rows(evaluations: Path, own: str) -> list[list[str]]:
         except InputError as fault:
             if folder.name == own:
                 raise
-            console.warn(f"left out: {fault.message}")
+            console.warn(f"left out: {fault.message}; to repair it: {fix_of(fault)}")
     return rows
 
 

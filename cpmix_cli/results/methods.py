@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from cpmix_cli.recipe.loading import find_recipe, load, read_own_tables, recipe_names
 from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Stage, Table, changed
 from cpmix_cli.results.paper import Column, PaperRow
-from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.runtime.errors import UsageError, indented
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
 KINDS = get_args(Kind)  # in the order of the list
@@ -68,7 +68,10 @@ def all_methods() -> list[Method]:
         main = next((about for about in abouts.values() if about.kind is not None), None)
         if main is None or main.kind is None:
             path = find_recipe(next(iter(abouts)))
-            raise UsageError(f'{path}: [about] says no kind, nor does another recipe of method "{method}"')
+            raise UsageError(
+                f'{path}: [about] has no kind, nor does another recipe of method "{method}"',
+                fix=f'add kind = "{KINDS[0]}" to [about], or another of {", ".join(KINDS)}',
+            )
         methods.append(Method(method, main.kind, main.paper, main.needs, abouts))
     return sorted(methods, key=lambda m: (KINDS.index(m.kind), stem(next(iter(m.recipes)))))
 
@@ -85,7 +88,9 @@ def read_about(path: Path) -> About | None:
         return About.model_validate(table)
     except ValidationError as fault:
         lines = [f"about.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
-        raise UsageError(f"{path}: [about] is wrong:\n    " + "\n    ".join(lines)) from fault
+        raise UsageError(
+            f"{path} has errors in [about]:{indented(lines)}", fix="change these keys as recipes/README.md lists them"
+        ) from fault
 
 
 def stem(name: str) -> str:

@@ -132,7 +132,9 @@ def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data
         InputError: no folder has a data set with the recorded fingerprint, or `data_root` does not have its images.
         UsageError: see open_dataset().
     """
-    places = [given] if given is not None else [run / known.relative, Path(known.absolute)]
+    places = [given] if given is not None else [beside(run, known.relative), Path(known.absolute)]
+    if places[0].resolve() == places[-1].resolve():
+        places = places[:1]
     seen, damaged = [], None
     for place in places:
         try:

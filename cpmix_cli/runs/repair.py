@@ -21,13 +21,19 @@ _RECIPE_FLAGS = ("--recipe", "--set", "--epochs", "--seed")
 _INPUT_FLAGS = ("--init", "--teacher")
 
 
+def fix_of(fault: InputError) -> str:
+    """Return the fix of an error: its own, else the command that repairs its file."""
+    return fault.fix or (repair_command(fault.path) if fault.path is not None else "")
+
+
 def repair_command(path: Path) -> str:
     """Return the command that repairs a damaged file, or a sentence if the folder does not tell all of its flags.
 
     Args:
         path: file that is missing, damaged, or of another kind.
     """
-    folder = path.parent
+    folder = beside(path.parent, ".")
+    path = folder / path.name
     try:
         if files.is_there(folder / DATASET) or path.name == DATASET:
             command = _build(path)
@@ -39,7 +45,7 @@ def repair_command(path: Path) -> str:
         elif folder.name in PHASES:
             command = _train(PhaseFolder(folder.parent, folder.name), path)
         else:
-            return f"restore {path} from a copy, or make it again the way it was made"
+            return f"restore {path} from a copy, or give another file"
     except (CpmixError, OSError):  # this folder, or one that it refers to, cannot be read
         return f"restore {path} from a copy, or run the command that wrote it again with --overwrite"
     if path.is_dir() and not path.is_symlink():  # a file cannot replace a folder
@@ -70,6 +76,7 @@ def _build(path: Path) -> str:
     words += ["--few-inclusive"] if record.few_inclusive else []
     words += ["--subset-seed", str(record.subset_seed)] if record.subset_seed else []
     words += ["--val-per-class", str(record.val_per_class)] if record.val_per_class else []
+    words += ["--val-capped"] if record.val_capped else []
     if record.test_per_class and f"-test{record.test_per_class}" in record.name:
         words += ["--test-per-class", str(record.test_per_class)]
     lists, root = fields.get("source_files"), record.data_root
@@ -80,7 +87,8 @@ def _build(path: Path) -> str:
     else:
         command += " --overwrite"
     if lists:  # their folder is not recorded
-        command += f", with the {'--data-root' if root is None else '--list-dir'} that it was built with"
+        command += ", with the --list-dir" if root is not None else ", with the --data-root (if any)"
+        command += " that it was built with"
     return command
 
 

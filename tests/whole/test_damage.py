@@ -203,7 +203,18 @@ def put_aside(path: Path, kind: str) -> None:
 )
 def test_the_printed_fix_repairs_a_data_set(tmp_path: Path, name: str, kind: str) -> None:
     data = tmp_path / "my data"
-    build = ("build-lt", "toy", "--rho", "12.5", "--val-per-class", 20, "--subset-seed", 3, "--few-inclusive")
+    build = (
+        "build-lt",
+        "toy",
+        "--rho",
+        "12.5",
+        "--val-per-class",
+        20,
+        "--subset-seed",
+        3,
+        "--few-inclusive",
+        "--val-capped",
+    )
     must(*build, "--out", data)
     expected = exact_contents(data)
     put_aside(data / name, kind)
@@ -327,7 +338,7 @@ def test_the_fix_of_a_damaged_file_outside_of_runs_names_the_file(toy: Path, tmp
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(b"no such thing")
     result = refused(3, str(weights), "train-stage1", "--data", toy, "--init", weights, "--out", tmp_path / "run")
-    assert fix_of(result) == f"restore {weights} from a copy, or make it again the way it was made"
+    assert fix_of(result) == f"restore {weights} from a copy, or give another file"
 
 
 # -- content that is wrong under the right hash ------------------------------------------------------------------------
@@ -544,6 +555,7 @@ def test_a_damaged_evaluation_beside_a_sound_one_is_left_out(digits_run: Path) -
     path.write_bytes(path.read_bytes()[:-9])
     result = must("evaluate", "--from", digits_run)
     assert f"warning: left out: {path} is damaged" in result.stderr
+    assert f"; to repair it: cpmix evaluate --from {digits_run} --phase stage1 --overwrite\n" in result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == ["finetune", "up"]
     must("confusion-report", "--from", digits_run)
     refused(3, str(path), "evaluate", "--from", digits_run, "--phase", "stage1")
