@@ -73,8 +73,14 @@ def run(options: EvaluateOptions) -> None:
     device = use_device(options.device)
     if options.test_data is None:
         tests = own_tests(dataset, options.split)
-    else:
+    elif options.test_data.is_dir():
         tests = other_tests(options.test_data, dataset)
+    else:
+        raise InputError(
+            f"{options.test_data} is not a folder",
+            needed_by="--test-data",
+            fix="give a folder of FOLDER/CLASS/IMAGE, or a data set folder",
+        )
 
     label = options.label or _default_label(options, source.recipe(), recipe)
     name = source.phase if label is None else f"{source.phase}-{label}"

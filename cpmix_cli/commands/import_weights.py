@@ -42,7 +42,11 @@ def run(options: ImportOptions) -> None:
     out = options.out or options.file.with_suffix(".safetensors")
     if out.resolve() == options.file.resolve():
         raise UsageError(f"{out} is the checkpoint itself", fix="choose another --out")
-    data = files.read_bytes(options.file)
+    try:
+        data = files.read_bytes(options.file)
+    except InputError as fault:
+        fix = "correct the path, or fetch the file from where it was published"
+        raise InputError(fault.message, fix=fix) from fault
     found = files.sha256(data)
     if not found.startswith(wanted):
         raise InputError(

@@ -72,6 +72,12 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
             if sha
             else "convert it with import-weights, by the sha256 that it was published with",
         )
+    if init is not None and not init.exists() and init.parent.name not in files.PHASES:
+        raise InputError(
+            f"cannot read {init}: it does not exist",
+            needed_by="--init",
+            fix="correct the path, or convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
+        )
     if not wanted:
         return
     made = Path(wanted).with_suffix(".safetensors")
@@ -103,6 +109,12 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
         if taught:
             raise UsageError(f"stage1.terms.{taught[0]} learns from a teacher", fix="name its run: --teacher RUN")
         return None
+    if not run.exists():
+        raise InputError(
+            f"no run folder {run}",
+            needed_by="--teacher",
+            fix="give the folder of a trained run, such as --teacher ckpt/ride",
+        )
     source = choose(run.parent if run.is_file() else run)  # --teacher may be a model.safetensors
     if source.record().dataset.fingerprint != dataset.fingerprint:
         raise InputError(

@@ -292,7 +292,8 @@ def _rescaled(recipe: Recipe, epochs: int, path: Path) -> Recipe:
     if epochs < stages:
         raise UsageError(
             f"--epochs {epochs} is too short: recipe {path} has {stages} stages of at least one epoch",
-            fix=f"give --epochs {stages} or more",
+            # The recipe of a run that --epochs rescaled: stage 1 is trained, and its epochs stay.
+            fix=f"give --epochs {s.epochs}" if s.rescaled_from else f"give --epochs {stages} or more",
         )
     scale = epochs / s.epochs
 

@@ -46,13 +46,16 @@ REFUSED = {
     f"{TRAIN} --recipe toy/cpmix": "give a recipe for this data set with --recipe",
     f"{TRAIN} --set stage1.terms.erm.teacher=distillation": "--teacher RUN",
     f"{TRAIN} --teacher {{run}}": "--set stage1.terms.erm.teacher=distillation",
-    f"{TRAIN} --init none.pth": "import-weights",
+    f"{TRAIN} --init none.pth": "convert it with import-weights",
+    f"{TRAIN} --init none.safetensors": "convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
+    f"{TRAIN} --teacher none --set stage1.terms.erm.teacher=distillation": "give the folder of a trained run",
     f"{TRAIN} --tracker wandb": "give --tracker tensorboard",
     "train-stage2 --from nowhere": "",
     "train-stage2 --from {run} --set optimizer.lr=7": "drop --set optimizer.lr=7, or train stage1",
     "finetune --from {run} --phase stage3": "",
     "evaluate --from {run} --label a/b": "--label run-2",
     "evaluate --from {run} --split train --test-data {digits}": "drop one of the two flags",
+    "evaluate --from {run} --test-data none": "give a folder of FOLDER/CLASS/IMAGE",
     "evaluate --from {run} --ratio 10": "give --test-distribution forward or backward as well, or drop --ratio",
     "evaluate --from {run} --test-distribution forward --ratio inf": "such as --ratio 50",
     "evaluate --from {run} --set optimizer.lr=1": "change only keys of [evaluation]",
@@ -68,6 +71,7 @@ REFUSED = {
     "misclassified --from {run} --label none": "",
     "figure 3 {run} --out figure.bmp": "--out figure3.pdf",
     "import-weights {weights} --sha256 x": "",
+    "import-weights none.pth --sha256 11ad3fa6": "correct the path, or fetch the file",
     "import-weights {weights} --sha256 {sha}": "torch.save(model.state_dict(), FILE)",
     "bench --data {toy}": "give --data a data set of images",
     "bench --data-root {digits}": "give --data FOLDER as well",
@@ -126,6 +130,7 @@ def test_a_recipe_file_without_the_epochs_of_stage_1_is_refused_with_the_flags_t
     refused(3, (changed, f"  fix: {fix}\n"), *command, "--dry-run")
     given = fix.removeprefix("give ").partition(",")[0].split()
     must(*command, *given, "--dry-run")
+    refused(2, "  fix: give --epochs 6\n", "train-stage2", "--from", run, "--epochs", 1)
     again = ("train-stage1", "--data", digits, "--recipe", recipe, "--out", run)
     refused(4, "fix: give --epochs 6, as it was begun; or write elsewhere", *again)
 
