@@ -178,7 +178,7 @@ def test_unpacked_images_are_read_from_their_files(places: Path, monkeypatch: py
     result = build(places)
     assert (result.code, result.stderr) == (0, "next: cpmix train-stage1 --data data/places-lt --out ckpt/places-lt\n")
     assert result.stdout.splitlines()[-3:] == [
-        "places-lt: 143 training and 6 test images, 3 classes, largest 120, smallest 3 (ratio 40)",
+        "places-lt: 143 training, 3 val and 6 test images, 3 classes, largest 120, smallest 3 (ratio 40)",
         "groups: many (>100) 1, medium (20..100) 1, few (<20) 1 classes",
         "built: data/places-lt",
     ]
