@@ -314,7 +314,7 @@ class StatusOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Compare runs in one table, next to the paper's numbers, and run by run with the first RUN.
+    """Compare runs with each other and with the paper.
 
     Example: cpmix compare ckpt/* --paper table1
     """
