@@ -341,6 +341,12 @@ class CompareOptions:
     )
     out: Path | None = flag(None, "Write to this file instead of stdout.")
     overwrite: bool = flag(False, "Replace the file of --out.", "--overwrite")
+    append: Path | None = flag(
+        None, "Also append a row per evaluation to this results file (CSV), unless the file has it already."
+    )
+    study: str | None = flag(
+        None, "Study that the rows of --append belong to. Default: the name of the data set.", metavar="NAME"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "--few-inclusive --device --data --data-root --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "status": "--json",
-        "compare": "--split --paper --format --out --overwrite --json",
+        "compare": "--split --paper --format --out --overwrite --append --study --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",

@@ -12,8 +12,9 @@ from typing import Any
 from cpmix_cli.artifacts import files
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.flags import CompareOptions
-from cpmix_cli.results import comparison, paired
+from cpmix_cli.results import comparison, paired, results_file
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
+from cpmix_cli.results.measured_row import row_of
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.phase_choice import locate
@@ -34,12 +35,14 @@ def run(options: CompareOptions) -> None:
     """Collect the evaluations of all runs and show them.
 
     Raises:
-        UsageError: both --json and another --format are given.
-        InputError: a folder is no run, no evaluation is usable, or records or metrics are damaged.
-        EnvironmentFault: --out exists or cannot be written.
+        UsageError: both --json and another --format are given, or --study without --append.
+        InputError: a folder is no run, no evaluation is usable, or a record, metrics or the --append file is damaged.
+        EnvironmentFault: --out exists, or --out or --append cannot be written.
     """
     if console.as_json and options.form not in ("table", "json"):
         raise UsageError(f"--json and --format {options.form} are two output formats", fix="drop one of the two flags")
+    if options.study is not None and options.append is None:
+        raise UsageError("--study is of --append", fix="give the results file too: --append FILE")
     console.as_json = console.as_json or options.form == "json"
     files.refuse_existing(options.out, overwrite=options.overwrite)
     measured: list[EvaluatedRun] = []
@@ -82,6 +85,12 @@ def run(options: CompareOptions) -> None:
         records = _paper_records(table, rows)
         fields = {"paper": options.paper, "title": table.title, "note": table.note, "cells": records}
         sheets = [_paper_sheet(table, rows)]
+    if options.append is not None:
+        new, present = results_file.append(
+            options.append, [row_of(run, options.study) for row in rows for run in row.runs]
+        )
+        fields["append"] = {"file": str(options.append), "appended": new, "present": present}
+        console.note(f"compare: {counted(new, 'row')} appended to {options.append}, {present} already there")
     _publish(options, {**fields, "left_out": left_out}, sheets, records)
 
 

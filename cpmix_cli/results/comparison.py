@@ -164,7 +164,7 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
     trained, recipe = source.record(), source.recipe()
     data = trained.dataset.name
     method = recognised(recipe, source.phase, *split_name(data))
-    leading = _leading_phases(source)
+    leading = leading_phases(source)
     label = folder.name.removeprefix(source.phase).removeprefix("-")
     stage, forms = _stage_of(source, recipe)
     conditions = _conditions_of(record, trained, recipe, source.phase, leading)
@@ -216,7 +216,7 @@ def epochs_to(source: PhaseFolder, recipe: Recipe) -> tuple[int, ...]:
     return tuple(recipe.epochs_of(phase) for phase in (*before, source.phase))
 
 
-def _leading_phases(source: PhaseFolder) -> list[PhaseFolder]:
+def leading_phases(source: PhaseFolder) -> list[PhaseFolder]:
     """Return the phases that lead to a checkpoint, its own last; an empty list if one is missing."""
     found = [source]
     while (origin := found[0].origin()) is not None:

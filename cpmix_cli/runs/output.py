@@ -23,6 +23,7 @@ from cpmix_cli.artifacts.tensors import tensor_bytes
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
 from cpmix_cli.runtime import console
+from cpmix_cli.runtime.checkout import commit_of_code
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 
@@ -106,6 +107,7 @@ class Recorder:
     """Lock of the folder; if it is lost, nothing more is written."""
     _outputs: dict[str, str] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
+    _commit: str | None = field(default_factory=commit_of_code)  # the code may change while it runs
 
     def publish(self, name: str, data: bytes) -> str:
         """Publish a file in the folder and record it; return its sha256."""
@@ -144,7 +146,12 @@ class Recorder:
             **fields,
             "outputs": self._outputs,
             "argv": sys.argv,
-            "versions": {"cpmix": __version__, "python": platform.python_version(), "torch": torch.__version__},
+            "versions": {
+                "cpmix": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "commit": self._commit,
+            },
             "host": socket.gethostname(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "started": _iso(self._started),

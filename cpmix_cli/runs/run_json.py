@@ -64,6 +64,9 @@ class RunRecord(Record):
     phase: str
     made_from: MadeFrom
     outputs: dict[FileName, str]
+    argv: list[str] = Field(default_factory=list)
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    """Versions of cpmix, python and torch, and commit of the code; see output.Recorder."""
 
 
 class BegunRecord(Record):
@@ -89,7 +92,6 @@ class PhaseRecord(BegunRecord, RunRecord):
     epochs: int
     training_seconds: float
     gpu_hours: float
-    argv: list[str] = Field(default_factory=list)
 
 
 class StateRecord(BegunRecord):
