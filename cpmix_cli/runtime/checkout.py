@@ -10,7 +10,7 @@ def commit_of_code() -> str | None:
     root = Path(__file__).parents[2]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in hooks
     # Without the ceiling, git would find the checkout of another project that holds the virtual environment.
-    variables |= dict(GIT_CEILING_DIRECTORIES=str(root.parent), GIT_OPTIONAL_LOCKS="0")
+    variables |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(
