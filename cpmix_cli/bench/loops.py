@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from cpmix_cli.data.batches import Batches
+from cpmix_cli.data.decoding import open_image
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
@@ -198,7 +199,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         found = self._images[index]
         if isinstance(found, Path):
-            with Image.open(found) as file:
+            with open_image(found) as file:
                 return self._transform(file.convert("RGB")), self._labels[index]
         image = Image.fromarray(found.squeeze(-1) if found.shape[-1] == 1 else found)
         return self._transform(image), self._labels[index]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import read_bytes, sha256
+from cpmix_cli.data.decoding import open_image, reason
 from cpmix_cli.data.splits import Source, Split, check_labels, check_published
 from cpmix_cli.runtime.errors import InputError, counted
 
@@ -271,10 +272,12 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[n
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for i, position in enumerate(positions):
             try:
-                with Image.open(io.BytesIO(encoded[int(position)].as_py())) as image:
+                with open_image(io.BytesIO(encoded[int(position)].as_py())) as image:
                     if image.size != _SHAPE[:2]:
                         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
                     images[i] = np.asarray(image.convert("RGB"))
             except Exception as fault:  # a broken image can make Pillow's plugins raise any exception
-                raise InputError(f"image {position} of {path} cannot be decoded: {fault}", fix=_FETCH) from fault
+                raise InputError(
+                    f"image {position} of {path} cannot be decoded: {reason(fault)}", fix=_FETCH
+                ) from fault
     return images

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,29 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
 T = TypeVar("T")
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+    "AVIF": (".avif",),
+    "ICO": (".ico",),
+    "PCX": (".pcx",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
+    "TGA": (".tga",),  # last: its header is the least distinct
+}
+"""Pillow's name of each format that is read -> endings of its files. Others are refused whatever the ending says.
+
+The content decides the format, and some decoders start other programs: PostScript runs Ghostscript.
+"""
+ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
+"""Endings of image files, in lower case."""
 SHOWN = 20
 """Most unreadable files, or faulty lines of a list, that a message shows."""
 _AHEAD = 4096
@@ -45,6 +68,15 @@ class UnreadableImages(InputError):
         self.lines = list(lines)
 
 
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Open an image of one of FORMATS; its pixels are decoded when they are used.
+
+    Raises:
+        Exception: any exception of Pillow's plugins; reason() describes it.
+    """
+    return Image.open(file, formats=tuple(FORMATS))
+
+
 def open_rgb(path: Path, *, upright: bool) -> Image.Image:
     """Decode a whole image file as RGB, as torchvision's loader does.
 
@@ -55,7 +87,7 @@ def open_rgb(path: Path, *, upright: bool) -> Image.Image:
     Raises:
         Exception: any exception of Pillow's plugins; reason() describes it.
     """
-    with open_file(path) as file, Image.open(file) as image:
+    with open_file(path) as file, open_image(file) as image:
         return _as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
 
 
@@ -177,7 +209,7 @@ def check_headers(paths: Sequence[Path]) -> None:
     """Read the header of each file; raise UnreadableImages with every file that is not an image."""
 
     def look(path: Path) -> None:
-        with open_file(path) as file, Image.open(file):
+        with open_file(path) as file, open_image(file):
             pass
 
     with console.Progress("checked image files", len(paths)) as progress:
