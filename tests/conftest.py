@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import forget_signals, must, pipeline
+
+pytest.register_assert_rewrite("helpers")
+
+from helpers import forget_signals, must, pipeline
 
 from cpmix_cli.artifacts import files as artifact_files
 from cpmix_cli.runtime import signals

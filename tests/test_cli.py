@@ -6,8 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers.commands import must, process, refused
-from helpers.files import files
+from helpers import files, must, process, refused
 
 from cpmix_cli.results.paper import PAPER_TABLES
 

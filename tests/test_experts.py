@@ -9,9 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.commands import must, refused, setting
-from helpers.draws import draw_epoch
-from helpers.training import COUNTS, sums_of, terms_of
+from helpers import COUNTS, draw_epoch, must, refused, setting, sums_of, terms_of
 from torch import Tensor
 
 from cpmix_cli.artifacts import tables

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.slow_loss import drawn, slow_loss
+from helpers import drawn, slow_loss
 from torch import Tensor
 
 from cpmix_cli import losses

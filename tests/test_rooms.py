@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.commands import must
+from helpers import must
 
 from cpmix_cli import cli
 

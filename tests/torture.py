@@ -34,7 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use the threads o
 
 import matplotlib.figure
 import sklearn.datasets  # noqa: F401
-from helpers.files import contents, files
+from helpers import contents, files
 
 import cpmix_cli.commands.confusion_report
 import cpmix_cli.commands.finetune

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.files import file_limit
+from helpers import file_limit
 from pydantic import ValidationError
 
 from cpmix_cli.artifacts import files, records, tables

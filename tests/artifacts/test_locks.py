@@ -8,8 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from helpers.commands import cpmix, must, refused
-from helpers.files import files
+from helpers import cpmix, files, must, refused
 
 from cpmix_cli.artifacts import locks
 from cpmix_cli.artifacts.files import TEMPORARY

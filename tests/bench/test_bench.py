@@ -4,8 +4,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from helpers.commands import must, refused
-from helpers.files import files
+from helpers import files, must, refused
 
 PHASES = ["stage1", "stage2", "finetune"]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import cpmix, must
-from helpers.files import files
+from helpers import cpmix, files, must
 from PIL import Image
 
 from cpmix_cli.bench.projection import Assumptions, Measurements, StorageSpeed, project

@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.commands import must, refused
-from helpers.files import exact_contents, files, png, write_cifar
+from helpers import exact_contents, files, must, png, refused, write_cifar
 
 from cpmix_cli.artifacts import records
 from cpmix_cli.data.dataset import open_dataset

@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers.commands import must, refused, setting, trained
-from helpers.files import files, write_cifar
+from helpers import files, must, refused, setting, trained, write_cifar
 
 from cpmix_cli.commands.compare import _accuracy_lines, _accuracy_sheet, _cost_sheet, _letter_of, _listed, _paper_sheet
 from cpmix_cli.recipe.loading import load, recipe_names

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import cpmix, must, refused, setting, trained
-from helpers.files import edit_record
+from helpers import cpmix, edit_record, must, refused, setting, trained
 from PIL import Image
 
 from cpmix_cli.artifacts import records

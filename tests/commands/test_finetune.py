@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.commands import must
+from helpers import must
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import cpmix, must, refused, signalled
-from helpers.files import files, flip, save, unchanged
+from helpers import cpmix, files, flip, must, refused, save, signalled, unchanged
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import must, refused
+from helpers import must, refused
 
 from cpmix_cli.results.results_file import COLUMNS, read_results
 

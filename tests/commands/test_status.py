@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import Result, cpmix, must, refused, signalled
-from helpers.files import unchanged
+from helpers import Result, cpmix, must, refused, signalled, unchanged
 
 from cpmix_cli.recipe.loading import load, recipe_names
 

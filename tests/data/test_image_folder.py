@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import must, refused
-from helpers.files import COLOURS, files, write_photos
+from helpers import COLOURS, files, must, refused, write_photos
 from PIL import Image
 
 from cpmix_cli.data.dataset import open_dataset

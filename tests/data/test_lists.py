@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import Result, cpmix, ended, must, refused
-from helpers.files import files, write_image
-from helpers.jpeg_tree import make
+from helpers import Result, cpmix, ended, files, make, must, refused, write_image
 
 from cpmix_cli.data import lists, sources
 from cpmix_cli.data.dataset import open_dataset

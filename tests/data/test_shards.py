@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.commands import Result, cpmix, ended, hooked, must, on_event
-from helpers.files import exact_contents, files, flip, write_image
+from helpers import Result, cpmix, ended, exact_contents, files, flip, hooked, must, on_event, write_image
 from PIL import Image
 from torchvision.transforms import v2
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.commands import must, refused
-from helpers.files import Canary, files
+from helpers import Canary, files, must, refused
 
 from cpmix_cli.data import cifar
 from cpmix_cli.data.download import REMOTES, download

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.commands import fix_of, forget_signals, must, process, refused, run_commands, setting
-from helpers.files import contents, flip
-from helpers.jpeg_tree import picture
+from helpers import contents, fix_of, flip, forget_signals, must, picture, process, refused, run_commands, setting
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.commands import must
+from helpers import must
 from sklearn import metrics
 
 from cpmix_cli.artifacts import files

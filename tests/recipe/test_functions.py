@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import refused
+from helpers import refused
 
 from cpmix_cli import losses, mixing, models
 from cpmix_cli.recipe import functions

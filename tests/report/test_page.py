@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import must, refused
+from helpers import must, refused
 
 from cpmix_cli.data.longtail import GROUPS, group_of
 from cpmix_cli.report.images import ContactSheet

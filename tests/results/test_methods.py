@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.commands import cpmix, must
-from helpers.files import header, write_cifar
+from helpers import cpmix, header, must, write_cifar
 
 from cpmix_cli.commands.recipes import image_passes
 from cpmix_cli.data.longtail import exponential_counts

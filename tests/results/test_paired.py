@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import must, refused
+from helpers import must, refused
 
 from cpmix_cli.results.comparison import ComparisonRow, evaluations_of, in_rows
 from cpmix_cli.results.paired import most_confused, paired_rows

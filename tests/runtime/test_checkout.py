@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from helpers.commands import process
+from helpers import process
 
 from cpmix_cli.runtime import checkout
 

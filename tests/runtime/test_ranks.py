@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.commands import must
-from helpers.files import files
+from helpers import files, must
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import records, tensors

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+import emulated_graph as emulated
 import pytest
 import torch
-from helpers import emulated_graph as emulated
-from helpers.commands import must
+from helpers import must
 
 from cpmix_cli.data.dataset import Dataset, open_dataset
 

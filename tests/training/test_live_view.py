@@ -20,8 +20,7 @@ from typing import IO, Any
 import pyte
 import pytest
 import torch
-from helpers.files import contents
-from helpers.training import COUNTS, CP, ERM, MIX, data, fresh, plan_of, sums_of, terms_of
+from helpers import COUNTS, CP, ERM, MIX, contents, data, fresh, plan_of, sums_of, terms_of
 
 from cpmix_cli.runtime.console import EpochProgress, warn
 from cpmix_cli.training.inputs import TrainingData

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.draws import draw_epoch
-from helpers.training import CP, ERM, LABELS, MIX, data, fresh, in_double, never, plan_of, terms_of
+from helpers import CP, ERM, LABELS, MIX, data, draw_epoch, fresh, in_double, never, plan_of, terms_of
 
 from cpmix_cli.data.batches import ClassPool, PointBatches
 from cpmix_cli.evaluation import prediction

@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.draws import draw_epoch
-from helpers.slow_loss import slow_loss
-from helpers.training import COUNTS, CP, ERM, IMAGES, LABELS, MIX, check_against_loop, crop, fresh, in_double, terms_of
+from helpers import (
+    COUNTS,
+    CP,
+    ERM,
+    IMAGES,
+    LABELS,
+    MIX,
+    check_against_loop,
+    crop,
+    draw_epoch,
+    fresh,
+    in_double,
+    slow_loss,
+    terms_of,
+)
 from torch import Tensor
 
 from cpmix_cli.confusion import draw_confused

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.draws import draw_epoch
-from helpers.training import COUNTS, IMAGES, LABELS, STD, fresh, never
+from helpers import COUNTS, IMAGES, LABELS, STD, draw_epoch, fresh, never
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.data.dataset import unwritten_dataset

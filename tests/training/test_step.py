@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import must
-from helpers.draws import draw_epoch
-from helpers.training import COUNTS, CP, ERM, IMAGES, LABELS, MIX, data, fresh, never, plan_of, sums_of, terms_of
+from helpers import (
+    COUNTS,
+    CP,
+    ERM,
+    IMAGES,
+    LABELS,
+    MIX,
+    data,
+    draw_epoch,
+    fresh,
+    must,
+    never,
+    plan_of,
+    sums_of,
+    terms_of,
+)
 from torch import Tensor
 
 from cpmix_cli.data.batches import ImageBatches

@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers.commands import must, refused, run_to_the_end
-from helpers.files import contents, file_limit, files
+from helpers import contents, file_limit, files, must, refused, run_to_the_end
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter

@@ -6,8 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.commands import Result, ended, hooked, must, process, refused, without_gpu
-from helpers.files import edit_record, exact_contents, files, unchanged
+from helpers import (
+    Result,
+    edit_record,
+    ended,
+    exact_contents,
+    files,
+    hooked,
+    must,
+    process,
+    refused,
+    unchanged,
+    without_gpu,
+)
 
 from cpmix_cli.artifacts import records
 from cpmix_cli.artifacts.files import TEMPORARY, check_place

@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers.commands import must
-from helpers.files import CLOCK
+from helpers import CLOCK, must
 
 RECORDED = Path(__file__).with_name("bits.json")
 SHARED = Path(__file__).parents[3] / "shared"

@@ -15,8 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.commands import cpmix, ended, fix_of, follow_fix, must, process, refused, run_commands
-from helpers.files import Canary, edit_record, exact_contents, files, flip, unchanged, write_image
+from helpers import (
+    Canary,
+    cpmix,
+    edit_record,
+    ended,
+    exact_contents,
+    files,
+    fix_of,
+    flip,
+    follow_fix,
+    must,
+    process,
+    refused,
+    run_commands,
+    unchanged,
+    write_image,
+)
 from PIL import Image
 
 from cpmix_cli.artifacts import records, tables

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import Result, cpmix, ended, must, pipeline, refused
-from helpers.files import contents, unchanged, write_image
+from helpers import Result, contents, cpmix, ended, must, pipeline, refused, unchanged, write_image
 
 ARMED = [False]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.commands import ended, hooked, must, on_event, refused, run_to_the_end, signalled
-from helpers.files import contents, files, write_image
+from helpers import contents, ended, files, hooked, must, on_event, refused, run_to_the_end, signalled, write_image
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import must, refused, setting
-from helpers.files import header, save, write_photos
+from helpers import header, must, refused, save, setting, write_photos
 from safetensors.torch import load_file, save_file
 
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes

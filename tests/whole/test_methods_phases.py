@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import cpmix, must, refused, setting
-from helpers.files import contents
+from helpers import contents, cpmix, must, refused, setting
 
 from cpmix_cli.artifacts import tensors
 from cpmix_cli.models import build_model

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.commands import must, refused
-from helpers.files import contents, files, unchanged
+from helpers import contents, files, must, refused, unchanged
 
 from cpmix_cli.artifacts import tables
 from cpmix_cli.artifacts.files import sha256

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import cpmix, must, refused, setting
-from helpers.files import edit_record, unchanged, write_image
+from helpers import cpmix, edit_record, must, refused, setting, unchanged, write_image
 
 from cpmix_cli.artifacts.files import sha256
 

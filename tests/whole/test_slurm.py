@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import must
-from helpers.files import contents
+from helpers import contents, must
 
 from cpmix_cli.runtime import ranks
 
