@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import must, refused
+from scipy import stats
 
 from cpmix_cli.results.comparison import ComparisonRow, evaluations_of, in_rows
-from cpmix_cli.results.paired import most_confused, paired_rows
+from cpmix_cli.results.paired import most_confused, paired_rows, t_quantile
 
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """0.975 quantile of Student's t by degrees of freedom, from a printed table."""
@@ -153,3 +154,7 @@ def test_most_confused_takes_the_fewest_classes_that_make_up_half() -> None:
     # Row 0: 3 of 6 are half. Row 1: 2 of 6 are not, so a second class is needed; ties go by class id.
     expected = [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert most_confused(confusions).astype(int).tolist() == expected
+
+
+def test_t_quantiles_equal_scipys() -> None:
+    assert [t_quantile(n) for n in range(1, 40)] == pytest.approx(stats.t.ppf(0.975, range(1, 40)), abs=1e-6)
