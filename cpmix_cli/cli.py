@@ -25,7 +25,7 @@ from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
-WITHOUT_TORCH = ("status", "compare", "misclassified", "recipes", "methods")
+WITHOUT_TORCH = ("status", "compare", "results", "misclassified", "recipes", "methods")
 
 
 @contextmanager
@@ -232,6 +232,7 @@ COMMANDS: dict[str, dict[str, type]] = {
     "Helpers": {
         "status": flags.StatusOptions,
         "compare": flags.CompareOptions,
+        "results": flags.ResultsOptions,
         "recipes": flags.RecipesOptions,
         "methods": flags.MethodsOptions,
         "predict": flags.PredictOptions,

@@ -350,6 +350,21 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResultsOptions:
+    """Show a results file, or update tables made from it.
+
+    Example: cpmix results recipes/results.csv --update recipes/RESULTS.md
+    """
+
+    file: Annotated[Path, Argument(help="Results file (CSV) that compare --append wrote.", metavar="FILE")]
+    update: Path | None = flag(
+        None,
+        "Markdown file whose marked tables to make anew, instead of showing them. A mark is a comment such as "
+        "results: study=NAME columns=method,seed,top1,+top1.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipesOptions:
     """List recipes, show one, compare two, or show costs.
 

@@ -11,8 +11,10 @@ from helpers import files, must, process, refused
 from cpmix_cli.results.paper import PAPER_TABLES
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "compare", "recipes", "methods", "predict", "misclassified", "figure", "import-weights", "bench"]
+HELPERS = ["status", "compare", "results", "recipes", "methods"]
+HELPERS += ["predict", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
+RESULTS = f"results {REPOSITORY}/recipes/results.csv"
 
 
 def test_help_lists_the_six_commands_in_order_then_the_helpers() -> None:
@@ -44,6 +46,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
+        "results": "--update --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
         "predict": "--from --phase --top --out --device --overwrite --json",
@@ -118,7 +121,7 @@ def test_commands_that_read_results_do_without_torch(digits_run: Path) -> None:
         status, names = imported_by([*command.split(), str(digits_run)])
         assert status == 0
         assert not {"torch", "torchvision", "matplotlib", "sklearn"} & set(names), command
-    for command in ("recipes", "recipes digits/cpmix", "methods", "train-stage1 --help"):
+    for command in (RESULTS, "recipes", "recipes digits/cpmix", "methods", "train-stage1 --help"):
         assert imported_by(command.split()) == (0, []), command
 
 

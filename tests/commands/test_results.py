@@ -1,16 +1,18 @@
-"""Results files: rows that compare --append adds, and files that it refuses."""
+"""Results files: rows that compare --append adds, files that it refuses, and the tables that results makes of them."""
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import must, refused
+from helpers import fix_of, must, refused
 
-from cpmix_cli.results.results_file import COLUMNS, read_results
+from cpmix_cli.results.results_file import COLUMNS, append, read_results
 
 FLAGS = ("--recipe", "digits/cross-entropy", "--epochs", 3)
 
@@ -148,3 +150,129 @@ def test_a_missing_phase_leaves_the_cells_about_training_empty(run: Path, digits
     training = {"image_passes", "training_seconds", "device", "threads", "versions", "commit", "command"}
     assert unknown == {"label", "paper", "note", *training}
     assert row["epochs"] == "1+1"
+
+
+def row(**cells: str) -> dict[str, str]:
+    return dict.fromkeys(COLUMNS, "") | {"method": "m", "data": "d", "phase": "stage1", "split": "test"} | cells
+
+
+ROWS = (
+    row(study="a b", seed="0", epochs="4+2", phase="stage2", top1="10.00", few="1.00", paper="12.5*", note="row_1"),
+    row(study="a b", seed="0", epochs="4+2+1", phase="finetune", top1="20.00"),
+    row(study="a b", seed="1", epochs="4+2", phase="stage2", top1="13.00", few="2.00", paper="12.5*"),
+    row(study="a b", seed="1", epochs="4", top1="7.00"),
+    row(study="other", seed="0", epochs="4", top1="1.00"),
+    row(study="a b", seed="0", epochs="4+2", phase="stage2", top1="11.00"),  # a second run of seed 0
+    row(study="a b", method="n", seed="0", epochs="4+1", phase="finetune", top1="30.00"),
+)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "results.csv"
+    assert append(path, ROWS) == (7, 0)
+    return path
+
+
+def test_results_shows_a_table_per_study(table: Path) -> None:
+    assert must("results", table).stdout.splitlines() == [
+        "a b",
+        "method  seed  epochs  phase     top-1   few  paper",
+        "------  ----  ------  --------  -----  ----  -----",
+        "m          0  4+2     stage2    10.00  1.00  12.5*",
+        "m          0  4+2+1   finetune  20.00",
+        "m          1  4+2     stage2    13.00  2.00  12.5*",
+        "m          1  4       stage1     7.00",
+        "m          0  4+2     stage2    11.00",
+        "n          0  4+1     finetune  30.00",
+        "all: data d, split test",
+        "",
+        "other",
+        "method  top-1",
+        "------  -----",
+        "m        1.00",
+        "all: data d, seed 0, epochs 4, phase stage1, split test",
+    ]
+    assert must("results", table, "--json").json == {"command": "results", "rows": list(ROWS)}
+
+
+def test_update_makes_the_tables_of_a_text(table: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.md"
+    text.write_text(
+        "Before.\n"
+        "<!-- results: study=a b columns=method,seed,epochs,top1,few,paper,note,+top1,+few -->\n| old |\n"
+        "<!-- end of results -->\nBetween.\n"
+        "<!-- results: study=a b columns=epochs,method,phase,top1,few -->\n<!-- end of results -->\n"
+        "    <!-- results: study=x columns=y --> is an example.\n"
+    )
+    assert must("results", table, "--update", text).stdout == f"{text}: 2 tables, updated\n"
+    assert text.read_text() == (
+        "Before.\n"
+        "<!-- results: study=a b columns=method,seed,epochs,top1,few,paper,note,+top1,+few -->\n"
+        "| method | seed | epochs | top-1 | few | paper | note | + finetune: top-1 | few |\n"
+        "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |\n"
+        "| m | 0 | 4+2 | 10.00 | 1.00 | 12.5\\* | row\\_1 | 20.00 |  |\n"
+        "| m | 1 | 4+2 | 13.00 | 2.00 | 12.5\\* |  |  |  |\n"
+        "| m | 1 | 4 | 7.00 |  |  |  |  |  |\n"
+        "| m | 0 | 4+2 | 11.00 |  |  |  |  |  |\n"
+        "| n | 0 |  |  |  |  |  | 30.00 |  |\n"
+        "<!-- end of results -->\nBetween.\n"
+        "<!-- results: study=a b columns=epochs,method,phase,top1,few -->\n"
+        "| epochs | method | phase | top-1 | few |\n"
+        "| --- | --- | --- | ---: | ---: |\n"
+        "| 4+2 | m | stage2 | 11.50 ± 2.12 | 1.50 ± 0.71 |\n"
+        "| 4+2+1 | m | finetune | 20.00 |  |\n"
+        "| 4 | m | stage1 | 7.00 |  |\n"
+        "| 4+2 | m | stage2 | 11.00 |  |\n"
+        "| 4+1 | n | finetune | 30.00 |  |\n"
+        "<!-- end of results -->\n"
+        "    <!-- results: study=x columns=y --> is an example.\n"
+    )
+    before = text.stat().st_mtime_ns
+    result = must("results", table, "--update", text, "--json")
+    assert result.json == {"command": "results", "file": str(text), "tables": 2, "changed": False}
+    assert text.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("no mark\n", "text.md marks no table", "write lines <!-- results: study=NAME columns="),
+        ("\n<!-- results: study=other columns=top1 -->\n", "line 2: this table has no end", "add a line <!-- end of"),
+        (
+            "<!-- results: study=other columns=top1 -->\n" * 2 + "<!-- end of results -->\n",
+            "line 1: this table has no end",
+            "add a line <!-- end of results --> below the table",
+        ),
+        ("<!-- results: other -->\n", "line 1: <!-- results: other --> does not name a study and", "write it as <!--"),
+        (
+            "<!-- results: study=othr columns=top1 -->\n<!-- end of results -->\n",
+            'line 1: the results file has no study "othr". Did you mean "other"?',
+            "name one of the file's studies",
+        ),
+        (
+            "<!-- results: study=other columns=method,+top -->\n<!-- end of results -->\n",
+            'line 1: no column "top". Did you mean "top1"?',
+            "name columns of the file",
+        ),
+        ("caf\udce9", "text.md is no UTF-8 text", "save it as UTF-8"),
+    ],
+)
+def test_texts_with_wrong_marks_are_refused_and_kept(
+    table: Path, tmp_path: Path, text: str, message: str, fix: str
+) -> None:
+    path = tmp_path / "text.md"
+    path.write_text(text, errors="surrogateescape")
+    result = refused(3, message, "results", table, "--update", path)
+    assert fix_of(result).startswith(fix)
+    assert path.read_text(errors="surrogateescape") == text
+
+
+def test_the_tables_of_the_measured_results_are_those_of_the_results_file(tmp_path: Path) -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    copy = Path(shutil.copy(recipes / "RESULTS.md", tmp_path))
+    result = must("results", recipes / "results.csv", "--update", copy, "--json").json
+    assert copy.read_text() == (recipes / "RESULTS.md").read_text(), "cpmix results recipes/results.csv --update ..."
+    studies = {row["study"] for row in read_results(recipes / "results.csv")}
+    assert studies == set(re.findall(r"^<!-- results: study=(\S+)", copy.read_text(), re.MULTILINE))
+    assert result["tables"] == len(studies)
