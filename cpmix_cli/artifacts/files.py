@@ -279,6 +279,10 @@ def wait_for(path: Path) -> None:
             next(entries, None)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Start of the small file that Git leaves in place of a large one that it did not fetch."""
+
+
 def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) -> bytes:
     """Read a whole file.
 
@@ -288,7 +292,7 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
         limit: largest size in bytes.
 
     Raises:
-        InputError: the file is missing, unreadable, larger than `limit`, or has another sha256.
+        InputError: the file is missing, unreadable, larger than `limit`, a Git LFS pointer, or has another sha256.
     """
     if sha is not None:
         wait_for(path)
@@ -300,6 +304,8 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
             data = file.read()
         except OSError as fault:
             raise _read_fault(path, fault) from fault
+    if data.startswith(LFS_POINTER):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself", fix="run git lfs pull in its repository")
     if sha is not None and sha256(data) != sha:
         raise InputError(
             f"{path} is damaged: its sha256 is {sha256(data)[:12]}..., recorded was {sha[:12]}...", path=path

@@ -1,7 +1,7 @@
 """Tables on disk: Parquet files with fixed schemas, checked when they are read."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> 
     return publish(path, table_bytes(schema, columns))
 
 
+def open_parquet(data: bytes, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open a Parquet file. Its rows must be read with use_threads=False.
+
+    Threads of pyarrow may still hold the file's Python object after an error. If Python ends before they let go of it,
+    the process aborts (signal 6). So no thread may read ahead or decode.
+
+    Args:
+        data: content of the file.
+        encoded: columns that are read with dictionary encoding.
+    """
+    return pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(encoded), pre_buffer=False)
+
+
 _UNPACKS = 10
 """Largest number of bytes in memory per byte of the file. The table of a split with a million images has 4."""
 _UNPACKS_REGULAR = 128
@@ -95,12 +108,12 @@ def read_table(
     """
     data = read_bytes(path, sha)
     try:
-        found = pq.read_schema(io.BytesIO(data))
+        found = open_parquet(data).schema_arrow
         if schema is not None and not found.equals(schema):
             raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}", path=path)
         texts = [field.name for field in found if pa.types.is_string(field.type)]
         # Dictionary encoding: a string that a column repeats a million times takes memory once.
-        source = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
+        source = open_parquet(data, texts)
         num_rows = source.metadata.num_rows
         if max_rows is not None and num_rows > max_rows:
             raise InputError(
@@ -110,10 +123,10 @@ def read_table(
         times = _UNPACKS if max_rows is None else _UNPACKS_REGULAR
         unpacked = sum(4 if field.name in texts else -(-field.type.bit_width // 8) for field in found) * num_rows
         _refuse_size(path, data, unpacked, times)
-        columns = source.read()
+        columns = source.read(use_threads=False)
         unpacked += sum(_text_bytes(chunk) for name in texts for chunk in columns[name].chunks)
         _refuse_size(path, data, unpacked, times)
-        table: pd.DataFrame = columns.cast(found).to_pandas()
+        table: pd.DataFrame = columns.cast(found).to_pandas(use_threads=False)
     except InputError:
         raise
     except Exception as fault:  # a damaged file can make pyarrow raise any exception

@@ -199,8 +199,8 @@ class PilImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         found = self._images[index]
         if isinstance(found, Path):
-            with open_image(found) as file:
-                return self._transform(file.convert("RGB")), self._labels[index]
+            with found.open("rb") as file, open_image(file) as image:
+                return self._transform(image.convert("RGB")), self._labels[index]
         image = Image.fromarray(found.squeeze(-1) if found.shape[-1] == 1 else found)
         return self._transform(image), self._labels[index]
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 from cpmix_cli.artifacts.files import read_bytes, sha256
 from cpmix_cli.data.decoding import open_image, reason
 from cpmix_cli.data.splits import Source, Split, check_labels, check_published
-from cpmix_cli.runtime.errors import InputError, counted
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, counted, shortened
 
 _SHAPE = (32, 32, 3)
+_NUM_IMAGES = {"train": 50_000, "test": 10_000}
 _MAX_ARCHIVE = 250_000_000  # bytes; the archives have 170 million
 _FETCH = "run the same command again with --download, which fetches the published archive"
 
@@ -98,8 +101,8 @@ def read(places: list[Path], published: CifarArchive) -> Source:
         for folder in (place / published.folder, place):
             if (folder / next(iter(published.meta))).is_file():
                 return _from_folder(folder, published)
-        if list(place.glob("train-*.parquet")):
-            return _from_parquet(place, published)
+        if _parquet_folders([place], published):
+            return _from_parquet(_parquet_folders(places, published), published)
     raise InputError(
         f"no {published.archive}, {published.folder}/ or train-*.parquet in {' or '.join(map(str, places))}",
         fix="give their folder with --data-root FOLDER or in CPMIX_DATA_DIR, or fetch them with --download",
@@ -198,69 +201,161 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
-def _from_parquet(folder: Path, published: CifarArchive) -> Source:
-    """Read train-*.parquet and test-*.parquet of Hugging Face: columns img{bytes, path} and fine_label or label."""
-    train_files, train = _parquet_split(folder, "train")
-    test_files, test = _parquet_split(folder, "test")
-    names = _class_names(train_files[0], num_classes=int(train.labels.max()) + 1)
-    return _source(published, names, train, test, (*train_files, *test_files))
+def _parquet_folders(places: list[Path], published: CifarArchive) -> list[Path]:
+    """Return the folders with training images: of `places`, and their sub-folders that Hugging Face names."""
+    folders = [place / name for place in places for name in ("", "data", "plain_text", published.name)]
+    return [folder for folder in dict.fromkeys(folders) if list(folder.glob("*train*.parquet"))]
 
 
-def _parquet_split(folder: Path, split: str) -> tuple[list[Path], Split]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _from_parquet(folders: list[Path], published: CifarArchive) -> Source:
+    """Read the shards of Hugging Face: columns img (encoded images) and fine_label or label."""
+    if len(folders) > 1:
+        raise InputError(
+            f"{published.name} lies twice: *train*.parquet in {' and in '.join(map(str, folders))}",
+            fix="leave one of the two folders, or give it with --data-root FOLDER",
+        )
+    files = {split: _shards(folders[0], split) for split in _NUM_IMAGES}
+    names, train = _parquet_split(files["train"])
+    _, test = _parquet_split(files["test"])
+    found = {"train": len(train.labels), "test": len(test.labels)}
+    for split, number in found.items():
+        if number > _NUM_IMAGES[split]:
+            raise InputError(
+                f"{folders[0]} has {number:,} {split} images; {published.name} has {_NUM_IMAGES[split]:,}",
+                fix="take out the copies, or fetch the published archive with --download",
+            )
+    if found != _NUM_IMAGES:
+        console.warn(
+            f"{folders[0]} has {found['train']:,} train and {found['test']:,} test images, a part of {published.name}, "
+            f"which has {_NUM_IMAGES['train']:,} and {_NUM_IMAGES['test']:,}"
+        )
+    names = names or [f"class_{c}" for c in range(int(train.labels.max()) + 1)]
+    return _source(published, names, train, test, (*files["train"], *files["test"]))
 
-    files = sorted(folder.glob(f"{split}-*.parquet"))
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """Return the shards of a split in order; raise InputError if one is missing or twice there, or a name is odd."""
+    files = sorted(folder.glob(f"*{split}*.parquet"))
+    example = f"{split}-00000-of-00001.parquet"
+    numbered: dict[int, Path] = {}
+    totals: dict[str, Path] = {}
+    for path in files:
+        # The hash at the end stands in files of push_to_hub().
+        found = re.fullmatch(rf"{split}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?\.parquet", path.name)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise InputError(
+                f"{path} is no shard by its name, such as {example}; is it a copy?",
+                fix="move it elsewhere if it is, else give it the name that it had at Hugging Face",
+            )
+        if (other := numbered.setdefault(int(found[1]), path)) != path:
+            raise InputError(f"{path} and {other.name} are the same shard of {split}", fix="leave one of the two")
+        totals.setdefault(found[2], path)
     if not files:
-        raise InputError(f"no {split}-*.parquet in {folder}", fix="copy or fetch the missing files")
+        raise InputError(f"no {example} in {folder}", fix="copy or fetch the missing files")
+    if len(totals) > 1:
+        raise InputError(
+            f"{' and '.join(map(str, totals.values()))} are of different sets of shards", fix="leave the files of one"
+        )
+    total = next(iter(totals))
+    missing = [f"{split}-{i:05}-of-{total}.parquet" for i in range(int(total)) if i not in numbered]
+    if missing:
+        raise InputError(
+            f"{folder} lacks {counted(len(missing), 'shard')} of {split}: {shortened(missing, 5)}",
+            fix="copy or fetch the missing files",
+        )
+    return [numbered[i] for i in range(int(total))]
+
+
+def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
+    """Return the class names in the metadata of the first shard, [] without such metadata, and all images."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from cpmix_cli.artifacts.tables import open_parquet
+
+    known: dict[str, Path] = {}
+    names: list[str] = []
     encoded, labels = [], []
     for path in files:
         data = read_bytes(path, limit=_MAX_ARCHIVE)
+        if (other := known.setdefault(sha256(data), path)) != path:
+            raise InputError(f"{path} has the content of {other.name}: a shard is twice there", fix=_FETCH)
         try:
-            columns = pq.read_schema(io.BytesIO(data)).names
-            label = next((name for name in ("fine_label", "label") if name in columns), None)
-            if label is None or "img" not in columns:
-                raise InputError(
-                    f"{path} has columns {', '.join(columns)}; expected img and fine_label (or label)", fix=_FETCH
-                )
-            # Dictionary encoding: an image that a file repeats a million times takes memory once.
-            file = pq.ParquetFile(io.BytesIO(data), read_dictionary=["img.bytes"])
+            schema = open_parquet(data).schema_arrow
+            image, label = _image_column(path, schema), _label_column(path, schema)
+            names = names or _class_names(path, schema.metadata or {})
+            # Dictionary encoding: an image that a file repeats a million times takes memory once. Row groups are read
+            # one by one, because pyarrow cannot join the dictionaries of a struct's field.
+            file = open_parquet(data, [image])
+            num_groups, num_rows = file.metadata.num_row_groups, file.metadata.num_rows
             # Images are already compressed, so a file that expands far more was made to fill the memory.
-            unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if unpacked > 3 * len(data) + 2**20 or file.metadata.num_rows > len(data):
+            unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(num_groups))
+            if unpacked > 3 * len(data) + 2**20 or num_rows > len(data):
                 raise InputError(
-                    f"{path} would unpack from {len(data):,} to {unpacked:,} bytes in {file.metadata.num_rows:,} rows",
-                    fix=_FETCH,
+                    f"{path} would unpack from {len(data):,} to {unpacked:,} bytes in {num_rows:,} rows", fix=_FETCH
                 )
-            table = file.read(["img", label]).combine_chunks()
-            encoded.append(pa.chunked_array(table["img"].chunks, table["img"].type).combine_chunks().field("bytes"))
-            labels.append(table[label].cast(pa.int64()).combine_chunks())
+            for i in range(num_groups):
+                group = file.read_row_group(i, [image, label], use_threads=False)
+                images = group["img"] if image == "img" else pc.struct_field(group["img"], "bytes")
+                if lost := images.null_count:
+                    raise InputError(f"{path} lacks the bytes of {counted(lost, 'image')}", fix=_FETCH)
+                if lost := group[label].null_count:
+                    raise InputError(f"{path} lacks {counted(lost, 'label')}", fix=_FETCH)
+                encoded += images.chunks
+                labels += group[label].cast(pa.int64()).chunks
         except InputError:
             raise
         except Exception as fault:  # a damaged file can make pyarrow raise any exception
-            raise InputError(f"{path} is not a readable Parquet file: {fault}", fix=_FETCH) from fault
-        if missing := labels[-1].null_count:
-            raise InputError(f"{path} lacks {counted(missing, 'label')}", fix=_FETCH)
-    images = pa.chunked_array(encoded)
-    if not len(images):
+            raise InputError(f"{path} is not a readable Parquet file: {reason(fault)}", fix=_FETCH) from fault
+    if not any(map(len, encoded)):
         raise InputError(f"{files[0]} contains no images", fix=_FETCH)
+    images = pa.chunked_array(encoded)
     classes = np.concatenate([part.to_numpy(zero_copy_only=False) for part in labels]).astype(np.int64)
-    return files, Split(classes, lambda positions: _decode(images, positions, files[0]))
+    return names, Split(classes, lambda positions: _decode(images, positions, files[0]))
 
 
-def _class_names(path: Path, num_classes: int) -> list[str]:
-    """Return the class names in the file's Hugging Face metadata; class_0, class_1, ... without such metadata."""
-    import pyarrow.parquet as pq
+def _image_column(path: Path, schema: Any) -> str:
+    """Return the column of the encoded images: "img.bytes" of Hugging Face's struct, or "img" if it is binary."""
+    import pyarrow as pa
 
+    expected = "img, as struct<bytes: binary, path: string> or binary"
+    kind = _type_of(path, schema, "img", expected)
+    name = "img.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else "img"
+    values = kind.field("bytes").type if name == "img.bytes" else kind
+    values = values.value_type if pa.types.is_dictionary(values) else values
+    if values not in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        raise InputError(f"{path} has the column img as {kind}; expected {expected}", fix=_FETCH)
+    return name
+
+
+def _label_column(path: Path, schema: Any) -> str:
+    """Return the column of the labels: "fine_label", or "label" without it."""
+    import pyarrow as pa
+
+    name = "fine_label" if "fine_label" in schema.names else "label"
+    if not pa.types.is_integer(kind := _type_of(path, schema, name, "fine_label or label, as int64")):
+        raise InputError(f"{path} has the column {name} as {kind}; expected int64, class numbers from 0", fix=_FETCH)
+    return name
+
+
+def _type_of(path: Path, schema: Any, column: str, expected: str) -> Any:
+    """Return the type of a column; raise InputError if it does not occur exactly once."""
+    if schema.names.count(column) != 1:
+        columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+        raise InputError(f"{path} has columns {columns}; expected {expected}", fix=_FETCH)
+    return schema.field(column).type
+
+
+def _class_names(path: Path, metadata: Mapping[bytes, bytes]) -> list[str]:
+    """Return the class names in the file's Hugging Face metadata; [] without such metadata."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         for column in ("fine_label", "label"):
             if names := features.get(column, {}).get("names"):
                 return [str(name) for name in names]
     except Exception as fault:
         raise InputError(f"{path} has unreadable Hugging Face metadata: {fault}", fix=_FETCH) from fault
-    return [f"class_{c}" for c in range(num_classes)]
+    return []
 
 
 def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cpmix_cli.artifacts.files import open_file
+from cpmix_cli.artifacts.files import LFS_POINTER, open_file
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
@@ -68,13 +68,19 @@ class UnreadableImages(InputError):
         self.lines = list(lines)
 
 
-def open_image(file: Path | IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes]) -> Image.Image:
     """Open an image of one of FORMATS; its pixels are decoded when they are used.
 
     Raises:
         Exception: any exception of Pillow's plugins; reason() describes it.
     """
-    return Image.open(file, formats=tuple(FORMATS))
+    try:
+        return Image.open(file, formats=tuple(FORMATS))
+    except UnidentifiedImageError as fault:
+        file.seek(0)
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("a Git LFS pointer, not the image: run git lfs pull") from fault
+        raise
 
 
 def open_rgb(path: Path, *, upright: bool) -> Image.Image:

@@ -153,7 +153,7 @@ def test_damaged_sources_are_refused(tmp_path: Path) -> None:
     pq.write_table(bad, path)
     refused(3, f"image 0 of {path} cannot be decoded", *build)
     pq.write_table(bad.rename_columns(["image", "label"]), path)
-    refused(3, "expected img and fine_label", *build)
+    refused(3, "expected img, as struct<bytes: binary, path: string> or binary", *build)
     pq.write_table(table.filter(pc.not_equal(table["label"], 4)), path)
     refused(3, "classes without a training image: class_4", *build)
     assert not (tmp_path / "o").exists()

@@ -6,8 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.commands import must, refused
-from helpers.files import write_cifar, write_photos
+from helpers import must, refused, write_cifar, write_photos
 from PIL import Image
 
 from cpmix_cli.data.decoding import ENDINGS, FORMATS

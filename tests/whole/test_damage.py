@@ -598,8 +598,8 @@ def test_pickle_payloads_are_never_executed(tmp_path: Path, toy: Path) -> None:
     sha = sha256(weights.read_bytes())
     parquet = tmp_path / "parquet"
     parquet.mkdir()
-    (parquet / "train-0.parquet").write_bytes(payload)
-    (parquet / "test-0.parquet").write_bytes(payload)
+    (parquet / "train-00000-of-00001.parquet").write_bytes(payload)
+    (parquet / "test-00000-of-00001.parquet").write_bytes(payload)
     out = ("--out", tmp_path / "out")
     commands: list[tuple[Path, tuple[object, ...]]] = [
         (source, ("build-lt", "cifar100", "--data-root", tmp_path, *out)),
@@ -655,19 +655,19 @@ def hugging_face(folder: Path, **changes: object) -> None:
     image = {"bytes": (folder / "white.png").read_bytes(), "path": None}
     table = {"img": [image] * 200, "fine_label": list(range(100)) * 2, **changes}
     for split in ("train", "test"):
-        pq.write_table(pa.table(table), folder / f"{split}-0.parquet")
+        pq.write_table(pa.table(table), folder / f"{split}-00000-of-00001.parquet")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fine_label": ["cat"] * 200}, "not a readable Parquet file"),
+        ({"fine_label": ["cat"] * 200}, "has the column fine_label as string; expected int64"),
         ({"fine_label": [None, *range(199)]}, "lacks 1 label"),
         ({"fine_label": [100] * 200}, "names 101 classes; expected 100"),
         ({"fine_label": [-1, *range(1, 100)] * 2}, "has labels -1 to 99"),
-        ({"img": ["x"] * 200}, "not a readable Parquet file"),
+        ({"img": ["x"] * 200}, "has the column img as string; expected img, as struct<bytes: binary, path: string>"),
         ({"img": [{"bytes": b"GIF89a", "path": None}] * 200}, "cannot be decoded"),
-        ({"img": [{"bytes": None, "path": "x"}] * 200}, "cannot be decoded"),
+        ({"img": [{"bytes": None, "path": "x"}] * 200}, "has the column img as struct<bytes: null, path: string>"),
         ({"img": [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]}, "would unpack from"),
     ],
 )
