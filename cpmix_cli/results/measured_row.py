@@ -29,7 +29,7 @@ def row_of(run: EvaluatedRun, study: str | None) -> Row:
         "recipe": run.method.recipe,
         "recipe_sha256": run.source.output(files.RECIPE)[1],
         "data": run.data,
-        "rho": "" if rho is None else f"{rho:g}",
+        "rho": "" if rho is None else f"{rho:.12g}",
         "seed": str(run.seed),
         "epochs": "+".join(map(str, run.epochs)),
         "phase": run.source.phase,
@@ -50,8 +50,9 @@ def row_of(run: EvaluatedRun, study: str | None) -> Row:
     }
 
 
-def _versions(record: RunRecord) -> str:
-    return ", ".join(f"{name} {record.versions.get(name)}" for name in ("torch", "python", "cpmix"))
+def _versions(record: RunRecord) -> str | None:
+    found = [f"{name} {record.versions[name]}" for name in ("torch", "python", "cpmix") if name in record.versions]
+    return ", ".join(found) or None
 
 
 def _joined(values: Iterable[str | None]) -> str:

@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import fix_of, must, refused
 
+from cpmix_cli.results.comparison import evaluations_of
+from cpmix_cli.results.measured_row import row_of
 from cpmix_cli.results.results_file import COLUMNS, append, read_results
 
 FLAGS = ("--recipe", "digits/cross-entropy", "--epochs", 3)
@@ -165,6 +168,12 @@ ROWS = (
     row(study="a b", seed="0", epochs="4+2", phase="stage2", top1="11.00"),  # a second run of seed 0
     row(study="a b", method="n", seed="0", epochs="4+1", phase="finetune", top1="30.00"),
 )
+
+
+def test_a_large_imbalance_factor_is_a_number_of_the_file(run: Path, tmp_path: Path) -> None:
+    (measured,), _ = evaluations_of(run, "stage1")
+    append(tmp_path / "results.csv", [row_of(replace(measured, data="d-lt-rho1e+07"), None)])
+    assert [found["rho"] for found in read_results(tmp_path / "results.csv")] == ["10000000"]
 
 
 @pytest.fixture
