@@ -91,6 +91,9 @@ Epochs = Annotated[
     Option(help="Rescale all epoch counts so that both stages last this many epochs together.", min=1, max=1_000_000),
 ]
 Seed = Annotated[int | None, Option(help="Replace the recipe's seed.", min=0)]
+SkipUnreadable = Annotated[
+    bool, Option("--skip-unreadable", help="Leave out image files that cannot be decoded, and name them in a warning.")
+]
 FewInclusive = Annotated[bool, Option("--few-inclusive", help="Count classes with exactly 20 training images as few.")]
 
 
@@ -168,10 +171,16 @@ class BuildOptions:
         max=1024,
     )
     few_inclusive: FewInclusive = False
+    layout: str = flag(
+        "auto",
+        "Sub-folders of image-folder: classes, splits (train, val, test), or auto: splits if one is called train.",
+        callback=one_of("auto", "classes", "splits"),
+    )
+    skip_unreadable: SkipUnreadable = False
     download: bool = flag(
         False, "First download the source's files into --data-root and check their hashes.", "--download"
     )
-    verify: bool = flag(False, "Check every packed image, or the header of every image file.", "--verify")
+    verify: bool = flag(False, "Check every packed image, or decode every image file.", "--verify")
     overwrite: Overwrite = False
 
 
@@ -259,6 +268,7 @@ class EvaluateOptions(_FromPhase):
     test_data: Path | None = flag(
         None, "Other test images: a folder of FOLDER/CLASS/IMAGE, or a data set folder (its test split)."
     )
+    skip_unreadable: SkipUnreadable = False
     test_distribution: str = flag(
         "uniform",
         "Class distribution of the test set: uniform (images as they are), forward (long-tailed like training) or "
@@ -402,6 +412,7 @@ class PredictOptions:
     phase: Phase = None
     top: int = flag(1, "Number of classes to show per image, most likely first.", min=1)
     out: Path | None = flag(None, "Also write the predictions to this Parquet file.")
+    skip_unreadable: SkipUnreadable = False
     device: Device = "auto"
     overwrite: Overwrite = False
 

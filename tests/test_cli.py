@@ -37,19 +37,20 @@ def test_every_command_has_the_agreed_flags() -> None:
     training += "--checkpoint-every --tracker --json"
     expected = {
         "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
-        "--test-per-class --image-size --pack --few-inclusive --download --verify --overwrite --json",
+        "--test-per-class --image-size --pack --few-inclusive --layout --skip-unreadable --download --verify "
+        "--overwrite --json",
         "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
-        "evaluate": "--from --out --phase --set --label --split --test-data --test-distribution --ratio "
-        "--few-inclusive --device --data --data-root --overwrite --json",
+        "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
+        "--ratio --few-inclusive --device --data --data-root --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
-        "predict": "--from --phase --top --out --device --overwrite --json",
+        "predict": "--from --phase --top --out --skip-unreadable --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --out --overwrite --json",

@@ -40,6 +40,7 @@ PREDICTIONS = "predictions.parquet"
 LOGITS = "logits.safetensors"
 SAMPLES = "samples.parquet"
 HASHES = "hashes.parquet"
+LEFT_OUT = "left_out.txt"
 CONFUSION_MATRIX = "confusion_matrix.parquet"
 CONFUSED_PAIRS = "confused_pairs.parquet"
 

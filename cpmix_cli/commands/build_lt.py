@@ -1,20 +1,32 @@
 """build-lt: build a long-tailed data set folder from a source."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import locks, records, tables
-from cpmix_cli.data import shards, storage
+from cpmix_cli.data import image_folder, shards, storage
 from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
-from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_headers
+from cpmix_cli.data.decoding import (
+    SHOWN,
+    UnreadableImages,
+    check_pixels,
+    content_keys,
+    read_each,
+    read_square,
+    readable,
+)
 from cpmix_cli.data.download import download
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
@@ -22,7 +34,7 @@ from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, give_one_of, indented
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented
 
 
 def run(options: BuildOptions) -> None:
@@ -42,7 +54,9 @@ def run(options: BuildOptions) -> None:
         kind, size = "shards", options.pack
     elif options.pack == 0 or options.source in OFFICIAL_LISTS:
         kind, size = "files", options.image_size or LARGE_IMAGE_SIZE
-    source = SOURCES[options.source](options.data_root, options.list_dir)
+    own = {"layout": options.layout, "skip_unreadable": options.skip_unreadable}
+    of_folder = options.source == "image-folder"
+    source = SOURCES[options.source](options.data_root, options.list_dir, **(own if of_folder else {}))
     rho = options.rho if options.rho is not None else source.default_rho
     if source.test is not None and options.test_per_class is not None:
         raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
@@ -73,7 +87,19 @@ def run(options: BuildOptions) -> None:
 
     status = "up to date"
     if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
+        if options.skip_unreadable:
+            source = _readable(source, upright=of_folder)
+        image_folder.warn_of(source.root or folder, source.left_out)
         splits = storage.take(source, _choose(source, request))
+        if not len(splits["test"].labels):
+            most = int(np.bincount(source.pool.labels).max())
+            raise InputError(
+                f"no test image: none of the {len(source.class_names)} classes has enough images to hold one out, "
+                f"the largest has {most}",
+                fix="give --test-per-class 1, or test images in a folder test beside train"
+                if most > 1
+                else "add images: a class needs one for the training and one for the test",
+            )
         artifacts.check_place(folder, 0)
         with _unreadable_listed_beside(folder):
             sizes = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
@@ -83,21 +109,25 @@ def run(options: BuildOptions) -> None:
                     if kind == "tensors" or source.root is None:
                         stored = storage.store_tensors(folder, splits, source.root, size)
                     elif kind == "shards":
-                        upright = options.source == "image-folder"
-                        stored = storage.store_shards(folder, lock, splits, source.root, sizes, size, upright)
+                        stored = storage.store_shards(folder, lock, splits, source.root, sizes, size, of_folder)
                     else:
                         stored = storage.store_files(folder, splits, source.root, size)
-                    _write(folder, lock, name, request, source, splits, stored)
+                    _write(folder, lock, name, request, source, splits, stored, options.layout)
                     storage.clear(folder, open_dataset(folder))
                     status = "built"
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
-        _check_existing(dataset, request)
-    elif shared := _num_duplicates(dataset):
-        console.warn(f"{shared} of {dataset.record.num_test} test images are identical to a training image")
+        _check_existing(dataset, request, source)
+    else:
+        _warn_of_duplicates(dataset, is_own=of_folder)
+        if source.val is not None and source.test is None:
+            console.warn(
+                f"no folder of test images: {counted(dataset.record.num_test, 'image')} of the training images are "
+                "held out as test split; the val folder is the val split"
+            )
     if options.verify:
         _verify(dataset)
-    _show(dataset, status)
+    _show(dataset, status, source)
 
 
 def _check_flags(options: BuildOptions) -> None:
@@ -105,7 +135,7 @@ def _check_flags(options: BuildOptions) -> None:
     name = options.source
     if name not in SOURCES:
         raise UsageError(f'build-lt has no source "{name}"', fix=give_one_of(name, SOURCES))
-    if options.rho is not None and not options.rho >= 1:
+    if options.rho is not None and not 1 <= options.rho < np.inf:
         raise UsageError(
             f"--rho {options.rho:g} is no imbalance factor", fix="give a number from 1 up, such as --rho 20"
         )
@@ -124,6 +154,9 @@ def _check_flags(options: BuildOptions) -> None:
         f"--list-dir: {name} does not come as image files": not has_files and options.list_dir is not None,
         f"--pack: {name} does not come as image files": not has_files and options.pack is not None,
         f"--image-size: the images of {name} have one size": not has_files and options.image_size is not None,
+        f"--skip-unreadable: {name} does not come as image files": not has_files and options.skip_unreadable,
+        f"--layout: {name} has no class sub-folders": name != "image-folder" and options.layout != "auto",
+        "--layout: the lists of --list-dir say the classes": options.list_dir is not None and options.layout != "auto",
         f"--profile: {name} has its own": name != "image-folder" and options.profile is not None,
         "--image-size: --pack says the size": options.pack and options.image_size is not None,
     }
@@ -177,7 +210,7 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
     if source.test is None:
         share = np.minimum(10, (available * 0.2 + 0.5).astype(np.int64))
         held_test = np.minimum(share if request.test_per_class is None else request.test_per_class, available - 1)
-    left = available - held_test - num_val
+    left: NDArray[np.int64] = available - held_test - num_val
     if left.min() < 1:
         smallest = int(left.argmin())
         raise InputError(
@@ -185,14 +218,20 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
             f"holding out {held_test[smallest] + num_val} leaves none to train on",
             fix="lower --test-per-class or --val-per-class",
         )
-    counts = left
-    if rho is not None and request.profile is not None:
-        shaped = PROFILES[request.profile](left + num_val if request.val_capped else left, rho)
-        counts = np.minimum(shaped, left)
+
+    def counts_at(rho: float | None) -> NDArray[np.int64]:
+        if rho is None or request.profile is None:
+            return left
+        return np.minimum(PROFILES[request.profile](left + num_val if request.val_capped else left, rho), left)
+
+    counts = counts_at(rho)
     if counts.min() < 1:
+        # Counts shrink as rho grows, and rho 1 leaves every class its images.
+        highest = bisect_left(range(1, int(left.max()) + 2), True, key=lambda r: bool(counts_at(r).min() < 1))
         raise InputError(
-            f"rho {rho:g} leaves no image in {int((counts < 1).sum())} classes (largest class: {counts.max()} images)",
-            fix=f"choose --rho {counts.max()} or less",
+            f"rho {rho:g} leaves no image in {counted(int((counts < 1).sum()), 'class', 'classes')} "
+            f"(images per class: {left.min()} to {left.max()})",
+            fix=f"choose --rho {highest} or less" if highest > 1 else "drop --rho, or choose --rho 1",
         )
     train, val, test = [], [], []
     for positions, n, held in zip(order, counts, held_test, strict=True):
@@ -201,6 +240,21 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
         val.append(positions[end - num_val : end])
         test.append(positions[end:])
     return {"train": np.concatenate(train), "val": np.concatenate(val), "test": np.concatenate(test)}
+
+
+def _readable(source: Source, *, upright: bool) -> Source:
+    """Leave out the image files that cannot be decoded, and name them in a warning."""
+    assert source.root is not None
+    left_out = dict(source.left_out.get(image_folder.UNREADABLE, {}))
+    kept: dict[str, Any] = {}
+    for name, split in (("pool", source.pool), ("val", source.val), ("test", source.test)):
+        if split is not None:
+            positions, lines = readable([source.root / path for path in split.paths], upright=upright)
+            kept[name] = split.take(positions)
+            left_out |= dict.fromkeys((line.removeprefix(f"{source.root}/") for line in lines), 1)
+    if not left_out:
+        return source
+    return replace(source, left_out={**source.left_out, image_folder.UNREADABLE: left_out}, **kept)
 
 
 @contextmanager
@@ -227,6 +281,7 @@ def _write(
     source: Source,
     splits: Mapping[str, Split],
     stored: storage.Stored,
+    layout: str,
 ) -> None:
     """Publish the lists, the class counts, and dataset.json last."""
     files = dict(stored.files)
@@ -255,6 +310,16 @@ def _write(
             "group": groups,
         },
     )
+    if source.left_out:
+        lines = [f"{path}\t{reason}\n" for reason, paths in source.left_out.items() for path in paths]
+        text = console.printable("".join(lines)).encode(errors="surrogateescape")
+        files[artifacts.LEFT_OUT] = artifacts.publish(folder / artifacts.LEFT_OUT, text)
+    scanned = {
+        "times": source.times,
+        "layout": None if layout == "auto" else layout,
+        "left_out": {reason: sum(paths.values()) for reason, paths in source.left_out.items()},
+        "skip_unreadable": image_folder.UNREADABLE in source.left_out,
+    }
     record = {
         "format": records.FORMAT,
         "name": name,
@@ -270,6 +335,7 @@ def _write(
         "files": files,
         **stored.keys,
         "data_root": str(source.root.resolve()) if source.root else None,
+        **{key: value for key, value in scanned.items() if value},
         "source_files": {p.name: artifacts.sha256(artifacts.read_bytes(p)) for p in source.files},
         "fingerprint": artifacts.digest({"classes": source.class_names, "splits": digests}),
     }
@@ -280,8 +346,8 @@ def _write(
 # -- a finished data set -----------------------------------------------------------------------------------------------
 
 
-def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
-    """Check that an existing data set is the requested one and undamaged; pack missing shards again."""
+def _check_existing(dataset: Dataset, request: DatasetRequest, source: Source) -> None:
+    """Check that an existing data set is the requested one, of the same images, undamaged; pack missing shards."""
     recorded = dataset.record.model_dump(include=set(DatasetRequest.model_fields))
     if changed := differences(recorded, request.model_dump()):
         raise EnvironmentFault(
@@ -291,7 +357,42 @@ def _check_existing(dataset: Dataset, request: DatasetRequest) -> None:
     artifacts.verify(dataset.folder, dataset.record.files)
     if dataset.storage == "shards":
         _repair(dataset)
+    if dataset.record.times is not None and dataset.record.times != source.times:
+        _check_pictures(dataset)
     locks.tidy(dataset.folder)
+
+
+def _check_pictures(dataset: Dataset) -> None:
+    """Compare the image files, some of which are written since, with the images that were packed.
+
+    Raises:
+        EnvironmentFault: images have changed, or the data set has no copy to compare them with.
+    """
+    fix = "write elsewhere with --out FOLDER, or replace it with --overwrite"
+    if dataset.storage == "files":
+        raise EnvironmentFault(
+            f"{dataset.folder} holds no copy of its images, and files of {dataset.data_root} were written since it was "
+            "built; their names and sizes are the same",
+            fix=fix,
+        )
+    console.note(f"files of {dataset.data_root} were written since: comparing all images with the packed ones")
+    changed: list[str] = []
+    for split in dataset.splits:
+        paths = dataset.paths(split)
+        keys = _image_keys(dataset, split)
+        now: list[bytes] = [b""] * len(paths)
+
+        def note(i: int, image: Image.Image, now: list[bytes] = now) -> None:
+            now[i] = sha256(image.tobytes()).digest()
+
+        with console.Progress(f"compared {split} images", len(paths)) as progress:
+            read_each(paths, partial(read_square, size=dataset.shape[0], upright=dataset.upright), note, progress)
+        changed += [str(path) for path, key, found in zip(paths, keys, now, strict=True) if key != found]
+    if changed:
+        raise EnvironmentFault(
+            f"{counted(len(changed), 'image')} changed since {dataset.folder} was built:{indented(changed, SHOWN)}",
+            fix=fix,
+        )
 
 
 def _repair(dataset: Dataset) -> None:
@@ -315,26 +416,73 @@ def _repair(dataset: Dataset) -> None:
 
 
 def _verify(dataset: Dataset) -> None:
-    """Check every packed image, or the header of every image file."""
+    """Check every packed image, or decode every image file."""
     if dataset.storage == "shards":
         for split in dataset.splits:
             dataset.shards(split).verify()
     elif dataset.storage == "files":
         with _unreadable_listed_beside(dataset.folder):
-            check_headers([path for split in dataset.splits for path in dataset.paths(split)])
+            paths = [path for split in dataset.splits for path in dataset.paths(split)]
+            check_pixels(paths, upright=dataset.upright)
 
 
-def _num_duplicates(dataset: Dataset) -> int:
-    """Count test images with the pixels of a training image; 0 for images left in their files."""
+def _image_keys(dataset: Dataset, split: str) -> list[bytes]:
+    """Return a key per image [N], equal for equal pixels; of images left in their files, for equal bytes."""
     if dataset.storage == "files":
-        return 0
-    in_shards = dataset.storage == "shards"
-    images = [dataset.shards(s).hashes if in_shards else dataset.read(s)[0].numpy() for s in ("train", "test")]
-    known = {image.tobytes() for image in images[0]}
-    return sum(image.tobytes() in known for image in images[1])
+        return content_keys(dataset.paths(split))
+    if dataset.storage == "shards":
+        return [row.tobytes() for row in dataset.shards(split).hashes]
+    return [sha256(image.tobytes()).digest() for image in dataset.read(split)[0].numpy()]
 
 
-def _show(dataset: Dataset, status: str) -> None:
+def _warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
+    """Name images that are in two splits, and a user's own images that are in two classes."""
+    if dataset.storage == "files" and not is_own:
+        return  # published sets: comparing their files would read them all
+    keys = {split: _image_keys(dataset, split) for split in dataset.splits}
+    names = {split: list(map(str, dataset.paths(split))) if dataset.data_root else [] for split in dataset.splits}
+    for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
+        if not {first, second} <= keys.keys():
+            continue
+        known = {key: number for number, key in reversed(list(enumerate(keys[first])))}
+        shared = [(known[key], number) for number, key in enumerate(keys[second]) if key in known]
+        pairs = [f"{names[second][j]} = {names[first][i]}" for i, j in shared if names[first]]
+        if shared:
+            of = "a training image" if first == "train" else "a val image"
+            shown = f":{indented(pairs, SHOWN)}" if pairs else ""
+            console.warn(f"{len(shared)} of {len(keys[second])} {second} images are identical to {of}{shown}")
+    if is_own:
+        seen: dict[bytes, tuple[int, str]] = {}
+        mixed = []
+        for split in dataset.splits:
+            for key, label, name in zip(keys[split], dataset.labels(split).tolist(), names[split], strict=True):
+                other, path = seen.setdefault(key, (label, name))
+                mixed += [f"{name} = {path}"] if other != label else []
+        if mixed:
+            are = "image is" if len(mixed) == 1 else "images are"
+            console.warn(f"{len(mixed)} {are} in another class too:{indented(mixed, SHOWN)}")
+
+
+def _files_of(dataset: Dataset, source: Source, status: str) -> tuple[dict[str, Any], list[list[str]]]:
+    """Return how many files of the folder were found, used and left out: as JSON fields, and as rows of a table."""
+    left_out = {reason: sum(paths.values()) for reason, paths in source.left_out.items()}
+    rows = image_folder.rows_of(source.left_out)
+    in_splits = sum(len(split.labels) for split in (source.pool, source.val, source.test) if split is not None)
+    if status == "up to date" and (skipped := dataset.record.left_out.get(image_folder.UNREADABLE, 0)):
+        in_splits -= skipped - left_out.pop(image_folder.UNREADABLE, 0)
+        left_out[image_folder.UNREADABLE] = skipped
+        rows = [row for row in rows if image_folder.UNREADABLE not in row[0]]
+        rows.append([f"left out: {image_folder.UNREADABLE}", f"{skipped:,}", str(dataset.folder / artifacts.LEFT_OUT)])
+    used = {split: len(dataset.labels(split)) for split in dataset.splits}
+    not_chosen = in_splits - sum(used.values())
+    found = in_splits + sum(left_out.values())
+    fields = {"found": found, "used": used, "not_chosen": not_chosen, "left_out": left_out}
+    chosen = [[split, f"{number:,}", ""] for split, number in used.items()]
+    chosen += [["not in the long-tailed subset", f"{not_chosen:,}", ""]] if not_chosen else []
+    return fields, [*chosen, *rows, ["found", f"{found:,}", str(source.root)]]
+
+
+def _show(dataset: Dataset, status: str, source: Source) -> None:
     record, counts = dataset.record, dataset.class_counts
     groups = record.groups
     medium, few = ("21..100", "<=20") if record.few_inclusive else ("20..100", "<20")
@@ -351,10 +499,15 @@ def _show(dataset: Dataset, status: str) -> None:
         "groups": groups,
         "fingerprint": record.fingerprint,
     }
+    table: list[str] = []
+    if source.times is not None:  # a folder was scanned
+        fields["files"], rows = _files_of(dataset, source, status)
+        table = [*console.table_lines(("files", ">number", "such as"), rows), ""]
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
     lines = [
         *console.histogram(counts.tolist(), record.classes),
         "",
+        *table,
         f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
         f"{record.num_test:,} test images, "
         f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "

@@ -55,6 +55,11 @@ def run(options: EvaluateOptions) -> None:
             f"--split {options.split} and --test-data {options.test_data} name two sets of test images",
             fix="drop one of the two flags",
         )
+    if options.skip_unreadable and options.test_data is None:
+        raise UsageError(
+            "--skip-unreadable leaves out files of --test-data, which is not given",
+            fix="drop the flag, or build the data set anew with: cpmix build-lt ... --skip-unreadable",
+        )
     if options.test_distribution == "uniform" and options.ratio != 50:
         raise UsageError(
             f"--ratio {options.ratio:g} has no effect on a uniform test distribution",
@@ -74,7 +79,7 @@ def run(options: EvaluateOptions) -> None:
     if options.test_data is None:
         tests = own_tests(dataset, options.split)
     elif options.test_data.is_dir():
-        tests = other_tests(options.test_data, dataset)
+        tests = other_tests(options.test_data, dataset, skip_unreadable=options.skip_unreadable)
     else:
         raise InputError(
             f"{options.test_data} is not a folder",
@@ -82,6 +87,12 @@ def run(options: EvaluateOptions) -> None:
             fix="give a folder of FOLDER/CLASS/IMAGE, or a data set folder",
         )
 
+    if not len(tests.labels):
+        raise InputError(
+            f"{dataset.folder} has no {options.split} image to measure an accuracy on",
+            needed_by=f"evaluate --split {options.split}",
+            fix="give test images with --test-data FOLDER, or build the data set anew with --test-per-class 1",
+        )
     label = options.label or _default_label(options, source.recipe(), recipe)
     name = source.phase if label is None else f"{source.phase}-{label}"
     folder = (options.out or root) / "evaluation" / name

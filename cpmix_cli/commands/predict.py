@@ -6,7 +6,7 @@ import torch
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import stream_batches
-from cpmix_cli.data.decoding import check_headers
+from cpmix_cli.data.decoding import check_headers, readable_only
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
@@ -34,12 +34,16 @@ def run(options: PredictOptions) -> None:
         )
     files.refuse_existing(options.out, overwrite=options.overwrite)
     device = use_device(options.device)
-    paths = image_folder.find_images(options.images)
+    paths = image_folder.find_images(options.images, skip_unreadable=options.skip_unreadable)
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
     model = read_model(source, recipe, len(classes), seen.shape).to(device)
-    check_headers(paths)
+    found = paths
+    if options.skip_unreadable:
+        paths = [paths[i] for i in readable_only(paths, upright=True)]
+    else:
+        check_headers(paths)
     reader = FileReader(paths, seen.shape, recipe.data, upright=True)
     batches = stream_batches(reader, recipe.data, seen, device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
@@ -72,6 +76,7 @@ def run(options: PredictOptions) -> None:
     fields = {
         "phase": source.phase,
         "num_images": len(paths),
+        "num_unreadable": len(found) - len(paths),
         "out": str(options.out) if options.out is not None else None,
         "predictions": predictions,
     }

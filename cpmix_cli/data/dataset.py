@@ -83,6 +83,13 @@ class DatasetRecord(Shaped, DatasetRequest):
     data_root: str | None
     fingerprint: str
     shard_images: Annotated[int, Field(ge=1)] = 1
+    times: str | None = None
+    """Digest of the times of the image files' last change; see image_folder.listing()."""
+    layout: str = "auto"
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Reason -> number of files of the source's folder that are left out; left_out.txt names them."""
+    skip_unreadable: bool = False
+    """Whether files that cannot be decoded are among them."""
 
     @model_validator(mode="after")
     def _storage_fits(self) -> "DatasetRecord":
@@ -189,7 +196,7 @@ class Dataset:
             raise InputError(
                 f"{self.folder} has no {split} split",
                 needed_by=f"--split {split}",
-                fix="build one that has it, with --val-per-class",
+                fix="build one that has it, with --val-per-class or from a folder with val/ beside train/",
             )
 
     @property

@@ -6,15 +6,17 @@ A user's own images are rotated by their EXIF tag (`upright`). Benchmark sets ar
 import os
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cpmix_cli.artifacts.files import LFS_POINTER, open_file
 from cpmix_cli.runtime import console
@@ -22,7 +24,7 @@ from cpmix_cli.runtime.errors import InputError, counted, indented
 
 T = TypeVar("T")
 FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "GIF": (".gif",),
     "WEBP": (".webp",),
@@ -46,6 +48,8 @@ ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings
 """Endings of image files, in lower case."""
 SHOWN = 20
 """Most unreadable files, or faulty lines of a list, that a message shows."""
+_MOST_SCALED = 2**24
+"""Largest number of pixels of an image that square() scales whole."""
 _AHEAD = 4096
 """Calls that in_threads() queues at a time, since each waiting call takes memory."""
 _IO_THREADS = 16  # more than CPUs: on a network file system most of the time is waiting
@@ -94,7 +98,10 @@ def open_rgb(path: Path, *, upright: bool) -> Image.Image:
         Exception: any exception of Pillow's plugins; reason() describes it.
     """
     with open_file(path) as file, open_image(file) as image:
-        return _as_rgb(ImageOps.exif_transpose(image)) if upright else image.convert("RGB")
+        if not upright:
+            return image.convert("RGB")
+        image.load()  # TIFF files are turned here already, and then have no orientation
+        return _turned(_as_rgb(image), image)
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -105,6 +112,9 @@ def square(image: Image.Image, size: int) -> Image.Image:
     """
     from torchvision.transforms import functional  # imported here: it takes a second, and most data sets have no files
 
+    short, long = sorted(image.size)
+    if size * (size * long // short) > _MOST_SCALED:  # a line of pixels, which would be gigabytes when it is scaled
+        image = functional.center_crop(image, [min(image.height, 4 * short), min(image.width, 4 * short)])
     found: Image.Image = functional.center_crop(functional.resize(image, size), [size, size])
     return found
 
@@ -123,10 +133,35 @@ def read_square(path: Path, size: int, *, upright: bool) -> Image.Image:
     return square(open_rgb(path, upright=upright), size)
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation in the EXIF data of a file -> what makes the image upright."""
+
+
+def _turned(pixels: Image.Image, file: Image.Image) -> Image.Image:
+    """Turn the pixels of a file by its orientation. Unlike Pillow's exif_transpose(), no other entry can fail it."""
+    try:
+        turn = _TURNS.get(file.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF data raise any exception; the pixels are whole
+        turn = None
+    return pixels if turn is None else pixels.transpose(turn)
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB. Transparency is laid on white; 16-bit grey keeps its upper 8 bits."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
-        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+    """Convert to RGB. Transparency is laid on white; 16-bit grey keeps its upper 8 bits.
+
+    Cameras and scanners put 12 bits into files of 16. An image without a value above 12 bits is taken as one of them.
+    """
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image, dtype=np.uint16)
+        image = Image.fromarray((values >> (8 if values.max() > 4095 else 4)).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}), whose range is not known; convert it to 8 or 16 bits")
     if image.has_transparency_data:
@@ -222,6 +257,50 @@ def check_headers(paths: Sequence[Path]) -> None:
         read_each(paths, look, lambda *_: None, progress, threads=_IO_THREADS)
 
 
+def check_pixels(paths: Sequence[Path], *, upright: bool) -> None:
+    """Decode each file whole; raise UnreadableImages with every file for which that fails."""
+    with console.Progress("decoded image files", len(paths)) as progress:
+        read_each(paths, partial(open_rgb, upright=upright), lambda *_: None, progress)
+
+
+def readable(paths: Sequence[Path], *, upright: bool) -> tuple[NDArray[np.int64], list[str]]:
+    """Decode each file whole.
+
+    Args:
+        paths: image files [N].
+        upright: as for open_rgb().
+
+    Returns:
+        Positions of the files that can be decoded [n], and "PATH: reason" of each other file.
+    """
+    is_whole = np.zeros(len(paths), dtype=bool)
+
+    def note(i: int, _: Image.Image) -> None:
+        is_whole[i] = True
+
+    lines: list[str] = []
+    with console.Progress("decoded image files", len(paths)) as progress:
+        try:
+            read_each(paths, partial(open_rgb, upright=upright), note, progress)
+        except UnreadableImages as fault:
+            lines = fault.lines
+    return np.flatnonzero(is_whole), lines
+
+
+def readable_only(paths: Sequence[Path], *, upright: bool) -> NDArray[np.int64]:
+    """Return the positions of the files that can be decoded, and name the others in a warning.
+
+    Raises:
+        UnreadableImages: none can be decoded.
+    """
+    kept, lines = readable(paths, upright=upright)
+    if not len(kept):
+        raise UnreadableImages(lines, shown=SHOWN)
+    if lines:
+        console.warn(f"{counted(len(lines), 'file')} left out, not to be decoded:{indented(lines, SHOWN)}")
+    return kept
+
+
 def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
     """Return the bytes of each file [N]; raise UnreadableImages with each that is missing, empty or not a file."""
 
@@ -235,6 +314,25 @@ def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
     with console.Progress("found image files", len(paths)) as progress:
         read_each(paths, size, sizes.__setitem__, progress, threads=_IO_THREADS)
     return sizes
+
+
+def content_keys(paths: Sequence[Path]) -> list[bytes]:
+    """Return a key per file [N], equal only for equal bytes. Files are read as far as an equal file is possible."""
+    keys = [str(size).encode() for size in file_sizes(paths)]
+    for limit in (16_384, -1):
+        number_of = Counter(keys)
+        doubtful = [i for i, key in enumerate(keys) if number_of[key] > 1]
+
+        def add(i: int, data: bytes, doubtful: list[int] = doubtful) -> None:
+            keys[doubtful[i]] += sha256(data).digest()
+
+        def read(path: Path, limit: int = limit) -> bytes:
+            with open_file(path) as file:
+                return file.read(limit)
+
+        with console.Progress("compared image files", len(doubtful)) as progress:
+            read_each([paths[i] for i in doubtful], read, add, progress, threads=_IO_THREADS)
+    return keys
 
 
 def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:

@@ -30,7 +30,10 @@ def exponential_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np
     if num_classes == 1:
         return np.array([num_max], dtype=np.int64)
     exponents = np.arange(num_classes, dtype=np.float64) / (num_classes - 1)
-    return (num_max * (1.0 / rho) ** exponents).astype(np.int64)
+    counts: NDArray[np.float64] = num_max * (1.0 / rho) ** exponents
+    # 49 * (1 / 49) is 0.999...: a class that has one image but for rounding keeps it. No published subset has one.
+    counts[counts > 1 - 1e-9] = np.maximum(counts[counts > 1 - 1e-9], 1)
+    return counts.astype(np.int64)
 
 
 def step_counts(num_max: int, num_classes: int, rho: float) -> NDArray[np.int64]:

@@ -146,11 +146,19 @@ def _fashion_file(folder: Path, name: str, sha: str) -> tuple[Path, bytes]:
     return path, content
 
 
-def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
+def image_folder(
+    data_root: Path | None, list_dir: Path | None, *, layout: folders.Layout = "auto", skip_unreadable: bool = False
+) -> Source:
     """Return a user's own images, from lists if --list-dir is given, else from one sub-folder per class.
 
-    The layout is FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE and FOLDER/test/CLASS/IMAGE. By default all images
-    are kept. --rho keeps the largest exponential profile by rank; see longtail.ranked_counts().
+    The layout is FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE with val/ and test/ beside train/. By default all
+    images are kept. --rho keeps the largest exponential profile by rank; see longtail.ranked_counts().
+
+    Args:
+        data_root: folder of the images.
+        list_dir: folder of the lists, if there are some.
+        layout: as for image_folder.scan().
+        skip_unreadable: as for image_folder.scan().
 
     Raises:
         InputError: as image_folder.scan() and lists.read_own(), --data-root is missing, or there is only one class.
@@ -158,24 +166,31 @@ def image_folder(data_root: Path | None, list_dir: Path | None) -> Source:
     root = _root_of("image-folder", data_root)
     if list_dir is not None:
         return lists.read_own(list_dir, root)
-    names, pool = folders.scan(root, "train" if (root / "train").is_dir() else "")
+    found = folders.scan(root, layout=layout, skip_unreadable=skip_unreadable)
+    names, splits = found.class_names, found.splits
     if len(names) < 2:
+        inside = root / names[0]
         raise InputError(
             f'{root} has one class, "{names[0]}"; a classifier needs two',
-            fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
+            fix=f"if its sub-folders are the classes: --data-root {inside}"
+            if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir())
+            else "lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
         )
-    splits = [pool]
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        splits.append(folders.scan(root, "test", class_names=names)[1])
+    listings, times = zip(
+        *(folders.listing(root, splits[name].paths) for name in ("train", "test", "val") if name in splits), strict=True
+    )
     return Source(
         class_names=names,
-        pool=pool,
+        pool=splits["train"],
         recipe="image-folder/cpmix",
         profile="ranked",
-        test=splits[1] if len(splits) > 1 else None,
+        test=splits.get("test"),
+        val=splits.get("val"),
         test_per_class=None,
         root=root,
-        listing=digest([folders.listing(root, split.paths) for split in splits]),
+        listing=digest(list(listings)),
+        times=digest(list(times)),
+        left_out=found.left_out,
         name=root.resolve().name,
     )
 
@@ -202,7 +217,7 @@ def _official(published: lists.OfficialLists, data_root: Path | None, list_dir: 
 
 
 OFFICIAL_LISTS = {found.name: found for found in (lists.IMAGENET_LT, lists.PLACES_LT, lists.INATURALIST2018)}
-SOURCES: dict[str, Callable[[Path | None, Path | None], Source]] = {
+SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "toy": toy,
     "cifar10": cifar10,

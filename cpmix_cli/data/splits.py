@@ -1,7 +1,7 @@
 """Sources and splits: labelled samples in memory or in image files, before a long-tailed subset is chosen."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Source:
     """Folder of the image files; None if samples are not files."""
     listing: str | None = None
     """Digest of the image files' names and sizes, or of the lists."""
+    times: str | None = None
+    """Digest of the times of the image files' last change; None for lists."""
+    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Reason -> path below `root` -> number of files, see image_folder.LeftOut."""
     name: str = ""
     """Name of the user's folder, for the name of the data set."""
 

@@ -14,7 +14,7 @@ from cpmix_cli.artifacts.files import DATASET, digest, read_bytes, sha256
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import Batches, open_batches, pictures, stream_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
-from cpmix_cli.data.decoding import check_headers
+from cpmix_cli.data.decoding import check_headers, readable_only
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime.errors import InputError, shortened
@@ -62,10 +62,15 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
     )
 
 
-def other_tests(folder: Path, dataset: Dataset) -> TestSet:
+def other_tests(folder: Path, dataset: Dataset, *, skip_unreadable: bool = False) -> TestSet:
     """Return the test samples of another folder: the test split of a data set folder, or class sub-folders of images.
 
     Classes are matched by name. Classes of the network may be missing, but every class of the folder must be known.
+
+    Args:
+        folder: the other folder.
+        dataset: data set that the network was trained on.
+        skip_unreadable: leave out files of the folder that cannot be read, with a warning.
 
     Raises:
         InputError: the folder has unknown classes, images of another shape, or files that cannot be read.
@@ -96,13 +101,20 @@ def other_tests(folder: Path, dataset: Dataset) -> TestSet:
             needed_by="evaluate --test-data",
             fix="give a data set folder of points, built with: cpmix build-lt toy",
         )
-    _, files = image_folder.scan(folder, class_names=dataset.class_names)
+    found = image_folder.scan(
+        folder, layout="classes", class_names=dataset.class_names, skip_unreadable=skip_unreadable
+    )
+    image_folder.warn_of(folder, found.left_out)
+    files = found.splits["train"]  # the images of all classes
     paths = [folder / path for path in files.paths]
-    check_headers(paths)
+    if skip_unreadable:
+        kept = readable_only(paths, upright=True)
+        files, paths = files.take(kept), [paths[i] for i in kept]
+    else:
+        check_headers(paths)
 
     reader = partial(FileReader, paths, dataset.shape, upright=True)
-    # The listing has file sizes only, so an edit of equal size stays unnoticed: hashing would read millions of images.
-    content: Any = image_folder.listing(folder, files.paths)
+    content: Any = image_folder.listing(folder, files.paths)  # sizes and times: hashing would read millions of images
     if dataset.storage == "tensors":
         content = [[path, sha256(read_bytes(folder / path))] for path in files.paths]
     return TestSet(

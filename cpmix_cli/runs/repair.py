@@ -77,6 +77,8 @@ def _build(path: Path) -> str:
     words += ["--subset-seed", str(record.subset_seed)] if record.subset_seed else []
     words += ["--val-per-class", str(record.val_per_class)] if record.val_per_class else []
     words += ["--val-capped"] if record.val_capped else []
+    words += ["--layout", record.layout] if record.layout != "auto" else []
+    words += ["--skip-unreadable"] if record.skip_unreadable else []
     if record.test_per_class and f"-test{record.test_per_class}" in record.name:
         words += ["--test-per-class", str(record.test_per_class)]
     lists, root = fields.get("source_files"), record.data_root

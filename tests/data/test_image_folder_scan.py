@@ -1,0 +1,363 @@
+"""What lies in a user's folder of images: nothing is left out, added or moved between splits without a line of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import files, must, refused, write_image
+from PIL import Image
+
+from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.data.decoding import ENDINGS, FORMATS, open_rgb, square
+from cpmix_cli.data.image_folder import split_of
+
+_numbers = iter(range(1_000_000))
+
+
+def fill(folder: Path, *names: str, count: int = 6, ending: str = "png") -> None:
+    """Write images that are all different."""
+    for name in names:
+        for i in range(count):
+            pixels = np.random.default_rng(next(_numbers)).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+            write_image(folder / name / f"{i:03}.{ending}", pixels)
+
+
+def command(root: Path, *flags: object) -> list[object]:
+    return ["build-lt", "image-folder", "--data-root", root, "--image-size", 8, "--out", f"{root}-out", *flags]
+
+
+def built(root: Path, *flags: object) -> dict[str, Any]:
+    """Build a data set and return its JSON result, with the class names and all paths of each split."""
+    result = must(*command(root, *flags), "--json")
+    dataset = open_dataset(Path(f"{root}-out"))
+    paths = {split: dataset.samples(split)["path"].tolist() for split in dataset.splits}
+    return {**result.json, "classes": dataset.class_names, "paths": paths, "stderr": result.stderr}
+
+
+def refused_build(root: Path, messages: str | tuple[str, ...], *flags: object) -> None:
+    """The folder is refused before anything is written."""
+    refused(3, messages, *command(root, *flags))
+    assert not Path(f"{root}-out").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", None, "Test"),
+        ("Training", None, "Testing"),
+        ("TRAIN", "VALID", "TEST"),
+        ("train_set", "validation", "test set"),
+        ("training", "val", None),
+        ("train", "Dev", "test"),
+    ],
+)
+def test_split_folders_of_any_spelling_are_the_splits(
+    tmp_path: Path, train: str, val: str | None, test: str | None
+) -> None:
+    root = tmp_path / "p"
+    fill(root / train, "cat", "dog")
+    for folder in (val, test):
+        if folder:
+            fill(root / folder, "cat", "dog", count=2)
+    found = built(root)
+    assert found["classes"] == ["cat", "dog"]
+    assert found["num_train"] == (12 if test else 10)
+    assert {path.split("/")[0] for path in found["paths"]["test"]} == {test or train}
+    assert {path.split("/")[0] for path in found["paths"].get("val", [])} == ({val} if val else set())
+    assert ("held out as test split" in found["stderr"]) == (test is None)
+
+
+def test_names_that_only_resemble_splits_are_classes(tmp_path: Path) -> None:
+    assert [split_of(name) for name in ("trainer", "testis", "valley", "contest", "devil")] == [None] * 5
+    fill(tmp_path / "p", "trainer", "valley")
+    assert built(tmp_path / "p")["classes"] == ["trainer", "valley"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "messages"),
+    [
+        (["cat", "dog", "test"], ("'test' beside 'cat', 'dog'", "--layout classes")),
+        (["test/cat", "val/cat"], ("no folder of training images", "--layout classes")),
+        (["bus", "car", "train/steam", "train/diesel"], ("sub-folders: diesel, steam", "bus, car", "--layout splits")),
+        (["bus", "train", "test"], ("no sub-folders", "--layout classes")),
+        (["train/cat", "training/cat"], ("'train' and 'training', two folders of one split",)),
+        (["train/cat", "test/cat", "Testing/cat"], ("'Testing' and 'test'",)),
+    ],
+)
+def test_folders_that_may_be_splits_or_classes_are_refused_with_both_ways_out(
+    tmp_path: Path, folders: list[str], messages: tuple[str, ...]
+) -> None:
+    fill(tmp_path / "p", *folders)
+    refused_build(tmp_path / "p", messages)
+    found = built(tmp_path / "p", "--layout", "classes")
+    assert found["classes"] == sorted({folder.split("/")[0] for folder in folders})
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "bus", "car", "train")
+    assert built(tmp_path / "p")["classes"] == ["bus", "car", "train"]
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "train/cat", "train/dog", "test/cat", "extra/owl")
+    found = built(tmp_path / "p")
+    assert "warning: " in found["stderr"]
+    assert "6 files left out, beside the folder of the training images, and no split: extra/" in found["stderr"]
+    fill(tmp_path / "q", "bus", "train/steam", "train/diesel")
+    found = built(tmp_path / "q", "--layout", "splits")
+    assert found["classes"] == ["diesel", "steam"]
+    assert "no split: bus/" in found["stderr"]
+
+
+def test_classes_that_hold_the_same_sub_folders_are_said_to_look_like_splits(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "seg_a/cat", "seg_a/dog", "seg_b/cat", "seg_b/dog")
+    assert "seg_a, seg_b are taken as classes, and all hold the sub-folders cat, dog" in built(tmp_path / "p")["stderr"]
+
+
+def test_the_table_counts_every_file_of_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", "cat/@eaDir", "dog/.thumbnails", "$RECYCLE.BIN", "__MACOSX/cat")
+    fill(root, "cat/more", count=2, ending="jfif")
+    for name in ("cat/notes.txt", "cat/Thumbs.db", "dog/.DS_Store", "readme.md"):
+        (root / name).write_text("no image")
+    result = must(*command(root, "--rho", 2))
+    lines = result.stdout.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("files "))) :]
+    assert [line.split("  ")[0] for line in table[2:9]] == [
+        "train",
+        "test",
+        "not in the long-tailed subset",
+        "left out: thumbnails, recycle bins and notes of other programs",
+        "left out: not in the folder of a class",
+        "left out: no image by the name",
+        "left out: hidden, its name begins with a dot",
+    ]
+    numbers = must(*command(root, "--rho", 2), "--json").json["files"]
+    assert numbers["found"] == len(files(root)) == 6 * 6 + 2 + 4
+    assert sum(numbers["used"].values()) + numbers["not_chosen"] + sum(numbers["left_out"].values()) == numbers["found"]
+    listed = (tmp_path / "p-out" / "left_out.txt").read_text().splitlines()
+    assert "cat/notes.txt\tno image by the name" in listed
+    assert "cat/@eaDir/\tthumbnails, recycle bins and notes of other programs" in listed
+
+
+def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "cat", "dog")
+    (tmp_path / "p" / "owl").symlink_to("/nowhere/owl")
+    refused_build(tmp_path / "p", (f"cannot read {tmp_path}/p/owl: it is a link to /nowhere/owl, which is not there",))
+    (tmp_path / "p" / "cat" / "more").symlink_to("/nowhere/more")
+    refused_build(tmp_path / "p", ("p/owl: it is a link to /nowhere/owl, which is not there",))
+    found = built(tmp_path / "p", "--skip-unreadable")
+    assert found["classes"] == ["cat", "dog"]
+    assert "owl: it is a link to /nowhere/owl" in found["stderr"]
+    fill(tmp_path / "q", "train/cat", "train/dog")
+    (tmp_path / "q" / "test").symlink_to("/nowhere/test")
+    refused_build(tmp_path / "q", ("q/test: it is a link to /nowhere/test",))
+
+
+def test_links_within_the_folder_are_named_and_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", ".store")
+    fill(tmp_path / "disk", "owl", "elk")
+    for link, target in (
+        ("cat/up", root),
+        ("cat/self", root / "cat"),
+        ("dog/cats", root / "cat"),
+        ("bird", tmp_path / "disk" / "owl"),
+        ("dog/owls", tmp_path / "disk" / "owl"),
+        ("elk", tmp_path / "disk"),
+        ("stored", root / ".store"),
+    ):
+        (root / link).symlink_to(target)
+    found = built(root)
+    assert found["classes"] == ["bird", "cat", "dog", "stored"]
+    assert found["files"]["used"] == {"train": 20, "test": 4}
+    assert (
+        "5 files left out, a link to a folder that is read already: elk, cat/self, cat/up, dog/cats, dog/owls"
+        in (found["stderr"])
+    )
+
+
+def test_sub_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    """Root reads everything, so its privilege is dropped for the scan."""
+    fill(tmp_path / "p", "cat", "dog", "dog/more", "owl")
+    (tmp_path / "p" / "dog" / "more").chmod(0)
+    (tmp_path / "p" / "owl").chmod(0)
+    drop = ["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    words = ["setpriv", *drop] if os.geteuid() == 0 else []
+    text = "import sys; from pathlib import Path; from cpmix_cli.data.image_folder import scan\n"
+    text += "found = scan(Path(sys.argv[1]), skip_unreadable=len(sys.argv) > 2)\nprint(found.left_out)"
+    scan = [*words, sys.executable, "-c", text, str(tmp_path / "p")]
+    result = subprocess.run(scan, capture_output=True, text=True, check=False)
+    assert "2 files or folders cannot be read:" in result.stderr
+    for name in ("dog/more", "owl"):
+        assert f"{tmp_path}/p/{name}: Permission denied" in result.stderr
+    (tmp_path / "p" / "owl").chmod(0o755)
+    skipped = subprocess.run([*scan, "skip"], capture_output=True, text=True, check=True)
+    assert "'cannot be read': {'dog/more/: Permission denied'" in skipped.stdout
+    (tmp_path / "p" / "dog" / "more").chmod(0o755)
+
+
+def test_what_cpmix_wrote_into_the_folder_is_no_class(
+    tmp_path: Path, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog")
+    (root / "cat" / "dataset.json").write_text('{"labels": []}')  # a user's own
+    monkeypatch.chdir(root)
+    build = ["build-lt", "image-folder", "--data-root", ".", "--image-size", 8]
+    must(*build)
+    shutil.copytree(toy_run, root / "ckpt")
+    write_image(root / "ckpt" / "confusion" / "stage1" / "matrix.png")
+    result = must(*build)
+    assert "up to date: data/image-folder-p-8px" in result.stdout
+    assert "left out: written by cpmix" in result.stdout
+    assert "ckpt/, data/image-folder-p-8px/" in result.stdout
+    assert open_dataset(Path("data/image-folder-p-8px")).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
+def test_images_that_change_places_are_noticed(tmp_path: Path, flags: list[object]) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", count=4, ending="bmp")
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *flags]
+    must(*build)
+    before = (tmp_path / "d" / "dataset.json").read_bytes()
+    names = [root / "cat" / "000.bmp", root / "dog" / "000.bmp"]
+    for name, time in zip(names, (1e9, 2e9), strict=True):
+        os.utime(name, (time, time))
+    if 0 not in flags:  # other times of the same pictures, as of a copy: the packed pixels tell
+        assert "comparing all images" in must(*build).stderr
+    names[0].rename(tmp_path / "x")
+    names[1].rename(names[0])
+    (tmp_path / "x").rename(names[1])
+    message = "files of" if 0 in flags else "2 images changed since"
+    refused(4, (message, "--overwrite"), *build)
+    assert (tmp_path / "d" / "dataset.json").read_bytes() == before
+    must(*build, "--overwrite")
+    assert "up to date" in must(*build).stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
+def test_images_in_two_classes_and_in_two_splits_are_named(tmp_path: Path, flags: list[object]) -> None:
+    root = tmp_path / "p"
+    fill(root, "train/cat", "train/dog", "test/cat", "val/cat")
+    shutil.copy(root / "train" / "cat" / "000.png", root / "train" / "dog" / "copy.png")
+    shutil.copy(root / "train" / "cat" / "001.png", root / "test" / "cat" / "copy.png")
+    shutil.copy(root / "val" / "cat" / "002.png", root / "test" / "cat" / "more.png")
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *flags]
+    lines = must(*build).stderr.splitlines()
+    for warning, pair in (
+        ("1 image is in another class too:", "train/dog/copy.png = {}/train/cat/000.png"),
+        ("1 of 8 test images are identical to a training image:", "test/cat/copy.png = {}/train/cat/001.png"),
+        ("1 of 8 test images are identical to a val image:", "test/cat/more.png = {}/val/cat/002.png"),
+    ):
+        assert lines[lines.index(f"warning: {warning}") + 1] == f"    {root}/{pair.format(root)}"
+
+
+def test_unicode_forms_of_one_name_are_one_class(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    fill(root, composed, decomposed, "bar")
+    found = built(root)
+    assert found["classes"] == ["bar", decomposed]
+    assert found["num_train"] + found["num_test"] == 18
+    assert "2 folders of the name café, in two Unicode forms, are one class" in unicodedata.normalize(
+        "NFC", found["stderr"]
+    )
+
+
+def test_a_folder_without_a_test_image_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "a", "b", count=2)
+    refused_build(tmp_path / "p", ("no test image", "give --test-per-class 1"))
+    assert built(tmp_path / "p", "--test-per-class", 1)["num_test"] == 2
+    fill(tmp_path / "q", "a", "b", count=1)
+    refused_build(tmp_path / "q", ("no test image", "add images"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
+def test_unreadable_files_are_left_out_on_request(tmp_path: Path, flags: list[object]) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", ending="jpg")
+    cut, gone = root / "cat" / "000.jpg", root / "dog" / "gone.jpg"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    gone.symlink_to("/nowhere.jpg")
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *flags]
+    refused(3, "cannot be read as an image", *build)
+    for status in ("built", "up to date"):
+        result = must(*build, "--skip-unreadable", "--verify", "--json")
+        assert result.json["status"] == status
+        assert result.json["files"]["left_out"] == {"cannot be read": 2}
+        assert result.json["files"]["found"] == 13
+        assert result.json["num_train"] + result.json["num_test"] == 11
+        if status == "built":
+            assert "2 files left out, cannot be read: cat/000.jpg: " in result.stderr
+
+
+def test_verify_decodes_images_in_their_files(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "train/cat", "train/dog", "test/cat", ending="jpg")
+    cut = root / "test" / "cat" / "001.jpg"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", "--pack", 0]
+    must(*build)
+    refused(3, f"{cut}: ", *build, "--verify")
+
+
+def test_flags_of_image_files_are_refused_without_them(tmp_path: Path) -> None:
+    refused(2, "--skip-unreadable: digits does not come as image files", "build-lt", "digits", "--skip-unreadable")
+    refused(2, "--layout: digits has no class sub-folders", "build-lt", "digits", "--layout", "classes")
+    refused(2, "--rho inf is no imbalance factor", *command(tmp_path, "--rho", "inf", "--profile", "pareto"))
+
+
+@pytest.mark.parametrize(("counts", "rho", "advised"), [((49, 49), 50, 49), ((21, 1, 1), 50, 1), ((60, 9, 8), 99, 60)])
+def test_the_advised_imbalance_factor_works(tmp_path: Path, counts: tuple[int, ...], rho: int, advised: int) -> None:
+    root = tmp_path / "p"
+    for name, count in zip("abc", counts, strict=False):
+        fill(root, f"train/{name}", count=count)
+        fill(root, f"test/{name}", count=1)
+    refused_build(root, (f"--rho {advised}",), "--rho", rho)
+    assert built(root, "--rho", advised)["smallest"] >= 1
+
+
+def test_thin_images_are_scaled_in_little_memory() -> None:
+    """As if they were scaled whole: a line of 40,000 pixels would take 10 GB."""
+    ramp = np.repeat(np.arange(40_000, dtype=np.uint32)[None, :, None] * 255 // 40_000, 3, axis=2).astype(np.uint8)
+    for image in (Image.fromarray(ramp), Image.fromarray(ramp).transpose(Image.Transpose.ROTATE_90)):
+        pixels = np.asarray(square(image, 256))
+        assert pixels.shape == (256, 256, 3)
+        assert set(np.unique(pixels).tolist()) <= {126, 127, 128}
+
+
+def test_twelve_bits_in_sixteen_are_as_bright_as_eight(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 16).save(tmp_path / "12.png")
+    Image.fromarray(grey * 257).save(tmp_path / "16.tif")
+    (tmp_path / "16.pgm").write_bytes(b"P5 16 16 65535\n" + (grey * 257).astype(">u2").tobytes())
+    (tmp_path / "12.pgm").write_bytes(b"P5 16 16 4095\n" + (grey * 16).astype(">u2").tobytes())
+    for path in tmp_path.iterdir():
+        assert np.abs(np.asarray(open_rgb(path, upright=True))[..., 0] - grey.astype(int)).max() <= 1, path
+
+
+def test_the_orientation_is_read_from_broken_exif(tmp_path: Path) -> None:
+    entries = [(0x112, 3, 1, b"\6\0\0\0"), (0x11A, 11, 1, b"\0\0\xc0\x7f")]  # turned by 90 degrees; a resolution of NaN
+    body = b"".join(
+        a.to_bytes(2, "little") + b.to_bytes(2, "little") + c.to_bytes(4, "little") + d for a, b, c, d in entries
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + body + bytes(4)
+    write_image(tmp_path / "a.jpg", (200, 10, 10), (32, 24))
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + whole[2:])
+    assert open_rgb(tmp_path / "a.jpg", upright=True).size == (24, 32)
+    assert open_rgb(tmp_path / "a.jpg", upright=False).size == (32, 24)
+
+
+def test_every_ending_that_pillow_knows_of_a_format_is_an_image() -> None:
+    Image.init()
+    known = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    assert known - ENDINGS <= {".pfm", ".avifs", ".icb", ".vda", ".vst"}
