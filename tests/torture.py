@@ -139,7 +139,7 @@ def hook_calls(notify: Callable[[bytes], object], fatal: int) -> None:
     def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         file = real_open(path, mode, *args, **kwargs)
-        if path.name.startswith(TEMPORARY) and mode == "wb":
+        if path.name.startswith(TEMPORARY) and mode == "xb":
             count += 1
             notify(b"c")
             if count == fatal:

@@ -184,12 +184,14 @@ def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             # open() gives the user's usual permissions, unlike tempfile: the group may read a checkpoint.
-            with temporary.open("wb") as file:
+            for left in (temporary, before):  # of a dead process with the same number, or put there by another user
+                left.unlink(missing_ok=True)
+            with temporary.open("xb") as file:  # never through a link
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(OSError):  # no earlier file, or a file system without hard links: no restore below
-                os.link(path, before)
+                os.link(path, before, follow_symlinks=False)
             temporary.replace(path)
             try:
                 os.fsync(folder)

@@ -219,7 +219,9 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
     lock = folder / LOCK
     candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
     try:
-        candidate.write_text(owner.model_dump_json())
+        candidate.unlink(missing_ok=True)
+        with candidate.open("x") as file:  # never through a link
+            file.write(owner.model_dump_json())
         now = candidate.stat().st_mtime  # the file system's clock, as for the heartbeat
         while True:
             if _place(candidate, lock):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import locks, records, tables
+from cpmix_cli.artifacts.ownership import refuse_strangers
 from cpmix_cli.data import image_folder, shards, storage
 from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
 from cpmix_cli.data.decoding import (
@@ -86,7 +87,9 @@ def run(options: BuildOptions) -> None:
     )
 
     status = "up to date"
-    if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
+    is_there = artifacts.is_there(folder / artifacts.DATASET)
+    refuse_strangers(folder, [artifacts.DATASET] if is_there and not options.overwrite else storage.OWN_FILES)
+    if options.overwrite or not is_there:
         if options.skip_unreadable:
             source = _readable(source, upright=of_folder)
         image_folder.warn_of(source.root or folder, source.left_out)
@@ -261,16 +264,25 @@ def _readable(source: Source, *, upright: bool) -> Source:
 def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
     """If a message cannot show all unreadable image files, list them in a file next to the output folder."""
     path = folder.with_name(f"{folder.name}-unreadable.txt")
+    is_free = not artifacts.is_there(path) or _is_list(path)
     try:
         yield
     except UnreadableImages as fault:
-        if len(fault.lines) <= SHOWN:
+        if len(fault.lines) <= SHOWN or not is_free:
             raise
         artifacts.make_folder(path.parent)
         artifacts.publish(path, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
         raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path) from fault
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
+    if is_free:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_list(path: Path) -> bool:
+    """Return whether a file could be a list of unreadable files, "PATH: reason" per line, and no file of the user's."""
+    with suppress(InputError):
+        return all(b": " in line for line in artifacts.read_bytes(path).splitlines())
+    return False
 
 
 def _write(

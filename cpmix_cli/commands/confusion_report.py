@@ -3,6 +3,7 @@
 Reads an evaluation's predictions. Trains nothing, and predicts only the decision regions of 2-D points.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,23 @@ from cpmix_cli.flags import ReportOptions
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
-from cpmix_cli.report.page import ShownRun, page_digest, render_page
+from cpmix_cli.report.page import GENERATOR, ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
 from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
 
 DECISION_REGIONS = "decision_regions"
+_PICTURES = (
+    *("confusion_matrix", "confusion_matrix_grouped", "class_accuracy", "confusion_histogram"),
+    DECISION_REGIONS,
+)
+_FILES = (
+    *(files.CONFUSION_MATRIX, files.CONFUSED_PAIRS, files.RUN),
+    *(f"{name}.{kind}" for name in _PICTURES for kind in ("png", "svg")),
+)
 NUM_SHOWN = 10
 NUM_ON_PAGE = 100
 Pictures = list[tuple[str, str, dict[figures.Kind, bytes]]]
@@ -92,8 +101,9 @@ def run(options: ReportOptions) -> None:
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
     again = options.overwrite or not _is_own_page(index, folder)
-    status = output.decide(folder, made_from, overwrite=again, refresh=True)
+    status = output.decide(folder, made_from, _FILES, overwrite=again, refresh=True)
     if status == "fresh":
+        _refuse_strange_page(index)
         _write(folder, index, made_from, reported, pairs, options.images)
     else:
         locks.tidy(folder)
@@ -152,6 +162,23 @@ def _is_own_page(index: Path, folder: Path) -> bool:
     if not index.is_file() or not (folder / files.RUN).is_file():
         return False
     return run_json.read_run(folder, run_json.ReportRecord).page == files.sha256(files.read_bytes(index))
+
+
+def _refuse_strange_page(index: Path) -> None:
+    """Raise EnvironmentFault if index.html exists and no report wrote it, by its text or by the record of a report."""
+    if not files.is_there(index):
+        return
+    text, pages = b"", set()
+    with suppress(InputError):
+        text = files.read_bytes(index)
+    for path in index.parent.glob(f"*/{files.RUN}"):
+        with suppress(InputError):
+            pages.add(run_json.read_run(path.parent, run_json.ReportRecord).page)
+    if GENERATOR not in text and files.sha256(text) not in pages:
+        raise EnvironmentFault(
+            f"{index} is a file that cpmix did not write and would replace",
+            fix="move it to another folder, or write elsewhere with --out FOLDER",
+        )
 
 
 def _write(

@@ -35,6 +35,8 @@ from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
 from cpmix_cli.training.randomness import torch_generator
 
+_FILES = (files.EVALUATION, files.PER_CLASS, files.PREDICTIONS, files.LOGITS, files.SAMPLES, files.RUN)
+
 
 def run(options: EvaluateOptions) -> None:
     """Predict the test samples and publish metrics, predictions and logits.
@@ -106,7 +108,7 @@ def run(options: EvaluateOptions) -> None:
         "dataset": tests.fingerprint,
         "checkpoint": sha,
     }
-    if output.decide(folder, made_from, overwrite=options.overwrite, refresh=True) == "done":
+    if output.decide(folder, made_from, _FILES, overwrite=options.overwrite, refresh=True) == "done":
         locks.tidy(folder)
         _report(folder, "up to date")
         return

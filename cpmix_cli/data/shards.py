@@ -260,7 +260,9 @@ class Packing:
         files = [self.root / self.paths[i] for i in images]
         values = np.zeros((len(images), 3, 256), dtype=np.int32)
         lock.check()
-        self._record(number).unlink(missing_ok=True)
+        # The record first: a shard without one could be anyone's. The old shard is not that of the new record.
+        for old in (self._record(number), path):
+            old.unlink(missing_ok=True)
         writing = threading.Lock()
         with publishing(path, self.num_bytes([number])) as file:
 
@@ -279,11 +281,11 @@ class Packing:
                     f"{int(changed.sum()):,} images of {path} have changed",
                     fix="restore the image files, or pack them all anew with --overwrite",
                 )
-        sums = values.sum(0, dtype=np.int64)
+            sums = values.sum(0, dtype=np.int64)
+            hashes = self.hashes[images].tobytes().hex()
+            record = PackedShard(images=self._key(number), hashes=hashes, values=sums.tolist())
+            records.publish_record(self._record(number), {"format": records.FORMAT, **record.model_dump()})
         self._values += sums
-        hashes = self.hashes[images].tobytes().hex()
-        record = PackedShard(images=self._key(number), hashes=hashes, values=sums.tolist())
-        records.publish_record(self._record(number), {"format": records.FORMAT, **record.model_dump()})
         signals.state_is_saved()
 
     def _taken_over(self, number: int) -> bool:

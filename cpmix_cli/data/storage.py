@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import locks, tables
-from cpmix_cli.artifacts.files import DATASET, HASHES, check_place, digest, is_there, sha256
+from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, check_place, digest, is_there, sha256
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import SPLITS, Dataset
@@ -172,6 +172,15 @@ def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int
     return Stored([size, size, 3], [], [], {}, digests)
 
 
+_IMAGES = ("packing-{0}-*.json", "{0}-?????.shard", f"{{0}}-{HASHES}", "{0}.safetensors")
+OWN_FILES = (
+    *(DATASET, CLASS_COUNTS),
+    *(f"{split}.parquet" for split in SPLITS),
+    *(name.format(split) for split in SPLITS for name in _IMAGES),
+)
+"""Names and patterns of all files that build-lt writes into or removes from a data set folder."""
+
+
 def clear(folder: Path, dataset: Dataset | None = None) -> None:
     """Remove packing records and stored images from a folder, except the images of `dataset`."""
     keep = set(dataset.record.files) if dataset is not None else set()
@@ -180,7 +189,7 @@ def clear(folder: Path, dataset: Dataset | None = None) -> None:
             recorded = dataset.recorded_shards(split)
             keep |= {recorded.path(number).name for number in range(recorded.num_shards)}
     for split in SPLITS:
-        for name in (f"packing-{split}-*.json", f"{split}-?????.shard", f"{split}-{HASHES}", f"{split}.safetensors"):
-            for path in folder.glob(name):
+        for name in _IMAGES:
+            for path in folder.glob(name.format(split)):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)

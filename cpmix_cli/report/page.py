@@ -26,6 +26,8 @@ from cpmix_cli.report.pairs import relation, trim_confusions
 from cpmix_cli.runtime.console import on_a_line
 
 Array = NDArray[Any]
+GENERATOR = b'<meta name="generator" content="cpmix">'
+"""Line of page.html by which a page of cpmix is told from others."""
 
 _COLOUR_MAPS = {
     "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},

@@ -5,7 +5,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from torch import Tensor
 from cpmix_cli import __version__
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.locks import Lock
+from cpmix_cli.artifacts.ownership import refuse_strangers
 from cpmix_cli.artifacts.tensors import tensor_bytes
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
@@ -28,13 +29,14 @@ from cpmix_cli.runtime.errors import EnvironmentFault, InputError
 
 
 def decide(
-    folder: Path, made_from: dict[str, Any], *, overwrite: bool, refresh: bool = False
+    folder: Path, made_from: dict[str, Any], writes: Iterable[str], *, overwrite: bool, refresh: bool = False
 ) -> Literal["fresh", "resume", "done"]:
     """Decide what a command does in its output folder; write nothing.
 
     Args:
         folder: output folder.
         made_from: inputs of the output: "recipe" tables, and hashes of the other inputs.
+        writes: names of all files that the command may write into the folder.
         overwrite: replace any output, but resume one that the same inputs began. A preempted job that is queued again
             has the flag each time.
         refresh: replace the output if inputs other than the recipe changed, for outputs that take only seconds.
@@ -43,9 +45,10 @@ def decide(
         "done": finished from the same inputs. "resume": begun from the same inputs. "fresh": start from the beginning.
 
     Raises:
-        EnvironmentFault: the folder has an output of other inputs.
+        EnvironmentFault: the folder has an output of other inputs, or a file that cpmix did not write.
         InputError: the output is damaged.
     """
+    refuse_strangers(folder, writes)
     path = folder / files.TRAINING_STATE
     is_done = files.is_there(folder / files.RUN)
     if overwrite:

@@ -37,6 +37,10 @@ from cpmix_cli.training.tensorboard import Tracker, forget
 
 FEW_STEPS = 5
 """Least steps per epoch of stage 1 without a warning: recipes count epochs of sets with more."""
+_FILES = (
+    *(files.RECIPE, files.TRAINING_STATE, files.MODEL, files.CONFUSION_PAIRS, files.CLASS_COUNTS),
+    *(files.METRICS, files.RUN),
+)
 TestAccuracy = Callable[[Dataset, Recipe, Classifier, torch.device], Callable[[], float]]
 """(data set, recipe, network, device) -> function that returns the test accuracy, a fraction, for --eval-every.
 
@@ -209,7 +213,7 @@ def _decide(asked: PhaseRequest) -> str:
     answers, here = ("done", "fresh", "resume"), ranks.current()
     found = "done"
     if here.first:
-        found = output.decide(asked.folder.path, asked.made_from, overwrite=asked.options.overwrite)
+        found = output.decide(asked.folder.path, asked.made_from, _FILES, overwrite=asked.options.overwrite)
     return answers[here.max_over_ranks(answers.index(found))]
 
 

@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cpmix_cli.artifacts.files import open_file
 from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
 
 EVENTS = "events.out.tfevents."  # prefix by which TensorBoard finds its files
+_START = 65536  # bytes; the curves of the first epoch are there
+_TAGS = (b"gradient_norm", b"num_fallbacks", b"images_per_second")
+"""Names of curves by which files of cpmix are told from others."""
 
 
 class Tracker:
@@ -37,7 +42,7 @@ class Tracker:
 
     def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
         """Append the new rows of metrics.parquet; the first call deletes old event files and writes all rows."""
-        if not self._works:
+        if not self._works or not history:
             return
         try:
             if self._num_written == 0:
@@ -54,7 +59,7 @@ class Tracker:
 
         now = time.time()
         # Not tensorboard's SummaryWriter, which has a thread: errors must be raised here, and the file closed.
-        with self._path.open("ab") as file:
+        with self._path.open("ab" if self._num_written else "xb") as file:
             records = RecordWriter(file)
             if file.tell() == 0:
                 records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
@@ -72,7 +77,9 @@ class Tracker:
 
 
 def forget(folder: Path) -> None:
-    """Delete the event files in a phase's folder, which belong to a run that is being replaced."""
+    """Delete the event files of cpmix in a phase's folder, which belong to a run that is being replaced."""
     for path in folder.glob(f"{EVENTS}*"):
-        with suppress(OSError):
-            path.unlink()
+        with suppress(InputError, OSError), open_file(path) as file:
+            start = file.read(_START)
+            if all(name in start for name in _TAGS):
+                path.unlink()

@@ -1,0 +1,145 @@
+"""Ownership: files that an output replaces or deletes must be cpmix's own, by their folder's record or their content.
+
+A process may be killed between any two files, so the record of a folder is not enough: tables, tensors, records and
+recipes are known by their columns, names and keys as well. Weights, figures and shards have no such marks, and damage
+removes them: these files count as cpmix's if another file of the folder is known.
+"""
+
+import io
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cpmix_cli.artifacts import files, tables
+from cpmix_cli.artifacts.records import read_fields
+from cpmix_cli.artifacts.seals import read_header
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, counted, shortened
+
+_SPLIT = [tables.split_schema(by_path).names for by_path in (True, False)]
+_FORMS: dict[str, list[list[str]]] = {
+    **{f"{split}.parquet": _SPLIT for split in ("train", "val", "test", "samples")},
+    **{f"{split}-{files.HASHES}": [tables.HASHES_SCHEMA.names] for split in ("train", "val", "test")},
+    files.CLASS_COUNTS: [tables.CLASS_COUNTS_SCHEMA.names],
+    files.CONFUSION_PAIRS: [tables.CONFUSION_SCHEMA.names],
+    files.CONFUSION_MATRIX: [tables.CONFUSION_SCHEMA.names],
+    files.CONFUSED_PAIRS: [tables.CONFUSED_PAIRS_SCHEMA.names],
+    files.PER_CLASS: [tables.PER_CLASS_SCHEMA.names],
+    files.PREDICTIONS: [tables.PREDICTIONS_SCHEMA.names],
+    **{f"{split}.safetensors": [["images", "labels"], ["labels", "points"]] for split in ("train", "val", "test")},
+    files.LOGITS: [["labels", "logits"], ["expert_logits", "labels", "logits"]],
+}
+"""File -> all of its columns, or tensors in the order of their names, in each of its forms."""
+_KEYS: dict[str, set[str]] = {
+    files.RUN: {"format", "phase", "made_from", "outputs", "argv", "versions", "digest"},
+    files.DATASET: {"format", "name", "source", "classes", "files", "fingerprint", "digest"},
+    files.EVALUATION: {"phase", "top1", "balanced_accuracy", "num_test", "ece", "checkpoint_sha256"},
+    files.RECIPE: {"seed", "data", "model", "optimizer", "schedule", "confusion", "stage1", "evaluation"},
+    files.TRAINING_STATE: {"format", "phase", "made_from", "epoch", "step", "columns", "tensors_digest", "digest"},
+    files.METRICS: {"epoch", "learning_rate", "loss", "gradient_norm", "images_per_second", "seconds"},
+    "packing-": {"format", "images", "hashes", "values", "digest"},
+}
+"""File -> keys, columns or metadata that it has among others."""
+
+
+def refuse_strangers(folder: Path, names: Iterable[str]) -> None:
+    """Check that cpmix wrote all files of an output folder that a command may replace or delete.
+
+    Args:
+        folder: output folder; it need not exist.
+        names: names of the files, or patterns such as "train-*.shard".
+
+    Raises:
+        EnvironmentFault: lists the files that cpmix did not write.
+    """
+    found = list(_existing(folder, names))
+    recorded = _recorded(found)
+    told = {path: _tells(path) for path in found}
+    is_known = recorded is not None or True in told.values()
+
+    def is_own(path: Path) -> bool:
+        if recorded is not None and path.name in recorded:  # perhaps damaged, which its reader reports
+            return told[path] is not False or _has_hash(path, recorded[path.name])
+        if told[path] is None and (recorded is None or _expected(path) is None):
+            return is_known
+        return told[path] is True
+
+    if strangers := [path.name for path in found if not is_own(path)]:
+        raise EnvironmentFault(
+            f"{folder} has {counted(len(strangers), 'file')} that cpmix did not write and would replace: "
+            + shortened(strangers, 5),
+            fix="move them to another folder, or write elsewhere with --out FOLDER",
+        )
+
+
+def _existing(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    for name in names:
+        if "*" in name or "?" in name:
+            yield from folder.glob(name)
+        elif os.path.lexists(folder / name):
+            yield folder / name
+
+
+def _recorded(found: Iterable[Path]) -> dict[str, str] | None:
+    """Return the files that an undamaged record of the folder lists, itself included: name -> sha256."""
+    for path in found:
+        key = {files.RUN: "outputs", files.DATASET: "files"}.get(path.name)
+        try:
+            if key is not None:
+                return {**read_fields(path)[key], path.name: ""}
+        except (CpmixError, KeyError, TypeError):
+            pass
+    return None
+
+
+def _expected(path: Path) -> list[list[str]] | set[str] | None:
+    """Return the names that files of this name have; None for files that have none."""
+    return _FORMS.get(path.name) or _KEYS.get("packing-" if path.name.startswith("packing-") else path.name)
+
+
+def _tells(path: Path) -> bool | None:
+    """Return whether the content of a file shows that cpmix wrote it; None if it shows neither."""
+    expected = _expected(path)
+    if path.suffix == ".shard":  # its record is written first
+        return _tells(path.with_name(f"packing-{path.name}.json")) or None
+    try:
+        found = _names_in(path) if expected is not None else []
+    except Exception:  # damaged files make the readers raise any exception
+        return None
+    match expected:
+        case None:
+            return None
+        case set():
+            # One is allowed to be damaged. A recipe is readable even if most of it is cut off.
+            return True if len(expected - set(found)) <= 1 else None if path.name == files.RECIPE else False
+        case _:
+            differing = min(_num_differing(found, form) for form in expected)
+            return (True, None)[differing] if differing <= 1 else False
+
+
+def _num_differing(found: list[str], form: list[str]) -> int:
+    return sum(a != b for a, b in zip(found, form, strict=True)) if len(found) == len(form) else len(form)
+
+
+def _names_in(path: Path) -> list[str]:
+    """Return the columns of a table, the tensors (of a training state: the metadata), or the keys of a JSON or TOML
+    file. Reads no more than needed; raises any exception.
+    """
+    with files.open_file(path) as file:  # refuses pipes, which would block
+        if path.suffix == ".parquet":
+            return list(pq.read_schema(file).names)
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_header(path)
+        return list(metadata) if path.name == files.TRAINING_STATE else sorted(tensors)
+    data = files.read_bytes(path, limit=files.MAX_RECORD)
+    return list(tomllib.load(io.BytesIO(data)) if path.suffix == ".toml" else dict(json.loads(data)))
+
+
+def _has_hash(path: Path, sha: str) -> bool:
+    try:
+        return files.sha256(files.read_bytes(path)) == sha
+    except CpmixError:
+        return False

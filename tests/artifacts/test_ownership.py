@@ -1,0 +1,180 @@
+"""Files of a user's that lie in an output folder under a name of cpmix's: they are never replaced or deleted."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import exact_contents, files, fix_of, must, refused, unchanged
+from safetensors.torch import save_file
+
+from cpmix_cli.artifacts.files import publish, temporary_for
+from cpmix_cli.artifacts.locks import LOCK, hold
+from cpmix_cli.artifacts.ownership import refuse_strangers
+from cpmix_cli.runtime.errors import EnvironmentFault
+
+
+def put(path: Path) -> Path:
+    """A file as users have it: Hugging Face's columns, weights of another program, a record of another tool, notes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"image": [b"png"], "label": [1]}), path)
+    elif path.suffix == ".safetensors":
+        save_file({"features.weight": torch.ones(2)}, path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"info": {}, "images": [], "annotations": []}))
+    else:
+        path.write_text("two years of work")
+    return path
+
+
+DATA = ["train.parquet", "test.safetensors", "class_counts.parquet", "train-00000.shard", "val-hashes.parquet"]
+DATA += ["dataset.json", "packing-train-00000.shard.json"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", DATA)
+def test_build_lt_refuses_a_file_that_it_did_not_write(tmp_path: Path, name: str, flags: list[str]) -> None:
+    out = put(tmp_path / "mine" / name).parent
+    with unchanged(tmp_path):
+        result = refused(4, (), "build-lt", "toy", "--out", out, *flags)
+    assert result.stderr.splitlines()[-2:] == [
+        f"error: {out} has 1 file that cpmix did not write and would replace: {name}",
+        "  fix: move them to another folder, or write elsewhere with --out FOLDER",
+    ]
+    put(out / "notes.md")
+    (out / name).rename(out / "aside")
+    must("build-lt", "toy", "--out", out, *flags)
+    assert (out / "notes.md").read_text() == "two years of work"
+
+
+def test_a_stranger_among_files_of_cpmix_is_refused(toy: Path, tmp_path: Path) -> None:
+    """A data set of cpmix may be replaced, but not the val.parquet that a user has put beside it."""
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    build = ("build-lt", "toy", "--out", data, "--val-per-class", 20, "--overwrite")
+    for content in (None, b"", b"mine"):
+        put(data / "val.parquet") if content is None else (data / "val.parquet").write_bytes(content)
+        with unchanged(data):
+            refused(4, "1 file that cpmix did not write and would replace: val.parquet", *build)
+    (data / "val.parquet").unlink()
+    put(data / "train.parquet")  # in place of one of cpmix's
+    with unchanged(data):
+        refused(4, "would replace: train.parquet", *build)
+    (data / "train.parquet").unlink()
+    must(*build)
+
+
+PHASE = ["model.safetensors", "training_state.safetensors", "metrics.parquet", "recipe.toml", "run.json"]
+PHASE += ["class_counts.parquet", "confusion_pairs.parquet"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--dry-run"]])
+@pytest.mark.parametrize("name", PHASE)
+def test_training_refuses_a_file_that_it_did_not_write(toy: Path, tmp_path: Path, name: str, flags: list[str]) -> None:
+    put(tmp_path / "stage1" / name)
+    with unchanged(tmp_path):
+        said = f"{tmp_path / 'stage1'} has 1 file that cpmix did not write and would replace: {name}"
+        refused(4, said, "train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 2, *flags)
+
+
+def test_stage_2_and_finetune_refuse_the_weights_of_a_user(digits_run: Path, tmp_path: Path) -> None:
+    for command, phase in (("train-stage2", "stage2"), ("finetune", "finetune")):
+        put(tmp_path / phase / "model.safetensors")
+        with unchanged(tmp_path):
+            refused(4, "would replace: model.safetensors", command, "--from", digits_run, "--out", tmp_path)
+
+
+EVALUATION = ["metrics.json", "per_class.parquet", "predictions.parquet", "logits.safetensors", "samples.parquet"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_evaluate_refuses_files_that_it_did_not_write(toy_run: Path, tmp_path: Path, flags: list[str]) -> None:
+    folder = tmp_path / "out" / "evaluation" / "stage2"
+    for name in EVALUATION:
+        put(folder / name)
+    with unchanged(tmp_path):
+        said = f"{folder} has 5 files that cpmix did not write and would replace: {', '.join(EVALUATION)}"
+        refused(4, said, "evaluate", "--from", toy_run, "--out", tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", ["index.html", "stage2/class_accuracy.png", "stage2/confusion_matrix.parquet"])
+def test_a_report_refuses_a_file_that_it_did_not_write(
+    toy_run: Path, tmp_path: Path, name: str, flags: list[str]
+) -> None:
+    path = put(tmp_path / "out" / "confusion" / name)
+    with unchanged(tmp_path):
+        result = refused(4, path.name, "confusion-report", "--from", toy_run, "--out", tmp_path / "out", *flags)
+    assert fix_of(result).endswith("or write elsewhere with --out FOLDER")
+
+
+def test_a_page_of_a_user_in_a_run_with_reports_is_refused(toy_run: Path) -> None:
+    report = ("confusion-report", "--from", toy_run, "--images", 3)
+    page = toy_run / "confusion" / "index.html"
+    page.write_text("my page")
+    with unchanged(toy_run):
+        refused(4, "index.html is a file that cpmix did not write", *report)
+    page.unlink()
+    must(*report)
+    page.write_text(page.read_text() + "damage")  # still a page of cpmix
+    must(*report)
+
+
+@pytest.mark.slow
+def test_an_output_without_its_record_is_cpmix_s_by_its_content(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    """As a process leaves it that was killed before it wrote the record; any of the other files may be missing too."""
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    for folder, record, command in (
+        (data, "dataset.json", ("build-lt", "toy", "--out", data)),
+        (toy_run / "evaluation" / "stage2", "run.json", ("evaluate", "--from", toy_run)),
+        (toy_run / "confusion" / "stage2", "run.json", ("confusion-report", "--from", toy_run)),
+    ):
+        expected = {name: data for name, data in exact_contents(folder).items() if name != record}
+        for name in files(folder)[:4]:
+            (folder / record).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
+            must(*command)
+            assert {name: (folder / name).read_bytes() for name in expected} == expected
+
+
+def test_temporary_files_and_locks_follow_no_link(tmp_path: Path) -> None:
+    """Links under their names, which another user can foresee, lead to a file that must not be written."""
+    precious = put(tmp_path / "precious.txt")
+    out = tmp_path / "out.txt"
+    for suffix in ("", "-before"):
+        temporary = temporary_for(out)
+        temporary.with_name(temporary.name + suffix).symlink_to(precious)
+    publish(out, b"result")
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    for serial in range(1000):
+        (folder / f"{LOCK}-{socket.gethostname()}-{os.getpid()}-{serial}").symlink_to(precious)
+    with hold(folder):
+        pass
+    assert precious.read_text() == "two years of work"
+    assert out.read_bytes() == b"result"
+    assert not out.is_symlink()
+
+
+def test_a_link_in_place_of_a_result_is_replaced_but_not_its_target(toy: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(toy, tmp_path / "data"))
+    kept = (data / "train.safetensors").rename(tmp_path / "moved.safetensors")
+    before = kept.read_bytes()
+    (data / "train.safetensors").symlink_to(kept)
+    must("build-lt", "toy", "--out", data, "--rho", 5, "--overwrite")
+    assert kept.read_bytes() == before
+    assert not (data / "train.safetensors").is_symlink()
+
+
+def test_names_that_are_not_to_be_written_are_of_no_account(tmp_path: Path) -> None:
+    put(tmp_path / "train.parquet")
+    refuse_strangers(tmp_path, ["test.parquet", "train-*.shard"])
+    refuse_strangers(tmp_path / "none", ["train.parquet"])
+    (tmp_path / "test.parquet").symlink_to("nowhere")
+    with pytest.raises(EnvironmentFault, match=r"2 files .* replace: test.parquet, train.parquet"):
+        refuse_strangers(tmp_path, ["test.parquet", "train.parquet"])
