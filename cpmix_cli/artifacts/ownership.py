@@ -45,12 +45,13 @@ _KEYS: dict[str, set[str]] = {
 """File -> keys, columns or metadata that it has among others."""
 
 
-def refuse_strangers(folder: Path, names: Iterable[str]) -> None:
+def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = None) -> None:
     """Check that cpmix wrote all files of an output folder that a command may replace or delete.
 
     Args:
         folder: output folder; it need not exist.
         names: names of the files, or patterns such as "train-*.shard".
+        only: the only file that may be refused; the others just help to know it.
 
     Raises:
         EnvironmentFault: lists the files that cpmix did not write.
@@ -67,7 +68,7 @@ def refuse_strangers(folder: Path, names: Iterable[str]) -> None:
             return is_known
         return told[path] is True
 
-    if strangers := [path.name for path in found if not is_own(path)]:
+    if strangers := [path.name for path in found if only in (None, path.name) and not is_own(path)]:
         raise EnvironmentFault(
             f"{folder} has {counted(len(strangers), 'file')} that cpmix did not write and would replace: "
             + shortened(strangers, 5),

@@ -88,8 +88,10 @@ def run(options: BuildOptions) -> None:
 
     status = "up to date"
     is_there = artifacts.is_there(folder / artifacts.DATASET)
-    refuse_strangers(folder, [artifacts.DATASET] if is_there and not options.overwrite else storage.OWN_FILES)
-    if options.overwrite or not is_there:
+    is_there = artifacts.is_there(folder / artifacts.DATASET)
+    replaces = options.overwrite or not is_there
+    refuse_strangers(folder, storage.OWN_FILES, only=None if replaces else artifacts.DATASET)
+    if replaces:
         if options.skip_unreadable:
             source = _readable(source, upright=of_folder)
         image_folder.warn_of(source.root or folder, source.left_out)
