@@ -254,7 +254,7 @@ BEFORE: dict[str, Callable[[Any], None]] = {
 def _add(name: str, kind: type) -> None:
     def run(json: bool, **given: Any) -> None:
         console.command = name
-        options = kind(**{flag: value for flag, value in given.items() if value is not None})
+        options = kind(**{flag: _at_home(value) for flag, value in given.items() if value is not None})
         if name in BEFORE:
             BEFORE[name](options)
         if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
@@ -271,6 +271,15 @@ def _add(name: str, kind: type) -> None:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     text, example = str(inspect.getdoc(kind)).split("\n\n")
     app.command(name, cls=_Command, help=text, epilog=example)(run)
+
+
+def _at_home(value: Any) -> Any:
+    """Return the value of a flag with ~ in its paths resolved, which a shell leaves in --out=~/x and in quotes."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    with suppress(RuntimeError):  # ~name of no user, or a user without a home: a name like any other
+        return value.expanduser() if isinstance(value, Path) else value
+    return value
 
 
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:

@@ -411,7 +411,7 @@ class PredictOptions:
     from_folder: From
     phase: Phase = None
     top: int = flag(1, "Number of classes to show per image, most likely first.", min=1)
-    out: Path | None = flag(None, "Also write the predictions to this Parquet file.")
+    out: Path | None = flag(None, "Also write the predictions to this file, .parquet or .csv.")
     skip_unreadable: SkipUnreadable = False
     device: Device = "auto"
     overwrite: Overwrite = False

@@ -88,7 +88,6 @@ def run(options: BuildOptions) -> None:
 
     status = "up to date"
     is_there = artifacts.is_there(folder / artifacts.DATASET)
-    is_there = artifacts.is_there(folder / artifacts.DATASET)
     replaces = options.overwrite or not is_there
     refuse_strangers(folder, storage.OWN_FILES, only=None if replaces else artifacts.DATASET)
     if replaces:

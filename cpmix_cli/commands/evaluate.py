@@ -27,7 +27,7 @@ from cpmix_cli.flags import EvaluateOptions
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.runs import folders, output
+from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
@@ -95,9 +95,10 @@ def run(options: EvaluateOptions) -> None:
             needed_by=f"evaluate --split {options.split}",
             fix="give test images with --test-data FOLDER, or build the data set anew with --test-per-class 1",
         )
-    label = options.label or _default_label(options, source.recipe(), recipe)
+    evaluations = (options.out or root) / "evaluation"
+    label = options.label or _default_label(options, source, recipe, tests, evaluations)
     name = source.phase if label is None else f"{source.phase}-{label}"
-    folder = (options.out or root) / "evaluation" / name
+    folder = evaluations / name
     _, sha = source.output(files.MODEL)
     made_from = {
         "recipe": {
@@ -131,6 +132,8 @@ def run(options: EvaluateOptions) -> None:
             columns = {str(name): column for name, column in tests.samples.items()}
             recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
             fields["data_root"] = str(tests.data_root) if by_path else None
+        if options.test_data is not None:
+            fields["test_data"] = str(options.test_data.resolve())
         fields["source"] = {"phase": source.phase, "sha256": sha}
         recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
@@ -143,16 +146,44 @@ def run(options: EvaluateOptions) -> None:
         console.follow(console.typed("misclassified", "--from", root, *flags))
 
 
-def _default_label(options: EvaluateOptions, trained: Recipe, recipe: Recipe) -> str | None:
-    """Return a label from split, test data, distribution and post-hoc method; None for the plain evaluation."""
-    parts = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
-    if options.test_data is not None:
-        parts.append(re.sub(r"[^A-Za-z0-9_.-]+", "-", options.test_data.resolve().name))
+def _default_label(
+    options: EvaluateOptions, source: PhaseFolder, recipe: Recipe, tests: TestSet, evaluations: Path
+) -> str | None:
+    """Return a label from split, test data, distribution and post-hoc method; None for the plain evaluation.
+
+    Args:
+        options: flags of the command.
+        source: the phase that is evaluated.
+        recipe: its recipe with --set.
+        tests: the test samples.
+        evaluations: folder of the evaluations. If one of another --test-data of the same name is there, the label
+            begins further up in the path of this one.
+    """
+    before = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
+    after = []
+    trained = source.recipe()
     for key in POST_HOC:
         value = getattr(recipe.evaluation, key)
         if value != getattr(trained.evaluation, key):
-            parts.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
-    return "-".join(parts) or None
+            after.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
+    if options.test_data is None:
+        return "-".join([*before, *after]) or None
+    place = options.test_data.resolve()
+    for first in range(len(place.parts) - 1, 0, -1):
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(place.parts[first:]))
+        label = "-".join([*before, name, *after])
+        if not _is_of_others(evaluations / f"{source.phase}-{label}", tests, place):
+            break
+    return label
+
+
+def _is_of_others(folder: Path, tests: TestSet, place: Path) -> bool:
+    """Return whether a folder has an evaluation of other samples than `tests`, from another folder than `place`."""
+    try:
+        record = run_json.read_run(folder, run_json.EvaluationRecord)
+    except InputError:  # none, or a damaged one, which output.decide() reports
+        return False
+    return tests.fingerprint != record.made_from.dataset and str(place) != (record.test_data or record.data_root)
 
 
 def _requested_profile(options: EvaluateOptions, dataset: Dataset, labels: torch.Tensor) -> torch.Tensor | None:

@@ -10,9 +10,10 @@ from cpmix_cli.data.decoding import check_headers, readable_only
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
+from cpmix_cli.results.table_formats import csv_text
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.hardware import use_device
 
 NUM_SHOWN = 50
@@ -22,6 +23,7 @@ def run(options: PredictOptions) -> None:
     """Predict class and confidence of each image.
 
     Raises:
+        UsageError: --out is neither a Parquet nor a CSV file.
         InputError: no phase is finished, no images are found, or images cannot be read.
         EnvironmentFault: --out exists or cannot be written, or the device is missing.
     """
@@ -31,6 +33,11 @@ def run(options: PredictOptions) -> None:
         raise InputError(
             f"{source.path} was trained on points ({seen.name}) and takes no images",
             fix="give --from a run that was trained on images",
+        )
+    suffix = options.out.suffix.lower() if options.out is not None else ""
+    if options.out is not None and suffix not in (".parquet", ".csv"):
+        raise UsageError(
+            f"--out {options.out} ends in neither .parquet nor .csv", fix="give a name such as --out predictions.csv"
         )
     files.refuse_existing(options.out, overwrite=options.overwrite)
     device = use_device(options.device)
@@ -60,7 +67,13 @@ def run(options: PredictOptions) -> None:
         "confidence": confidence.flatten().numpy(),
     }
     if options.out is not None:
-        files.publish_out(options.out, tables.table_bytes(tables.PREDICTED_IMAGES_SCHEMA, columns))
+        rows_of_csv = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        data = (
+            ("\n".join(csv_text(rows_of_csv)) + "\n").encode()
+            if suffix == ".csv"
+            else tables.table_bytes(tables.PREDICTED_IMAGES_SCHEMA, columns)
+        )
+        files.publish_out(options.out, data)
     predictions = []
     rows = []
     for path, row, chances in zip(map(str, paths), classified.tolist(), confidence.tolist(), strict=True):

@@ -110,6 +110,8 @@ class EvaluationRecord(RunRecord):
     source: SourceReference
     dataset: DatasetReference
     data_root: Place | None = None
+    test_data: Place | None = None
+    """Absolute path of --test-data. Older records lack it."""
 
 
 class ReportRecord(RunRecord):
