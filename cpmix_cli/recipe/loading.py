@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def recipe_names() -> list[str]:
 def find_recipe(name: str) -> Path:
     """Return the file of a recipe given by path or by name; raise UsageError if it does not exist."""
     path = Path(name)
+    with suppress(RuntimeError):  # ~name of no user
+        path = path.expanduser()
     try:
         if path.suffix == ".toml" and path.is_file():
             return path
@@ -81,13 +84,13 @@ def load(
     """
     path = find_recipe(name)
     tables = read_tables(path)
-    tables.pop("about", None)
     by_rho = tables.pop("by_rho", {})
     if not isinstance(by_rho, dict) or not all(isinstance(over, dict) for over in by_rho.values()):
         raise UsageError(
             f"recipe {path}: by_rho is not a table of tables",
             fix=f"write [by_rho.100.optimizer], or the like, in {path}",
         )
+    wrong = _by_rho_faults(tables, by_rho)
     if rho is not None and f"{rho:g}" in by_rho:
         tables = _merged(tables, by_rho[f"{rho:g}"])
     changed = tables
@@ -96,10 +99,24 @@ def load(
     if seed is not None:
         changed = {**changed, "seed": seed}
     recipe, faults = _checked(changed)
-    if recipe is None or faults:
-        own = [fault for fault in _checked(tables)[1] if fault in faults]
+    if recipe is None or faults or wrong:
+        faults = [fault for fault in faults if not any(line.endswith(f".{fault}") for line in wrong)] + wrong
+        own = [fault for fault in (*_checked(tables)[1], *wrong) if fault in faults]
         raise refusal(f"recipe {path}", faults, typed_flags(settings, seed), own, fix=f"correct {path}")
     return recipe if epochs is None else _rescaled(recipe, epochs, path)
+
+
+def _by_rho_faults(tables: dict[str, Any], by_rho: dict[str, Any]) -> list[str]:
+    """Return the errors of all tables [by_rho.R], also those that the data set does not select."""
+    faults, known = [], _checked(tables)[1] if by_rho else []
+    for rho, over in by_rho.items():
+        with suppress(ValueError):
+            if rho != (written := f"{float(rho):g}"):
+                faults.append(f"by_rho.{rho}: a data set of this rho selects by_rho.{written}")
+            faults += [f"by_rho.{rho}.{line}" for line in _checked(_merged(tables, over))[1] if line not in known]
+            continue
+        faults.append(f"by_rho.{rho}: not a number")
+    return faults
 
 
 def _checked(tables: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
@@ -191,11 +208,14 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
                 fix=f'in {path}, add extends = "NAME", or remove the line without = ...',
             )
         return tables
+    name = str(base)
+    if name.endswith(".toml") and not name.startswith("~"):  # a file beside this one, not in the working directory
+        name = str(path.parent / name)
     try:
-        found = find_recipe(str(base))
+        found = find_recipe(name)
     except UsageError as fault:
         raise UsageError(f"{path}: extends: {fault.message}", needed_by=fault.needed_by, fix=fault.fix) from fault
-    if found in (path, *above):
+    if any(found.samefile(file) for file in (path, *above)):
         raise UsageError(
             f'{path}: extends = "{base}" leads back to a recipe that extends {path}',
             needed_by="--recipe",
@@ -370,7 +390,9 @@ def _explain(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"{name}: unknown key.{suggest(location[-1], _keys_of(location[:-1]))}"
+        tables = [] if location[1:] else [table for table in Recipe.model_fields if name in _keys_of([table])]
+        hint = f' Did you mean "{tables[0]}.{name}"?' if tables else suggest(location[-1], _keys_of(location[:-1]))
+        return f"{name}: unknown key.{hint}"
     if error["type"] == "missing":
         return f"{name}: missing"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -350,9 +350,29 @@ class Evaluation(Table):
     """Power tau of tau-normalisation: each class weight w of a linear head becomes w / |w|^tau."""
 
 
+Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
+
+
+class About(Table):
+    """Table [about] of a recipe: its method and where that comes from."""
+
+    method: str
+    """Name of the method, as in the paper's tables if it is there. All recipes of the method have it."""
+    kind: Kind | None = None
+    """Kind of the method. Only one recipe of a method has kind, paper and needs."""
+    paper: str = ""
+    """Authors, title, venue, year."""
+    needs: str = ""
+    """Requirements besides images and labels."""
+    note: str = ""
+    """Remarks."""
+
+
 class Recipe(Table):
     """A complete recipe."""
 
+    about: About | None = Field(default=None, exclude=True)
+    """Not in tables(): it changes no result, so it changes no hash of inputs either."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: Data = Data()
     model: Model = Model()
@@ -392,7 +412,8 @@ class Recipe(Table):
         """Return the recipe as TOML text."""
         import tomli_w
 
-        return tomli_w.dumps(self.tables())
+        about = {"about": self.about.model_dump(exclude_defaults=True)} if self.about else {}
+        return tomli_w.dumps({**about, **self.tables()})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
+from cpmix_cli.recipe.functions import TERM_KINDS
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.methods import Recognised, recognised
@@ -18,7 +19,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import begun_phases
 from cpmix_cli.runs.run_json import EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.errors import InputError, shortened
 from cpmix_cli.training.metrics import read_metrics
 
 MAX_NAMED = 3
@@ -37,7 +38,7 @@ class EvaluatedRun:
     source: PhaseFolder
     """Phase that was evaluated."""
     name: str
-    """Name of its method, with the changed keys in brackets."""
+    """Name of its method, with the changed keys."""
     method: Recognised
     data: str
     label: str
@@ -163,7 +164,8 @@ def _unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
 def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) -> EvaluatedRun:
     trained, recipe = source.record(), source.recipe()
     data = trained.dataset.name
-    method = recognised(recipe, source.phase, *split_name(data))
+    trained_with = trained.recipe_name if trained.recipe_name in recipe_names() else None
+    method = recognised(recipe, source.phase, *split_name(data), trained_with)
     leading = leading_phases(source)
     label = folder.name.removeprefix(source.phase).removeprefix("-")
     stage, forms = _stage_of(source, recipe)
@@ -173,7 +175,7 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
         run=source.run,
         evaluation=folder,
         source=source,
-        name=_name_of(method, leading),
+        name=_name_of(method, recipe, trained, leading),
         method=method,
         data=data,
         label=label,
@@ -270,22 +272,44 @@ def _conditions_of(
     }
 
 
-def _name_of(method: Recognised, leading: Sequence[PhaseFolder]) -> str:
-    """Return the name of the method, with up to MAX_NAMED changed keys in brackets.
+def _name_of(method: Recognised, recipe: Recipe, trained: PhaseRecord, leading: Sequence[PhaseFolder]) -> str:
+    """Return the name of the method, with up to MAX_NAMED changed keys.
 
-    With more changes it is another method: the name is the file of --recipe, or a digest of the changes.
+    A user's own recipe has the name in its [about] table. Without one, it has the name of the recipe of cpmix that it
+    is equal to, else that of its file. With more changed keys, a recipe of cpmix is another method, named by a digest.
     """
-    if not method.changed:
+    given = trained.recipe_name or _typed_recipe(leading)
+    is_file = given is not None and given not in recipe_names()
+    if recipe.about is not None and given not in recipe_names():
+        own = recipe.about.method
+    elif not method.changed:
         return method.method
-    if len(method.changed) <= MAX_NAMED:
-        return f"{method.method} ({said(method.changed)})"
+    elif is_file and Path(str(given)).name != files.RECIPE:
+        own = Path(str(given)).stem
+    elif len(named := _without_consequences(method.changed)) <= MAX_NAMED:
+        return f"{method.method}, {said(named)}"
+    else:
+        return f"recipe {files.digest(method.changed)[:8]}"
+    return ", ".join([own, *([shortened(trained.settings, MAX_NAMED)] if trained.settings else [])])
+
+
+def _without_consequences(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changed keys without the parameters that a term lacks because it names another function."""
+    replaced = {term for term, _, key in (name.rpartition(".") for name in changed) if key in TERM_KINDS}
+    return {
+        name: value for name, value in changed.items() if value is not None or name.rpartition(".")[0] not in replaced
+    }
+
+
+def _typed_recipe(leading: Sequence[PhaseFolder]) -> str | None:
+    """Return the last --recipe of the commands that trained a run, for runs that do not record it."""
     for folder in reversed(leading):
         words = folder.record().argv
         given = [w.removeprefix("--recipe=") for w in words if w.startswith("--recipe=")]
         given += [after for word, after in pairwise(words) if word == "--recipe"]
-        if given and given[-1] not in recipe_names() and Path(given[-1]).name != files.RECIPE:
-            return Path(given[-1]).stem
-    return f"recipe {files.digest(method.changed)[:8]}"
+        if given:
+            return given[-1]
+    return None
 
 
 def said(keys: Mapping[str, Any]) -> str:

@@ -9,32 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from cpmix_cli.recipe.loading import find_recipe, load, read_own_tables, recipe_names
-from cpmix_cli.recipe.schema import PHASE_TABLES, Recipe, Stage, Table, changed
+from cpmix_cli.recipe.schema import PHASE_TABLES, About, Kind, Recipe, Stage, changed
 from cpmix_cli.results.paper import Column, PaperRow
 from cpmix_cli.runtime.errors import UsageError, indented
 
-Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]
 KINDS = get_args(Kind)  # in the order of the list
-
-
-class About(Table):
-    """Table [about] of a recipe: its method and where that comes from."""
-
-    method: str
-    """Name of the method, as in the paper's tables if it is there. All recipes of the method have it."""
-    kind: Kind | None = None
-    """Kind of the method. Only one recipe of a method has kind, paper and needs."""
-    paper: str = ""
-    """Authors, title, venue, year."""
-    needs: str = ""
-    """Requirements besides images and labels."""
-    note: str = ""
-    """Remarks."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +87,9 @@ class Recognised:
     """The method of a trained recipe."""
 
     method: str
-    """Method of the most similar recipe."""
+    """Method of the recipe."""
     recipe: str
-    """Name of the most similar recipe."""
+    """Name of the recipe: an equal one, else the one that the run was trained with, else the most similar one."""
     changed: dict[str, Any]
     """Key -> value of the trained recipe where it differs; None if it lacks the key."""
     exact: tuple[str, ...]
@@ -118,8 +102,10 @@ class Recognised:
         return f"{column.family}/{row.recipe}" in self.exact
 
 
-def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Recognised:
-    """Find the recipe of cpmix that is most similar to a recorded recipe.
+def recognised(
+    recipe: Recipe, phase: str, family: str, rho: float | None, trained_with: str | None = None
+) -> Recognised:
+    """Find the recipe of cpmix that a recorded recipe is, or was made from.
 
     Only keys that the phase depends on count, without seed and precision. The other keys break ties.
 
@@ -128,6 +114,7 @@ def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Re
         phase: the phase that was trained.
         family: folder of recipes to prefer, such as cifar100-lt.
         rho: imbalance factor of the data set; None if it has none.
+        trained_with: recipe that the run was trained with, if it is known.
     """
     known = _known_settings(recipe.schedule.epochs, rho)
     counted = (*PHASE_TABLES[phase], "evaluation")
@@ -136,6 +123,8 @@ def recognised(recipe: Recipe, phase: str, family: str, rho: float | None) -> Re
         near = {key: value for key, value in differing.items() if key.partition(".")[0] in counted}
         found.append((len(near), len(differing), name.rpartition("/")[0] != family, order, method, name, near))
     *_, order, method, name, near = min(found)
+    if near and (own := [entry for entry in found if entry[5] == trained_with]):
+        *_, order, method, name, near = own[0]
     return Recognised(method, name, near, tuple(entry[5] for entry in found if not entry[0]), order)
 
 

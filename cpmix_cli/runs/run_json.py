@@ -81,6 +81,10 @@ class BegunRecord(Record):
     ranks: int = 1
     inputs: dict[str, str] = Field(default_factory=dict)
     """Paths of other input files by flag; only a training state records them."""
+    recipe_name: str | None = None
+    """Name or file of the recipe that the phase began with, as it was given; None in older records."""
+    settings: list[str] = Field(default_factory=list)
+    """Values of --set that changed this recipe, also in earlier phases."""
 
 
 class PhaseRecord(BegunRecord, RunRecord):

@@ -75,6 +75,18 @@ class PhaseRequest:
             **{flag: files.sha256(files.read_bytes(path)) for flag, path in self.inputs.items()},
         }
 
+    def own_recipe(self) -> dict[str, Any]:
+        """Return what names the recipe in the records: see BegunRecord.recipe_name and settings."""
+        given = self.options.recipe
+        begun: BegunRecord | None = self.source.record() if self.source else None
+        if given is not None:
+            path, begun = Path(given), None
+            if path.name == files.RECIPE:  # of a run, such as in the next command of an interrupted one
+                with suppress(InputError):
+                    begun = PhaseFolder(path.parent.parent, path.parent.name).begun()
+        name = begun.recipe_name if begun else given or self.dataset.recipe()
+        return {"recipe_name": name, "settings": [*(begun.settings if begun else ()), *self.options.settings]}
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -411,10 +423,14 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         "precision": context.precision,
         "threads": torch.get_num_threads(),
         "ranks": ranks.current().size,
+        **asked.own_recipe(),
     }
     # All inputs are checked by now: files are written or deleted only from here on.
     recorder = output.Recorder(folder.path, folder.phase, asked.made_from, lock)
     recipe = asked.recipe.to_toml().encode()
+    if loaded.resumes:  # its [about] may have changed since, which is no reason to change the file
+        with suppress(InputError):
+            recipe = files.read_bytes(folder.path / files.RECIPE, folder.state().recipe_sha256)
     # Files of an old run stay until the first new state replaces them: this run may diverge, or fill the disk.
     overwrites = folder.is_begun and not loaded.resumes
     if not overwrites:

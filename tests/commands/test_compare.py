@@ -164,7 +164,7 @@ def test_a_changed_method_is_named_by_its_keys_or_its_file(
     must("train-stage1", "--data", digits, "--out", mine, "--recipe", recipe, *SHORT, "--seed", 1)
     must("evaluate", "--from", mine)
     first, second = must("compare", some, more, mine, "--json").json["rows"]
-    assert (first["method"], first["changed"]) == ("Cross Entropy (optimizer.lr=0.05)", {"optimizer.lr": 0.05})
+    assert (first["method"], first["changed"]) == ("Cross Entropy, optimizer.lr=0.05", {"optimizer.lr": 0.05})
     assert re.fullmatch(r"recipe [0-9a-f]{8}", second["method"])
     assert (second["recipe"], second["n"]) == ("digits/cross-entropy", 2)  # however it was asked for
     lines = must("compare", some, more).stdout.splitlines()
@@ -180,6 +180,46 @@ def test_a_changed_method_is_named_by_its_keys_or_its_file(
         "data.augment=none; optimizer.nesterov=true; optimizer.batch_size=32",
     ]
     assert must("compare", mine, "--json").json["rows"][0]["method"] == "mine"
+
+
+def method_of(run: Path) -> str:
+    (row,) = must("compare", run, "--json").json["rows"]
+    return str(row["method"])
+
+
+def test_a_variant_is_named_by_its_own_recipe(digits: Path, tmp_path: Path) -> None:
+    """Not by the recipe that is most similar: without its label rule, the CP-Mix of the digits has 2 of them."""
+    run = tmp_path / "run"
+    must("train-stage1", "--data", digits, "--out", run, *SHORT)
+    label = ("--set", "stage2.terms.cp.label=lambda")
+    must("train-stage2", "--from", run, *label)
+    must("evaluate", "--from", run)
+    assert method_of(run) == "CP-Mix, stage2.terms.cp.label=lambda"
+    # The recipe that a run has written still has its name, as in the next command of an interrupted run.
+    again = tmp_path / "again"
+    must("train-stage1", "--data", digits, "--out", again, "--recipe", run / "stage2" / "recipe.toml")
+    must("train-stage2", "--from", again)
+    must("evaluate", "--from", again)
+    assert method_of(again) == "CP-Mix, stage2.terms.cp.label=lambda"
+
+
+def test_a_method_of_a_user_has_the_name_of_its_about_table(digits: Path, tmp_path: Path) -> None:
+    mine, run = tmp_path / "mine.toml", tmp_path / "run"
+    text = 'extends = "digits/cross-entropy"\n[optimizer]\nlr = 0.07\n'
+    mine.write_text(text)
+    trained(digits, run, "--recipe", mine, *SHORT)
+    assert method_of(run) == "mine"
+    before = (run / "stage1" / "run.json").read_bytes(), (run / "stage1" / "recipe.toml").read_bytes()
+    mine.write_text(text.replace("[", '[about]\nmethod = "Own Loss"\nkind = "loss"\n[', 1))
+    # A name changes no result: the run is up to date, and stays as it is.
+    assert "up to date" in must("train-stage1", "--data", digits, "--out", run, "--recipe", mine, *SHORT).stdout
+    assert before == ((run / "stage1" / "run.json").read_bytes(), (run / "stage1" / "recipe.toml").read_bytes())
+    trained(digits, tmp_path / "named", "--recipe", mine, *SHORT)
+    assert method_of(tmp_path / "named") == "Own Loss"
+    trained(digits, tmp_path / "changed", "--recipe", mine, *SHORT, "--set", "optimizer.momentum=0.8")
+    assert method_of(tmp_path / "changed") == "Own Loss, optimizer.momentum=0.8"
+    mine.unlink()
+    assert method_of(tmp_path / "named") == "Own Loss"
 
 
 def test_rows_state_how_they_differ(seeds: list[Path], digits: Path, tmp_path: Path) -> None:

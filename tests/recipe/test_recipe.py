@@ -194,6 +194,79 @@ def test_extends_merges_key_by_key(tmp_path: Path) -> None:
         load(str(child))
 
 
+def test_extends_reads_the_file_beside_the_one_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = '[stage1.terms.erm]\nloss = "cross-entropy"\n[schedule]\nepochs = 9\nstage1_epochs = 9\n[optimizer]\nlr = '
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "base.toml").write_text(f"{base}0.5")  # in the working directory: another one
+    (tmp_path / "mine" / "base.toml").write_text(f"{base}0.25")
+    (tmp_path / "mine" / "child.toml").write_text('extends = "base.toml"\n')
+    (tmp_path / "mine" / "deep" / "grandchild.toml").write_text('extends = "../child.toml"\n')
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/child.toml", "mine/deep/grandchild.toml", str(tmp_path / "mine" / "child.toml")):
+        assert load(name).optimizer.lr == 0.25
+    (tmp_path / "mine" / "stock.toml").write_text('extends = "digits/cpmix"\n')
+    assert load("mine/stock.toml") == load("digits/cpmix")
+    (tmp_path / "mine" / "base.toml").write_text('extends = "deep/../child.toml"\n')
+    with pytest.raises(UsageError, match="leads back to a recipe that extends"):
+        load("mine/child.toml")
+    (tmp_path / "mine" / "base.toml").unlink()
+    (tmp_path / "base.toml").unlink()
+    with pytest.raises(UsageError, match=r"mine/child.toml: extends: recipe file mine/base.toml does not exist"):
+        load("mine/child.toml")
+
+
+def test_all_tables_by_rho_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'extends = "digits/cpmix"\n[by_rho.20.optimizer]\nlr = 0.1\n[by_rho.50.optimizer]\nlr = "fast"\n'
+        '[by_rho.1e2.optimizer]\nlr = 0.2\n[by_rho.ten.optimizer]\nlr = 0.2\n[by_rho.200.model]\nnam = "resnet8"\n'
+    )
+    lines = [
+        "    by_rho.50.optimizer.lr = 'fast': Input should be a valid number",
+        "    by_rho.1e2: a data set of this rho selects by_rho.100",
+        "    by_rho.ten: not a number",
+        '    by_rho.200.model.nam: unknown key. Did you mean "name"?',
+    ]
+    for rho in (None, 20, 50):
+        with pytest.raises(UsageError) as caught:
+            load(str(path), rho=rho)
+        assert caught.value.message.splitlines()[0] == f"recipe {path} has 4 errors:"
+        assert [line.partition(" Known:")[0] for line in caught.value.message.splitlines()[1:]] == lines
+        assert caught.value.fix == f"correct {path}"
+    with pytest.raises(UsageError, match=r"recipe .*r.toml with --set optimizer.momentum=2 has 5 errors"):
+        load(str(path), settings=["optimizer.momentum=2"])
+
+
+def test_the_about_table_is_in_the_resolved_recipe_but_in_no_table_that_decides(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('extends = "digits/cpmix"\n[about]\nmethod = "Mine"\nnote = "a try"\n')
+    recipe, stock = load(str(path), epochs=6), load("digits/cpmix", epochs=6)
+    assert recipe.to_toml().split("\n\n")[1] == '[about]\nmethod = "Mine"\nnote = "a try"'
+    assert recipe.tables() == stock.tables()
+    assert recipe.tables_of("stage2") == stock.tables_of("stage2")
+    assert stock.to_toml() == "\n\n".join(part for part in recipe.to_toml().split("\n\n") if "[about]" not in part)
+    path.write_text('extends = "digits/cpmix"\n[about]\nmethod = 3\nauthor = "me"\n')
+    with pytest.raises(UsageError, match=r"about.author: unknown key"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "optimizer.lr"),
+        ("batch_size", "optimizer.batch_size"),
+        ("epochs", "schedule.epochs"),
+        ("head", "model.head"),
+    ],
+)
+def test_a_key_without_its_table_is_told_its_table(key: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load("digits/cpmix", settings=[f"{key}=0.1"])
+    assert caught.value.message.endswith(f'\n    {key}: unknown key. Did you mean "{meant}"?')
+    assert caught.value.message.startswith(f"--set {key}=0.1 gives 1 error in recipe ")
+    assert caught.value.fix == f"correct or drop --set {key}=0.1"
+
+
 def test_choosing_another_function_removes_the_parameters_of_the_old() -> None:
     """So that an ablation is a flag; a parameter that nobody has is a fault all the same."""
     cp = load("cifar100-lt/cpmix", settings=["stage2.terms.cp.label=lambda"]).stage2.terms["cp"]  # type: ignore[union-attr]
