@@ -5,7 +5,6 @@ Errors become exit codes only here.
 
 import inspect
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,6 +22,7 @@ from cpmix_cli import __version__, flags
 from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
+from cpmix_cli.runtime.text import quoted
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
 WITHOUT_TORCH = ("status", "compare", "results", "misclassified", "recipes", "methods")
@@ -41,7 +41,7 @@ def _explained() -> Iterator[None]:
                 path = os.fsdecode(fault.filename)
                 raise EnvironmentFault(
                     f"{path} cannot be read or written: {fault.strerror}",
-                    fix=f"correct the path, or its permissions: {shlex.join(['ls', '-ld', path])}",
+                    fix=f"correct the path, or its permissions: {quoted('ls', '-ld', path)}",
                 ) from fault
             console.flush()  # may fail too, such as on a full disk
             raise EnvironmentFault(

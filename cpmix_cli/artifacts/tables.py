@@ -188,6 +188,24 @@ def refuse_outside(path: Path, table: pd.DataFrame, column: str, num_classes: in
     _refuse(path, table, (classes < 0) | (classes >= num_classes), f"classes are 0 to {num_classes - 1}")
 
 
+def read_samples(path: Path, by_path: bool, sha: str | None) -> pd.DataFrame:
+    """Read the table of a split: sample_id, label, and path or source_index.
+
+    Args:
+        path: file to read.
+        by_path: the samples are image files.
+        sha: recorded sha256 of the file.
+
+    Raises:
+        InputError: as read_table(); or a path leads out of the folder of the images.
+    """
+    table = read_table(path, split_schema(by_path), sha)
+    if by_path:
+        outside = pc.match_substring_regex(pa.array(table["path"], pa.string()), r"(^|/)\.{0,2}(/|$)|\x00")
+        _refuse(path, table, pd.Series(outside.to_numpy(zero_copy_only=False)), "no path below the folder of images")
+    return table
+
+
 def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
     """Read class_counts.parquet: one row per class 0 to C - 1, in this order, with counts of images.
 

@@ -36,6 +36,7 @@ from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented
+from cpmix_cli.runtime.text import on_a_line
 
 
 def run(options: BuildOptions) -> None:
@@ -272,7 +273,9 @@ def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
         if len(fault.lines) <= SHOWN or not is_free:
             raise
         artifacts.make_folder(path.parent)
-        artifacts.publish(path, "".join(f"{line}\n" for line in fault.lines).encode(errors="surrogateescape"))
+        artifacts.publish(
+            path, "".join(f"{on_a_line(line)}\n" for line in fault.lines).encode(errors="surrogateescape")
+        )
         raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path) from fault
     if is_free:
         with suppress(OSError):
@@ -324,8 +327,8 @@ def _write(
         },
     )
     if source.left_out:
-        lines = [f"{path}\t{reason}\n" for reason, paths in source.left_out.items() for path in paths]
-        text = console.printable("".join(lines)).encode(errors="surrogateescape")
+        lines = [f"{on_a_line(path)}\t{reason}\n" for reason, paths in source.left_out.items() for path in paths]
+        text = "".join(lines).encode(errors="surrogateescape")
         files[artifacts.LEFT_OUT] = artifacts.publish(folder / artifacts.LEFT_OUT, text)
     scanned = {
         "times": source.times,

@@ -20,6 +20,7 @@ from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, pl
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
+from cpmix_cli.runtime.text import printable
 
 MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
 """Key of metrics.json (per cent) -> column name."""
@@ -124,9 +125,7 @@ def _publish(
     if options.out is None:
         console.result(fields, lines=lines)
         return
-    text = (
-        files.json_text(console.with_command(fields)) if console.as_json else "\n".join(map(console.printable, lines))
-    )
+    text = files.json_text(console.with_command(fields)) if console.as_json else "\n".join(map(printable, lines))
     files.publish_out(options.out, (text + "\n").encode("utf-8", "backslashreplace"))
     console.result({"status": "done", "file": str(options.out)}, lines=[f"done: {options.out}"])
 

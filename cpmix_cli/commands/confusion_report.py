@@ -30,6 +30,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.text import on_a_line
 
 DECISION_REGIONS = "decision_regions"
 _PICTURES = (
@@ -252,8 +253,8 @@ def _thumbnails(run: _Reported, limit: int) -> ContactSheet | None:
 
 def _draw(run: _Reported) -> Pictures:
     source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
-    title = f"{dataset.name}, {source.phase}"
-    names, counts = dataset.class_names, dataset.class_counts
+    title = on_a_line(f"{dataset.name}, {source.phase}")
+    names, counts = [on_a_line(name) for name in dataset.class_names], dataset.class_counts
     pictures = [
         (
             "confusion_matrix",

@@ -26,6 +26,7 @@ from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.text import on_a_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # not at run time: cpmix_cli.report must silence its warnings first
@@ -68,7 +69,7 @@ class _Candidate:
         """Name of the data set as in the paper: CIFAR100-LT-200, balanced CIFAR100."""
         title = SOURCE_TITLES.get(self.dataset.record.source)
         if title is None:
-            return self.dataset.name
+            return on_a_line(self.dataset.name)
         return f"balanced {title}" if self.balanced else f"{title}-LT-{self.rho:g}"
 
     @cached_property
@@ -84,7 +85,7 @@ class _Candidate:
             self.method,
             self.data,
             self.rho,
-            self.dataset.class_names,
+            [on_a_line(name) for name in self.dataset.class_names],
             self.dataset.class_counts,
             matrix_of(table, self.dataset.num_classes),
             finetuned=self.source.phase == "finetune",

@@ -68,9 +68,8 @@ def _origins(options: MisclassifiedOptions, root: Path, evaluation: Path, wrong:
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if files.SAMPLES in record.outputs:
         data_root = Path(record.data_root) if record.data_root is not None else None
-        schema = tables.split_schema(data_root is not None)
         path, sha = run_json.output_of(evaluation, record, files.SAMPLES)
-        samples = tables.read_table(path, schema, sha)
+        samples = tables.read_samples(path, data_root is not None, sha)
     else:
         dataset = folders.find_dataset(root, record.dataset, options.data, data_root=options.data_root)
         samples, data_root = dataset.samples("test"), dataset.data_root

@@ -213,8 +213,7 @@ class Dataset:
             InputError: the table is missing or damaged.
         """
         path = self.folder / f"{split}.parquet"
-        schema = tables.split_schema(self.data_root is not None)
-        table = tables.read_table(path, schema, self._sha(path))
+        table = tables.read_samples(path, self.data_root is not None, self._sha(path))
         tables.refuse_outside(path, table, "label", self.num_classes)
         return table
 

@@ -171,7 +171,7 @@ def read_list(path: Path) -> Split:
         *before, label = line.strip().rsplit(None, 1)
         image = "".join(before)
         if not image or "\x00" in image or not label.removeprefix("-").isdecimal() or len(label) > 9:
-            faults[number] = f"{console.on_a_line(line)[:80]!r} is not 'PATH LABEL'"
+            faults[number] = f"{line[:80]!r} is not 'PATH LABEL'"
         elif {"", ".", ".."} & set(image.split("/")):
             faults[number] = f"{image!r} is no plain path below the folder of the images"
         elif image in seen:

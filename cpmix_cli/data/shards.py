@@ -5,7 +5,6 @@ mapping fails on network file systems. An image is verified when a process first
 """
 
 import os
-import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.decoding import SHOWN, in_threads, of_all, read_each, read_square
 from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import InputError, indented
+from cpmix_cli.runtime.text import quoted
 
 SHARD_IMAGES = 2048
 """Images per new shard: 403 MB at 256 x 256 pixels, and 226 shards for iNaturalist 2018."""
@@ -148,7 +148,7 @@ class Shards:
                 f"{self.path(number)}: {len(images):,} damaged, the first is image {images[0]}"
                 for number, images in found.items()
             ]
-            shards = shlex.join(str(self.path(number)) for number in found)
+            shards = quoted(*(self.path(number) for number in found))
             fix = f"delete them, then run the same command again, which packs missing shards: rm -f {shards}"
             raise InputError(f"damaged shards:{indented(lines, SHOWN)}", fix=fix)
 

@@ -1,7 +1,6 @@
 """Recipes from files and flags: found by name, merged, checked, rescaled to another number of epochs."""
 
 import re
-import shlex
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, shortened, suggest
+from cpmix_cli.runtime.text import quoted
 
 MAX_BYTES = 4_000_000  # largest size of a recipe file
 _MAX_DEPTH = 16  # deepest nesting of tables; a recipe has 4 levels
@@ -138,7 +138,7 @@ def typed_flags(settings: Sequence[str], seed: int | None = None) -> list[tuple[
 
 def _shown(setting: str) -> str:
     """Return the flag of a setting as it is typed in a shell, with at most 80 characters of the setting."""
-    return f"--set {shlex.quote(setting if len(setting) <= 80 else f'{setting[:80]}...')}"
+    return f"--set {quoted(setting if len(setting) <= 80 else f'{setting[:80]}...')}"
 
 
 def refusal(

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.runtime import console
+from cpmix_cli.runtime.text import on_a_line
 
 Array = NDArray[Any]
 Kind = Literal["png", "svg", "pdf"]
@@ -70,7 +71,8 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
 def warn_of_boxes(class_names: Sequence[str]) -> None:
     """Warn of class names with letters that the figures' font lacks."""
     known = get_font(findfont(FontProperties())).get_charmap()
-    if lacking := [name for name in class_names if any(ord(letter) not in known for letter in name)]:
+    names = [on_a_line(name) for name in class_names]
+    if lacking := [name for name in names if any(ord(letter) not in known for letter in name)]:
         console.warn(
             f"the pictures' font cannot write {len(lacking)} class names, such as {lacking[0]}: boxes stand for letters"
         )

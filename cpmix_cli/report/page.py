@@ -6,11 +6,11 @@ security policy allows only the page's own script and style, so no name in the d
 
 import base64
 import hashlib
+import html
 import json
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.pairs import relation, trim_confusions
-from cpmix_cli.runtime.console import on_a_line
+from cpmix_cli.runtime.text import on_a_line
 
 Array = NDArray[Any]
 GENERATOR = b'<meta name="generator" content="cpmix">'
@@ -117,6 +117,11 @@ def render_page(
     )
 
 
+def escape(text: str) -> str:
+    """Escape a text for HTML, and what on_a_line() escapes."""
+    return html.escape(on_a_line(text))
+
+
 def page_digest() -> str:
     """Return the hash of the page's template, script and style. A page with another hash is rebuilt."""
     return _hash("".join(_parts()))
@@ -148,7 +153,7 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
     if kept is not None and np.count_nonzero(kept) > _MAX_PAIRS:
         kept = trim_confusions(kept, run.matrix)
     return {
-        "name": run.name,
+        "name": on_a_line(run.name),
         "train_counts": run.class_counts,
         "groups": np.array([GROUPS.index(group) for group in run.groups]),
         "matrix": _cells(run.matrix),

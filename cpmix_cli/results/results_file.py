@@ -11,8 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from cpmix_cli.artifacts import files, locks
-from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.text import csv_cell
 
 PERCENT = r"(100(\.0+)?|\d\d?(\.\d+)?)?"
 NUMBER = r"(\d+(\.\d+)?)?"
@@ -117,12 +117,12 @@ def append(path: Path, rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def _identity(row: Row) -> tuple[str, ...]:
-    return tuple(row[column] for column in IDENTITY)
+    return tuple(csv_cell(row[column]) for column in IDENTITY)
 
 
 def _lines(rows: Sequence[Row]) -> bytes:
     text = io.StringIO()
     csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(
-        {column: console.on_a_line(cell) for column, cell in row.items()} for row in rows
+        {column: csv_cell(cell) for column, cell in row.items()} for row in rows
     )
     return text.getvalue().encode("utf-8", "backslashreplace")

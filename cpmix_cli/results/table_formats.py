@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpmix_cli.runtime.console import table_lines
+from cpmix_cli.runtime.text import csv_cell, on_a_line
 
 _NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "%&_#${}"}
     | {character: f"\\text{name}{{}}" for character, name in _NAMED.items()}
-    | {"\n": " "}
 )
-_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_|<[]"} | {"\n": " "})
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*_|<[]"})
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,20 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> list[str]:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({name: csv_cell(value) for name, value in record.items()} for record in records)
     return text.getvalue().removesuffix("\n").split("\n")
 
 
+def _on_a_line(text: str) -> str:
+    return on_a_line(text.replace("\n", " "))
+
+
 def _markdown(text: str) -> str:
-    return text.translate(_MARKDOWN).replace("+-", "±")
+    return _on_a_line(text).translate(_MARKDOWN).replace("+-", "±")
 
 
 def _latex(text: str) -> str:
-    return text.translate(_LATEX).replace("+-", r"$\pm$")
+    return _on_a_line(text).translate(_LATEX).replace("+-", r"$\pm$")
 
 
 def _latex_cell(text: str) -> str:

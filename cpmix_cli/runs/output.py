@@ -25,7 +25,7 @@ from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.checkout import commit_of_code
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, indented
 
 
 def decide(
@@ -75,8 +75,7 @@ def decide(
     shortened = schedule.get("rescaled_from") and any(line.startswith("recipe.schedule.epochs:") for line in changed)
     again = f"give --epochs {schedule['epochs']}, as it was begun; or " if shortened else ""
     raise EnvironmentFault(
-        f"{folder} was made from something else:\n    "
-        + "\n    ".join(line.removeprefix("recipe.") for line in changed),
+        f"{folder} was made from something else:{indented([line.removeprefix('recipe.') for line in changed])}",
         fix=f"{again}write elsewhere with --out FOLDER, or replace it with --overwrite",
     )
 

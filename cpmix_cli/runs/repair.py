@@ -1,6 +1,5 @@
 """Repair commands: the command that writes a damaged file again, from the folder that the file is in."""
 
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from cpmix_cli.runs.next_command import TRAINING_COMMANDS, training_words
 from cpmix_cli.runs.run_json import BegunRecord, PhaseRecord, StateRecord, state_record
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import CpmixError, InputError
+from cpmix_cli.runtime.text import quoted
 
 _RECIPE_FLAGS = ("--recipe", "--set", "--epochs", "--seed")
 _INPUT_FLAGS = ("--init", "--teacher")
@@ -49,7 +49,7 @@ def repair_command(path: Path) -> str:
     except (CpmixError, OSError):  # this folder, or one that it refers to, cannot be read
         return f"restore {path} from a copy, or run the command that wrote it again with --overwrite"
     if path.is_dir() and not path.is_symlink():  # a file cannot replace a folder
-        return f"{shlex.join(['mv', str(path), f'{path}.moved'])} && {command}"
+        return f"{quoted('mv', path, f'{path}.moved')} && {command}"
     return command
 
 
@@ -60,7 +60,7 @@ def _build(path: Path) -> str:
         fields = records.read_fields(folder / DATASET)
         record = records.checked(folder / DATASET, DatasetRecord, fields)
     except CpmixError:
-        return f"build it again with its source and flags: cpmix build-lt SOURCE --out {_quoted(folder)} --overwrite"
+        return f"build it again with its source and flags: cpmix build-lt SOURCE --out {quoted(folder)} --overwrite"
     words: list[str] = ["build-lt", record.source]
     if record.rho is not None:
         words += ["--rho", str(record.rho).removesuffix(".0")]
@@ -85,7 +85,7 @@ def _build(path: Path) -> str:
     words += ["--data-root", root] if root is not None else []
     command = console.typed(*words, "--out", folder)
     if path.suffix == ".shard":
-        command = f"rm -f {_quoted(path)} && {command}"
+        command = f"rm -f {quoted(path)} && {command}"
     else:
         command += " --overwrite"
     if lists:  # their folder is not recorded
@@ -116,7 +116,7 @@ def _train(folder: PhaseFolder, path: Path) -> str:
         words += ["--overwrite"]
     command = console.typed(*words)
     if resumes and (folder.path / RUN).is_file():
-        command = f"rm {_quoted(folder.path / RUN)} && {command}"
+        command = f"rm {quoted(folder.path / RUN)} && {command}"
     return command if recipe is not None else f"{command}, with the recipe and the flags that it was trained with"
 
 
@@ -185,7 +185,3 @@ def _again(name: str, folder: Path, phase: str, *, plain: bool = True) -> str:
     if plain and files.is_there(run / phase / MODEL):
         return command
     return f"run the {name} command that wrote {folder} again, with --overwrite"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))

@@ -6,8 +6,6 @@ on stderr, with a live view below them if stderr is a terminal. Control codes in
 
 import json
 import os
-import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.text import on_a_line, printable, quoted
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -39,21 +38,15 @@ def set_up() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def printable(text: str) -> str:
-    """Escape the control codes in a text, except line ends and tabs."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def on_a_line(text: str) -> str:
-    """Escape all control codes in a text, including line ends and tabs, for a cell of a table."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
 def note(text: str) -> None:
     """Print one line of progress on stderr. Errors of writing are ignored, so that a full disk does not stop a run."""
+    _note(printable(text))
+
+
+def _note(text: str) -> None:
     if sys.stderr is not None and not _muted:
         with suppress(OSError, ValueError):
-            print(printable(text), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 def drop_unwritten_notes() -> None:
@@ -107,7 +100,7 @@ def _writing() -> Iterator[None]:
 
 def typed(*words: object) -> str:
     """Return a cpmix command line of these words, quoted for the shell."""
-    return shlex.join(["cpmix", *map(str, words)])
+    return quoted("cpmix", *words)
 
 
 def follow(command: str) -> None:
@@ -179,13 +172,13 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     Args:
         header: column names; a column whose name starts with ">" is right-aligned.
         rows: cells, row by row.
-        title: line above the table; "" for none.
+        title: line above the table, after an empty line if it starts with a line end; "" for none.
     """
     named = [name.removeprefix(">") for name in header]
     cells = [[on_a_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(named, *cells, strict=True)]
     sides = [">" if name.startswith(">") else "<" for name in header]
-    lines = [printable(title)] if title else []
+    lines = [*([""] if title.startswith("\n") else []), on_a_line(title.removeprefix("\n"))] if title else []
     for row in (named, ["-" * width for width in widths], *cells):
         padded = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
         lines.append("  ".join(padded).rstrip())
@@ -196,7 +189,7 @@ def error(fault: CpmixError) -> None:
     """Print a user error on stderr, and with --json also as the JSON object on stdout."""
     if isinstance(fault, InputError | UsageError):
         fault.needed_by = fault.needed_by or command
-    note(str(fault))
+    _note(str(fault))
     if as_json:
         with suppress(OSError, EnvironmentFault):
             _out(json.dumps({"error": str(fault), "exit_code": fault.exit_code}))
@@ -222,6 +215,7 @@ def histogram(counts: Sequence[int], names: Sequence[str], *, width: int = 40) -
         names: class names [C].
         width: length of the longest bar, in characters.
     """
+    names = [on_a_line(name) for name in names]
     stride = -(-len(counts) // 20)
     chosen = range(0, len(counts), stride)
     label_width = max(len(names[c]) for c in chosen)

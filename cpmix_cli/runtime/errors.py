@@ -4,9 +4,10 @@ A CpmixError is an error that the user can repair. It is shown as three lines (w
 it) without a traceback. A ValueError is a wrong call from Python. An assert checks an invariant of this package.
 """
 
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from cpmix_cli.runtime.text import on_a_line, printable, quoted
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 75
@@ -32,11 +33,11 @@ class CpmixError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [f"{self.word}: {self.message}"]
+        lines = [printable(f"{self.word}: {self.message}")]
         if self.needed_by:
-            lines.append(f"  needed by: {self.needed_by}")
+            lines.append(f"  needed by: {on_a_line(self.needed_by)}")
         if self.fix:
-            lines.append(f"  fix: {self.fix}")
+            lines.append(f"  fix: {on_a_line(self.fix)}")
         return "\n".join(lines)
 
 
@@ -106,7 +107,9 @@ def shortened(items: Sequence[str], limit: int, separator: str = ", ") -> str:
 def indented(items: Sequence[str], limit: int | None = None) -> str:
     """Return the first `limit` items (None: all) as indented lines below a message, and how many are left out."""
     left_out = 0 if limit is None else max(0, len(items) - limit)
-    return "".join(f"\n    {item}" for item in [*items[:limit], *([f"... and {left_out:,} more"] if left_out else [])])
+    return "".join(
+        f"\n    {on_a_line(item)}" for item in [*items[:limit], *([f"... and {left_out:,} more"] if left_out else [])]
+    )
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
@@ -127,10 +130,7 @@ def give_one_of(wrong: str, known: Iterable[str], flag: str = "") -> str:
     """
     names = sorted(known)
     near = nearest(wrong, names) if len(names) > 1 else names
-    give, others = (
-        shlex.join(["give", *filter(None, [flag]), *near]),
-        shortened([n for n in names if n not in near], 20),
-    )
+    give, others = (quoted("give", *filter(None, [flag]), *near), shortened([n for n in names if n not in near], 20))
     return f"{give}{', or' if near else ''} one of {others}" if others else give
 
 

@@ -1,0 +1,53 @@
+"""Text from outside, such as names of files and classes, made safe for terminals, shells and spreadsheets."""
+
+import re
+import shlex
+from typing import Any
+
+# Control codes, line ends, and the marks that change the direction of the text after them.
+_UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+_NOT_TYPED = re.compile(f"{_UNSAFE.pattern}|[\\udc80-\\udcff]")
+"""Also the bytes of a file name that are not UTF-8."""
+_FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # the last four: their full-width forms
+
+
+def on_a_line(text: str) -> str:
+    """Escape control codes, line ends and direction marks: they could forge or overwrite other lines."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def printable(text: str) -> str:
+    """Escape a message as on_a_line(), but keep the indented lines of errors.indented()."""
+    return "\n    ".join(map(on_a_line, text.split("\n    ")))
+
+
+def quoted(*words: object) -> str:
+    """Return words of a command line, quoted for the shell; $'...' in words that on_a_line() would change."""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if not _NOT_TYPED.search(word):
+        return shlex.quote(word)
+    return "$'" + _NOT_TYPED.sub(_escape, re.sub(r"[\\']", r"\\\g<0>", word)) + "'"
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code >= 0xDC80:  # Python's stand-in for one byte
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
+
+
+def csv_cell(value: Any) -> Any:
+    """Return the value of a CSV cell. A text that a spreadsheet would calculate as a formula gets a leading '."""
+    if not isinstance(value, str):
+        return value
+    text = on_a_line(value)
+    if not text.lstrip().startswith(tuple(_FORMULA)):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
