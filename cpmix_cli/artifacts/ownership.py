@@ -54,8 +54,13 @@ def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = N
         only: the only file that may be refused; the others just help to know it.
 
     Raises:
-        EnvironmentFault: lists the files that cpmix did not write.
+        EnvironmentFault: lists the files that cpmix did not write. Or the folder has a data set and the output is none,
+            or the other way round.
     """
+    other = files.RUN if files.DATASET in (names := list(names)) else files.DATASET
+    if _tells(folder / other):
+        what = "a data set" if other == files.DATASET else "an output of another command"
+        raise EnvironmentFault(f"{folder} holds {what}", fix="write elsewhere with --out FOLDER")
     found = list(_existing(folder, names))
     recorded = _recorded(found)
     told = {path: _tells(path) for path in found}

@@ -69,6 +69,34 @@ def test_a_stranger_among_files_of_cpmix_is_refused(toy: Path, tmp_path: Path) -
     must(*build)
 
 
+def test_a_data_set_and_a_phase_do_not_share_a_folder(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    """Both have a class_counts.parquet."""
+    with unchanged(digits_run):
+        said = f"error: {digits_run / 'stage1'} holds an output of another command\n"
+        refused(4, said, "build-lt", "toy", "--out", digits_run / "stage1", "--overwrite")
+    shutil.copytree(digits, tmp_path / "stage1")
+    with unchanged(tmp_path):
+        said = f"error: {tmp_path / 'stage1'} holds a data set\n"
+        refused(4, said, "train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+
+
+def test_a_list_of_unreadable_files_replaces_only_such_a_list(tmp_path: Path) -> None:
+    for name in ("red", "green"):
+        for number in range(14):
+            path = tmp_path / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("no image")
+    build = ("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "data")
+    notes = put(tmp_path / "data-unreadable.txt")
+    result = refused(3, "28 files cannot be read as an image", *build)
+    assert (result.stderr.count("not an image"), "lists all" in result.stderr) == (28, False)
+    assert notes.read_text() == "two years of work"
+    notes.unlink()
+    for _ in range(2):
+        refused(3, f"{notes} lists all", *build)
+        assert len(notes.read_text().splitlines()) == 28
+
+
 PHASE = ["model.safetensors", "training_state.safetensors", "metrics.parquet", "recipe.toml", "run.json"]
 PHASE += ["class_counts.parquet", "confusion_pairs.parquet"]
 

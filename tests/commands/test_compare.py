@@ -214,6 +214,10 @@ def test_a_method_of_a_user_has_the_name_of_its_about_table(digits: Path, tmp_pa
     # A name changes no result: the run is up to date, and stays as it is.
     assert "up to date" in must("train-stage1", "--data", digits, "--out", run, "--recipe", mine, *SHORT).stdout
     assert before == ((run / "stage1" / "run.json").read_bytes(), (run / "stage1" / "recipe.toml").read_bytes())
+    (run / "stage1" / "run.json").unlink()  # as if stopped after its last epoch: it goes on, with its recipe as it is
+    must("train-stage1", "--data", digits, "--out", run, "--recipe", mine, *SHORT)
+    assert (run / "stage1" / "recipe.toml").read_bytes() == before[1]
+    assert method_of(run) == "mine"
     trained(digits, tmp_path / "named", "--recipe", mine, *SHORT)
     assert method_of(tmp_path / "named") == "Own Loss"
     trained(digits, tmp_path / "changed", "--recipe", mine, *SHORT, "--set", "optimizer.momentum=0.8")

@@ -92,6 +92,17 @@ def test_overwriting_replaces_the_curves_when_it_replaces_the_run(toy: Path, tmp
     assert not list(tmp_path.glob(f"stage1/{EVENTS}*"))
 
 
+def test_event_files_of_a_user_are_kept(toy: Path, tmp_path: Path) -> None:
+    command = ("train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 6)
+    must(*command, *TRACKED)
+    (own,) = tmp_path.glob(f"stage1/{EVENTS}*")
+    other = own.with_name(f"{EVENTS}1700000000.mine.1.0")
+    other.write_bytes(own.read_bytes()[:40])
+    (tmp_path / "stage1" / f"{EVENTS}folder").mkdir()
+    must(*command, "--overwrite")
+    assert sorted(path.name for path in tmp_path.glob(f"stage1/{EVENTS}*")) == [other.name, f"{EVENTS}folder"]
+
+
 def warnings(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("warning: --tracker")]
 
