@@ -10,8 +10,9 @@ from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import BegunRun, read_run
 from cpmix_cli.runs.phase_choice import locate
+from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EXIT_INTERRUPTED
+from cpmix_cli.runtime.errors import EXIT_INTERRUPTED, InputError
 
 
 def run(options: StatusOptions) -> int:
@@ -76,10 +77,14 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
 
 
 def _accuracy(folder: PhaseFolder) -> float | None:
-    """Return top1 of the plain evaluation; None if it is missing or of another checkpoint."""
+    """Return top1 of the plain evaluation; None if it is missing or of another checkpoint, or damaged (a warning)."""
     evaluation = folder.evaluation()
     if not (evaluation / files.RUN).is_file():
         return None
-    if not folder.is_source_of(run_json.read_run(evaluation, run_json.EvaluationRecord)):
+    try:
+        if not folder.is_source_of(run_json.read_run(evaluation, run_json.EvaluationRecord)):
+            return None
+        return read_numbers(evaluation).top1
+    except InputError as fault:
+        console.warn(f"{evaluation} is left out: {fault.message}; to repair it: {fix_of(fault)}")
         return None
-    return read_numbers(evaluation).top1

@@ -17,6 +17,7 @@ from cpmix_cli.results.methods import Recognised, recognised
 from cpmix_cli.results.paper import PAPER_TABLES, Column, PaperRow
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import begun_phases
+from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runs.run_json import EvaluationRecord, PhaseRecord, read_run
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, shortened
@@ -117,7 +118,7 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
     The lines are also printed as warnings. `phase` restricts the evaluations to one phase.
 
     Raises:
-        InputError: the folder contains no phase, or a record is damaged.
+        InputError: the folder contains no phase, or the record of a phase is damaged.
     """
     paths = sorted((root / "evaluation").glob(f"*/{files.RUN}"))
     if paths and not any(PhaseFolder(root, name).is_begun for name in files.PHASES):
@@ -129,20 +130,24 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
     found, left_out = [], []
     for path in paths:
         folder = path.parent
-        record = read_run(folder, EvaluationRecord)
-        if record.phase != f"evaluation/{folder.name}":
-            raise InputError(
-                f"{path} is the record of {record.phase}, not of evaluation/{folder.name}",
-                fix=f"rename the folder to {root / record.phase}, or delete it",
-            )
-        source = PhaseFolder(root, record.source.phase)
-        if phase is not None and source.phase != phase:
-            continue
-        if why := _unusable(source, record):
+        try:
+            record = read_run(folder, EvaluationRecord)
+            if record.phase != f"evaluation/{folder.name}":
+                raise InputError(
+                    f"{path} is the record of {record.phase}, not of evaluation/{folder.name}",
+                    fix=f"rename the folder to {root / record.phase}, or delete it",
+                )
+            source = PhaseFolder(root, record.source.phase)
+            if phase is not None and source.phase != phase:
+                continue
+            why = _unusable(source, record)
+            if why is None:
+                found.append(_evaluated_run(folder, record, source))
+        except InputError as fault:  # one that cannot be read does not take the others away
+            why = f"{fault.message}; to repair it: {fix_of(fault)}"
+        if why is not None:
             left_out.append(f"{folder} is left out: {why}")
             console.warn(left_out[-1])
-        else:
-            found.append(_evaluated_run(folder, record, source))
     if not found and not left_out:
         left_out.append(f"{root} is left out: it holds no evaluation" + (f" of {phase}" if phase else ""))
         console.warn(left_out[-1])

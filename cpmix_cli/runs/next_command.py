@@ -57,10 +57,13 @@ class BegunRun:
         if unfinished := self.unfinished():
             return _to_continue(unfinished[0], self.recipe)
         evaluation = self.last.evaluation()
-        if not (
-            (evaluation / RUN).is_file() and self.last.is_source_of(run_json.read_run(evaluation, EvaluationRecord))
-        ):
-            return console.typed("evaluate", "--from", self.root)
+        try:
+            if not (
+                (evaluation / RUN).is_file() and self.last.is_source_of(run_json.read_run(evaluation, EvaluationRecord))
+            ):
+                return console.typed("evaluate", "--from", self.root)
+        except InputError:  # its record is damaged
+            return console.typed("evaluate", "--from", self.root, "--overwrite")
         if not (self.root / "confusion" / self.last.phase / RUN).is_file():
             return console.typed("confusion-report", "--from", self.root)
         return None

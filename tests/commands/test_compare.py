@@ -335,6 +335,16 @@ def test_damaged_or_renamed_evaluations_are_refused(seeds: list[Path], tmp_path:
     refused(3, "is the record of evaluation/stage1, not of evaluation/stage1-mine", "compare", run)
 
 
+def test_one_bad_evaluation_does_not_take_the_others_away(seeds: list[Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(seeds[0], tmp_path / "run"))
+    must("evaluate", "--from", run, "--phase", "stage1", "--label", "nan")
+    metrics = run / "evaluation" / "stage1-nan" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"top1": ', '"top1": NaN, "was": '))
+    result = must("compare", run, seeds[0], "--json")
+    assert [line.split(" is left out: ")[0] for line in result.json["left_out"]] == [str(metrics.parent)]
+    assert f"{metrics} is damaged" in result.stderr and "; to repair it: run the evaluate command" in result.stderr
+
+
 TOTALS_1 = [473.45, 513.04, 506.14, 420.3, 353.28, 151.7, 535.09, 422.1, 267.8, 541.47, 163.2, 167.3, 421.9, 541.52]
 TOTALS_2 = [142.3, 159.8, 108.5, 117.2, 164.7, 119.1, 119.1, 127.1, 127.6, 168.3, 129.0, 113.8, 130.3, 168.5, 130.3]
 OF_ROWS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Result, cpmix, must, refused, signalled, unchanged
+from helpers import Result, cpmix, flip, must, refused, signalled, unchanged
 
 from cpmix_cli.recipe.loading import load, recipe_names
 
@@ -273,3 +273,15 @@ def test_recipes_command_lists_differences_of_two_recipes() -> None:
     assert lines == ["stage2.terms.cp: (table) -> (none)", "stage2.terms.mix: (table) -> (none)"]
     assert must("recipes", "toy/cpmix", "toy/cpmix").stdout == "no difference\n"
     refused(2, 'Did you mean "digits/cpmix"?', "recipes", "digits/cp-mix", "toy/cpmix")
+
+
+def test_status_shows_a_run_with_a_bad_evaluation(toy_run: Path) -> None:
+    evaluation = toy_run / "evaluation" / "stage2"
+    flip(evaluation / "metrics.json")
+    result = must("status", toy_run)
+    assert f"warning: {evaluation} is left out: {evaluation / 'metrics.json'} is damaged" in result.stderr
+    flip(evaluation / "run.json")
+    result = must("status", toy_run)
+    assert f"next: cpmix evaluate --from {toy_run} --overwrite" in result.stdout
+    must("evaluate", "--from", toy_run, "--overwrite")
+    assert "warning" not in must("status", toy_run).stderr

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import files, must, refused, write_image
+import torch
+from helpers import edit_record, files, must, refused, write_image
 from PIL import Image
 
+from cpmix_cli.artifacts.records import read_fields
+from cpmix_cli.artifacts.tables import publish_table, split_schema
+from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.decoding import ENDINGS, FORMATS, open_rgb, square
 from cpmix_cli.data.image_folder import split_of
@@ -278,6 +282,57 @@ def test_a_folder_without_a_test_image_is_refused(tmp_path: Path) -> None:
     assert built(tmp_path / "p", "--test-per-class", 1)["num_test"] == 2
     fill(tmp_path / "q", "a", "b", count=1)
     refused_build(tmp_path / "q", ("no test image", "add images"))
+
+
+def test_a_split_without_images_is_not_evaluated(digits: Path, digits_run: Path, tmp_path: Path) -> None:
+    """Older versions built data sets without a test image; the accuracy of none is no number."""
+    data = Path(shutil.copytree(digits, tmp_path / "data"))
+    empty: dict[str, Any] = {"sample_id": [], "label": [], "source_index": []}
+    pixels = {"images": torch.zeros(0, 8, 8, 1, dtype=torch.uint8), "labels": torch.zeros(0, dtype=torch.int64)}
+    changed = {
+        "test.parquet": publish_table(data / "test.parquet", split_schema(False), empty),
+        "test.safetensors": publish_tensors(data / "test.safetensors", pixels),
+    }
+    record = read_fields(data / "dataset.json")
+    edit_record(data / "dataset.json", files={**record["files"], **changed})
+    before = files(digits_run)
+    message = (f"{data} has no test image", "--test-data FOLDER")
+    refused(3, message, "evaluate", "--from", digits_run, "--data", data, "--overwrite")
+    assert files(digits_run) == before
+
+
+def test_bad_files_of_new_images_are_left_out_on_request(tmp_path: Path) -> None:
+    root, new = tmp_path / "p", tmp_path / "new"
+    fill(root, "cat", "dog", ending="jpg")
+    fill(new, "cat", "dog", count=3, ending="jpg")
+    built(root)
+    must(
+        "train-stage1",
+        "--data",
+        f"{root}-out",
+        "--recipe",
+        "digits/cross-entropy",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "r",
+    )
+    cut = new / "cat" / "001.jpg"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    (new / "dog" / "notes.md").write_text("no image")
+    shutil.copy(new / "dog" / "000.jpg", new / "dog" / "a.jfif")
+    run = ["--from", tmp_path / "r", "--phase", "stage1"]
+    for command in (["predict", new, *run], ["evaluate", *run, "--test-data", new]):
+        refused(3, f"{cut}", *command)
+        result = must(*command, "--skip-unreadable", "--json")
+        assert f"1 file left out, not to be decoded:\n    {cut}: " in result.stderr
+        assert f"{new}: 1 file left out, no image by the name: dog/notes.md" in result.stderr
+        assert result.json["num_images" if command[0] == "predict" else "num_test"] == 6
+    refused(2, "--skip-unreadable leaves out files of --test-data", "evaluate", *run, "--skip-unreadable")
+    for name in ("cat", "dog"):
+        for path in (new / name).iterdir():
+            path.write_bytes(b"no image")
+    refused(3, "cannot be read as an image", "predict", new, *run, "--skip-unreadable")
 
 
 @pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
