@@ -22,7 +22,7 @@ def run(options: RecipesOptions) -> None:
         return
     first = _resolved(options, options.name)
     if options.other is None:
-        console.result({"name": options.name, "recipe": first.tables()}, lines=first.to_toml().splitlines())
+        console.result({"name": options.name, "recipe": first.tables()}, lines=first.to_toml().rstrip("\n").split("\n"))
         return
     lines = differences(first.tables(), _resolved(options, options.other).tables())
     fields = {"names": [options.name, options.other], "differences": lines}

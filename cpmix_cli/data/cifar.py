@@ -275,7 +275,7 @@ def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
 
     known: dict[str, Path] = {}
     names: list[str] = []
-    encoded, labels = [], []
+    encoded, labels, rows = [], [], []
     for path in files:
         data = read_bytes(path, limit=_MAX_ARCHIVE)
         if (other := known.setdefault(sha256(data), path)) != path:
@@ -303,6 +303,7 @@ def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
                     raise InputError(f"{path} lacks {counted(lost, 'label')}", fix=_FETCH)
                 encoded += images.chunks
                 labels += group[label].cast(pa.int64()).chunks
+            rows.append(num_rows)
         except InputError:
             raise
         except Exception as fault:  # a damaged file can make pyarrow raise any exception
@@ -311,7 +312,8 @@ def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
         raise InputError(f"{files[0]} contains no images", fix=_FETCH)
     images = pa.chunked_array(encoded)
     classes = np.concatenate([part.to_numpy(zero_copy_only=False) for part in labels]).astype(np.int64)
-    return names, Split(classes, lambda positions: _decode(images, positions, files[0]))
+    ends = np.cumsum(rows)
+    return names, Split(classes, lambda positions: _decode(images, positions, files, ends))
 
 
 def _image_column(path: Path, schema: Any) -> str:
@@ -358,8 +360,20 @@ def _class_names(path: Path, metadata: Mapping[bytes, bytes]) -> list[str]:
     return []
 
 
-def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
-    """Decode the images (PNG, WebP, JPEG) at `positions` [n] without EXIF rotation -> uint8 [n, 32, 32, 3]."""
+def _decode(
+    encoded: Any, positions: NDArray[np.int64], files: list[Path], ends: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Decode images without EXIF rotation: positions [n] -> uint8 [n, 32, 32, 3].
+
+    Args:
+        encoded: content of an image file per image of the split.
+        positions: positions of the images.
+        files: shards of the split.
+        ends: images in each shard and those before it.
+
+    Raises:
+        InputError: an image cannot be decoded; the message names its shard and its place there.
+    """
     from PIL import Image
 
     images = np.empty((len(positions), *_SHAPE), dtype=np.uint8)
@@ -372,7 +386,9 @@ def _decode(encoded: Any, positions: NDArray[np.int64], path: Path) -> NDArray[n
                         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; expected 32 x 32")
                     images[i] = np.asarray(image.convert("RGB"))
             except Exception as fault:  # a broken image can make Pillow's plugins raise any exception
+                shard = int(np.searchsorted(ends, position, side="right"))
+                place = position - (ends[shard - 1] if shard else 0)
                 raise InputError(
-                    f"image {position} of {path} cannot be decoded: {reason(fault)}", fix=_FETCH
+                    f"image {place} of {files[shard]} cannot be decoded: {reason(fault)}", fix=_FETCH
                 ) from fault
     return images

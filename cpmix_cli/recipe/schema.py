@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, known, needs_of
 from cpmix_cli.runtime.errors import suggest
+from cpmix_cli.runtime.text import toml_text
 
 # Tables that each phase depends on. If one of them differs, an existing output is not used with the new recipe.
 TRAINING_TABLES = ("seed", "data", "model", "optimizer", "schedule", "confusion")
@@ -409,11 +410,11 @@ class Recipe(Table):
         return {name: tables[name] for name in PHASE_TABLES.get(phase, ("evaluation",)) if name in tables}
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML text."""
+        """Return the recipe as TOML text, with line ends only between its lines."""
         import tomli_w
 
         about = {"about": self.about.model_dump(exclude_defaults=True)} if self.about else {}
-        return tomli_w.dumps({**about, **self.tables()})
+        return toml_text(tomli_w.dumps({**about, **self.tables()}))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -39,6 +39,11 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
 
 
+def toml_text(text: str) -> str:
+    """Escape in TOML text, whose strings are basic strings, what on_a_line() escapes. Its own line ends stay."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
 def csv_cell(value: Any) -> Any:
     """Return the value of a CSV cell. A text that a spreadsheet would calculate as a formula gets a leading '."""
     if not isinstance(value, str):

@@ -170,6 +170,16 @@ def test_fewer_images_than_published_cause_a_warning_and_more_are_refused(
     refused(3, message, *build(tmp_path / "in"), "--overwrite")
 
 
+def test_an_image_that_cannot_be_decoded_is_named_by_its_shard(tmp_path: Path) -> None:
+    shard(tmp_path / "train-00000-of-00002.parquet")
+    second = shard(tmp_path / "train-00001-of-00002.parquet", first=20)
+    table = pq.read_table(second)
+    images = [*table["img"].to_pylist()[:3], {"bytes": b"GIF", "path": None}, *table["img"].to_pylist()[4:]]
+    pq.write_table(table.set_column(0, "img", pa.array(images, STRUCT)), second)
+    shard(tmp_path / TEST, first=9000)
+    refused(3, f"image 3 of {second} cannot be decoded: not an image", *build(tmp_path))
+
+
 def test_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
     shard(tmp_path / TEST)
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 119705255\n"

@@ -54,8 +54,8 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert r"@a\x1b[31m\u202eb\nnext: rm -rf x" in built.stdout
     recipe = place / "r\u202e\n  fix: rm.toml"
-    recipe.write_text('extends = "digits/cpmix"\n[about]\nmethod = "=1+1\\u202e\\nnext: rm"\nkind = "ours"\n')
-    flags = ("--recipe", recipe, "--epochs", 4) if cpmix("recipes", recipe).code == 0 else ("--recipe", "digits/cpmix")
+    recipe.write_text('extends = "digits/cpmix"\n[about]\nmethod = "=1+1\\u202e\\nnext: rm"\nkind = "mixing"\n')
+    flags = ("--recipe", recipe, "--epochs", 4)
     for command in (
         ("train-stage1", "--data", place / "data", "--out", place / RUN, *flags),
         ("train-stage2", "--from", place / RUN),
@@ -94,6 +94,15 @@ def test_no_file_for_other_programs_has_a_name_as_it_is(nasty: Path, monkeypatch
         safely("compare", run, "--format", form)
     monkeypatch.chdir(nasty)  # a relative path begins with =
     assert r"'=run\u2028\t\n  fix: rm\u2066 \x9b2J'" in cells(safely("compare", RUN, "--format", "csv").stdout)
+    assert r"'=1+1\u202e\nnext: rm" in cells(safely("compare", run, "--format", "csv").stdout)
+    write_image(nasty / "=in.png", (1, 2, 3))
+    safely("predict", "=in.png", nasty / "in", "--from", run, "--out", "predictions.csv")
+    predicted = cells((nasty / "predictions.csv").read_text())
+    assert "'=in.png" in predicted
+    assert {"'=2+5", r"'@a\x1b[31m\u202eb\nnext: rm -rf x"} & set(predicted)
+    text = safe((run / "stage1" / "recipe.toml").read_text())
+    assert 'method = "=1+1\\u202e\\nnext: rm"' in text
+    safely("recipes", run / "stage1" / "recipe.toml")
     results = nasty / "results.csv"
     for appended in (1, 0):
         result = must("compare", run, "--append", results, "--study", "@SUM(1)\u202e", "--json")
