@@ -29,7 +29,7 @@ from cpmix_cli.bench import measure
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, TimedLoop
 from cpmix_cli.data.batches import Batches, make_batches
 from cpmix_cli.data.dataset import Dataset, unwritten_dataset
-from cpmix_cli.data.decoding import file_sizes
+from cpmix_cli.data.decoding import sizes_and_times
 from cpmix_cli.data.shards import Shards, shard_name
 from cpmix_cli.data.sources import OFFICIAL_LISTS
 from cpmix_cli.data.stream import FileReader, ImageReader
@@ -359,7 +359,7 @@ def _images(
         paths = dataset.paths("train") if own == "files" else _image_files(Path(made))
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(_NUM_READ, len(paths)), dtype=int)]
         decoded = reading(FileReader(paths, dataset.shape, recipe, upright=dataset.upright), len(paths))
-        mean_bytes = float(file_sizes(paths).mean())
+        mean_bytes = float(sizes_and_times(paths)[:, 0].mean())
     width, height = _GENERATED
     of_files = f"{len(paths)} of its files" if own == "files" else f"{len(paths)} generated JPEGs, {width} x {height}"
     return {

@@ -25,7 +25,7 @@ from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented, shortened
 from cpmix_cli.runtime.text import on_a_line
 
 
@@ -97,14 +97,14 @@ def run(options: BuildOptions) -> None:
             )
         artifacts.check_place(folder, 0)
         with _unreadable_listed_beside(folder):
-            sizes = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
+            seen = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
             with locks.hold(folder, wait=True) as lock:
                 # Another process may have built it while this one waited.
                 if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
                     if kind == "tensors" or source.root is None:
                         stored = storage.store_tensors(folder, splits, source.root, size)
                     elif kind == "shards":
-                        stored = storage.store_shards(folder, lock, splits, source.root, sizes, size, of_folder)
+                        stored = storage.store_shards(folder, lock, splits, source.root, seen, size, of_folder)
                     else:
                         stored = storage.store_files(folder, splits, source.root, size)
                     _write(folder, lock, name, request, source, splits, stored, options.layout)
@@ -115,14 +115,24 @@ def run(options: BuildOptions) -> None:
         _check_existing(dataset, request, source)
     else:
         warn_of_duplicates(dataset, is_own=of_folder)
-        if source.val is not None and source.test is None:
-            console.warn(
-                f"no folder of test images: {counted(dataset.record.num_test, 'image')} of the training images are "
-                "held out as test split; the val folder is the val split"
-            )
+        _warn_of_tests(source, splits["test"].labels, is_own=of_folder)
     if options.verify:
         _verify(dataset)
     _show(dataset, status, source)
+
+
+def _warn_of_tests(source: Source, labels: NDArray[np.int64], *, is_own: bool) -> None:
+    """Name a user's own classes without a test image, and say where test images come from beside a val split."""
+    num_test = np.bincount(labels, minlength=len(source.class_names))
+    untested = [name for name, number in zip(source.class_names, num_test, strict=True) if not number]
+    if is_own and untested:
+        are = "class has" if len(untested) == 1 else "classes have"
+        console.warn(f"{len(untested)} {are} no test image: {shortened(untested, 5)}")
+    if source.val is not None and source.test is None:
+        console.warn(
+            f"no folder of test images: {counted(len(labels), 'image')} of the training images are held out as test "
+            "split; the val folder is the val split"
+        )
 
 
 def _check_flags(options: BuildOptions) -> None:
@@ -379,9 +389,9 @@ def _repair(dataset: Dataset) -> None:
         with _unreadable_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
             missing = recorded.missing()  # another process may have packed some while this one waited
             console.note(f"packing {len(missing)} missing shards of {split} again")
-            sizes = np.zeros(len(paths), dtype=np.int64)
+            seen = np.zeros((len(paths), 2), dtype=np.int64)
             packing = shards.Packing(
-                *(dataset.folder, split, dataset.data_root, paths, sizes),
+                *(dataset.folder, split, dataset.data_root, paths, seen),
                 *(dataset.shape[0], dataset.upright, dataset.record.shard_images),
             )
             packing.pack(missing, lock, expected=recorded.hashes)

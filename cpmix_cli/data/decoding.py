@@ -301,24 +301,28 @@ def readable_only(paths: Sequence[Path], *, upright: bool) -> NDArray[np.int64]:
     return kept
 
 
-def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Return the bytes of each file [N]; raise UnreadableImages with each that is missing, empty or not a file."""
+def sizes_and_times(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """Return bytes and time of the last change in ns of each file [N, 2].
 
-    def size(path: Path) -> int:
+    Raises:
+        UnreadableImages: lists each file that is missing, empty or not a file.
+    """
+
+    def look(path: Path) -> tuple[int, int]:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
             raise ValueError("empty" if stat.S_ISREG(found.st_mode) else "not a file")
-        return found.st_size
+        return found.st_size, found.st_mtime_ns
 
-    sizes = np.zeros(len(paths), dtype=np.int64)
+    seen = np.zeros((len(paths), 2), dtype=np.int64)
     with console.Progress("found image files", len(paths)) as progress:
-        read_each(paths, size, sizes.__setitem__, progress, threads=_IO_THREADS)
-    return sizes
+        read_each(paths, look, seen.__setitem__, progress, threads=_IO_THREADS)
+    return seen
 
 
 def content_keys(paths: Sequence[Path]) -> list[bytes]:
     """Return a key per file [N], equal only for equal bytes. Files are read as far as an equal file is possible."""
-    keys = [str(size).encode() for size in file_sizes(paths)]
+    keys = [str(size).encode() for size in sizes_and_times(paths)[:, 0]]
     for limit in (16_384, -1):
         number_of = Counter(keys)
         doubtful = [i for i, key in enumerate(keys) if number_of[key] > 1]

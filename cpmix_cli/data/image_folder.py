@@ -193,10 +193,16 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
         raise InputError(
             f"{walk.root} has {names}, two folders of one split", fix=f"rename or move one of them; {all_classes}"
         )
+    if not named:
+        raise InputError(
+            f"{walk.root} has no folder of training images",
+            needed_by="--layout splits",
+            fix="call it train, with a sub-folder for each class; or drop the flag",
+        )
     if "train" not in named:
         beside = f" beside {shortened([repr(f.name) for f in others], 5)}" if others else ""
         raise InputError(
-            f"{walk.root} has {said or 'no folder train'}{beside}, and no folder of training images",
+            f"{walk.root} has {said}{beside}, and no folder of training images",
             fix=f"for splits, move the classes into {walk.root / 'train'}; {all_classes}",
         )
     train = named["train"][0]

@@ -193,8 +193,8 @@ class Packing:
     """Folder of the image files."""
     paths: Sequence[str]
     """Image files [N], relative to `root`."""
-    sizes: NDArray[np.int64]
-    """Bytes of each file [N]. Path and size identify the images of a shard."""
+    seen: NDArray[np.int64]
+    """Bytes and time of the last change of each file [N, 2]. With the path, they identify the images of a shard."""
     size: int
     """S, side of the packed squares in pixels."""
     upright: bool
@@ -303,7 +303,7 @@ class Packing:
         return True
 
     def _key(self, number: int) -> str:
-        files = [[self.paths[i], int(self.sizes[i])] for i in self._shards.images(number)]
+        files = [[self.paths[i], *self.seen[i].tolist()] for i in self._shards.images(number)]
         return digest([self.size, self.upright, files])
 
     def _record(self, number: int) -> Path:

@@ -15,7 +15,7 @@ from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, check_place
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import SPLITS, Dataset
-from cpmix_cli.data.decoding import UnreadableImages, check_headers, file_sizes, of_all, read_squares
+from cpmix_cli.data.decoding import UnreadableImages, check_headers, of_all, read_squares, sizes_and_times
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
 
@@ -31,7 +31,7 @@ def take(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Sp
 
 
 def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray[np.int64]]:
-    """Return the size in bytes of each image file: split -> [N].
+    """Return bytes and time of the last change in ns of each image file: split -> [N, 2].
 
     Raises:
         UnreadableImages: lists the files that are missing, empty or not files.
@@ -39,7 +39,7 @@ def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray
     """
     paths = _files(root, splits.values())
     try:
-        sizes = file_sizes(paths)
+        seen = sizes_and_times(paths)
     except UnreadableImages as fault:
         if len(fault.lines) < len(paths):
             raise
@@ -48,7 +48,7 @@ def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray
             fix="give the folder that their paths start from with --data-root FOLDER",
         ) from fault
     ends = np.cumsum([len(split.labels) for split in splits.values()])
-    return dict(zip(splits, np.split(sizes, ends[:-1]), strict=True))
+    return dict(zip(splits, np.split(seen, ends[:-1]), strict=True))
 
 
 def _files(root: Path, splits: Iterable[Split]) -> list[Path]:
@@ -111,7 +111,7 @@ def store_shards(
     lock: locks.Lock,
     splits: Mapping[str, Split],
     root: Path,
-    sizes: Mapping[str, NDArray[np.int64]],
+    seen: Mapping[str, NDArray[np.int64]],
     size: int,
     upright: bool,
 ) -> Stored:
@@ -122,7 +122,7 @@ def store_shards(
         lock: lock on the folder.
         splits: split -> samples.
         root: folder of the image files.
-        sizes: split -> bytes of each image file [N].
+        seen: split -> bytes and time of each image file [N, 2]; see look_for_files().
         size: side of the packed squares, in pixels.
         upright: rotate images by their EXIF tag; see decoding.py.
 
@@ -134,7 +134,7 @@ def store_shards(
         (folder / DATASET).unlink()
         clear(folder)
     packings = {
-        name: shards.Packing(folder, name, root, split.paths, sizes[name], size, upright, shards.SHARD_IMAGES)
+        name: shards.Packing(folder, name, root, split.paths, seen[name], size, upright, shards.SHARD_IMAGES)
         for name, split in splits.items()
     }
     left = {split: packing.left() for split, packing in packings.items()}

@@ -276,6 +276,14 @@ def test_unicode_forms_of_one_name_are_one_class(tmp_path: Path) -> None:
     )
 
 
+def test_classes_without_a_test_image_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "cat", "dog")
+    fill(tmp_path / "p", "owl", count=2)
+    assert "warning: 1 class has no test image: owl\n" in built(tmp_path / "p")["stderr"]
+    fill(tmp_path / "q", "cat", "dog")
+    refused_build(tmp_path / "q", ("no folder of training images", "call it train"), "--layout", "splits")
+
+
 def test_a_folder_without_a_test_image_is_refused(tmp_path: Path) -> None:
     fill(tmp_path / "p", "a", "b", count=2)
     refused_build(tmp_path / "p", ("no test image", "give --test-per-class 1"))

@@ -270,6 +270,17 @@ def test_only_shards_of_the_same_images_are_reused(photos: Path, tmp_path: Path)
     assert open_dataset(tmp_path / "d").fingerprint == whole.json["fingerprint"]
 
 
+def test_a_shard_with_an_image_replaced_by_one_of_equal_size_is_not_reused(photos: Path, tmp_path: Path) -> None:
+    replaced, broken = write_image(photos / "train" / "a" / "000.bmp", "red"), photos / "train" / "b" / "004.jpg"
+    broken.write_text("no image")
+    ended(pack(photos, tmp_path / "d"), 3, "1 file cannot be read as an image")
+    write_image(replaced, "blue")
+    write_image(broken, "red")
+    assert pack(photos, tmp_path / "d").code == 0
+    place = open_dataset(tmp_path / "d").paths("train").index(replaced)
+    assert stored(tmp_path / "d")[place][0, 0].tolist() == [0, 0, 255]
+
+
 @pytest.mark.slow
 def test_a_shard_of_other_images_does_not_match_its_record(photos: Path, tmp_path: Path) -> None:
     """Stopped; begun with another image, and killed between shard and record; gone on with as it was first."""
