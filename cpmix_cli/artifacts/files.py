@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -209,10 +209,24 @@ def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
                 leftover.unlink(missing_ok=True)
 
 
-def refuse_existing(path: Path | None, *, overwrite: bool) -> None:
-    """Raise EnvironmentFault if the file of --out exists and --overwrite is not given."""
-    if path is not None and path.exists() and not overwrite:
-        raise EnvironmentFault(f"{path} exists", fix="write elsewhere, or replace it with --overwrite")
+def refuse_existing(path: Path, is_own: Callable[[bytes], bool], *, overwrite: bool, why: str = "exists") -> None:
+    """Refuse to replace the file of --out, unless --overwrite is given and cpmix wrote it.
+
+    Args:
+        path: the file; it need not exist.
+        is_own: tells by the content of a file whether it is such an output of cpmix.
+        overwrite: value of --overwrite.
+        why: end of the message.
+
+    Raises:
+        EnvironmentFault: the file must not be replaced.
+    """
+    if not is_there(path):
+        return
+    known = path.is_file() and is_own(read_bytes(path))
+    if not (known and overwrite):
+        way = "replace it with --overwrite" if known else "move it away first, because cpmix did not write it"
+        raise EnvironmentFault(f"{path} {why}", fix=f"write elsewhere, or {way}")
 
 
 def publish_out(path: Path, data: bytes) -> None:

@@ -45,7 +45,8 @@ def run(options: CompareOptions) -> None:
     if options.study is not None and options.append is None:
         raise UsageError("--study is of --append", fix="give the results file too: --append FILE")
     console.as_json = console.as_json or options.form == "json"
-    files.refuse_existing(options.out, overwrite=options.overwrite)
+    if options.out is not None:
+        files.refuse_existing(options.out, _is_own, overwrite=options.overwrite)
     measured: list[EvaluatedRun] = []
     left_out: list[str] = []
     seen: set[tuple[Path, str | None]] = set()
@@ -93,6 +94,14 @@ def run(options: CompareOptions) -> None:
         fields["append"] = {"file": str(options.append), "appended": new, "present": present}
         console.note(f"compare: {counted(new, 'row')} appended to {options.append}, {present} already there")
     _publish(options, {**fields, "left_out": left_out}, sheets, records)
+
+
+def _is_own(data: bytes) -> bool:
+    """Return whether a file is a table that compare has written, in any of its formats."""
+    text = data.decode(errors="replace")
+    first = text.partition("\n")[0]
+    starts = ("method,recipe,", "method,column,", r"% \usepackage{booktabs}")
+    return "per cent" in first or first.startswith(starts) or '"command": "compare"' in text[:100]
 
 
 def _of_split(measured: list[EvaluatedRun], options: CompareOptions) -> list[EvaluatedRun]:

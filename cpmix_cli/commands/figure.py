@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.artifacts.files import publish_out, read_bytes
+from cpmix_cli.artifacts.files import publish_out, read_bytes, refuse_existing
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import matrix_of, read_predictions
@@ -18,14 +18,14 @@ from cpmix_cli.flags import FigureOptions
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe, changed
 from cpmix_cli.report import paper_figures
-from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, warn_of_boxes
+from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, is_own, warn_of_boxes
 from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.text import on_a_line
 
 if TYPE_CHECKING:
@@ -124,10 +124,7 @@ def run(options: FigureOptions) -> None:
     files = {out: encode(figure, KINDS[out.suffix.lower()], dpi=DPI) for out in outs}
     new = {out: data for out, data in files.items() if not out.is_file() or read_bytes(out) != data}
     for out in new:
-        if out.exists() and not options.overwrite:
-            raise EnvironmentFault(
-                f"{out} exists and is not this figure", fix="write elsewhere, or replace it with --overwrite"
-            )
+        refuse_existing(out, is_own, overwrite=options.overwrite, why="exists and is not this figure")
     for out, data in new.items():
         publish_out(out, data)
     _report(options.number, panels, list(files), "done" if new else "up to date")

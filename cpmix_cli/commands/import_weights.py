@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.seals import DAMAGED, parse_header
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.flags import ImportOptions
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, shortened
+from cpmix_cli.runtime.errors import InputError, UsageError, shortened
 
 WRAPPERS = ("state_dict", "model", "state_dict_ema")
 """Keys under which training scripts save the weights, next to epoch and optimizer."""
@@ -55,12 +56,11 @@ def run(options: ImportOptions) -> None:
     tensors = _read_checkpoint(data, options.file)
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
     status = "done"
-    if out.exists() and not options.overwrite:
-        # Compares bytes, because a damaged file may still have the right metadata.
-        if not out.is_file() or files.read_bytes(out) != converted:
-            raise EnvironmentFault(f"{out} holds something else", fix="choose another --out, or give --overwrite")
+    # Compares bytes, because a damaged file may still have the right metadata.
+    if not options.overwrite and out.is_file() and files.read_bytes(out) == converted:
         status = "up to date"
     else:
+        files.refuse_existing(out, _is_own, overwrite=options.overwrite, why="holds something else")
         files.publish_out(out, converted)
     values, sha = sum(t.numel() for t in tensors.values()), files.sha256(converted)
     console.result(
@@ -68,6 +68,14 @@ def run(options: ImportOptions) -> None:
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
     console.note(f"to train from it, give train-stage1 --init {out}")
+
+
+def _is_own(data: bytes) -> bool:
+    """Return whether this command has written a file."""
+    try:
+        return "tensors_digest" in parse_header(data)[1]
+    except DAMAGED:
+        return False
 
 
 def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,11 @@
 """predict: classify a user's images with a trained network. Requires only the run folder, not its data set."""
 
+import io
+from contextlib import suppress
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from cpmix_cli.artifacts import files, tables
@@ -19,6 +24,14 @@ from cpmix_cli.runtime.hardware import use_device
 NUM_SHOWN = 50
 
 
+def _is_own(data: bytes) -> bool:
+    """Return whether a file has predictions of this command."""
+    names = tables.PREDICTED_IMAGES_SCHEMA.names
+    with suppress(pa.ArrowInvalid):
+        return bool(pq.read_schema(io.BytesIO(data)).names == names)
+    return data.startswith(",".join(names).encode())
+
+
 def run(options: PredictOptions) -> None:
     """Predict class and confidence of each image.
 
@@ -35,11 +48,13 @@ def run(options: PredictOptions) -> None:
             fix="give --from a run that was trained on images",
         )
     suffix = options.out.suffix.lower() if options.out is not None else ""
-    if options.out is not None and suffix not in (".parquet", ".csv"):
-        raise UsageError(
-            f"--out {options.out} ends in neither .parquet nor .csv", fix="give a name such as --out predictions.csv"
-        )
-    files.refuse_existing(options.out, overwrite=options.overwrite)
+    if options.out is not None:
+        if suffix not in (".parquet", ".csv"):
+            raise UsageError(
+                f"--out {options.out} ends in neither .parquet nor .csv",
+                fix="give a name such as --out predictions.csv",
+            )
+        files.refuse_existing(options.out, _is_own, overwrite=options.overwrite)
     device = use_device(options.device)
     paths = image_folder.find_images(options.images, skip_unreadable=options.skip_unreadable)
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))

@@ -45,8 +45,13 @@ _NUM_GROUPS = 10
 _COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
 """Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
-# Metadata that differs between equal figures
-_CHANGING: dict[Kind, str] = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
+# None: metadata that differ between equal figures
+_METADATA: dict[Kind, dict[str, str | None]] = {
+    "png": {"Software": "cpmix"},
+    "svg": {"Creator": "cpmix", "Date": None},
+    "pdf": {"Creator": "cpmix", "CreationDate": None},
+}
+_MARKS = (b"tEXtSoftware\x00cpmix", b"<dc:title>cpmix</dc:title>", b"/Creator (cpmix)")
 
 
 def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
@@ -64,8 +69,13 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
             for _ in range(2):  # the first pass may shrink axes, which changes their ticks and the size of labels
                 figure.draw_without_rendering()
             figure.set_layout_engine("none")
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata={_CHANGING[kind]: None})
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
+
+
+def is_own(data: bytes) -> bool:
+    """Return whether encode() has made a file, by its metadata."""
+    return any(mark in data for mark in _MARKS)
 
 
 def warn_of_boxes(class_names: Sequence[str]) -> None:

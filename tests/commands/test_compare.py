@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers import files, must, refused, setting, trained, write_cifar
+from helpers import files, fix_of, must, refused, setting, trained, write_cifar
 
 from cpmix_cli.commands.compare import _accuracy_lines, _accuracy_sheet, _cost_sheet, _letter_of, _listed, _paper_sheet
 from cpmix_cli.recipe.loading import load, recipe_names
@@ -567,6 +567,14 @@ def test_out_is_written_whole_and_never_over_another_file(seeds: list[Path], tmp
     assert files(tmp_path) == ["deep/table.md"]
     refused(4, f"{out} exists", "compare", *seeds, "--out", out)
     assert out.read_text() == shown
+    for form in ("csv", "latex", "table", "json", "markdown"):  # each over the one before
+        must("compare", *seeds, "--format", form, "--out", out, "--overwrite")
+        must("compare", *seeds, "--format", form, "--paper", "table1", "--out", out, "--overwrite")
+    notes = tmp_path / "notes.md"
+    notes.write_text("two years of work")
+    result = refused(4, f"{notes} exists", "compare", *seeds, "--out", notes, "--overwrite")
+    assert fix_of(result) == "write elsewhere, or move it away first, because cpmix did not write it"
+    assert notes.read_text() == "two years of work"
     result = must("compare", *seeds, "--json", "--out", out, "--overwrite")
     assert result.json == {"command": "compare", "status": "done", "file": str(out)}
     assert json.loads(out.read_text()) == must("compare", *seeds, "--json").json

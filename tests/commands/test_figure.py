@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import cpmix, edit_record, must, refused, setting, trained
+from helpers import cpmix, edit_record, fix_of, must, refused, setting, trained
 from PIL import Image
 
 from cpmix_cli.artifacts import records
@@ -305,8 +305,17 @@ def test_another_file_at_out_is_kept_without_overwrite(hand: Path, tmp_path: Pat
     )
     assert out.read_text() == "two years of work"
     assert not (tmp_path / "f.svg").exists()
-    must(*figure, out, "--overwrite")
-    assert out.read_bytes().startswith(b"%PDF")
+    result = refused(4, f"error: {out} exists and is not this figure\n", *figure, out, "--overwrite")
+    assert fix_of(result) == "write elsewhere, or move it away first, because cpmix did not write it"
+    assert out.read_text() == "two years of work"
+    for kind in ("pdf", "svg", "png"):  # its own figures are replaced
+        out = tmp_path / f"own.{kind}"
+        must(*figure, out)
+        whole = out.read_bytes()
+        out.write_bytes(whole + b" ")
+        assert fix_of(refused(4, (), *figure, out)) == "write elsewhere, or replace it with --overwrite"
+        must(*figure, out, "--overwrite")
+        assert out.read_bytes() == whole
 
 
 def test_default_name_is_used_and_bad_arguments_refused(

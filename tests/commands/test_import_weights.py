@@ -55,6 +55,10 @@ def test_a_changed_output_is_not_up_to_date(tmp_path: Path, damage: str) -> None
         out.write_bytes(b"notes")
     with unchanged(tmp_path):
         refused(4, f"{out} holds something else", *command)
+    if damage == "foreign":
+        with unchanged(tmp_path):
+            refused(4, f"{out} holds something else", *command, "--overwrite")
+        out.unlink()
     must(*command, "--overwrite")
     assert out.read_bytes() == whole
 

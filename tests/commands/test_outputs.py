@@ -28,6 +28,10 @@ def test_predictions_are_csv_or_parquet_by_the_name_of_out(run: Path, tmp_path: 
     result = refused(2, f"error: --out {tmp_path / 'p.json'} ends in neither", *predict, tmp_path / "p.json")
     assert "  fix: give a name such as --out predictions.csv\n" in result.stderr
     refused(4, "p.csv exists", *predict, tmp_path / "p.csv")
+    for name in ("p.csv", "p.parquet"):
+        must(*predict, tmp_path / name, "--overwrite")
+        (tmp_path / name).write_text("path,class\nmy own")
+        refused(4, f"{name} exists", *predict, tmp_path / name, "--overwrite")
     assert files(tmp_path) == ["p.csv", "p.parquet"]
 
 
