@@ -106,7 +106,7 @@ def run(options: BuildOptions) -> None:
                     elif kind == "shards":
                         stored = storage.store_shards(folder, lock, splits, source.root, seen, size, of_folder)
                     else:
-                        stored = storage.store_files(folder, splits, source.root, size)
+                        stored = storage.store_files(folder, splits, source.root, size, seen if of_folder else {})
                     _write(folder, lock, name, request, source, splits, stored, options.layout)
                     storage.clear(folder, open_dataset(folder))
                     status = "built"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cpmix_cli.data import augment
 from cpmix_cli.data.dataset import Dataset, Shaped
+from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.stream import FileReader, ImageReader, StreamedBatches, read_in_order
 from cpmix_cli.recipe.schema import Data
@@ -294,6 +295,7 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
     else:
+        warn_of_changed(dataset, split)
         reader, labels = _open_reader(dataset, split, recipe), torch.from_numpy(dataset.labels(split))
         if not (isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device)):
             return stream_batches(reader, recipe, dataset.record, device), labels

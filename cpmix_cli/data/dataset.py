@@ -85,6 +85,8 @@ class DatasetRecord(Shaped, DatasetRequest):
     shard_images: Annotated[int, Field(ge=1)] = 1
     times: str | None = None
     """Digest of the times of the image files' last change; see image_folder.listing()."""
+    seen: dict[str, list[str]] = Field(default_factory=dict)
+    """Split -> digests of the sizes and of the times of its image files, if they are the user's and stay there."""
     layout: str = "auto"
     left_out: dict[str, int] = Field(default_factory=dict)
     """Reason -> number of files of the source's folder that are left out; left_out.txt names them."""

@@ -5,8 +5,9 @@ from hashlib import sha256
 
 from PIL import Image
 
+from cpmix_cli.artifacts.files import digest
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.data.decoding import SHOWN, content_keys, read_each, read_square
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, content_keys, read_each, read_square, sizes_and_times
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, counted, indented
 
@@ -46,6 +47,22 @@ def warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
         if mixed:
             are = "image is" if len(mixed) == 1 else "images are"
             console.warn(f"{len(mixed)} {are} in another class too:{indented(mixed, SHOWN)}")
+
+
+def warn_of_changed(dataset: Dataset, split: str) -> None:
+    """Warn if a user's image files, left where they are, have another size or time than when the set was built."""
+    known = dataset.record.seen.get(split)
+    if known is None:
+        return
+    try:
+        found = [digest(column) for column in sizes_and_times(dataset.paths(split)).T.tolist()]
+    except UnreadableImages:
+        return  # the files that are missing are named when they are read
+    if found[0] != known[0] or (dataset.moved_to is None and found != known):  # a copy may have other times
+        console.warn(
+            f"{split} images in {dataset.data_root} were written since {dataset.folder} was built: they may be other "
+            "pictures; the same build-lt command with --overwrite takes them as they are"
+        )
 
 
 def check_unchanged(dataset: Dataset) -> None:

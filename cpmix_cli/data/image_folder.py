@@ -265,7 +265,9 @@ def _of_classes(
     if not found:
         raise InputError(
             f"{folder} has no class sub-folders",
-            fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, or FOLDER/train/CLASS/... and FOLDER/test/CLASS/...",
+            fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, or FOLDER/train/CLASS/... and FOLDER/test/CLASS/..."
+            if folder == walk.root
+            else f"sort its images into class sub-folders, or move it out of {walk.root}",
         )
     by_class: dict[str, list[Path]] = {}
     for sub in found:  # a name may be spelled in two Unicode forms, which look alike

@@ -154,7 +154,9 @@ def store_shards(
     return Stored([size, size, 3], mean, std, files, digests, {"shard_images": shards.SHARD_IMAGES})
 
 
-def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int) -> Stored:
+def store_files(
+    folder: Path, splits: Mapping[str, Split], root: Path, size: int, seen: Mapping[str, NDArray[np.int64]]
+) -> Stored:
     """Check the header of each image file; the images stay in their files.
 
     Args:
@@ -162,6 +164,7 @@ def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int
         splits: split -> samples.
         root: folder of the image files.
         size: side in pixels of the squares that are read for tests.
+        seen: split -> bytes and time of each image file [N, 2], to be recorded; empty for published sets.
 
     Raises:
         UnreadableImages: lists every file whose header is not that of an image.
@@ -169,7 +172,8 @@ def store_files(folder: Path, splits: Mapping[str, Split], root: Path, size: int
     check_headers(_files(root, splits.values()))
     (folder / DATASET).unlink(missing_ok=True)
     digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
-    return Stored([size, size, 3], [], [], {}, digests)
+    recorded = {name: [digest(column) for column in rows.T.tolist()] for name, rows in seen.items()}
+    return Stored([size, size, 3], [], [], {}, digests, {"seen": recorded} if recorded else {})
 
 
 _IMAGES = ("packing-{0}-*.json", "{0}-?????.shard", f"{{0}}-{HASHES}", "{0}.safetensors")

@@ -243,8 +243,14 @@ def test_images_that_change_places_are_noticed(tmp_path: Path, flags: list[objec
     message = "files of" if 0 in flags else "2 images changed since"
     refused(4, (message, "--overwrite"), *build)
     assert (tmp_path / "d" / "dataset.json").read_bytes() == before
+    trial = ["train-stage1", "--data", tmp_path / "d", "--recipe", "digits/cross-entropy", "--epochs", 1, "--dry-run"]
+    if 0 in flags:
+        trial += ["--set", "data.normalisation=imagenet"]
+        said = f"train images in {root} were written since {tmp_path / 'd'} was built"
+        assert said in must(*trial, "--out", tmp_path / "r").stderr
     must(*build, "--overwrite")
     assert "up to date" in must(*build).stdout
+    assert "were written since" not in must(*trial, "--out", tmp_path / "r").stderr
 
 
 @pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
