@@ -68,7 +68,7 @@ class UnreadableImages(InputError):
         message = f"{counted(len(lines), 'file')} cannot be read as an image:{indented(lines, shown)}"
         if listed_in is not None:
             message += f"; {listed_in} lists all"
-        super().__init__(message, fix="repair, convert or delete these files")
+        super().__init__(message, fix="repair, convert or delete these files, or leave them out: --skip-unreadable")
         self.lines = list(lines)
 
 

@@ -337,7 +337,7 @@ def test_bad_files_of_new_images_are_left_out_on_request(tmp_path: Path) -> None
     shutil.copy(new / "dog" / "000.jpg", new / "dog" / "a.jfif")
     run = ["--from", tmp_path / "r", "--phase", "stage1"]
     for command in (["predict", new, *run], ["evaluate", *run, "--test-data", new]):
-        refused(3, f"{cut}", *command)
+        refused(3, (f"{cut}", "fix: "), *command)
         result = must(*command, "--skip-unreadable", "--json")
         assert f"1 file left out, not to be decoded:\n    {cut}: " in result.stderr
         assert f"{new}: 1 file left out, no image by the name: dog/notes.md" in result.stderr
@@ -357,7 +357,7 @@ def test_unreadable_files_are_left_out_on_request(tmp_path: Path, flags: list[ob
     cut.write_bytes(cut.read_bytes()[:-20])
     gone.symlink_to("/nowhere.jpg")
     build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *flags]
-    refused(3, "cannot be read as an image", *build)
+    refused(3, ("cannot be read as an image", "or leave them out: --skip-unreadable"), *build)
     for status in ("built", "up to date"):
         result = must(*build, "--skip-unreadable", "--verify", "--json")
         assert result.json["status"] == status
