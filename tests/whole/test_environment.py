@@ -147,7 +147,10 @@ def test_a_result_that_nobody_reads_is_an_error_only_on_a_full_disk(toy_run: Pat
     result = shell("{cpmix} status {run} | head -0", run=toy_run)
     assert (result.code, result.stderr) == (0, "")
     result = ended(shell("{cpmix} status {run} >/dev/full", run=toy_run), 4)
-    assert result.stderr == "error: cannot write the result to standard output: No space left on device\n"
+    assert result.stderr == (
+        "error: cannot write the result to standard output: No space left on device\n"
+        "  fix: free the disk that the output goes to, or send it elsewhere; then run the same command again\n"
+    )
     ended(shell("{cpmix} status {run} --json >/dev/full", run=toy_run), 4)
 
 
