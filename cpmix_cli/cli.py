@@ -49,7 +49,7 @@ def _explained() -> Iterator[None]:
                 fix="check the disk (df -h) and its mount, then give the command again",
             ) from fault
     except CpmixError as fault:
-        if isinstance(fault, InputError):
+        if isinstance(fault, InputError) and fault.path is not None:
             from cpmix_cli.runs.repair import fix_of  # imported here: it imports pandas
 
             fault.fix = fix_of(fault)

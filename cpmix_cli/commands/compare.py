@@ -16,14 +16,13 @@ from cpmix_cli.results import comparison, paired, results_file
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.measured_row import row_of
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES, Column, PaperRow, PaperTable
+from cpmix_cli.results.results_file import MEASURES
 from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, plain
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 from cpmix_cli.runtime.text import printable
 
-MEASURES = {"top1": "top-1", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
-"""Key of metrics.json (per cent) -> column name."""
 WINNERS_CURSE = (
     "ranked by val. The best of several on val is in part luck, so its val number is too high: measure it once on test"
 )
@@ -65,7 +64,8 @@ def run(options: CompareOptions) -> None:
         data = list(dict.fromkeys(row.first.data for row in rows))
         rows.sort(key=lambda row: (data.index(row.first.data), -(row.statistics("top1")[0] or 0)))
     if options.paper is None:
-        pairs = paired.paired_rows(rows, measured[0].run)
+        # CSV has one record per row, so it needs no predictions.
+        pairs = [] if options.form == "csv" else paired.paired_rows(rows, measured[0].run)
         fields: dict[str, Any] = {
             "rows": [_row_fields(row) for row in rows],
             "differences": comparison.differences_of(rows),

@@ -3,13 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from cpmix_cli.artifacts import files
-from cpmix_cli.evaluation.saved import EvaluationNumbers, read_numbers
+import numpy as np
+from numpy.typing import NDArray
+
+from cpmix_cli.artifacts import files, tables
+from cpmix_cli.evaluation.saved import EvaluationNumbers, matrix_of, read_numbers, read_predictions
 from cpmix_cli.recipe.functions import TERM_KINDS
 from cpmix_cli.recipe.loading import recipe_names
 from cpmix_cli.recipe.schema import Recipe
@@ -63,6 +67,25 @@ class EvaluatedRun:
     """Epochs of both stages in the recipe before --epochs rescaled them; None without --epochs."""
     cost: dict[str, Any]
     """Values of COST_KEYS over all phases that lead to the checkpoint; all None if one is missing."""
+
+    @property
+    def _num_classes(self) -> int:
+        return len(tables.read_class_counts(*self.source.output(files.CLASS_COUNTS)))
+
+    @cached_property
+    def matrix(self) -> NDArray[np.int64]:
+        """Test images of each true class (row) predicted as each class (column) [C, C].
+
+        Raises:
+            InputError: see read_predictions().
+        """
+        return matrix_of(read_predictions(self.evaluation, self.source, self._num_classes)[0], self._num_classes)
+
+    @cached_property
+    def confusions(self) -> NDArray[np.int64]:
+        """Confusion counts K of training [C, C]; InputError if they are missing or damaged."""
+        pairs = tables.read_confusions(*self.source.output(files.CONFUSION_PAIRS), self._num_classes)
+        return tables.confusion_counts(pairs, self._num_classes)
 
     @property
     def tested_on(self) -> tuple[str, ...]:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpmix_cli.artifacts import files, tables
-from cpmix_cli.evaluation.saved import matrix_of, read_predictions
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.table_formats import Sheet
 
@@ -163,15 +161,11 @@ def t_quantile(degrees: int) -> float:
 
 def _errors(run: EvaluatedRun, base: EvaluatedRun) -> list[tuple[float, float]]:
     """Return errors on the most confused pairs and other errors, of the run and of the base, per cent of the images."""
-    num_classes = len(tables.read_class_counts(*base.source.output(files.CLASS_COUNTS)))
-    pairs = tables.read_confusions(*base.source.output(files.CONFUSION_PAIRS), num_classes)
-    confused = most_confused(tables.confusion_counts(pairs, num_classes))
     found = []
-    for one in (run, base):
-        matrix = matrix_of(read_predictions(one.evaluation, one.source, num_classes)[0], num_classes)
-        wrong = matrix * ~np.eye(num_classes, dtype=bool)
-        on_pairs = int(wrong[confused].sum())
-        found.append((100 * on_pairs / int(matrix.sum()), 100 * (int(wrong.sum()) - on_pairs) / int(matrix.sum())))
+    for matrix in (run.matrix, base.matrix):
+        wrong = matrix * ~np.eye(len(matrix), dtype=bool)
+        on_pairs, errors, images = int(wrong[most_confused(base.confusions)].sum()), int(wrong.sum()), int(matrix.sum())
+        found.append((100 * on_pairs / images, 100 * (errors - on_pairs) / images))
     return found
 
 

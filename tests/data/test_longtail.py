@@ -52,19 +52,21 @@ def test_seed_0_takes_the_published_images(labels: np.ndarray, known: dict[int, 
         assert in_file_order[ranks].tolist() == order[c][:6].tolist()
 
 
+DIGITS = DatasetRequest(
+    source="digits",
+    rho=20,
+    profile="exponential",
+    subset_seed=0,
+    val_per_class=0,
+    test_per_class=50,
+    image_size=None,
+    listing=None,
+)
+
+
 def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
     source = SOURCES["digits"](None, None)
-    request = DatasetRequest(
-        source="digits",
-        rho=1,
-        profile="exponential",
-        subset_seed=0,
-        val_per_class=5,
-        test_per_class=50,
-        image_size=None,
-        listing=None,
-    )
-    parts = [_choose(source, request.model_copy(update={"rho": rho})) for rho in (100, 20, 5, 1)]
+    parts = [_choose(source, DIGITS.model_copy(update={"rho": rho, "val_per_class": 5})) for rho in (100, 20, 5, 1)]
     for smaller, larger in itertools.pairwise(parts):
         assert set(smaller["train"]) < set(larger["train"])
         assert smaller["test"].tolist() == larger["test"].tolist()
@@ -77,18 +79,8 @@ def test_subsets_are_nested_over_rho_and_never_overlap_with_val() -> None:
 
 def test_capped_val_keeps_the_standard_training_set_except_where_val_needs_the_images() -> None:
     source = SOURCES["digits"](None, None)  # the classes have 124 to 133 images beside the 50 test images
-    request = DatasetRequest(
-        source="digits",
-        rho=20,
-        profile="exponential",
-        subset_seed=0,
-        val_per_class=0,
-        test_per_class=50,
-        image_size=None,
-        listing=None,
-    )
     standard, capped, shrunk = (
-        _choose(source, request.model_copy(update=update))
+        _choose(source, DIGITS.model_copy(update=update))
         for update in ({}, {"val_per_class": 30, "val_capped": True}, {"val_per_class": 30})
     )
     counts = [np.bincount(source.pool.labels[parts["train"]]).tolist() for parts in (standard, capped, shrunk)]
