@@ -50,6 +50,8 @@ def run(options: BuildOptions) -> None:
     of_folder = options.source == "image-folder"
     source = SOURCES[options.source](options.data_root, options.list_dir, **(own if of_folder else {}))
     rho = options.rho if options.rho is not None else source.default_rho
+    if source.val is not None and source.test is None and options.test_per_class is None:
+        source = _tested_on_val(source)
     if source.test is not None and options.test_per_class is not None:
         raise UsageError(f"--test-per-class: {options.source} has its own test split", fix="drop the flag")
     if source.val is not None and options.val_per_class:
@@ -115,24 +117,31 @@ def run(options: BuildOptions) -> None:
         _check_existing(dataset, request, source)
     else:
         warn_of_duplicates(dataset, is_own=of_folder)
-        _warn_of_tests(source, splits["test"].labels, is_own=of_folder)
+        if of_folder:
+            _warn_of_untested(source, splits["test"].labels)
     if options.verify:
         _verify(dataset)
     _show(dataset, status, source)
 
 
-def _warn_of_tests(source: Source, labels: NDArray[np.int64], *, is_own: bool) -> None:
-    """Name a user's own classes without a test image, and say where test images come from beside a val split."""
+def _tested_on_val(source: Source) -> Source:
+    """Take the folder of val images as the test split, where there is none of test images; says so."""
+    assert source.val is not None
+    folder = source.val.paths[0].partition("/")[0]
+    console.note(
+        f"no folder of test images: the {counted(len(source.val.labels), 'image')} of {folder}/ are the test split; "
+        "--val-per-class N holds a val split out of the training images, and --test-per-class N a test split instead"
+    )
+    return replace(source, test=source.val, val=None)
+
+
+def _warn_of_untested(source: Source, labels: NDArray[np.int64]) -> None:
+    """Name the classes without a test image."""
     num_test = np.bincount(labels, minlength=len(source.class_names))
     untested = [name for name, number in zip(source.class_names, num_test, strict=True) if not number]
-    if is_own and untested:
+    if untested:
         are = "class has" if len(untested) == 1 else "classes have"
         console.warn(f"{len(untested)} {are} no test image: {shortened(untested, 5)}")
-    if source.val is not None and source.test is None:
-        console.warn(
-            f"no folder of test images: {counted(len(labels), 'image')} of the training images are held out as test "
-            "split; the val folder is the val split"
-        )
 
 
 def _check_flags(options: BuildOptions) -> None:

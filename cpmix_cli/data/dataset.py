@@ -198,7 +198,7 @@ class Dataset:
             raise InputError(
                 f"{self.folder} has no {split} split",
                 needed_by=f"--split {split}",
-                fix="build one that has it, with --val-per-class or from a folder with val/ beside train/",
+                fix="build one that has it, with --val-per-class or from a folder with train/, val/ and test/",
             )
 
     @property

@@ -57,24 +57,43 @@ def refused_build(root: Path, messages: str | tuple[str, ...], *flags: object) -
         ("Training", None, "Testing"),
         ("TRAIN", "VALID", "TEST"),
         ("train_set", "validation", "test set"),
-        ("training", "val", None),
         ("train", "Dev", "test"),
     ],
 )
-def test_split_folders_of_any_spelling_are_the_splits(
-    tmp_path: Path, train: str, val: str | None, test: str | None
-) -> None:
+def test_split_folders_of_any_spelling_are_the_splits(tmp_path: Path, train: str, val: str | None, test: str) -> None:
     root = tmp_path / "p"
     fill(root / train, "cat", "dog")
-    for folder in (val, test):
-        if folder:
-            fill(root / folder, "cat", "dog", count=2)
+    for folder in filter(None, (val, test)):
+        fill(root / folder, "cat", "dog", count=2)
     found = built(root)
     assert found["classes"] == ["cat", "dog"]
-    assert found["num_train"] == (12 if test else 10)
-    assert {path.split("/")[0] for path in found["paths"]["test"]} == {test or train}
+    assert found["num_train"] == 12
+    assert {path.split("/")[0] for path in found["paths"]["test"]} == {test}
     assert {path.split("/")[0] for path in found["paths"].get("val", [])} == ({val} if val else set())
-    assert ("held out as test split" in found["stderr"]) == (test is None)
+    assert "no folder of test images" not in found["stderr"]
+
+
+@pytest.mark.parametrize("folder", ["val", "Valid", "validation", "DEV"])
+def test_without_a_test_folder_the_val_images_are_the_test_split(tmp_path: Path, folder: str) -> None:
+    root = tmp_path / "p"
+    fill(root / "train", "cat", "dog")
+    fill(root / folder, "cat", "dog", count=2)
+    for flags in ([], ["--layout", "splits"]):
+        found = built(root, *flags)
+        assert (
+            f"no folder of test images: the 4 images of {folder}/ are the test split; --val-per-class N"
+            in (found["stderr"])
+        )
+        assert (found["num_train"], found["paths"].keys()) == (12, {"train", "test"})
+        assert {path.split("/")[0] for path in found["paths"]["test"]} == {folder}
+    found = built(root, "--val-per-class", 2, "--overwrite")
+    assert (found["num_train"], found["num_val"], found["num_test"]) == (8, 4, 4)
+    assert {path.split("/")[0] for path in found["paths"]["val"]} == {"train"}
+    found = built(root, "--test-per-class", 1, "--overwrite")
+    assert (found["num_train"], found["num_val"], found["num_test"]) == (10, 4, 2)
+    assert {path.split("/")[0] for path in found["paths"]["val"]} == {folder}
+    assert "no folder of test images" not in found["stderr"]
+    assert built(root, "--layout", "classes", "--overwrite")["classes"] == sorted([folder, "train"])
 
 
 def test_names_that_only_resemble_splits_are_classes(tmp_path: Path) -> None:
