@@ -108,6 +108,8 @@ def run(options: BuildOptions) -> None:
                     elif kind == "shards":
                         stored = storage.store_shards(folder, lock, splits, source.root, seen, size, of_folder)
                     else:
+                        if options.verify:
+                            check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=of_folder)
                         stored = storage.store_files(folder, splits, source.root, size, seen if of_folder else {})
                     _write(folder, lock, name, request, source, splits, stored, options.layout)
                     storage.clear(folder, open_dataset(folder))
@@ -119,8 +121,8 @@ def run(options: BuildOptions) -> None:
         warn_of_duplicates(dataset, is_own=of_folder)
         if of_folder:
             _warn_of_untested(source, splits["test"].labels)
-    if options.verify:
-        _verify(dataset)
+    if options.verify or (options.skip_unreadable and status == "up to date"):
+        _verify(dataset, status)
     _show(dataset, status, source)
 
 
@@ -285,7 +287,7 @@ def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
         artifacts.publish(
             path, "".join(f"{on_a_line(line)}\n" for line in fault.lines).encode(errors="surrogateescape")
         )
-        raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path) from fault
+        raise UnreadableImages(fault.lines, shown=SHOWN, listed_in=path, fix=fault.fix) from fault
     if is_free:
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -407,15 +409,16 @@ def _repair(dataset: Dataset) -> None:
             storage.clear(dataset.folder, dataset)
 
 
-def _verify(dataset: Dataset) -> None:
-    """Check every packed image, or decode every image file."""
+def _verify(dataset: Dataset, status: str) -> None:
+    """Check every packed image, or decode every image file that was not decoded when the set was built just now."""
     if dataset.storage == "shards":
         for split in dataset.splits:
             dataset.shards(split).verify()
-    elif dataset.storage == "files":
+    elif dataset.storage == "files" and status == "up to date":
+        fix = "restore or repair these files, or leave them out: --overwrite --skip-unreadable"
         with _unreadable_listed_beside(dataset.folder):
             paths = [path for split in dataset.splits for path in dataset.paths(split)]
-            check_pixels(paths, upright=dataset.upright)
+            check_pixels(paths, upright=dataset.upright, fix=fix)
 
 
 def _files_of(dataset: Dataset, source: Source, status: str) -> tuple[dict[str, Any], list[list[str]]]:

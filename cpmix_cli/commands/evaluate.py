@@ -57,11 +57,6 @@ def run(options: EvaluateOptions) -> None:
             f"--split {options.split} and --test-data {options.test_data} name two sets of test images",
             fix="drop one of the two flags",
         )
-    if options.skip_unreadable and options.test_data is None:
-        raise UsageError(
-            "--skip-unreadable leaves out files of --test-data, which is not given",
-            fix="drop the flag, or build the data set anew with: cpmix build-lt ... --skip-unreadable",
-        )
     if options.test_distribution == "uniform" and options.ratio != 50:
         raise UsageError(
             f"--ratio {options.ratio:g} has no effect on a uniform test distribution",
@@ -78,8 +73,12 @@ def run(options: EvaluateOptions) -> None:
         options = replace(options, few_inclusive=True)
     recipe = _requested_recipe(options, source)
     device = use_device(options.device)
+    if options.skip_unreadable and options.test_data is None and dataset.storage != "files":
+        raise UsageError(
+            f"--skip-unreadable leaves out image files; {dataset.folder} holds its images itself", fix="drop the flag"
+        )
     if options.test_data is None:
-        tests = own_tests(dataset, options.split)
+        tests = own_tests(dataset, options.split, skip_unreadable=options.skip_unreadable)
     elif options.test_data.is_dir():
         tests = other_tests(options.test_data, dataset, skip_unreadable=options.skip_unreadable)
     else:
@@ -117,17 +116,18 @@ def run(options: EvaluateOptions) -> None:
     batches = tests.open(recipe.data, device)
     profile = _requested_profile(options, dataset, tests.labels)
     weights = None
-    if recipe.evaluation.aggregate == "test-time":
-        weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
     counts = torch.tensor(dataset.class_counts)
-    found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
+    with tests.reading():
+        if recipe.evaluation.aggregate == "test-time":
+            weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
+        found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
     files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
         output.clear(folder)
         recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
         _publish(recorder, source, recipe, dataset, found, profile, tests, options)
         fields: dict[str, Any] = {}
-        if not options.is_plain:
+        if not options.is_plain or tests.is_part:
             by_path = "path" in tests.samples
             columns = {str(name): column for name, column in tests.samples.items()}
             recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
@@ -151,6 +151,8 @@ def _default_label(
 ) -> str | None:
     """Return a label from split, test data, distribution and post-hoc method; None for the plain evaluation.
 
+    An evaluation without the files that cannot be read is not the plain one.
+
     Args:
         options: flags of the command.
         source: the phase that is evaluated.
@@ -159,7 +161,8 @@ def _default_label(
         evaluations: folder of the evaluations. If one of another --test-data of the same name is there, the label
             begins further up in the path of this one.
     """
-    before = [part for part, usual in ((options.split, "test"), (options.distribution, "uniform")) if part != usual]
+    parts = ((options.split, "test"), (options.distribution, "uniform"), ("readable" if tests.is_part else "", ""))
+    before = [part for part, usual in parts if part != usual]
     after = []
     trained = source.recipe()
     for key in POST_HOC:

@@ -11,7 +11,7 @@ import torch
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import stream_batches
-from cpmix_cli.data.decoding import check_headers, readable_only
+from cpmix_cli.data.decoding import LEAVE_OUT, all_unreadable_named, check_headers, readable_only
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import predicted, read_model
 from cpmix_cli.flags import PredictOptions
@@ -69,7 +69,8 @@ def run(options: PredictOptions) -> None:
     reader = FileReader(paths, seen.shape, recipe.data, upright=True)
     batches = stream_batches(reader, recipe.data, seen, device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
-    logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
+    with all_unreadable_named(paths, upright=True, fix=LEAVE_OUT):
+        logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
     confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
 
     kept = confidence.shape[1]

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +47,8 @@ The content decides the format, and some decoders start other programs: PostScri
 """
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
 """Endings of image files, in lower case."""
+LEAVE_OUT = "repair, convert or delete these files, or leave them out: --skip-unreadable"
+"""Advice about unreadable files that are not recorded anywhere yet."""
 SHOWN = 20
 """Most unreadable files, or faulty lines of a list, that a message shows."""
 _MOST_SCALED = 2**24
@@ -62,13 +65,16 @@ class UnreadableImages(InputError):
         lines: "PATH: reason" per file.
         shown: number of lines in the message; None shows all.
         listed_in: file that contains all lines; the message names it.
+        fix: see CpmixError.
     """
 
-    def __init__(self, lines: Sequence[str], *, shown: int | None = None, listed_in: Path | None = None) -> None:
+    def __init__(
+        self, lines: Sequence[str], *, shown: int | None = None, listed_in: Path | None = None, fix: str = LEAVE_OUT
+    ) -> None:
         message = f"{counted(len(lines), 'file')} cannot be read as an image:{indented(lines, shown)}"
         if listed_in is not None:
             message += f"; {listed_in} lists all"
-        super().__init__(message, fix="repair, convert or delete these files, or leave them out: --skip-unreadable")
+        super().__init__(message, fix=fix)
         self.lines = list(lines)
 
 
@@ -257,10 +263,10 @@ def check_headers(paths: Sequence[Path]) -> None:
         read_each(paths, look, lambda *_: None, progress, threads=_IO_THREADS)
 
 
-def check_pixels(paths: Sequence[Path], *, upright: bool) -> None:
-    """Decode each file whole; raise UnreadableImages with every file for which that fails."""
-    with console.Progress("decoded image files", len(paths)) as progress:
-        read_each(paths, partial(open_rgb, upright=upright), lambda *_: None, progress)
+def check_pixels(paths: Sequence[Path], *, upright: bool, fix: str = LEAVE_OUT) -> None:
+    """Decode each file whole; raise UnreadableImages with every file for which that fails, and the advice `fix`."""
+    if lines := readable(paths, upright=upright)[1]:
+        raise UnreadableImages(lines, fix=fix)
 
 
 def readable(paths: Sequence[Path], *, upright: bool) -> tuple[NDArray[np.int64], list[str]]:
@@ -299,6 +305,26 @@ def readable_only(paths: Sequence[Path], *, upright: bool) -> NDArray[np.int64]:
     if lines:
         console.warn(f"{counted(len(lines), 'file')} left out, not to be decoded:{indented(lines, SHOWN)}")
     return kept
+
+
+@contextmanager
+def all_unreadable_named(paths: Sequence[Path], *, upright: bool, fix: str) -> Iterator[None]:
+    """If reading images inside fails, decode all of them, to name every file that cannot be read.
+
+    Args:
+        paths: image files that are read inside.
+        upright: as for open_rgb().
+        fix: advice of the error.
+
+    Raises:
+        UnreadableImages: images cannot be read.
+    """
+    try:
+        yield
+    except InputError as fault:
+        if lines := readable(paths, upright=upright)[1]:
+            raise UnreadableImages(lines, shown=SHOWN, fix=fix) from fault
+        raise
 
 
 def sizes_and_times(paths: Sequence[Path]) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """Test samples for a checkpoint: a split of its data set, or another folder of the same classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from cpmix_cli.artifacts.files import DATASET, digest, read_bytes, sha256
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import Batches, open_batches, pictures, stream_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
-from cpmix_cli.data.decoding import check_headers, readable_only
+from cpmix_cli.data.decoding import all_unreadable_named, check_headers, readable_only
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime.errors import InputError, shortened
@@ -36,15 +37,36 @@ class TestSet:
     """Folder to which the paths are relative; None without image files."""
     fingerprint: str
     """Hash that identifies the test set in the record of the evaluation."""
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Context in which images are read; there, an image that cannot be read is an error that names all such files."""
+    is_part: bool = False
+    """Whether files of a split of the data set are left out."""
 
 
-def own_tests(dataset: Dataset, split: str) -> TestSet:
+def own_tests(dataset: Dataset, split: str, *, skip_unreadable: bool = False) -> TestSet:
     """Return the train, val or test split of the data set.
+
+    Args:
+        dataset: data set folder.
+        split: name of the split.
+        skip_unreadable: leave out images in files that cannot be read, with a warning.
 
     Raises:
         InputError: the data set has no such split, or its files are missing or damaged.
     """
     dataset.require(split)
+    samples, fingerprint = dataset.samples(split), f"{dataset.fingerprint} {split}".removesuffix(" test")
+    if dataset.storage == "files":
+        paths = dataset.paths(split)
+        if skip_unreadable and len(kept := readable_only(paths, upright=dataset.upright)) < len(paths):
+            found = _in_files(
+                [paths[i] for i in kept],
+                samples.iloc[kept],
+                dataset,
+                upright=dataset.upright,
+                data_root=dataset.data_root,
+            )
+            return replace(found, fingerprint=digest([fingerprint, kept.tolist()]), is_part=True)
     inputs = cache(lambda: dataset.read(split)[0])
 
     def read(positions: torch.Tensor) -> torch.Tensor:
@@ -56,9 +78,39 @@ def own_tests(dataset: Dataset, split: str) -> TestSet:
         lambda recipe, device: open_batches(dataset, split, recipe, device)[0],
         read,
         torch.from_numpy(dataset.labels(split)),
-        dataset.samples(split),
+        samples,
         dataset.data_root,
-        dataset.fingerprint if split == "test" else f"{dataset.fingerprint} {split}",
+        fingerprint,
+        _naming(dataset.paths(split), dataset.upright) if dataset.storage == "files" else nullcontext,
+    )
+
+
+def _naming(paths: Sequence[Path], upright: bool) -> Callable[[], AbstractContextManager[None]]:
+    fix = "restore or repair these files, or leave them out: --skip-unreadable"
+    return partial(all_unreadable_named, paths, upright=upright, fix=fix)
+
+
+def _in_files(
+    paths: Sequence[Path], samples: pd.DataFrame, dataset: Dataset, *, upright: bool, data_root: Path | None
+) -> TestSet:
+    """Return test samples in image files, without a fingerprint.
+
+    Args:
+        paths: image files [N].
+        samples: N rows, see TestSet.samples.
+        dataset: data set that the network was trained on.
+        upright: rotate images by their EXIF tag; see decoding.py.
+        data_root: folder to which the paths of `samples` are relative.
+    """
+    reader = partial(FileReader, paths, dataset.shape, upright=upright)
+    return TestSet(
+        lambda recipe, device: stream_batches(reader(recipe), recipe, dataset.record, device),
+        lambda at: torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), at.tolist())))),
+        torch.tensor(samples["label"].to_numpy(np.int64)),
+        samples,
+        data_root,
+        "",
+        _naming(paths, upright),
     )
 
 
@@ -91,7 +143,8 @@ def other_tests(folder: Path, dataset: Dataset, *, skip_unreadable: bool = False
             )
         # Normalise as in training: the network was not trained on inputs scaled by the test set's own statistics.
         own = {"mean": dataset.record.mean, "std": dataset.record.std}
-        tests = own_tests(replace(other, record=other.record.model_copy(update=own)), "test")
+        other = replace(other, record=other.record.model_copy(update=own))
+        tests = own_tests(other, "test", skip_unreadable=skip_unreadable)
         to_own = torch.tensor([dataset.class_names.index(name) for name in other.class_names])
         labels = to_own[tests.labels]
         return replace(tests, labels=labels, samples=tests.samples.assign(label=labels.numpy()))
@@ -113,15 +166,9 @@ def other_tests(folder: Path, dataset: Dataset, *, skip_unreadable: bool = False
     else:
         check_headers(paths)
 
-    reader = partial(FileReader, paths, dataset.shape, upright=True)
     content: Any = image_folder.listing(folder, files.paths)  # sizes and times: hashing would read millions of images
     if dataset.storage == "tensors":
         content = [[path, sha256(read_bytes(folder / path))] for path in files.paths]
-    return TestSet(
-        lambda recipe, device: stream_batches(reader(recipe), recipe, dataset.record, device),
-        lambda at: torch.from_numpy(np.stack(list(read_in_order(reader(Data(augment="none")), at.tolist())))),
-        torch.from_numpy(files.labels),
-        pd.DataFrame({"sample_id": files.positions, "label": files.labels, "path": files.paths}),
-        folder.resolve(),
-        digest([content, files.labels.tolist()]),
-    )
+    samples = pd.DataFrame({"sample_id": files.positions, "label": files.labels, "path": files.paths})
+    tests = _in_files(paths, samples, dataset, upright=True, data_root=folder.resolve())
+    return replace(tests, fingerprint=digest([content, files.labels.tolist()]))

@@ -5,7 +5,7 @@ All three training commands use it. Each command file defines only its recipe, i
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import read_tensors, sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.decoding import all_unreadable_named
 from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading
@@ -372,7 +373,8 @@ def _note_plan(
 def _rehearse(asked: PhaseRequest, loaded: _Loaded) -> None:
     """Run one step of the phase and of each later phase of its recipe, in memory only, and report it."""
     path, plan = asked.folder.path, loaded.plan
-    loop.first_step(plan, loaded.data, loaded.state)
+    with _reading(asked.dataset, ["train"]):
+        loop.first_step(plan, loaded.data, loaded.state)
     tried = [plan.phase]
     for phase in files.PHASES[files.PHASES.index(plan.phase) + 1 :]:
         if getattr(asked.recipe, phase) is not None:
@@ -413,6 +415,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
     if lock is None:
         fit(publish=lambda: None)
         return
+    splits = ["train", "test"] if options.eval_every else ["train"]
     origin = None
     if source is not None:
         place = os.path.relpath(source.run.resolve(), folder.run.resolve())
@@ -463,7 +466,8 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
             loaded.curves.write(state.history)
 
     try:
-        capture_seconds = fit(publish=publish_state)
+        with _reading(dataset, splits):
+            capture_seconds = fit(publish=publish_state)
     except Diverged as fault:
         raise _with_last_good_state(fault, folder, source, overwrites) from fault
     if loaded.resumes:  # the run may have stopped after its last epoch; then fit() publishes no state
@@ -486,6 +490,18 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         capture_seconds=round(capture_seconds, 3),
         gpu_hours=round(ranks.current().size * seconds / 3600, 4) if on_gpu else 0.0,
     )
+
+
+def _reading(dataset: Dataset, splits: Sequence[str]) -> AbstractContextManager[None]:
+    """Return the context in which images of these splits are read: one that cannot be read is named with all others."""
+    if dataset.storage != "files" or ranks.current().size > 1:  # other ranks would wait for this one to look
+        return nullcontext()
+    fix = (
+        "restore or repair these files, or build the data set without them: the same build-lt command with --overwrite "
+        "--skip-unreadable"
+    )
+    paths = [path for split in splits for path in dataset.paths(split)]
+    return all_unreadable_named(paths, upright=dataset.upright, fix=fix)
 
 
 def _with_last_good_state(

@@ -361,7 +361,7 @@ def test_bad_files_of_new_images_are_left_out_on_request(tmp_path: Path) -> None
         assert f"1 file left out, not to be decoded:\n    {cut}: " in result.stderr
         assert f"{new}: 1 file left out, no image by the name: dog/notes.md" in result.stderr
         assert result.json["num_images" if command[0] == "predict" else "num_test"] == 6
-    refused(2, "--skip-unreadable leaves out files of --test-data", "evaluate", *run, "--skip-unreadable")
+    refused(2, f"{root}-out holds its images itself", "evaluate", *run, "--skip-unreadable")
     for name in ("cat", "dog"):
         for path in (new / name).iterdir():
             path.write_bytes(b"no image")
@@ -387,14 +387,67 @@ def test_unreadable_files_are_left_out_on_request(tmp_path: Path, flags: list[ob
             assert "2 files left out, cannot be read: cat/000.jpg: " in result.stderr
 
 
-def test_verify_decodes_images_in_their_files(tmp_path: Path) -> None:
+def cut_short(*paths: Path) -> str:
+    """Cut files short; returns the lines of an error about them."""
+    lines = []
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-20])
+        lines.append(f"\n    {path}: image file is truncated (")
+    return lines[0] if len(lines) == 1 else f"error: {len(lines)} files cannot be read as an image:{lines[0]}"
+
+
+def test_verify_decodes_images_in_their_files_before_it_builds(tmp_path: Path) -> None:
     root = tmp_path / "p"
     fill(root, "train/cat", "train/dog", "test/cat", ending="jpg")
-    cut = root / "test" / "cat" / "001.jpg"
-    cut.write_bytes(cut.read_bytes()[:-20])
+    message = cut_short(root / "test" / "cat" / "001.jpg")
     build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", "--pack", 0]
+    refused(3, (message, "leave them out: --skip-unreadable"), *build, "--verify")
+    assert not (tmp_path / "d").exists()
     must(*build)
-    refused(3, f"{cut}: ", *build, "--verify")
+    for flag in ("--verify", "--skip-unreadable"):
+        refused(3, (message, "leave them out: --overwrite --skip-unreadable"), *build, flag)
+    assert must(*build, "--overwrite", "--skip-unreadable", "--json").json["num_test"] == 5
+
+
+def test_images_in_their_files_that_become_unreadable_are_all_named(tmp_path: Path) -> None:
+    root, data, run = tmp_path / "p", tmp_path / "d", tmp_path / "r"
+    fill(root, "train/cat", "train/dog", "test/cat", "test/dog", ending="jpg")
+    must("build-lt", "image-folder", "--data-root", root, "--out", data, "--pack", 0)
+    trains = ["train-stage1", "--data", data, "--out", run, "--recipe", "digits/cross-entropy", "--epochs", 1]
+    trains += ["--set", "data.normalisation=imagenet"]
+    must(*trains)
+    whole = must("evaluate", "--from", run, "--json").json
+    # Two test images are cut off; a third is gone.
+    lost = [root / "test" / "cat" / "001.jpg", root / "test" / "dog" / "000.jpg", root / "test" / "dog" / "002.jpg"]
+    cut_short(*lost[:2])
+    lost[2].unlink()
+    messages = tuple(f"\n    {path}: " for path in lost)
+    refused(3, ("error: 3 files cannot", *messages, "--skip-unreadable"), "evaluate", "--from", run, "--overwrite")
+    result = must("evaluate", "--from", run, "--skip-unreadable", "--json")
+    assert "3 files left out, not to be decoded:" in result.stderr
+    assert all(message in result.stderr for message in messages)
+    # It is no plain evaluation: that of all images stays, and stands beside it.
+    assert result.json["folder"] == str(run / "evaluation" / "stage1-readable")
+    assert (whole["folder"], whole["num_test"], result.json["num_test"]) == (str(run / "evaluation" / "stage1"), 12, 9)
+    assert must("evaluate", "--from", run, "--skip-unreadable", "--json").json["status"] == "up to date"
+    wrong = must("misclassified", "--from", run, "--label", "readable", "--json").json
+    assert wrong["num_images"] == round(9 * (1 - result.json["top1"] / 100))
+    assert {image["image"] for image in wrong["images"]} <= set(map(str, root.glob("test/*/*.jpg"))) - set(
+        map(str, lost)
+    )
+    assert len(must("compare", run, "--json").json["rows"]) == 2
+    # The same of training images.
+    broken = [root / "train" / name / "003.jpg" for name in ("cat", "dog")]
+    cut_short(*broken)
+    messages = ("error: 2 files cannot", *(f"\n    {path}: " for path in broken), "--overwrite --skip-unreadable")
+    for flags in ([], ["--dry-run"]):
+        refused(3, messages, *trains, "--overwrite", *flags)
+    new = tmp_path / "new"
+    shutil.copytree(root / "train", new)
+    copies = [new / name / "003.jpg" for name in ("cat", "dog")]
+    messages = ("error: 2 files cannot", *(f"\n    {path}: " for path in copies))
+    for command in (["predict", new], ["evaluate", "--test-data", new]):
+        refused(3, messages, *command, "--from", run)
 
 
 def test_flags_of_image_files_are_refused_without_them(tmp_path: Path) -> None:
