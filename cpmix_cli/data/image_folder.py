@@ -20,6 +20,7 @@ from cpmix_cli.data.decoding import ENDINGS, SHOWN
 from cpmix_cli.data.splits import Split
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
+from cpmix_cli.runtime.text import quoted
 
 Layout = Literal["auto", "classes", "splits"]
 """Meaning of the sub-folders: all are classes; train, val and test are splits; or what their names say."""
@@ -277,15 +278,23 @@ def _of_classes(
             console.warn(
                 f"{folder}: {len(subs)} folders of the name {subs[0].name}, in two Unicode forms, are one class"
             )
+    if class_names is None:
+        _warn_of_similar(folder, list(by_class))
     names = class_names or [subs[0].name for subs in by_class.values()]
     numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
     if unknown := [subs[0].name for name, subs in by_class.items() if name not in numbers]:
         splits = [name for name in unknown if split_of(name)]
+        spelled = {_folded(name): name for name in names}
+        renamed = [(name, spelled[_folded(name)]) for name in unknown if _folded(name) in spelled]
+        others = f"; the classes are spelled {shortened([b for _, b in renamed], 5)}" if renamed else ""
+        fix = f"name the sub-folders after the classes: {shortened(names, 20)}"
+        if len(splits) == len(unknown):
+            fix = f"give one of its splits: {folder / splits[-1]}"
+        elif len(renamed) == len(unknown) <= 5:
+            fix = " && ".join(quoted("mv", folder / old, folder / new) for old, new in renamed)
         raise InputError(
-            f"{folder} has {counted(len(unknown), 'sub-folder')} ({', '.join(unknown)}) of no known class",
-            fix=f"give one of its splits: {folder / splits[-1]}"
-            if len(splits) == len(unknown)
-            else f"name the sub-folders after the classes: {shortened(names, 20)}",
+            f"{folder} has {counted(len(unknown), 'sub-folder')} ({', '.join(unknown)}) of no known class{others}",
+            fix=fix,
         )
     if empty := [subs[0].name for subs in by_class.values() if not any(images[sub] for sub in subs)]:
         raise InputError(
@@ -300,6 +309,21 @@ def _of_classes(
             f"{folder}: names that are no UTF-8, which no table can hold: {shortened(odd, 5)}", fix="rename them"
         )
     return names, Split(np.repeat(list(of_class), [len(inside) for inside in of_class.values()]), paths=paths)
+
+
+def _folded(name: str) -> str:
+    """Return a class name without the differences that are easily overlooked: case, spaces, Unicode form."""
+    shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return re.sub(r"[\s_-]+", " ", shown).strip().casefold()
+
+
+def _warn_of_similar(folder: Path, names: Sequence[str]) -> None:
+    """Name the classes whose names hardly differ."""
+    similar: dict[str, list[str]] = {}
+    for name in names:
+        similar.setdefault(_folded(name), []).append(repr(name))
+    if groups := [" and ".join(spelled) for spelled in similar.values() if len(spelled) > 1]:
+        console.warn(f"{folder}: names of classes that hardly differ: {shortened(groups, 5, '; ')}")
 
 
 # -- the walk ----------------------------------------------------------------------------------------------------------

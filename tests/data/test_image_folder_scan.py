@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import edit_record, files, must, refused, write_image
+from helpers import edit_record, files, follow_fix, must, refused, write_image
 from PIL import Image
 
 from cpmix_cli.artifacts.records import read_fields
@@ -299,6 +299,28 @@ def test_unicode_forms_of_one_name_are_one_class(tmp_path: Path) -> None:
     assert "2 folders of the name café, in two Unicode forms, are one class" in unicodedata.normalize(
         "NFC", found["stderr"]
     )
+
+
+def test_classes_whose_names_hardly_differ_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    pairs = {"Cat": "cat", "dog": "dog ", "hot dog": "hot_dog", "\ufb01sh": "fish", "owl": "owl\u200b"}
+    fill(root, *pairs, *pairs.values(), "elk")
+    found = built(root)
+    assert len(found["classes"]) == 11
+    for name in ("'Cat' and 'cat'", "'dog' and 'dog '", "'hot dog' and 'hot_dog'", "'owl' and 'owl\\u200b'"):
+        assert name in found["stderr"]
+    assert "elk" not in found["stderr"].partition("hardly differ")[2].partition("\n")[0]
+
+
+def test_a_class_of_another_spelling_in_the_test_folder_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "train/Cat", "train/hot dog", "train/elk", "test/cat", "test/hot_dog", "test/elk")
+    message = "2 sub-folders (cat, hot_dog) of no known class; the classes are spelled Cat, hot dog"
+    follow_fix(refused(3, f"{root}/test has {message}", *command(root)))
+    assert built(root)["classes"] == ["Cat", "elk", "hot dog"]
+    fill(tmp_path / "q", "train/Cat", "train/dog", "test/Cat", "test/cat", "test/violet")
+    message = "(cat, violet) of no known class; the classes are spelled Cat"
+    refused_build(tmp_path / "q", (message, "name the sub-folders after"))
 
 
 def test_classes_without_a_test_image_are_named(tmp_path: Path) -> None:
