@@ -120,7 +120,7 @@ def run(options: BuildOptions) -> None:
     else:
         warn_of_duplicates(dataset, is_own=of_folder)
         if of_folder:
-            _warn_of_untested(source, splits["test"].labels)
+            _warn_of_few(source.class_names, splits, options.test_per_class)
     if options.verify or (options.skip_unreadable and status == "up to date"):
         _verify(dataset, status)
     _show(dataset, status, source)
@@ -137,13 +137,16 @@ def _tested_on_val(source: Source) -> Source:
     return replace(source, test=source.val, val=None)
 
 
-def _warn_of_untested(source: Source, labels: NDArray[np.int64]) -> None:
-    """Name the classes without a test image."""
-    num_test = np.bincount(labels, minlength=len(source.class_names))
-    untested = [name for name, number in zip(source.class_names, num_test, strict=True) if not number]
-    if untested:
-        are = "class has" if len(untested) == 1 else "classes have"
-        console.warn(f"{len(untested)} {are} no test image: {shortened(untested, 5)}")
+def _warn_of_few(names: list[str], splits: Mapping[str, Split], test_per_class: int | None) -> None:
+    """Name the classes with one training image, and those with fewer test images than wanted, or with none."""
+    tests = (1, "no test image")
+    if test_per_class is not None:
+        tests = (test_per_class, f"fewer than {test_per_class} test images, as one image stays to train on")
+    for split, (least, what) in {"train": (2, "only one training image"), "test": tests}.items():
+        counts = np.bincount(splits[split].labels, minlength=len(names))
+        few = [f"{name} ({number})" for name, number in zip(names, counts, strict=True) if number < least]
+        if few:
+            console.warn(f"{len(few)} {'class has' if len(few) == 1 else 'classes have'} {what}: {shortened(few, 5)}")
 
 
 def _check_flags(options: BuildOptions) -> None:
@@ -228,11 +231,12 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
         held_test = np.minimum(share if request.test_per_class is None else request.test_per_class, available - 1)
     left: NDArray[np.int64] = available - held_test - num_val
     if left.min() < 1:
-        smallest = int(left.argmin())
+        without = [f"{names[c]} ({available[c]}, {held_test[c]} for the test)" for c in np.flatnonzero(left < 1)]
+        most = int((available - held_test).min()) - 1
         raise InputError(
-            f'class "{names[smallest]}" has {available[smallest]} images; '
-            f"holding out {held_test[smallest] + num_val} leaves none to train on",
-            fix="lower --test-per-class or --val-per-class",
+            f"--val-per-class {num_val} leaves no image to train on in {counted(len(without), 'class', 'classes')} "
+            f"(images per class): {shortened(without, 5)}",
+            fix=f"give --val-per-class {most} or less" if most else "drop --val-per-class, or add images",
         )
 
     def counts_at(rho: float | None) -> NDArray[np.int64]:

@@ -104,7 +104,11 @@ NO_CIFAR = "no cifar-100-python.tar.gz, cifar-100-python/ or train-*.parquet in 
         (["places-lt", "--list-dir", "."], 3, "places-lt needs the folder that holds the images"),
         (["digits", "--rho", "0.5"], 2, "--rho 0.5 is no imbalance factor"),
         (["digits", "--rho", "1000"], 3, "leaves no image in 3 classes"),
-        (["digits", "--val-per-class", "124"], 3, 'class "8" has 174 images; holding out 174 leaves none to train on'),
+        (
+            ["digits", "--val-per-class", "124"],
+            3,
+            "--val-per-class 124 leaves no image to train on in 1 class (images per class): 8 (174, 50 for the test)",
+        ),
         (["digits", "--val-capped"], 2, "fix: give --rho and --val-per-class as well, or drop the flag"),
         (["toy", "--test-per-class", "5"], 2, "toy has its own test split"),
         (["cifar100"], 3, "--data-root FOLDER"),

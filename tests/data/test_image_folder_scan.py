@@ -326,9 +326,28 @@ def test_a_class_of_another_spelling_in_the_test_folder_is_refused(tmp_path: Pat
 def test_classes_without_a_test_image_are_named(tmp_path: Path) -> None:
     fill(tmp_path / "p", "cat", "dog")
     fill(tmp_path / "p", "owl", count=2)
-    assert "warning: 1 class has no test image: owl\n" in built(tmp_path / "p")["stderr"]
+    assert "warning: 1 class has no test image: owl (0)\n" in built(tmp_path / "p")["stderr"]
     fill(tmp_path / "q", "cat", "dog")
     refused_build(tmp_path / "q", ("no folder of training images", "call it train"), "--layout", "splits")
+
+
+def test_classes_with_too_few_images_are_named_with_their_numbers(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", count=10)
+    fill(root, "elk", count=3)
+    fill(root, "owl", count=1)
+    warning = built(root)["stderr"]
+    assert "warning: 1 class has only one training image: owl (1)\n" in warning
+    assert "warning: 1 class has no test image: owl (0)\n" in warning
+    warning = built(root, "--test-per-class", 5, "--overwrite")["stderr"]
+    assert "warning: 2 classes have only one training image: elk (1), owl (1)\n" in warning
+    assert "2 classes have fewer than 5 test images, as one image stays to train on: elk (2), owl (0)\n" in warning
+    shutil.rmtree(f"{root}-out")
+    message = "--val-per-class 3 leaves no image to train on in 2 classes (images per class): elk (3, 1 for the test), "
+    refused_build(root, (f"{message}owl (1, 0 for the test)", "fix: drop --val-per-class"), "--val-per-class", 3)
+    shutil.rmtree(root / "owl")
+    refused_build(root, "fix: give --val-per-class 1 or less", "--val-per-class", 3)
+    assert built(root, "--val-per-class", 1)["smallest"] == 1
 
 
 def test_a_folder_without_a_test_image_is_refused(tmp_path: Path) -> None:
