@@ -24,6 +24,7 @@ from cpmix_cli.data.decoding import open_image, reason
 from cpmix_cli.data.splits import Source, Split, check_labels, check_published
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, shortened
+from cpmix_cli.runtime.text import quoted
 
 _SHAPE = (32, 32, 3)
 _NUM_IMAGES = {"train": 50_000, "test": 10_000}
@@ -113,11 +114,9 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
     """Return the source; raise InputError if its classes are not the classes of `published`."""
     if len(names) != published.num_classes:
         raise InputError(
-            f"{files[0]} names {len(names)} classes; expected {published.num_classes}",
-            fix="give the folder of the other CIFAR set with --data-root FOLDER",
+            f"{files[0]} has {len(names)} classes; {published.name} has {published.num_classes}",
+            fix=f"give the folder of {published.name} with --data-root FOLDER, or fetch it with --download",
         )
-    for split in (train, test):
-        check_labels(files[0], split.labels, published.num_classes, fix=_FETCH)
     return Source(names, train, f"{published.name}-lt/cpmix", test=test, files=files)
 
 
@@ -204,7 +203,13 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 def _parquet_folders(places: list[Path], published: CifarArchive) -> list[Path]:
     """Return the folders with training images: of `places`, and their sub-folders that Hugging Face names."""
     folders = [place / name for place in places for name in ("", "data", "plain_text", published.name)]
-    return [folder for folder in dict.fromkeys(folders) if list(folder.glob("*train*.parquet"))]
+    unique = {folder.resolve(): folder for folder in reversed(folders)}  # one may be a link to another
+    return [folder for folder in reversed(unique.values()) if _files_of(folder, "train")]
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split in a folder and in its sub-folder of the split's name, such as train/0000.parquet."""
+    return sorted([*folder.glob(f"*{split}*.parquet"), *folder.glob(f"{split}/*.parquet")])
 
 
 def _from_parquet(folders: list[Path], published: CifarArchive) -> Source:
@@ -215,8 +220,8 @@ def _from_parquet(folders: list[Path], published: CifarArchive) -> Source:
             fix="leave one of the two folders, or give it with --data-root FOLDER",
         )
     files = {split: _shards(folders[0], split) for split in _NUM_IMAGES}
-    names, train = _parquet_split(files["train"])
-    _, test = _parquet_split(files["test"])
+    names, train = _parquet_split(files["train"], [])
+    names, test = _parquet_split(files["test"], names)
     found = {"train": len(train.labels), "test": len(test.labels)}
     for split, number in found.items():
         if number > _NUM_IMAGES[split]:
@@ -229,23 +234,29 @@ def _from_parquet(folders: list[Path], published: CifarArchive) -> Source:
             f"{folders[0]} has {found['train']:,} train and {found['test']:,} test images, a part of {published.name}, "
             f"which has {_NUM_IMAGES['train']:,} and {_NUM_IMAGES['test']:,}"
         )
+    for split, part in (("train", train), ("test", test)):
+        check_labels(files[split][0], part.labels, published.num_classes, fix=_FETCH)
     names = names or [f"class_{c}" for c in range(int(train.labels.max()) + 1)]
     return _source(published, names, train, test, (*files["train"], *files["test"]))
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of a split in order; raise InputError if one is missing or twice there, or a name is odd."""
-    files = sorted(folder.glob(f"*{split}*.parquet"))
+    files = _files_of(folder, split)
     example = f"{split}-00000-of-00001.parquet"
+    last = max((path.stem for path in files if re.fullmatch(r"\d{4}\.parquet", path.name)), default="")
     numbered: dict[int, Path] = {}
     totals: dict[str, Path] = {}
     for path in files:
         # The hash at the end stands in files of push_to_hub().
-        found = re.fullmatch(rf"{split}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?\.parquet", path.name)
+        name = re.sub(
+            r"^(\d{4})(?=\.parquet$)", lambda number: f"{split}-0{number[0]}-of-{int(last) + 1:05}", path.name
+        )
+        found = re.fullmatch(rf"{split}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?\.parquet", name)
         if found is None or int(found[1]) >= int(found[2]):
+            rename = f", or rename it: {quoted('mv', path, path.with_name(example))}" if len(files) == 1 else ""
             raise InputError(
-                f"{path} is no shard by its name, such as {example}; is it a copy?",
-                fix="move it elsewhere if it is, else give it the name that it had at Hugging Face",
+                f"{path} is no shard by its name, such as {example}; is it a copy?", fix=f"move it elsewhere{rename}"
             )
         if (other := numbered.setdefault(int(found[1]), path)) != path:
             raise InputError(f"{path} and {other.name} are the same shard of {split}", fix="leave one of the two")
@@ -266,15 +277,19 @@ def _shards(folder: Path, split: str) -> list[Path]:
     return [numbered[i] for i in range(int(total))]
 
 
-def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
-    """Return the class names in the metadata of the first shard, [] without such metadata, and all images."""
+def _parquet_split(files: list[Path], names: list[str]) -> tuple[list[str], Split]:
+    """Return the class names and all images.
+
+    Args:
+        files: shards in order.
+        names: class names in the metadata of earlier shards; [] if none has such metadata.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     from cpmix_cli.artifacts.tables import open_parquet
 
     known: dict[str, Path] = {}
-    names: list[str] = []
     encoded, labels, rows = [], [], []
     for path in files:
         data = read_bytes(path, limit=_MAX_ARCHIVE)
@@ -283,7 +298,12 @@ def _parquet_split(files: list[Path]) -> tuple[list[str], Split]:
         try:
             schema = open_parquet(data).schema_arrow
             image, label = _image_column(path, schema), _label_column(path, schema)
-            names = names or _class_names(path, schema.metadata or {})
+            of_shard = _class_names(path, schema.metadata or {})
+            if names and of_shard and names != of_shard:
+                raise InputError(
+                    f"{path} names other classes than the shards before it, or in another order", fix=_FETCH
+                )
+            names = names or of_shard
             # Dictionary encoding: an image that a file repeats a million times takes memory once. Row groups are read
             # one by one, because pyarrow cannot join the dictionaries of a struct's field.
             file = open_parquet(data, [image])
@@ -354,6 +374,8 @@ def _class_names(path: Path, metadata: Mapping[bytes, bytes]) -> list[str]:
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         for column in ("fine_label", "label"):
             if names := features.get(column, {}).get("names"):
+                if len({str(name).encode() for name in names}) < len(names):  # encode() refuses lone surrogates
+                    raise ValueError("a class name occurs twice")
                 return [str(name) for name in names]
     except Exception as fault:
         raise InputError(f"{path} has unreadable Hugging Face metadata: {fault}", fix=_FETCH) from fault

@@ -1,6 +1,7 @@
 """CIFAR in the Parquet layout of Hugging Face: its shards, columns and encodings, and pyarrow without threads."""
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import must, process, refused
+from helpers import fix_of, must, process, refused, run_commands
 from PIL import Image
 
 from cpmix_cli.data import cifar
@@ -102,6 +103,48 @@ def test_labels_of_another_type_are_refused_with_both_types(tmp_path: Path, labe
     refused(3, f"{tmp_path / TRAIN} has the column label as {kind}; expected int64", *build(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("first", "step", "message"),
+    [
+        (0, 11, "labels 0 to 10; expected 0 to 9"),
+        (-1, 10, "labels -1 to 8; expected 0 to 9"),
+        (0, 9, "9 classes; cifar10 has 10"),
+    ],
+)
+def test_labels_out_of_range_are_told_by_their_range(tmp_path: Path, first: int, step: int, message: str) -> None:
+    labels = [first + i % step for i in range(22)]
+    pq.write_table(pa.table({"img": [encoded(0)] * 22, "label": labels}), tmp_path / TRAIN)
+    shard(tmp_path / TEST, 22)
+    refused(3, f"{tmp_path / TRAIN} has {message}", *build(tmp_path))
+
+
+def name_classes(path: Path, names: Sequence[object]) -> None:
+    """Add Hugging Face's metadata to a shard."""
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([*"abcdefghi", "x\ud800"], "unreadable Hugging Face metadata: 'utf-8' codec can't encode"),
+        ([*"abcdefghi", "a"], "unreadable Hugging Face metadata: a class name occurs twice"),
+        ([*"abcdefghi"], "has 9 classes; cifar10 has 10"),
+    ],
+)
+def test_class_names_that_cannot_be_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    name_classes(shard(tmp_path / TRAIN), names)
+    shard(tmp_path / TEST)
+    refused(3, [str(tmp_path / TRAIN), message], *build(tmp_path))
+
+
+def test_shards_that_number_the_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    name_classes(shard(tmp_path / TRAIN), [*"abcdefghij"])
+    name_classes(shard(tmp_path / TEST), [*"bacdefghij"])
+    refused(3, f"{tmp_path / TEST} names other classes than the shards before it, or in", *build(tmp_path))
+
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +156,33 @@ def test_the_folders_and_names_of_hugging_face_are_found(tmp_path: Path, folder:
     shard(place / f"train-00000-of-00002{ending}.parquet")
     shard(place / TEST, first=9000)
     assert built(tmp_path / "in") == pixels(*range(40))
+
+
+def test_the_files_of_converted_sets_are_shards_by_their_numbers(tmp_path: Path) -> None:
+    """Hugging Face's branch refs/convert/parquet has plain_text/train/0000.parquet."""
+    place = tmp_path / "in" / "plain_text"
+    shard(place / "train" / "0001.parquet", first=20)
+    shard(place / "test" / "0000.parquet", first=9000)
+    names = "train-00000-of-00002.parquet"
+    refused(3, f"{place} lacks 1 shard of train: {names}", *build(tmp_path / "in"))
+    shard(place / "train" / "0000.parquet")
+    assert built(tmp_path / "in") == pixels(*range(40))
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "cifar10-train.parquet", "cifar10-train-00000-of-00001.parquet"])
+def test_the_only_file_of_a_split_is_a_shard_when_it_is_renamed_as_advised(tmp_path: Path, name: str) -> None:
+    shard(tmp_path / "in" / name)
+    shard(tmp_path / "in" / TEST, first=9000)
+    result = refused(3, f"{name} is no shard by its name", *build(tmp_path / "in"))
+    run_commands(fix_of(result).partition("rename it: ")[2])
+    assert built(tmp_path / "in") == pixels(*range(20))
+
+
+def test_a_link_to_the_same_folder_is_no_second_set(tmp_path: Path) -> None:
+    shard(tmp_path / "in" / TRAIN)
+    shard(tmp_path / "in" / TEST, first=9000)
+    (tmp_path / "in" / "data").symlink_to(".")
+    assert built(tmp_path / "in") == pixels(*range(20))
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -145,8 +215,9 @@ def test_a_second_copy_of_a_shard_is_refused_and_named(tmp_path: Path, copy: str
     shard(tmp_path / TEST)
     (tmp_path / copy).parent.mkdir(exist_ok=True)
     (tmp_path / copy).write_bytes(content)
-    refused(3, [message, str((tmp_path / copy).parent)], *build(tmp_path))
+    result = refused(3, [message, str((tmp_path / copy).parent)], *build(tmp_path))
     assert not (tmp_path.parent / "out").exists()
+    assert f" {TRAIN}" not in fix_of(result)  # to rename it would replace the other
 
 
 def test_one_shard_under_two_numbers_is_refused(tmp_path: Path) -> None:
