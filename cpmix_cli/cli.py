@@ -48,6 +48,13 @@ def _explained() -> Iterator[None]:
                 f"reading or writing failed: {fault.strerror or fault}",
                 fix="check the disk (df -h) and its mount, then give the command again",
             ) from fault
+        except RuntimeError as fault:  # of Path.resolve()
+            if not str(fault).startswith("Symlink loop"):
+                raise
+            raise EnvironmentFault(
+                f"a link leads back to itself: {str(fault).removeprefix('Symlink loop from ')}",
+                fix="delete the link, or give another path",
+            ) from fault
     except CpmixError as fault:
         if isinstance(fault, InputError) and fault.path is not None:
             from cpmix_cli.runs.repair import fix_of  # imported here: it imports pandas

@@ -1,14 +1,12 @@
 """Ownership: files that an output replaces or deletes must be cpmix's own, by their folder's record or their content.
 
-A process may be killed between any two files, so the record of a folder is not enough: tables, tensors, records and
-recipes are known by their columns, names and keys as well. Weights, figures and shards have no such marks, and damage
-removes them: these files count as cpmix's if another file of the folder is known.
+A process may be killed between any two files, so the record of a folder is not enough: tables, tensors and records are
+known by their columns, names and keys as well. Weights, figures and shards have no such marks, users edit copies of
+recipes, and damage removes marks: these files count as cpmix's if another file of the folder is known.
 """
 
-import io
 import json
 import os
-import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,7 +35,6 @@ _KEYS: dict[str, set[str]] = {
     files.RUN: {"format", "phase", "made_from", "outputs", "argv", "versions", "digest"},
     files.DATASET: {"format", "name", "source", "classes", "files", "fingerprint", "digest"},
     files.EVALUATION: {"phase", "top1", "balanced_accuracy", "num_test", "ece", "checkpoint_sha256"},
-    files.RECIPE: {"seed", "data", "model", "optimizer", "schedule", "confusion", "stage1", "evaluation"},
     files.TRAINING_STATE: {"format", "phase", "made_from", "epoch", "step", "columns", "tensors_digest", "digest"},
     files.METRICS: {"epoch", "learning_rate", "loss", "gradient_norm", "images_per_second", "seconds"},
     "packing-": {"format", "images", "hashes", "values", "digest"},
@@ -83,7 +80,7 @@ def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = N
 
 def _existing(folder: Path, names: Iterable[str]) -> Iterator[Path]:
     for name in names:
-        if "*" in name or "?" in name:
+        if "*" in name or "[" in name:
             yield from folder.glob(name)
         elif os.path.lexists(folder / name):
             yield folder / name
@@ -109,6 +106,8 @@ def _expected(path: Path) -> list[list[str]] | set[str] | None:
 def _tells(path: Path) -> bool | None:
     """Return whether the content of a file shows that cpmix wrote it; None if it shows neither."""
     expected = _expected(path)
+    if path.name == files.LEFT_OUT:
+        return _has_tabs(path)
     if path.suffix == ".shard":  # its record is written first
         return _tells(path.with_name(f"packing-{path.name}.json")) or None
     try:
@@ -119,8 +118,7 @@ def _tells(path: Path) -> bool | None:
         case None:
             return None
         case set():
-            # One is allowed to be damaged. A recipe is readable even if most of it is cut off.
-            return True if len(expected - set(found)) <= 1 else None if path.name == files.RECIPE else False
+            return len(expected - set(found)) <= 1  # one is allowed to be damaged
         case _:
             differing = min(_num_differing(found, form) for form in expected)
             return (True, None)[differing] if differing <= 1 else False
@@ -131,8 +129,9 @@ def _num_differing(found: list[str], form: list[str]) -> int:
 
 
 def _names_in(path: Path) -> list[str]:
-    """Return the columns of a table, the tensors (of a training state: the metadata), or the keys of a JSON or TOML
-    file. Reads no more than needed; raises any exception.
+    """Return the columns of a table, the tensors (of a training state: the metadata), or the keys of a JSON file.
+
+    Reads no more than needed; raises any exception.
     """
     with files.open_file(path) as file:  # refuses pipes, which would block
         if path.suffix == ".parquet":
@@ -140,8 +139,16 @@ def _names_in(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         tensors, metadata = read_header(path)
         return list(metadata) if path.name == files.TRAINING_STATE else sorted(tensors)
-    data = files.read_bytes(path, limit=files.MAX_RECORD)
-    return list(tomllib.load(io.BytesIO(data)) if path.suffix == ".toml" else dict(json.loads(data)))
+    return list(dict(json.loads(files.read_bytes(path, limit=files.MAX_RECORD))))
+
+
+def _has_tabs(path: Path) -> bool:
+    """Return whether a file can be the list of what is left out, "PATH<tab>reason" per line; the last may be cut."""
+    try:
+        first, *others = files.read_bytes(path).splitlines()
+    except (CpmixError, ValueError):
+        return False
+    return all(b"\t" in line for line in (first, *others[:-1]))
 
 
 def _has_hash(path: Path, sha: str) -> bool:

@@ -98,7 +98,7 @@ def run(options: BuildOptions) -> None:
                 else "add images: a class needs one for the training and one for the test",
             )
         artifacts.check_place(folder, 0)
-        with _unreadable_listed_beside(folder):
+        with _unreadable_listed_beside(folder, source.root):
             seen = storage.look_for_files(source.root, splits) if source.root and kind != "tensors" else {}
             with locks.hold(folder, wait=True) as lock:
                 # Another process may have built it while this one waited.
@@ -278,10 +278,10 @@ def _readable(source: Source, *, upright: bool) -> Source:
 
 
 @contextmanager
-def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
-    """If a message cannot show all unreadable image files, list them in a file next to the output folder."""
+def _unreadable_listed_beside(folder: Path, root: Path | None) -> Iterator[None]:
+    """If a message cannot show all unreadable image files of `root`, list them in a file next to the output folder."""
     path = folder.with_name(f"{folder.name}-unreadable.txt")
-    is_free = not artifacts.is_there(path) or _is_list(path)
+    is_free = not artifacts.is_there(path) or (root is not None and _is_list(path, root))
     try:
         yield
     except UnreadableImages as fault:
@@ -297,10 +297,12 @@ def _unreadable_listed_beside(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _is_list(path: Path) -> bool:
-    """Return whether a file could be a list of unreadable files, "PATH: reason" per line, and no file of the user's."""
+def _is_list(path: Path, root: Path) -> bool:
+    """Return whether a file is a list of unreadable files of a folder, "PATH: reason" per line."""
+    starts = tuple(on_a_line(f"{place}/").encode(errors="surrogateescape") for place in (root, root.resolve()))
     with suppress(InputError):
-        return all(b": " in line for line in artifacts.read_bytes(path).splitlines())
+        lines = artifacts.read_bytes(path).splitlines()
+        return bool(lines) and all(line.startswith(starts) and b": " in line for line in lines)
     return False
 
 
@@ -345,6 +347,8 @@ def _write(
         lines = [f"{on_a_line(path)}\t{reason}\n" for reason, paths in source.left_out.items() for path in paths]
         text = "".join(lines).encode(errors="surrogateescape")
         files[artifacts.LEFT_OUT] = artifacts.publish(folder / artifacts.LEFT_OUT, text)
+    else:
+        (folder / artifacts.LEFT_OUT).unlink(missing_ok=True)  # of the data set before
     scanned = {
         "times": source.times,
         "layout": None if layout == "auto" else layout,
@@ -396,12 +400,17 @@ def _check_existing(dataset: Dataset, request: DatasetRequest, source: Source) -
 def _repair(dataset: Dataset) -> None:
     """Pack missing or truncated shards again, and check them against the recorded hashes."""
     assert dataset.data_root is not None
+    if any(dataset.recorded_shards(split).missing() for split in dataset.splits):
+        refuse_strangers(dataset.folder, storage.OWN_FILES)
     for split in dataset.splits:
         recorded = dataset.recorded_shards(split)
         if not recorded.missing():
             continue
         paths = dataset.samples(split)["path"].tolist()
-        with _unreadable_listed_beside(dataset.folder), locks.hold(dataset.folder, wait=True) as lock:
+        with (
+            _unreadable_listed_beside(dataset.folder, dataset.data_root),
+            locks.hold(dataset.folder, wait=True) as lock,
+        ):
             missing = recorded.missing()  # another process may have packed some while this one waited
             console.note(f"packing {len(missing)} missing shards of {split} again")
             seen = np.zeros((len(paths), 2), dtype=np.int64)
@@ -420,7 +429,7 @@ def _verify(dataset: Dataset, status: str) -> None:
             dataset.shards(split).verify()
     elif dataset.storage == "files" and status == "up to date":
         fix = "restore or repair these files, or leave them out: --overwrite --skip-unreadable"
-        with _unreadable_listed_beside(dataset.folder):
+        with _unreadable_listed_beside(dataset.folder, dataset.data_root):
             paths = [path for split in dataset.splits for path in dataset.paths(split)]
             check_pixels(paths, upright=dataset.upright, fix=fix)
 

@@ -4,6 +4,7 @@ Runs share a row if all their records agree except the seed (results/comparison.
 is listed below the table. Rows are also compared run by run (results/paired.py).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,12 +97,19 @@ def run(options: CompareOptions) -> None:
     _publish(options, {**fields, "left_out": left_out}, sheets, records)
 
 
+_OWN = re.compile(
+    r"[^\n]*, per cent\n[^\n]*\n[- ]+\n"
+    r"|\*\*[^\n]*, per cent\*\*\n\n\|[^\n]*\n\| ---"
+    r"|% \\usepackage\{booktabs\}\n\\begin\{table\}\n  \\centering\n  \\caption\{[^\n]*, per cent\}\n"
+    r"|method,(recipe,changed,data|column,data,measure,paper),"
+    r'|\{\s*"command": "compare",'
+)
+"""First lines of a table of compare: plain, Markdown, LaTeX, CSV, JSON."""
+
+
 def _is_own(data: bytes) -> bool:
     """Return whether a file is a table that compare has written, in any of its formats."""
-    text = data.decode(errors="replace")
-    first = text.partition("\n")[0]
-    starts = ("method,recipe,", "method,column,", r"% \usepackage{booktabs}")
-    return "per cent" in first or first.startswith(starts) or '"command": "compare"' in text[:100]
+    return _OWN.match(data.decode(errors="replace")) is not None
 
 
 def _of_split(measured: list[EvaluatedRun], options: CompareOptions) -> list[EvaluatedRun]:

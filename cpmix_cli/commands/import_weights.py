@@ -73,7 +73,7 @@ def run(options: ImportOptions) -> None:
 def _is_own(data: bytes) -> bool:
     """Return whether this command has written a file."""
     try:
-        return "tensors_digest" in parse_header(data)[1]
+        return {"file", "sha256", "tensors_digest"} <= set(parse_header(data)[1])
     except DAMAGED:
         return False
 

@@ -7,6 +7,7 @@ accepts only arrays, lists and text, so no file can run code here.
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -203,7 +204,7 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 def _parquet_folders(places: list[Path], published: CifarArchive) -> list[Path]:
     """Return the folders with training images: of `places`, and their sub-folders that Hugging Face names."""
     folders = [place / name for place in places for name in ("", "data", "plain_text", published.name)]
-    unique = {folder.resolve(): folder for folder in reversed(folders)}  # one may be a link to another
+    unique = {os.path.realpath(folder): folder for folder in reversed(folders)}  # one may be a link to another
     return [folder for folder in reversed(unique.values()) if _files_of(folder, "train")]
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import locks, tables
-from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, check_place, digest, is_there, sha256
+from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, LEFT_OUT, check_place, digest, is_there, sha256
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import SPLITS, Dataset
@@ -176,9 +176,9 @@ def store_files(
     return Stored([size, size, 3], [], [], {}, digests, {"seen": recorded} if recorded else {})
 
 
-_IMAGES = ("packing-{0}-*.json", "{0}-?????.shard", f"{{0}}-{HASHES}", "{0}.safetensors")
+_IMAGES = ("packing-{0}-*.json", "{0}-[0-9][0-9][0-9][0-9][0-9].shard", f"{{0}}-{HASHES}", "{0}.safetensors")
 OWN_FILES = (
-    *(DATASET, CLASS_COUNTS),
+    *(DATASET, CLASS_COUNTS, LEFT_OUT),
     *(f"{split}.parquet" for split in SPLITS),
     *(name.format(split) for split in SPLITS for name in _IMAGES),
 )

@@ -115,8 +115,8 @@ class PhaseFolder:
 
 def beside(run: Path, relative: str) -> Path:
     """Return a path recorded relative to a run folder, as a user would type it; absolute if ".." crosses a symlink."""
-    typed, real = Path(os.path.normpath(run / relative)), (run / relative).resolve()
-    return typed if typed.resolve() == real else real
+    typed, real = os.path.normpath(run / relative), os.path.realpath(run / relative)  # resolve() refuses circles
+    return Path(typed if os.path.realpath(typed) == real else real)
 
 
 def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data_root: Path | None = None) -> Dataset:

@@ -1,5 +1,6 @@
 """The choice of the phase that a command reads, from --from, --phase and the phases that are done."""
 
+import os
 from pathlib import Path
 
 from cpmix_cli.artifacts.files import PHASES, RUN, wait_for
@@ -16,6 +17,8 @@ def locate(source: Path) -> tuple[Path, str | None]:
         InputError: the path is no folder.
     """
     if not source.is_dir():
+        if os.path.lexists(source):
+            raise InputError(f"{source} is not a folder", fix="give the folder of a run, or of a phase in it")
         raise InputError(f"no run folder {source}", fix=next_command(source))
     if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
         return source.parent, source.resolve().name

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import exact_contents, files, fix_of, must, refused, unchanged
+from helpers import exact_contents, files, fix_of, must, refused, save, unchanged, write_photos
 from safetensors.torch import save_file
 
 from cpmix_cli.artifacts.files import publish, temporary_for
@@ -197,6 +197,111 @@ def test_a_link_in_place_of_a_result_is_replaced_but_not_its_target(toy: Path, t
     must("build-lt", "toy", "--out", data, "--rho", 5, "--overwrite")
     assert kept.read_bytes() == before
     assert not (data / "train.safetensors").is_symlink()
+
+
+def test_the_list_of_what_is_left_out_replaces_only_such_a_list(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", {"red": 8, "green": 8})
+    put(tmp_path / "photos" / "red" / "notes.txt")
+    build = ("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--image-size", 16, "--out")
+    notes = put(tmp_path / "data" / "left_out.txt")
+    for flags in ([], ["--overwrite"]):
+        with unchanged(tmp_path):
+            refused(4, "1 file that cpmix did not write and would replace: left_out.txt", *build, notes.parent, *flags)
+    notes.unlink()
+    must(*build, notes.parent)
+    assert notes.read_text() == "red/notes.txt\tno image by the name\n"
+    must(*build, notes.parent, "--overwrite")
+    (tmp_path / "photos" / "red" / "notes.txt").unlink()
+    must(*build, notes.parent, "--overwrite")
+    assert not notes.exists()
+
+
+def test_notes_in_the_form_of_a_list_of_unreadable_files_stay(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", {"red": 8, "green": 8})
+    notes = tmp_path / "data-unreadable.txt"
+    for text in ("todo: look again\n", ""):
+        notes.write_text(text)
+        must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "data", "--overwrite")
+        assert notes.read_text() == text
+    notes.write_text(f"{tmp_path}/photos/red/000.png: not an image\n")
+    must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "data", "--overwrite")
+    assert not notes.exists()
+
+
+def test_packing_missing_shards_again_deletes_no_file_of_the_user(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", {"red": 8, "green": 8})
+    data = tmp_path / "data"
+    build = ("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--pack", 16, "--out", data)
+    must(*build)
+    (data / "train-00000.shard").unlink()
+    put(data / "train-mine1.shard")
+    put(data / "train.safetensors")
+    with unchanged(data):
+        refused(4, "1 file that cpmix did not write and would replace: train.safetensors", *build)
+    (data / "train.safetensors").unlink()
+    must(*build)
+    assert (data / "train-mine1.shard").read_text() == "two years of work"
+
+
+def test_a_copy_of_a_recipe_is_the_user_s(toy: Path, toy_run: Path, tmp_path: Path) -> None:
+    """Every run's recipe.toml is a valid --recipe, so users copy and edit them."""
+    copy = tmp_path / "stage1" / "recipe.toml"
+    copy.parent.mkdir()
+    copy.write_text((toy_run / "stage1" / "recipe.toml").read_text() + "# my notes\n")
+    train = ("train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 2)
+    for flags in ([], ["--overwrite"]):
+        with unchanged(tmp_path):
+            refused(4, "would replace: recipe.toml", *train, *flags)
+    copy.rename(tmp_path / "mine.toml")
+    must(*train, "--recipe", tmp_path / "mine.toml")
+    (copy.parent / "run.json").unlink()
+    must(*train, "--recipe", tmp_path / "mine.toml")  # beside a training state it is cpmix's
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("table", "accuracy in per cent\nmine\n"),
+        ("markdown", "**my accuracies, per cent**\n\n- 90\n"),
+        ("latex", "% \\usepackage{booktabs}\n\\begin{table}\n  \\caption{mine}\n"),
+        ("csv", "method,recipe,mine\n"),
+        ("json", '{"runs": ["command: compare"]}\n'),
+    ],
+)
+def test_compare_knows_its_own_tables_from_a_user_s(toy_run: Path, tmp_path: Path, form: str, text: str) -> None:
+    compare = ("compare", toy_run, "--format", form, "--overwrite", "--out")
+    (tmp_path / "mine").write_text(text)
+    with unchanged(tmp_path):
+        refused(4, f"{tmp_path / 'mine'} exists", *compare, tmp_path / "mine")
+    for _ in range(2):
+        must(*compare, tmp_path / "own")
+    for _ in range(2):
+        must("compare", toy_run, "--paper", "table1", "--format", form, "--overwrite", "--out", tmp_path / "own")
+
+
+def test_import_weights_does_not_replace_a_training_state(digits_run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "weights.pth"
+    sha = save({"fc.weight": torch.ones(2, 2)}, checkpoint)
+    state = digits_run / "stage1" / "training_state.safetensors"
+    convert = ("import-weights", checkpoint, "--sha256", sha, "--overwrite", "--out")
+    with unchanged(digits_run):
+        refused(4, f"{state} holds something else", *convert, state)
+    for _ in range(2):
+        must(*convert, tmp_path / "own.safetensors")
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    write_photos(tmp_path / "photos", {"red": 3, "green": 3})
+    build = ("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "out")
+    result = refused(3, f"cannot read {tmp_path / 'out' / 'dataset.json'}: Too many levels of symbolic links", *build)
+    assert fix_of(result)
+    convert = ("import-weights", tmp_path / "weights.pth", "--sha256", "0" * 64, "--out", tmp_path / "out")
+    result = refused(4, f"a link leads back to itself: '{tmp_path / 'out'}'", *convert)
+    assert fix_of(result) == "delete the link, or give another path"
+    for path in (tmp_path / "out", tmp_path / "photos" / "red" / "000.png"):
+        result = refused(3, f"{path} is not a folder", "status", path)
+        assert fix_of(result) == "give the folder of a run, or of a phase in it"
 
 
 def test_names_that_are_not_to_be_written_are_of_no_account(tmp_path: Path) -> None:
