@@ -226,7 +226,9 @@ class TrainStage1Options(TrainingOptions):
     data: Path | None = flag(None, "Data set folder that build-lt wrote. Required.", show_default=False)
     out: Path = flag(Path("ckpt"), "Run folder to write to.")
     init: Path | None = flag(
-        None, "Pretrained weights to start from (safetensors, torchvision's names); the head is new."
+        None,
+        "Pretrained weights to start from: a safetensors file (torchvision's names, with or without a prefix), or the "
+        "folder of a run or phase; the head is new.",
     )
     teacher: Path | None = flag(None, "Run whose network is the teacher of terms with distillation.")
 
@@ -459,8 +461,16 @@ class ImportOptions:
     Example: cpmix import-weights resnet50-11ad3fa6.pth --sha256 11ad3fa6
     """
 
-    file: Annotated[Path, Argument(help="PyTorch checkpoint to convert.", metavar="FILE")]
+    file: Annotated[
+        Path, Argument(help="PyTorch checkpoint to convert; with --prefix also safetensors.", metavar="FILE")
+    ]
     sha256: Annotated[str, Option(help="Published SHA-256 of FILE, or at least its first 8 digits.", metavar="HASH")]
+    prefix: str | None = flag(
+        None,
+        "Take only the tensors whose names begin with this, such as encoder_q, and take it off. Default: all of the "
+        "state_dict.",
+        metavar="NAME",
+    )
     out: Path | None = flag(None, "Output file. Default: FILE with the suffix .safetensors.")
     overwrite: Overwrite = False
 

@@ -10,16 +10,14 @@ what it does not support. build_model() replaces the linear head if `model.head`
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpmix_cli.artifacts.tensors import check_fit
 from cpmix_cli.recipe.schema import Finetune, Model
 
 
@@ -428,30 +426,6 @@ MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
     "resnext50": partial(imagenet_resnet, name="resnext50_32x4d"),  # 23.0 million
     "one-hidden-layer": one_hidden_layer,
 }
-
-
-def load_backbone(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> int:
-    """Copy pretrained weights into a network, in place, except the head. Return the number of copied tensors.
-
-    Experts of full width all start from the same weights.
-
-    Args:
-        model: the network.
-        tensors: name -> tensor. `head.*` and torchvision's `fc.*` are ignored; batch-norm counters may be missing.
-        path: file of the tensors, for messages.
-
-    Raises:
-        InputError: tensors are missing, unknown, of another shape or dtype, or not finite; lists all of them.
-    """
-    own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
-    body = {name: t for name, t in tensors.items() if not name.startswith(("head.", "fc."))}
-    given = {place: t for name, t in body.items() for place in model.places_of(name)}
-    fix = "choose the network that these weights are of with --set model.name=NAME"
-    check_fit(path, given, own, exact=False, needed_by="--init", fix=fix)
-    with torch.no_grad():
-        for name in given:
-            own[name].copy_(given[name])
-    return len(given)
 
 
 def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:

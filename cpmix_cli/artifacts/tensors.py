@@ -69,28 +69,30 @@ def read_tensors(path: Path, sha: str | None = None) -> tuple[dict[str, Tensor],
         raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
 
 
-def check_fit(
-    path: Path,
-    given: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    *,
-    exact: bool = True,
-    needed_by: str = "",
-    fix: str = "",
-) -> None:
-    """Check that tensors of a file can be copied into the tensors of a network.
+def check_fit(path: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check that tensors of a file are those of a network.
 
     Args:
         path: file of the tensors, for the message.
         given: tensors of the file, by name.
         own: tensors of the network, by name.
-        exact: require equal types and all names. If False, floating-point types may differ and the counters of batch
-            norm may be missing.
-        needed_by: flag or phase that needs the file, for the message.
-        fix: advice for the message; "" is the command that writes the file again.
 
     Raises:
-        InputError: lists every tensor that is missing, unknown, of another shape or type, or not finite.
+        InputError: lists every tensor that does not fit, see unfit().
+    """
+    if faults := unfit(given, own):
+        message = f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}"
+        raise InputError(message, path=path)
+
+
+def unfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor], *, exact: bool = True) -> list[str]:
+    """Return a line for every tensor that is missing, unknown, of another shape or type, or not finite.
+
+    Args:
+        given: tensors of a file, by name.
+        own: tensors of a network, by name.
+        exact: require equal types and all names. If False, floating-point types may differ and the counters of batch
+            norm may be missing.
     """
     faults = []
     for name in sorted(own.keys() | given.keys()):
@@ -107,6 +109,4 @@ def check_fit(
             faults.append(f"{name}: has type {kinds[0]}, expected {kinds[1]}")
         elif not found.to(expected.dtype).isfinite().all():  # checked after conversion: a float64 may exceed float32
             faults.append(f"{name}: contains NaN or infinite values")
-    if faults:
-        message = f"{path} does not fit the network, {counted(len(faults), 'tensor')}:{indented(faults, 10)}"
-        raise InputError(message, needed_by=needed_by, fix=fix, path=path)
+    return faults

@@ -1,15 +1,20 @@
 """import-weights: convert a PyTorch checkpoint to a safetensors file. The only code that reads such checkpoints.
 
 The hash is checked before a byte is unpickled, and only PyTorch's tensors-only unpickler is used; no flag changes that.
+Names stay as they are: train-stage1 --init finds the prefix that the network needs.
 PyTorch 2.11, the oldest version that cpmix supports, has the fixes of CVE-2025-32434 and CVE-2026-24747.
 """
 
 import io
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -18,12 +23,16 @@ from cpmix_cli.artifacts.seals import DAMAGED, parse_header
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.flags import ImportOptions
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, shortened
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, give_one_of, indented, shortened
+from cpmix_cli.runtime.text import quoted
 
-WRAPPERS = ("state_dict", "model", "state_dict_ema")
-"""Keys under which training scripts save the weights, next to epoch and optimizer."""
-PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes that DataParallel and torch.compile add to every name."""
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher")
+"""Keys under which training scripts save the weights, next to epoch and optimizer. The first is taken."""
+MAX_DEPTH = 3
+"""Most keys above a state_dict."""
+MAX_UNREAD = 100
+"""Most classes and functions of a checkpoint that get a stand-in; each reads the file once more."""
+_FETCH = "fetch the file again from where it was published, or give one that torch.save(model.state_dict(), FILE) wrote"
 
 
 def run(options: ImportOptions) -> None:
@@ -31,7 +40,7 @@ def run(options: ImportOptions) -> None:
 
     Raises:
         UsageError: the hash is malformed or too short, or --out is the checkpoint itself.
-        InputError: the file is missing, has another hash, or contains more than tensors.
+        InputError: the file is missing, has another hash, or has no state_dict, several of them, or a whole network.
         EnvironmentFault: --out exists with other content, or cannot be written.
     """
     wanted = options.sha256.lower()
@@ -53,7 +62,7 @@ def run(options: ImportOptions) -> None:
         raise InputError(
             f"{options.file} has sha256 {found}, not {wanted}", fix="fetch the file again from where it was published"
         )
-    tensors = _read_checkpoint(data, options.file)
+    tensors = _choose(_read(data, options.file), options)
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
     status = "done"
     # Compares bytes, because a damaged file may still have the right metadata.
@@ -67,7 +76,9 @@ def run(options: ImportOptions) -> None:
         {"status": status, "out": str(out), "num_tensors": len(tensors), "num_values": values, "sha256": sha},
         lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
     )
-    console.note(f"to train from it, give train-stage1 --init {out}")
+    if prefix := _common_prefix(tensors):
+        console.note(f"all names begin with '{prefix}'; train-stage1 --init takes it off, if the network fits then")
+    console.note(f"to train from it, give train-stage1 --init {quoted(out)}")
 
 
 def _is_own(data: bytes) -> bool:
@@ -78,44 +89,164 @@ def _is_own(data: bytes) -> bool:
         return False
 
 
-def _read_checkpoint(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint by their names without PREFIXES."""
-    try:
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as fault:  # a damaged pickle may raise any exception
-        refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(fault))
-        reason = f"it holds {refused[1]}" if refused else str(fault).split("\n")[0].split(". ")[0]
-        raise InputError(
-            f"{path} is no checkpoint of tensors alone, and nothing of it was run: {reason}",
-            fix="ask its authors for the state_dict, or better for safetensors",
-        ) from fault
+class _Unread:
+    """Stand-in for an object of a class that PyTorch's unpickler does not know: its content is dropped."""
+
+    items: type | None = None
+    """OrderedDict or list for a class like them, since the unpickler adds items to these only."""
+
+    def __new__(cls, *_: object) -> Any:
+        """Return an object for the unpickler to fill."""
+        return object.__new__(cls) if cls.items is None else cls.items()
+
+    def __setstate__(self, _: object) -> None:
+        """Drop the content."""
+
+
+def _read(data: bytes, path: Path) -> Any:
+    """Return the content of a checkpoint or a safetensors file.
+
+    No code but PyTorch's runs: its unpickler gets a stand-in for each class or function that it does not know. NumPy's
+    are among these, because NumPy does not check the states that its types are given.
+    """
+    with suppress(*DAMAGED):
+        parse_header(data)
+        return safetensors.torch.load(data)
+    unread: dict[str, type[_Unread]] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in unread.items()]):
+                content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        except Exception as fault:  # a damaged pickle may raise any exception
+            if len(unread) == MAX_UNREAD or not _add_stand_in(unread, str(fault)):
+                raise _unreadable(path, str(fault)) from fault
+        else:
+            if isinstance(content, _Unread):
+                raise _unreadable(path, type(content).__qualname__, whole=True)
+            if unread:
+                console.note(f"not read, because they are no tensors: {shortened(sorted(unread), 5)}")
+            return content
+
+
+def _add_stand_in(unread: dict[str, type[_Unread]], message: str) -> bool:
+    """Add the stand-in that the unpickler lacked, or make one that can hold items. Return False if it is none of that.
+
+    Args:
+        unread: name of a class or function -> stand-in; changes in place.
+        message: error of the unpickler.
+    """
+    if found := re.search(r"Unsupported global: GLOBAL ([\w.]+)", message):
+        name = found[1] if "." in found[1] else f"builtins.{found[1]}"  # whose name the message shortens
+        is_new = name not in unread
+        unread[name] = type("Unread", (_Unread,), {"__qualname__": name})
+        return is_new
+    if found := re.search(rf"Can only (SETITEM|append).* got <class '{re.escape(__name__)}\.([\w.]+)'>", message):
+        unread[found[2]].items = OrderedDict if found[1] == "SETITEM" else list
+        return True
+    return False
+
+
+def _unreadable(path: Path, message: str, *, whole: bool = False) -> InputError:
+    """Return the error for a file without readable tensors.
+
+    Args:
+        path: the checkpoint.
+        message: error of the unpickler, or the class of a pickled network.
+        whole: True for a pickled network.
+    """
+    tensors = quoted(path.with_name(f"{path.stem}-state_dict.pth"))
+    load = "load(sys.argv[1], map_location='cpu', weights_only=False)"
+    reason = message.split("\n")[0].split(". ")[0]
+    trust = "only if you trust its author, because this runs code of the file: "
+    if whole:
+        reason = f"it holds a whole {message}, not its state_dict"
+    elif "TorchScript" in message:
+        reason, load, trust = "it is a TorchScript archive", "jit.load(sys.argv[1], map_location='cpu')", ""
+    elif blocked := re.search(r"unsupported GLOBAL ([\w.]+)", message):
+        return InputError(f"{path} is refused, and nothing of it was run: it calls {blocked[1]}", fix=_FETCH)
+    else:
+        return InputError(f"{path} is no checkpoint of tensors, and nothing of it was run: {reason}", fix=_FETCH)
+    script = f"import sys, torch; torch.save(torch.{load}.state_dict(), sys.argv[2])"
+    convert = f'{console.typed("import-weights")} {tensors} --sha256 "$(sha256sum < {tensors} | cut -c1-64)"'
+    return InputError(
+        f"{path} is no checkpoint of tensors, and nothing of it was run: {reason}",
+        fix=f"{trust}{quoted('python', '-c', script, path)} {tensors} && {convert}",
+    )
+
+
+def _state_dicts(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the mappings of a checkpoint that hold tensors, with their keys joined by dots; not the optimizers'."""
     if isinstance(content, Mapping):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not content:
+        if any(isinstance(value, Tensor) for value in content.values()):
+            yield ".".join(path), content
+        for key, value in content.items():
+            if isinstance(key, str) and "optim" not in key.lower() and len(path) < MAX_DEPTH:
+                yield from _state_dicts(value, (*path, key))
+
+
+def _choose(content: object, options: ImportOptions) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by their names: those of its state_dict, or those that --prefix names."""
+    file, found = options.file, dict(_state_dicts(content))
+    if not found:
+        kind = "an empty" if content == {} else "a"
         raise InputError(
-            f"{path} holds no named tensors, but {'an empty' if content == {} else 'a'} {type(content).__name__}",
+            f"{file} holds no named tensors, but {kind} {type(content).__name__}",
             fix="give a file that torch.save(model.state_dict(), FILE) wrote",
         )
-    if others := [f"{name} ({kind})" for name, value in content.items() if (kind := _not_plain(value))]:
+    sizes = {path: sum(isinstance(value, Tensor) for value in entries.values()) for path, entries in found.items()}
+    large = [path for path, size in sizes.items() if 2 * size >= max(sizes.values())]
+    best = min(map(_rank, large))
+    first, *rivals = [path for path in large if _rank(path) == best]
+    if options.prefix is not None:
+        prefix = options.prefix.rstrip(".") + "."
+        everything = {f"{path}.{name}".lstrip("."): v for path, entries in found.items() for name, v in entries.items()}
+        for entries in (found[first], everything):
+            if taken := {name.removeprefix(prefix): v for name, v in entries.items() if name.startswith(prefix)}:
+                return _plain_tensors(taken, file)
+        known = sorted({name.partition(".")[0] for name in (*found[first], *everything)})
         raise InputError(
-            f"{path} has entries that are no plain tensors: {shortened(others, 10)}",
-            fix="ask its authors for the state_dict alone",
+            f"no name in {file} begins with {prefix}", needed_by="--prefix", fix=give_one_of(prefix, known, "--prefix")
         )
-    plain = re.compile(rf"^({'|'.join(map(re.escape, PREFIXES))})+")
-    names = {name: plain.sub("", str(name)) for name in content}
-    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+    if rivals:
+        listed = [f"{path} ({counted(sizes[path], 'tensor')})" for path in (first, *rivals)]
+        command = console.typed("import-weights", file, "--sha256", options.sha256, "--prefix", first)
         raise InputError(
-            f"{path} has several entries for one name, once {' and '.join(PREFIXES)} are taken off: "
-            + shortened(twice, 10),
-            fix="ask its authors for the state_dict alone",
+            f"{file} has several state_dicts:{indented(listed, 10)}", fix=f"choose one, such as: {command}"
         )
+    others = [path for path in large if path != first]
+    if others:
+        console.note(f"takes {first or 'the tensors of the file itself'}; --prefix takes {' or '.join(others)} instead")
+    return _plain_tensors(found[first], file)
+
+
+def _rank(path: str) -> int:
+    """Return how late a state_dict is taken: those under WRAPPERS first, then the file itself, then other keys."""
+    known = [WRAPPERS.index(key) for key in path.split(".") if key in WRAPPERS]
+    return min(known, default=len(WRAPPERS) + bool(path))
+
+
+def _plain_tensors(entries: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+    """Return the tensors among named entries, and note the others."""
+    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+    if odd := [f"{name} ({kind})" for name, value in tensors.items() if (kind := _not_plain(value))]:
+        raise InputError(
+            f"{file} has tensors that are not plain: {shortened(odd, 10)}",
+            fix="give the state_dict of the network on a CPU, in float32",
+        )
+    if others := [f"{name} ({type(value).__name__})" for name, value in entries.items() if str(name) not in tensors]:
+        console.note(f"left out {counted(len(others), 'entry', 'entries')} that are no tensors: {shortened(others, 5)}")
     # Copies, because tensors of a checkpoint may share memory, which safetensors does not support.
-    return {names[name]: value.detach().clone() for name, value in content.items()}
+    return {name: value.detach().clone() for name, value in tensors.items()}
 
 
-def _not_plain(value: object) -> str:
-    """Return why safetensors cannot store a value; "" for a dense tensor of real numbers."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
+def _common_prefix(names: Iterable[str]) -> str:
+    """Return the modules that all names begin with: "backbone."; "" for none."""
+    split = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(split), max(split), strict=False))
+    return "".join(f"{part}." for part, _ in shared)
+
+
+def _not_plain(value: Tensor) -> str:
+    """Return why safetensors cannot store a tensor; "" for a dense one of real numbers."""
     kinds = {"sparse": value.layout != torch.strided, "quantized": value.is_quantized, "complex": value.is_complex()}
     return next((kind for kind, found in kinds.items() if found), "without values" if value.is_meta else "")

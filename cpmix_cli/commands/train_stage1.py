@@ -13,16 +13,18 @@ from cpmix_cli.artifacts.tensors import read_tensors, tensors_digest
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
-from cpmix_cli.models import PUBLISHED_WEIGHTS, load_backbone
+from cpmix_cli.models import PUBLISHED_WEIGHTS
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.phase_choice import choose, locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
+from cpmix_cli.training.pretrained import load_backbone
 from cpmix_cli.training.state import TrainingState
 
 
@@ -52,31 +54,54 @@ def run(options: TrainStage1Options) -> None:
         recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
     )
     teacher = _choose_teacher(options.teacher, recipe, dataset)
-    _check_init(recipe, options.init)
-    inputs = {} if options.init is None else {"init": options.init}
+    init = None if options.init is None else _weights_of(options.init)
+    _check_init(recipe, init)
+    inputs = {} if init is None else {"init": init}
     if teacher is not None:
         inputs["teacher"] = teacher.path / files.MODEL
-    folder, prepared = PhaseFolder(options.out, "stage1"), partial(_prepare, options.init, teacher)
+    folder, prepared = PhaseFolder(options.out, "stage1"), partial(_prepare, init, teacher)
+    if init is not None and init.resolve() == (folder.path / files.MODEL).resolve():
+        raise UsageError(
+            f"{init} is what this command writes", needed_by="--init", fix="write elsewhere with --out FOLDER"
+        )
     train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
+
+
+def _weights_of(given: Path) -> Path:
+    """Return the weights of --init: a file, or model.safetensors of a folder: the last finished phase of a run.
+
+    The weights of a finished phase must have the hash that its record has.
+    """
+    if given.is_dir():
+        if locate(given)[1] is None and (given / files.MODEL).is_file():  # of no run, such as one from a model hub
+            return given / files.MODEL
+        phase = choose(given)
+    else:
+        phase = PhaseFolder(given.parent.parent, given.parent.name)
+        if given.name != files.MODEL or phase.phase not in files.PHASES or not phase.done:
+            return given
+    path, sha = phase.output(files.MODEL)
+    files.read_bytes(path, sha)
+    return path
 
 
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
     """Check that --init is a safetensors file, and was made from the weights that the recipe names, if any."""
     wanted = recipe.model.init
     sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "")
-    if init is not None and init.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt"):
-        raise InputError(
-            f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
-            needed_by="--init",
-            fix=console.typed("import-weights", init, "--sha256", sha)
-            if sha
-            else "convert it with import-weights, by the sha256 that it was published with",
-        )
     if init is not None and not init.exists() and init.parent.name not in files.PHASES:
         raise InputError(
             f"cannot read {init}: it does not exist",
             needed_by="--init",
             fix="correct the path, or convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
+        )
+    if init is not None and init.exists() and _is_checkpoint(init):
+        published = sha or next(iter(re.findall(r"-([0-9a-f]{8,64})\.", init.name)), "")
+        digest = quoted(published) if published else f"$(sha256sum {quoted(init)} | cut -c1-64)"
+        raise InputError(
+            f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
+            needed_by="--init",
+            fix=f"{console.typed('import-weights', init, '--sha256')} {digest}",
         )
     if not wanted:
         return
@@ -97,6 +122,14 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
             needed_by="--init",
             fix=f"{fix}; or take any weights with --set model.init=",
         )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file is named as PyTorch checkpoints are, or starts as they do: a ZIP archive or a pickle."""
+    with files.open_file(path) as file:
+        start = file.read(4)
+    named = path.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt")
+    return named or start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
 
 
 def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -> PhaseFolder | None:
@@ -143,7 +176,8 @@ def _prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseConte
     plan = make_plan(context, "stage1")
     state = fresh_state(context)
     if init is not None:
-        taken = load_backbone(state.model, _read_weights(init, context.inputs["init"]), init)
+        recipe, shape = context.recipe, context.recipe.data.input_shape(context.dataset.shape)
+        taken = load_backbone(state.model, _read_weights(init, context.inputs["init"]), init, recipe.model, shape)
         console.note(f"starts from {taken} tensors of {init}; the head is new")
     elif state.model.frozen:
         # Frozen batch norm keeps mean 0 and variance 1, so deep networks may overflow.

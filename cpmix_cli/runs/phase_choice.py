@@ -20,7 +20,7 @@ def locate(source: Path) -> tuple[Path, str | None]:
         if os.path.lexists(source):
             raise InputError(f"{source} is not a folder", fix="give the folder of a run, or of a phase in it")
         raise InputError(f"no run folder {source}", fix=next_command(source))
-    if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).done:
+    if source.resolve().name in PHASES and PhaseFolder(source.parent, source.resolve().name).is_begun:
         return source.parent, source.resolve().name
     return source, None
 

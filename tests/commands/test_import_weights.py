@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cpmix_cli.commands.train_stage1 import _read_weights
-from cpmix_cli.models import build_model, load_backbone
+from cpmix_cli.models import build_model
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.pretrained import load_backbone
 from cpmix_cli.training.state import load_model
 
 
@@ -120,7 +121,9 @@ def test_weights_are_loaded_except_the_head(weights: dict[str, torch.Tensor], ge
     head = model.head.weight.clone()
     given = {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")}
     given |= {"fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}
-    assert load_backbone(model, given, Path("w")) == len([n for n in given if not n.startswith(("head.", "fc."))])
+    assert load_backbone(model, given, Path("w"), Model(name="resnet8"), (8, 8, 1)) == len(
+        [n for n in given if not n.startswith(("head.", "fc."))]
+    )
     assert torch.equal(model.head.weight, head)
     for name, tensor in model.state_dict().items():
         if not name.startswith("head."):
@@ -137,7 +140,7 @@ def test_all_that_does_not_fit_is_listed(weights: dict[str, torch.Tensor], gener
     weights["bn1.running_var"] = torch.ones(16, dtype=torch.int8)
     weights["layer9.weight"] = torch.zeros(2)
     with pytest.raises(InputError) as fault:
-        load_backbone(model, weights, Path("w.safetensors"))
+        load_backbone(model, weights, Path("w.safetensors"), Model(name="resnet8"), (8, 8, 1))
     assert str(fault.value).splitlines()[:7] == [
         "error: w.safetensors does not fit the network, 6 tensors:",
         "    bn1.bias: contains NaN or infinite values",

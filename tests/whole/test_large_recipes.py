@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.commands.compare import _places
 from cpmix_cli.commands.train_stage1 import _check_init
-from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model, load_backbone
+from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, build_model
 from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.recipe.schema import Model, changed
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun, evaluations_of
@@ -20,6 +20,7 @@ from cpmix_cli.results.methods import recognised
 from cpmix_cli.results.paper import PAPER_TABLES
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.training.checks import check_fits
+from cpmix_cli.training.pretrained import load_backbone
 
 LARGE = [name for name in recipe_names() if name.startswith(("imagenet-lt", "places-lt", "inaturalist2018"))]
 LAST_BLOCK = load("places-lt/cpmix-last-block").model.frozen or []  # typed by hand in test_published.py
@@ -253,12 +254,13 @@ def test_experts_all_start_from_the_published_stages(shared: int, generator: tor
     experts = build_model(recipe, 5, (64, 64, 3), generator).eval()
     heads = [head.weight.clone() for head in experts.heads]
     given = {name.replace("head.", "fc."): t for name, t in plain.state_dict().items()}
-    load_backbone(experts, given, Path("w"))
+    load_backbone(experts, given, Path("w"), recipe, (64, 64, 3))
     x = torch.randn(2, 3, 64, 64, generator=generator)
     with torch.no_grad():
         for features in experts.features(x).chunk(3, 1):
             torch.testing.assert_close(features, plain.features(x))
     assert all(torch.equal(head.weight, own) for head, own in zip(experts.heads, heads, strict=True))
-    narrow = build_model(recipe.model_copy(update={"expert_width": 0.5}), 5, (64, 64, 3), generator)
+    halved = recipe.model_copy(update={"expert_width": 0.5})
+    narrow = build_model(halved, 5, (64, 64, 3), generator)
     with pytest.raises(InputError, match=r"experts\.0\.0\.bn1\.bias: has shape"):
-        load_backbone(narrow, given, Path("w"))
+        load_backbone(narrow, given, Path("w"), halved, (64, 64, 3))

@@ -1,0 +1,176 @@
+"""Pretrained weights of --init: which names of a file are the network's, and their copy into the network.
+
+Files name a backbone differently: `backbone.conv1.weight`, `module.encoder_q.conv1.weight`. The prefix to take off is
+the one under which the file has every tensor of the backbone in its shape. No network is loaded in part.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts.tensors import unfit
+from cpmix_cli.models import MODELS, Classifier
+from cpmix_cli.recipe.schema import Model
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
+from cpmix_cli.runtime.text import quoted
+
+COPIES = frozenset({"k", "key", "momentum", "target", "student", "ema"})
+"""Words in the prefix of a second network that a method keeps beside the one to use: MoCo's encoder_k and
+momentum_encoder, BYOL's target network, DINO's student, averages of weights."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Tensors of a file for a network, after a prefix of their names is taken off."""
+
+    prefix: str
+    own: dict[str, Tensor]
+    """Tensors of the network, except the head."""
+    given: dict[str, Tensor]
+    """Tensors of the file by the names of the network."""
+    left_out: list[str]
+    """Names of the file that belong to none of the network's modules."""
+    num_fitting: int
+    """Number of tensors of the network that the file has in their shape, without batch-norm counters."""
+    num_needed: int
+    rivals: list[str]
+    """Prefixes under which the file has the whole network, if none is to be preferred."""
+
+    def faults(self) -> list[str]:
+        """Return one line per tensor that does not fit."""
+        return unfit(self.given, self.own, exact=False)
+
+
+def load_backbone(
+    model: Classifier, tensors: Mapping[str, Tensor], path: Path, recipe: Model, shape: Sequence[int]
+) -> int:
+    """Copy pretrained weights into a network, in place, except the head. Return the number of copied tensors.
+
+    Notes say which prefix was taken off the names, and which tensors of other modules were left out. Experts of full
+    width all start from the same weights.
+
+    Args:
+        model: the network.
+        tensors: name -> tensor. `head.*` and torchvision's `fc.*` are ignored; batch-norm counters may be missing.
+        path: file of the tensors, for messages.
+        recipe: table [model] of the network.
+        shape: shape of a sample: (H, W, channels) or (2,).
+
+    Raises:
+        InputError: tensors are missing, unknown, of another shape or dtype, or not finite; lists all of them. Or
+            several networks of the file fit.
+    """
+    match = _match(model, tensors)
+    if match.rivals:
+        raise InputError(
+            f"{path} has {len(match.rivals)} networks that fit, with these prefixes of names:{indented(match.rivals)}",
+            needed_by="--init",
+            fix=_choose(path, match.rivals[0]),
+        )
+    if faults := match.faults():
+        found = (
+            f". With the prefix '{match.prefix}' taken off its names, {match.num_fitting:,} of {match.num_needed:,} "
+            "tensors of the network are found; what does not fit"
+        )
+        raise InputError(
+            f"{path} does not fit the network{found if match.prefix else ''}, {counted(len(faults), 'tensor')}:"
+            + indented(faults, 10),
+            needed_by="--init",
+            fix=_other_network(match, tensors, recipe, shape),
+        )
+    if match.prefix:
+        num_names = sum(name.startswith(match.prefix) for name in tensors)
+        console.note(f"took the prefix '{match.prefix}' off {counted(num_names, 'name')} of {path}")
+    if match.left_out:
+        modules = Counter(_diverging(name, match.prefix) for name in match.left_out)
+        listed = [f"{module} ({count:,})" if count > 1 else module for module, count in sorted(modules.items())]
+        console.note(f"left out {counted(len(match.left_out), 'other tensor')}: {shortened(listed, 10)}")
+    with torch.no_grad():
+        for name, tensor in match.given.items():
+            match.own[name].copy_(tensor)
+    return len(match.given)
+
+
+def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
+    """Match tensors with a network, under the prefix of which it is found whole, else under the closest one."""
+    own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+
+    def places(name: str, tensor: Tensor) -> set[str]:
+        return {p for p in model.places_of(name) if p in needed and own[p].shape == tensor.shape}
+
+    fitting: dict[str, set[str]] = defaultdict(set)
+    for name, tensor in tensors.items():
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            fitting[name[:start]] |= places(name[start:], tensor)
+    closest = max(fitting, key=lambda prefix: (len(fitting[prefix]), -len(prefix)), default="")
+    whole = [prefix for prefix, found in fitting.items() if found == needed]
+    first = [prefix for prefix in whole if COPIES.isdisjoint(re.split(r"[._]", prefix))]
+    if len(fitting[closest]) * 2 < len(needed) or "" in whole:
+        closest = ""
+    elif len(first) == 1:
+        (closest,) = first
+    rivals = whole if closest in whole and closest and len(whole) > 1 and len(first) != 1 else []
+
+    inside = {name.removeprefix(closest): t for name, t in tensors.items() if name.startswith(closest)}
+    body = {name: t for name, t in inside.items() if not name.startswith(("head.", "fc."))}
+    left_out = [name for name in tensors if not name.startswith(closest)]
+    if closest in whole:
+        # layer1.2 or layer5 would be of a deeper network; projector.0 is of another module.
+        kinds = {_kind(name) for name, tensor in body.items() if places(name, tensor)}
+        strangers = [name for name in body if _kind(name) not in kinds]
+        left_out += [closest + name for name in strangers]
+        body = {name: tensor for name, tensor in body.items() if name not in strangers}
+    given = {place: t for name, t in body.items() for place in model.places_of(name)}
+    return _Match(closest, own, given, sorted(left_out), len(fitting[closest]), len(needed), rivals)
+
+
+def _kind(name: str) -> str:
+    """Return the outermost module of a tensor without its number: layer1.0.conv1.weight -> layer."""
+    return name.partition(".")[0].rstrip("0123456789")
+
+
+def _diverging(name: str, prefix: str) -> str:
+    """Return the outermost module of a tensor that does not lead to `prefix`: module.encoder_k of module.encoder_q."""
+    parts = name.split(".")
+    pairs = enumerate(zip(parts, prefix.split("."), strict=False))
+    depth = next((depth for depth, (own, leading) in pairs if own != leading), len(parts))
+    return ".".join(parts[: depth + 1])
+
+
+def _choose(path: Path, prefix: str) -> str:
+    """Return how to choose one of several networks of a file."""
+    out = path.with_name(f"{path.stem}-{prefix.strip('.').replace('.', '-')}.safetensors")
+    sha = files.sha256(files.read_bytes(path))
+    command = console.typed("import-weights", path, "--sha256", sha, "--prefix", prefix, "--out", out)
+    return f"choose one, such as: {command}, and give --init {quoted(out)}"
+
+
+def _other_network(match: _Match, tensors: Mapping[str, Tensor], recipe: Model, shape: Sequence[int]) -> str:
+    """Return what to do about weights that do not fit: name a network that they fit, if there is one.
+
+    Args:
+        match: the match with the network of the recipe.
+        tensors: tensors of the file.
+        recipe: table [model] of the network.
+        shape: shape of a sample.
+    """
+    if match.num_fitting == match.num_needed and match.given.keys() <= match.own.keys():
+        return "give other weights: those of the network are finite floating-point numbers"
+    changes: list[dict[str, Any]] = [*({"name": name} for name in MODELS), {"expert_width": 1.0}]
+    for change in changes:
+        other = recipe.model_copy(update=change)
+        with suppress(ValueError), torch.device("meta"):  # ValueError: a network for other samples
+            if not _match(MODELS[other.name](2, shape, other), tensors).faults():
+                flags = " ".join(f"--set model.{key}={value}" for key, value in change.items())
+                return f"give {flags}, as these weights require"
+    return f"give weights of {recipe.name}: these fit no network of cpmix for samples of shape {tuple(shape)}"
