@@ -53,7 +53,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "predict": "--from --phase --top --out --skip-unreadable --device --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
-        "import-weights": "--sha256 --out --overwrite --json",
+        "import-weights": "--sha256 --prefix --out --overwrite --json",
         "bench": "--recipe --set --epochs --data --data-root --device --rounds --seconds --world-size --cores --link "
         "--json",
     }

@@ -6,6 +6,7 @@ PyTorch 2.11, the oldest version that cpmix supports, has the fixes of CVE-2025-
 """
 
 import io
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ MAX_DEPTH = 3
 """Most keys above a state_dict."""
 MAX_UNREAD = 100
 """Most classes and functions of a checkpoint that get a stand-in; each reads the file once more."""
+_TRUST = "only if you trust its author, because this runs code of the file"
+_LOAD = 'torch.load(sys.argv[1], map_location="cpu", weights_only=False)'
 _FETCH = "fetch the file again from where it was published, or give one that torch.save(model.state_dict(), FILE) wrote"
 
 
@@ -62,7 +65,10 @@ def run(options: ImportOptions) -> None:
         raise InputError(
             f"{options.file} has sha256 {found}, not {wanted}", fix="fetch the file again from where it was published"
         )
-    tensors = _choose(_read(data, options.file), options)
+    content, unread = _read(data, options.file)
+    tensors = _choose(content, options)
+    if unread:
+        console.note(f"left out, and nothing of it was run: {shortened(unread, 5)}")
     converted = tensor_bytes(tensors, sealed_metadata(tensors, {"file": options.file.name, "sha256": found}))
     status = "done"
     # Compares bytes, because a damaged file may still have the right metadata.
@@ -95,37 +101,35 @@ class _Unread:
     items: type | None = None
     """OrderedDict or list for a class like them, since the unpickler adds items to these only."""
 
+    is_network: bool = False
+    """True for a torch.nn.Module."""
+
     def __new__(cls, *_: object) -> Any:
         """Return an object for the unpickler to fill."""
         return object.__new__(cls) if cls.items is None else cls.items()
 
-    def __setstate__(self, _: object) -> None:
+    def __setstate__(self, state: object) -> None:
         """Drop the content."""
+        self.is_network = isinstance(state, Mapping) and "_modules" in state
 
 
-def _read(data: bytes, path: Path) -> Any:
-    """Return the content of a checkpoint or a safetensors file.
+def _read(data: bytes, path: Path) -> tuple[Any, list[str]]:
+    """Return the content of a checkpoint or a safetensors file, and the classes and functions that were not read.
 
     No code but PyTorch's runs: its unpickler gets a stand-in for each class or function that it does not know. NumPy's
     are among these, because NumPy does not check the states that its types are given.
     """
     with suppress(*DAMAGED):
         parse_header(data)
-        return safetensors.torch.load(data)
+        return safetensors.torch.load(data), []
     unread: dict[str, type[_Unread]] = {}
     while True:
         try:
             with torch.serialization.safe_globals([(kind, name) for name, kind in unread.items()]):
-                content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+                return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"), sorted(unread)
         except Exception as fault:  # a damaged pickle may raise any exception
             if len(unread) == MAX_UNREAD or not _add_stand_in(unread, str(fault)):
                 raise _unreadable(path, str(fault)) from fault
-        else:
-            if isinstance(content, _Unread):
-                raise _unreadable(path, type(content).__qualname__, whole=True)
-            if unread:
-                console.note(f"not read, because they are no tensors: {shortened(sorted(unread), 5)}")
-            return content
 
 
 def _add_stand_in(unread: dict[str, type[_Unread]], message: str) -> bool:
@@ -135,50 +139,48 @@ def _add_stand_in(unread: dict[str, type[_Unread]], message: str) -> bool:
         unread: name of a class or function -> stand-in; changes in place.
         message: error of the unpickler.
     """
-    if found := re.search(r"Unsupported global: GLOBAL ([\w.]+)", message):
+    if found := re.search(r"Unsupported global: GLOBAL (\S+) was not", message):
         name = found[1] if "." in found[1] else f"builtins.{found[1]}"  # whose name the message shortens
-        is_new = name not in unread
+        if name in unread or name.startswith(("torch._", "torch.storage.")):  # a tensor of a newer PyTorch
+            return False
         unread[name] = type("Unread", (_Unread,), {"__qualname__": name})
-        return is_new
-    if found := re.search(rf"Can only (SETITEM|append).* got <class '{re.escape(__name__)}\.([\w.]+)'>", message):
+        return True
+    if found := re.search(rf"Can only (SETITEM|append).* got <class '{re.escape(__name__)}\.(\S+)'>", message):
         unread[found[2]].items = OrderedDict if found[1] == "SETITEM" else list
         return True
     return False
 
 
-def _unreadable(path: Path, message: str, *, whole: bool = False) -> InputError:
-    """Return the error for a file without readable tensors.
-
-    Args:
-        path: the checkpoint.
-        message: error of the unpickler, or the class of a pickled network.
-        whole: True for a pickled network.
-    """
-    tensors = quoted(path.with_name(f"{path.stem}-state_dict.pth"))
-    load = "load(sys.argv[1], map_location='cpu', weights_only=False)"
-    reason = message.split("\n")[0].split(". ")[0]
-    trust = "only if you trust its author, because this runs code of the file: "
-    if whole:
-        reason = f"it holds a whole {message}, not its state_dict"
-    elif "TorchScript" in message:
-        reason, load, trust = "it is a TorchScript archive", "jit.load(sys.argv[1], map_location='cpu')", ""
-    elif blocked := re.search(r"unsupported GLOBAL ([\w.]+)", message):
+def _unreadable(path: Path, message: str) -> InputError:
+    """Return the error for a file that PyTorch's unpickler refuses with this message."""
+    if blocked := re.search(r"unsupported GLOBAL ([\w.]+)", message):
         return InputError(f"{path} is refused, and nothing of it was run: it calls {blocked[1]}", fix=_FETCH)
-    else:
-        return InputError(f"{path} is no checkpoint of tensors, and nothing of it was run: {reason}", fix=_FETCH)
-    script = f"import sys, torch; torch.save(torch.{load}.state_dict(), sys.argv[2])"
-    convert = f'{console.typed("import-weights")} {tensors} --sha256 "$(sha256sum < {tensors} | cut -c1-64)"'
+    if "TorchScript" in message:
+        fix = _save_again(path, 'torch.jit.load(sys.argv[1], map_location="cpu").state_dict()')
+        return InputError(f"{path} is a TorchScript archive, no checkpoint of tensors", fix=fix)
     return InputError(
-        f"{path} is no checkpoint of tensors, and nothing of it was run: {reason}",
-        fix=f"{trust}{quoted('python', '-c', script, path)} {tensors} && {convert}",
+        f"{path} is damaged, or was not written by torch.save(); nothing of it was run",
+        fix=f"{_FETCH}; or, {_TRUST}: {_save_again(path, _LOAD)}",
     )
 
 
-def _state_dicts(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+def _save_again(path: Path, tensors: str) -> str:
+    """Return the command that saves the tensors of a checkpoint in a file of their own and imports that.
+
+    Args:
+        path: the checkpoint.
+        tensors: Python expression that reads them from sys.argv[1].
+    """
+    out = quoted(path.with_name(f"{path.stem}-state_dict.pth"))
+    save = quoted("python", "-c", f"import sys, torch; torch.save({tensors}, sys.argv[2])", path)
+    return f'{save} {out} && {console.typed("import-weights")} {out} --sha256 "$(sha256sum < {out} | cut -c1-64)"'
+
+
+def _state_dicts(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the mappings of a checkpoint that hold tensors, with their keys joined by dots; not the optimizers'."""
     if isinstance(content, Mapping):
         if any(isinstance(value, Tensor) for value in content.values()):
-            yield ".".join(path), content
+            yield ".".join(path), {str(name): value for name, value in content.items()}
         for key, value in content.items():
             if isinstance(key, str) and "optim" not in key.lower() and len(path) < MAX_DEPTH:
                 yield from _state_dicts(value, (*path, key))
@@ -188,18 +190,15 @@ def _choose(content: object, options: ImportOptions) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by their names: those of its state_dict, or those that --prefix names."""
     file, found = options.file, dict(_state_dicts(content))
     if not found:
-        kind = "an empty" if content == {} else "a"
-        raise InputError(
-            f"{file} holds no named tensors, but {kind} {type(content).__name__}",
-            fix="give a file that torch.save(model.state_dict(), FILE) wrote",
-        )
+        raise _no_tensors(content, file)
     sizes = {path: sum(isinstance(value, Tensor) for value in entries.values()) for path, entries in found.items()}
     large = [path for path, size in sizes.items() if 2 * size >= max(sizes.values())]
     best = min(map(_rank, large))
     first, *rivals = [path for path in large if _rank(path) == best]
     if options.prefix is not None:
         prefix = options.prefix.rstrip(".") + "."
-        everything = {f"{path}.{name}".lstrip("."): v for path, entries in found.items() for name, v in entries.items()}
+        whole = {f"{path}." if path else "": entries for path, entries in found.items()}
+        everything = {path + name: value for path, entries in whole.items() for name, value in entries.items()}
         for entries in (found[first], everything):
             if taken := {name.removeprefix(prefix): v for name, v in entries.items() if name.startswith(prefix)}:
                 return _plain_tensors(taken, file)
@@ -213,10 +212,26 @@ def _choose(content: object, options: ImportOptions) -> dict[str, Tensor]:
         raise InputError(
             f"{file} has several state_dicts:{indented(listed, 10)}", fix=f"choose one, such as: {command}"
         )
-    others = [path for path in large if path != first]
-    if others:
-        console.note(f"takes {first or 'the tensors of the file itself'}; --prefix takes {' or '.join(others)} instead")
+    if others := [path for path in large if path not in ("", first)]:
+        console.note(f"takes {first or 'the outermost tensors'}; --prefix takes {' or '.join(others)} instead")
     return _plain_tensors(found[first], file)
+
+
+def _no_tensors(content: object, file: Path) -> InputError:
+    """Return the error for a checkpoint that holds no named tensors, but perhaps a whole network."""
+    entries = content.items() if isinstance(content, Mapping) else [("", content)]
+    for key, network in entries:
+        if isinstance(network, _Unread) and network.is_network:
+            inside = f"[{json.dumps(key)}]" if isinstance(content, Mapping) else ""
+            return InputError(
+                f"{file} holds a whole {type(network).__qualname__}, not its state_dict; nothing of it was run",
+                fix=f"{_TRUST}: {_save_again(file, f'{_LOAD}{inside}.state_dict()')}",
+            )
+    kind = "an empty" if content == {} else "a"
+    return InputError(
+        f"{file} holds no named tensors, but {kind} {type(content).__qualname__}",
+        fix="give a file that torch.save(model.state_dict(), FILE) wrote",
+    )
 
 
 def _rank(path: str) -> int:
@@ -225,16 +240,17 @@ def _rank(path: str) -> int:
     return min(known, default=len(WRAPPERS) + bool(path))
 
 
-def _plain_tensors(entries: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+def _plain_tensors(entries: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     """Return the tensors among named entries, and note the others."""
-    tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if odd := [f"{name} ({kind})" for name, value in tensors.items() if (kind := _not_plain(value))]:
         raise InputError(
             f"{file} has tensors that are not plain: {shortened(odd, 10)}",
             fix="give the state_dict of the network on a CPU, in float32",
         )
-    if others := [f"{name} ({type(value).__name__})" for name, value in entries.items() if str(name) not in tensors]:
-        console.note(f"left out {counted(len(others), 'entry', 'entries')} that are no tensors: {shortened(others, 5)}")
+    others = [f"{name} ({type(value).__qualname__})" for name, value in entries.items() if name not in tensors]
+    if others:
+        console.note(f"left out what is no tensor: {shortened(others, 5)}")
     # Copies, because tensors of a checkpoint may share memory, which safetensors does not support.
     return {name: value.detach().clone() for name, value in tensors.items()}
 

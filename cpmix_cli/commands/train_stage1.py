@@ -16,7 +16,7 @@ from cpmix_cli.flags import TrainStage1Options
 from cpmix_cli.models import PUBLISHED_WEIGHTS
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.phase_choice import choose, locate
+from cpmix_cli.runs.phase_choice import choose, choose_phase, locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.text import quoted
@@ -68,14 +68,22 @@ def run(options: TrainStage1Options) -> None:
 
 
 def _weights_of(given: Path) -> Path:
-    """Return the weights of --init: a file, or model.safetensors of a folder: the last finished phase of a run.
+    """Return the weights of --init: a file, or model.safetensors of a folder or of the last finished phase of a run.
 
-    The weights of a finished phase must have the hash that its record has.
+    Raises:
+        InputError: the folder has no such file, or the weights of a finished phase differ from its record.
     """
     if given.is_dir():
-        if locate(given)[1] is None and (given / files.MODEL).is_file():  # of no run, such as one from a model hub
-            return given / files.MODEL
-        phase = choose(given)
+        run, named = locate(given)
+        if not any(PhaseFolder(run, phase).is_begun for phase in files.PHASES):
+            if (given / files.MODEL).is_file():  # such as a copied phase, or the folder of a model hub
+                return given / files.MODEL
+            raise InputError(
+                f"{given} holds no phase of a run, and no {files.MODEL}",
+                needed_by="--init",
+                fix="give a safetensors file, or the folder of a trained run, such as --init ckpt/digits",
+            )
+        phase = choose_phase(run, named, files.PHASES)
     else:
         phase = PhaseFolder(given.parent.parent, given.parent.name)
         if given.name != files.MODEL or phase.phase not in files.PHASES or not phase.done:

@@ -113,7 +113,7 @@ def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
             fitting[name[:start]] |= places(name[start:], tensor)
     closest = max(fitting, key=lambda prefix: (len(fitting[prefix]), -len(prefix)), default="")
-    whole = [prefix for prefix, found in fitting.items() if found == needed]
+    whole = sorted(prefix for prefix, found in fitting.items() if found == needed)
     first = [prefix for prefix in whole if COPIES.isdisjoint(re.split(r"[._]", prefix))]
     if len(fitting[closest]) * 2 < len(needed) or "" in whole:
         closest = ""
