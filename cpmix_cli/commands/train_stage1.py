@@ -135,9 +135,11 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
 def _is_checkpoint(path: Path) -> bool:
     """Return whether a file is named as PyTorch checkpoints are, or starts as they do: a ZIP archive or a pickle."""
     with files.open_file(path) as file:
-        start = file.read(4)
-    named = path.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt")
-    return named or start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
+        start = file.read(9)
+    if path.suffix.lower() in (".pth", ".pt", ".bin", ".ckpt") or start.startswith(b"PK\x03\x04"):
+        return True
+    # The length of a safetensors header may begin as a pickle does, but its JSON follows.
+    return start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{"
 
 
 def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -> PhaseFolder | None:

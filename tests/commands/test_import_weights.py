@@ -296,7 +296,9 @@ def test_imported_weights_equal_the_run_and_can_be_trained_further(
     sha = save({"state_dict": {f"module.{n}": t for n, t in given.items()}}, tmp_path / "w.pth")
     must("import-weights", tmp_path / "w.pth", "--sha256", sha)
     imported = load_file(tmp_path / "w.safetensors")
-    assert {n: t.tolist() for n, t in imported.items()} == {n: t.tolist() for n, t in given.items()}
+    assert {n.removeprefix("module."): t.tolist() for n, t in imported.items()} == {
+        n: t.tolist() for n, t in given.items()
+    }
     command = ["train-stage1", "--data", str(digits), "--epochs", "45", "--init", str(tmp_path / "w.safetensors")]
     must(*command, "--out", tmp_path / "whole")
     record = json.loads((tmp_path / "whole" / "stage1" / "run.json").read_text())

@@ -224,7 +224,7 @@ def test_a_recipe_requires_its_published_weights(photos: Path, published: Path, 
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     said = "foreign.safetensors does not say what it was made from; the recipe has model.init"
     refused(3, said, *wanted, "--init", tmp_path / "foreign.safetensors")
-    refused(3, f"cannot read {tmp_path}", *wanted, "--init", tmp_path)
+    refused(3, f"{tmp_path} holds no phase of a run, and no model.safetensors", *wanted, "--init", tmp_path)
     assert must(*wanted, "--init", published, "--json").json["status"] == "dry run"
     assert must(*run, "--set", "model.init=", "--init", other, "--json").json["status"] == "dry run"
     random = must(*run, "--json")
