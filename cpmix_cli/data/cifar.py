@@ -12,7 +12,7 @@ import pickle
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,26 @@ def _unpickled(data: bytes, md5: str, what: str) -> dict[str, Any]:
 
 
 def _parquet_folders(places: list[Path], published: CifarArchive) -> list[Path]:
-    """Return the folders with training images: of `places`, and their sub-folders that Hugging Face names."""
-    folders = [place / name for place in places for name in ("", "data", "plain_text", published.name)]
-    unique = {os.path.realpath(folder): folder for folder in reversed(folders)}  # one may be a link to another
-    return [folder for folder in reversed(unique.values()) if _files_of(folder, "train")]
+    """Return the folders with training images: of `places`, and their sub-folders that Hugging Face names.
+
+    A place may be Hugging Face's cache, a data set's folder in it, or a snapshot. Equal snapshots count once.
+    """
+
+    def inside(roots: Iterable[Path]) -> list[Path]:
+        folders = [root / name for root in roots for name in ("", "data", "plain_text", published.name)]
+        unique = {os.path.realpath(folder): folder for folder in reversed(folders)}  # one may be a link to another
+        return [folder for folder in reversed(unique.values()) if _files_of(folder, "train")]
+
+    def content(folder: Path) -> list[tuple[str, str]]:
+        found = [*_files_of(folder, "train"), *_files_of(folder, "test")]
+        return [(str(path.relative_to(folder)), sha256(read_bytes(path))) for path in found]
+
+    caches = [*places, *(cache for place in places for cache in place.glob(f"datasets--*{published.name}"))]
+    snapshots = inside(snapshot for cache in caches for snapshot in sorted(cache.glob("snapshots/*")))
+    if len(snapshots) > 1:
+        contents = [content(folder) for folder in snapshots]
+        snapshots = [folder for i, folder in enumerate(snapshots) if contents[i] not in contents[:i]]
+    return inside(places) + snapshots
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:

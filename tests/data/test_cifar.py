@@ -185,6 +185,31 @@ def test_a_link_to_the_same_folder_is_no_second_set(tmp_path: Path) -> None:
     assert built(tmp_path / "in") == pixels(*range(20))
 
 
+def cached(snapshot: Path, name: str, blob: str, first: int) -> None:
+    """A shard of Hugging Face's cache: a link to a blob of the data set's folder, which is named after its content."""
+    place = snapshot / "plain_text" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shard(snapshot.parents[1] / "blobs" / blob, first=first)
+    place.symlink_to(f"../../../blobs/{blob}")
+
+
+def test_the_cache_of_hugging_face_is_read_at_each_of_its_folders(tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    snapshots = hub / "datasets--uoft-cs--cifar10" / "snapshots"
+    for revision in ("0123", "4567"):  # of the second one, only the README differs
+        cached(snapshots / revision, TRAIN, "aaaa", 0)
+        cached(snapshots / revision, TEST, "bbbb", 9000)
+    for place in (hub, snapshots.parent, snapshots / "4567", snapshots / "0123" / "plain_text"):
+        assert "a part of cifar10" in must(*build(place), "--out", tmp_path / "out").stderr
+    cached(snapshots / "89ab", TRAIN, "cccc", 100)
+    cached(snapshots / "89ab", TEST, "bbbb", 9000)
+    message = f"*train*.parquet in {snapshots}/0123/plain_text and in {snapshots}/89ab/plain_text"
+    refused(3, [message, "--data-root FOLDER"], *build(hub))
+    must(*build(snapshots / "89ab" / "plain_text"), "--out", tmp_path / "other")
+    (snapshots.parent / "blobs" / "cccc").unlink()
+    refused(3, f"{snapshots}/89ab/plain_text/{TRAIN}", *build(snapshots / "89ab"))
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "train-00000-of-00003.parquet")
     shard(tmp_path / TEST)
