@@ -21,6 +21,7 @@ _SPLIT = [tables.split_schema(by_path).names for by_path in (True, False)]
 _FORMS: dict[str, list[list[str]]] = {
     **{f"{split}.parquet": _SPLIT for split in ("train", "val", "test", "samples")},
     **{f"{split}-{files.HASHES}": [tables.HASHES_SCHEMA.names] for split in ("train", "val", "test")},
+    **{f"{split}-{files.SEEN}": [tables.SEEN_SCHEMA.names] for split in ("train", "val", "test")},
     files.CLASS_COUNTS: [tables.CLASS_COUNTS_SCHEMA.names],
     files.CONFUSION_PAIRS: [tables.CONFUSION_SCHEMA.names],
     files.CONFUSION_MATRIX: [tables.CONFUSION_SCHEMA.names],

@@ -36,6 +36,8 @@ CLASS_COUNTS_SCHEMA = schema_of(
 )
 HASHES_SCHEMA = schema_of("sample_id int64", "sha256 sha256")
 """sha256 of each packed image of a split."""
+SEEN_SCHEMA = schema_of("sample_id int64", "size int64", "changed_ns int64", "sha256 sha256")
+"""Bytes, time of the last change and content of each file of a split, of a user's images that stay in their files."""
 CONFUSION_SCHEMA = schema_of("true_class int32", "predicted_class int32", "count int64")
 PER_CLASS_SCHEMA = schema_of(
     *("class_id int32", "class_name string", "group string"),

@@ -471,7 +471,7 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
         "fingerprint": record.fingerprint,
     }
     table: list[str] = []
-    if source.times is not None:  # a folder was scanned
+    if source.times is not None and not source.files:  # a folder was scanned
         fields["files"], rows = _files_of(dataset, source, status)
         table = [*console.table_lines(("files", ">number", "such as"), rows), ""]
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"

@@ -16,6 +16,7 @@ import torch
 from cpmix_cli.artifacts import files, locks, tables
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation import prediction
 from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, sample_weights, shifted_profile, summary
@@ -110,6 +111,8 @@ def run(options: EvaluateOptions) -> None:
     }
     if output.decide(folder, made_from, _FILES, overwrite=options.overwrite, refresh=True) == "done":
         locks.tidy(folder)
+        if options.test_data is None:
+            warn_of_changed(dataset, options.split)
         _report(folder, "up to date")
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, model_validator
 
 from cpmix_cli.artifacts import records, tables
-from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, is_there
+from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, SEEN, is_there
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.splits import check_labels
@@ -85,8 +85,6 @@ class DatasetRecord(Shaped, DatasetRequest):
     shard_images: Annotated[int, Field(ge=1)] = 1
     times: str | None = None
     """Digest of the times of the image files' last change; see image_folder.listing()."""
-    seen: dict[str, list[str]] = Field(default_factory=dict)
-    """Split -> digests of the sizes and of the times of its image files, if they are the user's and stay there."""
     layout: str = "auto"
     left_out: dict[str, int] = Field(default_factory=dict)
     """Reason -> number of files of the source's folder that are left out; left_out.txt names them."""
@@ -228,6 +226,20 @@ class Dataset:
         root = self.data_root
         assert root is not None  # DatasetRecord requires data_root for storage "shards" and "files"
         return [root / path for path in self.samples(split)["path"]]
+
+    def seen(self, split: str) -> pd.DataFrame | None:
+        """Return size, changed_ns and sha256 of each image file when the set was built, one row per sample.
+
+        None unless they are the user's and stay there. Raises as samples().
+        """
+        path = self.folder / f"{split}-{SEEN}"
+        if path.name not in self.record.files:
+            return None
+        num_images = len(self.labels(split))
+        table = tables.read_table(path, tables.SEEN_SCHEMA, self._sha(path), max_rows=num_images)
+        if len(table) != num_images:
+            raise InputError(f"{path} has {len(table)} rows; expected {num_images}", path=path)
+        return table
 
     def shards(self, split: str) -> Shards:
         """Return the packed images of a split. Storage "shards".

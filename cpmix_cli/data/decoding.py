@@ -6,7 +6,6 @@ A user's own images are rotated by their EXIF tag (`upright`). Benchmark sets ar
 import os
 import stat
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cpmix_cli.artifacts.files import LFS_POINTER, open_file
+from cpmix_cli.artifacts.files import LFS_POINTER, open_file, read_bytes
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
@@ -346,23 +345,14 @@ def sizes_and_times(paths: Sequence[Path]) -> NDArray[np.int64]:
     return seen
 
 
-def content_keys(paths: Sequence[Path]) -> list[bytes]:
-    """Return a key per file [N], equal only for equal bytes. Files are read as far as an equal file is possible."""
-    keys = [str(size).encode() for size in sizes_and_times(paths)[:, 0]]
-    for limit in (16_384, -1):
-        number_of = Counter(keys)
-        doubtful = [i for i, key in enumerate(keys) if number_of[key] > 1]
-
-        def add(i: int, data: bytes, doubtful: list[int] = doubtful) -> None:
-            keys[doubtful[i]] += sha256(data).digest()
-
-        def read(path: Path, limit: int = limit) -> bytes:
-            with open_file(path) as file:
-                return file.read(limit)
-
-        with console.Progress("compared image files", len(doubtful)) as progress:
-            read_each([paths[i] for i in doubtful], read, add, progress, threads=_IO_THREADS)
-    return keys
+def content_hashes(paths: Sequence[Path]) -> list[bytes]:
+    """Return the sha256 of each file [N]; raises as read_each()."""
+    hashes = [b""] * len(paths)
+    with console.Progress("hashed image files", len(paths)) as progress:
+        read_each(
+            paths, lambda path: sha256(read_bytes(path)).digest(), hashes.__setitem__, progress, threads=_IO_THREADS
+        )
+    return hashes
 
 
 def of_all(calls: Iterable[Callable[[], T]]) -> list[T]:

@@ -1,21 +1,23 @@
 """Equal images of a data set: duplicates in classes and splits, and whether image files are still what was packed."""
 
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 
+import numpy as np
+import pandas as pd
 from PIL import Image
 
-from cpmix_cli.artifacts.files import digest
 from cpmix_cli.data.dataset import Dataset
-from cpmix_cli.data.decoding import SHOWN, UnreadableImages, content_keys, read_each, read_square, sizes_and_times
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, content_hashes, read_each, read_square, sizes_and_times
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, counted, indented
 
 
 def _image_keys(dataset: Dataset, split: str) -> list[bytes]:
-    """Return a key per image [N], equal for equal pixels; of images left in their files, for equal bytes."""
-    if dataset.storage == "files":
-        return content_keys(dataset.paths(split))
+    """Return a key per image [N], equal for equal pixels; of a user's images left in their files, for equal bytes."""
+    if (seen := dataset.seen(split)) is not None:
+        return list(seen["sha256"])
     if dataset.storage == "shards":
         return [row.tobytes() for row in dataset.shards(split).hashes]
     return [sha256(image.tobytes()).digest() for image in dataset.read(split)[0].numpy()]
@@ -49,38 +51,51 @@ def warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
             console.warn(f"{len(mixed)} {are} in another class too:{indented(mixed, SHOWN)}")
 
 
+def _changed_files(dataset: Dataset, split: str, seen: pd.DataFrame, *, times: bool) -> list[str]:
+    """Return the image files with another content than when the set was built.
+
+    Args:
+        dataset: data set of a user's images that are left in their files.
+        split: its split.
+        seen: files as they were, see Dataset.seen().
+        times: also look into files of the same size that were written since.
+
+    Raises:
+        UnreadableImages: files are missing.
+    """
+    paths = dataset.paths(split)
+    differs = sizes_and_times(paths) != seen[["size", "changed_ns"]].to_numpy()
+    doubtful = np.flatnonzero(differs.any(1) if times else differs[:, 0])
+    hashes = content_hashes([paths[i] for i in doubtful])
+    return [str(paths[i]) for i, found in zip(doubtful, hashes, strict=True) if found != seen["sha256"][i]]
+
+
 def warn_of_changed(dataset: Dataset, split: str) -> None:
-    """Warn if a user's image files, left where they are, have another size or time than when the set was built."""
-    known = dataset.record.seen.get(split)
-    if known is None:
+    """Name a user's image files, left where they are, that are not what they were when the set was built."""
+    if (seen := dataset.seen(split)) is None:
         return
-    try:
-        found = [digest(column) for column in sizes_and_times(dataset.paths(split)).T.tolist()]
-    except UnreadableImages:
-        return  # the files that are missing are named when they are read
-    if found[0] != known[0] or (dataset.moved_to is None and found != known):  # a copy may have other times
-        console.warn(
-            f"{split} images in {dataset.data_root} were written since {dataset.folder} was built: they may be other "
-            "pictures; the same build-lt command with --overwrite takes them as they are"
-        )
+    with suppress(UnreadableImages):  # the files that are missing are named when they are read
+        # A copy has other times: it would be read whole by each command.
+        if changed := _changed_files(dataset, split, seen, times=dataset.moved_to is None):
+            number = f"{len(changed):,} of {len(seen):,} {split} images"
+            console.warn(
+                f"{number} in {dataset.data_root} changed since {dataset.folder} was built; the same build-lt command "
+                f"with --overwrite takes them as they are:{indented(changed, SHOWN)}"
+            )
 
 
 def check_unchanged(dataset: Dataset) -> None:
-    """Compare the image files, some of which are written since, with the images that were packed.
+    """Compare the image files, some of which are written since, with the images of the data set.
 
     Raises:
-        EnvironmentFault: images have changed, or the data set has no copy to compare them with.
+        EnvironmentFault: images have changed.
     """
-    fix = "write elsewhere with --out FOLDER, or replace it with --overwrite"
-    if dataset.storage == "files":
-        raise EnvironmentFault(
-            f"{dataset.folder} holds no copy of its images, and files of {dataset.data_root} were written since it was "
-            "built; their names and sizes are the same",
-            fix=fix,
-        )
-    console.note(f"files of {dataset.data_root} were written since: comparing all images with the packed ones")
+    console.note(f"files of {dataset.data_root} were written since: comparing all images with those of the data set")
     changed: list[str] = []
     for split in dataset.splits:
+        if (seen := dataset.seen(split)) is not None:
+            changed += _changed_files(dataset, split, seen, times=True)
+            continue
         paths = dataset.paths(split)
         keys = _image_keys(dataset, split)
         now: list[bytes] = [b""] * len(paths)
@@ -94,5 +109,5 @@ def check_unchanged(dataset: Dataset) -> None:
     if changed:
         raise EnvironmentFault(
             f"{counted(len(changed), 'image')} changed since {dataset.folder} was built:{indented(changed, SHOWN)}",
-            fix=fix,
+            fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )

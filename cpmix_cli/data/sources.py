@@ -8,6 +8,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def image_folder(
     """
     root = _root_of("image-folder", data_root)
     if list_dir is not None:
-        return lists.read_own(list_dir, root)
+        listed = lists.read_own(list_dir, root)
+        parts = [part for part in (listed.pool, listed.test, listed.val) if part is not None]
+        return replace(listed, times=digest([folders.listing(root, part.paths) for part in parts]))
     found = folders.scan(root, layout=layout, skip_unreadable=skip_unreadable)
     names, splits = found.class_names, found.splits
     if len(names) < 2:

@@ -70,7 +70,7 @@ class Source:
     listing: str | None = None
     """Digest of the image files' names and sizes, or of the lists."""
     times: str | None = None
-    """Digest of the times of the image files' last change; None for lists."""
+    """Digest of the times of a user's image files' last change, and of their sizes if they come from lists."""
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Reason -> path below `root` -> number of files, see image_folder.LeftOut."""
     name: str = ""

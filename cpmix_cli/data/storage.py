@@ -11,11 +11,28 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import locks, tables
-from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, LEFT_OUT, check_place, digest, is_there, sha256
+from cpmix_cli.artifacts.files import (
+    CLASS_COUNTS,
+    DATASET,
+    HASHES,
+    LEFT_OUT,
+    SEEN,
+    check_place,
+    digest,
+    is_there,
+    sha256,
+)
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
 from cpmix_cli.data.dataset import SPLITS, Dataset
-from cpmix_cli.data.decoding import UnreadableImages, check_headers, of_all, read_squares, sizes_and_times
+from cpmix_cli.data.decoding import (
+    UnreadableImages,
+    check_headers,
+    content_hashes,
+    of_all,
+    read_squares,
+    sizes_and_times,
+)
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.runtime.errors import InputError
 
@@ -157,7 +174,7 @@ def store_shards(
 def store_files(
     folder: Path, splits: Mapping[str, Split], root: Path, size: int, seen: Mapping[str, NDArray[np.int64]]
 ) -> Stored:
-    """Check the header of each image file; the images stay in their files.
+    """Check the header of each image file, and hash a user's own files; the images stay there.
 
     Args:
         folder: folder of the data set.
@@ -170,13 +187,21 @@ def store_files(
         UnreadableImages: lists every file whose header is not that of an image.
     """
     check_headers(_files(root, splits.values()))
+    hashes = {name: content_hashes(_files(root, [splits[name]])) for name in seen}
     (folder / DATASET).unlink(missing_ok=True)
     digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
-    recorded = {name: [digest(column) for column in rows.T.tolist()] for name, rows in seen.items()}
-    return Stored([size, size, 3], [], [], {}, digests, {"seen": recorded} if recorded else {})
+    files: dict[str, str] = {}
+    for name, (sizes, times) in ((name, rows.T) for name, rows in seen.items()):
+        digests[name]["content"] = sha256(b"".join(hashes[name]))
+        columns = {"sample_id": np.arange(len(sizes)), "size": sizes, "changed_ns": times, "sha256": hashes[name]}
+        files[f"{name}-{SEEN}"] = tables.publish_table(folder / f"{name}-{SEEN}", tables.SEEN_SCHEMA, columns)
+    return Stored([size, size, 3], [], [], files, digests)
 
 
-_IMAGES = ("packing-{0}-*.json", "{0}-[0-9][0-9][0-9][0-9][0-9].shard", f"{{0}}-{HASHES}", "{0}.safetensors")
+_IMAGES = (
+    *("packing-{0}-*.json", "{0}-[0-9][0-9][0-9][0-9][0-9].shard"),
+    *(f"{{0}}-{HASHES}", f"{{0}}-{SEEN}", "{0}.safetensors"),
+)
 OWN_FILES = (
     *(DATASET, CLASS_COUNTS, LEFT_OUT),
     *(f"{split}.parquet" for split in SPLITS),

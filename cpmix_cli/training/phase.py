@@ -19,6 +19,7 @@ from cpmix_cli.artifacts.tensors import read_tensors, sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.decoding import all_unreadable_named
+from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading
@@ -205,6 +206,7 @@ def train(asked: PhaseRequest) -> None:
     if found == "done":
         if here.first:
             locks.tidy(folder.path)
+            warn_of_changed(asked.dataset, "train")
             _report(folder, "up to date")
     elif asked.options.dry_run:
         if here.first:

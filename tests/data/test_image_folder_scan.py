@@ -254,22 +254,72 @@ def test_images_that_change_places_are_noticed(tmp_path: Path, flags: list[objec
     names = [root / "cat" / "000.bmp", root / "dog" / "000.bmp"]
     for name, time in zip(names, (1e9, 2e9), strict=True):
         os.utime(name, (time, time))
-    if 0 not in flags:  # other times of the same pictures, as of a copy: the packed pixels tell
-        assert "comparing all images" in must(*build).stderr
+    # Other times of the same pictures, as of a copy: the packed pixels or the recorded hashes tell.
+    assert "comparing all images" in must(*build).stderr
     names[0].rename(tmp_path / "x")
     names[1].rename(names[0])
     (tmp_path / "x").rename(names[1])
-    message = "files of" if 0 in flags else "2 images changed since"
-    refused(4, (message, "--overwrite"), *build)
+    refused(4, (f"2 images changed since {tmp_path / 'd'} was built:", *map(str, names), "--overwrite"), *build)
     assert (tmp_path / "d" / "dataset.json").read_bytes() == before
     trial = ["train-stage1", "--data", tmp_path / "d", "--recipe", "digits/cross-entropy", "--epochs", 1, "--dry-run"]
     if 0 in flags:
         trial += ["--set", "data.normalisation=imagenet"]
-        said = f"train images in {root} were written since {tmp_path / 'd'} was built"
-        assert said in must(*trial, "--out", tmp_path / "r").stderr
+        assert "changed since" in must(*trial, "--out", tmp_path / "r").stderr
     must(*build, "--overwrite")
     assert "up to date" in must(*build).stdout
-    assert "were written since" not in must(*trial, "--out", tmp_path / "r").stderr
+    assert "changed since" not in must(*trial, "--out", tmp_path / "r").stderr
+
+
+@pytest.mark.parametrize("pack", [[], ["--pack", 8], ["--pack", 0]])
+def test_images_of_own_lists_that_change_are_noticed(tmp_path: Path, pack: list[object]) -> None:
+    fill(tmp_path / "p", "cat", "dog", count=4)
+    for split, numbers in (("train", (0, 1)), ("test", (2, 3))):
+        lines = [f"{name}/{i:03}.png {label}\n" for label, name in enumerate(("cat", "dog")) for i in numbers]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    build = ["build-lt", "image-folder", "--list-dir", tmp_path, "--data-root", tmp_path / "p", "--out", tmp_path / "d"]
+    must(*build, *pack)
+    assert "comparing" not in must(*build, *pack).stderr
+    changed = tmp_path / "p" / "dog" / "003.png"
+    write_image(changed, (1, 2, 3), (16, 16))
+    refused(4, f"1 image changed since {tmp_path / 'd'} was built:\n    {changed}\n", *build, *pack)
+
+
+def test_replaced_images_in_their_files_are_named_by_each_command_that_reads_them(tmp_path: Path) -> None:
+    root, data, run = tmp_path / "p", tmp_path / "d", tmp_path / "r"
+    fill(root, "train/cat", "train/dog", "test/cat", "test/dog", "val/cat", "val/dog", ending="bmp")
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", data, "--pack", 0, "--image-size", 12]
+    must(*build)
+    train = ["train-stage1", "--data", data, "--out", run, "--recipe", "digits/cpmix", "--epochs", 2]
+    train += ["--set", "data.normalisation=imagenet"]
+    evaluate = ["evaluate", "--from", run]
+    must(*train)
+    must(*evaluate)
+    for split in ("train", "val", "test"):
+        shutil.copy(root / split / "cat" / "001.bmp", root / split / "dog" / "002.bmp")
+        (root / split / "cat" / "003.bmp").touch()  # another time, the same picture
+    said = {
+        split: f"warning: 1 of 12 {split} images in {root} changed since {data} was built; the same build-lt command "
+        f"with --overwrite takes them as they are:\n    {root}/{split}/dog/002.bmp\n"
+        for split in ("train", "val", "test")
+    }
+    for command, splits in (
+        (train, ("train",)),  # up to date
+        ([*train, "--overwrite", "--eval-every", 1], ("train", "test")),
+        (["train-stage2", "--from", run, "--dry-run"], ("train",)),
+        (["finetune", "--from", run, "--phase", "stage1", "--dry-run"], ("train",)),
+        (evaluate, ("test",)),
+        (evaluate, ("test",)),  # up to date
+        ([*evaluate, "--split", "val"], ("val",)),
+        ([*evaluate, "--test-data", data], ("test",)),
+    ):
+        stderr = must(*command).stderr
+        assert {split for split in said if said[split] in stderr} == set(splits), command
+        assert stderr.count("changed since") >= len(splits)
+    shutil.copytree(root, tmp_path / "copy")
+    must(*build, "--overwrite")
+    refused(3, "holds another data set", *evaluate)
+    must(*train, "--overwrite")
+    assert "changed since" not in must(*evaluate, "--data-root", tmp_path / "copy").stderr
 
 
 @pytest.mark.parametrize("flags", [[], ["--pack", 8], ["--pack", 0]])
@@ -453,7 +503,7 @@ def test_verify_decodes_images_in_their_files_before_it_builds(tmp_path: Path) -
 def test_images_in_their_files_that_become_unreadable_are_all_named(tmp_path: Path) -> None:
     root, data, run = tmp_path / "p", tmp_path / "d", tmp_path / "r"
     fill(root, "train/cat", "train/dog", "test/cat", "test/dog", ending="jpg")
-    must("build-lt", "image-folder", "--data-root", root, "--out", data, "--pack", 0)
+    must("build-lt", "image-folder", "--data-root", root, "--out", data, "--pack", 0, "--image-size", 12)
     trains = ["train-stage1", "--data", data, "--out", run, "--recipe", "digits/cross-entropy", "--epochs", 1]
     trains += ["--set", "data.normalisation=imagenet"]
     must(*trains)
