@@ -192,6 +192,8 @@ def _check_recipe(
 ) -> None:
     from cpmix_cli.recipe.early_checks import check_request
 
+    if options.recipe == "":  # an unset variable of a shell
+        raise UsageError("--recipe is empty", fix="give a name that cpmix recipes lists, or drop the flag")
     if name is not None or options.settings or options.epochs is not None:
         check_request(name, options.settings, options.epochs, data=data, phases=phases)
 

@@ -1,8 +1,9 @@
 """Recipes from files and flags: found by name, merged, checked, rescaled to another number of epochs."""
 
+import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -43,17 +44,25 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     with suppress(RuntimeError):  # ~name of no user
         path = path.expanduser()
+    is_file_name = path.suffix.lower() == ".toml"
     try:
-        if path.suffix == ".toml" and path.is_file():
+        if is_file_name and (path.is_file() or os.path.lexists(path)):  # a folder is refused where it is read
             return path
-        for folder in _recipe_folders():
-            if (found := folder / f"{name}.toml").is_file():
-                return found
+        if not is_file_name and path.is_file():
+            raise UsageError(
+                f"recipe file {path} has no name that ends in .toml",
+                needed_by="--recipe",
+                fix=f"rename it: {quoted('mv', path, path.with_name(f'{path.name}.toml'))}",
+            )
+        if re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)*", name):  # not ./digits/cpmix, which is a user's file
+            for folder in _recipe_folders():
+                if (found := folder / f"{name}.toml").is_file():
+                    return found
     except OSError as fault:  # a name that is too long, or a folder that may not be read
         raise UsageError(
             f'recipe "{name}" cannot be read: {fault.strerror}', needed_by="--recipe", fix="cpmix recipes"
         ) from fault
-    if path.suffix == ".toml":
+    if is_file_name:
         raise UsageError(
             f"recipe file {path} does not exist",
             needed_by="--recipe",
@@ -91,18 +100,24 @@ def load(
             fix=f"write [by_rho.100.optimizer], or the like, in {path}",
         )
     wrong = _by_rho_faults(tables, by_rho)
-    if rho is not None and f"{rho:g}" in by_rho:
+    if rho is not None and f"{rho:g}" in by_rho and not wrong:
         tables = _merged(tables, by_rho[f"{rho:g}"])
     changed = tables
     for setting in settings:
-        changed = _merged(changed, _parse_setting(setting))
+        changed = _merged(changed, _parse_setting(setting, changed))
     if seed is not None:
         changed = {**changed, "seed": seed}
     recipe, faults = _checked(changed)
     if recipe is None or faults or wrong:
-        faults = [fault for fault in faults if not any(line.endswith(f".{fault}") for line in wrong)] + wrong
+        faults += wrong
         own = [fault for fault in (*_checked(tables)[1], *wrong) if fault in faults]
-        raise refusal(f"recipe {path}", faults, typed_flags(settings, seed), own, fix=f"correct {path}")
+        raise refusal(
+            f"recipe {path}",
+            faults,
+            typed_flags(settings, seed),
+            own,
+            fix=f"correct {' or '.join(map(str, _own_chain(path)))}",
+        )
     return recipe if epochs is None else _rescaled(recipe, epochs, path)
 
 
@@ -111,8 +126,13 @@ def _by_rho_faults(tables: dict[str, Any], by_rho: dict[str, Any]) -> list[str]:
     faults, known = [], _checked(tables)[1] if by_rho else []
     for rho, over in by_rho.items():
         with suppress(ValueError):
-            if rho != (written := f"{float(rho):g}"):
+            if not 1 <= float(rho) < float("inf"):
+                faults.append(f"by_rho.{rho}: no imbalance factor, which is a number from 1 up")
+            elif rho != (written := f"{float(rho):g}"):
                 faults.append(f"by_rho.{rho}: a data set of this rho selects by_rho.{written}")
+            if part := next((key for key in over if key.isdecimal()), None):
+                faults.append(f'by_rho.{rho}.{part}: a number with a point is quoted, as in [by_rho."{rho}.{part}"]')
+                continue
             faults += [f"by_rho.{rho}.{line}" for line in _checked(_merged(tables, over))[1] if line not in known]
             continue
         faults.append(f"by_rho.{rho}: not a number")
@@ -126,14 +146,15 @@ def _checked(tables: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
         recipe = Recipe.model_validate(tables)
         faults = unmet(recipe)
     except ValidationError as fault:
-        faults = [_explain(dict(error)) for error in fault.errors()]
+        faults = [_explain(dict(error), tables) for error in fault.errors()]
     return recipe, faults + _function_faults(tables)
 
 
 def typed_flags(settings: Sequence[str], seed: int | None = None) -> list[tuple[str, str]]:
     """Return the key and the text of each flag that changes a recipe: ("optimizer.lr", "--set optimizer.lr=1")."""
     typed = [(setting.partition("=")[0].strip(), _shown(setting)) for setting in settings]
-    return typed if seed is None else [*typed, ("seed", f"--seed {seed}")]
+    typed += [] if seed is None else [("seed", f"--seed {seed}")]
+    return list(dict(typed).items())  # the last flag of a key wins
 
 
 def _shown(setting: str) -> str:
@@ -170,7 +191,8 @@ def _flags_in(fault: str, flags: Sequence[tuple[str, str]]) -> list[str]:
     """Return the flags whose keys a line names, or that lie in the table that it starts with."""
     place = re.split(r"[:= ]", fault, maxsplit=1)[0]
     names = {key: rf"(?<![\w.]){re.escape(key)}(?!\w)" for key, _ in flags}
-    return [flag for key, flag in flags if re.search(names[key], fault) or key.startswith(f"{place}.")]
+    inside = [flag for key, flag in flags if key.startswith(f"{place}.")] if place not in names else []
+    return [flag for key, flag in flags if re.search(names[key], fault) or flag in inside]
 
 
 def _beside(fault: str, flags: Sequence[tuple[str, str]]) -> list[str]:
@@ -200,7 +222,15 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         )
     tables = read_own_tables(path)
     without = tables.pop("without", [])
-    if (base := tables.pop("extends", None)) is None:
+    base = tables.pop("extends", None)
+    keys = without if isinstance(without, list) else [without]
+    for key, name in [("extends", base)] * (base is not None) + [("without", name) for name in keys]:
+        if not isinstance(name, str) or not name:
+            what = "name or file of one recipe" if key == "extends" else "key of a recipe"
+            raise UsageError(
+                f"{path}: {key} = {name!r} is no {what}", needed_by="--recipe", fix=f"correct `{key}` in {path}"
+            )
+    if base is None:
         if without:
             raise UsageError(
                 f"{path}: `without` removes keys of another recipe, but there is no `extends`",
@@ -208,11 +238,8 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
                 fix=f'in {path}, add extends = "NAME", or remove the line without = ...',
             )
         return tables
-    name = str(base)
-    if name.endswith(".toml") and not name.startswith("~"):  # a file beside this one, not in the working directory
-        name = str(path.parent / name)
     try:
-        found = find_recipe(name)
+        found = _base_of(path, base)
     except UsageError as fault:
         raise UsageError(f"{path}: extends: {fault.message}", needed_by=fault.needed_by, fix=fault.fix) from fault
     if any(found.samefile(file) for file in (path, *above)):
@@ -223,9 +250,26 @@ def read_tables(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         )
     below = read_tables(found, (path, *above))
     below.pop("about", None)
-    for key in without if isinstance(without, list) else [without]:
+    for key in keys:
         _take_away(below, key, path)
     return _merged(below, tables)
+
+
+def _base_of(path: Path, base: str) -> Path:
+    """Return the file of the recipe that the file `path` extends; raises as find_recipe()."""
+    is_beside = base.lower().endswith(".toml") and not base.startswith("~")  # not in the working directory
+    return find_recipe(str(path.parent / base) if is_beside else base)
+
+
+def _own_chain(path: Path) -> list[Path]:
+    """Return a readable recipe file and the files that it extends, up to the first that comes with cpmix."""
+    chain = [path]
+    while base := read_own_tables(chain[-1]).get("extends"):
+        below = _base_of(chain[-1], base)
+        if any(below.is_relative_to(folder) for folder in _recipe_folders()):
+            break
+        chain.append(below)
+    return chain
 
 
 def read_own_tables(path: Path) -> dict[str, Any]:
@@ -235,15 +279,14 @@ def read_own_tables(path: Path) -> dict[str, Any]:
         UsageError: the file is missing or not TOML.
     """
     try:
-        return _parse(read_bytes(path, limit=MAX_BYTES).decode())
+        return _parse(read_bytes(path, limit=MAX_BYTES).decode("utf-8-sig"))  # Windows' editors begin with a mark
     except InputError as fault:
         raise UsageError(
             fault.message, needed_by="--recipe", fix=fault.fix or "give another file with --recipe"
         ) from fault
     except ValueError as fault:
-        raise UsageError(
-            f"{path} is not readable TOML: {fault}", needed_by="--recipe", fix=f"correct {path}"
-        ) from fault
+        fix = f"save {path} as UTF-8" if isinstance(fault, UnicodeDecodeError) else f"correct {path}"
+        raise UsageError(f"{path} is not readable TOML: {fault}", needed_by="--recipe", fix=fix) from fault
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -364,34 +407,56 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_setting(setting: str) -> dict[str, Any]:
+def _parse_setting(setting: str, tables: dict[str, Any]) -> dict[str, Any]:
+    """Return a setting as tables; raise UsageError if it is malformed, or has no table for a table of `tables`."""
     key, equals, text = setting.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(key.strip().split(".")):
         raise UsageError(f"{_shown(setting)} is not table.key=value", fix="give one such as --set optimizer.lr=0.05")
     parts = key.strip().split(".")
     value: Any
     try:
         if len(parts) > _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
-        value = _parse(f"value = {text}")["value"]
+        parsed = _parse(f"value = {text}")
+        value = parsed.pop("value")
+        if parsed:
+            raise ValueError("it has lines of other keys")
+        if value == {}:
+            raise ValueError("an empty table changes nothing")
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except ValueError as fault:
         raise UsageError(
             f"{_shown(setting)} holds no value of a recipe: {fault}", fix="give a value such as --set optimizer.lr=0.05"
         ) from fault
+    old: Any = tables
+    for part in parts:
+        old = _table(old).get(part)
+    if isinstance(old, dict) and not isinstance(value, dict):
+        message, path = (
+            f"{_shown(setting)} sets a table, not one of its keys: {shortened(sorted(old), 20)}",
+            key.strip(),
+        )
+        while isinstance(old, dict) and old:
+            path, old = f"{path}.{min(old)}", old[min(old)]
+        raise UsageError(message, fix=f"give one such as --set {path}=VALUE")
     for part in reversed(parts):
         value = {part: value}
     return dict(value)
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """Return a pydantic error as "table.key: what is wrong"."""
+def _explain(error: dict[str, Any], tables: dict[str, Any]) -> str:
+    """Return a pydantic error of a recipe's tables as "table.key: what is wrong"."""
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        tables = [] if location[1:] else [table for table in Recipe.model_fields if name in _keys_of([table])]
-        hint = f' Did you mean "{tables[0]}.{name}"?' if tables else suggest(location[-1], _keys_of(location[:-1]))
+        usual = name.lower().replace("-", "_")
+        places = [f"{table}.{usual}" for table in Recipe.model_fields if usual in _keys_of([table])]
+        places += [key for key in _dotted(tables) if key.endswith(f".{usual}")]
+        if location[1:] or not places:
+            hint = suggest(location[-1], _keys_of(location[:-1]))
+        else:
+            hint = f' Did you mean "{places[0]}"?'
         return f"{name}: unknown key.{hint}"
     if error["type"] == "missing":
         return f"{name}: missing"
@@ -400,7 +465,15 @@ def _explain(error: dict[str, Any]) -> str:
         message = "Input should be a table"
     if not location or isinstance(error["input"], dict):
         return f"{name}: {message}" if name else message
-    return f"{name} = {error['input']!r}: {message}"
+    value = repr(error["input"])
+    return f"{name} = {value if len(value) <= 200 else f'{value[:200]}...'}: {message}"
+
+
+def _dotted(tables: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield "table.key" for every key of nested tables."""
+    for key, value in tables.items():
+        yield f"{before}{key}"
+        yield from _dotted(_table(value), f"{before}{key}.")
 
 
 def _keys_of(location: list[str]) -> list[str]:

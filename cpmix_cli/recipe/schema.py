@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, known, needs_of
 from cpmix_cli.runtime.errors import suggest
@@ -357,7 +357,7 @@ Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix
 class About(Table):
     """Table [about] of a recipe: its method and where that comes from."""
 
-    method: str
+    method: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
     """Name of the method, as in the paper's tables if it is there. All recipes of the method have it."""
     kind: Kind | None = None
     """Kind of the method. Only one recipe of a method has kind, paper and needs."""

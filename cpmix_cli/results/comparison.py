@@ -308,7 +308,8 @@ def _name_of(method: Recognised, recipe: Recipe, trained: PhaseRecord, leading: 
     """
     given = trained.recipe_name or _typed_recipe(leading)
     is_file = given is not None and given not in recipe_names()
-    if recipe.about is not None and given not in recipe_names():
+    title = [setting for setting in trained.settings if setting.strip().startswith("about")]
+    if recipe.about is not None and (given not in recipe_names() or title):
         own = recipe.about.method
     elif not method.changed:
         return method.method
@@ -318,7 +319,8 @@ def _name_of(method: Recognised, recipe: Recipe, trained: PhaseRecord, leading: 
         return f"{method.method}, {said(named)}"
     else:
         return f"recipe {files.digest(method.changed)[:8]}"
-    return ", ".join([own, *([shortened(trained.settings, MAX_NAMED)] if trained.settings else [])])
+    others = [setting for setting in trained.settings if setting not in title]
+    return ", ".join([own, *([shortened(others, MAX_NAMED)] if others else [])])
 
 
 def _without_consequences(changed: Mapping[str, Any]) -> dict[str, Any]:

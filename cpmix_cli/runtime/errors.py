@@ -138,4 +138,5 @@ def nearest(wrong: str, known: Iterable[str]) -> list[str]:
     """Return the name that is most similar to a wrong one; an empty list if none is similar."""
     import difflib  # imported here: signals.py imports this module first, and that must be fast
 
-    return difflib.get_close_matches(wrong, sorted(known), n=1, cutoff=0.5)
+    by_lower = {name.lower(): name for name in sorted(known)}
+    return [by_lower[name] for name in difflib.get_close_matches(wrong.lower(), by_lower, n=1, cutoff=0.5)]

@@ -30,6 +30,7 @@ from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError, counted, indented
+from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData
@@ -165,7 +166,7 @@ def _upstream_fix(
     typed = [
         flag for key, flag in loading.typed_flags(options.settings) if any(line.startswith(key) for line in changed)
     ]
-    flags = typed or ([f"--recipe {options.recipe}"] if options.recipe else ["the changed keys"])
+    flags = typed or ([f"--recipe {quoted(options.recipe)}"] if options.recipe else ["the changed keys"])
     return f"drop {' '.join(flags)}, or train {source.phase} with that into another folder"
 
 

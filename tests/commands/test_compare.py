@@ -224,6 +224,9 @@ def test_a_method_of_a_user_has_the_name_of_its_about_table(digits: Path, tmp_pa
     assert method_of(tmp_path / "changed") == "Own Loss, optimizer.momentum=0.8"
     mine.unlink()
     assert method_of(tmp_path / "named") == "Own Loss"
+    flags = ("--recipe", "digits/cross-entropy", *SHORT, "--set", "about.method=Flag", "--set", "optimizer.lr=0.07")
+    trained(digits, tmp_path / "flag", *flags)
+    assert method_of(tmp_path / "flag") == "Flag, optimizer.lr=0.07"
 
 
 def test_rows_state_how_they_differ(seeds: list[Path], digits: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_without_removes_tables_and_keys(tmp_path: Path) -> None:
     for text, message in (
         ('extends = "cifar100-lt/cpmix"\nwithout = ["stage2.terms.nix"]\n', 'has no "stage2.terms.nix"'),
         ('extends = "cifar100-lt/cpmix"\nwithout = "seed.x"\n', 'has no "seed.x"'),
-        ('extends = "cifar100-lt/cpmix"\nwithout = [3]\n', 'has no "3"'),
+        ('extends = "cifar100-lt/cpmix"\nwithout = [3]\n', "child.toml: without = 3 is no key of a recipe"),
         ('without = ["finetune"]\n', "there is no `extends`"),
     ):
         child.write_text(text)
@@ -215,6 +215,67 @@ def test_extends_reads_the_file_beside_the_one_that_says_it(tmp_path: Path, monk
         load("mine/child.toml")
 
 
+@pytest.mark.parametrize("value", ["3", "true", '""', '["digits/cpmix", "toy/cpmix"]', "{a = 1}"])
+def test_extends_of_another_type_is_told_as_such(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(f"extends = {value}\n")
+    with pytest.raises(UsageError, match=r"r.toml: extends = .* is no name or file of one recipe") as caught:
+        load(str(path))
+    assert caught.value.fix == f"correct `extends` in {path}"
+
+
+def test_errors_name_all_of_a_user_s_files_that_may_have_them(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "digits/cpmix"\n[optimizer]\nlrr = 1\n')
+    path = tmp_path / "r.toml"
+    path.write_text('extends = "base.toml"\n')
+    with pytest.raises(UsageError, match=r"optimizer.lrr: unknown key") as caught:
+        load(str(path))
+    assert caught.value.fix == f"correct {path} or {tmp_path / 'base.toml'}"
+
+
+def test_recipe_files_of_windows_editors_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "R.TOML"
+    text = 'extends = "digits/cpmix"\r\nseed = 3\r\n'
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load(str(path)).seed == 3
+    for encoding in ("utf-16", "latin-1"):
+        path.write_bytes((text + "# \xe4\r\n").encode(encoding))
+        with pytest.raises(UsageError, match="is not readable TOML: 'utf-8' codec can't decode") as caught:
+            load(str(path))
+        assert caught.value.fix == f"save {path} as UTF-8"
+
+
+def test_a_path_is_never_taken_for_the_name_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("./digits/cpmix", "../recipes/digits/cpmix", "digits/../digits/cpmix", "digits//cpmix", ""):
+        with pytest.raises(UsageError, match=f'no recipe "{re.escape(name)}"'):
+            load(name)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "mine recipe").write_text('extends = "digits/cpmix"\n')
+    with pytest.raises(UsageError, match=r"recipe file digits/mine recipe has no name that ends in \.toml") as caught:
+        load("digits/mine recipe")
+    assert caught.value.fix == "rename it: mv 'digits/mine recipe' 'digits/mine recipe.toml'"
+    (tmp_path / "folder.toml").mkdir()
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name, kind in (("folder.toml", "a folder"), ("pipe.toml", "a pipe")):
+        with pytest.raises(UsageError, match=f"cannot read {name}: it is {kind}, not a file"):
+            load(name)
+
+
+def test_rhos_that_no_data_set_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    for rho, why in (
+        *((rho, "no imbalance factor, which is a number from 1 up") for rho in ("-5", "0", '"0.5"', "nan", "inf")),
+        ("20.5", 'a number with a point is quoted, as in [by_rho."20.5"]'),
+    ):
+        path.write_text(f'extends = "digits/cpmix"\n[by_rho.{rho}.optimizer]\nlr = 0.2\n')
+        with pytest.raises(UsageError) as caught:
+            load(str(path), rho=20)
+        assert caught.value.message.splitlines()[1:] == [f"    by_rho.{rho.strip(chr(34))}: {why}"]
+    path.write_text('extends = "digits/cpmix"\n[by_rho."20.5".optimizer]\nlr = 0.2\n')
+    assert load(str(path), rho=20.5).optimizer.lr == 0.2
+
+
 def test_all_tables_by_rho_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(
@@ -248,6 +309,10 @@ def test_the_about_table_is_in_the_resolved_recipe_but_in_no_table_that_decides(
     path.write_text('extends = "digits/cpmix"\n[about]\nmethod = 3\nauthor = "me"\n')
     with pytest.raises(UsageError, match=r"about.author: unknown key"):
         load(str(path))
+    for method, message in ((" ", "at least 1 character"), ("m" * 81, "at most 80 characters")):
+        path.write_text(f'extends = "digits/cpmix"\n[about]\nmethod = "{method}"\n')
+        with pytest.raises(UsageError, match=rf"about.method = .* {message}"):
+            load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -257,12 +322,16 @@ def test_the_about_table_is_in_the_resolved_recipe_but_in_no_table_that_decides(
         ("batch_size", "optimizer.batch_size"),
         ("epochs", "schedule.epochs"),
         ("head", "model.head"),
+        ("LR", "optimizer.lr"),
+        ("batch-size", "optimizer.batch_size"),
+        ("label", "stage2.terms.cp.label"),
+        ("cp.label", "stage2.terms.cp"),
     ],
 )
 def test_a_key_without_its_table_is_told_its_table(key: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:
         load("digits/cpmix", settings=[f"{key}=0.1"])
-    assert caught.value.message.endswith(f'\n    {key}: unknown key. Did you mean "{meant}"?')
+    assert caught.value.message.endswith(f'\n    {key.partition(".")[0]}: unknown key. Did you mean "{meant}"?')
     assert caught.value.message.startswith(f"--set {key}=0.1 gives 1 error in recipe ")
     assert caught.value.fix == f"correct or drop --set {key}=0.1"
 
@@ -360,6 +429,36 @@ def test_settings_that_no_recipe_has_are_refused(setting: str, message: str) -> 
     with pytest.raises(UsageError, match=message) as caught:
         load("digits/cpmix", settings=[setting])
     assert caught.value.message.startswith(f"--set {shlex.quote(f'{setting[:80]}...')} holds no value of a recipe: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optimizer.lr=0.2\nseed=3"], "holds no value of a recipe: it has lines of other keys"),
+        (["optimizer.lr=0.2\n[model]\nname='x'"], "holds no value of a recipe: it has lines of other keys"),
+        (["stage2={}"], "holds no value of a recipe: an empty table changes nothing"),
+        ([".lr=1"], "--set .lr=1 is not table.key=value"),
+        (["optimizer..lr=1"], "--set optimizer..lr=1 is not table.key=value"),
+        (["optimizer.=1"], "--set optimizer.=1 is not table.key=value"),
+        (["optimizer=3", "optimizer.lr=0.1"], "--set optimizer=3 sets a table, not one of its keys: batch_size, kind,"),
+        (["seed=x", "seed=y"], "--set seed=y gives 1 error"),
+        (["optimizer.lr=2", "optimizer.foo=y"], "--set optimizer.foo=y gives 1 error"),
+    ],
+)
+def test_settings_that_would_do_something_else_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        load("digits/cpmix", settings=settings)
+    assert caught.value.fix
+    assert all(setting not in caught.value.fix for setting in ("seed=x", "optimizer.lr=2"))
+
+
+def test_a_setting_of_a_table_is_told_a_key_that_can_be_set() -> None:
+    for table in ("stage2", "stage2.terms", "stage2.terms.cp"):
+        with pytest.raises(UsageError) as caught:
+            load("digits/cpmix", settings=[f"{table}=1"])
+        assert caught.value.fix == "give one such as --set stage2.terms.cp.alpha=VALUE"
+    assert load("digits/cpmix", settings=["stage2.terms.cp.alpha=1"])
+    assert load("digits/cpmix", settings=["optimizer={lr = 0.2}"]).optimizer.lr == 0.2
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".toml", "n/" * 3000 + "n.toml"])
