@@ -103,14 +103,8 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
             needed_by="--init",
             fix="correct the path, or convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
         )
-    if init is not None and init.exists() and _is_checkpoint(init):
-        published = sha or next(iter(re.findall(r"-([0-9a-f]{8,64})\.", init.name)), "")
-        digest = quoted(published) if published else f"$(sha256sum {quoted(init)} | cut -c1-64)"
-        raise InputError(
-            f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
-            needed_by="--init",
-            fix=f"{console.typed('import-weights', init, '--sha256')} {digest}",
-        )
+    if init is not None and init.exists():
+        _check_format(init, sha)
     if not wanted:
         return
     made = Path(wanted).with_suffix(".safetensors")
@@ -130,6 +124,25 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
             needed_by="--init",
             fix=f"{fix}; or take any weights with --set model.init=",
         )
+
+
+def _check_format(init: Path, sha: str) -> None:
+    """Check that a file is safetensors, not a checkpoint of PyTorch, whose sha256 is `sha` ("": unknown)."""
+    try:
+        if not _is_checkpoint(init):
+            read_header(init)
+            return
+    except InputError as fault:
+        fix = fault.fix or "give a safetensors file; cpmix import-weights makes one of a PyTorch checkpoint"
+        # The weights of a phase have another fix: to train it again.
+        raise fault if init.name == files.MODEL else InputError(fault.message, needed_by="--init", fix=fix) from fault
+    published = sha or next(iter(re.findall(r"-([0-9a-f]{8,64})\.", init.name)), "")
+    digest = quoted(published) if published else f"$(sha256sum {quoted(init)} | cut -c1-64)"
+    raise InputError(
+        f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
+        needed_by="--init",
+        fix=f"{console.typed('import-weights', init, '--sha256')} {digest}",
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    Canary,
     Result,
     cpmix,
     files,
@@ -145,6 +146,16 @@ def test_objects_beside_the_tensors_are_left_out(value: object, unread: str, zip
         f"to train from it, give train-stage1 --init {path.with_suffix('.safetensors')}\n"
     )
     assert load_file(path.with_suffix(".safetensors")).keys() == W.keys()
+
+
+def test_a_payload_beside_the_tensors_is_left_out_and_never_executed(tmp_path: Path) -> None:
+    path, canary = tmp_path / "w.pth", tmp_path / "canary"
+    sha = save({"state_dict": W, "other": Canary(canary)}, path)
+    said = must("import-weights", path, "--sha256", sha).stderr
+    assert said.startswith("left out, and nothing of it was run: builtins.getattr, pathlib.")
+    assert not canary.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert canary.exists()
 
 
 def test_objects_among_the_tensors_are_named(tmp_path: Path) -> None:
@@ -428,6 +439,9 @@ def test_init_is_checked_before_anything_is_written(digits: Path, digits_run: Pa
         ("bad.safetensors", "is not a valid safetensors file"),
     ):
         refused(3, message, *run, tmp_path / name)
+    for other in (digits / "dataset.json", digits_run / "stage1" / "run.json", Path("/dev/null")):
+        fix = fix_of(refused(3, str(other), *run, other))
+        assert fix == "give a safetensors file; cpmix import-weights makes one of a PyTorch checkpoint"
     model = digits_run / "stage1" / "model.safetensors"
     assert "dry run" in must(*run, model).stdout
     command = (*run, model, "--recipe", "cifar100-lt/cpmix", "--set", "data.normalisation=dataset")
