@@ -159,7 +159,7 @@ def _unreadable(path: Path, message: str) -> InputError:
         fix = _save_again(path, 'torch.jit.load(sys.argv[1], map_location="cpu").state_dict()')
         return InputError(f"{path} is a TorchScript archive, no checkpoint of tensors", fix=fix)
     return InputError(
-        f"{path} is damaged, or was not written by torch.save(); nothing of it was run",
+        f"{path} is damaged, or holds more than PyTorch reads as tensors; nothing of it was run",
         fix=f"{_FETCH}; or, {_TRUST}: {_save_again(path, _LOAD)}",
     )
 
