@@ -16,7 +16,7 @@ from cpmix_cli.artifacts import locks, records, tables
 from cpmix_cli.artifacts.ownership import refuse_strangers
 from cpmix_cli.data import image_folder, shards, storage
 from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
-from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_pixels, readable
+from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_pixels, readable, with_several_pictures
 from cpmix_cli.data.download import download
 from cpmix_cli.data.equal_images import check_unchanged, warn_of_duplicates
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
@@ -121,6 +121,7 @@ def run(options: BuildOptions) -> None:
         warn_of_duplicates(dataset, is_own=of_folder)
         if of_folder:
             _warn_of_few(source.class_names, splits, options.test_per_class)
+            _warn_of_pages([path for split in dataset.splits for path in dataset.paths(split)])
     if options.verify or (options.skip_unreadable and status == "up to date"):
         _verify(dataset, status)
     _show(dataset, status, source)
@@ -147,6 +148,13 @@ def _warn_of_few(names: list[str], splits: Mapping[str, Split], test_per_class: 
         few = [f"{name} ({number})" for name, number in zip(names, counts, strict=True) if number < least]
         if few:
             console.warn(f"{len(few)} {'class has' if len(few) == 1 else 'classes have'} {what}: {shortened(few, 5)}")
+
+
+def _warn_of_pages(paths: list[Path]) -> None:
+    """Name the files of which more than the first picture is not used."""
+    if several := [str(path) for path in with_several_pictures(paths)]:
+        files = counted(len(several), "file")
+        console.warn(f"only the first picture is used of {files} with animations or pages:{indented(several, SHOWN)}")
 
 
 def _check_flags(options: BuildOptions) -> None:

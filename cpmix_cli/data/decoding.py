@@ -262,6 +262,22 @@ def check_headers(paths: Sequence[Path]) -> None:
         read_each(paths, look, lambda *_: None, progress, threads=_IO_THREADS)
 
 
+def with_several_pictures(paths: Sequence[Path]) -> list[Path]:
+    """Return the files with animations or pages, of which only the first picture is read; raises as read_each()."""
+    found = np.zeros(len(paths), dtype=bool)
+
+    def look(path: Path) -> bool:
+        with open_file(path) as file, open_image(file) as image:
+            try:  # cameras put previews into MPO files
+                return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+            except Exception:  # a broken second picture does no harm
+                return False
+
+    with console.Progress("looked for animations", len(paths)) as progress:
+        read_each(paths, look, found.__setitem__, progress, threads=_IO_THREADS)
+    return [path for path, is_found in zip(paths, found, strict=True) if is_found]
+
+
 def check_pixels(paths: Sequence[Path], *, upright: bool, fix: str = LEAVE_OUT) -> None:
     """Decode each file whole; raise UnreadableImages with every file for which that fails, and the advice `fix`."""
     if lines := readable(paths, upright=upright)[1]:

@@ -40,15 +40,19 @@ def warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
             shown = f":{indented(pairs, SHOWN)}" if pairs else ""
             console.warn(f"{len(shared)} of {len(keys[second])} {second} images are identical to {of}{shown}")
     if is_own:
-        seen: dict[bytes, tuple[int, str]] = {}
-        mixed = []
+        seen: dict[bytes, tuple[int, str, str]] = {}
+        mixed, twice = [], []
         for split in dataset.splits:
             for key, label, name in zip(keys[split], dataset.labels(split).tolist(), names[split], strict=True):
-                other, path = seen.setdefault(key, (label, name))
+                other, first, path = seen.setdefault(key, (label, split, name))
                 mixed += [f"{name} = {path}"] if other != label else []
+                twice += [f"{name} = {path}"] if (other, first) == (label, split) and name != path else []
         if mixed:
             are = "image is" if len(mixed) == 1 else "images are"
             console.warn(f"{len(mixed)} {are} in another class too:{indented(mixed, SHOWN)}")
+        if twice:
+            are = "image is" if len(twice) == 1 else "images are"
+            console.warn(f"{len(twice)} {are} in the same class and split more than once:{indented(twice, SHOWN)}")
 
 
 def _changed_files(dataset: Dataset, split: str, seen: pd.DataFrame, *, times: bool) -> list[str]:

@@ -38,10 +38,12 @@ LeftOut = Mapping[str, Mapping[str, int]]
 """Reason -> path below the scanned folder -> number of files; a path that ends in "/" is a whole folder."""
 
 _SYSTEM_NAMES = {
-    *("@eadir", "@tmp", "#recycle", "@recycle", "@recently-snapshot", "#snapshot"),  # NAS systems
-    *("$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "__macosx"),
-    *("thumbs", "thumbs.db", "ehthumbs.db", "thumbnails", "_thumbs", "_thumbnails", "desktop.ini"),
+    *("@eadir", "@synoresource", "@tmp", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot"),  # NAS
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "found.000", "__macosx"),
+    *("thumbs", "thumbs.db", "ehthumbs.db", "thumbnails", "_thumbs", "_thumbnails", "desktop.ini", "icon\r"),
+    *("picasa.ini", "zbthumbnail.info", "__pycache__"),
 }
+_POSSIBLE_CLASSES = {"recycler", "recycled", "thumbs", "thumbnails"}
 _SPLIT_NAME = re.compile(
     r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev(?:elopment)?)|(?P<test>test(?:ing)?))"
     r"(?:[-_ ]?(?:set|data|images|split))?",
@@ -150,7 +152,8 @@ def warn_of(root: Path, left_out: LeftOut) -> None:
     """Name what is left out of a folder, in one line per reason."""
     for reason, paths in left_out.items():
         line = f"{root}: {counted(sum(paths.values()), 'file')} left out, {reason}: {shortened(list(paths), 5)}"
-        if reason in (HIDDEN, SYSTEM):
+        names = {Path(path).name.lower() for path in paths if path.endswith("/")}
+        if reason == HIDDEN or (reason == SYSTEM and not names & _POSSIBLE_CLASSES):
             console.note(line)
         else:
             console.warn(line)
@@ -261,6 +264,8 @@ def _of_classes(
         walk.check()
     images = {sub: walk.images(sub) for sub in found}
     walk.check()
+    if class_names is None:
+        _note_sub_folders(images)
     # A folder of which cpmix wrote all, such as data/ with data sets, is no class.
     found = [sub for sub in found if images[sub] or not walk.is_left_out(OUTPUT, sub)]
     if not found:
@@ -309,6 +314,16 @@ def _of_classes(
             f"{folder}: names that are no UTF-8, which no table can hold: {shortened(odd, 5)}", fix="rename them"
         )
     return names, Split(np.repeat(list(of_class), [len(inside) for inside in of_class.values()]), paths=paths)
+
+
+def _note_sub_folders(images: Mapping[Path, Sequence[Path]]) -> None:
+    """Name the sub-folders whose images are of the class above: class folder -> its images."""
+    inside = {
+        folder.name: sorted({str(file.parent.relative_to(folder)) for file in files} - {"."})
+        for folder, files in images.items()
+    }
+    if shown := [f"{name} ({shortened(below, 5)})" for name, below in inside.items() if below]:
+        console.note(f"images of sub-folders are of the class above: {shortened(shown, 5)}")
 
 
 def _folded(name: str) -> str:
@@ -391,6 +406,8 @@ class _Walk:
             self._not_read(folder, fault.strerror or str(fault))
             return [], []
         folders, files = [], []
+        of_run = {*PHASES, "evaluation", "confusion"}
+        is_run = any(entry.name in of_run for entry in found) and _is_run(folder)
         for entry in found:
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_NAMES:
@@ -398,7 +415,8 @@ class _Walk:
                 is_hidden = entry.name.startswith(".") and not is_thumbnails
                 self.leave_out(HIDDEN if is_hidden else SYSTEM, path)
             elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _is_folder(path)):
-                if _written_by_cpmix(path):
+                is_part = entry.name in of_run and is_run
+                if is_part or ((_is_output(path) or _is_run(path)) and not self.has_image(path)):
                     self.leave_out(OUTPUT, path)
                 elif entry.is_symlink() and not self._follows(path):
                     self.leave_out(LINK, path)
@@ -465,8 +483,8 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def _written_by_cpmix(folder: Path) -> bool:
-    """Return whether a folder is a data set, a run or another output of cpmix."""
+def _is_output(folder: Path) -> bool:
+    """Return whether a folder is a data set, a phase, an evaluation or a report, by its record."""
     for name in (DATASET, RUN):
         try:
             data = (folder / name).read_bytes()[:MAX_RECORD]
@@ -474,6 +492,11 @@ def _written_by_cpmix(folder: Path) -> bool:
             continue
         if b'"format"' in data and b'"digest"' in data:  # a user's own dataset.json has no digest
             return True
+    return False
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder has phases, evaluations or reports of a run."""
     names = [f"{phase}/{name}" for phase in PHASES for name in (RUN, TRAINING_STATE)]
     if any(_stat(folder / name) is not None for name in names):
         return True

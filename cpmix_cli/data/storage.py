@@ -51,7 +51,7 @@ def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray
     """Return bytes and time of the last change in ns of each image file: split -> [N, 2].
 
     Raises:
-        UnreadableImages: lists the files that are missing, empty or not files.
+        UnreadableImages: lists the files that are missing, empty or not files; then also those that are no images.
         InputError: all files are missing.
     """
     paths = _files(root, splits.values())
@@ -59,6 +59,11 @@ def look_for_files(root: Path, splits: Mapping[str, Split]) -> dict[str, NDArray
         seen = sizes_and_times(paths)
     except UnreadableImages as fault:
         if len(fault.lines) < len(paths):
+            lost = {line.rpartition(": ")[0] for line in fault.lines}
+            try:  # those that are there, so that one message names all
+                check_headers([path for path in paths if str(path) not in lost])
+            except UnreadableImages as more:
+                raise UnreadableImages([*fault.lines, *more.lines]) from more
             raise
         raise InputError(
             f"none of the {len(paths):,} image files is there; the first would be {paths[0]}",

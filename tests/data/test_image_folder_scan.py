@@ -169,6 +169,45 @@ def test_the_table_counts_every_file_of_the_folder(tmp_path: Path) -> None:
     assert "cat/@eaDir/\tthumbnails, recycle bins and notes of other programs" in listed
 
 
+def test_a_class_folder_with_a_data_set_or_a_run_in_it_stays_a_class(tmp_path: Path, toy_run: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", "owl")
+    must("build-lt", "image-folder", "--data-root", root, "--image-size", 8, "--out", root / "cat")
+    shutil.copytree(toy_run, root / "dog", dirs_exist_ok=True)
+    write_image(root / "dog" / "confusion" / "stage1" / "matrix.png")
+    found = built(root)
+    assert found["classes"] == ["cat", "dog", "owl"]
+    assert sum(found["files"]["used"].values()) == 18
+    for line in ("no image by the name: cat/class_counts.parquet", "written by cpmix: dog/confusion/, dog/evaluation/"):
+        assert line in found["stderr"]
+
+
+def test_possible_classes_among_system_folders_are_named_in_a_warning(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "cat", "dog", "dog/@eaDir")
+    assert "\nwarning: " not in built(tmp_path / "p")["stderr"]
+    fill(tmp_path / "q", "cat", "dog", "recycled")
+    message = "warning: {}: 6 files left out, thumbnails, recycle bins and notes of other programs: recycled/"
+    assert message.format(tmp_path / "q") in built(tmp_path / "q")["stderr"]
+
+
+def test_images_of_sub_folders_are_said_to_be_of_the_class_above(tmp_path: Path) -> None:
+    fill(tmp_path / "p", "animals/cat", "animals/dog", "cars")
+    said = "images of sub-folders are of the class above: animals (cat, dog)\n"
+    assert said in built(tmp_path / "p")["stderr"]
+
+
+def test_files_with_several_pictures_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", ending="png")
+    pages = [Image.new("L", (9, 9), shade) for shade in (0, 100, 200)]
+    names = [root / "cat" / name for name in ("a.gif", "b.tif", "c.png", "d.webp", "e.jpg")]
+    for name, kind in zip(names, ("GIF", "TIFF", "PNG", "WEBP", "GIF"), strict=True):
+        pages[0].save(name, kind, save_all=True, append_images=pages[1:])
+    lines = built(root)["stderr"].splitlines()
+    at = lines.index("warning: only the first picture is used of 5 files with animations or pages:")
+    assert sorted(lines[at + 1 : at + 6]) == [f"    {name}" for name in names]
+
+
 def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     fill(tmp_path / "p", "cat", "dog")
     (tmp_path / "p" / "owl").symlink_to("/nowhere/owl")
@@ -329,12 +368,14 @@ def test_images_in_two_classes_and_in_two_splits_are_named(tmp_path: Path, flags
     shutil.copy(root / "train" / "cat" / "000.png", root / "train" / "dog" / "copy.png")
     shutil.copy(root / "train" / "cat" / "001.png", root / "test" / "cat" / "copy.png")
     shutil.copy(root / "val" / "cat" / "002.png", root / "test" / "cat" / "more.png")
+    (root / "train" / "cat" / "link.png").symlink_to("004.png")
     build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *flags]
     lines = must(*build).stderr.splitlines()
     for warning, pair in (
         ("1 image is in another class too:", "train/dog/copy.png = {}/train/cat/000.png"),
         ("1 of 8 test images are identical to a training image:", "test/cat/copy.png = {}/train/cat/001.png"),
         ("1 of 8 test images are identical to a val image:", "test/cat/more.png = {}/val/cat/002.png"),
+        ("1 image is in the same class and split more than once:", "train/cat/004.png = {}/train/cat/link.png"),
     ):
         assert lines[lines.index(f"warning: {warning}") + 1] == f"    {root}/{pair.format(root)}"
 
@@ -485,6 +526,16 @@ def cut_short(*paths: Path) -> str:
         path.write_bytes(path.read_bytes()[:-20])
         lines.append(f"\n    {path}: image file is truncated (")
     return lines[0] if len(lines) == 1 else f"error: {len(lines)} files cannot be read as an image:{lines[0]}"
+
+
+@pytest.mark.parametrize("pack", [0, 8])
+def test_files_that_are_empty_and_no_images_are_named_at_once(tmp_path: Path, pack: int) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog")
+    (root / "cat" / "empty.jpg").touch()
+    (root / "dog" / "page.jpg").write_text("<html>not found</html>")
+    messages = ("error: 2 files cannot", f"{root}/cat/empty.jpg: empty", f"{root}/dog/page.jpg: not an image")
+    refused(3, messages, "build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", "--pack", pack)
 
 
 def test_verify_decodes_images_in_their_files_before_it_builds(tmp_path: Path) -> None:
