@@ -8,6 +8,7 @@ PyTorch 2.11, the oldest version that cpmix supports, has the fixes of CVE-2025-
 import io
 import json
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -125,7 +126,8 @@ def _read(data: bytes, path: Path) -> tuple[Any, list[str]]:
     unread: dict[str, type[_Unread]] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(kind, name) for name, kind in unread.items()]):
+            stand_ins = torch.serialization.safe_globals([(kind, name) for name, kind in unread.items()])
+            with stand_ins, warnings.catch_warnings(action="ignore"):  # of files that an error tells below
                 return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu"), sorted(unread)
         except Exception as fault:  # a damaged pickle may raise any exception
             if len(unread) == MAX_UNREAD or not _add_stand_in(unread, str(fault)):

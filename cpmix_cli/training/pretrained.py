@@ -108,18 +108,20 @@ def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
     def places(name: str, tensor: Tensor) -> set[str]:
         return {p for p in model.places_of(name) if p in needed and own[p].shape == tensor.shape}
 
+    named: dict[str, set[str]] = defaultdict(set)
     fitting: dict[str, set[str]] = defaultdict(set)
     for name, tensor in tensors.items():
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            named[name[:start]] |= needed.intersection(model.places_of(name[start:]))
             fitting[name[:start]] |= places(name[start:], tensor)
-    closest = max(fitting, key=lambda prefix: (len(fitting[prefix]), -len(prefix)), default="")
+    closest = max(named, key=lambda p: (len(named[p]), len(fitting[p]), -len(p)), default="")
     whole = sorted(prefix for prefix, found in fitting.items() if found == needed)
     first = [prefix for prefix in whole if COPIES.isdisjoint(re.split(r"[._]", prefix))]
-    if len(fitting[closest]) * 2 < len(needed) or "" in whole:
+    if len(named[closest]) * 2 < len(needed) or "" in whole:
         closest = ""
     elif len(first) == 1:
         (closest,) = first
-    rivals = whole if closest in whole and closest and len(whole) > 1 and len(first) != 1 else []
+    rivals = whole if closest and len(whole) > 1 and len(first) != 1 else []
 
     inside = {name.removeprefix(closest): t for name, t in tensors.items() if name.startswith(closest)}
     body = {name: t for name, t in inside.items() if not name.startswith(("head.", "fc."))}

@@ -23,6 +23,7 @@ from helpers import (
     flip,
     follow_fix,
     must,
+    process,
     refused,
     run_commands,
     save,
@@ -235,9 +236,23 @@ def test_torchscript_is_refused_with_the_command_that_saves_its_tensors(tmp_path
     assert load_file(tmp_path / "w-state_dict.safetensors").keys() == {"weight", "bias"}
 
 
+@pytest.mark.slow
+def test_a_newer_pickle_is_refused_with_the_command_that_saves_it_again(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": W}, path, pickle_protocol=4)
+    result = process("import-weights", path, "--sha256", sha256(path.read_bytes()))
+    assert result.stderr.startswith(
+        f"import-weights: loading torch\nerror: {path} is damaged, or holds more than PyTorch reads as tensors; "
+        "nothing of it was run\n  needed by: import-weights\n  fix: fetch the file again from where it was published, "
+        "or give one that torch.save(model.state_dict(), FILE) wrote; or, only if you trust its author"
+    )
+    follow_in_shell(result, tmp_path)
+    assert load_file(tmp_path / "w-state_dict.safetensors").keys() == W.keys()
+
+
 def follow_in_shell(result: Result, folder: Path) -> None:
     """Paste the fix of an error into a shell, without the warning in front of it."""
-    command = fix_of(result).removeprefix("only if you trust its author, because this runs code of the file: ")
+    *_, command = fix_of(result).rpartition("only if you trust its author, because this runs code of the file: ")
     assert command.startswith("python -c ")
     for name, words in (("python", ""), ("cpmix", "-m cpmix_cli ")):
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words}"$@"\n')
