@@ -30,7 +30,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
-from cpmix_cli.runtime.text import on_a_line
+from cpmix_cli.runtime.text import on_a_line, quoted
 
 DECISION_REGIONS = "decision_regions"
 _PICTURES = (
@@ -78,7 +78,7 @@ def run(options: ReportOptions) -> None:
             raise InputError(
                 f"{other.root} has other classes than {own.root}",
                 needed_by="confusion-report --compare",
-                fix=f"drop --compare {other.root}, or give a run on data with the same classes",
+                fix=f"drop {quoted('--compare', other.root)}, or give a run on data with the same classes",
             )
     reported = [own, *others]
     places = [run.evaluation.resolve() for run in reported]

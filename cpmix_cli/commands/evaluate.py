@@ -48,9 +48,9 @@ def run(options: EvaluateOptions) -> None:
         InputError: no phase is finished, the data set or classes are others, or files are damaged.
         EnvironmentFault: the output belongs to other settings, the device is missing, or the disk is full.
     """
-    if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
+    if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", options.label):
         raise UsageError(
-            f'--label "{options.label}" is no file name of letters, digits, ".", "_" and "-"',
+            f'--label "{options.label}" is no file name of at most 100 letters, digits, ".", "_" and "-"',
             fix="give a name such as --label run-2",
         )
     if options.test_data is not None and options.split != "test":
@@ -177,7 +177,7 @@ def _default_label(
     place = options.test_data.resolve()
     for first in range(len(place.parts) - 1, 0, -1):
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(place.parts[first:]))
-        label = "-".join([*before, name, *after])
+        label = "-".join([*before, name[-150:], *after])  # a file name has at most 255 bytes
         if not _is_of_others(evaluations / f"{source.phase}-{label}", tests, place):
             break
     return label

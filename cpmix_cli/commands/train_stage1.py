@@ -176,7 +176,7 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
         raise InputError(
             f"{source.path} was trained on {source.record().dataset.name}, not on {dataset.name} in {dataset.folder}",
             needed_by="--teacher",
-            fix=f"give --teacher a run that was trained with --data {dataset.folder}",
+            fix=f"give --teacher a run that was trained with {quoted('--data', dataset.folder)}",
         )
     if not taught:
         raise UsageError(

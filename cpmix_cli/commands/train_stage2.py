@@ -7,6 +7,7 @@ from cpmix_cli.evaluation.prediction import accuracy_on_test
 from cpmix_cli.flags import TrainStage2Options
 from cpmix_cli.runs.phase_choice import choose_phase, locate
 from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training.phase import continued, train
 
 
@@ -19,6 +20,6 @@ def run(options: TrainStage2Options) -> None:
     """
     root, named = locate(options.from_folder)
     if named not in (None, "stage1"):
-        raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"give --from {root}")
+        raise UsageError(f"train-stage2 starts from stage 1, not from {named}", fix=f"give {quoted('--from', root)}")
     source = choose_phase(root, "stage1", ("stage1",))
     train(continued(options, source, "stage2", accuracy_on_test))

@@ -19,6 +19,7 @@ from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.splits import Source, Split, check_published
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.text import quoted
 
 _DOWNLOADS = Path("data/download")
 """Default of --data-root, and the folder that --download writes to."""
@@ -175,7 +176,7 @@ def image_folder(
         inside = root / names[0]
         raise InputError(
             f'{root} has one class, "{names[0]}"; a classifier needs two',
-            fix=f"if its sub-folders are the classes: --data-root {inside}"
+            fix=f"if its sub-folders are the classes: {quoted('--data-root', inside)}"
             if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir())
             else "lay the images out as FOLDER/CLASS/IMAGE.jpg, a sub-folder for each class",
         )

@@ -2,17 +2,22 @@
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
-# Control codes, line ends, and the marks that change the direction of the text after them.
-_UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+# Control codes, line ends, marks that change the direction of the text after them, characters without a width (but not
+# the joiners of words and emoji, U+200C and U+200D), and those that no XML file may have.
+_UNSAFE = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
+    "\\ufffe\\uffff\\U000e0000-\\U000e007f]"
+)
 _NOT_TYPED = re.compile(f"{_UNSAFE.pattern}|[\\udc80-\\udcff]")
 """Also the bytes of a file name that are not UTF-8."""
 _FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # the last four: their full-width forms
 
 
 def on_a_line(text: str) -> str:
-    """Escape control codes, line ends and direction marks: they could forge or overwrite other lines."""
+    """Escape control codes, line ends, direction marks and the like: they could forge or overwrite other lines."""
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -22,8 +27,12 @@ def printable(text: str) -> str:
 
 
 def quoted(*words: object) -> str:
-    """Return words of a command line, quoted for the shell; $'...' in words that on_a_line() would change."""
-    return " ".join(_quoted(str(word)) for word in words)
+    """Return words of a command line, quoted for the shell; $'...' in words that on_a_line() would change.
+
+    A Path that begins like a flag gets a leading ./
+    """
+    texts = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return " ".join(map(_quoted, texts))
 
 
 def _quoted(word: str) -> str:
@@ -34,14 +43,19 @@ def _quoted(word: str) -> str:
 
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
-    if code >= 0xDC80:  # Python's stand-in for one byte
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for one byte
         return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 0x80 else _unicode_escape(code)
+
+
+def _unicode_escape(code: int) -> str:
+    """Return the escape of a character in TOML and in $'...' of a shell."""
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def toml_text(text: str) -> str:
     """Escape in TOML text, whose strings are basic strings, what on_a_line() escapes. Its own line ends stay."""
-    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else _unicode_escape(ord(found[0])), text)
 
 
 def csv_cell(value: Any) -> Any:

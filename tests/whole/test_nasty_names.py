@@ -5,7 +5,9 @@ import io
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +15,15 @@ import pytest
 from helpers import Result, cpmix, edit_record, must, refused, write_image
 
 from cpmix_cli.artifacts.files import sha256
-from cpmix_cli.runtime.text import csv_cell, on_a_line, quoted
+from cpmix_cli.runtime.text import csv_cell, on_a_line, quoted, toml_text
 
-UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+UNSAFE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\U000e0000-\U000e007f]"
+)
 FORGED = re.compile(r"^ *(next|fix|error|warning|done): *rm", re.MULTILINE)
 CLASSES = ["=2+5", "-1.5", "@a\x1b[31m\u202eb\nnext: rm -rf x", "$x_1$ <b>&amp;\x85\x07"]
+CLASSES += ["</script>$\\frac{--> \u200b\ufeff\uffff\U000e0041", "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e"]
 RUN = "=run\u2028\t\n  fix: rm\u2066 \x9b2J'"
 """A folder of a run."""
 
@@ -90,6 +96,9 @@ def test_no_file_for_other_programs_has_a_name_as_it_is(nasty: Path, monkeypatch
     drawings = list(run.glob("confusion/*/*.svg"))
     assert len(drawings) == 4
     assert r"@a\x1b[31m\u202eb\nnext: rm -rf x" in "".join(safe(path.read_text()) for path in drawings)
+    for path in drawings:
+        ElementTree.parse(path)
+    assert "</script>$" not in page
     for form in ("markdown", "latex"):
         safely("compare", run, "--format", form)
     monkeypatch.chdir(nasty)  # a relative path begins with =
@@ -193,12 +202,35 @@ def test_a_csv_cell_is_a_formula_never_and_a_number_if_it_was_one(value: object,
     assert csv_cell(cell) == cell
 
 
-@pytest.mark.parametrize("word", ["plain", "two words", "it's", "a\\n", RUN, NAME, "\x80\u202e\U0001f600é'\\", ""])
+@pytest.mark.parametrize(
+    "word", ["plain", "two words", "it's", "a\\n", RUN, NAME, "\x80\u202e\U0001f600é'\\", "\ufeff\uffff\U000e0041'", ""]
+)
 def test_quoted_words_are_the_same_in_a_shell(word: str) -> None:
     safe(quoted(word))
     shell = f"printf '%s\\0' {quoted(word, word)}"
     found = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}).stdout
     assert found == f"{word}\0{word}\0".encode()
+
+
+def test_a_path_that_begins_like_a_flag_is_no_flag_in_a_command() -> None:
+    assert quoted("status", Path("-x"), Path("a/-x"), "--from", Path("--out/x y")) == (
+        "status ./-x a/-x --from './--out/x y'"
+    )
+
+
+def test_a_toml_text_keeps_its_value_without_names_as_they_are() -> None:
+    for name in CLASSES:
+        text = json.dumps(name, ensure_ascii=False)
+        assert tomllib.loads(f"x = {safe(toml_text(text))}")["x"] == name
+
+
+def test_the_evaluation_of_a_folder_with_the_longest_name_has_a_shorter_one(digits_run: Path, tmp_path: Path) -> None:
+    images = tmp_path / ("é" * 120 + "n" * 15)
+    for c in range(10):
+        write_image(images / str(c) / "0.png", (25 * c, 0, 0))
+    must("evaluate", "--from", digits_run, "--test-data", images)
+    result = refused(2, "is no file name of at most 100", "evaluate", "--from", digits_run, "--label", "x" * 101)
+    assert "  fix: give a name such as --label run-2\n" in result.stderr
 
 
 # -- lists that lead out of their folder -------------------------------------------------------------------------------
