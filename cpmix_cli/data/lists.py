@@ -4,6 +4,7 @@ A list has one line 'PATH LABEL' per image, with the path relative to the folder
 checked here. The image files are checked where they are read.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -95,7 +96,7 @@ def read_own(list_dir: Path, root: Path) -> Source:
     """Read a user's own lists: the files whose names end in train.txt, test.txt and, if one exists, val.txt.
 
     Raises:
-        InputError: a list is missing or malformed, or a training image is also a test image.
+        InputError: a list is missing or malformed, there is one class, or a training image is also a test image.
     """
     found: dict[str, Path] = {}
     for split in ("train", "val", "test"):
@@ -112,6 +113,10 @@ def read_own(list_dir: Path, root: Path) -> Source:
         if files:
             found[split] = files[0]
     source = _source(found, _read_all(found, None), root, "image-folder/cpmix")
+    if len(source.class_names) < 2:
+        raise InputError(
+            f"{found['train']} has one class; a classifier needs two", fix="list images of another class, with label 1"
+        )
     return replace(source, profile="ranked", name=list_dir.resolve().name)
 
 
@@ -133,6 +138,11 @@ def _read_all(files: Mapping[str, Path], num_classes: int | None) -> dict[str, S
     splits = {name: read_list(path) for name, path in files.items()}
     if num_classes is None:
         num_classes = 1 + max(int(split.labels.max()) for split in splits.values())
+        if num_classes > (listed := len(splits["train"].labels)):
+            raise InputError(
+                f"the largest label is {num_classes - 1}, but {files['train']} has {counted(listed, 'image')}",
+                fix="number the classes from 0 without a gap; each needs a training image",
+            )
     for name, split in splits.items():
         outside = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
         limits = f"labels are 0 to {num_classes - 1}"
@@ -156,7 +166,7 @@ def read_list(path: Path) -> Split:
     """
     data = read_bytes(path, limit=_MAX_LIST)
     try:
-        lines = data.decode().split("\n")
+        lines = re.split("\r?\n|\r", data.decode("utf-8-sig"))  # Windows' editors begin with a mark
     except UnicodeDecodeError as fault:
         raise InputError(
             f"{path} is not UTF-8 text: {fault.reason} at byte {fault.start:,}",
@@ -170,7 +180,7 @@ def read_list(path: Path) -> Split:
             continue
         *before, label = line.strip().rsplit(None, 1)
         image = "".join(before)
-        if not image or "\x00" in image or not label.removeprefix("-").isdecimal() or len(label) > 9:
+        if not image or "\x00" in image or not re.fullmatch("-?[0-9]{1,8}", label):
             faults[number] = f"{line[:80]!r} is not 'PATH LABEL'"
         elif {"", ".", ".."} & set(image.split("/")):
             faults[number] = f"{image!r} is no plain path below the folder of the images"
@@ -201,7 +211,8 @@ def _refuse_overlap(files: Mapping[str, Path], splits: Mapping[str, Split]) -> N
         shared = [path for path in splits[first].paths if path in images]
         if not shared:
             continue
-        what = f"{len(shared):,} images of {files[first]} are in {files[second]} too, such as {shared[0]}"
+        are = "is" if len(shared) == 1 else "are"
+        what = f"{counted(len(shared), 'image')} of {files[first]} {are} in {files[second]} too, such as {shared[0]}"
         if "val" in (first, second):
             console.warn(what)
         else:

@@ -167,6 +167,8 @@ def image_folder(
     """
     root = _root_of("image-folder", data_root)
     if list_dir is not None:
+        if not root.exists():
+            raise InputError(f"no folder {root}", fix="give the folder that holds the images with --data-root FOLDER")
         listed = lists.read_own(list_dir, root)
         parts = [part for part in (listed.pool, listed.test, listed.val) if part is not None]
         return replace(listed, times=digest([folders.listing(root, part.paths) for part in parts]))

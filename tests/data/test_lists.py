@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import Result, cpmix, ended, files, make, must, refused, write_image
+from helpers import Result, cpmix, ended, files, fix_of, make, must, refused, write_image
 
 from cpmix_cli.data import lists, sources
 from cpmix_cli.data.dataset import open_dataset
@@ -132,7 +132,15 @@ def test_all_bad_lines_are_listed_by_number(tmp_path: Path) -> None:
     path.write_text("".join(f"{i}\n" for i in range(100)))
     with pytest.raises(InputError, match=r"has 100 faults:(\n.*){20}\n    \.\.\. and 80 more\n"):
         lists.read_list(path)
-    for content, message in ((b"", "lists no image"), (b"\xff\xfe", "not UTF-8 text")):
+    for content in (b"\xef\xbb\xbfa/1.jpg 0\r\nb.jpg 1\r\n", b"a/1.jpg 0\rb.jpg 1\r", b"\n a/1.jpg\t0\n\nb.jpg  1"):
+        path.write_bytes(content)
+        found = lists.read_list(path)
+        assert (found.paths, found.labels.tolist()) == (["a/1.jpg", "b.jpg"], [0, 1])
+    for content, message in (
+        (b"", "lists no image"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        ("a.jpg \u0661".encode(), "line 1: 'a.jpg \u0661' is not 'PATH LABEL'"),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             lists.read_list(path)
@@ -144,7 +152,7 @@ def test_all_bad_lines_are_listed_by_number(tmp_path: Path) -> None:
         ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg 3", "label 3; labels are 0 to 2"),
         ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg -1", "label -1; labels are 0 to 2"),
         ("train", "zoo/train0000.jpg 2", "zoo/train0000.jpg 1", "the smallest 2; in the published list 120 and 3"),
-        ("train", "train/zoo/train0000.jpg 2", "val/zoo/test0000.jpg 2", "1 images of"),
+        ("train", "train/zoo/train0000.jpg 2", "val/zoo/test0000.jpg 2", "1 image of"),
         ("test", "val/zoo/test0000.jpg 2\n", "", "has 5 images; the published list has 6"),
         ("test", "val/zoo/test0001.jpg", "/val/zoo/test0001.jpg", "no plain path"),
     ],
@@ -163,7 +171,7 @@ def test_a_class_without_a_training_image_is_refused(places: Path) -> None:
 
 def test_a_val_image_in_another_split_causes_a_warning(places: Path) -> None:
     edit(places, "val", "val0000.jpg 0", "train0000.jpg 0")
-    ended(build(places, "--out", places / "d"), 0, "warning: 1 images of")
+    ended(build(places, "--out", places / "d"), 0, "warning: 1 image of")
 
 
 def test_official_lists_have_their_own_splits(places: Path) -> None:
@@ -272,6 +280,25 @@ def test_own_lists_are_accepted_at_any_size_and_rho(places: Path, tmp_path: Path
     (places / "lists" / "my_train.txt").touch()
     refused(3, "has 2 lists for train: Places_LT_train.txt, my_train.txt", "build-lt", "image-folder", *where)
     refused(3, "no list *train.txt in", "build-lt", "image-folder", "--list-dir", places, *where[2:])
+
+
+@pytest.mark.parametrize(
+    ("train", "message", "fix"),
+    [
+        ("a/0.jpg 1\nb/0.jpg 2\n", "the largest label is 2, but {train} has 2 images", "number the classes from 0"),
+        ("a/0.jpg 0\nb/0.jpg 99999999\n", "the largest label is 99999999, but {train}", "number the classes from 0"),
+        ("a/0.jpg 1\nb/0.jpg 2\nb/1.jpg 1\n", "{train} has no image of 1 of the 3 classes: 0", "number the classes"),
+        ("a/0.jpg 0\nb/0.jpg 0\n", "{train} has one class; a classifier needs two", "list images of another class"),
+    ],
+)
+def test_own_lists_whose_labels_are_not_0_to_c_are_refused(tmp_path: Path, train: str, message: str, fix: str) -> None:
+    (tmp_path / "train.txt").write_text(train)
+    (tmp_path / "test.txt").write_text("a/9.jpg 0\n")
+    build = ("build-lt", "image-folder", "--list-dir", tmp_path, "--data-root")
+    result = refused(3, message.format(train=tmp_path / "train.txt"), *build, tmp_path)
+    assert fix_of(result).startswith(fix)
+    result = refused(3, f"no folder {tmp_path / 'none'}", *build, tmp_path / "none")
+    assert fix_of(result) == "give the folder that holds the images with --data-root FOLDER"
 
 
 def test_classes_get_folder_names_only_if_these_are_unique(tmp_path: Path) -> None:
