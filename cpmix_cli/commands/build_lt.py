@@ -89,6 +89,8 @@ def run(options: BuildOptions) -> None:
         image_folder.warn_of(source.root or folder, source.left_out)
         splits = storage.take(source, _choose(source, request))
         if not len(splits["test"].labels):
+            if source.test is not None:
+                raise InputError("no test image can be read", fix="repair the test images, or give others")
             most = int(np.bincount(source.pool.labels).max())
             raise InputError(
                 f"no test image: none of the {len(source.class_names)} classes has enough images to hold one out, "
@@ -232,7 +234,9 @@ def _choose(source: Source, request: DatasetRequest) -> dict[str, NDArray[np.int
     order = shuffled_by_class(source.pool.labels, len(names), request.subset_seed)
     available = np.array([len(positions) for positions in order])
     if empty := [names[c] for c in np.flatnonzero(available == 0)]:
-        raise InputError(f"classes without a training image: {', '.join(empty)}", fix="take them out of the source")
+        raise InputError(
+            f"classes without a training image: {', '.join(empty)}", fix="add images, or take them out of the source"
+        )
     held_test = np.zeros_like(available)
     if source.test is None:
         share = np.minimum(10, (available * 0.2 + 0.5).astype(np.int64))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cpmix_cli.artifacts.files import LFS_POINTER, open_file, read_bytes
+from cpmix_cli.artifacts.files import LFS_POINTER, open_file
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
@@ -363,11 +363,17 @@ def sizes_and_times(paths: Sequence[Path]) -> NDArray[np.int64]:
 
 def content_hashes(paths: Sequence[Path]) -> list[bytes]:
     """Return the sha256 of each file [N]; raises as read_each()."""
+
+    def read(path: Path) -> bytes:
+        found = sha256()
+        with open_file(path) as file:
+            while block := file.read(2**20):
+                found.update(block)
+        return found.digest()
+
     hashes = [b""] * len(paths)
     with console.Progress("hashed image files", len(paths)) as progress:
-        read_each(
-            paths, lambda path: sha256(read_bytes(path)).digest(), hashes.__setitem__, progress, threads=_IO_THREADS
-        )
+        read_each(paths, read, hashes.__setitem__, progress, threads=_IO_THREADS)
     return hashes
 
 

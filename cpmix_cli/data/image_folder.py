@@ -188,6 +188,8 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
         split = split_of(folder.name)
         named.setdefault(split, []).append(folder) if split else others.append(folder)
     if layout == "classes" or (not named and layout == "auto"):
+        if layout == "auto":
+            _refuse_splits_inside(walk, tops)
         _warn_of_equal_insides(tops)
         return {}
     said = shortened([repr(f.name) for folders in named.values() for f in folders], 5)
@@ -206,7 +208,7 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
     if "train" not in named:
         beside = f" beside {shortened([repr(f.name) for f in others], 5)}" if others else ""
         raise InputError(
-            f"{walk.root} has {said}{beside}, and no folder of training images",
+            f"{walk.root} has {said}{beside}, and no folder of training images{walk.said_of_links(walk.root)}",
             fix=f"for splits, move the classes into {walk.root / 'train'}; {all_classes}",
         )
     train = named["train"][0]
@@ -223,7 +225,27 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
             )
     for folder in others:
         walk.leave_out(NO_SPLIT, folder)
+    inside = [f.name for f in walk.sub_folders(train)]
+    if inside and all(map(split_of, inside)):
+        raise InputError(
+            f"{train} has no classes inside but {shortened(inside, 5)}, the name of a split again",
+            fix=f"move the classes up into {train}; {all_classes}",
+        )
     return {split: folders[0] for split, folders in named.items()}
+
+
+def _refuse_splits_inside(walk: "_Walk", tops: list[Path]) -> None:
+    """Raise InputError if a class has several splits inside: the images of all would be mixed."""
+    for top in tops:
+        inside = [folder for folder in walk.sub_folders(top) if split_of(folder.name)]
+        if len({split_of(folder.name) for folder in inside}) > 1:
+            is_whole = any(walk.sub_folders(folder) for folder in inside)
+            moved = ", ".join(str(walk.root / folder.name / top.name) for folder in inside)
+            raise InputError(
+                f"{top} has {shortened([repr(folder.name) for folder in inside], 5)} inside",
+                fix=(f"for splits, give --data-root {top}" if is_whole else f"for splits, move them to {moved}")
+                + f"; if all of their images are of the class {top.name!r}: --layout classes",
+            )
 
 
 def _warn_of_equal_insides(tops: list[Path]) -> None:
@@ -270,7 +292,7 @@ def _of_classes(
     found = [sub for sub in found if images[sub] or not walk.is_left_out(OUTPUT, sub)]
     if not found:
         raise InputError(
-            f"{folder} has no class sub-folders",
+            f"{folder} has no class sub-folders{walk.said_of_links(folder)}",
             fix="lay the images out as FOLDER/CLASS/IMAGE.jpg, or FOLDER/train/CLASS/... and FOLDER/test/CLASS/..."
             if folder == walk.root
             else f"sort its images into class sub-folders, or move it out of {walk.root}",
@@ -392,6 +414,11 @@ class _Walk:
         linked = self.left_out.get(LINK, {}).get(folder.relative_to(self.root).as_posix())
         reasons += [LINK] if linked else []
         return f"; left out: {', '.join(reasons)}" if reasons else ""
+
+    def said_of_links(self, folder: Path) -> str:
+        """Return which links in a folder are left out, for the end of a message."""
+        links = [path for path in self.left_out.get(LINK, {}) if (self.root / path).parent == folder]
+        return f"; left out as links to folders that are read already: {shortened(links, 5)}" if links else ""
 
     def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """Return the folders and the files in a folder, sorted by name, without what is left out."""

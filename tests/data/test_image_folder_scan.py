@@ -111,6 +111,12 @@ def test_names_that_only_resemble_splits_are_classes(tmp_path: Path) -> None:
         (["bus", "train", "test"], ("no sub-folders", "--layout classes")),
         (["train/cat", "training/cat"], ("'train' and 'training', two folders of one split",)),
         (["train/cat", "test/cat", "Testing/cat"], ("'Testing' and 'test'",)),
+        (
+            ["cat/train", "cat/test", "dog/train"],
+            ("p/cat has 'test', 'train' inside", "p/train/cat", "--layout classes"),
+        ),
+        (["a/train/cat", "a/test/cat", "b/dog"], ("p/a has 'test', 'train' inside", "--data-root", "--layout classes")),
+        (["train/train/cat", "test/test/cat"], ("p/train has no classes inside but train", "move the classes up")),
     ],
 )
 def test_folders_that_may_be_splits_or_classes_are_refused_with_both_ways_out(
@@ -390,6 +396,33 @@ def test_unicode_forms_of_one_name_are_one_class(tmp_path: Path) -> None:
     assert "2 folders of the name café, in two Unicode forms, are one class" in unicodedata.normalize(
         "NFC", found["stderr"]
     )
+
+
+def test_linked_folders_that_are_read_already_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "store", "cat", "dog")
+    for split in ("train", "test"):
+        (tmp_path / "p" / split).mkdir(parents=True)
+        (tmp_path / "p" / split / "cat").symlink_to(tmp_path / "store" / "cat")
+    message = "p/test has no class sub-folders; left out as links to folders that are read already: test/cat"
+    refused_build(tmp_path / "p", message)
+    (tmp_path / "q").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "q" / split).symlink_to(tmp_path / "store")
+    message = (
+        "q has 'test', and no folder of training images; left out as links to folders that are read already: train"
+    )
+    refused_build(tmp_path / "q", message)
+
+
+def test_a_split_or_class_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "train/cat", "train/dog", "test/cat")
+    for path in (root / "test" / "cat").iterdir():
+        path.write_text("no image")
+    refused_build(root, "no test image can be read", "--skip-unreadable")
+    for path in (root / "train" / "dog").iterdir():
+        path.write_text("no image")
+    refused_build(root, ("classes without a training image: dog", "fix: add images"), "--skip-unreadable")
 
 
 def test_classes_whose_names_hardly_differ_are_named(tmp_path: Path) -> None:
