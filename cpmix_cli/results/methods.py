@@ -4,7 +4,7 @@ recognised() compares all settings with those of cpmix's recipes. minimised() co
 parameters: a figure names a curve by its method, and CP-Mix with another t is still CP-Mix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -119,13 +119,15 @@ def recognised(
     known = _known_settings(recipe.schedule.epochs, rho)
     counted = (*PHASE_TABLES[phase], "evaluation")
     found = []
-    for order, ((method, name), differing) in enumerate(_compared(_settings(recipe), known).items()):
-        near = {key: value for key, value in differing.items() if key.partition(".")[0] in counted}
-        found.append((len(near), len(differing), name.rpartition("/")[0] != family, order, method, name, near))
-    *_, order, method, name, near = min(found)
-    if near and (own := [entry for entry in found if entry[5] == trained_with]):
-        *_, order, method, name, near = own[0]
-    return Recognised(method, name, near, tuple(entry[5] for entry in found if not entry[0]), order)
+    for order, ((method, name), theirs) in enumerate(known.items()):
+        differing = changed(theirs, _settings(recipe))
+        near = [entry for entry in differing if entry[0].partition(".")[0] in counted]
+        values = {key: value for key, _, value in near}
+        found.append((_size(near), _size(differing), name.rpartition("/")[0] != family, order, method, name, values))
+    *_, order, method, name, values = min(found)
+    if values and (own := [entry for entry in found if entry[5] == trained_with]):
+        *_, order, method, name, values = own[0]
+    return Recognised(method, name, values, tuple(entry[5] for entry in found if not entry[0]), order)
 
 
 OBJECTIVES = {
@@ -146,13 +148,17 @@ def minimised(recipe: Recipe, phase: str) -> str | None:
     """
     if phase == "stage1" and recipe.stage2 is not None:
         return None
-    compared = _compared(_objective(recipe, phase), _known_objectives(phase))
-    return next((method for method, differing in compared.items() if not differing), None)
+    own = _objective(recipe, phase)
+    return next((method for method, theirs in _known_objectives(phase).items() if theirs == own), None)
 
 
-def _compared(own: dict[str, Any], known: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """Return, for each known recipe, the keys that differ from it with the own values."""
-    return {name: {key: value for key, _, value in changed(theirs, own)} for name, theirs in known.items()}
+def _size(differing: Sequence[tuple[str, Any, Any]]) -> int:
+    """Return the number of keys that differ. A table that one of the two recipes lacks counts as all of its keys."""
+    return sum(max(_num_keys(old), _num_keys(new)) for _, old, new in differing)
+
+
+def _num_keys(value: Any) -> int:
+    return sum(map(_num_keys, value.values())) if isinstance(value, dict) else 1
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -133,6 +133,13 @@ def test_compare_separates_phases_and_follows_a_stage_1_elsewhere(digits_run: Pa
     assert must("compare", other).stdout.splitlines()[-1] == "-: unknown, a phase is missing"
 
 
+def test_a_changed_table_is_nearer_than_a_missing_one() -> None:
+    """Balanced Softmax lacks a table of CP-Mix: one entry of a comparison, but all keys of the table."""
+    settings = ["stage2.terms.cp.t=0.7", "stage2.terms.cp.alpha=0.3"]
+    found = recognised(load("digits/cpmix", settings=settings), "stage2", "digits", 20)
+    assert (found.recipe, found.changed) == ("digits/cpmix", {"stage2.terms.cp.t": 0.7, "stage2.terms.cp.alpha": 0.3})
+
+
 def test_every_recipe_is_recognised() -> None:
     twins = {"ablation-1": "cross-entropy", "ablation-2": "balanced-softmax"}
     twins |= {"ablation-8": "cpmix", "ablation-9": "cpmix"}
