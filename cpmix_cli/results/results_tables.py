@@ -106,8 +106,9 @@ def updated(where: str, text: str, rows: Sequence[Row]) -> tuple[str, int]:
             if opened:
                 break
             opened, number_of_tables = number, number_of_tables + 1
-            out += [line, *markdown(_sheet_of_mark(f"{where}, line {number}", line, rows))]
-        elif line == END and opened:
+            made = markdown(_sheet_of_mark(f"{where}, line {number}", line.rstrip(), rows))
+            out += [line, *(row + "\r" * line.endswith("\r") for row in made)]  # a file of Windows keeps its line ends
+        elif line.rstrip() == END and opened:
             opened = 0
         if not opened:
             out.append(line)

@@ -241,6 +241,10 @@ def test_update_makes_the_tables_of_a_text(table: Path, tmp_path: Path) -> None:
     result = must("results", table, "--update", text, "--json")
     assert result.json == {"command": "results", "file": str(text), "tables": 2, "changed": False}
     assert text.stat().st_mtime_ns == before
+    of_windows = text.read_bytes().replace(b"\n", b"\r\n").replace(b" results -->\r", b" results -->  \r")
+    text.write_bytes(of_windows)
+    assert must("results", table, "--update", text).stdout == f"{text}: 2 tables, up to date\n"
+    assert text.read_bytes() == of_windows
 
 
 @pytest.mark.parametrize(
