@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from cpmix_cli.artifacts.files import publish, temporary_for
 from cpmix_cli.artifacts.locks import LOCK, hold
 from cpmix_cli.artifacts.ownership import refuse_strangers
+from cpmix_cli.data.storage import OWN_FILES
 from cpmix_cli.runtime.errors import EnvironmentFault
 
 
@@ -214,6 +216,19 @@ def test_the_list_of_what_is_left_out_replaces_only_such_a_list(tmp_path: Path) 
     (tmp_path / "photos" / "red" / "notes.txt").unlink()
     must(*build, notes.parent, "--overwrite")
     assert not notes.exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--pack", 16], ["--pack", 0]])
+def test_all_files_of_a_data_set_are_among_those_that_are_looked_for(tmp_path: Path, flags: list[object]) -> None:
+    write_photos(tmp_path / "photos", {"red": 8, "green": 8})
+    put(tmp_path / "photos" / "red" / "notes.txt")
+    must(
+        *("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--val-per-class", 1, *flags),
+        *("--out", tmp_path / "data"),
+    )
+    names = files(tmp_path / "data")
+    assert "left_out.txt" in names
+    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in OWN_FILES)] == []
 
 
 def test_notes_in_the_form_of_a_list_of_unreadable_files_stay(tmp_path: Path) -> None:
