@@ -310,7 +310,7 @@ def _of_classes(
     names = class_names or [subs[0].name for subs in by_class.values()]
     numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
     if unknown := [subs[0].name for name, subs in by_class.items() if name not in numbers]:
-        splits = [name for name in unknown if split_of(name)]
+        splits = sorted((name for name in unknown if split_of(name)), key=lambda name: split_of(name) == "test")
         spelled = {_folded(name): name for name in names}
         renamed = [(name, spelled[_folded(name)]) for name in unknown if _folded(name) in spelled]
         others = f"; the classes are spelled {shortened([b for _, b in renamed], 5)}" if renamed else ""

@@ -86,7 +86,7 @@ def own_tests(dataset: Dataset, split: str, *, skip_unreadable: bool = False) ->
 
 
 def _naming(paths: Sequence[Path], upright: bool) -> Callable[[], AbstractContextManager[None]]:
-    fix = "restore or repair these files, or leave them out: --skip-unreadable"
+    fix = "restore or repair these files; if they have moved, name their folder; or leave them out: --skip-unreadable"
     return partial(all_unreadable_named, paths, upright=upright, fix=fix)
 
 

@@ -500,8 +500,8 @@ def _reading(dataset: Dataset, splits: Sequence[str]) -> AbstractContextManager[
     if dataset.storage != "files" or ranks.current().size > 1:  # other ranks would wait for this one to look
         return nullcontext()
     fix = (
-        "restore or repair these files, or build the data set without them: the same build-lt command with --overwrite "
-        "--skip-unreadable"
+        "restore or repair these files; if they have moved, name their folder with --data-root; or build the data set "
+        "without them: the same build-lt command with --overwrite --skip-unreadable"
     )
     paths = [path for split in splits for path in dataset.paths(split)]
     return all_unreadable_named(paths, upright=dataset.upright, fix=fix)

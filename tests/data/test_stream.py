@@ -342,7 +342,7 @@ def test_a_broken_image_in_the_middle_of_training_is_named(tree: Path, tmp_path:
         broken.write_bytes(b"nothing of the kind" if damage == "text" else content[: len(content) // 2])
     run = tmp_path / "run"
     train = ("train-stage1", "--data", tree / "files", "--data-root", images, "--out", run, *FLAGS)
-    refused(3, (f"{broken} cannot be read as an image", "--data-root"), *train)
+    refused(3, (f"1 file cannot be read as an image:\n    {broken}: ", "--data-root"), *train)
     broken.write_bytes(content)
     must(*train)
 
