@@ -21,11 +21,12 @@ from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.ownership import refuse_strangers
 from cpmix_cli.artifacts.tensors import tensor_bytes
+from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.checkout import commit_of_code
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, indented
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, indented
 
 
 def decide(
@@ -48,7 +49,7 @@ def decide(
         EnvironmentFault: the folder has an output of other inputs, or a file that cpmix did not write.
         InputError: the output is damaged.
     """
-    refuse_strangers(folder, writes)
+    refuse_strangers(folder, [name for name in writes if name != files.RECIPE or not _is_written(folder / name)])
     path = folder / files.TRAINING_STATE
     is_done = files.is_there(folder / files.RUN)
     if overwrite:
@@ -78,6 +79,14 @@ def decide(
         f"{folder} was made from something else:{indented([line.removeprefix('recipe.') for line in changed])}",
         fix=f"{again}write elsewhere with --out FOLDER, or replace it with --overwrite",
     )
+
+
+def _is_written(recipe: Path) -> bool:
+    """Return whether a recipe is just as cpmix writes it: all that a phase leaves that ends before its first state."""
+    try:
+        return load(str(recipe)).to_toml().encode() == files.read_bytes(recipe)
+    except CpmixError:
+        return False
 
 
 def clear(folder: Path) -> None:

@@ -258,6 +258,14 @@ def test_packing_missing_shards_again_deletes_no_file_of_the_user(tmp_path: Path
     assert (data / "train-mine1.shard").read_text() == "two years of work"
 
 
+def test_a_phase_that_ends_before_its_first_state_is_begun_again(toy: Path, tmp_path: Path) -> None:
+    """Only recipe.toml is there then; the fix of an error may be another recipe."""
+    train = ["train-stage1", "--data", toy, "--out", tmp_path, "--epochs", 2]
+    refused(5, "no state was saved before", *train, "--set", "optimizer.lr=1e30")
+    assert files(tmp_path) == ["stage1/recipe.toml"]
+    must(*train)
+
+
 def test_a_copy_of_a_recipe_is_the_user_s(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     """Every run's recipe.toml is a valid --recipe, so users copy and edit them."""
     copy = tmp_path / "stage1" / "recipe.toml"
