@@ -16,6 +16,7 @@ from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import Batches, open_batches, pictures, stream_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.data.decoding import all_unreadable_named, check_headers, readable_only
+from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime.errors import InputError, shortened
@@ -59,6 +60,7 @@ def own_tests(dataset: Dataset, split: str, *, skip_unreadable: bool = False) ->
     if dataset.storage == "files":
         paths = dataset.paths(split)
         if skip_unreadable and len(kept := readable_only(paths, upright=dataset.upright)) < len(paths):
+            warn_of_changed(dataset, split)
             found = _in_files(
                 [paths[i] for i in kept],
                 samples.iloc[kept],

@@ -592,9 +592,13 @@ def test_images_in_their_files_that_become_unreadable_are_all_named(tmp_path: Pa
     trains += ["--set", "data.normalisation=imagenet"]
     must(*trains)
     whole = must("evaluate", "--from", run, "--json").json
-    # Two test images are cut off; a third is gone.
+    # Two test images are cut off, later a third is gone.
     lost = [root / "test" / "cat" / "001.jpg", root / "test" / "dog" / "000.jpg", root / "test" / "dog" / "002.jpg"]
     cut_short(*lost[:2])
+    shutil.copy(lost[0].with_name("002.jpg"), lost[0].with_name("003.jpg"))
+    replaced = must("evaluate", "--from", run, "--skip-unreadable").stderr
+    assert "3 of 12 test images" in replaced
+    assert f"\n    {lost[0].with_name('003.jpg')}\n" in replaced
     lost[2].unlink()
     messages = tuple(f"\n    {path}: " for path in lost)
     refused(3, ("error: 3 files cannot", *messages, "--skip-unreadable"), "evaluate", "--from", run, "--overwrite")
