@@ -103,13 +103,18 @@ def load(
     if rho is not None and f"{rho:g}" in by_rho and not wrong:
         tables = _merged(tables, by_rho[f"{rho:g}"])
     changed = tables
+    replaced: list[str] = []
     for setting in settings:
-        changed = _merged(changed, _parse_setting(setting, changed))
+        parsed = _parse_setting(setting)
+        if fault := _replaced_table(changed, parsed):  # not merged: the table would be lost
+            replaced.append(fault)
+        else:
+            changed = _merged(changed, parsed)
     if seed is not None:
         changed = {**changed, "seed": seed}
     recipe, faults = _checked(changed)
-    if recipe is None or faults or wrong:
-        faults += wrong
+    if recipe is None or faults or replaced or wrong:
+        faults += replaced + wrong
         own = [fault for fault in (*_checked(tables)[1], *wrong) if fault in faults]
         raise refusal(
             f"recipe {path}",
@@ -407,8 +412,19 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_setting(setting: str, tables: dict[str, Any]) -> dict[str, Any]:
-    """Return a setting as tables; raise UsageError if it is malformed, or has no table for a table of `tables`."""
+def _replaced_table(tables: dict[str, Any], parsed: dict[str, Any], before: str = "") -> str:
+    """Return what is wrong with a setting that would replace a whole table by a value; "" if it does not."""
+    ((key, value),) = parsed.items() if len(parsed) == 1 else [("", None)]
+    if not isinstance(old := tables.get(key), dict):
+        return ""
+    if isinstance(value, dict):
+        return _replaced_table(old, value, f"{before}{key}.")
+    one = next((key for key in _dotted(old) if not any(other.startswith(f"{key}.") for other in _dotted(old))), "KEY")
+    return f"{before}{key} = {value!r}: Input should be a table. Set one of its keys, such as {before}{key}.{one}=VALUE"
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    """Return a setting as tables; raise UsageError if it is malformed."""
     key, equals, text = setting.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise UsageError(f"{_shown(setting)} is not table.key=value", fix="give one such as --set optimizer.lr=0.05")
@@ -429,17 +445,6 @@ def _parse_setting(setting: str, tables: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{_shown(setting)} holds no value of a recipe: {fault}", fix="give a value such as --set optimizer.lr=0.05"
         ) from fault
-    old: Any = tables
-    for part in parts:
-        old = _table(old).get(part)
-    if isinstance(old, dict) and not isinstance(value, dict):
-        message, path = (
-            f"{_shown(setting)} sets a table, not one of its keys: {shortened(sorted(old), 20)}",
-            key.strip(),
-        )
-        while isinstance(old, dict) and old:
-            path, old = f"{path}.{min(old)}", old[min(old)]
-        raise UsageError(message, fix=f"give one such as --set {path}=VALUE")
     for part in reversed(parts):
         value = {part: value}
     return dict(value)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpmix_cli.artifacts import locks
-from cpmix_cli.artifacts.files import PHASES, RECIPE, RUN
+from cpmix_cli.artifacts.files import DATASET, PHASES, RECIPE, RUN
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
@@ -107,7 +107,10 @@ def next_command(run: Path) -> str:
 
 
 def _begin(run: Path) -> str:
-    """Return a hint how to start a run: no full command, since the data set folder is unknown."""
+    """Return a hint how to start a run: no full command, since the data set folder is unknown, unless it is given."""
+    if (run / DATASET).is_file():
+        command = console.typed("train-stage1", "--data", run, "--out", Path("ckpt") / run.resolve().name)
+        return f"{run} is a data set folder; give the folder of a run, which this makes: {command}"
     return f"train its stage 1: train-stage1 takes a data set folder as --data, and {run} as --out"
 
 

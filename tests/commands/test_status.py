@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Result, cpmix, flip, must, refused, signalled, unchanged
+from helpers import Result, cpmix, fix_of, flip, must, refused, signalled, unchanged
 
 from cpmix_cli.recipe.loading import load, recipe_names
 
@@ -232,6 +232,10 @@ def test_damage_to_an_interrupted_phase_is_noticed(digits_run: Path) -> None:
 def test_folders_that_are_no_runs_are_refused(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no run folder"), (digits, "holds no phase of a run")):
         assert message in refused(3, (), "status", folder, "--json").json["error"]
+    for command in (("status",), ("evaluate", "--from"), ("compare",)):
+        fix = fix_of(refused(3, (), *command, digits))
+        said = f"{digits} is a data set folder; give the folder of a run, which this makes: "
+        assert fix == f"{said}cpmix train-stage1 --data {digits} --out ckpt/{digits.name}"
     record = digits_run / "stage2" / "run.json"
     record.write_text(record.read_text().replace('"epochs"', '"epoch"'))
     refused(3, f"{record} was changed after it was written", "status", digits_run)

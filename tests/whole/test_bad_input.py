@@ -71,7 +71,8 @@ def test_a_damaged_recipe_of_the_run_is_reported_despite_flags(digits_run: Path,
 @pytest.mark.parametrize("command", ["train-stage2", "finetune", "evaluate", "confusion-report", "predict x.png"])
 def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, digits: Path) -> None:
     with unchanged(digits):
-        refused(3, f"as --data, and {digits} as --out", *command.split(), "--from", digits)
+        said = f"which this makes: cpmix train-stage1 --data {digits} --out ckpt/{digits.name}\n"
+        refused(3, said, *command.split(), "--from", digits)
 
 
 def test_stage_2_before_stage_1_is_refused_and_names_stage_1(tmp_path: Path) -> None:
