@@ -349,11 +349,11 @@ def test_the_printed_fix_repairs_a_report(toy_run: Path, name: str) -> None:
     must("confusion-report", "--from", toy_run)
 
 
-def test_the_fix_of_a_damaged_file_outside_of_runs_names_the_file(toy: Path, tmp_path: Path) -> None:
+def test_the_fix_of_weights_that_are_none_names_the_command_that_makes_some(toy: Path, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(b"no such thing")
     result = refused(3, str(weights), "train-stage1", "--data", toy, "--init", weights, "--out", tmp_path / "run")
-    assert fix_of(result) == f"restore {weights} from a copy, or give another file"
+    assert fix_of(result) == "give a safetensors file; cpmix import-weights makes one of a PyTorch checkpoint"
 
 
 # -- content that is wrong under the right hash ------------------------------------------------------------------------
@@ -663,7 +663,7 @@ def hugging_face(folder: Path, **changes: object) -> None:
     [
         ({"fine_label": ["cat"] * 200}, "has the column fine_label as string; expected int64"),
         ({"fine_label": [None, *range(199)]}, "lacks 1 label"),
-        ({"fine_label": [100] * 200}, "names 101 classes; expected 100"),
+        ({"fine_label": [100] * 200}, "has labels 100 to 100; expected 0 to 99"),
         ({"fine_label": [-1, *range(1, 100)] * 2}, "has labels -1 to 99"),
         ({"img": ["x"] * 200}, "has the column img as string; expected img, as struct<bytes: binary, path: string>"),
         ({"img": [{"bytes": b"GIF89a", "path": None}] * 200}, "cannot be decoded"),
