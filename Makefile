@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A process per core; a process that is done takes over tests of another.
 PARALLEL := -n auto --dist worksteal
+# FOLLOW=--follow-lines also does what each printed fix: and next: line says; make check sets it.
+FOLLOW ?=
 
 .PHONY: demo test slow lint check torture clean
 
@@ -14,17 +16,18 @@ demo: $(READY)
 
 # What a change breaks first: all but the tests marked slow.
 test: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) $(FOLLOW) -m "not slow"
 
 # Sweeps of damage, kills, ranks, jobs, the browser, whole runs: the rest of the tests.
 slow: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) $(FOLLOW) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+check: FOLLOW := --follow-lines
 check: lint test slow
 
 # Two hundred SIGKILLs in all phases, each followed by the same command: prints kills, resumes, differences.

@@ -84,10 +84,11 @@ def _flag_error(fault: TyperException, words: Sequence[str], command: TyperComma
     if option in flags:
         return UsageError(f"{option} has no value", fix=f"give {option} a value: {flags[option].help}")
     if option:
-        near = [f"give --{name}; " for name in nearest(option.strip("-"), [flag.strip("-") for flag in flags])]
-        return UsageError(f"{called} has no flag {option}", fix="".join(near) + f"{called} --help lists all flags")
+        known = nearest(option.strip("-"), [flag.strip("-") for flag in flags])
+        change = "".join(f"give --{name} in place of {option}" for name in known) or quoted("drop", option)
+        return UsageError(f"{called} has no flag {option}", fix=f"{change}; {called} --help lists all flags")
     if parameter is None:
-        return UsageError(fault.format_message(), fix=f"{called} --help lists its arguments and flags")
+        return UsageError(fault.format_message(), fix=f"drop them; {called} --help lists the arguments and flags")
     is_flag = parameter.opts[0] in flags
     name = parameter.opts[0] if is_flag else parameter.metavar
     if not fault.message:

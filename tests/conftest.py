@@ -7,14 +7,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; before torch is impo
 
 import shutil
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "printed_lines")
 
+import printed_lines
 from helpers import forget_signals, must, pipeline
 
 from cpmix_cli.artifacts import files as artifact_files
@@ -24,6 +26,27 @@ from cpmix_cli.runtime.hardware import num_threads
 # The commands set it too; the tests compare bytes, so all of them must use the same number.
 torch.set_num_threads(num_threads(os.environ))
 artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--follow-lines", action="store_true", help="do what each printed fix: and next: line says")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--follow-lines"):
+        # The processes of one session share a folder, named in the variable that the first of them sets.
+        folder = os.environ.setdefault("CPMIX_TESTS_FOLLOWED", tempfile.mkdtemp(prefix="followed-"))
+        printed_lines.seen = Path(folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    with tempfile.TemporaryDirectory() as empty:
+        printed_lines.root = getattr(item, "funcargs", {}).get("tmp_path", Path(empty))
+        try:
+            return (yield)
+        finally:
+            printed_lines.root = None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import printed_lines
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -68,7 +69,9 @@ def cpmix(*arguments: object) -> Result:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return Result(result.exit_code, result.stdout, result.stderr)
+    found = Result(result.exit_code, result.stdout, result.stderr)
+    printed_lines.follow(arguments, found, cpmix, Path.cwd())
+    return found
 
 
 def must(*arguments: object) -> Result:
@@ -116,7 +119,10 @@ def process(*arguments: object, code: str = "", **options: Any) -> Result:
     options["env"] = {**os.environ, **options.get("env", {})}
     command = [sys.executable, *(("-c", code) if code else ("-m", "cpmix_cli")), *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, **options)
-    return Result(found.returncode, found.stdout, found.stderr)
+    result = Result(found.returncode, found.stdout, found.stderr)
+    if not code:
+        printed_lines.follow(arguments, result, cpmix, Path(options.get("cwd") or Path.cwd()))
+    return result
 
 
 def signalled(number: signal.Signals, at: str, *arguments: object) -> Result:

@@ -200,7 +200,7 @@ TABLES = f"fix: give --paper table9, or one of {', '.join(sorted(set(PAPER_TABLE
         (f"{TRAIN} --set optimizer.lr=nan", 2, "optimizer.lr"),
         (f"{TRAIN} --set nothing.at=all", 2, "nothing: unknown key"),
         (f"{TRAIN} --bad-flag", 2, "cpmix train-stage1 has no flag --bad-flag"),
-        (f"{TRAIN} --recipe digits/cpmx", 2, 'Did you mean "digits/cpmix"?'),
+        (f"{TRAIN} --recipe digits/cpmx", 2, "fix: give digits/cpmix in place of digits/cpmx"),
         (f"{TRAIN} --recipe none.toml", 2, "recipe file none.toml does not exist"),
         ("compare nowhere --paper table5", 2, TABLES),
         ("compare nowhere --format yaml", 2, '--format "yaml" is unknown'),

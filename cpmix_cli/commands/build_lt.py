@@ -23,10 +23,13 @@ from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_clas
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.flags import BuildOptions
+from cpmix_cli.recipe.loading import load, with_settings
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented, shortened
 from cpmix_cli.runtime.text import on_a_line
+from cpmix_cli.training.checks import fitting_settings
+from cpmix_cli.training.pretrained import how_to_import
 
 
 def run(options: BuildOptions) -> None:
@@ -499,4 +502,18 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
         f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)
-    console.follow(console.typed("train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record.name}"))
+    _follow(dataset)
+
+
+def _follow(dataset: Dataset) -> None:
+    """Print the command that trains on a data set, with what its default recipe needs besides."""
+    record = dataset.record
+    recipe = load(dataset.recipe(), rho=record.rho)
+    settings = fitting_settings(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    flags = [word for setting in settings for word in ("--set", setting)]
+    words = ["train-stage1", "--data", dataset.folder, "--out", f"ckpt/{record.name}", *flags]
+    if weights := with_settings(recipe, settings).model.init:
+        how, made = how_to_import(weights)
+        console.follow(f"{how} && {console.typed(*words, '--init', made)}")
+    else:
+        console.follow(console.typed(*words))

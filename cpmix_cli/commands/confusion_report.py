@@ -27,6 +27,7 @@ from cpmix_cli.report.page import GENERATOR, ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
 from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
@@ -110,6 +111,8 @@ def run(options: ReportOptions) -> None:
         locks.tidy(folder)
         locks.tidy(index.parent)
     _report(folder, index, own, pairs, status)
+    if options.out is None and (command := command_ahead(own.root)):
+        console.follow(command)
 
 
 def _read_reported(

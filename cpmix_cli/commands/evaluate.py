@@ -30,6 +30,7 @@ from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
@@ -114,6 +115,7 @@ def run(options: EvaluateOptions) -> None:
         if options.test_data is None:
             warn_of_changed(dataset, options.split)
         _report(folder, "up to date")
+        _follow(options, source, label)
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
     batches = tests.open(recipe.data, device)
@@ -140,13 +142,19 @@ def run(options: EvaluateOptions) -> None:
         fields["source"] = {"phase": source.phase, "sha256": sha}
         recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
+    _follow(options, source, label)
+
+
+def _follow(options: EvaluateOptions, source: PhaseFolder, label: str | None) -> None:
+    """Print the next command: the run's, or the one that shows the evaluation that was asked for."""
     if label is None:  # confusion-report reads only the plain evaluation
         flags = ["--phase", options.phase] if options.phase else []
         flags += ["--out", str(options.out)] if options.out else []
-        console.follow(console.typed("confusion-report", "--from", root, *flags))
+        ahead = None if flags else command_ahead(source.run)
+        console.follow(ahead or console.typed("confusion-report", "--from", source.run, *flags))
     elif options.out is None:
         flags = ["--phase", source.phase, "--label", label]
-        console.follow(console.typed("misclassified", "--from", root, *flags))
+        console.follow(console.typed("misclassified", "--from", source.run, *flags))
 
 
 def _default_label(

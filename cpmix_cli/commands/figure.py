@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.artifacts.files import publish_out, read_bytes, refuse_existing
+from cpmix_cli.artifacts.files import PHASES, publish_out, read_bytes, refuse_existing
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.saved import matrix_of, read_predictions
 from cpmix_cli.flags import FigureOptions
-from cpmix_cli.recipe.loading import recipe_names
+from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, changed
 from cpmix_cli.report import paper_figures
 from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, is_own, warn_of_boxes
@@ -23,10 +23,11 @@ from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
+from cpmix_cli.runs.next_command import TRAINING_COMMANDS
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
-from cpmix_cli.runtime.text import on_a_line
+from cpmix_cli.runtime.text import on_a_line, quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # not at run time: cpmix_cli.report must silence its warnings first
@@ -200,13 +201,22 @@ def _by_method(
         if all_of_them and method not in chosen:
             dataset, name = group[0].dataset, stem(OBJECTIVES[method])
             recipe = f"{dataset.recipe().rpartition('/')[0]}/{name}"
-            words = ("--data", beside(dataset.folder, "."), "--recipe", recipe, "--out", f"ckpt/{name}")
-            command = console.typed("train-stage1", *words)
             raise InputError(
                 f"{console.command} needs a run of {method} on {group[0].data}, trained and evaluated",
-                fix=command if recipe in recipe_names() else f"write a recipe of {method} for {dataset.name}",
+                fix=_commands_of(recipe, dataset, f"ckpt/{name}")
+                if recipe in recipe_names()
+                else f"write a recipe of {method} for {dataset.name}, and train it",
             )
     return chosen
+
+
+def _commands_of(recipe: str, dataset: Dataset, run: str) -> str:
+    """Return the commands that train and evaluate a recipe on a data set, and how to go on."""
+    words = ("--data", beside(dataset.folder, "."), "--recipe", recipe, "--out", run)
+    resolved = load(recipe, rho=dataset.record.rho)
+    first, *later = [TRAINING_COMMANDS[phase] for phase in PHASES if resolved.epochs_of(phase)]
+    commands = [console.typed(first, *words)] + [console.typed(name, "--from", run) for name in (*later, "evaluate")]
+    return f"train one, and give {quoted(run)} as well: {' && '.join(commands)}"
 
 
 def _refuse_many_classes(one: _Candidate) -> None:
@@ -239,7 +249,8 @@ def _figure2(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure",
     for one in found:
         if one.dataset.record.source != "toy":
             raise InputError(
-                f"{one.source.run} is of {one.dataset.name}, and not of the toy data", fix="cpmix build-lt toy"
+                f"{one.source.run} is of {one.dataset.name}, and not of the toy data",
+                fix="give runs that were trained on the toy data; to build it: cpmix build-lt toy",
             )
     groups = _by_data(options, found, TOY_METHODS)
     rhos = sorted(group[0].rho for group in groups)

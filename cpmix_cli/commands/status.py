@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cpmix_cli.artifacts import files, locks
+from cpmix_cli.artifacts import files
 from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.flags import StatusOptions
 from cpmix_cli.runs import run_json
@@ -57,15 +57,15 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
         epochs = total = folder.record().epochs
         top1 = _accuracy(folder)
     else:
-        if status == "interrupted":
+        if folder.is_begun:
             because = folder.stale_because()
             # Verifies the state, because a damaged one cannot be resumed.
             epochs, total = (
                 run_json.verify_state(folder.path / files.TRAINING_STATE)[1],
                 folder.recipe().epochs_of(folder.phase),
             )
-        if writer := locks.holder(folder.path):
-            status, because = "running", f"by {writer.name}"
+        if folder.writer is not None:
+            because = f"by {folder.writer.name}"
     return {
         "phase": folder.phase,
         "status": status,

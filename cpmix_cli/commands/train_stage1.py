@@ -13,7 +13,6 @@ from cpmix_cli.artifacts.tensors import read_tensors, tensors_digest
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
-from cpmix_cli.models import PUBLISHED_WEIGHTS
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose, choose_phase, locate
@@ -24,7 +23,7 @@ from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
-from cpmix_cli.training.pretrained import load_backbone
+from cpmix_cli.training.pretrained import how_to_import, load_backbone, sha_of_published
 from cpmix_cli.training.state import TrainingState
 
 
@@ -96,7 +95,7 @@ def _weights_of(given: Path) -> Path:
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
     """Check that --init is a safetensors file, and was made from the weights that the recipe names, if any."""
     wanted = recipe.model.init
-    sha = PUBLISHED_WEIGHTS.get(wanted) or (re.split(r"[-.]", wanted)[-2] if wanted else "")
+    sha = sha_of_published(wanted)
     if init is not None and not init.exists() and init.parent.name not in files.PHASES:
         raise InputError(
             f"cannot read {init}: it does not exist",
@@ -107,11 +106,8 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
         _check_format(init, sha)
     if not wanted:
         return
-    made = Path(wanted).with_suffix(".safetensors")
-    fix = (
-        f"fetch {wanted} from where it was published (torchvision's: https://download.pytorch.org/models/{wanted}), "
-        f"then: cpmix import-weights {wanted} --sha256 {sha}, and give --init {made}"
-    )
+    how, made = how_to_import(wanted)
+    fix = f"give --init {quoted(made)} as well; to make it, {how}"
     if init is None:
         raise UsageError(f'model.init = "{wanted}": the recipe starts from these weights', needed_by="--init", fix=fix)
     metadata = read_header(init)[1]
@@ -141,7 +137,8 @@ def _check_format(init: Path, sha: str) -> None:
     raise InputError(
         f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
         needed_by="--init",
-        fix=f"{console.typed('import-weights', init, '--sha256')} {digest}",
+        fix=f"give --init {quoted(init.with_suffix('.safetensors'))}; to make it: "
+        f"{console.typed('import-weights', init, '--sha256')} {digest}",
     )
 
 

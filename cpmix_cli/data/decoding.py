@@ -48,6 +48,7 @@ ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings
 """Endings of image files, in lower case."""
 LEAVE_OUT = "repair, convert or delete these files, or leave them out: --skip-unreadable"
 """Advice about unreadable files that are not recorded anywhere yet."""
+_NONE_LEFT = "repair or convert these files, or give others: no image can be read"
 SHOWN = 20
 """Most unreadable files, or faulty lines of a list, that a message shows."""
 _MOST_SCALED = 2**24
@@ -240,7 +241,7 @@ def read_each(
             progress.step()
             unreadable += [line] if line is not None else []
     if unreadable:
-        raise UnreadableImages(unreadable)
+        raise UnreadableImages(unreadable, fix=LEAVE_OUT if len(unreadable) < len(paths) else _NONE_LEFT)
 
 
 def read_squares(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
@@ -316,7 +317,7 @@ def readable_only(paths: Sequence[Path], *, upright: bool) -> NDArray[np.int64]:
     """
     kept, lines = readable(paths, upright=upright)
     if not len(kept):
-        raise UnreadableImages(lines, shown=SHOWN)
+        raise UnreadableImages(lines, shown=SHOWN, fix=_NONE_LEFT)
     if lines:
         console.warn(f"{counted(len(lines), 'file')} left out, not to be decoded:{indented(lines, SHOWN)}")
     return kept

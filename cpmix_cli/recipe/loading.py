@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from cpmix_cli.artifacts.files import PHASES, read_bytes
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
 from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
-from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, shortened, suggest
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, nearest, shortened, suggest
 from cpmix_cli.runtime.text import quoted
 
 MAX_BYTES = 4_000_000  # largest size of a recipe file
@@ -60,7 +60,9 @@ def find_recipe(name: str) -> Path:
                     return found
     except OSError as fault:  # a name that is too long, or a folder that may not be read
         raise UsageError(
-            f'recipe "{name}" cannot be read: {fault.strerror}', needed_by="--recipe", fix="cpmix recipes"
+            f'recipe "{name}" cannot be read: {fault.strerror}',
+            needed_by="--recipe",
+            fix="choose a name that cpmix recipes lists",
         ) from fault
     if is_file_name:
         raise UsageError(
@@ -68,7 +70,9 @@ def find_recipe(name: str) -> Path:
             needed_by="--recipe",
             fix="correct the path, or give a name that cpmix recipes lists",
         )
-    raise UsageError(f'no recipe "{name}".{suggest(name, recipe_names())}', needed_by="--recipe", fix="cpmix recipes")
+    near = "".join(f"give {found} in place of {quoted(name)}" for found in nearest(name, recipe_names()))
+    others = "choose a name that cpmix recipes lists"
+    raise UsageError(f'no recipe "{name}"', needed_by="--recipe", fix=f"{near}, or {others}" if near else others)
 
 
 def load(
@@ -124,6 +128,21 @@ def load(
             fix=f"correct {' or '.join(map(str, _own_chain(path)))}",
         )
     return recipe if epochs is None else _rescaled(recipe, epochs, path)
+
+
+def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Return a recipe with the changes of `settings`, see load().
+
+    Raises:
+        UsageError: a setting is wrong.
+    """
+    tables: dict[str, Any] = recipe.tables()
+    for setting in settings:
+        tables = _merged(tables, _parse_setting(setting))
+    changed, faults = _checked(tables)
+    if changed is None or faults:
+        raise UsageError(f"the recipe has {counted(len(faults), 'error')}:{indented(faults)}", fix="drop the settings")
+    return changed
 
 
 def _by_rho_faults(tables: dict[str, Any], by_rho: dict[str, Any]) -> list[str]:
@@ -427,7 +446,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     """Return a setting as tables; raise UsageError if it is malformed."""
     key, equals, text = setting.partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise UsageError(f"{_shown(setting)} is not table.key=value", fix="give one such as --set optimizer.lr=0.05")
+        raise UsageError(f"{_shown(setting)} is not table.key=value", fix="write it such as --set optimizer.lr=0.05")
     parts = key.strip().split(".")
     value: Any
     try:
@@ -443,7 +462,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
         value = text.strip()
     except ValueError as fault:
         raise UsageError(
-            f"{_shown(setting)} holds no value of a recipe: {fault}", fix="give a value such as --set optimizer.lr=0.05"
+            f"{_shown(setting)} holds no value of a recipe: {fault}", fix=f"correct or drop {_shown(setting)}"
         ) from fault
     for part in reversed(parts):
         value = {part: value}

@@ -179,13 +179,8 @@ def evaluations_of(root: Path, phase: str | None) -> tuple[list[EvaluatedRun], l
 
 def _unusable(source: PhaseFolder, record: EvaluationRecord) -> str | None:
     """Return why an evaluation is not of a current checkpoint; None if it is."""
-    match source.status():
-        case "absent":
-            return f"its run has no {source.phase}"
-        case "interrupted":
-            return f"{source.phase} is being trained again"
-        case "stale":
-            return f"{source.phase} is stale ({source.stale_because()})"
+    if (why := source.unusable_because()) is not None:
+        return f"{source.phase} {why}"
     return None if source.is_source_of(record) else f"it is of an older checkpoint of {source.phase}"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cpmix_cli.artifacts import locks
 from cpmix_cli.artifacts.files import MODEL, RECIPE, RUN, TRAINING_STATE, is_there, read_bytes
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
@@ -17,7 +18,7 @@ from cpmix_cli.runs import run_json
 from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, PhaseRecord, StateRecord
 from cpmix_cli.runtime.errors import InputError, UsageError
 
-Status = Literal["absent", "interrupted", "done", "stale"]
+Status = Literal["absent", "interrupted", "running", "done", "stale"]
 _Begun = TypeVar("_Begun", bound=BegunRecord)
 
 
@@ -106,11 +107,31 @@ class PhaseFolder:
         """Return whether an evaluation was made from the current weights of this phase."""
         return evaluation.source.sha256 == self.output(MODEL)[1]
 
+    @property
+    def writer(self) -> locks.Owner | None:
+        """Living process that holds the folder's lock; None if no process holds it."""
+        return locks.holder(self.path)
+
     def status(self) -> Status:
-        """Return absent, interrupted, done or stale."""
+        """Return absent, interrupted, running (a process trains it), done or stale."""
         if self.done:
             return "stale" if self.stale_because() else "done"
+        if self.writer is not None:
+            return "running"
         return "interrupted" if self.is_begun else "absent"
+
+    def unusable_because(self) -> str | None:
+        """Return why the phase cannot be used, as the rest of a sentence about it; None if it is done."""
+        match self.status():
+            case "absent":
+                return "is not trained yet"
+            case "interrupted":
+                return "is not finished"
+            case "running":
+                return f"is being trained{f' by {self.writer.name}' if self.writer else ''}"
+            case "stale":
+                return f"is stale ({self.stale_because()})"
+        return None
 
 
 def beside(run: Path, relative: str) -> Path:

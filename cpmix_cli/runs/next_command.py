@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpmix_cli.artifacts import locks
 from cpmix_cli.artifacts.files import DATASET, PHASES, RECIPE, RUN
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
@@ -42,8 +41,9 @@ class BegunRun:
         ]
 
     def unfinished(self) -> list[PhaseFolder]:
-        """Return the phases of the recipe that are not done, except those in another run."""
+        """Return the phases of the recipe that are not done, from the first begun one, except those in another run."""
         here = [folder for folder, elsewhere in self.phases() if elsewhere is None]
+        here = here[here.index(self.begun[0]) :]
         return [folder for folder in here if self.recipe.epochs_of(folder.phase) and folder.status() != "done"]
 
     def next_command(self) -> str | None:
@@ -52,7 +52,7 @@ class BegunRun:
         None if all are done, or another process is writing a phase.
         """
         for folder, elsewhere in self.phases():
-            if elsewhere is None and folder.status() in ("absent", "interrupted") and locks.holder(folder.path):
+            if elsewhere is None and folder.status() == "running":
                 return None  # the lock would refuse the command
         if unfinished := self.unfinished():
             return _to_continue(unfinished[0], self.recipe)
@@ -70,15 +70,21 @@ class BegunRun:
 
 
 def begun_phases(run: Path) -> list[PhaseFolder]:
-    """Return the phases of a run that are done, stale or interrupted, from stage 1 to finetune.
+    """Return the phases of a run that are done, stale, interrupted or running, from stage 1 to finetune.
 
     Raises:
-        InputError: the run has no such phase, or a record is damaged.
+        InputError: the run has no such phase, or none with a saved state yet; or a record is damaged.
     """
-    begun = [folder for folder in (PhaseFolder(run, phase) for phase in PHASES) if folder.status() != "absent"]
-    if not begun:
-        raise InputError(f"{run} holds no phase of a run", fix=_begin(run))
-    return begun
+    phases = [PhaseFolder(run, phase) for phase in PHASES]
+    if begun := [folder for folder in phases if folder.is_begun]:
+        return begun
+    for folder in phases:
+        if folder.writer is not None:
+            raise InputError(
+                f"{folder.path} {folder.unusable_because()}; no state of it is saved yet",
+                fix=f"wait for the end of its first epoch, then: {console.typed('status', run)}",
+            )
+    raise InputError(f"{run} holds no phase of a run", fix=_begin(run))
 
 
 def read_run(run: Path) -> BegunRun:
@@ -97,13 +103,17 @@ def next_command(run: Path) -> str:
 
     If the run is complete, damaged or being written, that is `cpmix status`, which shows the details.
     """
+    if all(PhaseFolder(run, phase).status() == "absent" for phase in PHASES):
+        return _begin(run)
+    return command_ahead(run) or console.typed("status", run)
+
+
+def command_ahead(run: Path) -> str | None:
+    """Return the next command for a run; None if the run is complete, damaged or being written."""
     try:
-        if not any(PhaseFolder(run, phase).is_begun for phase in PHASES):
-            return _begin(run)
-        command = read_run(run).next_command()
+        return read_run(run).next_command()
     except InputError:
-        command = None
-    return command or console.typed("status", run)
+        return None
 
 
 def _begin(run: Path) -> str:
@@ -125,12 +135,29 @@ def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     if origin is not None:
         if not recipe.epochs_of(origin.phase):  # stage 2, which the recipe no longer has
             origin = PhaseFolder(origin.run, "stage1")
-        if origin.status() in ("interrupted", "stale"):  # it is in another run, and must be trained first
+        if not origin.done and origin.status() != "running":
+            return _to_train_first(origin, folder)
+        if origin.status() == "stale":  # it is in another run, and must be trained first
             return _to_continue(origin, origin.recipe())
     words = training_words(folder, begun, origin, has_stage2=recipe.stage2 is not None)
     if not again or (origin is not None and origin.done and _keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / RECIPE)]
     return console.typed(*words, *(["--overwrite"] if again else []))
+
+
+def _to_train_first(origin: PhaseFolder, folder: PhaseFolder) -> str:
+    """Return the command that trains or resumes `origin`, from which `folder` started, and whose files were deleted."""
+    if origin.is_begun:
+        return _to_continue(origin, origin.recipe())
+    stage1 = PhaseFolder(origin.run, "stage1")
+    if origin.phase != "stage1" and not stage1.done:
+        return _to_train_first(stage1, folder)
+    recipe = ("--recipe", folder.path / RECIPE)  # of both: the tables of earlier phases were equal when it began
+    if origin.phase != "stage1":
+        return console.typed(TRAINING_COMMANDS[origin.phase], "--from", origin.run, *recipe)
+    known = folder.begun().dataset
+    data = _data_folder(folder.run, known) or known.absolute
+    return console.typed("train-stage1", "--data", data, "--out", origin.run, *recipe)
 
 
 def training_words(

@@ -5,7 +5,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,12 +72,12 @@ def decide(
     if refresh and not any(line.startswith("recipe.") for line in changed):
         console.note(f"{folder}: its input changed, so it is made again")
         return "fresh"
-    schedule = found["recipe"].get("schedule", {})
-    shortened = schedule.get("rescaled_from") and any(line.startswith("recipe.schedule.epochs:") for line in changed)
-    again = f"give --epochs {schedule['epochs']}, as it was begun; or " if shortened else ""
+    changed = [line.removeprefix("recipe.") for line in changed]
+    again = _flags_of(found["recipe"], [line.partition(":")[0] for line in changed])
     raise EnvironmentFault(
-        f"{folder} was made from something else:{indented([line.removeprefix('recipe.') for line in changed])}",
-        fix=f"{again}write elsewhere with --out FOLDER, or replace it with --overwrite",
+        f"{folder} was made from something else:{indented(changed)}",
+        fix=(f"give {again}, as it was begun; or " if again else "")
+        + "write elsewhere with --out FOLDER, or replace it with --overwrite",
     )
 
 
@@ -87,6 +87,16 @@ def _is_written(recipe: Path) -> bool:
         return load(str(recipe)).to_toml().encode() == files.read_bytes(recipe)
     except CpmixError:
         return False
+
+
+def _flags_of(recipe: dict[str, Any], changed: Sequence[str]) -> str:
+    """Return --epochs and --seed of a recorded recipe, if no other key changed; "" if they do not suffice."""
+    schedule = recipe.get("schedule", {})
+    lengths = {key for key in changed if "epoch" in key or "milestones" in key or key.endswith("rescaled_from")}
+    if (lengths and not schedule.get("rescaled_from")) or lengths | {"seed"} != {*changed, "seed"}:
+        return ""
+    flags = [f"--epochs {schedule['epochs']}"] if lengths else []
+    return " ".join(flags + ([f"--seed {recipe['seed']}"] if "seed" in changed else []))
 
 
 def clear(folder: Path) -> None:

@@ -57,21 +57,17 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
         folder = PhaseFolder(run, wanted)
         if not folder.is_begun:  # a network file system may show the output of another machine's job with a delay
             wait_for(folder.path / RUN)
-        if (status := folder.status()) == "done":
-            return folder
-        why = f": {folder.stale_because()}" if status == "stale" else ""
-        raise InputError(f"{folder.path} is {status}{why}", fix=next_command(run))
+        if (why := folder.unusable_because()) is not None:
+            raise InputError(f"{folder.path} {why}", fix=next_command(run))
+        return folder
     for phase in reversed(candidates):
         folder = PhaseFolder(run, phase)
-        status = folder.status()
-        if status == "done":
+        if (why := folder.unusable_because()) is None:
             for line in passed_over:
                 console.warn(line)
             console.note(f"{console.command}: takes {phase} of {run}")
             return folder
-        if status == "stale":
-            passed_over.append(f"{phase} is stale ({folder.stale_because()}) and is not used")
-        elif status == "interrupted":
-            passed_over.append(f"{phase} is not finished and is not used")
+        if folder.status() != "absent":
+            passed_over.append(f"{phase} {why} and is not used")
     detail = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise InputError(f"{run} holds no finished {' or '.join(candidates)}{detail}", fix=next_command(run))

@@ -48,8 +48,10 @@ def repair_command(path: Path) -> str:
             return f"restore {path} from a copy, or give another file"
     except (CpmixError, OSError):  # this folder, or one that it refers to, cannot be read
         return f"restore {path} from a copy, or run the command that wrote it again with --overwrite"
-    if path.is_dir() and not path.is_symlink():  # a file cannot replace a folder
-        return f"{quoted('mv', path, f'{path}.moved')} && {command}"
+    if files.is_there(path) and not path.is_file():  # a file cannot replace a folder, and none is read from a pipe
+        move = quoted("mv", path, f"{path}.moved")
+        first, colon, last = command.rpartition(": ")
+        return f"{first}{colon}{move} && {last}"
     return command
 
 
@@ -60,7 +62,8 @@ def _build(path: Path) -> str:
         fields = records.read_fields(folder / DATASET)
         record = records.checked(folder / DATASET, DatasetRecord, fields)
     except CpmixError:
-        return f"build it again with its source and flags: cpmix build-lt SOURCE --out {quoted(folder)} --overwrite"
+        command = f"cpmix build-lt SOURCE --out {quoted(folder)} --overwrite"
+        return f"give its source, and its flags, in place of SOURCE: {command}"
     words: list[str] = ["build-lt", record.source]
     if record.rho is not None:
         words += ["--rho", str(record.rho).removesuffix(".0")]
@@ -88,10 +91,9 @@ def _build(path: Path) -> str:
         command = f"rm -f {quoted(path)} && {command}"
     else:
         command += " --overwrite"
-    if lists:  # their folder is not recorded
-        command += ", with the --list-dir" if root is not None else ", with the --data-root (if any)"
-        command += " that it was built with"
-    return command
+    if lists and root is not None:  # the folder of the lists is not recorded
+        return f"give the folder of its lists in place of DIR: {command} --list-dir DIR"
+    return f"{command}; if it was built with a --data-root, give that as well" if lists else command
 
 
 def _train(folder: PhaseFolder, path: Path) -> str:
@@ -117,7 +119,9 @@ def _train(folder: PhaseFolder, path: Path) -> str:
     command = console.typed(*words)
     if resumes and (folder.path / RUN).is_file():
         command = f"rm {quoted(folder.path / RUN)} && {command}"
-    return command if recipe is not None else f"{command}, with the recipe and the flags that it was trained with"
+    if recipe is None:
+        return f"give its recipe again in place of RECIPE, and the flags that changed it: {command} --recipe RECIPE"
+    return command
 
 
 def _records(folder: PhaseFolder) -> tuple[BegunRecord | None, StateRecord | None]:
@@ -138,18 +142,20 @@ def _recipe_words(
     folder: PhaseFolder, begun: BegunRecord, state: StateRecord | None, origin: PhaseFolder | None
 ) -> list[str] | None:
     """Return the flags that give a phase its recipe again; None if they are unknown."""
-    path = folder.path / RECIPE
     recorded = begun.outputs.get(RECIPE) if isinstance(begun, PhaseRecord) else state.recipe_sha256 if state else None
-    with suppress(CpmixError):
-        data = files.read_bytes(path)
-        if recorded not in (None, files.sha256(data)):
-            raise InputError("damaged", path=path)
-        load(str(path))
+    beside_it = [PhaseFolder(folder.run, phase) for phase in PHASES]  # phases of a run mostly have one recipe
+    equal = []
+    for place in ([origin] if origin is not None else []) + [folder, *beside_it]:
+        path = place.path / RECIPE
         with suppress(CpmixError):
-            if origin is not None and files.read_bytes(origin.path / RECIPE) == data:
-                return []  # the command takes the recipe of the phase that it starts from
-        return ["--recipe", str(path)]
-    return _typed_flags(folder, begun, _RECIPE_FLAGS)
+            data = files.read_bytes(path)
+            load(str(path))
+            if files.sha256(data) == recorded or (recorded is None and place == folder):
+                equal.append(place)
+    if not equal:
+        return _typed_flags(folder, begun, _RECIPE_FLAGS)
+    # The command takes the recipe of the phase that it starts from.
+    return [] if equal[0] == origin else ["--recipe", str(equal[0].path / RECIPE)]
 
 
 def _typed_flags(folder: PhaseFolder, begun: BegunRecord, names: Sequence[str]) -> list[str] | None:

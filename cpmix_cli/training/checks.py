@@ -1,15 +1,29 @@
 """Checks of a recipe against its data set and its network, before the first phase trains."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
 from cpmix_cli.data.batches import NORMALISATIONS
 from cpmix_cli.models import MODELS, within
-from cpmix_cli.recipe.loading import refusal, typed_flags
+from cpmix_cli.recipe.loading import refusal, typed_flags, with_settings
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
+
+_NETWORKS = ("resnet18", "resnet32", "one-hidden-layer")
+"""Networks to suggest: for images of more than 32 pixels, for smaller ones, for points."""
+
+
+class _Misfit(NamedTuple):
+    """Key of a recipe whose value the data set does not allow."""
+
+    message: str
+    """Line that starts with the key."""
+    settings: tuple[str, ...] = ()
+    """Settings "key=value" that the data set allows; empty if cpmix cannot choose them."""
 
 
 def check_fits(
@@ -28,39 +42,84 @@ def check_fits(
         UsageError: the recipe does not fit the data set or the network; the message lists all errors.
         EnvironmentFault: a package that the recipe needs is not installed.
     """
-    faults = []
+    found = _misfits(recipe, num_classes, shape, has_statistics)
+    if found:
+        mending = fitting_settings(recipe, num_classes, shape, has_statistics=has_statistics)
+        change = "give " + " ".join(flag for _, flag in typed_flags(mending)) + " as well" if mending else ""
+        fix = f"{change or 'change these keys with --set'}, or give a recipe for this data set with --recipe"
+        raise refusal("the recipe", [misfit.message for misfit in found], typed_flags(settings), None, fix)
+
+
+def fitting_settings(
+    recipe: Recipe, num_classes: int, shape: Sequence[int], *, has_statistics: bool = True
+) -> list[str]:
+    """Return the settings with which a recipe fits a data set; an empty list if it fits, or cpmix finds none.
+
+    Args:
+        recipe, num_classes, shape, has_statistics: see check_fits().
+
+    Raises:
+        EnvironmentFault: see check_fits().
+    """
+    settings: dict[str, str] = {}
+    try:
+        while found := _misfits(with_settings(recipe, settings.values()), num_classes, shape, has_statistics):
+            new = {setting.partition("=")[0]: setting for misfit in found for setting in misfit.settings}
+            if not new or not all(misfit.settings for misfit in found) or new.items() <= settings.items():
+                return []
+            settings |= new
+    except UsageError:  # rules between keys forbid what the data set asks
+        return []
+    return list(settings.values())
+
+
+def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statistics: bool) -> list[_Misfit]:
+    found = []
+    has_images, data = len(shape) == 3, recipe.data
     try:
         with torch.device("meta"):
-            network = MODELS[recipe.model.name](num_classes, recipe.data.input_shape(shape), recipe.model)
-        faults += _name_faults(recipe, [name for name, _ in network.named_parameters()])
+            network = MODELS[recipe.model.name](num_classes, data.input_shape(shape), recipe.model)
+        found += [_Misfit(line) for line in _name_faults(recipe, [name for name, _ in network.named_parameters()])]
     except ValueError as fault:
-        faults.append(f'model.name = "{recipe.model.name}": {fault}')
-    if recipe.data.crop and len(shape) != 3:
-        faults.append(f"data.crop = {recipe.data.crop}: for images, the data set has points")
-    elif recipe.data.crop > min(shape[:2]):
-        faults.append(f"data.crop = {recipe.data.crop}: the images have {shape[0]} x {shape[1]} pixels")
-    normalisation = recipe.data.normalisation
-    if normalisation in NORMALISATIONS and len(shape) == 3 and shape[-1] != 3:
-        faults.append(f'data.normalisation = "{normalisation}": for 3 channels, the images have {shape[-1]}')
-    if normalisation == "dataset" and not has_statistics:
-        faults.append(
+        found.append(_Misfit(f'model.name = "{recipe.model.name}": {fault}', _network_for(recipe, num_classes, shape)))
+    if data.crop and not has_images:
+        found.append(_Misfit(f"data.crop = {data.crop}: for images, the data set has points", ("data.crop=0",)))
+    elif data.crop > min(shape[:2]):
+        message = f"data.crop = {data.crop}: the images have {shape[0]} x {shape[1]} pixels"
+        found.append(_Misfit(message, (f"data.crop={min(shape[:2])}",)))
+    if data.normalisation in NORMALISATIONS and has_images and shape[-1] != 3:
+        message = f'data.normalisation = "{data.normalisation}": for 3 channels, the images have {shape[-1]}'
+        found.append(_Misfit(message, ("data.normalisation=dataset",)))
+    if data.normalisation == "dataset" and not has_statistics:
+        message = (
             'data.normalisation = "dataset": of images that stay in their files no statistics are known; '
             "pack them (build-lt --pack S), or name published ones"
         )
+        found.append(_Misfit(message, ("data.normalisation=imagenet",)))
     for place, term in recipe.terms(idle=True):
         for what, needs in term.needs(place):
-            if needs.images and len(shape) != 3:
-                faults.append(f"{what}: for images, the data set has points")
+            if needs.images and not has_images:
+                found.append(_Misfit(f"{what}: for images, the data set has points"))
             if needs.package and find_spec(needs.package) is None:
                 raise EnvironmentFault(
                     f'{what} needs the package "{needs.package}"', fix=f"pip install 'cpmix[{needs.extra}]'"
                 )
-            for pair in term.parameters.get(needs.class_pairs, []):
-                if len(pair) != 2 or not all(0 <= c < num_classes for c in pair):
-                    faults.append(f"{place}.{needs.class_pairs}: {pair} is not two of the {num_classes} class ids")
-    if faults:
-        fix = "change these keys with --set, or give a recipe for this data set with --recipe"
-        raise refusal("the recipe", faults, typed_flags(settings), None, fix)
+            found += [
+                _Misfit(f"{place}.{needs.class_pairs}: {pair} is not two of the {num_classes} class ids")
+                for pair in term.parameters.get(needs.class_pairs, [])
+                if len(pair) != 2 or not all(0 <= c < num_classes for c in pair)
+            ]
+    return found
+
+
+def _network_for(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the settings of a network for samples of this shape; an empty tuple if [model] forbids all of them."""
+    for name in _NETWORKS:
+        with suppress(ValueError), torch.device("meta"):
+            MODELS[name](num_classes, recipe.data.input_shape(shape), recipe.model)
+            pretrained = ("model.init=",) if recipe.model.init else ()  # weights of the other network
+            return (f"model.name={name}", *pretrained, *(("model.frozen=[]",) if recipe.model.frozen else ()))
+    return ()
 
 
 def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:

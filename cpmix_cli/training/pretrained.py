@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import unfit
-from cpmix_cli.models import MODELS, Classifier
+from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, Classifier
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
@@ -26,6 +26,19 @@ from cpmix_cli.runtime.text import quoted
 COPIES = frozenset({"k", "key", "momentum", "target", "student", "ema"})
 """Words in the prefix of a second network that a method keeps beside the one to use: MoCo's encoder_k and
 momentum_encoder, BYOL's target network, DINO's student, averages of weights."""
+
+
+def sha_of_published(name: str) -> str:
+    """Return the sha256 of published weights, or as many of its digits as their file's name has; "" for no name."""
+    return PUBLISHED_WEIGHTS.get(name) or (re.split(r"[-.]", name)[-2] if name else "")
+
+
+def how_to_import(name: str) -> tuple[str, Path]:
+    """Return how to get published weights as a file for --init, which ends with a command, and that file."""
+    command = f"cpmix import-weights {quoted(name)} --sha256 {sha_of_published(name)}"
+    place = f"https://download.pytorch.org/models/{name}"
+    fetch = f"fetch {name} from where it was published (torchvision's: {place}), then: {command}"
+    return fetch, Path(name).with_suffix(".safetensors")
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ def test_figure_2_names_the_missing_run(toys: Path, toy: Path, tmp_path: Path) -
     assert result.stderr.endswith(
         "error: figure 2 needs a run of Mixup on toy-LT-20, trained and evaluated\n"
         "  needed by: figure 2\n"
-        f"  fix: cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup\n"
+        f"  fix: train one, and give ckpt/mixup as well: "
+        f"cpmix train-stage1 --data {toy} --recipe toy/mixup --out ckpt/mixup && cpmix evaluate --from ckpt/mixup\n"
     )
     assert not out.exists()
 
@@ -247,7 +248,9 @@ def test_figure_3_recognises_the_balanced_run_by_its_data(hand: Path, tmp_path: 
     refused(3, said, "figure", 3, runs[0], hand / "cpmix")
 
 
-def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_4_needs_all_four_methods(
+    hand: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = []
     draw = paper_figures.class_accuracies
     monkeypatch.setattr(paper_figures, "class_accuracies", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0])
@@ -264,7 +267,9 @@ def test_figure_4_needs_all_four_methods(hand: Path, tmp_path: Path, monkeypatch
     matrix, line = matrix_of(hand / "mixup", "stage1", 10), drawn[0].subfigs[1].axes[0].lines[1]
     np.testing.assert_allclose(line.get_ydata(), 100 * matrix.diagonal() / matrix.sum(1))
     result = refused(3, "needs a run of Balanced Softmax on digits-LT-20, trained", "figure", 4, *runs[:2], runs[3])
-    assert result.stderr.endswith("--recipe digits/balanced-softmax --out ckpt/balanced-softmax\n")
+    train = "--recipe digits/balanced-softmax --out ckpt/balanced-softmax && cpmix train-stage2 --from"
+    assert f"give ckpt/balanced-softmax as well: cpmix train-stage1 --data {digits} {train}" in result.stderr
+    assert result.stderr.endswith(" && cpmix evaluate --from ckpt/balanced-softmax\n")
     refused(3, "are both Balanced Softmax on digits-LT-20\n", "figure", 4, *runs, runs[2])
 
 

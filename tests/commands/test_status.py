@@ -178,7 +178,11 @@ def test_the_next_command_completes_the_source_phase_first(digits: Path, digits_
     assert next_of(other) == f"next: cpmix finetune --from {other}"  # stage 1 ended in the same bytes
     for name in ("run.json", "training_state.safetensors"):  # begun again, and killed before anything was saved
         (digits_run / "stage1" / name).unlink()
-    assert next_of(other) == f"next: cpmix train-stage2 --from {digits_run} --out {other} --overwrite"
+    recipe = other / "stage2" / "recipe.toml"
+    assert next_of(other) == f"next: cpmix train-stage1 --data {digits} --out {digits_run} --recipe {recipe}"
+    for _ in range(2):  # stage 1, then stage 2, which started from the stage 1 that was deleted
+        follow(next_of(other))
+    assert next_of(other) == f"next: cpmix finetune --from {other}"
 
 
 def test_the_next_command_names_data_that_only_the_interrupted_phase_knows(digits: Path, tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_recipes_command_lists_differences_of_two_recipes() -> None:
     lines = must("recipes", "digits/cpmix", "digits/balanced-softmax").stdout.splitlines()
     assert lines == ["stage2.terms.cp: (table) -> (none)", "stage2.terms.mix: (table) -> (none)"]
     assert must("recipes", "toy/cpmix", "toy/cpmix").stdout == "no difference\n"
-    refused(2, 'Did you mean "digits/cpmix"?', "recipes", "digits/cp-mix", "toy/cpmix")
+    refused(2, "fix: give digits/cpmix in place of digits/cp-mix, or ", "recipes", "digits/cp-mix", "toy/cpmix")
 
 
 def test_status_shows_a_run_with_a_bad_evaluation(toy_run: Path) -> None:

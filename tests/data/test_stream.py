@@ -353,9 +353,9 @@ def test_a_damaged_shard_in_the_middle_of_training_is_named(tree: Path, tmp_path
     flip(shard, 17 * SIZE * SIZE * 3)
     train = ("train-stage1", "--data", data, "--out", tmp_path / "run", *FLAGS)
     result = refused(3, f"{shard}: image 17 of the train split is damaged", *train)
-    fix, _, advice = fix_of(result).partition(", ")
-    assert advice == "with the --list-dir that it was built with"
-    run_commands(f"{fix} --list-dir {tree / 'lists'}")
+    advice, _, command = fix_of(result).partition(": ")
+    assert advice == "give the folder of its lists in place of DIR"
+    run_commands(command.replace(" DIR", f" {tree / 'lists'}"))
     must(*train)
 
 

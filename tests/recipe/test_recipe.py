@@ -101,8 +101,9 @@ def test_parameters_have_the_type_of_their_function() -> None:
 
 
 def test_unknown_recipes_and_bad_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match='Did you mean "digits/cpmix"'):
+    with pytest.raises(UsageError, match='no recipe "digits/cp-mix"') as refused:
         load("digits/cp-mix")
+    assert refused.value.fix == "give digits/cpmix in place of digits/cp-mix, or choose a name that cpmix recipes lists"
     with pytest.raises(UsageError, match=r"is not table\.key=value"):
         load("digits/cpmix", settings=["seed"])
 

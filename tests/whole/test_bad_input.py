@@ -78,7 +78,7 @@ def test_from_a_folder_that_holds_no_run_names_the_first_command(command: str, d
 def test_stage_2_before_stage_1_is_refused_and_names_stage_1(tmp_path: Path) -> None:
     result = refused(3, (), "train-stage2", "--from", tmp_path)
     assert result.stderr.splitlines() == [
-        f"error: {tmp_path / 'stage1'} is absent",
+        f"error: {tmp_path / 'stage1'} is not trained yet",
         "  needed by: train-stage2",
         f"  fix: train its stage 1: train-stage1 takes a data set folder as --data, and {tmp_path} as --out",
     ]

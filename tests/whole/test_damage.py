@@ -540,7 +540,7 @@ def test_files_of_other_runs_are_refused(toy: Path, toy_run: Path, digits_run: P
     # A whole phase of another run beside this one's: its own record says what it was made from.
     shutil.rmtree(toy_run / "stage2")
     shutil.copytree(tmp_path / "other" / "stage2", toy_run / "stage2")
-    refused(3, "stage2 is stale: stage1 was trained again since", "evaluate", "--from", toy_run, "--phase", "stage2")
+    refused(3, "stage2 is stale (stage1 was trained again since)", "evaluate", "--from", toy_run, "--phase", "stage2")
 
 
 @pytest.mark.parametrize("done", [True, False])

@@ -211,7 +211,8 @@ def test_a_recipe_requires_its_published_weights(photos: Path, published: Path, 
     run = ["train-stage1", "--data", photos, *FLAGS, "--out", tmp_path / "run", "--dry-run"]
     wanted = [*run, "--set", f"model.init={name}"]
     result = refused(2, f'model.init = "{name}": the recipe starts from these weights', *wanted)
-    assert f"cpmix import-weights {name} --sha256 {name[9:17]}, and give --init {published.name}" in result.stderr
+    assert f"fix: give --init {published.name} as well; to make it, fetch {name} from where" in result.stderr
+    assert result.stderr.endswith(f", then: cpmix import-weights {name} --sha256 {name[9:17]}\n")
     (tmp_path / "other").mkdir()
     other = imported(tmp_path / "other", seed=1)
     said = (f'the recipe has model.init = "{name}", sha256 {name[9:17]}\n', "any weights with --set model.init=")
@@ -238,7 +239,7 @@ def test_a_recipe_requires_its_published_weights(photos: Path, published: Path, 
 def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> None:
     flags = ("--data", photos, "--recipe", "places-lt/cpmix", "--out", tmp_path / "r")
     name = "resnet152-394f9c45.pth"
-    fetch = f"cpmix import-weights {name} --sha256 {PUBLISHED_WEIGHTS[name]}, and give"
+    fetch = f"cpmix import-weights {name} --sha256 {PUBLISHED_WEIGHTS[name]}\n"
     said = (f"https://download.pytorch.org/models/{name}", fetch)
     refused(2, said, "train-stage1", *flags, *setting("crop=0", "augment=crop-flip", table="data"))
 

@@ -191,7 +191,7 @@ def test_a_stale_phase_is_named_and_never_chosen(digits: Path, digits_run: Path)
     assert "stage2 is stale (stage1 was trained again since) and is not used" in result.stderr
     assert "finetune is stale (stage1 was trained again since) and is not used" in result.stderr
     assert json.loads((digits_run / "evaluation/stage1/metrics.json").read_text())["phase"] == "stage1"
-    refused(3, "is stale: stage1 was trained again since", "evaluate", "--from", digits_run, "--phase", "finetune")
+    refused(3, "is stale (stage1 was trained again since)", "evaluate", "--from", digits_run, "--phase", "finetune")
     refused(3, "cpmix train-stage2 --from", "finetune", "--from", digits_run)
     refused(4, (), "train-stage2", "--from", digits_run)  # its stage 2 came from another stage 1: not replaced unasked
     must("train-stage2", "--from", digits_run, "--overwrite")
