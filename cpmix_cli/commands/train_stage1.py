@@ -134,11 +134,15 @@ def _check_format(init: Path, sha: str) -> None:
         raise fault if init.name == files.MODEL else InputError(fault.message, needed_by="--init", fix=fix) from fault
     published = sha or next(iter(re.findall(r"-([0-9a-f]{8,64})\.", init.name)), "")
     digest = quoted(published) if published else f"$(sha256sum {quoted(init)} | cut -c1-64)"
+    made = init.with_suffix(".safetensors")
+    command = f"{console.typed('import-weights', init, '--sha256')} {digest}"
+    if made == init:  # a checkpoint by its content
+        made = init.with_suffix(".imported.safetensors")
+        command += f" --out {quoted(made)}"
     raise InputError(
         f"{init} is a PyTorch checkpoint; cpmix trains from safetensors alone",
         needed_by="--init",
-        fix=f"give --init {quoted(init.with_suffix('.safetensors'))}; to make it: "
-        f"{console.typed('import-weights', init, '--sha256')} {digest}",
+        fix=f"give --init {quoted(made)}; to make it: {command}",
     )
 
 

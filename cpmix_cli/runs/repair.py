@@ -1,5 +1,6 @@
 """Repair commands: the command that writes a damaged file again, from the folder that the file is in."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,7 @@ def repair_command(path: Path) -> str:
             return f"restore {path} from a copy, or give another file"
     except (CpmixError, OSError):  # this folder, or one that it refers to, cannot be read
         return f"restore {path} from a copy, or run the command that wrote it again with --overwrite"
-    if files.is_there(path) and not path.is_file():  # a file cannot replace a folder, and none is read from a pipe
+    if os.path.lexists(path) and not path.is_file():  # a file replaces no folder; none is read from a pipe or a loop
         move = quoted("mv", path, f"{path}.moved")
         first, colon, last = command.rpartition(": ")
         return f"{first}{colon}{move} && {last}"

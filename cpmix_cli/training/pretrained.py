@@ -167,7 +167,7 @@ def _choose(path: Path, prefix: str) -> str:
     out = path.with_name(f"{path.stem}-{prefix.strip('.').replace('.', '-')}.safetensors")
     sha = files.sha256(files.read_bytes(path))
     command = console.typed("import-weights", path, "--sha256", sha, "--prefix", prefix, "--out", out)
-    return f"choose one, such as: {command}, and give --init {quoted(out)}"
+    return f"choose one, and give --init {quoted(out)}; to make it: {command}"
 
 
 def _other_network(match: _Match, tensors: Mapping[str, Tensor], recipe: Model, shape: Sequence[int]) -> str:

@@ -185,6 +185,26 @@ def test_status_shows_a_locked_phase_as_running(digits: Path, tmp_path: Path) ->
     (run,) = result.json["runs"]
     assert (run["phases"][1]["status"], run["phases"][1]["because"]) == ("running", "by node7, pid 77, Slurm job 4711")
     assert run["next"] is None
+    said = f"error: {tmp_path / 'stage2'} is being trained by node7, pid 77, Slurm job 4711\n"
+    result = refused(3, said, "evaluate", "--from", tmp_path, "--phase", "stage2")
+    assert result.stderr.endswith(f"fix: cpmix status {tmp_path}\n")
+    result = must("evaluate", "--from", tmp_path)
+    assert result.stderr.splitlines()[0] == (
+        "warning: stage2 is being trained by node7, pid 77, Slurm job 4711 and is not used"
+    )
+    assert result.stderr.splitlines()[-1] == f"next: cpmix confusion-report --from {tmp_path}"
+
+
+def test_a_phase_without_a_saved_state_is_told_as_being_trained(tmp_path: Path) -> None:
+    leave_lock(tmp_path / "stage1", owner(host="node7", pid=77))
+    result = refused(3, (), "status", tmp_path)
+    assert result.stderr.splitlines()[-3:] == [
+        f"error: {tmp_path / 'stage1'} is being trained by node7, pid 77; no state of it is saved yet",
+        "  needed by: status",
+        f"  fix: wait for the end of its first epoch, then: cpmix status {tmp_path}",
+    ]
+    result = refused(3, f"{tmp_path} holds no finished stage1", "evaluate", "--from", tmp_path)
+    assert result.stderr.endswith(f"fix: cpmix status {tmp_path}\n")
 
 
 def test_a_phase_locked_by_another_process_is_refused(digits: Path, digits_run: Path, tmp_path: Path) -> None:

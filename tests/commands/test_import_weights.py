@@ -430,7 +430,7 @@ def test_one_of_several_networks_is_chosen_as_the_error_says(
     )
     train = ("train-stage1", "--data", digits, "--epochs", 2, "--out", "run", "--dry-run", "--init")
     fix = fix_of(refused(3, "w.safetensors has 2 networks that fit, with these prefixes", *train, "w.safetensors"))
-    command, _, given = fix.removeprefix("choose one, such as: ").partition(", and give --init ")
+    given, _, command = fix.removeprefix("choose one, and give --init ").partition("; to make it: ")
     run_commands(command)
     must(*train, given)
     assert torch.equal(load_file(given)["conv1.weight"], weights["conv1.weight"])

@@ -154,6 +154,23 @@ def test_the_printed_command_resumes_an_interrupted_phase(phase: str, digits: Pa
     assert phases_of(place)[phase == "stage2"]["status"] == "done"
 
 
+def test_all_commands_name_the_same_next_command(digits: Path, tmp_path: Path) -> None:
+    run, phases = tmp_path / "run", ("stage1", "stage2", "finetune")
+    commands = [("train-stage1", "--data", digits, "--out", run, "--epochs", 6)]
+    commands += [("train-stage2", "--from", run), ("finetune", "--from", run)]
+    for phase, command in zip(phases, commands, strict=True):
+        ahead = must(*command).stderr.splitlines()[-1]
+        for name in ("evaluate", "confusion-report") if phase != "finetune" else ():
+            assert must(name, "--from", run).stderr.splitlines()[-1] == ahead == next_of(run)
+    assert ahead == f"next: cpmix evaluate --from {run}"
+    for _ in range(2):  # also if it is up to date
+        assert must("evaluate", "--from", run).stderr.splitlines()[-1] == f"next: cpmix confusion-report --from {run}"
+    asked = must("evaluate", "--from", run, "--phase", "stage1").stderr.splitlines()[-1]
+    assert asked == f"next: cpmix confusion-report --from {run} --phase stage1"
+    assert "next: " not in must("confusion-report", "--from", run).stderr
+    assert "next: " not in must("status", run).stdout
+
+
 def test_an_interrupted_phase_restarts_if_its_input_was_retrained(digits: Path, digits_run: Path) -> None:
     (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
     recipe = digits_run / "stage2" / "recipe.toml"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import zlib
 from pathlib import Path
@@ -57,6 +58,33 @@ def test_a_class_keeps_one_image_to_train_on(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "d")
     assert dataset.class_counts.tolist() == [1, 25]
     assert dataset.samples("test")["label"].tolist() == [0] * 2 + [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "added"),
+    [
+        (["--image-size", 64], ""),
+        (["--image-size", 32], " --set model.name=resnet32"),
+        (["--pack", 32], " --set model.name=resnet32"),
+        (["--pack", 0], " --set data.normalisation=imagenet"),
+        (["--pack", 0, "--image-size", 24], " --set model.name=resnet32 --set data.normalisation=imagenet"),
+    ],
+)
+def test_the_next_command_has_what_the_default_recipe_lacks_for_the_images(
+    flags: list[object], added: str, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos", {"red": 5, "blue": 3})
+    built = must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "d", *flags)
+    command = built.stderr.splitlines()[-1].removeprefix("next: ")
+    plain, _, changes = command.partition(" --set ")
+    assert plain.startswith(f"cpmix train-stage1 --data {tmp_path / 'd'} --out ckpt/image-folder-photos")
+    assert (changes and f" --set {changes}") == added
+    words = shlex.split(command)[1:]
+    must(*words, "--out", tmp_path / "run", "--epochs", 2)
+    if added:
+        result = refused(2, (), *words[: words.index("--set")], "--out", tmp_path / "other", "--dry-run")
+        assert f"fix: give{added} as well, or give a recipe for this data set with --recipe\n" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_train_and_test_folders_become_the_splits(tmp_path: Path) -> None:

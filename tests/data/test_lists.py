@@ -12,6 +12,7 @@ from helpers import Result, cpmix, ended, files, fix_of, make, must, refused, wr
 
 from cpmix_cli.data import lists, sources
 from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.models import PUBLISHED_WEIGHTS
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 
@@ -182,7 +183,12 @@ def test_official_lists_have_their_own_splits(places: Path) -> None:
 def test_unpacked_images_are_read_from_their_files(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(places)
     result = build(places)
-    assert (result.code, result.stderr) == (0, "next: cpmix train-stage1 --data data/places-lt --out ckpt/places-lt\n")
+    weights = "resnet152-394f9c45"  # the default recipe starts from them
+    assert result.code == 0
+    assert result.stderr.startswith(f"next: fetch {weights}.pth from where it was published")
+    train = f"train-stage1 --data data/places-lt --out ckpt/places-lt --init {weights}.safetensors\n"
+    sha = PUBLISHED_WEIGHTS[f"{weights}.pth"]
+    assert result.stderr.endswith(f", then: cpmix import-weights {weights}.pth --sha256 {sha} && cpmix {train}")
     assert result.stdout.splitlines()[-3:] == [
         "places-lt: 143 training, 3 val and 6 test images, 3 classes, largest 120, smallest 3 (ratio 40)",
         "groups: many (>100) 1, medium (20..100) 1, few (<20) 1 classes",

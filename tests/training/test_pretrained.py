@@ -120,8 +120,8 @@ def test_a_file_of_several_equal_networks_is_refused(
         f"error: w.safetensors has {len(prefixes)} networks that fit, with these prefixes of names:",
         *(f"    {prefix}" for prefix in prefixes),
         "  needed by: --init",
-        f"  fix: choose one, such as: cpmix import-weights w.safetensors --sha256 {sha} --prefix {name}. "
-        f"--out w-{name}.safetensors, and give --init w-{name}.safetensors",
+        f"  fix: choose one, and give --init w-{name}.safetensors; to make it: "
+        f"cpmix import-weights w.safetensors --sha256 {sha} --prefix {name}. --out w-{name}.safetensors",
     ]
 
 

@@ -239,8 +239,9 @@ def test_the_printed_fix_repairs_a_data_set(tmp_path: Path, name: str, kind: str
     follow_fix(refused(3, str(data / name), *command))
     must(*command)
     (data / "aside").unlink()
-    if kind == "folder":
-        (data / f"{name}.moved").rmdir()
+    if kind in ("folder", "loop"):
+        moved = data / f"{name}.moved"
+        moved.unlink() if moved.is_symlink() else moved.rmdir()
     assert exact_contents(data) == expected
 
 
@@ -252,10 +253,11 @@ def test_a_data_set_without_a_whole_record_is_to_be_built_with_its_own_flags(
     data = Path(shutil.copytree(toy, tmp_path / "data"))
     put_aside(data / DATASET, kind)
     fix = fix_of(refused(3, str(data / DATASET), "build-lt", "toy", "--out", data))
-    before, _, command = fix.partition("build it again with its source and flags: ")
-    assert before == (f"mv {data / DATASET} {data / DATASET}.moved && " if kind == "folder" else "")
-    assert command == f"cpmix build-lt SOURCE --out {data} --overwrite"
-    run_commands(before + command.replace("SOURCE", "toy"))
+    advice, _, commands = fix.partition(": ")
+    assert advice == "give its source, and its flags, in place of SOURCE"
+    move = f"mv {data / DATASET} {data / DATASET}.moved && " if kind in ("folder", "pipe") else ""
+    assert commands == f"{move}cpmix build-lt SOURCE --out {data} --overwrite"
+    run_commands(commands.replace("SOURCE", "toy"))
     must("build-lt", "toy", "--out", data)
 
 
