@@ -64,8 +64,8 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
                 run_json.verify_state(folder.path / files.TRAINING_STATE)[1],
                 folder.recipe().epochs_of(folder.phase),
             )
-        if folder.writer is not None:
-            because = f"by {folder.writer.name}"
+        if writer := folder.writer:
+            status, because = "running", f"by {writer.name}"
     return {
         "phase": folder.phase,
         "status": status,

@@ -128,7 +128,7 @@ class PhaseFolder:
             case "interrupted":
                 return "is not finished"
             case "running":
-                return f"is being trained{f' by {self.writer.name}' if self.writer else ''}"
+                return f"is being trained by {writer.name}" if (writer := self.writer) else "is being trained"
             case "stale":
                 return f"is stale ({self.stale_because()})"
         return None

@@ -103,7 +103,8 @@ def next_command(run: Path) -> str:
 
     If the run is complete, damaged or being written, that is `cpmix status`, which shows the details.
     """
-    if all(PhaseFolder(run, phase).status() == "absent" for phase in PHASES):
+    phases = [PhaseFolder(run, phase) for phase in PHASES]
+    if not any(folder.is_begun or folder.writer for folder in phases):  # status() fails if a record is damaged
         return _begin(run)
     return command_ahead(run) or console.typed("status", run)
 

@@ -262,6 +262,13 @@ def test_folders_that_are_no_runs_are_refused(digits: Path, digits_run: Path, tm
     refused(3, f"{record} was changed after it was written", "status", digits_run)
 
 
+def test_a_damaged_phase_does_not_hide_that_another_one_is_missing(toy_run: Path) -> None:
+    flip(toy_run / "stage1" / "run.json")
+    shutil.rmtree(toy_run / "stage2")
+    result = refused(3, f"{toy_run / 'stage2'} is not trained yet", "evaluate", "--from", toy_run, "--phase", "stage2")
+    assert fix_of(result) == f"cpmix status {toy_run}"
+
+
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
