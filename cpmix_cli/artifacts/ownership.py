@@ -107,8 +107,8 @@ def _expected(path: Path) -> list[list[str]] | set[str] | None:
 def _tells(path: Path) -> bool | None:
     """Return whether the content of a file shows that cpmix wrote it; None if it shows neither."""
     expected = _expected(path)
-    if path.name == files.LEFT_OUT:
-        return _has_tabs(path)
+    if path.name == files.LEFT_OUT:  # the lists of the splits are written first
+        return None if _has_tabs(path) else False
     if path.suffix == ".shard":  # its record is written first
         return _tells(path.with_name(f"packing-{path.name}.json")) or None
     try:

@@ -209,7 +209,11 @@ def test_the_list_of_what_is_left_out_replaces_only_such_a_list(tmp_path: Path) 
     for flags in ([], ["--overwrite"]):
         with unchanged(tmp_path):
             refused(4, "1 file that cpmix did not write and would replace: left_out.txt", *build, notes.parent, *flags)
-    notes.unlink()
+    notes.write_text("red/0.png\tblurred\n")  # such a list, but nothing beside it is of cpmix
+    (notes.parent / "train-00000.shard").write_text("pixels of a user's own")
+    with unchanged(tmp_path):
+        refused(4, "2 files that cpmix did not write", *build[:4], "--pack", 16, "--overwrite", "--out", notes.parent)
+    shutil.rmtree(notes.parent)
     must(*build, notes.parent)
     assert notes.read_text() == "red/notes.txt\tno image by the name\n"
     must(*build, notes.parent, "--overwrite")
