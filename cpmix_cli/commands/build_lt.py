@@ -113,7 +113,7 @@ def run(options: BuildOptions) -> None:
                     elif kind == "shards":
                         stored = storage.store_shards(folder, lock, splits, source.root, seen, size, of_folder)
                     else:
-                        if options.verify:
+                        if options.verify and not options.skip_unreadable:  # which has decoded all of them
                             check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=of_folder)
                         stored = storage.store_files(folder, splits, source.root, size, seen if of_folder else {})
                     _write(folder, lock, name, request, source, splits, stored, options.layout)
@@ -127,7 +127,7 @@ def run(options: BuildOptions) -> None:
         if of_folder:
             _warn_of_few(source.class_names, splits, options.test_per_class)
             _warn_of_pages([path for split in dataset.splits for path in dataset.paths(split)])
-    if options.verify or (options.skip_unreadable and status == "up to date"):
+    if options.verify or (options.skip_unreadable and kind == "files"):
         _verify(dataset, status)
     _show(dataset, status, source)
 

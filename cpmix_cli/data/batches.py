@@ -19,7 +19,7 @@ from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.stream import FileReader, ImageReader, StreamedBatches, read_in_order
 from cpmix_cli.recipe.schema import Data
-from cpmix_cli.runtime import hardware
+from cpmix_cli.runtime import hardware, ranks
 from cpmix_cli.runtime.errors import InputError
 
 NORMALISATIONS = {  # mean and standard deviation of red, green, blue on the scale 0..1
@@ -295,7 +295,8 @@ def open_batches(dataset: Dataset, split: str, recipe: Data, device: torch.devic
     if dataset.storage == "tensors":
         inputs, labels = dataset.read(split)
     else:
-        warn_of_changed(dataset, split)
+        if ranks.current().first:  # it looks at every file
+            warn_of_changed(dataset, split)
         reader, labels = _open_reader(dataset, split, recipe), torch.from_numpy(dataset.labels(split))
         if not (isinstance(reader, Shards) and hardware.fits(reader.num_bytes, device)):
             return stream_batches(reader, recipe, dataset.record, device), labels

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from cpmix_cli.artifacts.files import DATASET, MAX_RECORD, PHASES, RUN, TRAINING_STATE, digest
+from cpmix_cli.artifacts.files import DATASET, MAX_RECORD, PHASES, RUN, TRAINING_STATE, digest, open_file
 from cpmix_cli.data.decoding import ENDINGS, SHOWN
 from cpmix_cli.data.splits import Split
 from cpmix_cli.runtime import console
@@ -341,7 +341,7 @@ def _of_classes(
 def _note_sub_folders(images: Mapping[Path, Sequence[Path]]) -> None:
     """Name the sub-folders whose images are of the class above: class folder -> its images."""
     inside = {
-        folder.name: sorted({str(file.parent.relative_to(folder)) for file in files} - {"."})
+        folder.name: sorted(str(at.relative_to(folder)) for at in {file.parent for file in files} - {folder})
         for folder, files in images.items()
     }
     if shown := [f"{name} ({shortened(below, 5)})" for name, below in inside.items() if below]:
@@ -514,8 +514,9 @@ def _is_output(folder: Path) -> bool:
     """Return whether a folder is a data set, a phase, an evaluation or a report, by its record."""
     for name in (DATASET, RUN):
         try:
-            data = (folder / name).read_bytes()[:MAX_RECORD]
-        except OSError:
+            with open_file(folder / name) as file:
+                data = file.read(MAX_RECORD)
+        except (InputError, OSError):
             continue
         if b'"format"' in data and b'"digest"' in data:  # a user's own dataset.json has no digest
             return True
