@@ -133,7 +133,7 @@ def _check_format(init: Path, sha: str) -> None:
         # The weights of a phase have another fix: to train it again.
         raise fault if init.name == files.MODEL else InputError(fault.message, needed_by="--init", fix=fix) from fault
     published = sha or next(iter(re.findall(r"-([0-9a-f]{8,64})\.", init.name)), "")
-    digest = quoted(published) if published else f"$(sha256sum {quoted(init)} | cut -c1-64)"
+    digest = quoted(published) if published else f"$(sha256sum < {quoted(init)} | cut -c1-64)"
     made = init.with_suffix(".safetensors")
     command = f"{console.typed('import-weights', init, '--sha256')} {digest}"
     if made == init:  # a checkpoint by its content

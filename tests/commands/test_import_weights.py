@@ -415,7 +415,7 @@ def test_init_says_what_it_took_off_and_left_out(
     )
     for named in ("moco.pth.tar", "moco-0123abcd.pth"):  # by its content, and by its name
         (tmp_path / "moco.pth.tar").rename(named) if not Path(named).exists() else None
-        hash_of = "0123abcd" if "0123abcd" in named else f"$(sha256sum {named} | cut -c1-64)"
+        hash_of = "0123abcd" if "0123abcd" in named else f"$(sha256sum < {named} | cut -c1-64)"
         result = refused(3, f"{named} is a PyTorch checkpoint; cpmix trains from safetensors alone\n", *train, named)
         made = Path(named).with_suffix(".safetensors")
         assert fix_of(result) == f"give --init {made}; to make it: cpmix import-weights {named} --sha256 {hash_of}"

@@ -46,7 +46,7 @@ REFUSED = {
     f"{TRAIN} --set stage1.terms.erm.teacher=distillation": "--teacher RUN",
     f"{TRAIN} --teacher {{run}}": "--set stage1.terms.erm.teacher=distillation",
     f"{TRAIN} --init none.pth": "convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
-    f"{TRAIN} --init {{real}}": "cpmix import-weights {real} --sha256 $(sha256sum {real} | cut -c1-64)",
+    f"{TRAIN} --init {{real}}": "cpmix import-weights {real} --sha256 $(sha256sum < {real} | cut -c1-64)",
     f"{TRAIN} --init {{toy}}": "the folder of a trained run",
     f"{TRAIN} --init none.safetensors": "convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
     f"{TRAIN} --teacher none --set stage1.terms.erm.teacher=distillation": "give the folder of a trained run",
