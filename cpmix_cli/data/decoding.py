@@ -319,7 +319,7 @@ def readable_only(paths: Sequence[Path], *, upright: bool) -> NDArray[np.int64]:
     if not len(kept):
         raise UnreadableImages(lines, shown=SHOWN, fix=_NONE_LEFT)
     if lines:
-        console.warn(f"{counted(len(lines), 'file')} left out, not to be decoded:{indented(lines, SHOWN)}")
+        console.warn(f"{counted(len(lines), 'file')} left out, cannot be decoded:{indented(lines, SHOWN)}")
     return kept
 
 

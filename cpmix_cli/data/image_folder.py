@@ -212,9 +212,9 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
             fix=f"for splits, move the classes into {walk.root / 'train'}; {all_classes}",
         )
     train = named["train"][0]
+    inside = [f.name for f in walk.sub_folders(train)]
     with_images = [f for f in others if walk.has_image(f)]
     if with_images and layout == "auto":
-        inside = [f.name for f in walk.sub_folders(train)]
         if not inside and len(named) == 1:
             return {}  # a class of that name
         if not inside or len(named) == 1:
@@ -225,7 +225,6 @@ def _split_folders(walk: "_Walk", tops: list[Path], layout: Layout) -> dict[str,
             )
     for folder in others:
         walk.leave_out(NO_SPLIT, folder)
-    inside = [f.name for f in walk.sub_folders(train)]
     if inside and all(map(split_of, inside)):
         raise InputError(
             f"{train} has no classes inside but {shortened(inside, 5)}, the name of a split again",
@@ -243,7 +242,11 @@ def _refuse_splits_inside(walk: "_Walk", tops: list[Path]) -> None:
             moved = ", ".join(str(walk.root / folder.name / top.name) for folder in inside)
             raise InputError(
                 f"{top} has {shortened([repr(folder.name) for folder in inside], 5)} inside",
-                fix=(f"for splits, give --data-root {top}" if is_whole else f"for splits, move them to {moved}")
+                fix=(
+                    f"for splits, give {quoted('--data-root', top)}"
+                    if is_whole
+                    else f"for splits, move them to {moved}"
+                )
                 + f"; if all of their images are of the class {top.name!r}: --layout classes",
             )
 

@@ -523,7 +523,7 @@ def test_bad_files_of_new_images_are_left_out_on_request(tmp_path: Path) -> None
     for command in (["predict", new, *run], ["evaluate", *run, "--test-data", new]):
         refused(3, (f"{cut}", "fix: "), *command)
         result = must(*command, "--skip-unreadable", "--json")
-        assert f"1 file left out, not to be decoded:\n    {cut}: " in result.stderr
+        assert f"1 file left out, cannot be decoded:\n    {cut}: " in result.stderr
         assert f"{new}: 1 file left out, no image by the name: dog/notes.md" in result.stderr
         assert result.json["num_images" if command[0] == "predict" else "num_test"] == 6
     refused(2, f"{root}-out holds its images itself", "evaluate", *run, "--skip-unreadable")
@@ -603,7 +603,7 @@ def test_images_in_their_files_that_become_unreadable_are_all_named(tmp_path: Pa
     messages = tuple(f"\n    {path}: " for path in lost)
     refused(3, ("error: 3 files cannot", *messages, "--skip-unreadable"), "evaluate", "--from", run, "--overwrite")
     result = must("evaluate", "--from", run, "--skip-unreadable", "--json")
-    assert "3 files left out, not to be decoded:" in result.stderr
+    assert "3 files left out, cannot be decoded:" in result.stderr
     assert all(message in result.stderr for message in messages)
     # It is no plain evaluation: that of all images stays, and stands beside it.
     assert result.json["folder"] == str(run / "evaluation" / "stage1-readable")
