@@ -116,17 +116,17 @@ def recognised(
         rho: imbalance factor of the data set; None if it has none.
         trained_with: recipe that the run was trained with, if it is known.
     """
-    known = _known_settings(recipe.schedule.epochs, rho)
+    own, known = _settings(recipe), _known_settings(recipe.schedule.epochs, rho)
     counted = (*PHASE_TABLES[phase], "evaluation")
     found = []
     for order, ((method, name), theirs) in enumerate(known.items()):
-        differing = changed(theirs, _settings(recipe))
+        differing = changed(theirs, own)
         near = [entry for entry in differing if entry[0].partition(".")[0] in counted]
         values = {key: value for key, _, value in near}
         found.append((_size(near), _size(differing), name.rpartition("/")[0] != family, order, method, name, values))
     *_, order, method, name, values = min(found)
-    if values and (own := [entry for entry in found if entry[5] == trained_with]):
-        *_, order, method, name, values = own[0]
+    if values and (given := [entry for entry in found if entry[5] == trained_with]):
+        *_, order, method, name, values = given[0]
     return Recognised(method, name, values, tuple(entry[5] for entry in found if not entry[0]), order)
 
 
