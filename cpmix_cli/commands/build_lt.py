@@ -93,7 +93,7 @@ def run(options: BuildOptions) -> None:
         splits = storage.take(source, _choose(source, request))
         if not len(splits["test"].labels):
             if source.test is not None:
-                raise InputError("no test image can be read", fix="repair the test images, or give others")
+                raise InputError(f"{source.root}: no test image can be read", fix="repair them, or give others")
             most = int(np.bincount(source.pool.labels).max())
             raise InputError(
                 f"no test image: none of the {len(source.class_names)} classes has enough images to hold one out, "

@@ -1,4 +1,4 @@
-"""Equal images of a data set: duplicates in classes and splits, and whether image files are still what was packed."""
+"""Equal images of a data set: duplicates in classes and splits, and image files that changed since it was built."""
 
 from contextlib import suppress
 from functools import partial
@@ -47,12 +47,10 @@ def warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
                 other, first, path = seen.setdefault(key, (label, split, name))
                 mixed += [f"{name} = {path}"] if other != label else []
                 twice += [f"{name} = {path}"] if (other, first) == (label, split) and name != path else []
-        if mixed:
-            are = "image is" if len(mixed) == 1 else "images are"
-            console.warn(f"{len(mixed)} {are} in another class too:{indented(mixed, SHOWN)}")
-        if twice:
-            are = "image is" if len(twice) == 1 else "images are"
-            console.warn(f"{len(twice)} {are} in the same class and split more than once:{indented(twice, SHOWN)}")
+        for pairs, where in ((mixed, "in another class too"), (twice, "in the same class and split more than once")):
+            if pairs:
+                are = "image is" if len(pairs) == 1 else "images are"
+                console.warn(f"{len(pairs)} {are} {where}:{indented(pairs, SHOWN)}")
 
 
 def _changed_files(dataset: Dataset, split: str, seen: pd.DataFrame, *, times: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Repair commands: the command that writes a damaged file again, from the folder that the file is in."""
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -51,8 +52,9 @@ def repair_command(path: Path) -> str:
         return f"restore {path} from a copy, or run the command that wrote it again with --overwrite"
     if os.path.lexists(path) and not path.is_file():  # a file replaces no folder; none is read from a pipe or a loop
         move = quoted("mv", path, f"{path}.moved")
-        first, colon, last = command.rpartition(": ")
-        return f"{first}{colon}{move} && {last}"
+        sentence = re.match("give [^:]*: ", command)  # a path may have a colon too
+        start = sentence.end() if sentence else 0
+        return f"{command[:start]}{move} && {command[start:]}"
     return command
 
 
