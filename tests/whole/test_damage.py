@@ -261,6 +261,14 @@ def test_a_data_set_without_a_whole_record_is_to_be_built_with_its_own_flags(
     must("build-lt", "toy", "--out", data)
 
 
+def test_the_printed_fix_works_in_a_folder_with_a_colon_in_its_name(toy: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(toy, tmp_path / "toy: new"))
+    put_aside(data / "train.safetensors", "folder")
+    command = ("train-stage1", "--data", data, "--out", tmp_path / "run", "--dry-run")
+    follow_fix(refused(3, str(data / "train.safetensors"), *command))
+    must(*command)
+
+
 OF_PHASES = [RUN, MODEL, "metrics.parquet", CONFUSION_PAIRS, "class_counts.parquet", RECIPE]
 
 
