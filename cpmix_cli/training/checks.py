@@ -65,7 +65,7 @@ def fitting_settings(
     try:
         while found := _misfits(with_settings(recipe, settings.values()), num_classes, shape, has_statistics):
             new = {setting.partition("=")[0]: setting for misfit in found for setting in misfit.settings}
-            if not new or not all(misfit.settings for misfit in found) or new.items() <= settings.items():
+            if not all(misfit.settings for misfit in found) or new.keys() & settings.keys():
                 return []
             settings |= new
     except UsageError:  # rules between keys forbid what the data set asks
