@@ -35,7 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--follow-lines"):
         # The processes of one session share a folder, named in the variable that the first of them sets.
-        folder = os.environ.setdefault("CPMIX_TESTS_FOLLOWED", tempfile.mkdtemp(prefix="followed-"))
+        folder = os.environ.get("CPMIX_TESTS_FOLLOWED") or tempfile.mkdtemp(prefix="followed-")
+        os.environ["CPMIX_TESTS_FOLLOWED"] = folder
         printed_lines.seen = Path(folder)
 
 

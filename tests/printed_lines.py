@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +117,7 @@ def _follow_next(text: str, run: Callable[..., Printed]) -> None:
     """A next: line is a command that starts; phases are not trained to their end."""
     if text.startswith("fetch "):  # published weights
         return
-    words = shlex.split(text)
+    words = _words(text)
     assert words[0] == "cpmix", f"next: {text}"
     result = run(*words[1:], *(["--dry-run"] if words[1] in _TRAINING else []))
     assert result.code in _FOLLOWED, f"next: {text}\nends with {result.code}:\n{result.stderr}"
@@ -128,20 +127,16 @@ def _follow_fix(text: str, words: Sequence[str], error: str, run: Callable[..., 
     """A fix: line is a command, or a sentence that ends with one, or names flags to change."""
     if text.startswith("wait "):
         return
-    _, colon, commands = text.rpartition(": ")
+    _, colon, commands = ("", "", text) if _COMMAND.match(text) else text.rpartition(": ")
     found = _COMMAND.match(commands)
     if found is not None and not (colon and found[3]) and not re.search(r"\b[A-Z]{3,}\b|https?:", text):
         for command in commands.split(" && "):
-            name, *rest = shlex.split(command)
-            if name == "cpmix" and "$(" not in command:
+            name, *rest = _words(command)
+            if name == "cpmix":
                 result = run(*rest)
                 code, printed = result.code, result.stderr
             else:
-                path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the shell has to find cpmix
-                shell = ["bash", "-c", command]
-                moved = subprocess.run(
-                    shell, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
-                )
+                moved = subprocess.run([name, *rest], capture_output=True, text=True, check=False)
                 code, printed = moved.returncode, moved.stderr
             # What a sentence only proposes may meet the next fault of the same file, which has a fix of its own.
             allowed = (*_FOLLOWED, 3) if colon else _FOLLOWED
@@ -151,6 +146,12 @@ def _follow_fix(text: str, words: Sequence[str], error: str, run: Callable[..., 
         return
     for flags in _changes(text, words):
         _must_differ(error, text, flags, run)
+
+
+def _words(command: str) -> list[str]:
+    """Return the words of a command as a shell passes them on."""
+    shell = ["bash", "-c", f"printf '%s\\0' {command}"]
+    return os.fsdecode(subprocess.run(shell, capture_output=True, check=True).stdout).split("\0")[:-1]
 
 
 def _must_differ(error: str, text: str, words: Sequence[str], run: Callable[..., Printed]) -> None:

@@ -43,13 +43,14 @@ _KEYS: dict[str, set[str]] = {
 """File -> keys, columns or metadata that it has among others."""
 
 
-def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = None) -> None:
+def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = None, is_known: bool = False) -> None:
     """Check that cpmix wrote all files of an output folder that a command may replace or delete.
 
     Args:
         folder: output folder; it need not exist.
         names: names of the files, or patterns such as "train-*.shard".
         only: the only file that may be refused; the others just help to know it.
+        is_known: True if another file shows that cpmix wrote into the folder.
 
     Raises:
         EnvironmentFault: lists the files that cpmix did not write. Or the folder has a data set and the output is none,
@@ -62,7 +63,7 @@ def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = N
     found = list(_existing(folder, names))
     recorded = _recorded(found)
     told = {path: _tells(path) for path in found}
-    is_known = recorded is not None or True in told.values()
+    is_known = is_known or recorded is not None or True in told.values()
 
     def is_own(path: Path) -> bool:
         if recorded is not None and path.name in recorded:  # perhaps damaged, which its reader reports

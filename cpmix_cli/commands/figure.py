@@ -313,7 +313,8 @@ def _figure3(options: FigureOptions, found: list[_Candidate]) -> tuple["Figure",
         title = SOURCE_TITLES.get(source, source)
         raise InputError(
             f"{console.command} needs a run of ERM on balanced {title}, trained and evaluated",
-            fix=console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1"),
+            fix="train and evaluate one, and give it as well; to build the data: "
+            + console.typed("build-lt", source, "--rho", 1, "--out", f"data/{source}-lt-rho1"),
         )
     figure = paper_figures.long_tailed_confusion(erm.result, mixup.result, balanced.result)
     return figure, [("(a, c)", erm), ("(b)", mixup), ("(c)", balanced)]

@@ -49,7 +49,9 @@ def decide(
         EnvironmentFault: the folder has an output of other inputs, or a file that cpmix did not write.
         InputError: the output is damaged.
     """
-    refuse_strangers(folder, [name for name in writes if name != files.RECIPE or not _is_written(folder / name)])
+    names = list(writes)
+    is_known = files.RECIPE in names and _is_written(folder / files.RECIPE)
+    refuse_strangers(folder, [n for n in names if n != files.RECIPE or not is_known], is_known=is_known)
     path = folder / files.TRAINING_STATE
     is_done = files.is_there(folder / files.RUN)
     if overwrite:

@@ -242,7 +242,7 @@ def test_figure_3_recognises_the_balanced_run_by_its_data(hand: Path, tmp_path: 
         ("(c)", "ERM", "balanced"),
     ]
     needs = "error: figure 3 needs a run of ERM on balanced digits, trained and evaluated\n"
-    build = "fix: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n"
+    build = "to build the data: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n"
     refused(3, (needs, build), "figure", 3, *runs[1:])
     said = ("is a run of ERM or Mixup on long-tailed data\n", "fix: see recipes/figures/figure3.sh")
     refused(3, said, "figure", 3, runs[0], hand / "cpmix")
