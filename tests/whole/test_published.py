@@ -23,7 +23,7 @@ def names(data: str, methods: str) -> list[str]:
 
 SHARED = {
     **{f"{data}/cpmix": [f"{data}/balanced-softmax"] for data in (*LARGE, "digits", "toy")},
-    "cifar100-lt/cpmix": names("cifar100-lt", "balanced-softmax cpmix-class-uniform cpmix-random"),
+    "cifar100-lt/cpmix": names("cifar100-lt", "balanced-softmax cpmix-class-uniform cpmix-mixed-finetune cpmix-random"),
     "cifar100-lt/cross-entropy": names("cifar100-lt", "crt lws tau-norm logit-adjusted-posthoc"),
 }
 
@@ -78,7 +78,9 @@ OTMIX_200 = {1: 0.02, 5: 0.1, 40: 0.1, 41: 0.01, 81: 1e-3, 161: 1e-5, 200: 1e-5}
 OTMIX_210 = {1: 0.02, 5: 0.1, 30: 0.1, 31: 0.01, 81: 1e-3, 131: 1e-4, 181: 1e-5, 210: 1e-5}
 DOUBLE = {epoch: 2 * rate for epoch, rate in CMO_100.items()}
 RATES = {
-    **dict.fromkeys(["balanced-softmax", "cpmix", "cpmix-class-uniform", "cpmix-random"], TABLE_6),
+    **dict.fromkeys(
+        ["balanced-softmax", "cpmix", "cpmix-class-uniform", "cpmix-mixed-finetune", "cpmix-random"], TABLE_6
+    ),
     **dict.fromkeys(["cpmix-on-lade", "cpmix-on-ldam-drw"], TABLE_6),
     **dict.fromkeys(["cross-entropy", "crt", "logit-adjusted-posthoc", "lws", "tau-norm"], TABLE_6),
     **dict.fromkeys(["class-balanced", "class-balanced-focal", "focal", "ldam-drw", "unimix"], SHELL),
@@ -204,6 +206,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         ERM: LDAM,
         "stage2.terms.erm": {**NATURAL, **LDAM, **DRW, "reweight_after": 260},
     },
+    "cpmix-mixed-finetune": {**CPMIX, "finetune": {"lr": 0.05}, "finetune.terms.erm": {**CP, "weight": 1.0}},
     "cpmix-random": {**CPMIX, "stage2.terms.cp": {**CP, "partner": "random"}},
     "cpmix-last-block": {**CPMIX, "model": {"frozen": LAST_BLOCK}},
     "cross-entropy": {},
