@@ -112,7 +112,7 @@ def recognised(
     Args:
         recipe: the recorded recipe; all recipes are compared at its epochs.
         phase: the phase that was trained.
-        family: folder of recipes to prefer, such as cifar100-lt.
+        family: folder of recipes to prefer, such as cifar100-lt, if none is equal.
         rho: imbalance factor of the data set; None if it has none.
         trained_with: recipe that the run was trained with, if it is known.
     """
@@ -122,12 +122,15 @@ def recognised(
     for order, ((method, name), theirs) in enumerate(known.items()):
         differing = changed(theirs, own)
         near = [entry for entry in differing if entry[0].partition(".")[0] in counted]
-        values = {key: value for key, _, value in near}
-        found.append((_size(near), _size(differing), name.rpartition("/")[0] != family, order, method, name, values))
-    *_, order, method, name, values = min(found)
-    if values and (given := [entry for entry in found if entry[5] == trained_with]):
-        *_, order, method, name, values = given[0]
-    return Recognised(method, name, values, tuple(entry[5] for entry in found if not entry[0]), order)
+        outside = name.rpartition("/")[0] != family
+        # An equal recipe may be of any family; a changed one is named by a recipe of its own.
+        rank = (bool(near), bool(near) and outside, _size(near), _size(differing), outside, order)
+        found.append((rank, method, name, {key: value for key, _, value in near}))
+    best = min(found, key=lambda entry: entry[0])
+    if best[3] and (given := [entry for entry in found if entry[2] == trained_with]):
+        best = given[0]
+    (*_, order), method, name, values = best
+    return Recognised(method, name, values, tuple(entry[2] for entry in found if not entry[3]), order)
 
 
 OBJECTIVES = {
