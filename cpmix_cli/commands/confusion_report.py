@@ -111,8 +111,10 @@ def run(options: ReportOptions) -> None:
         locks.tidy(folder)
         locks.tidy(index.parent)
     _report(folder, index, own, pairs, status)
-    if options.out is None and (command := command_ahead(own.root)):
-        console.follow(command)
+    if options.out is None:
+        command = command_ahead(own.root, data=options.data, data_root=options.data_root)
+        if command is not None:
+            console.follow(command)
 
 
 def _read_reported(

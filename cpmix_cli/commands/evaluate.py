@@ -30,7 +30,7 @@ from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.next_command import command_ahead
+from cpmix_cli.runs.next_command import command_ahead, with_data
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
@@ -151,10 +151,12 @@ def _follow(options: EvaluateOptions, source: PhaseFolder, label: str | None) ->
         flags = ["--phase", options.phase] if options.phase else []
         flags += ["--out", str(options.out)] if options.out else []
         ahead = None if flags else command_ahead(source.run)
-        console.follow(ahead or console.typed("confusion-report", "--from", source.run, *flags))
+        ahead = ahead or console.typed("confusion-report", "--from", source.run, *flags)
     elif options.out is None:
-        flags = ["--phase", source.phase, "--label", label]
-        console.follow(console.typed("misclassified", "--from", source.run, *flags))
+        ahead = console.typed("misclassified", "--from", source.run, "--phase", source.phase, "--label", label)
+    else:
+        return
+    console.follow(with_data(ahead, options.data, options.data_root))
 
 
 def _default_label(

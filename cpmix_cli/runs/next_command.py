@@ -1,5 +1,6 @@
 """The next command for a run folder, from the phases and evaluations that it contains."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
 from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.text import quoted
 
 TRAINING_COMMANDS = {"stage1": "train-stage1", "stage2": "train-stage2", "finetune": "finetune"}
 
@@ -98,23 +100,37 @@ def read_run(run: Path) -> BegunRun:
     return BegunRun(run, begun, last, last.recipe())
 
 
-def next_command(run: Path) -> str:
-    """Return the next command for a run.
+def next_command(run: Path, *, data: Path | None = None, data_root: Path | None = None) -> str:
+    """Return the next command for a run: command_ahead().
 
     If the run is complete, damaged or being written, that is `cpmix status`, which shows the details.
     """
     phases = [PhaseFolder(run, phase) for phase in PHASES]
     if not any(folder.is_begun or folder.writer for folder in phases):  # status() fails if a record is damaged
         return _begin(run)
-    return command_ahead(run) or console.typed("status", run)
+    return command_ahead(run, data=data, data_root=data_root) or console.typed("status", run)
 
 
-def command_ahead(run: Path) -> str | None:
-    """Return the next command for a run; None if the run is complete, damaged or being written."""
-    try:
-        return read_run(run).next_command()
-    except InputError:
-        return None
+def command_ahead(run: Path, *, data: Path | None = None, data_root: Path | None = None) -> str | None:
+    """Return the next command for a run; None if the run is complete, damaged or being written.
+
+    Args:
+        run: folder of the run.
+        data: --data as typed; the folder in the run's records may not be there.
+        data_root: --data-root as typed.
+    """
+    with suppress(InputError):
+        if (command := read_run(run).next_command()) is not None:
+            return with_data(command, data, data_root)
+    return None
+
+
+def with_data(command: str, data: Path | None, data_root: Path | None) -> str:
+    """Return a command of a run with --data and --data-root as typed, unless it names its own."""
+    for flag, place in (("--data", data), ("--data-root", data_root)):
+        if place is not None and f" {flag} " not in command:
+            command += f" {quoted(flag, place)}"
+    return command
 
 
 def _begin(run: Path) -> str:

@@ -200,7 +200,7 @@ def train(asked: PhaseRequest) -> None:
         reason = f"the recipe has no {'stage 2' if folder.phase == 'stage2' else folder.phase}"
         fields = {"status": "skipped", "skipped": True, "reason": reason}
         console.result(fields, lines=[f"nothing to do: {reason}"])
-        console.follow(next_command(asked.source.run))
+        console.follow(next_command(asked.source.run, data=asked.options.data, data_root=asked.options.data_root))
         return
     _refuse_unlike(files.digest(asked.made_from), "the recipe, the data set or the inputs that they read")
     found = _decide(asked)
@@ -208,7 +208,7 @@ def train(asked: PhaseRequest) -> None:
         if here.first:
             locks.tidy(folder.path)
             warn_of_changed(asked.dataset, "train")
-            _report(folder, "up to date")
+            _report(asked, "up to date")
     elif asked.options.dry_run:
         if here.first:
             locks.refuse_if_held(folder.path)
@@ -221,7 +221,7 @@ def train(asked: PhaseRequest) -> None:
                 _fit(asked, _load(asked, found), lock)
                 status = "done"
             if here.first:
-                _report(folder, status)
+                _report(asked, status)
 
 
 def _decide(asked: PhaseRequest) -> str:
@@ -563,8 +563,9 @@ def _num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _report(folder: PhaseFolder, status: str) -> None:
+def _report(asked: PhaseRequest, status: str) -> None:
     """Print the phase's last epoch as a table, and the next command."""
+    folder = asked.folder
     record = folder.record()
     last = metrics.read_metrics(folder).iloc[-1].to_dict()
     numbers = {k: None if v != v else v for k, v in last.items()}
@@ -590,4 +591,4 @@ def _report(folder: PhaseFolder, status: str) -> None:
     ]
     header = ("phase", ">epochs", ">loss", ">train acc %", ">class pairs confused", ">training time")
     console.result(fields, header=header, rows=[row], lines=[f"{status}: {folder.path}"])
-    console.follow(next_command(folder.run))
+    console.follow(next_command(folder.run, data_root=asked.options.data_root))

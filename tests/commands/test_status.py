@@ -171,6 +171,23 @@ def test_all_commands_name_the_same_next_command(digits: Path, tmp_path: Path) -
     assert "next: " not in must("status", run).stdout
 
 
+def test_next_commands_keep_the_place_of_a_moved_data_set(digits: Path, tmp_path: Path) -> None:
+    data, moved, run = tmp_path / "data", tmp_path / "elsewhere" / "data", tmp_path / "run"
+    shutil.copytree(digits, data)
+    must("train-stage1", "--data", data, "--out", run, "--epochs", 6)
+    moved.parent.mkdir()
+    data.rename(moved)
+    trained = must("evaluate", "--from", run, "--data", moved).stderr.splitlines()[-1]
+    assert trained == f"next: cpmix train-stage2 --from {run} --data {moved}"
+    report = ("confusion-report", "--from", run, "--data", moved)
+    assert must(*report).stderr.splitlines()[-1] == trained
+    labelled = must("evaluate", "--from", run, "--data", moved, "--label", "again").stderr.splitlines()[-1]
+    assert labelled == f"next: cpmix misclassified --from {run} --phase stage1 --label again --data {moved}"
+    for line in (labelled, trained):
+        follow(line)
+    assert next_of(run) == f"next: cpmix finetune --from {run}"  # stage 2 recorded the new place
+
+
 def test_an_interrupted_phase_restarts_if_its_input_was_retrained(digits: Path, digits_run: Path) -> None:
     (digits_run / "stage2" / "run.json").unlink()  # as if stopped after its last epoch
     recipe = digits_run / "stage2" / "recipe.toml"

@@ -313,8 +313,13 @@ def test_all_commands_run_on_images_in_their_files(tree: Path, tmp_path: Path) -
     train = ("train-stage1", "--data", data, "--out", run, *FLAGS)
     result = must(*train, "--data-root", moved, "--eval-every", 1)
     assert "images are read from disk as they are wanted" in result.stderr
-    must("train-stage2", "--from", run, "--data-root", moved)
-    must("finetune", "--from", run, "--data-root", moved)
+    again = f" --from {run} --data-root {moved}"
+    for name, following in (("train-stage2", "finetune"), ("finetune", "evaluate")):
+        assert (
+            must(name, "--from", run, "--data-root", moved).stderr.splitlines()[-1] == f"next: cpmix {following}{again}"
+        )
+    evaluated = must("evaluate", "--from", run, "--data-root", moved)
+    assert evaluated.stderr.splitlines()[-1] == f"next: cpmix confusion-report{again}"
     assert must("evaluate", "--from", run, "--data-root", moved, "--json").json["num_test"] == 15
     must("confusion-report", "--from", run, "--data-root", moved)
     assert must("misclassified", "--from", run, "--data-root", moved, "--json").json["num_images"] >= 0
