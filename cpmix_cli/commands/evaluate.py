@@ -21,7 +21,7 @@ from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation import prediction
 from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, sample_weights, shifted_profile, summary
 from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
-from cpmix_cli.evaluation.prediction import Predicted, post_hoc, predicted, read_model
+from cpmix_cli.evaluation.prediction import Predicted, check_finite, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, read_numbers
 from cpmix_cli.flags import EvaluateOptions
@@ -126,6 +126,7 @@ def run(options: EvaluateOptions) -> None:
         if recipe.evaluation.aggregate == "test-time":
             weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
         found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
+    check_finite(found, recipe, source)
     files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
         output.clear(folder)

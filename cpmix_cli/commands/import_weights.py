@@ -245,10 +245,10 @@ def _rank(path: str) -> int:
 def _plain_tensors(entries: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     """Return the tensors among named entries, and note the others."""
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    if odd := [f"{name} ({kind})" for name, value in tensors.items() if (kind := _not_plain(value))]:
+    if odd := [f"{name} ({kind})" for name, value in tensors.items() if (kind := _not_plain(name, value))]:
         raise InputError(
             f"{file} has tensors that are not plain: {shortened(odd, 10)}",
-            fix="give the state_dict of the network on a CPU, in float32",
+            fix="give the state_dict of the network on a CPU, in float32 and with its usual names",
         )
     others = [f"{name} ({type(value).__qualname__})" for name, value in entries.items() if name not in tensors]
     if others:
@@ -264,7 +264,30 @@ def _common_prefix(names: Iterable[str]) -> str:
     return "".join(f"{part}." for part, _ in shared)
 
 
-def _not_plain(value: Tensor) -> str:
-    """Return why safetensors cannot store a tensor; "" for a dense one of real numbers."""
-    kinds = {"sparse": value.layout != torch.strided, "quantized": value.is_quantized, "complex": value.is_complex()}
-    return next((kind for kind, found in kinds.items() if found), "without values" if value.is_meta else "")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+_PLAIN_TYPES = {*_FLOATS, *_INTEGERS, torch.bool}
+"""Types that safetensors both writes and reads."""
+_MOST_REPEATED = 2**20
+"""Largest size in bytes of a tensor whose file holds fewer values, such as one that expand() made."""
+
+
+def _not_plain(name: str, value: Tensor) -> str:
+    """Return why safetensors cannot store a tensor, or no network has it; "" for a dense one of real numbers."""
+    if value.is_nested or value.layout != torch.strided:
+        return "nested" if value.is_nested else "sparse"
+    kinds = {
+        "quantized": value.is_quantized,
+        "complex": value.is_complex(),
+        str(value.dtype).removeprefix("torch."): value.dtype not in _PLAIN_TYPES,
+        "without values": value.is_meta,
+        f"{value.numel():,} values of {value.untyped_storage().nbytes():,} stored bytes": _is_expanded(value),
+        "a name that safetensors reserves": name == "__metadata__",
+        "a name that is not UTF-8": name != name.encode(errors="replace").decode(),
+    }
+    return next((kind for kind, found in kinds.items() if found), "")
+
+
+def _is_expanded(value: Tensor) -> bool:
+    """Return whether a tensor repeats stored values, such as one that expand() made: a copy may be terabytes."""
+    return value.nbytes > max(value.untyped_storage().nbytes(), _MOST_REPEATED)

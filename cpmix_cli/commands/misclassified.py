@@ -55,7 +55,7 @@ def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:
         return None
     if given in classes:
         return classes.index(given)
-    if given.isdecimal() and int(given) < len(classes):
+    if given.isdecimal() and len(given) < 10 and int(given) < len(classes):
         return int(given)
     raise UsageError(
         f'{flag} "{given}" is neither a class nor a class id from 0 to {len(classes) - 1}',

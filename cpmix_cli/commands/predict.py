@@ -13,7 +13,7 @@ from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import stream_batches
 from cpmix_cli.data.decoding import LEAVE_OUT, all_unreadable_named, check_headers, readable_only
 from cpmix_cli.data.stream import FileReader
-from cpmix_cli.evaluation.prediction import predicted, read_model
+from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
 from cpmix_cli.flags import PredictOptions
 from cpmix_cli.results.table_formats import csv_text
 from cpmix_cli.runs.phase_choice import choose
@@ -70,8 +70,9 @@ def run(options: PredictOptions) -> None:
     batches = stream_batches(reader, recipe.data, seen, device)
     class_counts = torch.tensor(counts["num_train"].to_numpy())
     with all_unreadable_named(paths, upright=True, fix=LEAVE_OUT):
-        logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation).logits
-    confidence, classified = logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
+        found_logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation)
+    check_finite(found_logits, recipe, source)
+    confidence, classified = found_logits.logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
 
     kept = confidence.shape[1]
     columns = {

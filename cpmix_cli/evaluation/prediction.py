@@ -20,6 +20,7 @@ from cpmix_cli.experts import combined, routed_weights
 from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.schema import Evaluation, Recipe
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.state import load_model
 
@@ -106,6 +107,34 @@ def predicted(
         weights = routed_weights(routes, recipe.routing_threshold)
     logits = combined(experts, recipe.aggregate, model, class_counts, weights)
     return Predicted(post_hoc(logits, class_counts, recipe), experts, weights)
+
+
+def check_finite(found: Predicted, recipe: Recipe, source: PhaseFolder) -> None:
+    """Check the logits of an evaluation, before its files are written.
+
+    Args:
+        found: predictions of the network.
+        recipe: its recipe, which gives [evaluation].
+        source: phase of the network, for the message.
+
+    Raises:
+        InputError: a logit is NaN or infinite, by post-hoc keys or by the network itself.
+    """
+    if found.logits.isfinite().all():
+        return
+    values = recipe.evaluation
+    keys = {"temperature": 1.0, "logit_adjustment": 0.0, "tau_norm": 0.0}
+    given = [
+        f"evaluation.{key} = {getattr(values, key):g}" for key, plain in keys.items() if getattr(values, key) != plain
+    ]
+    by = f" with {', '.join(given)}" if given else ""
+    plain = " ".join(f"--set evaluation.{key}={value:g}" for key, value in keys.items())
+    raise InputError(
+        f"the network in {source.path / files.MODEL} gives logits that are not finite{by}",
+        fix=f"give evaluate {plain}"
+        if given
+        else f"train {source.phase} again with a lower learning rate, --overwrite",
+    )
 
 
 @torch.no_grad()

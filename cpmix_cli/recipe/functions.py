@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from cpmix_cli.runtime.errors import UsageError, suggest
 
@@ -50,6 +50,18 @@ ARGUMENTS = {
 }
 """Table of functions -> the positional arguments that a call gives, in order; other parameters are keyword-only."""
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
+
+
+MAX_FLOAT = 3e38
+"""Largest absolute value of a number in a recipe; float32, in which networks are computed, ends at 3.4e38."""
+
+
+def in_float32(value: Any) -> Any:
+    """Return the value of a key; raise ValueError if it is, or contains, a number beyond MAX_FLOAT."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and abs(number) > MAX_FLOAT:
+            raise ValueError(f"Input should be at most {MAX_FLOAT:g} in size, because networks compute in float32")
+    return value
 
 
 @dataclass(frozen=True)
@@ -209,7 +221,8 @@ def bind(
                 try:
                     values[key] = _checker(functions[kind][name], key).validate_python(given[key], strict=True)
                 except ValidationError as fault:
-                    faults.append(f"{key} = {given[key]!r}: {fault.errors()[0]['msg']}")
+                    message = fault.errors()[0]["msg"].removeprefix("Value error, ")
+                    faults.append(f"{key} = {given[key]!r}: {message}")
             elif parameter.default is inspect.Parameter.empty:
                 faults.append(f'{key}: missing (a parameter of {kind} = "{name}")')
         bound[kind] = partial(functions[kind][name], **values)
@@ -221,5 +234,5 @@ def bind(
 @cache
 def _checker(function: Callable[..., Any], key: str) -> TypeAdapter[Any]:
     """Return the pydantic check of one parameter of a function."""
-    annotation = inspect.signature(function).parameters[key].annotation
-    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    annotation: Any = inspect.signature(function).parameters[key].annotation
+    return TypeAdapter(Annotated[annotation, AfterValidator(in_float32)], config=ConfigDict(allow_inf_nan=False))

@@ -20,6 +20,7 @@ from cpmix_cli.runtime.text import quoted
 
 MAX_BYTES = 4_000_000  # largest size of a recipe file
 _MAX_DEPTH = 16  # deepest nesting of tables; a recipe has 4 levels
+_MAX_PARTS = 1000  # most points between two = of a line
 _MAX_EXTENDS = 16
 
 
@@ -315,6 +316,9 @@ def read_own_tables(path: Path) -> dict[str, Any]:
 
 def _parse(text: str) -> dict[str, Any]:
     """Parse TOML; raise ValueError if it is invalid, nested too deeply, or has an integer of more than 64 bits."""
+    # tomllib takes the square of the parts of a key.
+    if any(part.count(".") > _MAX_PARTS for line in text.splitlines() for part in line.split("=")):
+        raise ValueError("it is nested too deeply")
     try:
         tables = tomllib.loads(text)
     except RecursionError:

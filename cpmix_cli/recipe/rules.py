@@ -54,6 +54,12 @@ def unmet(recipe: Recipe) -> list[str]:
                 faults += _missing(recipe, f"{place} = {_shown(value)}", other, allowed, why)
     for place, term in recipe.terms():
         faults += _unmet_of_functions(recipe, place, term)
+    parts, batches = recipe.optimizer.micro_batches, [("optimizer", recipe.optimizer), ("finetune", recipe.finetune)]
+    faults += [
+        f"optimizer.micro_batches = {parts}: more than the images of a batch, {table}.batch_size = {found.batch_size}"
+        for table, found in batches
+        if found is not None and parts > found.batch_size
+    ]
     s = recipe.schedule
     if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
         faults.append(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} schedule.milestones")

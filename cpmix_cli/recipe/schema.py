@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, known, needs_of
+from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, in_float32, known, needs_of
 from cpmix_cli.runtime.errors import suggest
 from cpmix_cli.runtime.text import toml_text
 
@@ -27,13 +27,15 @@ MAX_BATCH = 1_000_000
 
 
 class Table(BaseModel):
-    """TOML table. Unknown keys, inf and nan are errors. No type is converted except int to float."""
+    """TOML table. Unknown keys, inf, nan and numbers beyond float32 are errors. Of types, only int becomes float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Key -> keys that have no effect while it has its default. They are then refused, and not in a resolved recipe."""
     _quiet: ClassVar[tuple[str, ...]] = ()
     """Keys that a resolved recipe omits at their defaults, so that recipes of runs older than the key are unchanged."""
+
+    _in_float32 = pydantic.field_validator("*")(in_float32)
 
     def _given(self, keys: Iterable[str]) -> list[str]:
         """Return the keys whose values differ from their defaults."""
@@ -343,7 +345,7 @@ class Evaluation(Table):
     routed: mean of the experts that the routers choose (RIDE)."""
     routing_threshold: float = Field(default=0.5, ge=0, le=1)
     """Router probability above which an image also goes to the next expert."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Divisor of the logits, for calibration. Choose it on held-out images."""
     logit_adjustment: float = Field(default=0.0, ge=0, le=100)
     """tau of the post-hoc logit adjustment: z - tau log(class frequency)."""

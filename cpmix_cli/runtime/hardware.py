@@ -82,7 +82,7 @@ def _cores(environment: Mapping[str, str], local_size: int, names: Sequence[str]
         limits.append(limits[0] // local_size)
     for name in names:
         value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may list a number per nesting level
-        if value.isdigit():
+        if value.isdecimal() and len(value) < 10:
             limits.append(int(value))
     return max(1, min(limits))
 

@@ -103,12 +103,22 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
         ({"optimizer": {"exp_avg": torch.zeros(2)}}, "holds no named tensors, but a dict"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, "has tensors that are not plain: a (complex)"),
         ({"a": torch.empty(2, device="meta")}, "has tensors that are not plain: a (without values)"),
+        ({"a": torch.zeros(1).expand(2**40)}, "not plain: a (1,099,511,627,776 values of 4 stored bytes)"),
+        ({"a": torch.empty(4, dtype=torch.bits8)}, "has tensors that are not plain: a (bits8)"),
+        ({"a": torch.empty(4, dtype=torch.float8_e8m0fnu)}, "not plain: a (float8_e8m0fnu)"),
+        ({"__metadata__": torch.zeros(3), "a": torch.zeros(2)}, "__metadata__ (a name that safetensors reserves)"),
+        ({"a\udcff": torch.zeros(3)}, "not plain: a\\udcff (a name that is not UTF-8)"),
         ({"a": torch.zeros(2), "lr": os.getcwd}, "is refused, and nothing of it was run: it calls posix.getcwd"),
     ],
 )
 def test_checkpoints_without_named_tensors_are_refused(content: object, message: str, tmp_path: Path) -> None:
     sha = save(content, tmp_path / "w.pth")
     refused(3, message, "import-weights", tmp_path / "w.pth", "--sha256", sha)
+
+
+def test_small_tensors_that_repeat_stored_values_are_copied(tmp_path: Path) -> None:
+    sha = save({"positions": torch.zeros(1).expand(3, 5), "a": torch.ones(4)}, tmp_path / "w.pth")
+    assert must("import-weights", tmp_path / "w.pth", "--sha256", sha, "--json").json["num_values"] == 19
 
 
 class Settings(dict[str, object]):

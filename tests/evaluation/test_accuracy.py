@@ -12,6 +12,10 @@ from sklearn import metrics
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, expected_calibration_error, summary
+from cpmix_cli.evaluation.prediction import Predicted, check_finite
+from cpmix_cli.recipe import loading
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runtime.errors import InputError
 
 
 def test_matrix_and_class_accuracy_agree_with_scikit_learn(generator: torch.Generator) -> None:
@@ -66,3 +70,14 @@ def test_evaluate_uses_the_few_border_of_the_data_set(tmp_path: Path) -> None:
     must("evaluate", "--from", run)
     last = pd.read_parquet(run / "evaluation" / "stage1" / files.PER_CLASS).iloc[-1]
     assert (last["num_train"], last["group"]) == (20, "few")
+
+
+def test_logits_that_are_not_finite_are_refused(digits_run: Path) -> None:
+    """Norms of a head below 1 to the power of 100 are 0 in float32, for one."""
+    source = PhaseFolder(digits_run, "stage1")
+    recipe = loading.load(str(source.path / files.RECIPE), settings=["evaluation.tau_norm=100"])
+    logits = torch.tensor([[0.0, torch.inf]])
+    with pytest.raises(InputError, match=r"stage1/model.safetensors gives logits that are not finite with") as caught:
+        check_finite(Predicted(logits, logits[None], None), recipe, source)
+    assert caught.value.message.endswith("with evaluation.tau_norm = 100")
+    assert caught.value.fix.startswith("give evaluate --set evaluation.temperature=1 --set ")

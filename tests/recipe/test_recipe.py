@@ -37,12 +37,18 @@ def test_every_recipe_loads_and_equals_its_resolved_form(name: str, tmp_path: Pa
         assert load(str(path)) == recipe
 
 
+BEYOND = "Input should be at most 3e+38 in size, because networks compute in float32"
 FAULTS = {
     "optimizer.lrr=0.1": 'optimizer.lrr: unknown key. Did you mean "lr"?',
     "optimizer.momentum=1.5": "optimizer.momentum = 1.5: Input should be less than 1",
     "optimizer.micro_batches='many'": "optimizer.micro_batches = 'many': Input should be a valid integer",
     "optimizer.lr=inf": "optimizer.lr = inf: Input should be a finite number",
     "stage2.terms.erm.weight=nan": "stage2.terms.erm.weight = nan: Input should be a finite number",
+    "stage2.terms.cp.weight=1e39": f"stage2.terms.cp.weight = 1e+39: {BEYOND}",
+    "finetune.weight_decay=3.5e38": f"finetune.weight_decay = 3.5e+38: {BEYOND}",
+    "finetune.groups=[{prefix='h', weight_decay=1e40}]": f"finetune.groups.0.weight_decay = 1e+40: {BEYOND}",
+    "schedule.warmup_epochs=1e100": f"schedule.warmup_epochs = 1e+100: {BEYOND}",
+    "evaluation.temperature=1e-38": "evaluation.temperature = 1e-38: Input should be greater than or equal to 0.000001",
     "schedule.milestones=[inf]": "schedule.milestones.0 = inf: Input should be a finite number",
     "schedule.epochs=1000001": "schedule.epochs = 1000001: Input should be less than or equal to 1000000",
     "optimizer.batch_size=1000001": "optimizer.batch_size = 1000001: Input should be less than or equal to 1000000",
@@ -364,6 +370,7 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
     assert (erm.reweight_after, erm.unmixed_first, erm.unmixed_last) == (16.0, 0.4, 0.3)
 
 
+MORE = "more than the images of a batch"
 SCALE = 'finetune.head = "scale" needs model.head = "linear", not "cosine": a cosine head has no bias'
 TAU_NORM = 'model.head = "cosine" needs evaluation.tau_norm = 0, not 1.0: it has no norms'
 CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-flip-jitter" or "none"'
@@ -385,6 +392,10 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["finetune.train=[]"], "finetune.train"),
         (["stage2.terms.cp.probability=0"], "Input should be greater than 0"),
         (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
+        (["stage1.terms.erm.loss=focal", "stage1.terms.erm.gamma=1e39"], f"erm.gamma = 1e+39: {BEYOND}"),
+        (["schedule.milestones=[1, 1e300]", "schedule.decay=0.1"], f"schedule.milestones = [1, 1e+300]: {BEYOND}"),
+        (["optimizer.micro_batches=129"], f"optimizer.micro_batches = 129: {MORE}, optimizer.batch_size = 128"),
+        (["optimizer.micro_batches=9", "finetune.batch_size=8"], f"{MORE}, finetune.batch_size = 8"),
     ],
 )
 def test_errors_in_keys_that_methods_need_are_reported(settings: list[str], message: str) -> None:
@@ -396,6 +407,7 @@ DEEP = 100_000
 ODD_TEXTS = {
     "arrays": ("optimizer.lr = " + "[" * DEEP + "]" * DEEP, "nested too deeply"),
     "dotted keys": (".".join("a" * 2000) + " = 1", "nested too deeply"),
+    "more dots than are parsed": (".".join("a" * 1_000_000) + " = 1", "nested too deeply"),
     "a parameter": ("stage2.terms.cp.t." + ".".join("a" * 50) + " = 1", "nested too deeply"),
     "digits": ("seed = " + "9" * 5000, "more than 64 bits"),
     "hexadecimal": ("seed = 0x" + "f" * 5000, "more than 64 bits"),

@@ -19,6 +19,7 @@ CORES = len(os.sched_getaffinity(0))
         ({"OMP_NUM_THREADS": "1"}, 1),
         ({"OMP_NUM_THREADS": "1,4"}, 1),
         ({"OMP_NUM_THREADS": "many", "SLURM_CPUS_PER_TASK": ""}, CORES),
+        ({"OMP_NUM_THREADS": "\N{SUPERSCRIPT TWO}", "SLURM_CPUS_PER_TASK": "9" * 5000}, CORES),
         ({"SLURM_CPUS_PER_TASK": "1"}, 1),
         ({"SLURM_CPUS_PER_TASK": "4096"}, CORES),  # more than it is bound to
     ],

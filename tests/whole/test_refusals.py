@@ -69,6 +69,7 @@ REFUSED = {
     "predict {image} --from {toy_run}": "give --from a run that was trained on images",
     "predict nowhere.png --from {run}": "",
     "misclassified --from {run} --true eleven": "give --true one of 0",
+    f"misclassified --from {{run}} --true {'9' * 5000}": "give --true one of 0",
     "misclassified --from {run} --label none": "",
     "figure 3 {run} --out figure.bmp": "--out figure3.pdf",
     "import-weights {weights} --sha256 x": "",
