@@ -14,13 +14,13 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError
-from cpmix_cli.runtime.processes import start_of
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UnreadableError
+from cpmix_cli.runtime.processes import is_alive
 
 TrainingPhase = Literal["stage1", "stage2", "finetune"]
 PHASES: tuple[str, ...] = get_args(TrainingPhase)
@@ -89,6 +89,7 @@ def digest(value: Any) -> str:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 TEMPORARY = ".cpmix-tmp-"
+_STAGING = f"{TEMPORARY}new"  # folder of staging()
 
 
 def temporary_for(path: Path) -> Path:
@@ -107,6 +108,8 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
         fault: error of the operating system.
         needed_bytes: bytes to be written. The message compares them with the free space or the limit.
     """
+    if path.parent.name == _STAGING:
+        path = path.parent.parent / path.name
     reason = fault.strerror or str(fault)
     fix = "choose a folder you can write to with --out"
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -180,34 +183,123 @@ def publishing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
         EnvironmentFault: as publish(). Any OSError inside the context counts as an error of writing.
     """
     temporary = temporary_for(path)
-    before = temporary.with_name(temporary.name + "-before")
     try:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            # open() gives the user's usual permissions, unlike tempfile: the group may read a checkpoint.
-            for left in (temporary, before):  # of a dead process with the same number, or put there by another user
-                left.unlink(missing_ok=True)
-            with temporary.open("xb") as file:  # never through a link
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(OSError):  # no earlier file, or a file system without hard links: no restore below
-                os.link(path, before, follow_symlinks=False)
-            temporary.replace(path)
-            try:
-                os.fsync(folder)
-            except OSError as fault:
-                if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # not a file system without fsync of folders
-                    before.replace(path) if before.exists() else path.unlink()
-                    raise
-        finally:
-            os.close(folder)
+        # open() gives the user's usual permissions, unlike tempfile: the group may read a checkpoint.
+        temporary.unlink(missing_ok=True)  # of a dead process with the same number, or put there by another user
+        with temporary.open("xb") as file:  # never through a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _rename([(temporary, path)])
     except OSError as fault:
         raise write_fault(path, fault, needed_bytes=num_bytes) from fault
     finally:
-        for leftover in (temporary, before):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder for new files that replace_together() moves to `folder`; it is removed at the end.
+
+    The caller holds the lock of `folder`.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made.
+    """
+    place = folder / _STAGING
+    shutil.rmtree(place, ignore_errors=True)
+    make_folder(place)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def replace_together(record: Path, new: Sequence[tuple[Path, Path]]) -> None:
+    """Replace the files of an output by new ones, or, if a step fails, none.
+
+    Args:
+        record: the record whose existence says that the old output is whole: removed first.
+        new: (file, path it is moved to), in this order. A new record is the last.
+
+    Raises:
+        EnvironmentFault: a file cannot be moved; all paths have their old files.
+    """
+    try:
+        _rename([(None, record), *new])
+    except OSError as fault:
+        raise write_fault(record.parent, fault) from fault
+
+
+def _rename(moves: Sequence[tuple[Path | None, Path]]) -> None:
+    """Move files to their paths in this order, and fsync the folders; after an exception, all paths are as before.
+
+    Args:
+        moves: (file, its path); None removes what is at the path.
+
+    Raises:
+        OSError: a step failed.
+    """
+    undo: list[tuple[Path, Path | None]] = []  # path, and the name that its old file has meanwhile
+    kept: list[Path] = []
+    try:
+        for file, path in moves:
+            before = temporary_for(path).with_name(f"{temporary_for(path).name}-before{len(kept)}")
+            before.unlink(missing_ok=True)
+            kept.append(before)
+            # Noted first, since a signal may come at any moment: to undo what was not done changes nothing.
+            if file is None:
+                undo.append((path, before))
+                with suppress(FileNotFoundError):
+                    path.rename(before)
+            else:
+                if (is_kept := _keep(path, before)) is not False:
+                    undo.append((path, before if is_kept else None))
+                file.replace(path)
+        for folder in dict.fromkeys(path.parent for _, path in moves):
+            _sync(folder)
+    except BaseException:  # signals too
+        for path, old in reversed(undo):
             with suppress(OSError):
-                leftover.unlink(missing_ok=True)
+                path.unlink() if old is None else old.replace(path)
+        raise
+    finally:
+        for before in kept:
+            with suppress(OSError):
+                before.unlink(missing_ok=True)
+
+
+def _keep(path: Path, before: Path) -> bool | None:
+    """Give a file a second name, so that it can be restored.
+
+    Returns:
+        True: it has both names. None: there is no file. False: neither a link nor a copy could be made; a new file that
+        takes its place is whole as well.
+    """
+    try:
+        try:
+            os.link(path, before, follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, before, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return False
+    return True
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as fault:
+        if fault.errno not in {errno.EINVAL, errno.ENOTSUP}:  # not a file system without fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def refuse_existing(path: Path, is_own: Callable[[bytes], bool], *, overwrite: bool, why: str = "exists") -> None:
@@ -238,8 +330,8 @@ def publish_out(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     *_, name = temporary_for(path).name.rpartition("-")
     for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
-        pid = left.name.removesuffix("-before").split("-")[-2]
-        if not start_of(pid):
+        pid = left.name.removeprefix(f"{TEMPORARY}{socket.gethostname()}-").split("-")[0]
+        if pid.isdecimal() and is_alive(int(pid)) is False:
             with suppress(OSError):
                 left.unlink()
     publish(path, data)
@@ -256,13 +348,14 @@ def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     Raises:
-        InputError: the file is missing or unreadable, or is not a regular file. A pipe could block for ever, and a
-            device may have no end.
+        InputError: the file is missing, or is not a regular file. A pipe could block for ever, and a device may have
+            no end.
+        UnreadableError: it may be there.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as fault:
-        raise _read_fault(path, fault) from fault
+        raise read_fault(path, fault) from fault
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -271,20 +364,29 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_fault(path: Path, fault: OSError) -> InputError:
-    denied = fault.errno in {errno.EACCES, errno.EPERM}  # the file may be whole
-    fix = f"give your user permission to read {path} and to enter the folders above it" if denied else ""
-    return InputError(f"cannot read {path}: {fault.strerror or fault}", fix=fix, path=path)
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+"""Errors that say that there is no such file; others may be over in a moment."""
+
+
+def read_fault(path: Path, fault: OSError) -> InputError:
+    """Return the error for a file or folder that cannot be read."""
+    message = f"cannot read {path}: {fault.strerror or fault}"
+    if fault.errno in _ABSENT:
+        return InputError(message, path=path)
+    fix = "check the disk and its mount, then give the command again"
+    if fault.errno in {errno.EACCES, errno.EPERM}:
+        fix = f"give your user permission to read {path} and to enter the folders above it"
+    return UnreadableError(message, fix=fix)
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a path exists; a broken link counts. Raise InputError if the folder cannot be searched."""
+    """Return whether a path exists; a broken link counts. Raise UnreadableError if that cannot be found out."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as fault:
-        raise _read_fault(path, fault) from fault
+        raise read_fault(path, fault) from fault
     return True
 
 
@@ -310,7 +412,8 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
         limit: largest size in bytes.
 
     Raises:
-        InputError: the file is missing, unreadable, larger than `limit`, a Git LFS pointer, or has another sha256.
+        InputError: the file is missing, larger than `limit`, a Git LFS pointer, or has another sha256.
+        UnreadableError: it cannot be read now.
     """
     if sha is not None:
         wait_for(path)
@@ -321,7 +424,7 @@ def read_bytes(path: Path, sha: str | None = None, *, limit: int | None = None) 
         try:
             data = file.read()
         except OSError as fault:
-            raise _read_fault(path, fault) from fault
+            raise read_fault(path, fault) from fault
     if data.startswith(LFS_POINTER):
         raise InputError(f"{path} is a Git LFS pointer, not the file itself", fix="run git lfs pull in its repository")
     if sha is not None and sha256(data) != sha:

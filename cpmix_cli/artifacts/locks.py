@@ -1,32 +1,37 @@
 """Locks: one writer per folder, named in a lock file that expires soon after its process ends.
 
-The lock file is written under another name and linked into place, so that it is never incomplete, even on network file
-systems. A writer on this machine is alive if its process is. A writer on another machine is alive if its heartbeat is
-recent: the modification time of the lock file, by the file system's clock.
+The lock file is written and synced under another name and linked into place, so that it is never incomplete, even on
+network file systems. A writer on this machine is alive if its process is, and dead if the machine was started since. A
+writer that cannot be seen, on another machine or in another container, is alive if its heartbeat is recent: the
+modification time of the lock file, by the file system's clock.
 """
 
 import errno
 import os
+import re
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError
-from cpmix_cli.runtime.processes import start_of
+from cpmix_cli.runtime import console, processes
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UnreadableError
+from cpmix_cli.runtime.text import quoted
 
 LOCK = ".cpmix-lock"
 HEARTBEAT_SECONDS = 30.0
 _STALE_SECONDS = 300.0
-"""A writer on another machine counts as dead after this time without a heartbeat."""
+"""A writer that cannot be seen counts as dead after this time without a heartbeat."""
+_EMPTY_SECONDS = 2.0
+"""Age at which a lock without content is taken over. Without hard links, a new lock is empty for a moment."""
 _POLL_SECONDS = 0.2
 
 
@@ -36,17 +41,19 @@ class Owner(Record):
     model_config = ConfigDict(extra="forbid")
 
     host: str
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     kernel: str
-    """Boot id and pid namespace. Processes in the same namespace see the same pids."""
+    """See processes.kernel()."""
     started: str
-    """Start of the process in clock ticks since boot."""
+    """See processes.start_of()."""
     slurm_job: str
     """Slurm job id; "" outside Slurm."""
     slurm_task: str
     """Restart count, step and task: RESTART.STEP.TASK. It differs between the tasks of one `srun`."""
     serial: int
     """Count of the locks that this process has taken, to distinguish them."""
+    machine: str = ""
+    """See processes.machine(). Locks of older versions lack it."""
 
     @property
     def name(self) -> str:
@@ -64,19 +71,31 @@ class Owner(Record):
             asking: the process that needs the lock.
         """
         if self.host == asking.host and self.kernel == asking.kernel:
-            return start_of(self.pid) == self.started
+            if (alive := processes.is_alive(self.pid, self.started)) is not None:
+                return alive
+        elif self._was_before_the_start_of(asking):
+            return False
         if self.slurm_job and self.slurm_job == asking.slurm_job:
             (step, task), (step_, task_) = (owner.slurm_task.rsplit(".", 1) for owner in (self, asking))
             if step != step_ or task == task_:
                 return False
-        return silent_seconds < _STALE_SECONDS
+        return _is_recent(silent_seconds)
+
+    def _was_before_the_start_of(self, asking: "Owner") -> bool:
+        """Return whether this machine was started since. Two machines may have one name, and one machine many pids."""
+        if self.host != asking.host or (self.machine and asking.machine and self.machine != asking.machine):
+            return False
+        boots = [re.fullmatch(r"([0-9a-f-]{36})pid:\[\d+\]", owner.kernel) for owner in (self, asking)]
+        return all(boots) and boots[0][1] != boots[1][1]  # type: ignore[index]
+
+    def is_seen_by(self, asking: "Owner") -> bool:
+        """Return whether the process of `asking` can see this one, or that it is gone."""
+        return self.host == asking.host and self.kernel == asking.kernel
 
 
-@cache
-def _kernel() -> str:
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
-    return ""
+def _is_recent(silent_seconds: float) -> bool:
+    """Return whether a heartbeat is recent. One from the future is not: the clock was set back since."""
+    return abs(silent_seconds) < _STALE_SECONDS
 
 
 _serial = 0
@@ -89,13 +108,14 @@ def _this_process() -> Owner:
     return Owner(
         host=socket.gethostname(),
         pid=pid,
-        kernel=_kernel(),
-        started=start_of(pid),
+        kernel=processes.kernel(),
+        started=processes.start_of(pid),
         slurm_job=env.get("SLURM_JOB_ID", ""),
         slurm_task=".".join(
             [env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_STEP_ID", ""), env.get("SLURM_PROCID", "")]
         ),
         serial=_serial,
+        machine=processes.machine(),
     )
 
 
@@ -113,9 +133,9 @@ class Lock:
 
         Raises:
             EnvironmentFault: another process has taken the lock.
+            UnreadableError: the lock cannot be read now.
         """
-        if not self._is_own():
-            found = _read(self._path)
+        if (found := _read(self._path, may_fail=True)) != self._owner:
             raise EnvironmentFault(
                 f"{self._path.parent} was taken over by {found.name if found else 'another process'}; "
                 "nothing more is written",
@@ -155,15 +175,15 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[Lock]:
     waits_for = ""
     while (held_by := _try(folder, owner)) is not None:
         if not wait:
-            raise _refusal(folder, held_by)
+            raise _refusal(folder, held_by, owner)
         if held_by.name != waits_for:
             console.note(f"{folder}: waits for {held_by.name}")
             waits_for = held_by.name
         time.sleep(_POLL_SECONDS)
-    _sweep(folder, owner)
     lock, released = Lock(folder, owner), threading.Event()
-    threading.Thread(target=lock._beat, args=(released,), name="cpmix-heartbeat", daemon=True).start()
     try:
+        _sweep(folder, owner)
+        threading.Thread(target=lock._beat, args=(released,), name="cpmix-heartbeat", daemon=True).start()
         yield lock
     finally:
         released.set()
@@ -177,12 +197,12 @@ def _sweep(folder: Path, owner: Owner) -> None:
     now = (folder / LOCK).stat().st_mtime
     for path in folder.glob(f"{LOCK}-*"):
         found, silence = _read(path), _silence(path, now)
-        if not (found.is_alive(silence, owner) if found is not None else silence < _STALE_SECONDS):
+        if not (found.is_alive(silence, owner) if found is not None else _is_recent(silence)):
             with suppress(OSError):
                 path.unlink()
     for path in folder.glob(f"{files.TEMPORARY}*"):  # the lock is held, so their writers are dead
         with suppress(OSError):  # another user's file may not be removable
-            path.unlink()
+            path.unlink() if not path.is_dir() or path.is_symlink() else shutil.rmtree(path)
 
 
 def tidy(folder: Path) -> None:
@@ -195,7 +215,7 @@ def tidy(folder: Path) -> None:
 def refuse_if_held(folder: Path) -> None:
     """Raise EnvironmentFault if another process holds the folder's lock, as hold() would, but do not take the lock."""
     if (found := holder(folder)) is not None:
-        raise _refusal(folder, found)
+        raise _refusal(folder, found, _this_process())
 
 
 def holder(folder: Path) -> Owner | None:
@@ -206,10 +226,14 @@ def holder(folder: Path) -> Owner | None:
     return found if alive else None
 
 
-def _refusal(folder: Path, held_by: Owner) -> EnvironmentFault:
+def _refusal(folder: Path, held_by: Owner, asking: Owner) -> EnvironmentFault:
+    lock = folder / LOCK
+    fix = "wait until it has finished, or write elsewhere with --out FOLDER"
+    if not held_by.is_seen_by(asking):
+        minutes = f"{_STALE_SECONDS / 60:g} minutes"
+        fix += f"; the lock of a process that is gone expires after {minutes}, or remove it: {quoted('rm', lock)}"
     return EnvironmentFault(
-        f"{folder} is being written by another process ({held_by.name})",
-        fix="wait until it has finished, or write elsewhere with --out FOLDER",
+        f"{folder} is being written by another process ({held_by.name}), as its lock says: {lock}", fix=fix
     )
 
 
@@ -220,17 +244,21 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
     candidate = folder / f"{LOCK}-{owner.host}-{owner.pid}-{owner.serial}"
     try:
         candidate.unlink(missing_ok=True)
-        with candidate.open("x") as file:  # never through a link
-            file.write(owner.model_dump_json())
-        now = candidate.stat().st_mtime  # the file system's clock, as for the heartbeat
+        _write(candidate, owner)
         while True:
-            if _place(candidate, lock):
+            if _place(candidate, lock, owner):
                 return None
+            os.utime(candidate)
+            now = candidate.stat().st_mtime  # the file system's clock, as for the heartbeat
             found, silence = _read(lock), _silence(lock, now)
             if found is not None and found.is_alive(silence, owner):
                 return found
-            if found is None and lock.exists() and silence < _STALE_SECONDS:  # damaged, or from another version
-                return owner.model_copy(update={"host": "an unknown process", "pid": 0, "slurm_job": ""})
+            if found is None and lock.exists() and _is_recent(silence):
+                if not _is_empty(lock):  # damaged, or from another version
+                    return owner.model_copy(update={"host": "an unknown process", "pid": 0, "slurm_job": ""})
+                if abs(silence) < _EMPTY_SECONDS:
+                    time.sleep(_POLL_SECONDS)
+                    continue
             _set_aside(lock, found)
     except FileNotFoundError:  # another writer has just removed the folder
         return _try(folder, owner)
@@ -241,7 +269,23 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
             candidate.unlink()
 
 
-def _place(candidate: Path, lock: Path) -> bool:
+def _write(lock: Path, owner: Owner) -> None:
+    """Write a lock; one that a power cut empties would tell nothing of its owner."""
+    with lock.open("x") as file:  # never through a link
+        file.write(owner.model_dump_json())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_empty(lock: Path) -> bool:
+    """Return whether a lock has no content, or zeros: what a power cut leaves of a file that was not synced."""
+    try:
+        return not files.read_bytes(lock).strip(b"\0")
+    except InputError:
+        return False
+
+
+def _place(candidate: Path, lock: Path, owner: Owner) -> bool:
     """Put the lock in place and return True; return False if a lock exists."""
     try:
         os.link(candidate, lock)
@@ -251,10 +295,13 @@ def _place(candidate: Path, lock: Path) -> bool:
         if fault.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}:
             raise
         try:  # the file system has no hard links
-            with lock.open("x") as file:
-                file.write(candidate.read_text())
+            _write(lock, owner)
         except FileExistsError:
             return False
+        except OSError:
+            with suppress(OSError):
+                lock.unlink()  # it was made here
+            raise
     return True
 
 
@@ -269,11 +316,13 @@ def _set_aside(lock: Path, dead: Owner | None) -> None:
         aside.unlink()
 
 
-def _read(lock: Path) -> Owner | None:
-    """Return the owner in a lock file; None if the file is missing or unreadable."""
+def _read(lock: Path, *, may_fail: bool = False) -> Owner | None:
+    """Return the owner in a lock file; None if it is missing or damaged, or, unless this may fail, unreadable."""
     try:
         return Owner.model_validate_json(files.read_bytes(lock))
-    except (InputError, ValueError):
+    except (InputError, ValueError) as fault:
+        if may_fail and isinstance(fault, UnreadableError):
+            raise
         return None
 
 

@@ -6,7 +6,6 @@ recipes, and damage removes marks: these files count as cpmix's if another file 
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.artifacts.records import read_fields
 from cpmix_cli.artifacts.seals import read_header
-from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, counted, shortened
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, UnreadableError, counted, shortened
 
 _SPLIT = [tables.split_schema(by_path).names for by_path in (True, False)]
 _FORMS: dict[str, list[list[str]]] = {
@@ -55,6 +54,7 @@ def refuse_strangers(folder: Path, names: Iterable[str], *, only: str | None = N
     Raises:
         EnvironmentFault: lists the files that cpmix did not write. Or the folder has a data set and the output is none,
             or the other way round.
+        UnreadableError: a file cannot be read now.
     """
     other = files.RUN if files.DATASET in (names := list(names)) else files.DATASET
     if _tells(folder / other):
@@ -84,7 +84,7 @@ def _existing(folder: Path, names: Iterable[str]) -> Iterator[Path]:
     for name in names:
         if "*" in name or "[" in name:
             yield from folder.glob(name)
-        elif os.path.lexists(folder / name):
+        elif files.is_there(folder / name):
             yield folder / name
 
 
@@ -95,6 +95,8 @@ def _recorded(found: Iterable[Path]) -> dict[str, str] | None:
         try:
             if key is not None:
                 return {**read_fields(path)[key], path.name: ""}
+        except UnreadableError:
+            raise
         except (CpmixError, KeyError, TypeError):
             pass
     return None
@@ -114,7 +116,11 @@ def _tells(path: Path) -> bool | None:
         return _tells(path.with_name(f"packing-{path.name}.json")) or None
     try:
         found = _names_in(path) if expected is not None else []
-    except Exception:  # damaged files make the readers raise any exception
+    except UnreadableError:
+        raise
+    except Exception as fault:  # damaged files make the readers raise any exception
+        if isinstance(fault, OSError) and fault.errno:  # pyarrow's own have no number
+            raise files.read_fault(path, fault) from fault
         return None
     match expected:
         case None:
@@ -148,6 +154,8 @@ def _has_tabs(path: Path) -> bool:
     """Return whether a file can be the list of what is left out, "PATH<tab>reason" per line; the last may be cut."""
     try:
         first, *others = files.read_bytes(path).splitlines()
+    except UnreadableError:
+        raise
     except (CpmixError, ValueError):
         return False
     return all(b"\t" in line for line in (first, *others[:-1]))
@@ -156,5 +164,7 @@ def _has_tabs(path: Path) -> bool:
 def _has_hash(path: Path, sha: str) -> bool:
     try:
         return files.sha256(files.read_bytes(path)) == sha
+    except UnreadableError:
+        raise
     except CpmixError:
         return False

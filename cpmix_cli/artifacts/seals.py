@@ -8,7 +8,7 @@ from typing import Any
 
 import safetensors
 
-from cpmix_cli.artifacts.files import digest, open_file, read_bytes, unique_members
+from cpmix_cli.artifacts.files import digest, open_file, read_bytes, read_fault, unique_members
 from cpmix_cli.runtime.errors import InputError
 
 MAX_HEADER = 8_000_000  # bytes; the header of a ResNet-152 has 60 thousand
@@ -52,9 +52,12 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], Any]:
         InputError: the file is missing or its header is not valid.
     """
     with open_file(path) as file:
-        data = file.read(8)
-        if 0 < (size := int.from_bytes(data, "little")) <= MAX_HEADER:
-            data += file.read(size)
+        try:
+            data = file.read(8)
+            if 0 < (size := int.from_bytes(data, "little")) <= MAX_HEADER:
+                data += file.read(size)
+        except OSError as fault:
+            raise read_fault(path, fault) from fault
     try:
         return parse_header(data)
     except DAMAGED as fault:

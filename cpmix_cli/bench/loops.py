@@ -24,6 +24,7 @@ from cpmix_cli.data.batches import Batches
 from cpmix_cli.data.decoding import open_image
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime import signals
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, own_stream, synchronize
 from cpmix_cli.training.inputs import STEPS_AHEAD, TrainingData
 from cpmix_cli.training.loop import epoch_steps
@@ -157,8 +158,9 @@ class InputAlone(TimedLoop):
 def _leave_signals(worker: int) -> None:
     """Ignore Ctrl-C in a loader process, and restore the defaults of other signals: the main process handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+    for number in signals.HANDLED:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):

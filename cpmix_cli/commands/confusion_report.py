@@ -204,16 +204,17 @@ def _write(
     files.check_place(folder, len(page))
     # Reports of all phases write the same page, so only one may run at a time.
     with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
-        output.clear(folder)
         recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
-        cells = tables.confusion_columns(own.shown.matrix)
-        recorder.publish_table(files.CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
-        columns = {str(name): column for name, column in pairs.items()}
-        recorder.publish_table(files.CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
-        for name, _, encoded in pictures:
-            for kind, data in encoded.items():
-                recorder.publish(f"{name}.{kind}", data)
-        recorder.finish(page=files.publish(index, page.encode()), picture=f"{pictures[0][0]}.png")
+        with recorder.replacing({index.name: index}) as place:
+            cells = tables.confusion_columns(own.shown.matrix)
+            recorder.publish_table(files.CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
+            columns = {str(name): column for name, column in pairs.items()}
+            recorder.publish_table(files.CONFUSED_PAIRS, tables.CONFUSED_PAIRS_SCHEMA, columns)
+            for name, _, encoded in pictures:
+                for kind, data in encoded.items():
+                    recorder.publish(f"{name}.{kind}", data)
+            page_sha = files.publish(place / index.name, page.encode())
+            recorder.finish(page=page_sha, picture=f"{pictures[0][0]}.png")
 
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int) -> str:

@@ -129,19 +129,19 @@ def run(options: EvaluateOptions) -> None:
     check_finite(found, recipe, source)
     files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
-        output.clear(folder)
         recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
-        _publish(recorder, source, recipe, dataset, found, profile, tests, options)
-        fields: dict[str, Any] = {}
-        if not options.is_plain or tests.is_part:
-            by_path = "path" in tests.samples
-            columns = {str(name): column for name, column in tests.samples.items()}
-            recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
-            fields["data_root"] = str(tests.data_root) if by_path else None
-        if options.test_data is not None:
-            fields["test_data"] = str(options.test_data.resolve())
-        fields["source"] = {"phase": source.phase, "sha256": sha}
-        recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
+        with recorder.replacing():
+            _publish(recorder, source, recipe, dataset, found, profile, tests, options)
+            fields: dict[str, Any] = {}
+            if not options.is_plain or tests.is_part:
+                by_path = "path" in tests.samples
+                columns = {str(name): column for name, column in tests.samples.items()}
+                recorder.publish_table(files.SAMPLES, tables.split_schema(by_path), columns)
+                fields["data_root"] = str(tests.data_root) if by_path else None
+            if options.test_data is not None:
+                fields["test_data"] = str(options.test_data.resolve())
+            fields["source"] = {"phase": source.phase, "sha256": sha}
+            recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
     _follow(options, source, label)
 

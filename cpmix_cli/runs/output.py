@@ -5,11 +5,12 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runs.run_json import RunRecord, read_run, verify_state
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.checkout import commit_of_code
-from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, indented
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UnreadableError, indented
 
 
 def decide(
@@ -48,6 +49,7 @@ def decide(
     Raises:
         EnvironmentFault: the folder has an output of other inputs, or a file that cpmix did not write.
         InputError: the output is damaged.
+        UnreadableError: a file of the output cannot be read now.
     """
     names = list(writes)
     is_known = files.RECIPE in names and _is_written(folder / files.RECIPE)
@@ -55,10 +57,13 @@ def decide(
     path = folder / files.TRAINING_STATE
     is_done = files.is_there(folder / files.RUN)
     if overwrite:
-        with suppress(InputError):
-            if not is_done and verify_state(path)[0].made_from.inputs() == made_from:
-                return "resume"
-        return "fresh"
+        try:
+            resumes = not is_done and verify_state(path)[0].made_from.inputs() == made_from
+        except UnreadableError:  # perhaps for a moment
+            raise
+        except InputError:
+            resumes = False
+        return "resume" if resumes else "fresh"
     outputs: dict[str, str] = {}
     if is_done:
         record = read_run(folder, RunRecord)
@@ -101,21 +106,6 @@ def _flags_of(recipe: dict[str, Any], changed: Sequence[str]) -> str:
     return " ".join(flags + ([f"--seed {recipe['seed']}"] if "seed" in changed else []))
 
 
-def clear(folder: Path) -> None:
-    """Create the output folder, and delete run.json, so the folder does not count as done.
-
-    Other old files are replaced one by one.
-
-    Raises:
-        EnvironmentFault: the folder cannot be created or written.
-    """
-    files.make_folder(folder)
-    try:
-        (folder / files.RUN).unlink(missing_ok=True)
-    except OSError as fault:
-        raise files.write_fault(folder, fault) from fault
-
-
 @dataclass
 class Recorder:
     """Publisher of the files of an output folder, which records their hashes; finish() writes run.json last."""
@@ -128,14 +118,39 @@ class Recorder:
     """Inputs of the output, see decide()."""
     lock: Lock
     """Lock of the folder; if it is lost, nothing more is written."""
+    _place: Path = field(init=False)  # where new files are written
     _outputs: dict[str, str] = field(default_factory=dict)
     _started: float = field(default_factory=time.time)
     _commit: str | None = field(default_factory=commit_of_code)  # the code may change while it runs
 
+    def __post_init__(self) -> None:
+        self._place = self.folder
+
+    @contextmanager
+    def replacing(self, others: Mapping[str, Path] = MappingProxyType({})) -> Iterator[Path]:
+        """Write the files of this context beside the old output; at its end all of them replace it, or none.
+
+        Args:
+            others: name -> path of files that belong outside the folder.
+
+        Yields:
+            Folder that the new files are in until then.
+
+        Raises:
+            EnvironmentFault: a file cannot be written.
+        """
+        with files.staging(self.folder) as self._place:
+            yield self._place
+            self.lock.check()
+            written = sorted(self._place.iterdir(), key=lambda path: (path.name == files.RUN, path.name))
+            new = [(path, others.get(path.name, self.folder / path.name)) for path in written]
+            files.replace_together(self.folder / files.RUN, new)
+        self._place = self.folder
+
     def publish(self, name: str, data: bytes) -> str:
         """Publish a file in the folder and record it; return its sha256."""
         self.lock.check()
-        self._outputs[name] = files.publish(self.folder / name, data)
+        self._outputs[name] = files.publish(self._place / name, data)
         return self._outputs[name]
 
     def publish_table(self, name: str, schema: pa.Schema, columns: Mapping[str, Any]) -> None:
@@ -182,7 +197,7 @@ class Recorder:
             "seconds": round(now - self._started, 3),
         }
         self.lock.check()
-        records.publish_record(self.folder / files.RUN, record)
+        records.publish_record(self._place / files.RUN, record)
 
 
 def _iso(seconds: float) -> str:

@@ -62,6 +62,15 @@ class InputError(CpmixError):
         self.path = path
 
 
+class UnreadableError(InputError):
+    """Input that the system does not let be read now, such as EIO, ESTALE or EACCES: it may be there and whole.
+
+    No command takes it for missing or damaged, which could be a reason to make it anew.
+    """
+
+    exit_code = 4
+
+
 class EnvironmentFault(CpmixError):
     """Error of the machine or the output folder: disk, permission, device, an output of another recipe."""
 

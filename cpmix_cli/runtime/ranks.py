@@ -302,7 +302,7 @@ def _end_without(store: Any, place: Ranks, fault: Exception) -> None:
         store.add("heard", 1)
     until = time.monotonic() + SURVEY_SECONDS
     # A killed process closes its connections shortly before it disappears.
-    while not (gone := [rank for rank, process in _neighbours.items() if not processes.start_of(process)]):
+    while not (gone := [rank for rank, process in _neighbours.items() if processes.is_alive(process) is False]):
         if code or time.monotonic() > until:
             break
         time.sleep(0.05)

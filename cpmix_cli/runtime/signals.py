@@ -12,7 +12,7 @@ from types import FrameType
 
 from cpmix_cli.runtime.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, Interrupted
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 twice_seconds = 0.0
 """Time in seconds within which a second SIGTERM counts as the same request; set by ranks.py."""
@@ -29,9 +29,10 @@ class Stopped(SystemExit):
 
 
 def install() -> None:
-    """Install the handler for the signals of HANDLED."""
+    """Install the handler for the signals of HANDLED. Under nohup, SIGHUP stays ignored."""
     for number in HANDLED:
-        signal.signal(number, _handle)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _handle)
 
 
 def ignore() -> None:
@@ -50,6 +51,11 @@ def _handle(number: int, frame: FrameType | None) -> None:
     global _pending, _since, _adopted
     if _adopted:  # this rank's copy of the signal on which the ranks agreed
         _adopted, _since = False, time.monotonic()
+        return
+    # A terminal that closes sends several SIGHUP, or one beside a SIGTERM: together they are one request.
+    if _pending is not None and signal.SIGHUP in (number, _pending):
+        if number != signal.SIGHUP:
+            _pending, _since = signal.Signals(number), time.monotonic()
         return
     code = EXIT_CTRL_C if number == signal.SIGINT and not _has_state else EXIT_INTERRUPTED
     if number == _pending == signal.SIGTERM and time.monotonic() - _since < twice_seconds:

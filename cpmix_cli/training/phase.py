@@ -437,7 +437,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
     if loaded.resumes:  # its [about] may have changed since, which is no reason to change the file
         with suppress(InputError):
             recipe = files.read_bytes(folder.path / files.RECIPE, folder.state().recipe_sha256)
-    # Files of an old run stay until the first new state replaces them: this run may diverge, or fill the disk.
+    # Until its first state is published, this run may diverge or fill the disk: the old one stays usable.
     overwrites = folder.is_begun and not loaded.resumes
     if not overwrites:
         # Written first: it identifies the folder even if the run is killed.
@@ -445,11 +445,6 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
 
     def publish_state() -> None:
         nonlocal overwrites
-        if overwrites:
-            output.clear(folder.path)
-            forget(folder.path)
-            recorder.publish(files.RECIPE, recipe)
-            overwrites = False
         tensors = state.tensors()
         metadata = {
             "format": records.FORMAT,
@@ -462,9 +457,15 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
             "inputs": {flag: str(path.resolve()) for flag, path in asked.inputs.items()},
             "recipe_sha256": files.sha256(recipe),
         }
-        # Sealed with its own digest: run.json, which has the hashes, does not exist before the phase is done.
-        recorder.publish_tensors(files.TRAINING_STATE, tensors, sealed_metadata(tensors, metadata))
+        with recorder.replacing() if overwrites else nullcontext():
+            if overwrites:
+                recorder.publish(files.RECIPE, recipe)
+            # Sealed with its own digest: run.json, which has the hashes, does not exist before the phase is done.
+            recorder.publish_tensors(files.TRAINING_STATE, tensors, sealed_metadata(tensors, metadata))
         signals.state_is_saved()
+        if overwrites:
+            forget(folder.path)
+            overwrites = False
         if loaded.curves:
             loaded.curves.write(state.history)
 

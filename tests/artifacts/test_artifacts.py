@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,48 @@ def test_files_are_published_without_links_and_folder_syncs(tmp_path: Path, monk
     fail(monkeypatch, "fsync", 2, errno.EINVAL)
     files.publish(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_without_links_a_failed_sync_of_the_folder_leaves_a_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    """The old one, or, if it could not be copied before, the new one."""
+    path = tmp_path / "x"
+    files.publish(path, b"old")
+    fail(monkeypatch, "link", 1, errno.EPERM)
+    fail(monkeypatch, "fsync", 2, errno.EIO)
+    if not copied:
+        monkeypatch.setattr(shutil, "copyfile", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(EnvironmentFault, match="Input/output error"):
+        files.publish(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old" if copied else b"new"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("call", ["replace", "rename", "link", "fsync", "unlink", "open"])
+def test_files_are_replaced_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, links: bool
+) -> None:
+    names = ["run.json", "a", "b"]
+    old = {name: f"old {name}".encode() for name in names}
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    record = tmp_path / "run.json"
+    for number in range(1, 9):
+        with monkeypatch.context() as patched, files.staging(tmp_path) as place:
+            new = {name: f"new {name} {number}".encode() for name in ("a", "b", "c", "run.json")}
+            for name, data in new.items():
+                (place / name).write_bytes(data)
+            fail(patched, call, number, errno.EIO)
+            with suppress(EnvironmentFault):
+                files.replace_together(record, [(place / name, tmp_path / name) for name in new])
+                old = new
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if files.TEMPORARY not in path.name}
+        assert found == old
+    assert old["a"] == b"new a 8"  # there are fewer calls than that
 
 
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:

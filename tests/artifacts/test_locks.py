@@ -1,5 +1,7 @@
 """One writer a folder: who is refused and told what, who waits, and which locks outlive nobody."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from helpers import cpmix, files, must, refused
 from cpmix_cli.artifacts import locks
 from cpmix_cli.artifacts.files import TEMPORARY
 from cpmix_cli.artifacts.locks import LOCK, Owner, hold
-from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime import processes
+from cpmix_cli.runtime.errors import EnvironmentFault, UnreadableError
 
 
 def owner(**changes: object) -> Owner:
@@ -34,10 +37,11 @@ def test_a_second_writer_is_refused_and_the_first_is_named(tmp_path: Path, monke
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with hold(tmp_path / "stage1"):
         by = rf"\({os.uname().nodename}, pid {os.getpid()}, Slurm job 4711\)"
-        held = f"stage1 is being written by another process {by}"
+        held = f"stage1 is being written by another process {by}, as its lock says: {tmp_path / 'stage1' / LOCK}"
         with pytest.raises(EnvironmentFault, match=held) as caught, hold(tmp_path / "stage1"):
             pass
         assert caught.value.exit_code == 4
+        assert caught.value.fix == "wait until it has finished, or write elsewhere with --out FOLDER"
         with pytest.raises(EnvironmentFault, match=held):
             locks.refuse_if_held(tmp_path / "stage1")
         with hold(tmp_path / "stage2"):  # another phase of the same run
@@ -54,6 +58,8 @@ def test_an_unused_lock_leaves_no_file(tmp_path: Path) -> None:
 
 
 DEAD = 2**22 - 1  # a pid beyond those in use
+BOOT, PIDS = processes.kernel()[:36], processes.kernel()[36:]
+EARLIER = "00000000-0000-4000-8000-000000000000"  # the boot id before a power cut
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,18 @@ DEAD = 2**22 - 1  # a pid beyond those in use
         ({}, 0, False),
         ({"pid": DEAD}, 0, True),
         ({"started": "1"}, 0, True),  # the pid is used again, by another process
-        ({"kernel": "another"}, 0, False),  # another container of this name: its processes are out of sight
+        ({"kernel": "another"}, 0, False),  # nothing is known of it
+        ({"kernel": f"{BOOT}pid:[7]"}, 0, False),  # another container of this name: its processes are out of sight
+        ({"kernel": f"{BOOT}pid:[7]"}, 301, True),
+        ({"kernel": EARLIER + PIDS}, 0, True),  # before this machine was started
+        ({"kernel": f"{EARLIER}pid:[7]"}, 0, True),  # in a container of then
+        ({"kernel": EARLIER + PIDS, "machine": "another"}, 0, False),  # another machine of this name
+        ({"kernel": EARLIER + PIDS, "machine": "another"}, 301, True),
+        ({"host": "elsewhere", "kernel": EARLIER + PIDS}, 0, False),
+        ({"host": "elsewhere"}, -299, False),  # clocks differ a little
+        ({"host": "elsewhere"}, -3600, True),  # the clock was set back: no living process left that
+        ({"kernel": EARLIER + PIDS}, -3600, True),
+        ({}, -3600, False),  # this process, alive
         ({"host": "elsewhere"}, 10, False),
         ({"host": "elsewhere"}, 299, False),
         ({"host": "elsewhere"}, 301, True),
@@ -87,14 +104,119 @@ def test_only_locks_of_dead_or_silent_processes_are_taken_over(
     assert files(folder.parent) == ([] if taken else [f"stage1/{LOCK}"])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"host": 3}', "\x00\xff"])
+def test_a_lock_of_an_older_version_is_read(tmp_path: Path) -> None:
+    for pid, taken in ((os.getpid(), False), (DEAD, True)):
+        fields = owner(pid=pid).model_dump()
+        del fields["machine"]
+        (tmp_path / LOCK).write_text(json.dumps(fields))
+        refusal = pytest.raises(EnvironmentFault, match=f"pid {pid}")
+        with nullcontext() if taken else refusal, hold(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"host": 3}', "\x00\xff"])
 def test_a_damaged_lock_expires_like_a_silent_one(tmp_path: Path, content: str) -> None:
     path = leave_lock(tmp_path, owner())
     path.write_text(content)
-    with pytest.raises(EnvironmentFault, match="an unknown process"), hold(tmp_path):
+    with pytest.raises(EnvironmentFault, match="an unknown process") as caught, hold(tmp_path):
         pass
+    assert caught.value.fix.endswith(
+        f"; the lock of a process that is gone expires after 5 minutes, or remove it: rm {path}"
+    )
     os.utime(path, (time.time() - 301,) * 2)
     with hold(tmp_path) as lock:
+        lock.check()
+
+
+@pytest.mark.parametrize("content", [b"", bytes(300)])
+def test_a_lock_that_a_power_cut_emptied_costs_seconds(tmp_path: Path, content: bytes) -> None:
+    path = leave_lock(tmp_path, owner())
+    path.write_bytes(content)
+    started = time.monotonic()
+    with hold(tmp_path) as lock:
+        lock.check()
+    assert time.monotonic() - started < 10
+
+
+def test_a_lock_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    with hold(tmp_path):
+        assert calls == ["fsync", "link"]
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """Let the first call of an os function fail."""
+    real, calls = getattr(os, name), []
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(name)
+        if len(calls) == 1:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("fails", ["", "fsync"])
+def test_a_lock_without_hard_links_is_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    with monkeypatch.context() as patched:
+        fail_once(patched, "link", errno.EPERM)
+        real, calls = os.fsync, []
+
+        def fsync(descriptor: int) -> None:
+            calls.append(descriptor)
+            if fails and len(calls) == 2:  # the second is that of the lock itself
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(EnvironmentFault) if fails else nullcontext(), hold(tmp_path) as lock:
+            lock.check()
+    assert files(tmp_path) == []
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *, answer: int = 0) -> None:
+    """Hide all processes from /proc, as hidepid does; kill(pid, 0) answers with an error, if one is given."""
+    monkeypatch.setattr(processes, "_stat", lambda pid: ("X", ""))
+    if answer:
+
+        def kill(pid: int, number: int) -> None:
+            raise OSError(answer, os.strerror(answer))
+
+        monkeypatch.setattr(os, "kill", kill)
+
+
+@pytest.mark.parametrize(
+    ("pid", "answer", "silent", "taken"),
+    [
+        (os.getppid(), errno.EPERM, 10, False),  # another user's, alive
+        (os.getppid(), errno.EPERM, 301, True),  # the pid is used again
+        (DEAD, errno.ESRCH, 0, True),
+        (os.getppid(), 0, 10, False),  # where there is no /proc, such as on macOS
+        (DEAD, 0, 0, True),
+    ],
+)
+def test_an_owner_that_proc_does_not_show_is_asked_by_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int, answer: int, silent: float, taken: bool
+) -> None:
+    hide(monkeypatch, answer=answer)
+    monkeypatch.setattr(processes, "kernel", lambda: "")
+    leave_lock(tmp_path, owner(pid=pid, started="" if answer == 0 else "77"), silent=silent)
+    with nullcontext() if taken else pytest.raises(EnvironmentFault, match=f"pid {pid}"), hold(tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(tmp_path) as lock:
+        with monkeypatch.context() as patched:
+            fail_once(patched, "open", errno.ESTALE)
+            with pytest.raises(UnreadableError, match=f"cannot read {tmp_path / LOCK}: Stale file handle"):
+                lock.check()
         lock.check()
 
 
@@ -215,8 +337,10 @@ def test_a_phase_locked_by_another_process_is_refused(digits: Path, digits_run: 
     for flags in ([], ["--dry-run"], ["--overwrite"]):
         result = refused(4, (), "train-stage2", "--from", other, *flags)
         assert result.stderr.splitlines()[-2:] == [
-            f"error: {other / 'stage2'} is being written by another process (node7, pid 77, Slurm job 4711)",
-            "  fix: wait until it has finished, or write elsewhere with --out FOLDER",
+            f"error: {other / 'stage2'} is being written by another process (node7, pid 77, Slurm job 4711), "
+            f"as its lock says: {other / 'stage2' / LOCK}",
+            "  fix: wait until it has finished, or write elsewhere with --out FOLDER; "
+            f"the lock of a process that is gone expires after 5 minutes, or remove it: rm {other / 'stage2' / LOCK}",
         ]
         assert files(other / "stage2") == [LOCK]
     leave_lock(digits_run / "evaluation" / "finetune", elsewhere)

@@ -1,9 +1,11 @@
 """What goes wrong in a user's data, disk or hand ends with its exit code and message, and loses nothing."""
 
+import errno
 import os
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import (
@@ -21,7 +23,7 @@ from helpers import (
 )
 
 from cpmix_cli.artifacts import records
-from cpmix_cli.artifacts.files import TEMPORARY, check_place
+from cpmix_cli.artifacts.files import TEMPORARY, TRAINING_STATE, check_place
 from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors
 from cpmix_cli.runtime.errors import EnvironmentFault
 
@@ -118,11 +120,12 @@ def test_overwritten_results_are_kept_until_new_ones_exist(digits: Path, digits_
             "pathlib.Path.open = opened"
         )
         ended(hooked(hook, *command), 4 if ends == "finds no room" else -9)
-        assert (digits_run / "stage1" / "run.json").exists() is False  # it was to be replaced that moment
-        must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)  # as it was made: nothing is lost
-    assert {n: d for n, d in exact_contents(digits_run).items() if "run.json" not in n} == {
-        n: d for n, d in before.items() if "run.json" not in n
-    }
+        found = exact_contents(digits_run)
+        assert {name: found[name] for name in found if "/.cpmix-" not in name} == before
+        must("evaluate", "--from", digits_run, "--phase", "stage1")
+        shutil.rmtree(digits_run / "evaluation" / "stage1")
+        must("train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6)  # removes what a dead process left
+    assert exact_contents(digits_run) == before
 
 
 @pytest.mark.slow
@@ -145,6 +148,27 @@ def test_a_preempted_overwrite_is_resumed(digits: Path, digits_run: Path, tmp_pa
     assert ours.read_bytes() == whole.read_bytes()
     result = must(*command)  # it is done, and so overwritten
     assert "goes on" not in result.stderr
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_state_that_cannot_be_read_for_a_moment_is_no_fresh_start(
+    digits: Path, digits_run: Path, monkeypatch: pytest.MonkeyPatch, code: int, number: int
+) -> None:
+    (digits_run / "stage1" / "run.json").unlink()  # preempted under --overwrite
+    state, real, left = digits_run / "stage1" / TRAINING_STATE, os.open, [number]
+
+    def opened(path: object, *rest: Any, **more: Any) -> int:
+        left[0] -= path == state
+        if path == state and left[0] == 0:
+            raise OSError(code, os.strerror(code))
+        return real(path, *rest, **more)  # type: ignore[arg-type]
+
+    command = ["train-stage1", "--data", digits, "--out", digits_run, "--epochs", 6, "--overwrite"]
+    with unchanged(digits_run), monkeypatch.context() as patched:
+        patched.setattr(os, "open", opened)
+        refused(4, f"error: cannot read {state}: {os.strerror(code)}", *command)
+    assert "goes on after" in must(*command, "--dry-run").stderr
 
 
 @pytest.mark.slow

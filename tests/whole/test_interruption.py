@@ -1,6 +1,9 @@
 """Signals at any moment: the exit code, what is saved, and that the same command ends in the bytes of a whole run."""
 
+import os
+import pty
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from cpmix_cli.training.objective import TermBatch
 from cpmix_cli.training.randomness import Draws, map_tensors
 from cpmix_cli.training.step import Step
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 
 class Trace:
@@ -194,3 +197,49 @@ def test_a_signal_after_the_command_is_over_changes_nothing() -> None:
 
 def test_ctrl_c_while_the_first_modules_are_imported_shows_no_traceback() -> None:
     ended(hooked(on_event("import", "args[0] == 'cpmix_cli.runtime.console'", signal.SIGINT), "--version"), 130)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_costs_no_epoch(digits: Path, tmp_path: Path) -> None:
+    """The hang-up comes more than once, and the terminal can be written no more."""
+    command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 600]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "cpmix_cli", *map(str, command)])
+    shown = b""
+    while b"epoch" not in shown or not (tmp_path / "stage1" / TRAINING_STATE).exists():
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    os.kill(pid, signal.SIGHUP)  # as a shell that ends does it, after the terminal
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert files(tmp_path) == ["stage1/recipe.toml", "stage1/training_state.safetensors"]
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_from_a_closed_terminal(digits: Path, tmp_path: Path) -> None:
+    command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6]
+    hook = (
+        "import os, signal, cpmix_cli.training.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    real(self, number)\n"
+        "step.Step.__call__ = call"
+    )
+    ended(hooked(f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{hook}", *command), 0)
+    ended(hooked(hook, *command, "--overwrite"), 75, "SIGHUP received; stage1 is saved at epoch 1, step 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hang_up_is_no_second_signal(digits: Path, tmp_path: Path, first: signal.Signals) -> None:
+    """A login that ends sends both, in either order; the state is saved."""
+    others = {signal.SIGHUP, signal.SIGTERM} - {first}
+    hook = (
+        "import os, signal, cpmix_cli.training.step as step\n"
+        "def call(self, number, real=step.Step.__call__):\n"
+        f"    for sent in ({int(first)}, {int(others.pop())}, signal.SIGHUP): os.kill(os.getpid(), sent)\n"
+        "    real(self, number)\n"
+        "step.Step.__call__ = call"
+    )
+    command = ("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
+    ended(hooked(hook, *command), 75, "stage1 is saved at epoch 1, step 1")
