@@ -8,26 +8,37 @@ All functions are tensor code without a host synchronisation.
 import torch
 from torch import Tensor
 
-NO_ERROR = -1
+_NOT_COUNTED = -1
 
 
-def confusion_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """Encode each misclassification as C * true + predicted [B] int64; NO_ERROR for other images.
+def prediction_codes(labels: Tensor, predictions: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    """Encode each counted prediction as C * true + predicted [B] int64; -1 for other images.
 
     Args:
         labels: true classes [B] int64.
         predictions: argmax of the raw logits [B] int64.
-        counted: whether errors are counted, bool, per image [B] or for all images ([1] or a scalar).
+        counted: whether predictions are counted, bool, per image [B] or for all images ([1] or a scalar).
         num_classes: C.
 
     Paper: Eq. (6).
     """
-    return torch.where((labels != predictions) & counted, labels * num_classes + predictions, NO_ERROR)
+    return torch.where(counted, labels * num_classes + predictions, _NOT_COUNTED)
 
 
-def count_confusions(counts: Tensor, codes: Tensor) -> None:
-    """Add the codes of confusion_codes() [n] to K [C, C] in place. Paper: over all epochs (Sec. 4.1)."""
-    counts.view(-1).index_add_(0, codes.clamp(min=0), (codes != NO_ERROR).to(counts.dtype))
+def count_confusions(counts: Tensor, codes: Tensor) -> Tensor:
+    """Add the errors among the codes of prediction_codes() [n] to K [C, C] in place; return their number.
+
+    Paper: over all epochs (Sec. 4.1).
+    """
+    num_classes = len(counts)
+    is_error = (codes != _NOT_COUNTED) & (codes // num_classes != codes % num_classes)
+    counts.view(-1).index_add_(0, codes.clamp(min=0), is_error.to(counts.dtype))
+    return is_error.sum()
+
+
+def count_images(counts: Tensor, codes: Tensor) -> None:
+    """Add the images among the codes of prediction_codes() [n], right or wrong, to their class's count [C] in place."""
+    counts.index_add_(0, codes.clamp(min=0) // len(counts), (codes != _NOT_COUNTED).to(counts.dtype))
 
 
 def draw_confused(counts: Tensor, classes: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ class MixingState:
     """Confusion counts K [C, C] float64: row true, column predicted."""
     num_fallbacks: Tensor
     """Scalar float64: draws of this step from a class without confusions. Partners add to it in place."""
+    counted_images: Tensor | None = None
+    """Images per class [C] float64 whose predictions K counts, right or wrong; None unless the recipe has a match."""
 
 
 # -- partners in the batch ---------------------------------------------------------------------------------------------
@@ -139,7 +141,8 @@ def transport(
 ) -> Tensor:
     """Match partners k to images j by optimal transport: argmax_j T_kj of the entropic transport plan T.
 
-    The cost is w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(class of j | class of k)), P the normalised rows of K.
+    The cost is w (1 - cos(f_k, f_j)) + (1 - w) (1 - P(class of j | class of k)). P is the share of all images of a
+    class that were predicted as another class: a row of K divided by the counted images of the class.
 
     Args:
         feature_weight: w, share of the feature distance in the cost.
@@ -151,8 +154,8 @@ def transport(
     import ot
 
     f1, f2 = (F.normalize(f.double(), dim=1) for f in (f1, f2))
-    rows = state.confusion[y2]
-    confused = (rows / rows.sum(1, keepdim=True).clamp(min=1e-12))[:, y1]
+    assert state.counted_images is not None
+    confused = (state.confusion[y2] / state.counted_images[y2, None].clamp(min=1e-12))[:, y1]
     cost = feature_weight * (1 - f2 @ f1.t()) + (1 - feature_weight) * (1 - confused)
     even = torch.full((len(y1),), 1 / len(y1), dtype=cost.dtype, device=cost.device)
     # Logarithmic domain, because exp(-cost / regularisation) = exp(-100) underflows in float32.

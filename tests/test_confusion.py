@@ -2,7 +2,7 @@
 
 import torch
 
-from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused, draw_weighted
+from cpmix_cli.confusion import count_confusions, count_images, draw_confused, draw_weighted, prediction_codes
 
 YES = torch.ones((), dtype=torch.bool)
 
@@ -10,16 +10,23 @@ YES = torch.ones((), dtype=torch.bool)
 def test_confusion_counts_equal_a_plain_loop(generator: torch.Generator) -> None:
     labels = torch.randint(0, 5, (300,), generator=generator)
     predictions = torch.randint(0, 5, (300,), generator=generator)
-    counts = torch.zeros(5, 5, dtype=torch.float64)
+    counted = torch.rand(300, generator=generator) < 0.7
+    counts, images = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    num_errors = 0
     for batch in range(3):
         part = slice(100 * batch, 100 * batch + 100)
-        count_confusions(counts, confusion_codes(labels[part], predictions[part], YES, 5))
-    expected = [[0] * 5 for _ in range(5)]
-    for y, p in zip(labels.tolist(), predictions.tolist(), strict=True):
-        if y != p:
+        codes = prediction_codes(labels[part], predictions[part], counted[part], 5)
+        num_errors += int(count_confusions(counts, codes))
+        count_images(images, codes)
+    expected, seen = [[0] * 5 for _ in range(5)], [0] * 5
+    for y, p, used in zip(labels.tolist(), predictions.tolist(), counted.tolist(), strict=True):
+        seen[y] += used
+        if used and y != p:
             expected[y][p] += 1
     assert counts.tolist() == expected
+    assert images.tolist() == seen
     assert counts.diagonal().sum() == 0
+    assert num_errors == counts.sum()
 
 
 def test_pairs_follow_the_rows_of_k(generator: torch.Generator) -> None:

@@ -11,7 +11,8 @@ from cpmix_cli.data.longtail import exponential_counts
 def state(counts: list[int]) -> mixing.MixingState:
     size = len(counts)
     zero = torch.zeros((), dtype=torch.float64)
-    return mixing.MixingState(torch.tensor(counts), torch.zeros(size, size, dtype=torch.float64), zero)
+    known = torch.zeros(size, size, dtype=torch.float64)
+    return mixing.MixingState(torch.tensor(counts), known, zero, torch.full((size,), 100.0, dtype=torch.float64))
 
 
 def test_equation_9_equals_the_values_by_hand() -> None:
@@ -213,6 +214,19 @@ def test_transport_without_features_chooses_the_most_confused(generator: torch.G
     y1, y2 = torch.randperm(6, generator=generator), torch.randperm(6, generator=generator)
     found = mixing.transport(x, y1, x, y2, known, feature_weight=0.0, regularisation=0.01)
     assert y1[found].tolist() == [confused[c] for c in y2.tolist()]
+
+
+def test_transport_weighs_an_error_by_all_images_of_its_class(generator: torch.Generator) -> None:
+    """Class 0 is predicted as class 2 in 90 of 100 images, class 1 in 10 of 100; neither has other errors.
+
+    The image of class 2 costs 0.1 for class 0 and 0.9 for class 1, so class 0 gets it. Shares of the errors alone would
+    be equal: cost 0 for both.
+    """
+    known = state([10] * 3)
+    known.confusion[0, 2], known.confusion[1, 2] = 90.0, 10.0
+    x = torch.ones(2, 3)
+    y1, y2 = torch.tensor([2, 1]), torch.tensor([1, 0])
+    assert mixing.transport(x, y1, x, y2, known, feature_weight=0.0, regularisation=0.01).tolist() == [1, 0]
 
 
 def test_transport_by_features_only_chooses_the_nearest(generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.bench.loops import TimedLoop
-from cpmix_cli.confusion import confusion_codes, count_confusions, draw_confused
+from cpmix_cli.confusion import count_confusions, draw_confused, prediction_codes
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset, unwritten_dataset
 from cpmix_cli.data.longtail import exponential_counts
@@ -230,7 +230,7 @@ def pair_costs(num_classes: int, batch_size: int, device: torch.device) -> dict[
     counted = torch.ones((), dtype=torch.bool, device=device)
 
     def count() -> None:
-        count_confusions(counts, confusion_codes(labels, predictions, counted, num_classes))
+        count_confusions(counts, prediction_codes(labels, predictions, counted, num_classes))
 
     return {
         "num_classes": num_classes,

@@ -395,6 +395,11 @@ class Recipe(Table):
                 if term.weight > 0 or idle:
                     yield f"{table}.terms.{name}", term
 
+    @property
+    def has_match(self) -> bool:
+        """True if a term of a training phase matches its partners."""
+        return any(term.match is not None for _, term in self.terms())
+
     def epochs_of(self, phase: str) -> int:
         """Return the epochs of a training phase; 0 if the recipe does not contain the phase."""
         if phase == "finetune":

@@ -118,6 +118,8 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
         state.sums.values.zero_()
         if state.epoch > plan.confusion_start:
             state.confusion *= plan.confusion_decay
+            if state.counted_images is not None:
+                state.counted_images *= plan.confusion_decay
         if plan.partners_ahead:
             state.epoch_confusion = state.confusion.to("cpu", copy=True)
     step.begin_epoch(state.epoch)

@@ -138,7 +138,10 @@ def fresh_state(context: PhaseContext) -> TrainingState:
         for k, share in enumerate(shares):
             groups += [ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share)) for part in ("experts", "head")]
         settings = settings.model_copy(update={"groups": groups})
-    return TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
+    state = TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
+    if recipe.has_match:
+        state.counted_images = confusion.new_zeros(dataset.num_classes, device=device)
+    return state
 
 
 def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
@@ -189,4 +192,6 @@ def rehearsal(context: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
         begin_finetune(context, state)
     state.epoch = max(plan.first_epoch, plan.confusion_start)
     state.confusion.fill_(1).fill_diagonal_(0)
+    if state.counted_images is not None:
+        state.counted_images.fill_(context.dataset.num_classes)
     return plan, state

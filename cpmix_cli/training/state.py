@@ -70,6 +70,8 @@ class TrainingState:
     """Rows of metrics.parquet, one per completed epoch."""
     epoch_confusion: Tensor | None = None
     """K [C, C] at the start of the current epoch, on the CPU; None unless partners are chosen once per epoch."""
+    counted_images: Tensor | None = None
+    """Counted images per class [C] float64, right or wrong predictions; None unless the recipe has a match."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as named tensors; the history is [epochs, columns] float64 with NaN for null."""
@@ -90,6 +92,8 @@ class TrainingState:
         tensors["confusion"] = self.confusion
         if self.epoch_confusion is not None and self.step > 0:
             tensors["epoch_confusion"] = self.epoch_confusion
+        if self.counted_images is not None:
+            tensors["counted_images"] = self.counted_images
         tensors["sums"] = self.sums.values
         return tensors
 
@@ -112,13 +116,26 @@ class TrainingState:
                 own["epoch_confusion"] = self.confusion
         else:  # the saved optimizer belongs to another phase and other parameters
             others += ("optimizer.", "epoch_confusion")
+        if self.counted_images is None:
+            others += ("counted_images",)
+        elif "counted_images" not in tensors:
+            raise InputError(
+                f"{path} has no counts of the images of each class, which a match needs",
+                fix="train that phase with the recipe that has the match, into another folder",
+            )
+        else:
+            own["counted_images"] = self.counted_images
         saved = {n: t for n, t in tensors.items() if not n.startswith(others)}
         check_fit(path, saved, own)
         counts = [t for n, t in saved.items() if n in ("confusion", "epoch_confusion")]
         if any((t < 0).any() or t.diagonal().any() for t in counts):
             raise InputError(f"{path} has confusion counts below 0, or of a class with itself", path=path)
+        if self.counted_images is not None and (saved["counted_images"] < saved["confusion"].sum(1) - 0.5).any():
+            raise InputError(f"{path} counts more errors of a class than images", path=path)
         self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
         self.confusion.copy_(saved["confusion"])
+        if self.counted_images is not None:
+            self.counted_images.copy_(saved["counted_images"])
         if not optimizer:
             return
         self.epoch_confusion = saved.get("epoch_confusion")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cpmix_cli.confusion import NO_ERROR, confusion_codes, count_confusions
+from cpmix_cli.confusion import count_confusions, count_images, prediction_codes
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime import ranks
@@ -94,7 +94,7 @@ class Step:
         """
         plan, state = self._plan, self._state
         inputs = self.inputs.row(size)
-        mixing = MixingState(self._data.class_counts, state.confusion, inputs.fallbacks[0])
+        mixing = MixingState(self._data.class_counts, state.confusion, inputs.fallbacks[0], state.counted_images)
         inputs = self.inputs.choose_partners(inputs, mixing)
         parts = batch_slices(size, plan.micro_batches, self._ranks)
         state.optimizer.zero_grad(set_to_none=True)
@@ -110,9 +110,9 @@ class Step:
                 weighted = [t.recipe.weight * x for t, x in zip(plan.terms, losses, strict=True)]
                 losses = [torch.stack(weighted).sum(), *losses]
                 (losses[0] / len(parts)).backward()  # type: ignore[no-untyped-call]
-            correct, wrong = self._errors(outputs, batches, inputs)
+            correct, found = self._predictions(outputs, batches, inputs)
             values.append(torch.stack([*(x.detach().double() / part.num_slices for x in losses), correct]))
-            codes += wrong
+            codes += found
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
         for group in state.optimizer.param_groups:
             group["lr"].copy_(inputs.learning_rate[0] * group["lr_factor"])
@@ -121,9 +121,10 @@ class Step:
         *means, right = self._ranks.sum_(torch.stack(values).sum(0)).unbind()
         errors = torch.zeros_like(right)
         if codes:
-            found = self._ranks.all_gather(torch.cat(codes))
-            count_confusions(state.confusion, found)
-            errors = (found != NO_ERROR).sum()
+            counted = self._ranks.all_gather(torch.cat(codes))
+            errors = count_confusions(state.confusion, counted)
+            if state.counted_images is not None:
+                count_images(state.counted_images, counted)
         state.sums.add(losses=means, gradient_norm=norm, correct=right, errors=errors, fallbacks=inputs.fallbacks[0])
 
     def _batches(self, draws: Draws, part: BatchSlice, state: MixingState) -> list[TermBatch]:
@@ -155,8 +156,10 @@ class Step:
             for (logits, routes), teacher in zip(passed, taught, strict=True)
         ]
 
-    def _errors(self, outputs: list[Output], batches: list[TermBatch], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-        """Return the correct predictions of the measured terms, a float64 scalar, and the codes of counted errors."""
+    def _predictions(
+        self, outputs: list[Output], batches: list[TermBatch], inputs: Inputs
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the correct predictions of the measured terms, a float64 scalar, and the counted term's codes."""
         plan = self._plan
         counts = inputs.counts_errors > 0
         correct, codes = inputs.counts_errors.new_zeros(()), []
@@ -172,7 +175,7 @@ class Step:
                 correct = correct + ((predicted == batch.y1) & own).sum()
             if term is counted:
                 unmixed = counts if batch.gate is None else counts & ~batch.gate
-                codes.append(confusion_codes(batch.y1, predicted, own & unmixed, logits.shape[-1]))
+                codes.append(prediction_codes(batch.y1, predicted, own & unmixed, logits.shape[-1]))
         return correct, codes
 
     @torch.no_grad()

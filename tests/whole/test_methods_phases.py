@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from helpers import contents, cpmix, must, refused, setting
@@ -166,6 +167,17 @@ def test_the_same_command_gives_the_same_bytes(digits: Path, tmp_path: Path, tab
     for run in "ab":
         must("train-stage1", *flags, "--out", tmp_path / run)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_match_counts_all_images_of_unmixed_batches(digits: Path, tmp_path: Path) -> None:
+    """Of three epochs two are unmixed: each image is counted twice, right or wrong."""
+    settings = [*(s for s in OTMIX if not s.startswith("probability")), "unmixed_first=40"]  # of 60, rescaled to 2 of 3
+    flags = ("--data", digits, "--recipe", "digits/cross-entropy", "--epochs", 3)
+    must("train-stage1", *flags, *setting(*settings, table="stage1.terms.erm"), "--out", tmp_path / "run")
+    found, _ = tensors.read_tensors(tmp_path / "run" / "stage1" / "training_state.safetensors")
+    counts = pd.read_parquet(tmp_path / "run" / "stage1" / "class_counts.parquet")["num_train"]
+    assert found["counted_images"].tolist() == (2 * counts).tolist()
+    assert 0 < found["confusion"].sum() < found["counted_images"].sum()
 
 
 @pytest.mark.parametrize("bias", ["drawn", "rare"])
