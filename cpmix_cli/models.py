@@ -47,6 +47,10 @@ class Classifier(nn.Module):
         """Return the tensors of this network that start from the published tensor `name`."""
         return [name]
 
+    def draw_weights(self, layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
+        """Draw the initial weights of a layer: Kaiming-normal (fan in, gain sqrt 2). Source: LDAM-DRW's code."""
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+
     def features(self, x: Tensor) -> Tensor:
         """Compute features: inputs [B, ...] -> [B, D], or [B, E D] with experts."""
         raise NotImplementedError
@@ -261,7 +265,19 @@ class PointNet(Classifier):
         return F.relu(self.hidden(x))
 
 
-class ImageNetResNet(Classifier):
+class _TorchvisionWeights(Classifier):
+    """Network with the initial weights of torchvision's ResNets: fan out, and linear layers as torch draws them."""
+
+    def draw_weights(self, layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
+        """Draw Kaiming-normal weights (fan out, gain sqrt 2) of a convolution, and uniform ones of a linear layer."""
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", generator=generator)
+        else:
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+
+
+class ImageNetResNet(_TorchvisionWeights):
     """torchvision's ResNet under its parameter names, which published weights use; only `fc` is called `head`."""
 
     def __init__(self, name: str, num_classes: int) -> None:
@@ -280,7 +296,7 @@ class ImageNetResNet(Classifier):
         return x.flatten(1)
 
 
-class ImageNetExperts(Classifier):
+class ImageNetExperts(_TorchvisionWeights):
     """torchvision's ResNet with separate later stages and heads per expert, narrowed by `model.expert_width`.
 
     Source: Wang et al., RIDE, and its code: experts of ResNet-50 have 192 and 384 planes instead of 256 and 512, and
@@ -335,19 +351,19 @@ def _torchvision_resnet(name: str) -> Any:
     return getattr(resnet, name)()
 
 
-def _initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Initialise convolutions, linear layers and cosine heads in the order of the modules.
+def _initialise(model: Classifier, part: nn.Module, generator: torch.Generator) -> None:
+    """Initialise convolutions, linear layers and cosine heads of a network's part in the order of the modules.
 
-    Weights are Kaiming-normal (fan in, gain sqrt 2) and linear biases PyTorch's default. Class vectors of a cosine head
-    are uniform in the cube, then normalised.
+    Weights are the network's draw_weights(), and linear biases PyTorch's default. Class vectors of a cosine head are
+    uniform in the cube, then normalised.
     """
     with torch.no_grad():
-        for module in model.modules():
+        for module in part.modules():
             if isinstance(module, CosineHead):
                 module.weight.uniform_(-1, 1, generator=generator)
                 module.weight.copy_(F.normalize(module.weight, dim=1))
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, generator=generator)
+                model.draw_weights(module, generator)
                 if module.bias is not None:
                     bound = module.weight[0].numel() ** -0.5
                     module.bias.uniform_(-bound, bound, generator=generator)
@@ -443,7 +459,7 @@ def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator
     model = MODELS[recipe.name](num_classes, shape, recipe)
     if recipe.head == "cosine":
         model.replace_heads(lambda head: CosineHead(head.in_features, num_classes, recipe.head_scale))
-    _initialise(model, generator)
+    _initialise(model, model, generator)
     if recipe.head_bias == "rare":
         for head in model.heads:
             assert isinstance(head, nn.Linear)
@@ -464,14 +480,14 @@ def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator
         generator: source of random weights for a new head or routers.
     """
     if recipe.head == "reinit":
-        _initialise(model.head, generator)
+        _initialise(model, model.head, generator)
     elif recipe.head == "scale":
         model.replace_heads(ScaledHead)
     elif recipe.head == "routers":
         weight = model.heads[0].weight
         assert isinstance(weight, Tensor)
         routers = Routers(len(model.heads), weight.shape[1], num_classes, recipe.router_top)
-        _initialise(routers, generator)
+        _initialise(model, routers, generator)
         model.routers = routers.to(weight.device)
 
 

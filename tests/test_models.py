@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from cpmix_cli.models import BasicBlock, CosineHead, build_model
@@ -53,6 +54,30 @@ def test_weights_are_kaiming_normal_and_come_from_the_generator() -> None:
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert first["head.weight"].std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
     assert first["head.bias"].abs().max() <= 64**-0.5
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("resnet18", "resnet18"), ("resnext50", "resnext50_32x4d")])
+def test_imagenet_s_networks_start_as_torchvision_s(name: str, theirs: str, generator: torch.Generator) -> None:
+    """Convolutions are normal with variance 2 / (out channels x k x k), also with groups; the head is torch's own."""
+    own = build_model(Model(name=name), 1000, (64, 64, 3), generator).state_dict()
+    other = getattr(torchvision.models, theirs)().state_dict()
+    other = {key.replace("fc.", "head."): value for key, value in other.items()}
+    assert own.keys() == other.keys()
+    for key, value in other.items():
+        if value.dim() > 1 or key == "head.bias":
+            assert own[key].std().item() == pytest.approx(value.std().item(), rel=0.1), key
+        else:  # batch norm
+            assert own[key].equal(value), key
+    assert own["head.weight"].abs().max() <= own["head.weight"].shape[1] ** -0.5
+
+
+def test_experts_of_imagenet_s_networks_start_so_too(generator: torch.Generator) -> None:
+    recipe = Model(name="resnet10", experts=2, shared_stages=3, expert_width=0.75)
+    own = build_model(recipe, 50, (64, 64, 3), generator).state_dict()
+    for expert in range(2):
+        weight = own[f"experts.{expert}.0.conv1.weight"]  # to 384 channels
+        assert weight.std().item() == pytest.approx((2 / (384 * 9)) ** 0.5, rel=0.02)
+        assert own[f"head.{expert}.weight"].abs().max() <= 384**-0.5
 
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50", "resnet101", "resnet152", "resnext50"])
