@@ -203,17 +203,17 @@ def label_aware_smoothing(
 def sade(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 2.0) -> Tensor:
     """Sum of three experts' losses: cross entropy, Balanced Softmax, and cross entropy of z + log pi - tau log pi'.
 
-    pi' are the priors pi in reversed rank: the rarest class gets the largest prior. Classes of equal count are ranked
-    by id.
+    pi' are the priors pi in reversed rank: the rarest class gets the largest prior. Among classes of equal count, the
+    larger id counts as the rarer class.
 
     Args:
         logits: of exactly three experts [3, B, C].
         tau: strength of the third expert's inverse adjustment: 2 for CIFAR-100-LT and ImageNet-LT, 1 for Places-LT and
             iNaturalist.
 
-    Source: Zhang et al., SADE, Eq. (3) to (5).
+    Source: Zhang et al., SADE, Eq. (3) to (5), and its code.
     """
-    order = class_counts.argsort(stable=True)
+    order = class_counts.argsort(descending=True, stable=True)
     reversed_counts = torch.empty_like(class_counts).scatter(0, order, class_counts[order.flip(0)])
     inverse = class_counts.to(logits.dtype).log() - tau * reversed_counts.to(logits.dtype).log()
     return (

@@ -254,13 +254,23 @@ def test_distillation_equals_a_plain_loop() -> None:
 
 
 def test_sade_sums_three_losses_with_shifted_priors() -> None:
-    """Hand-made: priors 40, 30, 30, 10 reversed by rank are 10, 30, 30, 40, equal ones in the order of their ids."""
+    """Hand-made: priors 40, 30, 30, 10 reversed by rank are 10, 30, 30, 40."""
     counts = torch.tensor([40, 30, 30, 10])
     logits, labels, weights = drawn(3)
     shift = torch.tensor([math.log(40 / 10**2), math.log(30 / 30**2), math.log(30 / 30**2), math.log(10 / 40**2)])
     expected = cross_entropy(logits[0], labels, weights, counts) + balanced_softmax(logits[1], labels, weights, counts)
     expected = expected + cross_entropy(logits[2] + shift.double(), labels, weights, counts)
     torch.testing.assert_close(sade(logits, labels, weights, counts, tau=2.0), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_sade_ranks_the_larger_id_of_two_equal_classes_as_the_rarer_one() -> None:
+    """Priors 40, 30, 10, 10: the last class gets 40 and the third 30, as when the order of the ids is reversed."""
+    counts = torch.tensor([40, 30, 10, 10])
+    logits, labels, weights = drawn(3)
+    shift = torch.tensor([math.log(n / m) for n, m in zip((40, 30, 10, 10), (10, 10, 30, 40), strict=True)]).double()
+    expected = cross_entropy(logits[0], labels, weights, counts) + balanced_softmax(logits[1], labels, weights, counts)
+    expected = expected + cross_entropy(logits[2] + shift, labels, weights, counts)
+    torch.testing.assert_close(sade(logits, labels, weights, counts, tau=1.0), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_sade_of_a_uniform_prior_is_three_times_cross_entropy() -> None:
@@ -381,6 +391,9 @@ def test_shifted_profiles_follow_or_reverse_the_training_counts() -> None:
     assert shifted_profile(counts, num_test, "forward", 50).tolist() == [2, 14, 100]
     assert shifted_profile(counts, num_test, "backward", 50).tolist() == [100, 14, 2]
     assert shifted_profile(counts, num_test, "forward", 1).tolist() == [100, 100, 100]
+    equal = torch.tensor([500, 5, 5])  # the larger id counts as the rarer one
+    assert shifted_profile(equal, num_test, "forward", 50).tolist() == [100, 14, 2]
+    assert shifted_profile(equal, num_test, "backward", 50).tolist() == [2, 14, 100]
 
 
 def test_weights_are_what_subsets_give_on_average(generator: torch.Generator) -> None:
@@ -407,7 +420,10 @@ def test_the_expert_that_agrees_with_itself_gets_the_weight() -> None:
     """The first says the same of both views, surely; the others say one thing of one and another of the other."""
     sure = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
 
+    calls = []
+
     def views(batch: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        calls.append(call)
         first = torch.stack([sure, sure.roll(1, 1), sure.roll(1, 1)]).expand(-1, len(batch), -1)
         second = torch.stack([sure, sure.roll(2, 1), sure.roll(2, 1)]).expand(-1, len(batch), -1)
         return first, second
@@ -416,11 +432,14 @@ def test_the_expert_that_agrees_with_itself_gets_the_weight() -> None:
         return learn_expert_weights(views, torch.arange(300), 3, Optimizer(lr=rate, nesterov=True), seed=0)
 
     weights = learnt(views, 0.1)
+    assert calls == list(range(15))  # five epochs of three batches
+    calls.clear()
     assert float(weights.sum()) == pytest.approx(1)
     assert weights[0] > 0.5
     assert weights[1] == pytest.approx(float(weights[2]))
     again = learnt(views, 1000.0)
-    assert again.min() < 0.05  # and there it ended: the next step would have found no slope to come back on
+    assert again.min() < 0.05
+    assert calls == [0, 1, 2]  # it ended after the first epoch
     alike = learnt(lambda b, c: (views(b, c)[0][:1].expand(3, -1, -1),) * 2, 0.1)
     torch.testing.assert_close(alike, torch.full((3,), 1 / 3))
 

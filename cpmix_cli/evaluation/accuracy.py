@@ -79,13 +79,14 @@ def shifted_profile(class_counts: Tensor, num_test: Tensor, distribution: str, r
         class_counts: training images per class [C], which give the order of the classes.
         num_test: test images per class [C]; the smallest is the size of the subset's largest class.
         distribution: "forward": the class with most training images has most test images. "backward": it has fewest.
+            Among classes of equal count, the larger id counts as the rarer class.
         ratio: imbalance factor of the subset, largest class / smallest class.
 
     Source: Zhang et al., SADE, Sec. 5.3: the same exponential profile as in training.
     """
     profile = torch.from_numpy(exponential_counts(int(num_test.min()), len(class_counts), ratio))
-    order = class_counts.argsort(descending=distribution == "forward", stable=True)
-    return torch.empty_like(profile).scatter(0, order, profile)
+    order = class_counts.argsort(descending=True, stable=True)
+    return torch.empty_like(profile).scatter(0, order if distribution == "forward" else order.flip(0), profile)
 
 
 def sample_weights(labels: Tensor, profile: Tensor | None) -> Tensor:

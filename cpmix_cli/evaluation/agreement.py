@@ -13,7 +13,7 @@ from cpmix_cli.recipe.schema import Optimizer
 
 _EPOCHS = 5
 _BATCH = 128
-_LEAST_WEIGHT = 0.05  # learning stops if a weight is below: the weights would collapse on the other experts
+_LEAST_WEIGHT = 0.05  # learning stops after an epoch if a weight is below: the weights would collapse on the others
 
 
 def images_to_learn_from(labels: Tensor, profile: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -63,15 +63,17 @@ def learn_expert_weights(views: Views, chosen: Tensor, num_experts: int, recipe:
     optimizer = torch.optim.SGD(
         [free], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
     )
-    orders = (chosen[torch.randperm(len(chosen), generator=generator)] for _ in range(_EPOCHS))
-    for call, batch in enumerate(batch for order in orders for batch in torch.split(order, _BATCH)):
-        weights = free.softmax(0)
-        if weights.min() < _LEAST_WEIGHT:
-            return weights.detach()
-        first, second = (torch.einsum("e,ebc->bc", weights, z).softmax(1) for z in views(batch, call))
-        optimizer.zero_grad()
-        (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    call = 0
+    for _ in range(_EPOCHS):
+        order = chosen[torch.randperm(len(chosen), generator=generator)]
+        for batch in torch.split(order, _BATCH):
+            first, second = (torch.einsum("e,ebc->bc", free.softmax(0), z).softmax(1) for z in views(batch, call))
+            optimizer.zero_grad()
+            (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            call += 1
+        if free.softmax(0).min() < _LEAST_WEIGHT:
+            break
     return free.detach().softmax(0)
 
 

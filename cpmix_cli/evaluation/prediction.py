@@ -139,10 +139,14 @@ def check_finite(found: Predicted, recipe: Recipe, source: PhaseFolder) -> None:
 
 @torch.no_grad()
 def _normalise(model: Classifier, tau: float) -> None:
-    """Divide each class vector of the heads by its norm ** tau; biases stay. Source: Kang et al., Decoupling."""
+    """Divide each class vector of the heads by its norm ** tau, and set biases to 0.
+
+    Source: Kang et al., Decoupling, and its code tau_norm.py, which leaves the bias out.
+    """
     for head in model.heads:
         assert isinstance(head, nn.Linear)
         head.weight /= head.weight.norm(dim=1, keepdim=True) ** tau
+        head.bias.zero_()
 
 
 def accuracy_on_test(dataset: Dataset, recipe: Recipe, model: Classifier, device: torch.device) -> Callable[[], float]:

@@ -350,7 +350,8 @@ class Evaluation(Table):
     logit_adjustment: float = Field(default=0.0, ge=0, le=100)
     """tau of the post-hoc logit adjustment: z - tau log(class frequency)."""
     tau_norm: float = Field(default=0.0, ge=0, le=100)
-    """Power tau of tau-normalisation: each class weight w of a linear head becomes w / |w|^tau."""
+    """Power tau of tau-normalisation: each class weight w of a linear head becomes w / |w|^tau,
+    without the bias. 0: the head as it is, with its bias."""
 
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]

@@ -65,7 +65,7 @@ def test_logit_adjustment_after_training_shifts_the_logits(digits_run: Path) -> 
     assert Path(labelled["folder"]).name == "finetune-la"
 
 
-def test_tau_norm_after_training_scales_the_logits(digits_run: Path) -> None:
+def test_tau_norm_after_training_scales_the_logits_without_bias(digits_run: Path) -> None:
     plain = must("evaluate", "--from", digits_run, "--phase", "stage2", "--json").json
     flags = ("--phase", "stage2", "--set", "evaluation.tau_norm=0.5", "--json")
     normed = must("evaluate", "--from", digits_run, *flags).json
@@ -73,7 +73,7 @@ def test_tau_norm_after_training_scales_the_logits(digits_run: Path) -> None:
     head = weights(digits_run, "stage2")
     logits = [logits_of(found) for found in (plain, normed)]
     norms = head["head.weight"].norm(dim=1)
-    expected = (logits[0] - head["head.bias"]) / norms.sqrt() + head["head.bias"]
+    expected = (logits[0] - head["head.bias"]) / norms.sqrt()
     torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=1e-4)
 
 
