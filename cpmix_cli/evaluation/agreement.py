@@ -72,7 +72,7 @@ def learn_expert_weights(views: Views, chosen: Tensor, num_experts: int, recipe:
             (-F.cosine_similarity(first, second).mean()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             call += 1
-        if free.softmax(0).min() < _LEAST_WEIGHT:
+        if free.detach().softmax(0).round(decimals=2).min() < _LEAST_WEIGHT:  # rounded, as its code has it
             break
     return free.detach().softmax(0)
 
