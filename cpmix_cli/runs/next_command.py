@@ -159,6 +159,8 @@ def _to_continue(folder: PhaseFolder, recipe: Recipe) -> str:
     words = training_words(folder, begun, origin, has_stage2=recipe.stage2 is not None)
     if not again or (origin is not None and origin.done and _keeps_recipe(folder, origin)):
         words += ["--recipe", str(folder.path / RECIPE)]
+        if again and origin is not None and (seed := origin.recipe().seed) != folder.recipe().seed:
+            words += ["--seed", str(seed)]
     return console.typed(*words, *(["--overwrite"] if again else []))
 
 

@@ -103,8 +103,14 @@ def test_a_stale_phase_is_rerun_by_its_own_recipe(digits: Path, digits_run: Path
     follow(command)
     assert load(str(recipe)).tables()["stage2"]["terms"]["cp"]["partner"] == "random"
 
-    must(*again, "--epochs", 6, "--seed", 5)  # now neither recipe fits: refused, and no CP-Mix under this name
-    refused(3, "seed: 5 -> 0", *shlex.split(next_of(other))[2:])
+    must(*again, "--epochs", 6, "--seed", 5)
+    assert next_of(other) == f"{command.removesuffix(' --overwrite')} --seed 5 --overwrite"
+    follow(next_of(other))
+    trained = load(str(recipe)).tables()
+    assert (trained["seed"], trained["stage2"]["terms"]["cp"]["partner"]) == (5, "random")
+
+    must(*again, "--epochs", 6, "--set", "optimizer.lr=0.05")  # now neither recipe fits: no CP-Mix under this name
+    refused(3, "optimizer.lr: 0.05 -> 0.1", *shlex.split(next_of(other))[2:])
 
 
 def test_stage1_trained_again_makes_later_phases_stale(digits: Path, digits_run: Path) -> None:
