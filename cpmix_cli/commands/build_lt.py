@@ -108,16 +108,16 @@ def run(options: BuildOptions) -> None:
             with locks.hold(folder, wait=True) as lock:
                 # Another process may have built it while this one waited.
                 if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
-                    if kind == "tensors" or source.root is None:
-                        stored = storage.store_tensors(folder, splits, source.root, size)
-                    elif kind == "shards":
-                        stored = storage.store_shards(folder, lock, splits, source.root, seen, size, of_folder)
-                    else:
-                        if options.verify and not options.skip_unreadable:  # which has decoded all of them
-                            check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=of_folder)
-                        stored = storage.store_files(folder, splits, source.root, size, seen if of_folder else {})
-                    _write(folder, lock, name, request, source, splits, stored, options.layout)
-                    storage.clear(folder, open_dataset(folder))
+                    if kind == "files" and options.verify and not options.skip_unreadable and source.root:
+                        check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=of_folder)
+                    with storage.place_for(folder, splits, kind, size) as place:
+                        if kind == "tensors" or source.root is None:
+                            stored = storage.store_tensors(place, splits, source.root, size)
+                        elif kind == "shards":
+                            stored = storage.store_shards(place, lock, splits, source.root, seen, size, of_folder)
+                        else:
+                            stored = storage.store_files(place, splits, source.root, size, seen if of_folder else {})
+                        _write(place, lock, name, request, source, splits, stored, options.layout)
                     status = "built"
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
@@ -362,8 +362,6 @@ def _write(
         lines = [f"{on_a_line(path)}\t{reason}\n" for reason, paths in source.left_out.items() for path in paths]
         text = "".join(lines).encode(errors="surrogateescape")
         files[artifacts.LEFT_OUT] = artifacts.publish(folder / artifacts.LEFT_OUT, text)
-    else:
-        (folder / artifacts.LEFT_OUT).unlink(missing_ok=True)  # of the data set before
     scanned = {
         "times": source.times,
         "layout": None if layout == "auto" else layout,

@@ -25,7 +25,7 @@ from cpmix_cli.artifacts.seals import DAMAGED, parse_header
 from cpmix_cli.artifacts.tensors import sealed_metadata, tensor_bytes
 from cpmix_cli.flags import ImportOptions
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, counted, give_one_of, indented, shortened
+from cpmix_cli.runtime.errors import InputError, UnreadableError, UsageError, counted, give_one_of, indented, shortened
 from cpmix_cli.runtime.text import quoted
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher")
@@ -58,6 +58,8 @@ def run(options: ImportOptions) -> None:
         raise UsageError(f"{out} is the checkpoint itself", fix="choose another --out")
     try:
         data = files.read_bytes(options.file)
+    except UnreadableError:
+        raise
     except InputError as fault:
         fix = "correct the path, or fetch the file from where it was published"
         raise InputError(fault.message, fix=fix) from fault

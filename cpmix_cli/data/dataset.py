@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, model_validator
 
 from cpmix_cli.artifacts import records, tables
-from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, SEEN, is_there
+from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, SEEN, is_there, wait_for
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.splits import check_labels
@@ -260,6 +260,31 @@ class Dataset:
         table = tables.read_table(path, tables.HASHES_SCHEMA, self._sha(path))
         hashes = np.frombuffer(b"".join(table["sha256"]), dtype=np.uint8).reshape(-1, 32)
         return Shards(self.folder, split, hashes, self.shape, self.record.shard_images)
+
+    def check_in_place(self) -> None:
+        """Check that the folder still has this data set, which may be moved or built anew while a phase trains.
+
+        Raises:
+            InputError: it has not, or the folder of the image files is missing.
+        """
+        path = self.folder / DATASET
+        wait_for(path)
+        if not is_there(path):
+            raise InputError(
+                f"the data set {self.folder} was moved or deleted while it was in use",
+                fix="put it back, or give its new folder with --data FOLDER: then the same command goes on",
+            )
+        if records.read_record(path, DatasetRecord).fingerprint != self.fingerprint:
+            raise InputError(
+                f"the data set {self.folder} was built anew, from other images or flags, while it was in use",
+                fix="put the earlier one back, or give its folder with --data FOLDER: then the same command goes on; "
+                "or train anew with --overwrite",
+            )
+        if self.storage == "files" and self.data_root is not None and not self.data_root.is_dir():
+            raise InputError(
+                f"the folder {self.data_root} of the images of {self.folder} was moved or deleted while it was in use",
+                fix="put it back, or give its new place with --data-root FOLDER: then the same command goes on",
+            )
 
     def _sha(self, path: Path) -> str:
         if path.name not in self.record.files:

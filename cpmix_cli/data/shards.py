@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -19,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cpmix_cli.artifacts import locks, records
-from cpmix_cli.artifacts.files import digest, open_file, publishing, wait_for
+from cpmix_cli.artifacts.files import digest, is_there, open_file, publishing, read_fault, wait_for
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.decoding import SHOWN, in_threads, of_all, read_each, read_square
 from cpmix_cli.runtime import console, signals
-from cpmix_cli.runtime.errors import InputError, indented
+from cpmix_cli.runtime.errors import InputError, UnreadableError, indented
 from cpmix_cli.runtime.text import quoted
 
 SHARD_IMAGES = 2048
@@ -101,7 +100,7 @@ class Shards:
             while got := os.preadv(descriptor, [target[done:]], place * self._image_bytes + done):
                 done += got
         except OSError as fault:
-            raise InputError(f"cannot read {path}: {fault.strerror or fault}", path=path) from fault
+            raise read_fault(path, fault) from fault
         if done < len(target):
             raise InputError(f"{path}: image {index} of the {self.split} split is cut short", path=path)
         if not self._verified[index] and sha256(target).digest() != self.hashes[index].tobytes():
@@ -118,12 +117,20 @@ class Shards:
         return images
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that are missing or have the wrong size, without reading their content."""
+        """Return the numbers of the shards that are missing or have the wrong size, without reading their content.
+
+        Raises:
+            UnreadableError: the system does not tell, perhaps for a moment.
+        """
 
         def is_whole(number: int) -> bool:
-            with suppress(OSError):
-                return self.path(number).stat().st_size == len(self.images(number)) * self._image_bytes
-            return False
+            path = self.path(number)
+            try:
+                return is_there(path) and path.stat().st_size == len(self.images(number)) * self._image_bytes
+            except FileNotFoundError:  # a link that leads nowhere
+                return False
+            except OSError as fault:
+                raise read_fault(path, fault) from fault
 
         return [number for number in range(self.num_shards) if not is_whole(number)]
 
@@ -297,6 +304,8 @@ class Packing:
             images = self._shards.images(number)
             self.hashes[images] = np.frombuffer(bytes.fromhex(record.hashes), dtype=np.uint8).reshape(-1, 32)
             self._values += np.array(record.values)
+        except UnreadableError:
+            raise
         except (InputError, ValueError):
             return False
         signals.state_is_saved()

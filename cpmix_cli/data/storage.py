@@ -1,6 +1,8 @@
 """Storage of a data set's images: as one tensor per split, as shards, or in their original files; see Storage."""
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,14 @@ from cpmix_cli.artifacts.files import (
     check_place,
     digest,
     is_there,
+    make_folder,
+    replace_together,
     sha256,
+    staging,
 )
 from cpmix_cli.artifacts.tensors import publish_tensors
 from cpmix_cli.data import shards
-from cpmix_cli.data.dataset import SPLITS, Dataset
+from cpmix_cli.data.dataset import SPLITS, Dataset, Storage, open_dataset
 from cpmix_cli.data.decoding import (
     UnreadableImages,
     check_headers,
@@ -34,7 +39,11 @@ from cpmix_cli.data.decoding import (
     sizes_and_times,
 )
 from cpmix_cli.data.splits import Source, Split
+from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
+
+_PACKING = ".cpmix-packing"
+"""Folder of the shards that are to replace a finished data set."""
 
 
 def take(source: Source, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Split]:
@@ -114,7 +123,6 @@ def store_tensors(folder: Path, splits: Mapping[str, Split], root: Path | None, 
 
     loaded = dict(zip(splits, of_all(partial(load, split) for split in splits.values()), strict=True))
     check_place(folder, sum(loaded[name].nbytes + 64 * len(split.labels) for name, split in splits.items()))
-    (folder / DATASET).unlink(missing_ok=True)
     files: dict[str, str] = {}
     for name, split in splits.items():
         kind = "images" if loaded[name].dtype == np.uint8 else "points"
@@ -152,9 +160,6 @@ def store_shards(
         UnreadableImages: lists every file that is not an image.
         EnvironmentFault: a shard cannot be written.
     """
-    if is_there(folder / DATASET):  # a finished data set is replaced; its disk space is needed
-        (folder / DATASET).unlink()
-        clear(folder)
     packings = {
         name: shards.Packing(folder, name, root, split.paths, seen[name], size, upright, shards.SHARD_IMAGES)
         for name, split in splits.items()
@@ -193,7 +198,6 @@ def store_files(
     """
     check_headers(_files(root, splits.values()))
     hashes = {name: content_hashes(_files(root, [splits[name]])) for name in seen}
-    (folder / DATASET).unlink(missing_ok=True)
     digests = {name: {"paths": digest(split.paths)} for name, split in splits.items()}
     files: dict[str, str] = {}
     for name, (sizes, times) in ((name, rows.T) for name, rows in seen.items()):
@@ -203,27 +207,69 @@ def store_files(
     return Stored([size, size, 3], [], [], files, digests)
 
 
-_IMAGES = (
+_OF_SPLIT = (
     *("packing-{0}-*.json", "{0}-[0-9][0-9][0-9][0-9][0-9].shard"),
-    *(f"{{0}}-{HASHES}", f"{{0}}-{SEEN}", "{0}.safetensors"),
+    *(f"{{0}}-{HASHES}", f"{{0}}-{SEEN}", "{0}.safetensors", "{0}.parquet"),
 )
-OWN_FILES = (
-    *(DATASET, CLASS_COUNTS, LEFT_OUT),
-    *(f"{split}.parquet" for split in SPLITS),
-    *(name.format(split) for split in SPLITS for name in _IMAGES),
-)
+OWN_FILES = (DATASET, CLASS_COUNTS, LEFT_OUT, *(name.format(split) for split in SPLITS for name in _OF_SPLIT))
 """Names and patterns of all files that build-lt writes into or removes from a data set folder."""
 
 
+@contextmanager
+def place_for(folder: Path, splits: Mapping[str, Split], kind: Storage, size: int) -> Iterator[Path]:
+    """Yield the folder to write a data set to: `folder`, or, if it has a finished one, a folder in it.
+
+    At the end, the new files replace the finished data set, which can be used until then. Shards that do not fit on the
+    disk beside the old ones are written in place of them: the old data set is removed first. The shards of an
+    interrupted build stay, for the same command to go on from.
+
+    Args:
+        folder: folder of the data set; the caller holds its lock.
+        splits: split -> samples.
+        kind: storage of the images.
+        size: side of packed images in pixels.
+
+    Raises:
+        EnvironmentFault: a file cannot be written.
+    """
+    packing = folder / _PACKING
+    if not is_there(folder / DATASET):
+        yield folder
+    elif kind != "shards":
+        with staging(folder) as place:
+            yield place
+            _replace(folder, place)
+    else:
+        needed = sum(len(split.labels) for split in splits.values()) * 3 * size**2
+        packed = sum(path.stat().st_size for path in packing.glob("*.shard"))
+        if shutil.disk_usage(folder).free >= needed - packed:
+            make_folder(packing)
+            yield packing
+            _replace(folder, packing)
+        else:
+            console.note(f"{folder}: no room for {needed:,} bytes beside the old images, which are removed first")
+            (folder / DATASET).unlink()
+            clear(folder)
+            yield folder
+    shutil.rmtree(packing, ignore_errors=True)
+    clear(folder, open_dataset(folder))
+
+
+def _replace(folder: Path, place: Path) -> None:
+    """Move the files of a data set, without the records of its packing, to its folder."""
+    written = sorted(place.iterdir(), key=lambda path: (path.name == DATASET, path.name))
+    new = [(path, folder / path.name) for path in written if not path.name.startswith("packing-")]
+    replace_together(folder / DATASET, new)
+
+
 def clear(folder: Path, dataset: Dataset | None = None) -> None:
-    """Remove packing records and stored images from a folder, except the images of `dataset`."""
-    keep = set(dataset.record.files) if dataset is not None else set()
+    """Remove the files of a data set from a folder, except those of `dataset`, if it is given."""
+    keep = {DATASET, *dataset.record.files} if dataset is not None else set()
     if dataset is not None and dataset.storage == "shards":
         for split in dataset.splits:
             recorded = dataset.recorded_shards(split)
             keep |= {recorded.path(number).name for number in range(recorded.num_shards)}
-    for split in SPLITS:
-        for name in _IMAGES:
-            for path in folder.glob(name.format(split)):
-                if path.name not in keep:
-                    path.unlink(missing_ok=True)
+    for name in OWN_FILES:
+        for path in folder.glob(name):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, PhaseRecord, StateRecord
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UnreadableError, UsageError
 
 Status = Literal["absent", "interrupted", "running", "done", "stale"]
 _Begun = TypeVar("_Begun", bound=BegunRecord)
@@ -161,6 +161,8 @@ def find_dataset(run: Path, known: DatasetReference, given: Path | None, *, data
         try:
             found = open_dataset(place)
         except InputError as fault:
+            if isinstance(fault, UnreadableError) and place == places[-1]:  # perhaps for a moment
+                raise
             seen.append(fault.message)
             damaged = damaged or fault.path
             continue

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from cpmix_cli.runtime import console, ranks, signals
-from cpmix_cli.runtime.errors import Diverged, Interrupted
+from cpmix_cli.runtime.errors import Diverged, InputError, Interrupted, UnreadableError
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, own_stream, synchronize
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.live_view import LiveView
@@ -25,6 +25,7 @@ def fit(
     state: TrainingState,
     *,
     publish: Callable[[], None],
+    check_data: Callable[[], None] = lambda: None,
     checkpoint_every: int = 1,
     test_accuracy: Callable[[], float] | None = None,
     eval_every: int = 1,
@@ -38,6 +39,7 @@ def fit(
         data: training split.
         state: where training starts or resumes; changes in place.
         publish: writes `state` to disk. Called on the first rank only, and only if all values are finite.
+        check_data: raises InputError if the data set is not in its place any more. Called after each epoch.
         checkpoint_every: epochs between two checkpoints; the last epoch is always saved.
         test_accuracy: measures the accuracy on the test set, a fraction. It is only recorded and selects no model.
         eval_every: epochs between two calls of `test_accuracy`.
@@ -49,6 +51,8 @@ def fit(
     Raises:
         Diverged: a loss, a gradient or a weight is NaN or infinite; the last published state is kept.
         Interrupted: a signal asked to stop; the state is published.
+        InputError: `check_data` failed; the state is published. Or images cannot be read; the state after the last step
+            is published, if a step reads all of its images before it changes the state.
     """
     steps = plan.num_steps(len(data.labels))
     if state.step == steps:  # that epoch is complete
@@ -72,14 +76,22 @@ def fit(
                 progress.look = view.table
             while True:
                 started = time.perf_counter()
-                for _ in epoch_steps(plan, step, state, steps):
-                    progress.step((state.epoch - plan.first_epoch) * steps + state.step)
-                    # A signal to one rank stops all ranks after the same step.
-                    if signals.adopt(here.max_over_ranks(signals.number())) and state.step < steps:
-                        _check_finite(plan, state, steps)
+                try:
+                    for _ in epoch_steps(plan, step, state, steps):
+                        progress.step((state.epoch - plan.first_epoch) * steps + state.step)
+                        # A signal to one rank stops all ranks after the same step.
+                        if signals.adopt(here.max_over_ranks(signals.number())) and state.step < steps:
+                            _check_finite(plan, state, steps)
+                            state.sums["seconds"].add_(time.perf_counter() - started)
+                            _publish(publish, plan, state)
+                            raise _interrupted(plan, state)
+                except InputError:
+                    # Not at the start of an epoch, where confusion counts have decayed, and it was saved before.
+                    if here.size == 1 and plan.micro_batches == 1 and state.step > 0:
                         state.sums["seconds"].add_(time.perf_counter() - started)
                         _publish(publish, plan, state)
-                        raise _interrupted(plan, state)
+                        console.note(_saved(plan, state))
+                    raise
                 state.sums["seconds"].add_(time.perf_counter() - started)
                 row = metrics_row(plan, state, len(data.labels))
                 if view:
@@ -89,11 +101,16 @@ def fit(
                     state.model.train(plan.train_mode)
                 state.history.append(row)
                 progress.line(epoch_line(plan, row))
+                moved = _fault_of(check_data)
                 last, stop = state.epoch == plan.last_epoch, signals.adopt(here.max_over_ranks(signals.number()))
-                if last or stop or state.epoch % checkpoint_every == 0:
+                any_moved = here.max_over_ranks(int(moved is not None))
+                if last or stop or any_moved or state.epoch % checkpoint_every == 0:
                     _publish(publish, plan, state)
                 if stop:
                     raise _interrupted(plan, state)
+                if moved is not None:
+                    console.note(_saved(plan, state))
+                    raise moved
                 if last:
                     return step.capture_seconds
                 state.epoch, state.step = state.epoch + 1, 0
@@ -202,5 +219,20 @@ def _check_weights(plan: Plan, state: TrainingState) -> None:
         )
 
 
+def _fault_of(check_data: Callable[[], None]) -> InputError | None:
+    """Return the error of a check; None also if the data set cannot be looked at now, perhaps for a moment."""
+    try:
+        check_data()
+    except UnreadableError:
+        return None
+    except InputError as fault:
+        return fault
+    return None
+
+
 def _interrupted(plan: Plan, state: TrainingState) -> Interrupted:
-    return signals.interrupted(f"{plan.phase} is saved at epoch {state.epoch}, step {state.step}")
+    return signals.interrupted(_saved(plan, state))
+
+
+def _saved(plan: Plan, state: TrainingState) -> str:
+    return f"{plan.phase} is saved at epoch {state.epoch}, step {state.step}"

@@ -4,8 +4,8 @@ All three training commands use it. Each command file defines only its recipe, i
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +29,15 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
-from cpmix_cli.runtime.errors import Diverged, EnvironmentFault, InputError, UsageError, counted, indented
+from cpmix_cli.runtime.errors import (
+    Diverged,
+    EnvironmentFault,
+    InputError,
+    UnreadableError,
+    UsageError,
+    counted,
+    indented,
+)
 from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
@@ -409,6 +417,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         plan,
         loaded.data,
         state,
+        check_data=dataset.check_in_place,
         checkpoint_every=options.checkpoint_every,
         test_accuracy=test_accuracy,
         eval_every=options.eval_every,
@@ -496,16 +505,28 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
     )
 
 
-def _reading(dataset: Dataset, splits: Sequence[str]) -> AbstractContextManager[None]:
-    """Return the context in which images of these splits are read: one that cannot be read is named with all others."""
-    if dataset.storage != "files" or ranks.current().size > 1:  # other ranks would wait for this one to look
-        return nullcontext()
-    fix = (
-        "restore or repair these files; if they have moved, name their folder with --data-root; or build the data set "
-        "without them: the same build-lt command with --overwrite --skip-unreadable"
-    )
-    paths = [path for split in splits for path in dataset.paths(split)]
-    return all_unreadable_named(paths, upright=dataset.upright, fix=fix)
+@contextmanager
+def _reading(dataset: Dataset, splits: Sequence[str]) -> Iterator[None]:
+    """Context in which images of these splits are read: one that cannot be read is named with all others.
+
+    Raises:
+        InputError: the data set was moved meanwhile; or files of it cannot be read.
+    """
+    try:
+        yield
+    except UnreadableError:  # perhaps for a moment
+        raise
+    except InputError:
+        dataset.check_in_place()
+        if dataset.storage != "files" or ranks.current().size > 1:  # other ranks would wait for this one to look
+            raise
+        fix = (
+            "restore or repair these files; if they have moved, name their folder with --data-root; or build the data "
+            "set without them: the same build-lt command with --overwrite --skip-unreadable"
+        )
+        paths = [path for split in splits for path in dataset.paths(split)]
+        with all_unreadable_named(paths, upright=dataset.upright, fix=fix):
+            raise
 
 
 def _with_last_good_state(
