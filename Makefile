@@ -8,7 +8,7 @@ PARALLEL := -n auto --dist worksteal
 # FOLLOW=--follow-lines also does what each printed fix: and next: line says; make check sets it.
 FOLLOW ?=
 
-.PHONY: demo test slow lint check torture clean
+.PHONY: demo test slow lint check torture faults clean
 
 # The six commands on handwritten digits: data, training, tables, pictures.
 demo: $(READY)
@@ -33,6 +33,9 @@ check: lint test slow
 # Two hundred SIGKILLs in all phases, each followed by the same command: prints kills, resumes, differences.
 torture: $(READY)
 	$(BIN)/python tests/torture.py
+
+faults: $(READY)
+	$(BIN)/python tests/faults.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("cpmix needs Python 3.11 or newer: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'

@@ -9,13 +9,14 @@ command again must end in the bytes of an undisturbed run, and nothing else may 
 
 import argparse
 import errno
+import hashlib
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,28 +175,34 @@ def run(folder: Path, line: str, log: Path, fatal: int = 0) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), calls
 
 
-def begin(root: Path, log: Path) -> list[Case]:
-    """Run the pipeline in ROOT/base; returns the cases: each command on what it needs, and over its own output."""
+def begin(root: Path, log: Path, words: list[str]) -> list[Case]:
+    """Run the pipeline in ROOT/base, as far as it is needed.
+
+    Returns:
+        The cases with one of the words, or all: each command on what it needs, and over its own output.
+    """
     base = root / "base"
     for name, colour in (("dark", (20, 20, 60)), ("light", (220, 230, 200))):
         for number in range(4):
             write_image(base / "photos" / name / f"{number}.png", tuple(c + number for c in colour))
     write_image(base / "photo.png", size=(8, 8))
     torch.save({"layer.weight": torch.ones(3, 2)}, base / "weights.pth")
-    sha = __import__("hashlib").sha256((base / "weights.pth").read_bytes()).hexdigest()
+    sha = hashlib.sha256((base / "weights.pth").read_bytes()).hexdigest()
     lines = [line.format(sha=sha) for line in PIPELINE]
-    cases = []
+    cases: list[Case] = []
     for line in lines:
-        code, _ = run(base, line, log)
-        if code:
-            sys.exit(f"{line} failed undisturbed:\n{log.read_text()}")
         start = next(start for start in OUTPUTS if line.startswith(start))
         name = " ".join(word for word in start.split() if word not in ("--data-root", "photos"))
         cases.append(Case(name, line, OUTPUTS[start]))
         if "--append" not in line:
             flags = next((flags for start, flags in OVERWRITES.items() if line.startswith(start)), "--overwrite")
             cases.append(Case(f"{name} --overwrite", f"{line} {flags}", []))
-    return cases
+    chosen = [case for case in cases if not words or any(word in case.name for word in words)]
+    last = max(number for number, line in enumerate(lines) if any(case.line.startswith(line) for case in chosen))
+    for line in lines[: last + 1]:
+        if run(base, line, log)[0]:
+            sys.exit(f"{line} failed undisturbed:\n{log.read_text()}")
+    return [replace(case, remove=[name for name in case.remove if (base / name).exists()]) for case in chosen]
 
 
 def copy(root: Path, case: Case) -> Path:
@@ -270,9 +277,7 @@ def main() -> int:
         root = Path(place).resolve()
         (root / "base").mkdir()
         log = root / "log"
-        for number, case in enumerate(begin(root, log)):
-            if options.cases and not any(word in case.name for word in options.cases):
-                continue
+        for number, case in enumerate(begin(root, log, options.cases)):
             found = sweep(root, case, log, options.every, 1 + number % options.every)
             wrong += len(found.faults)
             total.tried, total.refused = total.tried + found.tried, total.refused + found.refused
