@@ -480,7 +480,9 @@ def change_head(model: Classifier, recipe: Finetune, num_classes: int, generator
         generator: source of random weights for a new head or routers.
     """
     if recipe.head == "reinit":
-        _initialise(model, model.head, generator)
+        device = next(model.head.parameters()).device
+        _initialise(model, model.head.cpu(), generator)  # a generator draws only where it is
+        model.head.to(device)
     elif recipe.head == "scale":
         model.replace_heads(ScaledHead)
     elif recipe.head == "routers":

@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from cpmix_cli.data.dataset import Dataset
@@ -49,14 +50,14 @@ BATCH = 80
 SMALL = ["model.name=resnet8", "data.normalisation=dataset", f"optimizer.batch_size={BATCH}"]
 
 
-def setup(name: str, phase: str, dataset: Dataset, *settings: str) -> "Setup":
+def setup(name: str, phase: str, dataset: Dataset, *settings: str, device: str = "cpu") -> "Setup":
     """A phase of a recipe, made small enough for `dataset`."""
     recipe = loading.load(name, settings=settings, epochs=EPOCHS, rho=dataset.record.rho)
     if recipe.finetune is not None:
         three = recipe.finetune.model_copy(update={"epochs": 3, "batch_size": BATCH})
         recipe = recipe.model_copy(update={"finetune": three})
     precision = "fp32" if recipe.model.precision == "auto" else recipe.model.precision
-    context = PhaseContext(recipe, dataset, torch.device("cpu"), precision, {})
+    context = PhaseContext(recipe, dataset, torch.device(device), precision, {})
     return Setup(context, phase, training_data(dataset, recipe, context.device))
 
 
@@ -81,7 +82,7 @@ class Setup:
             model = recipe.model.model_copy(update={"experts": 6})
             shape = recipe.data.input_shape(dataset.shape)
             teacher = build_model(model, dataset.num_classes, shape, torch.Generator().manual_seed(1))
-            plan = replace(plan, teacher=teacher.eval())
+            plan = replace(plan, teacher=teacher.to(self.context.device).eval())
         return plan, state
 
 
@@ -133,28 +134,35 @@ def results(state: TrainingState) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def recorded(made: list["EmulatedGraph"], steps: list[Step]) -> Iterator[None]:
-    """Steps are recorded on the CPU too, after one eager one; the graphs and the steps go into the lists."""
-    original = CudaGraphRunner.__init__
+def recorded(made: list["EmulatedGraph"], steps: list[Step], pools: list[object] | None = None) -> Iterator[None]:
+    """Steps are recorded on the CPU too, after one eager one; graphs, steps and memory pools go into the lists."""
+    original, pool_numbers = CudaGraphRunner.__init__, count(1)
 
     def init(self: CudaGraphRunner, function: Any, device: torch.device, *, record: bool = True) -> None:
         original(self, function, device, record=record)
-        self._record = record
-        steps.append(function.__self__)
+        self.records = record
+        if isinstance(step := getattr(function, "__self__", None), Step):
+            steps.append(step)
 
     def new_graph() -> EmulatedGraph:
         made.append(EmulatedGraph())
         return made[-1]
 
+    def graph(graph: EmulatedGraph, pool: object, stream: None) -> AbstractContextManager[None]:
+        if pools is not None:
+            pools.append(pool)
+        return graph.capture()
+
     with (
         mock.patch.object(CudaGraphRunner, "__init__", init),
-        mock.patch.multiple(cuda_graphs, _graph_memory=lambda: None, EAGER_STEPS=1),
+        mock.patch.object(cuda_graphs, "EAGER_STEPS", 1),
         mock.patch.multiple(
             torch.cuda,
             CUDAGraph=new_graph,
-            graph=lambda graph, pool, stream: graph.capture(),
+            graph=graph,
             synchronize=lambda: None,
             current_stream=lambda: None,
+            graph_pool_handle=lambda: next(pool_numbers),
         ),
     ):
         yield
@@ -201,10 +209,10 @@ WRITTEN = {"weights", "statistics", "momentum", "learning rates", "confusion cou
 def _around(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Any:
     original = getattr(owner, name)
 
-    def changed(*args: Any) -> Any:
+    def changed(*args: Any, **kwargs: Any) -> Any:
         if before:
             before(*args)
-        found = original(*args)
+        found = original(*args, **kwargs)
         if after:
             after(*args)
         return found
@@ -250,6 +258,21 @@ READING: dict[str, tuple[str, Callable[[Step, int], object]]] = {
     "a number sent": ("lift_fresh", lambda step, _: step._state.sums.values.add_(torch.tensor(0.0))),
 }
 """What makes the host wait at the end of a step, and the call that tells."""
+
+
+def failing(owner: Any, name: str, *, recording: int) -> AbstractContextManager[Any]:
+    """Recording number `recording`, from 1, fails after a method was called, as it does where CUDA forbids a call."""
+    tapes: list[Tape] = []
+
+    def fail(*_: object) -> None:
+        tape = _get_current_dispatch_mode()
+        if isinstance(tape, Tape):
+            if tape not in tapes:
+                tapes.append(tape)
+            if tapes.index(tape) == recording - 1:
+                raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    return _around(owner, name, after=fail)
 
 
 def at_its_end(what: Callable[[Step, int], object]) -> AbstractContextManager[Any]:
@@ -332,14 +355,16 @@ class EmulatedGraph:
 
             return method
 
-        with mock.patch.multiple(Tensor, **{name: counted(name) for name in METHODS}), tape:
-            yield
-        for key, (tensor, before, version) in tape.outside.items():
-            storage = tensor.untyped_storage()
-            # Batch norm's statistics change uncounted; a rate is written that may be the old one.
-            if tensor._version != version or not _bytes(storage).equal(_bytes(before)):
-                self.written.add(key)
-                storage.copy_(before)
+        try:
+            with mock.patch.multiple(Tensor, **{name: counted(name) for name in METHODS}), tape:
+                yield
+        finally:
+            for key, (tensor, before, version) in tape.outside.items():
+                storage = tensor.untyped_storage()
+                # Batch norm's statistics change uncounted; a rate is written that may be the old one.
+                if tensor._version != version or not _bytes(storage).equal(_bytes(before)):
+                    self.written.add(key)
+                    storage.copy_(before)
 
     @torch.no_grad()
     def replay(self) -> None:

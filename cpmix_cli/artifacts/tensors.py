@@ -13,20 +13,42 @@ from cpmix_cli.artifacts.seals import DAMAGED, content_digest, parse_header, sea
 from cpmix_cli.runtime.errors import InputError, counted, indented
 
 
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, contiguous on the CPU.
+
+    Those of a device are packed there and copied together, once per type: each copy would wait for the device.
+    """
+    found = {name: t.detach().contiguous() for name, t in tensors.items() if t.device.type == "cpu"}
+    there = {name: t.detach() for name, t in tensors.items() if t.device.type != "cpu"}
+    for dtype in {t.dtype for t in there.values()}:
+        own = {name: t for name, t in there.items() if t.dtype == dtype}
+        sizes = [t.numel() for t in own.values()]
+        try:
+            packed = torch.empty(sum(sizes), dtype=dtype, device=next(iter(own.values())).device)
+        except torch.OutOfMemoryError:
+            found |= {name: t.cpu().contiguous() for name, t in own.items()}
+            continue
+        for part, t in zip(torch.split(packed, sizes), own.values(), strict=True):
+            part.view(t.shape).copy_(t)
+        parts = zip(own.items(), torch.split(packed.cpu(), sizes), strict=True)
+        found |= {name: part.view(t.shape) for (name, t), part in parts}
+    return found
+
+
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
     """Return the bytes of a safetensors file, with `metadata` (a JSON value) under the single key "cpmix".
 
     There is only one key, because safetensors 0.8 writes several in random order and equal content must give equal
     bytes.
     """
-    plain = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    plain = dict(sorted(on_host(tensors).items()))
     text = {"cpmix": canonical_json(metadata)} if metadata is not None else None
     return safetensors.torch.save(plain, text)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256, as hex digits, of tensors with their names, types and shapes."""
-    plain = ((name, t.detach().cpu().contiguous()) for name, t in sorted(tensors.items()))
+    plain = sorted(on_host(tensors).items())
     return content_digest((name, str(t.dtype), t.shape, t.view(-1).view(torch.uint8).numpy().data) for name, t in plain)
 
 

@@ -110,7 +110,7 @@ class NetworkAlone(TimedLoop):
         wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
         self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
-        self._step = CudaGraphRunner(self._run, self.device, record=record)
+        self._step = CudaGraphRunner(self._run, self.device, record=record and plan.cuda_graphs)
 
     def _run(self, key: int) -> None:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
@@ -241,8 +241,8 @@ class ReferenceLoop(TimedLoop):
             worker_init_fn=_leave_signals,
         )
         cudnn = torch.backends.cudnn
-        own = cudnn.benchmark, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        cudnn.benchmark, cudnn.conv.fp32_precision = True, "tf32"  # type: ignore[attr-defined]
+        own = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = True, False, "tf32"  # type: ignore[attr-defined]
         try:
             with own_stream(self.device):
                 self._batches = iter(loader)
@@ -250,7 +250,7 @@ class ReferenceLoop(TimedLoop):
             return super().timed(num_steps)
         finally:
             self._batches = iter(())
-            cudnn.benchmark, cudnn.conv.fp32_precision = own  # type: ignore[attr-defined]
+            cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = own  # type: ignore[attr-defined]
 
     def take(self, num_steps: int) -> int:
         for _ in range(num_steps):

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 AHEAD_BYTES = 2**30
 """Largest memory of prefetched images, in bytes. The requested batch is not counted."""
+UPLOADS_IN_USE = 8
+"""Most batches whose memory on a GPU is kept until it has used them."""
 _AT_ONCE = 8
 """Images that a thread reads before it takes the next part from the queue, where urgent parts are first."""
 PATIENCE_SECONDS = 1.0
@@ -131,6 +133,7 @@ class StreamedBatches:
         self._maths = maths
         self._target = device
         self._ahead: dict[tuple[bytes, bytes | None], _PrefetchJob] = {}  # in the order of prefetch()
+        self._uploads = Uploads(device)
 
     def __del__(self) -> None:
         for job in self._ahead.values():
@@ -142,13 +145,13 @@ class StreamedBatches:
         Raises:
             InputError: an image is missing or damaged; the message names the first such image of the batch.
         """
-        images, all_of_them = self._read(indices, uniforms)
-        return images.batch(all_of_them, _sent(uniforms, self._target))
+        with self._uploads.sent(self._read(indices, uniforms), uniforms) as (images, on_device):
+            return self._maths.on(images).batch(self._all(images), on_device)
 
     def plain(self, indices: Tensor) -> Tensor:
         """Return test inputs: indices [B] -> float32 [B, channels, H, W]; raises as batch()."""
-        images, all_of_them = self._read(indices, None)
-        return images.plain(all_of_them)
+        with self._uploads.sent(self._read(indices, None)) as (images,):
+            return self._maths.on(images).plain(self._all(images))
 
     def prefetch(self, indices: Tensor, uniforms: Tensor | None) -> None:
         """Queue a batch for reading. Reading starts when the earlier prefetched batches leave room in AHEAD_BYTES."""
@@ -157,16 +160,19 @@ class StreamedBatches:
             self._ahead[key] = self._job(indices, uniforms)
             self._begin()
 
-    def _read(self, indices: Tensor, uniforms: Tensor | None) -> tuple["Resident", Tensor]:
-        """Return batches of the requested images only, on the device, and the indices 0 to B - 1."""
+    def _all(self, images: Tensor) -> Tensor:
+        """Return the indices 0 to B - 1 of B images, on the device."""
+        return torch.arange(len(images), device=self._target)
+
+    def _read(self, indices: Tensor, uniforms: Tensor | None) -> Tensor:
+        """Return the requested images uint8 [B, height, width, channels], on the CPU."""
         key = _key(indices, uniforms)
         while key in self._ahead and (first := next(iter(self._ahead))) != key:
             self._ahead.pop(first).dropped = True
         job = self._ahead.pop(key, None) or self._job(indices, uniforms)
         job.begin(urgent=True)
         self._begin()
-        images = _sent(job.wait(), self._target)
-        return self._maths.on(images), torch.arange(len(images), device=self._target)
+        return job.wait()
 
     def _job(self, indices: Tensor, uniforms: Tensor | None) -> "_PrefetchJob":
         return _PrefetchJob(self._reader, indices, uniforms, pinned=self._target.type == "cuda")
@@ -198,11 +204,51 @@ def read_in_order(reader: ImageReader, indices: Sequence[int], at_once: int = 64
         yield from job.wait().numpy()
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device without waiting for the copy."""
-    if device.type == "cpu":
-        return tensor
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+class Uploads:
+    """Copies of batches to a GPU on a stream of their own, so that they overlap with the steps before.
+
+    The memory of a batch is that stream's. A later copy may overwrite it when the device has used the batch: an event
+    says so, for which the stream waits. Nothing here makes the host wait.
+
+    Args:
+        device: device of the copies; for the CPU, nothing is copied.
+        cuda: torch.cuda, or what stands in for it.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._in_use: deque[tuple[list[Tensor], Any]] = deque()
+        self._device = device
+        self._cuda = cuda
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+
+    def __del__(self) -> None:
+        while self._in_use:
+            self._let_go()
+
+    @contextmanager
+    def sent(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+        """Give tensors of the CPU to the work inside, on the device; it uses them on the current stream."""
+        if self._stream is None:
+            yield tensors
+            return
+        while len(self._in_use) >= UPLOADS_IN_USE:
+            self._let_go()
+        with self._cuda.stream(self._stream):
+            found = [(t if t.is_pinned() else t.pin_memory()).to(self._device, non_blocking=True) for t in tensors]
+        current = self._cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        try:
+            yield found
+        finally:
+            used = self._cuda.Event()
+            used.record(current)
+            self._in_use.append((found, used))
+
+    def _let_go(self) -> None:
+        """Free the memory of the oldest batch for copies of this stream, which come after its last use."""
+        assert self._stream is not None
+        self._stream.wait_event(self._in_use[0][1])
+        self._in_use.popleft()
 
 
 def _key(indices: Tensor, uniforms: Tensor | None) -> tuple[bytes, bytes | None]:

@@ -116,6 +116,9 @@ class Model(Table):
     """Names of modules that no phase trains (layer1, layer4.0). Their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
     """Compute the statistics of batch norm over the images of all ranks, not of each rank separately."""
+    cuda_graphs: bool = True
+    """On a GPU, record a step once as a CUDA graph and replay it. False launches each kernel of each step. It changes
+    no result, so it can be changed at any time."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -127,7 +130,7 @@ class Model(Table):
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
         "experts": ("shared_stages", "expert_width", "expert_layout", "detached_experts")
     }
-    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "frozen", "sync_batchnorm")
+    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "frozen", "sync_batchnorm", "cuda_graphs")
 
 
 class ParameterGroup(Table):
@@ -413,8 +416,9 @@ class Recipe(Table):
         return self.model_dump(exclude_none=True)
 
     def tables_of(self, phase: str) -> dict[str, Any]:
-        """Return the tables that a phase depends on."""
+        """Return the tables that a phase depends on, without the key that changes no result."""
         tables = self.tables()
+        tables["model"].pop("cuda_graphs", None)
         return {name: tables[name] for name in PHASE_TABLES.get(phase, ("evaluation",)) if name in tables}
 
     def to_toml(self) -> str:

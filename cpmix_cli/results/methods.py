@@ -167,6 +167,7 @@ def _num_keys(value: Any) -> int:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     tables = recipe.tables()
     del tables["seed"], tables["model"]["precision"]
+    tables["model"].pop("cuda_graphs", None)
     return tables
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import joblib
 import torch
@@ -18,8 +19,8 @@ RESIDENT_SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}
 def use_device(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda", and set this process up for it.
 
-    The setup is the number of CPU threads and full float32 precision in convolutions. Each rank on a machine gets its
-    own GPU.
+    The setup is the number of CPU threads, and for convolutions on a GPU full float32 precision and cuDNN's
+    deterministic algorithms. Each rank on a machine gets its own GPU.
 
     Raises:
         EnvironmentFault: "cuda" is not available, or the machine has fewer GPUs than ranks.
@@ -32,6 +33,8 @@ def use_device(name: str) -> torch.device:
     torch.set_num_threads(num_threads(os.environ, here.local_size))
     # cuDNN's default rounds the factors of a float32 convolution to 10 bits (TF32).
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    # An algorithm chosen by timing, or one that adds in an order of chance, gives other bits after each start.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if name == "cpu" or here.size == 1:
         return torch.device(name)
     there = torch.cuda.device_count()
@@ -116,6 +119,16 @@ def free_memory(proc: Path, cgroup: Path) -> int:
             # The file cache counts as used, but the kernel frees it when memory is needed.
             free = min(free, room + _number_after(place / "memory.stat", files))
     return max(0, free)
+
+
+def cudnn_settings() -> dict[str, Any]:
+    """Return the version and the settings of cuDNN, which computes the convolutions on a GPU."""
+    cudnn = torch.backends.cudnn
+    return {
+        "version": cudnn.version(),  # type: ignore[no-untyped-call]
+        "benchmark": cudnn.benchmark,
+        "deterministic": cudnn.deterministic,
+    }
 
 
 def device_name(device: torch.device) -> str:

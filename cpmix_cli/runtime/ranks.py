@@ -30,6 +30,8 @@ LAST_WORD = timedelta(seconds=5)
 """Longest wait for the other ranks when a rank announces its end."""
 SURVEY_SECONDS = 10.0
 """Longest search for the rank that was lost."""
+NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Variable that says what torch does with a process after an error of NCCL."""
 ENDED = 1000
 """Smallest number on the channel that means that a rank ends. Smaller numbers are signals and answers."""
 
@@ -217,6 +219,16 @@ def together() -> Iterator[None]:
         _leave(abort=not done)
 
 
+def nccl_errors(environment: Mapping[str, str]) -> str:
+    """Return the value of NCCL_ERRORS: as it is set, else 0, so that torch does not end this process.
+
+    With torch's default, the process is aborted before it can report which rank was lost. torchrun sets 1 if the user
+    sets nothing, so its 1 counts as unset.
+    """
+    value = environment.get(NCCL_ERRORS, "0")
+    return "0" if value == "1" and "TORCHELASTIC_RUN_ID" in environment else value
+
+
 def _join(place: Ranks) -> Any:
     """Connect to the other ranks and return their shared store."""
     import torch
@@ -236,6 +248,7 @@ def _join(place: Ranks) -> Any:
         names = f"cpmix-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_num_joined}"
         store = dist.PrefixStore(names, shared)  # type: ignore[attr-defined]
         store.set_timeout(limit)
+        os.environ[NCCL_ERRORS] = nccl_errors(os.environ)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=WAIT)
         _channel = dist.new_group(backend="gloo", timeout=WAIT)

@@ -155,7 +155,7 @@ def epoch_steps(plan: Plan, step: Step, state: TrainingState, num_steps: int) ->
 
 
 def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
-    """Run one training step as a test: forward, backward, optimizer.
+    """Run one training step as a test: forward, backward, optimizer. On CUDA, also record the graphs of the steps.
 
     Args:
         plan: plan of the phase.
@@ -171,9 +171,12 @@ def first_step(plan: Plan, data: TrainingData, state: TrainingState) -> None:
     state.sums = EpochSums([term.name for term in plan.terms], data.labels.device)
     state.model.train(plan.train_mode)
     with own_stream(data.labels.device):
-        next(epoch_steps(plan, Step(plan, data, state), state, steps))
+        step = Step(plan, data, state)
+        next(epoch_steps(plan, step, state, steps))
         _check_finite(plan, state, steps, dict.fromkeys(state.sums.read(), 0.0))
         _check_weights(plan, state)
+        step.record()  # needs memory of its own
+        synchronize(data.labels.device)
 
 
 def _check_finite(

@@ -15,7 +15,7 @@ import torch
 
 from cpmix_cli.artifacts import files, locks, records, tables
 from cpmix_cli.artifacts.locks import Lock
-from cpmix_cli.artifacts.tensors import read_tensors, sealed_metadata
+from cpmix_cli.artifacts.tensors import on_host, read_tensors, sealed_metadata
 from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.decoding import all_unreadable_named
@@ -454,7 +454,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
 
     def publish_state() -> None:
         nonlocal overwrites
-        tensors = state.tensors()
+        tensors = on_host(state.tensors())
         metadata = {
             "format": records.FORMAT,
             "phase": folder.phase,
@@ -502,6 +502,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         training_seconds=round(seconds, 3),
         capture_seconds=round(capture_seconds, 3),
         gpu_hours=round(ranks.current().size * seconds / 3600, 4) if on_gpu else 0.0,
+        **({"cudnn": hardware.cudnn_settings()} if on_gpu else {}),
     )
 
 

@@ -51,6 +51,8 @@ class Plan:
     """Network for the terms with distillation, which learn from its mean logits; in eval mode, never trained."""
     precision: str = "fp32"
     """fp32 or bf16 (autocast)."""
+    cuda_graphs: bool = True
+    """False never records a step as a CUDA graph."""
 
     def num_steps(self, num_samples: int) -> int:
         """Return the steps per epoch over `num_samples` images; the last batch may be smaller."""
@@ -120,6 +122,7 @@ def make_plan(context: PhaseContext, phase: str) -> Plan:
         partners_ahead=recipe.confusion.refresh == "epoch",
         micro_batches=recipe.optimizer.micro_batches,
         precision=context.precision,
+        cuda_graphs=recipe.model.cuda_graphs,
     )
 
 
@@ -177,7 +180,9 @@ def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.opt
         for (factor, decay), p in groups.items()
     ]
     if recipe.kind == "adam":
-        return torch.optim.Adam(parameters, fused=fused, capturable=fused)
+        adam = torch.optim.Adam(parameters, fused=fused, capturable=fused)
+        adam._warned_capturable_if_run_uncaptured = True  # steps before a recording are eager
+        return adam
     return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
 
 

@@ -80,7 +80,11 @@ class TrainingState:
 
     def not_finite(self) -> str:
         """Return the names of the first few tensors with a value that is not finite; "" if there are none."""
-        return shortened([name for name, t in self._finite_tensors().items() if not t.isfinite().all()], 5)
+        tensors = {name: t for name, t in self._finite_tensors().items() if t.is_floating_point() and t.numel()}
+        largest = torch.nn.utils.get_total_norm(tensors.values(), math.inf)  # one read of the device
+        if largest.isfinite():
+            return ""
+        return shortened([name for name, t in tensors.items() if not t.isfinite().all()], 5)
 
     def _finite_tensors(self) -> dict[str, Tensor]:
         """Return all tensors except the history, whose nulls are NaN."""

@@ -17,7 +17,7 @@ from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime import ranks
 from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
-from cpmix_cli.training.cuda_graphs import CudaGraphRunner
+from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, StepsInFlight
 from cpmix_cli.training.inputs import EpochInputs, Inputs, TrainingData, fetch
 from cpmix_cli.training.objective import Output, TermBatch
 from cpmix_cli.training.plan import Plan
@@ -68,8 +68,9 @@ class Step:
             network = DistributedDataParallel(self._network, own_device)
             self._network, self._no_sync = network, network.no_sync
         matches = any(term.recipe.match is not None for term in plan.terms)
-        record = data.batches.resident and self._ranks.size == 1 and not matches
+        record = plan.cuda_graphs and data.batches.resident and self._ranks.size == 1 and not matches
         self._take = CudaGraphRunner(self._run, self._device, record=record)
+        self._in_flight = StepsInFlight(self._device)
 
     def begin_epoch(self, epoch: int) -> None:
         """Draw the inputs of an epoch and copy them to the device."""
@@ -80,6 +81,14 @@ class Step:
         """Run step `number` of the epoch, counted from 0."""
         self.inputs.select(number)
         self._take(self._plan.size(number, len(self._data.labels)))
+        self._in_flight.launched()
+
+    def record(self) -> None:
+        """Run steps until the CUDA graphs of all batch sizes are recorded; without graphs, do nothing."""
+        numbers = {0, self._plan.num_steps(len(self._data.labels)) - 1}  # a full batch, and the last one
+        for number in sorted(numbers) if self._take.records else ():
+            for _ in range(EAGER_STEPS + 1):
+                self(number)
 
     @property
     def capture_seconds(self) -> float:

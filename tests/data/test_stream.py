@@ -5,15 +5,20 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import contents, fix_of, flip, forget_signals, must, picture, process, refused, run_commands, setting
 from numpy.typing import NDArray
 from PIL import Image
+from simulated_cuda import simulated_cuda
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
@@ -21,7 +26,7 @@ from cpmix_cli.bench.measure import Memory
 from cpmix_cli.data import augment, stream
 from cpmix_cli.data.batches import CropBatches, ImageBatches, open_batches, pictures
 from cpmix_cli.data.dataset import open_dataset
-from cpmix_cli.data.stream import FileReader, StreamedBatches
+from cpmix_cli.data.stream import UPLOADS_IN_USE, FileReader, StreamedBatches, Uploads
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime import hardware
 from cpmix_cli.runtime.errors import InputError
@@ -301,6 +306,113 @@ def test_streamed_training_equals_resident_training(
     monkeypatch.setitem(hardware.RESIDENT_SHARE, "cpu", 0.0)
     run_all(tree / "shards", tmp_path / "read", *setting(*settings))
     assert contents(tmp_path / "kept") == contents(tmp_path / "read")
+
+
+@pytest.mark.slow
+def test_streamed_training_on_a_device_gives_the_numbers_of_the_cpu(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in hardware.RESIDENT_SHARE:
+        monkeypatch.setitem(hardware.RESIDENT_SHARE, kind, 0.0)
+    flags = setting("confusion.refresh=epoch", "optimizer.micro_batches=2", "model.precision=fp32")
+    run_all(tree / "shards", tmp_path / "cpu", *flags)
+    with simulated_cuda() as device:
+        run_all(tree / "shards", tmp_path / "cuda", *flags)
+    assert device.crossings["to"] > 100
+    losses = [pd.read_parquet(tmp_path / name / "stage2" / "metrics.parquet")["loss"] for name in ("cpu", "cuda")]
+    assert losses[1].tolist() == pytest.approx(losses[0].tolist(), rel=0.02)
+
+
+class Cuda:
+    """In place of torch.cuda: streams that keep what they do, in one list in the order of the host's calls."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.now, self.events = "compute", 0
+
+    def Stream(self, device: torch.device) -> "Lane":
+        return Lane(self, "uploads")
+
+    def Event(self) -> "Mark":
+        self.events += 1
+        return Mark(self, self.events - 1)
+
+    def current_stream(self, device: torch.device) -> "Lane":
+        return Lane(self, self.now)
+
+    @contextmanager
+    def stream(self, lane: "Lane") -> Iterator[None]:
+        before, self.now = self.now, lane.name
+        yield
+        self.now = before
+
+
+@dataclass
+class Lane:
+    """A stream."""
+
+    cuda: Cuda
+    name: str
+
+    def wait_stream(self, other: "Lane") -> None:
+        self.cuda.did.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: "Mark") -> None:
+        self.cuda.did.append(f"{self.name} waits for use {event.number}")
+
+
+@dataclass
+class Mark:
+    """An event."""
+
+    cuda: Cuda
+    number: int
+
+    def record(self, lane: Lane) -> None:
+        self.cuda.did.append(f"{lane.name} has done use {self.number}")
+
+
+def test_uploads_have_a_stream_of_their_own_and_overwrite_no_batch_in_use() -> None:
+    cuda = Cuda()
+    alive: list[weakref.ref[torch.Tensor]] = []
+    with simulated_cuda():
+        uploads = Uploads(torch.device("cuda"), cuda)
+        for number in range(UPLOADS_IN_USE + 2):
+            images, uniforms = torch.full((2, 3), number), torch.rand(2)
+            cuda.did.append(f"batch {number}, {sum(ref() is not None for ref in alive)} kept")
+            with uploads.sent(images, uniforms) as (sent, also):
+                assert sent.device.type == also.device.type == "cuda" and sent.tolist() == images.tolist()
+                cuda.did.append(f"{cuda.now} uses {number}")
+            alive.append(weakref.ref(sent))
+            del sent, also
+        assert cuda.did[:4] == [
+            "batch 0, 0 kept",
+            "compute waits for uploads",
+            "compute uses 0",
+            "compute has done use 0",
+        ]
+        assert cuda.did[-10:] == [
+            f"batch {UPLOADS_IN_USE}, {UPLOADS_IN_USE} kept",
+            "uploads waits for use 0",
+            "compute waits for uploads",
+            f"compute uses {UPLOADS_IN_USE}",
+            f"compute has done use {UPLOADS_IN_USE}",
+            f"batch {UPLOADS_IN_USE + 1}, {UPLOADS_IN_USE} kept",
+            "uploads waits for use 1",
+            "compute waits for uploads",
+            f"compute uses {UPLOADS_IN_USE + 1}",
+            f"compute has done use {UPLOADS_IN_USE + 1}",
+        ]
+        cuda.did.clear()
+        del uploads
+        assert cuda.did == [f"uploads waits for use {n}" for n in range(2, UPLOADS_IN_USE + 2)]
+        assert not any(ref() is not None for ref in alive)
+
+
+def test_uploads_to_the_cpu_copy_nothing() -> None:
+    images = torch.ones(3)
+    with Uploads(CPU).sent(images) as (sent,):
+        assert sent is images
 
 
 @pytest.mark.slow

@@ -40,9 +40,12 @@ def test_requested_precision_is_kept() -> None:
 
 
 def test_the_best_device_is_chosen_and_float32_is_not_rounded_to_tf32() -> None:
+    """And cuDNN chooses the same algorithms at each start, whatever was set before."""
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     assert use_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
 
 
 def test_number_of_readers_ignores_omp_num_threads() -> None:

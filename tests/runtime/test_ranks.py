@@ -20,7 +20,7 @@ from cpmix_cli.artifacts import records, tensors
 from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
 from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
-from cpmix_cli.runtime.ranks import Ranks, find, rendezvous_address
+from cpmix_cli.runtime.ranks import NCCL_ERRORS, Ranks, find, nccl_errors, rendezvous_address
 from cpmix_cli.training.batch_slices import BatchSlice
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
@@ -69,6 +69,23 @@ def test_variables_that_make_no_sense_are_refused(changes: Mapping[str, str]) ->
 )
 def test_environment_gives_the_rendezvous_address(environment: Mapping[str, str], expected: tuple[str, int]) -> None:
     assert rendezvous_address(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "0"),
+        ({NCCL_ERRORS: "3"}, "3"),
+        ({NCCL_ERRORS: "1"}, "1"),
+        ({NCCL_ERRORS: "1", "TORCHELASTIC_RUN_ID": "7"}, "0"),  # torchrun's own
+        ({NCCL_ERRORS: "2", "TORCHELASTIC_RUN_ID": "7"}, "2"),
+    ],
+)
+def test_torch_leaves_a_process_alone_after_an_error_of_nccl_unless_told(
+    environment: Mapping[str, str], expected: str
+) -> None:
+    """So that cpmix's own message comes first."""
+    assert nccl_errors(environment) == expected
 
 
 @pytest.mark.parametrize(("size", "count"), [(12, 3), (10, 4), (5, 4), (3, 4), (1, 4), (7, 1)])

@@ -1,13 +1,20 @@
 """The step as a CUDA graph, without a GPU: replays are the eager steps, none waits, all that it touches is known."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import emulated_graph as emulated
 import pytest
 import torch
 from helpers import must
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cpmix_cli.data.dataset import Dataset, open_dataset
+from cpmix_cli.models import Classifier
+from cpmix_cli.runtime import console
+from cpmix_cli.training.cuda_graphs import CudaGraphRunner
+from cpmix_cli.training.state import EpochSums
 
 METHODS = emulated.distinct_setups("cifar100-lt")
 BOTH_GRAPHS = [5, 2]
@@ -116,6 +123,74 @@ def test_a_distilled_step_reads_its_teacher_but_never_writes_it(few_digits: Data
         emulated.setup("cifar100-lt/ride-distilled", "stage1", few_digits, *emulated.SMALL), emulate=True
     )
     assert "teacher" in found.read - found.written
+
+
+# -- recordings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recording", [1, 2], ids=["of a full batch", "of the last batch"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Classifier, "expert_logits"), (torch.optim.SGD, "step"), (EpochSums, "add")],
+    ids=["in the forward pass", "after the update", "at its end"],
+)
+def test_a_recording_that_fails_changes_no_bit(
+    owner: type, name: str, recording: int, cpmix: emulated.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning says so, and all further steps run eagerly."""
+    notes: list[str] = []
+    monkeypatch.setattr(console, "warn", notes.append)
+    eager = emulated.train(cpmix, emulate=False)
+    failed = emulated.train(cpmix, emulate=True, fault=emulated.failing(owner, name, recording=recording))
+    assert not failed.differs_from(eager)
+    assert failed.num_replays == ([0] if recording == 1 else [3, 0])
+    assert notes == [
+        "the step cannot be recorded as a CUDA graph (operation not permitted when stream is capturing), so it runs "
+        "without one, which is slower; to record none: --set model.cuda_graphs=false"
+    ]
+
+
+def test_a_key_turns_graphs_off_and_changes_neither_bits_nor_hashes(cpmix: emulated.Setup, few_digits: Dataset) -> None:
+    off = emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL, "model.cuda_graphs=false")
+    found = emulated.train(off, emulate=True)
+    assert found.num_replays == []
+    assert not found.differs_from(emulated.train(cpmix, emulate=True))
+    recipes = [whole.context.recipe for whole in (cpmix, off)]
+    assert recipes[0].tables_of("stage2") == recipes[1].tables_of("stage2")
+    assert ["cuda_graphs" in recipe.to_toml() for recipe in recipes] == [False, True]
+
+
+def test_garbage_is_collected_before_a_recording_and_not_during_it() -> None:
+    """A graph that is destroyed while another records makes it fail; graphs in garbage wait for the collector."""
+    dead: list[int] = []
+    recording: list[tuple[bool, list[int]]] = []
+
+    def function(key: int) -> None:
+        if isinstance(_get_current_dispatch_mode(), emulated.Tape):
+            recording.append((gc.isenabled(), list(dead)))
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    with emulated.recorded([], []):
+        runner = CudaGraphRunner(function, torch.device("cuda"))
+        runner(1)
+        weakref.finalize(Cycle(), dead.append, 1)
+        assert not dead
+        runner(1)
+    assert recording == [(False, [1])]
+    assert gc.isenabled()
+
+
+def test_each_set_of_graphs_has_a_memory_pool_of_its_own() -> None:
+    pools: list[object] = []
+    with emulated.recorded([], [], pools):
+        for _ in range(2):
+            runner = CudaGraphRunner(lambda key: None, torch.device("cuda"))
+            for key in (1, 2, 1, 2, 1, 2):
+                runner(key)
+    assert pools == [1, 1, 2, 2]
 
 
 # -- faults that were put in on purpose --------------------------------------------------------------------------------
