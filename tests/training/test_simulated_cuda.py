@@ -54,10 +54,21 @@ def first_epoch(recipe: str, phase: str, dataset: Dataset, *settings: str, devic
         return state.sums.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "phase"), METHODS.values(), ids=list(METHODS))
 def test_steps_of_all_methods_stay_on_the_device(recipe: str, phase: str, few_digits: Dataset) -> None:
     on_cpu, on_device = (first_epoch(recipe, phase, few_digits, device=device) for device in ("cpu", "cuda"))
     assert on_device == pytest.approx(on_cpu, rel=1e-3)
+
+
+def test_a_new_head_is_drawn_for_a_network_on_the_device(few_digits: Dataset) -> None:
+    """The numbers are the CPU's."""
+    heads = []
+    for device in ("cpu", "cuda"):
+        with simulated_cuda() if device == "cuda" else contextlib.nullcontext():
+            whole = emulated.setup("cifar100-lt/crt", "finetune", few_digits, *emulated.SMALL, device=device)
+            heads.append({name: t.cpu() for name, t in whole.begin()[1].model.head.state_dict().items()})
+    assert all(heads[0][name].equal(heads[1][name]) for name in ("weight", "bias"))
 
 
 SMALL = setting("model.name=resnet8", "data.normalisation=dataset", "optimizer.batch_size=100")
