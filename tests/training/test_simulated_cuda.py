@@ -20,7 +20,7 @@ from simulated_cuda import CUDA, simulated_cuda
 
 from cpmix_cli.artifacts.tensors import on_host, tensor_bytes, tensors_digest
 from cpmix_cli.data.dataset import Dataset, open_dataset
-from cpmix_cli.runtime import ranks, signals
+from cpmix_cli.runtime import ranks
 from cpmix_cli.training import cuda_graphs
 from cpmix_cli.training.cuda_graphs import STEPS_IN_FLIGHT, CudaGraphRunner, StepsInFlight
 from cpmix_cli.training.state import EpochSums
@@ -111,9 +111,15 @@ def test_a_run_on_the_device_resumes_to_the_same_end_and_records_cudnn(
     flags = ("--data", digits, "--epochs", 3, *setting("model.cuda_graphs=false"))
     with simulated_cuda():
         must("train-stage1", *flags, "--out", tmp_path / "whole")
-        ends = iter([False, False, True] + 100 * [False])  # after the third step
+        real = Step.__call__
+
+        def stopping(step: Step, number: int) -> None:
+            real(step, number)
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+
         with monkeypatch.context() as patched:
-            patched.setattr(signals, "number", lambda: int(next(ends)) * signal.SIGTERM)
+            patched.setattr(Step, "__call__", stopping)
             refused(
                 75, "SIGTERM received; stage1 is saved at epoch 1, step 3", "train-stage1", *flags, "--out", tmp_path
             )
