@@ -1,68 +1,20 @@
-"""What one step computes, and on a GPU the graph made of it; without one see test_cuda_graphs.py."""
+"""What one step computes; the graph made of it on a GPU: test_gpu.py and, without one, test_cuda_graphs.py."""
 
 import copy
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    COUNTS,
-    CP,
-    ERM,
-    IMAGES,
-    LABELS,
-    MIX,
-    data,
-    draw_epoch,
-    fresh,
-    must,
-    never,
-    plan_of,
-    sums_of,
-    terms_of,
-)
+from helpers import COUNTS, CP, ERM, LABELS, MIX, data, draw_epoch, fresh, never, plan_of, sums_of, terms_of
 from torch import Tensor
 
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.recipe.loading import load
-from cpmix_cli.recipe.schema import Data, Optimizer
 from cpmix_cli.runtime.errors import UsageError
-from cpmix_cli.training.cuda_graphs import own_stream
-from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.loop import fit
 from cpmix_cli.training.objective import Output, TermBatch, compile_stage
-from cpmix_cli.training.plan import make_optimizer
-from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
-
-TERMS = {
-    "stage 1": {"erm": ERM},
-    "stage 2": {"erm": ERM, "cp": CP, "mix": MIX},
-    "other partners": {
-        "uniform": {**CP, "partner": "class-uniform"},
-        "random": {**CP, "partner": "random", "per_sample": True},
-        "fixed": {**CP, "partner": "fixed", "pairs": [[0, 1], [2, 3]]},
-    },
-}
-
-
-def started(terms: Any, *, joint: bool = True, adam: bool = False, device: str = "cpu") -> tuple[Step, TrainingState]:
-    """A step at the beginning of epoch 1, on 24 images in batches of 10."""
-    state = fresh()
-    state.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kind: Any = "adam" if adam else "sgd"
-    state.optimizer = make_optimizer(state.model, Optimizer(kind=kind, lr=0.01))
-    for group in state.optimizer.param_groups:
-        group["fused"] = True  # as on a GPU, also where this runs on the CPU
-    state.confusion = state.confusion.to(device)
-    plan = plan_of(terms, 100, batch=10, joint=joint)
-    state.sums = sums_of(plan, device)
-    batches = ImageBatches(IMAGES.to(device), Data(augment="crop", padding=1), [0.5], [0.25])
-    step = Step(plan, TrainingData(batches, LABELS.to(device), torch.tensor(COUNTS, device=device)), state)
-    step.begin_epoch(1)
-    return step, state
 
 
 def test_partners_drawn_ahead_use_the_counts_at_the_start_of_the_epoch() -> None:
@@ -94,7 +46,11 @@ def test_partners_drawn_ahead_use_the_counts_at_the_start_of_the_epoch() -> None
 def test_the_last_step_of_an_epoch_has_the_remaining_images() -> None:
     """24 images in batches of 10: the loss of the third step is the mean over the last 4, each seen once an epoch."""
     terms = terms_of(erm=ERM)
-    step, state = started(terms)
+    state = fresh()
+    plan = plan_of(terms, 100, batch=10)
+    state.sums = sums_of(plan)
+    step = Step(plan, data(), state)
+    step.begin_epoch(1)
     for number in range(2):
         step(number)
     model, before = copy.deepcopy(state.model), state.sums.read()
@@ -149,58 +105,6 @@ def test_crops_are_uniform_over_nine_by_nine_offsets_and_half_are_flipped() -> N
     expected = 12_800 / 81
     assert ((offsets - expected) ** 2 / expected).sum() < 137  # exceeded once in 10,000 sets of draws
     assert abs(flips - 6400) < 4 * math.sqrt(12_800 / 4)
-
-
-# -- on a GPU ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
-@pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
-@pytest.mark.parametrize("tables", TERMS.values(), ids=list(TERMS))
-def test_a_step_never_waits_for_the_gpu(tables: Any, joint: bool, adam: bool) -> None:
-    with own_stream(torch.device("cuda")):
-        step, _ = started(terms_of(**tables), joint=joint, adam=adam, device="cuda")
-        for epoch in range(1, 7):
-            step.begin_epoch(epoch)
-            for number in range(3):
-                recording = step.capture_seconds
-                torch.cuda.set_sync_debug_mode("error" if epoch < 2 or epoch > 4 else "default")
-                try:
-                    step(number)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                assert step.capture_seconds == recording or epoch in (2, 3, 4)
-    assert step.capture_seconds > 0
-
-
-@pytest.mark.gpu
-def test_replayed_steps_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epochs 5 to 8 from graphs, against the same ones taken eagerly; on the CPU in float32 as well."""
-    states = []
-    for device, eager in (("cuda", 3), ("cuda", 10**9), ("cpu", 3)):
-        monkeypatch.setattr("cpmix_cli.training.cuda_graphs.EAGER_STEPS", eager)
-        with own_stream(torch.device(device)):
-            step, state = started(terms_of(erm=ERM, cp=CP, mix=MIX), device=device)
-            for epoch in range(1, 9):
-                step.begin_epoch(epoch)
-                for number in range(3):
-                    step(number)
-        states.append({n: t.cpu() for n, t in state.tensors().items() if n != "history"})
-    replayed, eagerly, on_cpu = states
-    for name, tensor in replayed.items():
-        torch.testing.assert_close(tensor, eagerly[name], rtol=1e-3, atol=1e-4, msg=name)
-    assert float(replayed["sums"][0]) == pytest.approx(float(on_cpu["sums"][0]), rel=0.02)
-
-
-@pytest.mark.gpu
-def test_all_phases_run_on_the_gpu(digits: Any, tmp_path: Any) -> None:
-    run = tmp_path / "run"
-    cuda = ("--device", "cuda")
-    must("train-stage1", "--data", digits, "--out", run, "--epochs", 12, "--set", "model.precision=bf16", *cuda)
-    must("train-stage2", "--from", run, *cuda)
-    must("finetune", "--from", run, *cuda)
-    assert must("evaluate", "--from", run, *cuda, "--json").json["top1"] > 60
 
 
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
