@@ -242,8 +242,7 @@ def sweep(root: Path, case: Case, log: Path, every: int, first: int = 1) -> Outc
             outcome.refused += 1
             is_old = visible(digests(folder, log)) == before
             outcome.kept += is_old
-            has_begun = "train" in case.line or "finetune" in case.line
-            if case.overwrites and not is_old and not (has_begun and _has_new_state(folder, case, before, log)):
+            if case.overwrites and not is_old and not _has_new_state(root / "base", folder, case):
                 outcome.faults.append(f"{where}: the old output is gone\n{said}")
             again, _ = run(folder, case.line, log)
             if again:
@@ -258,11 +257,14 @@ def sweep(root: Path, case: Case, log: Path, every: int, first: int = 1) -> Outc
     return outcome
 
 
-def _has_new_state(folder: Path, case: Case, before: dict[str, str], log: Path) -> bool:
-    """Return whether a phase has a state of the new run and does not count as done."""
-    phase = {"train-stage1": "stage1", "train-stage2": "stage2", "finetune": "finetune"}[case.line.split()[0]]
-    state = f"run/{phase}/training_state.safetensors"
-    return f"run/{phase}/run.json" not in digests(folder, log) or not (folder / state).exists()
+def _has_new_state(base: Path, folder: Path, case: Case) -> bool:
+    """Return whether a phase is one that is not done and has a state of its own; False for other commands."""
+    phase = {"train-stage1": "stage1", "train-stage2": "stage2", "finetune": "finetune"}.get(case.line.split()[0])
+    states = [place / f"run/{phase}/training_state.safetensors" for place in (base, folder)]
+    if phase is None or (folder / f"run/{phase}/run.json").exists():
+        return False
+    old, new = (state.read_bytes() for state in states)  # their times differ
+    return old != new
 
 
 def main() -> int:
