@@ -8,7 +8,6 @@ modification time of the lock file, by the file system's clock.
 
 import errno
 import os
-import re
 import shutil
 import socket
 import threading
@@ -82,11 +81,14 @@ class Owner(Record):
         return _is_recent(silent_seconds)
 
     def _was_before_the_start_of(self, asking: "Owner") -> bool:
-        """Return whether this machine was started since. Two machines may have one name, and one machine many pids."""
+        """Return whether the machine of both was started since, by their boot ids.
+
+        Two machines may have one name: they differ in their ids, and their containers mostly in the namespace.
+        """
         if self.host != asking.host or (self.machine and asking.machine and self.machine != asking.machine):
             return False
-        boots = [re.fullmatch(r"([0-9a-f-]{36})pid:\[\d+\]", owner.kernel) for owner in (self, asking)]
-        return all(boots) and boots[0][1] != boots[1][1]  # type: ignore[index]
+        (boot, pids), (boot_, pids_) = (processes.split_kernel(owner.kernel) for owner in (self, asking))
+        return bool(boot and boot_) and boot != boot_ and pids == pids_
 
     def is_seen_by(self, asking: "Owner") -> bool:
         """Return whether the process of `asking` can see this one, or that it is gone."""

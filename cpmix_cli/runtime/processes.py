@@ -1,6 +1,7 @@
 """Processes of this machine: identified by pid and start time, because pids are reused."""
 
 import os
+import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -58,6 +59,12 @@ def kernel() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     return ""
+
+
+def split_kernel(name: str) -> tuple[str, str]:
+    """Return the boot id and the pid namespace of a kernel(); "" twice for any other text."""
+    found = re.fullmatch(r"([0-9a-f-]{36})(pid:\[\d+\])", name)
+    return (found[1], found[2]) if found else ("", "")
 
 
 @cache

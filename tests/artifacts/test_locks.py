@@ -58,7 +58,7 @@ def test_an_unused_lock_leaves_no_file(tmp_path: Path) -> None:
 
 
 DEAD = 2**22 - 1  # a pid beyond those in use
-BOOT, PIDS = processes.kernel()[:36], processes.kernel()[36:]
+BOOT, PIDS = processes.split_kernel(processes.kernel())
 EARLIER = "00000000-0000-4000-8000-000000000000"  # the boot id before a power cut
 
 
@@ -72,7 +72,8 @@ EARLIER = "00000000-0000-4000-8000-000000000000"  # the boot id before a power c
         ({"kernel": f"{BOOT}pid:[7]"}, 0, False),  # another container of this name: its processes are out of sight
         ({"kernel": f"{BOOT}pid:[7]"}, 301, True),
         ({"kernel": EARLIER + PIDS}, 0, True),  # before this machine was started
-        ({"kernel": f"{EARLIER}pid:[7]"}, 0, True),  # in a container of then
+        ({"kernel": f"{EARLIER}pid:[7]"}, 0, False),  # in a container, perhaps of another machine of this name
+        ({"kernel": f"{EARLIER}pid:[7]"}, 301, True),
         ({"kernel": EARLIER + PIDS, "machine": "another"}, 0, False),  # another machine of this name
         ({"kernel": EARLIER + PIDS, "machine": "another"}, 301, True),
         ({"host": "elsewhere", "kernel": EARLIER + PIDS}, 0, False),
