@@ -60,6 +60,7 @@ def _explained() -> Iterator[None]:
             from cpmix_cli.runs.repair import fix_of  # imported here: it imports pandas
 
             fault.fix = fix_of(fault)
+        ranks.speak_early(fault)
         console.error(fault)
         raise typer.Exit(fault.exit_code) from fault
     except BrokenPipeError:  # the reader of the pipe closed it (cpmix ... | head)
@@ -195,6 +196,8 @@ def _check_recipe(
 
     if options.recipe == "":  # an unset variable of a shell
         raise UsageError("--recipe is empty", fix="give a name that cpmix recipes lists, or drop the flag")
+    if ranks.find(os.environ).size > 1:  # the command checks it as well, where an error of one rank ends all
+        return
     if name is not None or options.settings or options.epochs is not None:
         check_request(name, options.settings, options.epochs, data=data, phases=phases)
 
@@ -270,7 +273,7 @@ def _add(name: str, kind: type) -> None:
         if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
             console.note(f"{name}: loading torch")
         command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
-        with ranks.together() if name in TRAINING else nullcontext():
+        with ranks.together(_common_flags(name, options)) if name in TRAINING else nullcontext():
             code = command.run(options)
         if code:
             raise typer.Exit(code)
@@ -281,6 +284,21 @@ def _add(name: str, kind: type) -> None:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     text, example = str(inspect.getdoc(kind)).split("\n\n")
     app.command(name, cls=_Command, help=text, epilog=example)(run)
+
+
+_BY_CONTENT = ("data", "data_root", "init", "teacher")
+"""Flags whose files are compared between ranks by their content; each machine may have its copy at another place."""
+
+
+def _common_flags(name: str, options: Any) -> dict[str, str]:
+    """Return the command and its given flags with their values, which must be the same at all ranks."""
+    found = {"command": name, "version": __version__}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value not in (field.default, []) and field.name not in _BY_CONTENT:
+            flag = {"settings": "--set", "from_folder": "--from"}.get(field.name, f"--{field.name.replace('_', '-')}")
+            found[flag] = " ".join(value) if isinstance(value, list) else "given" if value is True else str(value)
+    return found
 
 
 def _at_home(value: Any) -> Any:

@@ -43,8 +43,13 @@ def note(text: str) -> None:
     _note(printable(text))
 
 
-def _note(text: str) -> None:
-    if sys.stderr is not None and not _muted:
+def insist(text: str) -> None:
+    """Print one line as note() does, also if this process is muted: the one that should speak may be missing."""
+    _note(printable(text), always=True)
+
+
+def _note(text: str, *, always: bool = False) -> None:
+    if sys.stderr is not None and (always or not _muted):
         with suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
 

@@ -6,9 +6,12 @@ ends can thus inform the others at any point. No pickles are exchanged.
 """
 
 import gc
+import hashlib
+import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,13 +20,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cpmix_cli.runtime import console, processes, signals
-from cpmix_cli.runtime.errors import EXIT_BUG, EXIT_INTERRUPTED, CpmixError, EnvironmentFault
+from cpmix_cli.runtime.errors import EXIT_BUG, EXIT_INTERRUPTED, CpmixError, EnvironmentFault, UsageError, shortened
+from cpmix_cli.runtime.rendezvous import SILENT_SECONDS, TORCHRUN, alone, meet, rendezvous_address, telling, why
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-JOIN_SECONDS = 300.0
-"""Longest wait until all ranks have joined."""
 WAIT = timedelta(hours=1)
 """Longest wait for the slowest rank. It is long because the first rank also writes checkpoints."""
 LAST_WORD = timedelta(seconds=5)
@@ -98,6 +100,10 @@ class Ranks:
 
 
 _current = Ranks()
+_has_begun = False
+"""True from the moment when this process looks for the other ranks."""
+_waits_since: float | None = None
+"""Time since which this rank waits for the others on the channel; None if it does not."""
 _channel: Any = None
 _num_joined = 0
 _neighbours: dict[int, int] = {}
@@ -118,7 +124,7 @@ def find(environment: Mapping[str, str]) -> Ranks:
         EnvironmentFault: the variables are invalid or contradict each other.
     """
     try:
-        if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
+        if environment.keys() >= TORCHRUN:
             rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
             local_rank, local_size = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
             found = Ranks(rank, size, int(local_rank), int(local_size))
@@ -134,9 +140,16 @@ def find(environment: Mapping[str, str]) -> Ranks:
     except (ValueError, KeyError, IndexError) as fault:
         raise EnvironmentFault(
             f"the variables of torchrun or srun (RANK, WORLD_SIZE, SLURM_PROCID, ...) make no sense: {fault}",
-            fix="start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE",
+            fix=f"start the ranks with torchrun or srun; to train in one process: {alone()}",
         ) from fault
     return found
+
+
+def speak_early(fault: CpmixError) -> None:
+    """Let a later rank that ends before it joins the others print its error: the first rank may have none."""
+    if not _has_begun and is_later(os.environ):
+        fault.message = f"rank {find(os.environ).rank}: {fault.message}"
+        console.mute(False)
 
 
 def is_later(environment: Mapping[str, str]) -> bool:
@@ -157,42 +170,36 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Return host and port at which the ranks connect.
-
-    They are MASTER_ADDR and MASTER_PORT. By default, the host is the first node of the Slurm job step, and the port is
-    computed from the ids of job and step.
-    """
-    job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_LAUNCH_NODE_IPADDR", "localhost"))
-    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at a comma outside brackets
-    host = environment.get("MASTER_ADDR") or re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
-    return host, int(environment.get("MASTER_PORT", 20_000 + (7 * job + step) % 10_000))
-
-
 @contextmanager
-def together() -> Iterator[None]:
+def together(flags: Mapping[str, str]) -> Iterator[None]:
     """Connect to the other ranks for the duration of a context. An error at one rank ends all ranks.
 
     All ranks end with the same exit code, and one of them reports the error.
 
+    Args:
+        flags: command and flags of this rank, by name. A rank with others would wait for the rest without end.
+
     Raises:
+        UsageError: the ranks have different flags.
         CpmixError: the error raised inside, at the rank that reports it.
         EnvironmentFault: not all ranks joined, or a rank was lost.
         Left: another rank reports the error.
     """
-    global _current
+    global _current, _has_begun
     place = find(os.environ)
     if place.size == 1:
         yield
         return
+    _has_begun = True
     signals.twice_seconds = 1.0  # Slurm and torchrun may both forward the same SIGTERM
     store = _join(place)
     _current = place
     console.mute(not place.first)
-    done = False
+    done, ended = False, threading.Event()
+    threading.Thread(target=_watch, args=(ended,), daemon=True, name="cpmix-waits").start()
     try:
         try:
+            _refuse_other_flags(store, place, flags)
             yield
         except OSError as fault:  # may concern the file system of one machine only
             what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
@@ -215,6 +222,7 @@ def together() -> Iterator[None]:
             raise
         _end_without(store, place, fault)
     finally:
+        ended.set()
         _current = Ranks()
         _leave(abort=not done)
 
@@ -235,37 +243,53 @@ def _join(place: Ranks) -> Any:
     import torch.distributed as dist
 
     global _channel, _num_joined
+    _num_joined += 1
+    # Keys get a prefix per restart of torchrun and per command of this process, so that they cannot collide.
+    prefix = f"cpmix-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_num_joined}"
     host, port = rendezvous_address(os.environ)
-    try:
-        # Like torch's env://: under torchrun, its agent hosts the store. Keys get a prefix per restart of torchrun and
-        # per command of this process, so that they cannot collide.
-        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        limit = timedelta(seconds=JOIN_SECONDS)
-        shared = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, place.size, place.first and not kept, limit, multi_tenant=True
-        )
-        _num_joined += 1
-        names = f"cpmix-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{_num_joined}"
-        store = dist.PrefixStore(names, shared)  # type: ignore[attr-defined]
-        store.set_timeout(limit)
-        os.environ[NCCL_ERRORS] = nccl_errors(os.environ)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=WAIT)
-        _channel = dist.new_group(backend="gloo", timeout=WAIT)
-        store.set(f"process-{place.rank}", f"{socket.gethostname()} {os.getpid()}")
-        _neighbours.clear()
-        first = place.rank - place.local_rank
-        for rank in range(max(0, first), min(place.size, first + place.local_size)):
-            host, process = store.get(f"process-{rank}").decode().split()
-            if host == socket.gethostname():
-                _neighbours[rank] = int(process)
-    except RuntimeError as fault:
-        console.mute(False)  # print at each rank: the first rank may be the missing one
-        raise EnvironmentFault(
-            f"rank {place.rank} of {place.size} does not meet the others at {host}:{port}: {_first_line(fault)}",
-            fix="look why another rank did not start; or choose the place with MASTER_ADDR and MASTER_PORT",
-        ) from fault
+    with telling(f"rank {place.rank} of {place.size} waits for rank 0 at {host}:{port}") as silence:
+        try:
+            store = meet(host, port, place.rank, place.size, prefix, silence)
+            os.environ[NCCL_ERRORS] = nccl_errors(os.environ)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=WAIT)
+            _channel = dist.new_group(backend="gloo", timeout=WAIT)
+            store.set(f"process-{place.rank}", f"{socket.gethostname()} {os.getpid()}")
+            _neighbours.clear()
+            first = place.rank - place.local_rank
+            for rank in range(max(0, first), min(place.size, first + place.local_size)):
+                host_of, process = store.get(f"process-{rank}").decode().split()
+                if host_of == socket.gethostname():
+                    _neighbours[rank] = int(process)
+        except RuntimeError as fault:
+            console.mute(False)  # print at each rank: the first rank may be the missing one
+            raise EnvironmentFault(
+                f"rank {place.rank} of {place.size} does not meet the others at {host}:{port}: {_first_line(fault)} "
+                f"({why()})",
+                fix=f"to train in one process: {alone()}; else look why another rank did not start, or choose the "
+                "place with MASTER_ADDR and MASTER_PORT",
+            ) from fault
     return store
+
+
+def _refuse_other_flags(store: Any, place: Ranks, flags: Mapping[str, str]) -> None:
+    """Raise UsageError if the ranks have different flags, with the flags of the first that differs from rank 0."""
+    if _current.all_equal(hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()):
+        return
+    store.set(f"flags-{place.rank}", json.dumps(flags))
+    if not place.first:
+        _current.max_over_ranks(0)  # the first rank announces its end
+    for rank in range(1, place.size):
+        theirs = json.loads(store.get(f"flags-{rank}"))
+        if names := [name for name in {**flags, **theirs} if flags.get(name) != theirs.get(name)]:
+            told = [
+                f"{name}: {theirs.get(name, 'not given')} at rank {rank}, {flags.get(name, 'not given')} at rank 0"
+                for name in names
+            ]
+            raise UsageError(
+                f"the ranks were started with different flags: {shortened(told, 5, '; ')}",
+                fix=f"start all ranks with the same {shortened(names, 5)}",
+            )
 
 
 def _tell(number: int, limit: timedelta) -> int:
@@ -273,10 +297,27 @@ def _tell(number: int, limit: timedelta) -> int:
     import torch
     import torch.distributed as dist
 
+    global _waits_since
     told = torch.tensor([number])
-    work = dist.all_reduce(told, dist.ReduceOp.MAX, group=_channel, async_op=True)
-    work.wait(limit)
+    _waits_since = time.monotonic()
+    try:
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=_channel, async_op=True).wait(limit)
+    finally:
+        _waits_since = None
     return int(told)
+
+
+def _watch(ended: threading.Event) -> None:
+    """Say once per wait on the channel that the first rank waits for longer than SILENT_SECONDS."""
+    told = None
+    while not ended.wait(SILENT_SECONDS / 10):
+        since = _waits_since
+        if since not in (None, told) and time.monotonic() - since > SILENT_SECONDS:
+            told = since
+            console.note(
+                f"waits for another rank, which is slow or hangs ({why()}); if it does not come, stop all ranks, and "
+                "run the same command again"
+            )
 
 
 def _is_mine_to_say(store: Any, place: Ranks, code: int) -> bool:

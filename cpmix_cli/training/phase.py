@@ -204,13 +204,13 @@ def train(asked: PhaseRequest) -> None:
         Diverged, Interrupted: see loop.fit().
     """
     folder, here = asked.folder, ranks.current()
+    _refuse_unlike(files.digest(asked.made_from), "the recipe, the data set or the inputs that they read")
     if asked.source is not None and not asked.recipe.epochs_of(folder.phase):
         reason = f"the recipe has no {'stage 2' if folder.phase == 'stage2' else folder.phase}"
         fields = {"status": "skipped", "skipped": True, "reason": reason}
         console.result(fields, lines=[f"nothing to do: {reason}"])
         console.follow(next_command(asked.source.run, data=asked.options.data, data_root=asked.options.data_root))
         return
-    _refuse_unlike(files.digest(asked.made_from), "the recipe, the data set or the inputs that they read")
     found = _decide(asked)
     if found == "done":
         if here.first:
@@ -519,7 +519,7 @@ def _reading(dataset: Dataset, splits: Sequence[str]) -> Iterator[None]:
         raise
     except InputError:
         dataset.check_in_place()
-        if dataset.storage != "files" or ranks.current().size > 1:  # other ranks would wait for this one to look
+        if dataset.storage != "files":
             raise
         fix = (
             "restore or repair these files; if they have moved, name their folder with --data-root; or build the data "

@@ -8,19 +8,22 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from helpers import files, must
+from helpers import files, must, setting, write_photos
 
+from cpmix_cli import cli, flags
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts import records, tensors
 from cpmix_cli.artifacts.files import CONFUSION_PAIRS, METRICS, TRAINING_STATE
 from cpmix_cli.runtime import ranks
 from cpmix_cli.runtime.errors import EnvironmentFault
-from cpmix_cli.runtime.ranks import NCCL_ERRORS, Ranks, find, nccl_errors, rendezvous_address
+from cpmix_cli.runtime.ranks import NCCL_ERRORS, Ranks, find, nccl_errors
+from cpmix_cli.runtime.rendezvous import rendezvous_address
 from cpmix_cli.training.batch_slices import BatchSlice
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a"}
@@ -88,6 +91,12 @@ def test_torch_leaves_a_process_alone_after_an_error_of_nccl_unless_told(
     assert nccl_errors(environment) == expected
 
 
+@pytest.mark.parametrize("changes", [{"MASTER_PORT": "many"}, {"MASTER_PORT": "65536"}, {"SLURM_JOB_ID": "x"}])
+def test_a_place_that_makes_no_sense_is_refused(changes: Mapping[str, str]) -> None:
+    with pytest.raises(EnvironmentFault, match="make no sense"):
+        rendezvous_address(changes)
+
+
 @pytest.mark.parametrize(("size", "count"), [(12, 3), (10, 4), (5, 4), (3, 4), (1, 4), (7, 1)])
 def test_batch_slices_count_each_image_once_and_keep_the_mean(size: int, count: int) -> None:
     """Each image counts once, and the mean over the parts is that over the batch."""
@@ -120,7 +129,7 @@ import sys
 from cpmix_cli.runtime import signals
 signals.install()
 from cpmix_cli import cli
-from cpmix_cli.runtime import console, ranks
+from cpmix_cli.runtime import console, ranks, rendezvous
 import os
 console.set_up()
 if "SLOW_STATE" in os.environ:  # a state that takes a second to write
@@ -131,7 +140,8 @@ if "SLOW_STATE" in os.environ:  # a state that takes a second to write
         time.sleep(1.0 if path.name == "training_state.safetensors" else 0.0)
         return publish(path, data)
     files.publish = slowly
-ranks.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", 60))
+rendezvous.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", 60))
+ranks.SILENT_SECONDS = float(os.environ.get("SILENT_SECONDS", 10))
 for number, line in enumerate(sys.argv[1:]):
     console.mute(ranks.is_later(os.environ))
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # the server of the command before may still stand there
@@ -158,8 +168,9 @@ class Launched:
         srun: bool = False,
         extra: Mapping[str, str] | None = None,
         without: Sequence[int] = (),
+        only: Mapping[int, Sequence[object]] | None = None,
     ) -> None:
-        lines = ["|".join(map(str, command)) for command in commands]
+        """`only` has more words for the first command of single ranks."""
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -170,6 +181,8 @@ class Launched:
                 own = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": size, "SLURM_LOCALID": rank}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
             environment = os.environ | {name: str(value) for name, value in own.items()} | dict(extra or {})
+            lines = ["|".join(map(str, command)) for command in commands]
+            lines[0] = "|".join(map(str, (*commands[0], *(only or {}).get(rank, ()))))
             if rank not in without:
                 options = {"cwd": folders[rank] if folders else None, "env": environment, "text": True}
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -387,6 +400,145 @@ def test_a_missing_rank_is_reported_by_the_others(missing: int, digits: Path, tm
     assert codes == [4]
     assert f"error: rank {1 - missing} of 2 does not meet the others at 127.0.0.1:" in errs[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_compare_every_flag_of_training_but_paths_that_are_compared_by_content() -> None:
+    kinds = (flags.TrainStage1Options, flags.TrainStage2Options, flags.FinetuneOptions)
+    for name, kind in zip(cli.TRAINING, kinds, strict=True):
+        needed: dict[str, object] = {} if kind is flags.TrainStage1Options else {"from_folder": Path("run")}
+        plain = cli._common_flags(name, kind(**needed))
+        for field in fields(kind):
+            other: object = Path("other") if "folder" in field.name or field.name == "out" else "other"
+            changed = cli._common_flags(name, kind(**{**needed, field.name: other}))
+            assert (changed != plain) == (field.name not in ("data", "data_root", "init", "teacher")), field.name
+
+
+# Each changes which files a rank reads or writes, or how often the ranks wait for each other.
+UNLIKE = ["--checkpoint-every 2", "--eval-every 1", "--dry-run", "--overwrite", "--tracker tensorboard", "--seed 3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", UNLIKE)
+def test_ranks_with_different_flags_are_refused_by_the_flag(flag: str, digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 2)
+    codes, _, errs = Launched(2, words, only={1: flag.split()}).end()
+    name, value = (*flag.split(), "given")[:2]
+    assert codes == [2, 2], errs
+    assert errs[0].splitlines()[1:] == [
+        f"error: the ranks were started with different flags: {name}: {value} at rank 1, not given at rank 0",
+        "  needed by: train-stage1",
+        f"  fix: start all ranks with the same {name}",
+    ]
+    assert errs[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_whose_command_is_refused_before_it_joins_says_so(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
+    codes, _, errs = Launched(2, words, only={1: ["--epochs", "x"]}, extra={"JOIN_SECONDS": "2"}).end()
+    assert codes == [4, 2]
+    assert "rank 0 of 2 waits for rank 1 in vain, for 2 s (WORLD_SIZE is 2)" in errs[0]
+    assert errs[1].startswith("error: rank 1: --epochs x is not a valid integer\n")
+
+
+@pytest.mark.slow
+def test_ranks_that_know_other_numbers_of_ranks_are_refused(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
+    launched = Launched(1, words, extra={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    again = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "JOIN_SECONDS": "20"}
+    port = Path(f"/proc/{launched.processes[0].pid}/environ").read_bytes().partition(b"MASTER_PORT=")[2].split(b"\0")[0]
+    other = Launched(1, words, extra=again | {"MASTER_PORT": port.decode()})
+    codes, _, errs = launched.end()
+    other.end()
+    assert codes == [4]
+    assert "there are 2 ranks by its variables, 3 by those of rank 1 (WORLD_SIZE is 2)" in errs[0]
+
+
+ALONE = {
+    "a shell of srun --pty": {
+        "SLURM_JOB_ID": "5",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    },
+    "left variables of torchrun": {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"},
+    "a later rank": {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29732"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALONE)
+def test_a_rank_that_waits_in_vain_says_so_with_the_way_out(case: str, toy: Path, tmp_path: Path) -> None:
+    """After 10 seconds, not 300; and the command works as it is printed."""
+    environment = {**os.environ, **ALONE[case]}
+    words = ["train-stage1", "--data", str(toy), "--out", str(tmp_path / "a run"), "--epochs", "2"]
+    command = [sys.executable, "-m", "cpmix_cli", *words]
+    began = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        assert run.stderr is not None
+        waits = next(line for line in run.stderr if "waits" in line)
+        fix = run.stderr.readline()
+        assert time.monotonic() - began < 60
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=20) == 75  # while it waits, a signal is answered
+    variable = "SLURM_STEP_NUM_TASKS" if "srun" in case else "WORLD_SIZE"
+    assert waits.endswith(f", for at most 300 s: {variable} is 4\n")
+    who = (
+        "rank 3 of 4 waits for rank 0 at 127.0.0.1:29732"
+        if case == "a later rank"
+        else "rank 0 of 4 waits for ranks 1, "
+    )
+    assert waits.startswith(who)
+    printed = fix.removeprefix("  fix: if there are no others, such as in a shell of srun --pty: ").strip()
+    assert printed.startswith(f"env -u {variable} cpmix train-stage1 --data ")
+    script = tmp_path / "cpmix"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m cpmix_cli "$@"\n')
+    script.chmod(0o755)
+    subprocess.run(["sh", "-c", printed], check=True, env={**environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (tmp_path / "a run" / "stage1" / artifacts.RUN).is_file()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_told_by_the_first(digits: Path, tmp_path: Path) -> None:
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900)
+    launched = Launched(2, words, extra={"SILENT_SECONDS": "1"})
+    launched.wait_for("epoch=2/")
+    launched.processes[1].send_signal(signal.SIGSTOP)
+    assert "waits for another rank, which is slow or hangs (WORLD_SIZE is 2)" in launched.wait_for("waits for")
+    launched.processes[1].send_signal(signal.SIGCONT)
+    launched.processes[1].send_signal(signal.SIGTERM)
+    assert launched.end()[0] == [75, 75]
+
+
+@pytest.mark.slow
+def test_bad_training_images_are_all_named_also_by_several_ranks(tmp_path: Path) -> None:
+    photos, data = tmp_path / "photos", tmp_path / "data"
+    write_photos(photos, {"red": 30, "green": 20})
+    must("build-lt", "image-folder", "--data-root", photos, "--pack", 0, "--image-size", 32, "--out", data)
+    words = [
+        "train-stage1",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--recipe",
+        "digits/cross-entropy",
+        "--epochs",
+        1,
+    ]
+    words += setting("data.normalisation=imagenet", "data.augment=crop", "optimizer.batch_size=8")
+    bad = sorted(path for path in photos.rglob("*") if path.is_file())[:40]
+    for path in bad:
+        path.write_bytes(b"no image")
+    codes, _, errs = Launched(2, words).end()
+    assert codes == [3, 3], errs
+    (said,) = [err for err in errs if "error: " in err]
+    assert "files cannot be read as an image:" in said
+    assert sum(str(path) in said for path in bad) == 20
+    assert "more" in said
 
 
 @pytest.mark.slow
