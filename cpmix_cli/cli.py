@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 
 from cpmix_cli import __version__, flags
 from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
-from cpmix_cli.runtime import console, ranks, signals
+from cpmix_cli.runtime import console, memory, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
 from cpmix_cli.runtime.text import quoted
 
@@ -33,7 +33,8 @@ def _explained() -> Iterator[None]:
     """Print user errors on stderr and turn them into exit codes."""
     try:
         try:
-            yield
+            with memory.explained():
+                yield
         except BrokenPipeError:
             raise
         except OSError as fault:  # such as an impossible path, or a folder without permission

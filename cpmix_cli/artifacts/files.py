@@ -113,17 +113,27 @@ def write_fault(path: Path, fault: OSError, *, needed_bytes: int = 0) -> Environ
     reason = fault.strerror or str(fault)
     fix = "choose a folder you can write to with --out"
     if fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        room = f"{shutil.disk_usage(_existing(path)).free:,} are free on the disk"
+        place = os.statvfs(_existing(path))
+        room = f"{place.f_bavail * place.f_frsize:,} are free on the disk"
         fix = f"free at least {needed_bytes:,} bytes there"
+        if fault.errno == errno.ENOSPC and _lacks_inodes(place):
+            reason += " for another file: the disk has as many files (inodes) as it takes; see df -i"
+            fix = "delete files there that you do not need, then run the same command again"
+            return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
         if fault.errno == errno.EFBIG:
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
             room = f"a file may have {limit:,} here (ulimit -f)" if limit >= 0 else "the file system takes less"
             fix = "raise the limit, or choose another folder with --out"
         elif fault.errno == errno.EDQUOT:
-            room += ", but your quota is used up (see: quota -s)"
+            room += ", but your quota of bytes or of files is used up (see: quota -s)"
         reason += f": {needed_bytes:,} bytes are needed, {room}"
         fix += ", then run the same command again"
     return EnvironmentFault(f"cannot write {path}: {reason}", fix=fix)
+
+
+def _lacks_inodes(place: os.statvfs_result) -> bool:
+    """Return whether a file system takes no other file. Those without a fixed number of files have f_files = 0."""
+    return place.f_files > 0 and place.f_favail == 0
 
 
 def _existing(path: Path) -> Path:
@@ -148,7 +158,7 @@ def check_place(folder: Path, needed_bytes: int, *, largest_file: int = 0) -> No
         code = errno.ENOTDIR
     elif not os.access(place, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
-    elif shutil.disk_usage(place).free < needed_bytes:
+    elif shutil.disk_usage(place).free < needed_bytes or _lacks_inodes(os.statvfs(place)):
         code = errno.ENOSPC
     elif 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < largest_file:
         code, needed_bytes = errno.EFBIG, largest_file

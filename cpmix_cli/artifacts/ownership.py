@@ -15,6 +15,7 @@ from cpmix_cli.artifacts import files, tables
 from cpmix_cli.artifacts.records import read_fields
 from cpmix_cli.artifacts.seals import read_header
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, UnreadableError, counted, shortened
+from cpmix_cli.runtime.memory import raise_if_exhausted
 
 _SPLIT = [tables.split_schema(by_path).names for by_path in (True, False)]
 _FORMS: dict[str, list[list[str]]] = {
@@ -121,6 +122,7 @@ def _tells(path: Path) -> bool | None:
     except Exception as fault:  # damaged files make the readers raise any exception
         if isinstance(fault, OSError) and fault.errno:  # pyarrow's own have no number
             raise files.read_fault(path, fault) from fault
+        raise_if_exhausted(fault)
         return None
     match expected:
         case None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cpmix_cli.artifacts.files import publish, read_bytes
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.memory import raise_if_exhausted
 
 
 def schema_of(*columns: str) -> pa.Schema:
@@ -132,6 +133,7 @@ def read_table(
     except InputError:
         raise
     except Exception as fault:  # a damaged file can make pyarrow raise any exception
+        raise_if_exhausted(fault)
         raise InputError(f"{path} is not a valid Parquet file: {fault}", path=path) from fault
     return table
 

@@ -41,6 +41,8 @@ class CifarArchive:
     num_classes: int
     archive: str
     """File name of the archive."""
+    archive_bytes: int
+    """Size of the archive."""
     sha256: str
     """Hash of the archive. Source: Keras's loader."""
     folder: str
@@ -61,6 +63,7 @@ CIFAR10 = CifarArchive(
     name="cifar10",
     num_classes=10,
     archive="cifar-10-python.tar.gz",
+    archive_bytes=170_498_071,
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     folder="cifar-10-batches-py",
     train={
@@ -79,6 +82,7 @@ CIFAR100 = CifarArchive(
     name="cifar100",
     num_classes=100,
     archive="cifar-100-python.tar.gz",
+    archive_bytes=169_001_437,
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     folder="cifar-100-python",
     train={"train": "16019d7e3df5f24257cddd939b257f8d"},

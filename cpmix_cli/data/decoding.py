@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from cpmix_cli.artifacts.files import LFS_POINTER, open_file
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
+from cpmix_cli.runtime.memory import raise_if_exhausted
 
 T = TypeVar("T")
 FORMATS = {
@@ -229,6 +230,7 @@ def read_each(
         try:
             found = read(paths[i])
         except Exception as fault:  # a broken file can make Pillow's plugins raise any exception
+            raise_if_exhausted(fault)
             return f"{paths[i]}: {reason(fault)}"
         use(i, found)
         return None
@@ -338,6 +340,7 @@ def all_unreadable_named(paths: Sequence[Path], *, upright: bool, fix: str) -> I
     try:
         yield
     except InputError as fault:
+        raise_if_exhausted(fault)
         if lines := readable(paths, upright=upright)[1]:
             raise UnreadableImages(lines, shown=SHOWN, fix=fix) from fault
         raise

@@ -69,6 +69,8 @@ def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) ->
             thumbnail = ImageOps.pad(thumbnail, (side, side), Image.Resampling.BOX)
         page.paste(thumbnail, (number % _COLUMNS * side, number // _COLUMNS * side))
     buffer = io.BytesIO()
+    from PIL import _webp  # noqa: F401  # Pillow drops the format, and the reason, if this fails
+
     page.save(buffer, "WEBP", quality=85)
     return ContactSheet(
         chosen["true_class"].to_numpy(),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from cpmix_cli.runtime import console, processes, signals
+from cpmix_cli.runtime import console, memory, processes, signals
 from cpmix_cli.runtime.errors import EXIT_BUG, EXIT_INTERRUPTED, CpmixError, EnvironmentFault, UsageError, shortened
 from cpmix_cli.runtime.rendezvous import SILENT_SECONDS, TORCHRUN, alone, meet, rendezvous_address, telling, why
 
@@ -199,8 +199,9 @@ def together(flags: Mapping[str, str]) -> Iterator[None]:
     threading.Thread(target=_watch, args=(ended,), daemon=True, name="cpmix-waits").start()
     try:
         try:
-            _refuse_other_flags(store, place, flags)
-            yield
+            with memory.explained():
+                _refuse_other_flags(store, place, flags)
+                yield
         except OSError as fault:  # may concern the file system of one machine only
             what = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, str | bytes) else ""
             raise EnvironmentFault(

@@ -1,5 +1,6 @@
 """Sources: the published CIFAR archives and their pickles, IDX files, downloads."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -121,7 +122,7 @@ def test_pinned_hashes_have_their_full_length() -> None:
     for layout in (cifar.CIFAR10, cifar.CIFAR100):
         assert len(layout.sha256) == 64
         assert all(len(h) == 32 for hashes in (layout.train, layout.test, layout.meta) for h in hashes.values())
-    assert all(len(sha) == 64 for remotes in REMOTES.values() for sha in remotes.values())
+    assert all(len(sha) == 64 and size > 0 for remotes in REMOTES.values() for sha, size in remotes.values())
 
 
 def test_layouts_agree_with_torchvision_s() -> None:
@@ -187,7 +188,7 @@ def test_download_fetches_missing_and_damaged_files_only(
 ) -> None:
     address, folder = server
     (folder / "set.gz").write_bytes(b"content")
-    remote = {f"{address}/set.gz": hashlib.sha256(b"content").hexdigest()}
+    remote = {f"{address}/set.gz": (hashlib.sha256(b"content").hexdigest(), 7)}
     into = tmp_path / "into"
     download("a-set", into, {"a-set": remote})
     assert (into / "set.gz").read_bytes() == b"content"
@@ -205,15 +206,44 @@ def test_download_fetches_missing_and_damaged_files_only(
 
 def test_a_download_that_is_not_the_published_file_is_not_kept(server: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = server
-    (folder / "set.gz").write_bytes(b"another content")
-    remote = {f"{address}/set.gz": hashlib.sha256(b"content").hexdigest()}
-    with pytest.raises(InputError, match="is not the published file"):
+    (folder / "set.gz").write_bytes(b"Content")
+    remote = {f"{address}/set.gz": (hashlib.sha256(b"content").hexdigest(), 7)}
+    with pytest.raises(InputError, match="is not the published file") as caught:
         download("a-set", tmp_path / "into", {"a-set": remote})
+    assert "the server sends more" not in caught.value.message
+    assert files(tmp_path / "into") == []
+
+
+class Endless(Quiet):
+    """Says that it sends seven bytes compressed, and sends what unpacks without end; or has no length at all."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path.startswith("/packed"):
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", "7")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(gzip.compress(bytes(2**24)))
+            for _ in range(0 if self.path.startswith("/packed") else 1000):
+                self.wfile.write(bytes(2**20))
+
+
+@pytest.mark.parametrize("name", ["set.gz", "packed.gz"])
+def test_a_server_that_sends_more_than_was_published_is_cut_off(name: str, tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        remote = {f"http://127.0.0.1:{served.server_address[1]}/{name}": (hashlib.sha256(b"content").hexdigest(), 5000)}
+        with pytest.raises((InputError, EnvironmentFault)) as caught:
+            download("a-set", tmp_path / "into", {"a-set": remote})
+        served.shutdown()
+    if name == "set.gz":
+        assert "the server sends more than its 5,000 bytes" in caught.value.message
     assert files(tmp_path / "into") == []
 
 
 def test_download_without_a_network_fails_and_leaves_no_file(tmp_path: Path) -> None:
-    nobody = {"a-set": {"http://127.0.0.1:9/set.gz": "0" * 64}}
+    nobody = {"a-set": {"http://127.0.0.1:9/set.gz": ("0" * 64, 1)}}
     with pytest.raises(EnvironmentFault, match=r"cannot fetch http://127\.0\.0\.1:9/set\.gz"):
         download("a-set", tmp_path / "into", nobody)
     assert files(tmp_path / "into") == []
