@@ -55,10 +55,13 @@ PIPELINES = {
         "confusion-report --from run",
     ],
     "toy": [
-        "build-lt toy --out data",
-        "train-stage1 --data data --out run --epochs 8",
+        "build-lt toy --subset-seed 1 --out data",
+        "build-lt toy --out data --overwrite",
+        "train-stage1 --data data --out run --epochs 6",
+        "train-stage1 --data data --out run --epochs 8 --overwrite",
         "train-stage2 --from run",
         "evaluate --from run",
+        "evaluate --from run --overwrite",
         "confusion-report --from run",
     ],
 }
