@@ -51,16 +51,16 @@ CONFUSED_PAIRS = "confused_pairs.parquet"
 
 def json_text(value: Any) -> str:
     """Return a JSON value as indented text. Bytes of file names that are not UTF-8 are escaped."""
-    return _unicode(json.dumps(value, indent=1, ensure_ascii=False))
+    return utf8_text(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys and no spaces, so that equal values give equal text. Escapes as json_text()."""
-    return _unicode(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+    return utf8_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
-def _unicode(text: str) -> str:
-    """Escape lone surrogates in JSON text, which represent bytes of a file name that are not UTF-8."""
+def utf8_text(text: str) -> str:
+    """Escape lone surrogates in text, which represent bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cpmix_cli.artifacts.files import publish, read_bytes
+from cpmix_cli.artifacts.files import publish, read_bytes, utf8_text
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.runtime.memory import raise_if_exhausted
 
@@ -55,8 +55,17 @@ PREDICTED_IMAGES_SCHEMA = schema_of(
 
 
 def table_bytes(schema: pa.Schema, columns: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a Parquet file with these columns and exactly this schema."""
-    arrays = [pa.array(columns[f.name], type=f.type, from_pandas=True) for f in schema]
+    """Return the bytes of a Parquet file with these columns and exactly this schema.
+
+    Bytes of file names that are not UTF-8 are escaped: Parquet strings are UTF-8.
+    """
+    arrays = []
+    for field in schema:
+        values = columns[field.name]
+        try:
+            arrays.append(pa.array(values, type=field.type, from_pandas=True))
+        except UnicodeEncodeError:
+            arrays.append(pa.array([utf8_text(value) for value in values], type=field.type))
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
     return buffer.getvalue()

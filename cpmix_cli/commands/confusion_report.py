@@ -219,7 +219,7 @@ def _write(
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int) -> str:
     """Render the page of a run and the runs that it is compared with."""
-    own, called = reported[0], _names(reported)
+    own, called = reported[0], [files.utf8_text(name) for name in _names(reported)]
     title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
     if len(reported) > 1:
         title = f"Confusion of {', '.join(called)}"

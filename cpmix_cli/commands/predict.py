@@ -76,8 +76,7 @@ def run(options: PredictOptions) -> None:
 
     kept = confidence.shape[1]
     columns = {
-        # Parquet strings are UTF-8, but a file name may have any bytes.
-        "path": np.repeat([str(path).encode("utf-8", "backslashreplace").decode() for path in paths], kept),
+        "path": np.repeat([files.utf8_text(str(path)) for path in paths], kept),
         "rank": np.tile(np.arange(1, kept + 1), len(paths)),
         "class_id": classified.flatten().numpy(),
         "class_name": [classes[c] for c in classified.flatten().tolist()],

@@ -193,7 +193,7 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
     label = folder.name.removeprefix(source.phase).removeprefix("-")
     stage, forms = _stage_of(source, recipe)
     conditions = _conditions_of(record, trained, recipe, source.phase, leading)
-    usual = conditions["test images"] == "own test split" and conditions["test_distribution"] == "uniform"
+    usual = conditions["test images"] == "own test split" and conditions.get("test_distribution") == "uniform"
     return EvaluatedRun(
         run=source.run,
         evaluation=folder,

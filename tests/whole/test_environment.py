@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,10 @@ def test_a_path_that_is_not_utf_8_is_accepted(tmp_path: Path) -> None:
     assert stdout.count(rb"caf\udce9") >= 6
     codes, stdout, _ = session(("evaluate", "--from", run, "--json"))
     assert json.loads(stdout)["folder"] == str(run / "evaluation" / "stage2")
+    other = Path(shutil.copytree(run, os.fsdecode(os.fsencode(place) + b"/r\xff")))
+    codes, _, stderr = session(("confusion-report", "--from", other, "--compare", run, "--overwrite"))
+    assert codes == [0], stderr.decode()
+    assert "r\\udcff" in (other / "confusion" / "index.html").read_text()
 
 
 def shell(line: str, **places: object) -> Result:
