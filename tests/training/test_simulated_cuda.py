@@ -105,6 +105,38 @@ def test_all_commands_on_the_device_give_the_numbers_of_the_cpu(
     assert tops[1] == pytest.approx(tops[0], abs=3)
 
 
+OTHERS = """
+    train-stage1 --recipe cifar100-lt/ride --set model.experts=6 --data DIGITS --out teacher
+    train-stage1 --recipe cifar100-lt/ride-routed --teacher teacher --data DIGITS --out routed
+    finetune --from routed
+    evaluate --from routed
+    train-stage1 --recipe cifar100-lt/ace --eval-every 1 --data DIGITS --out ace
+    evaluate --from ace --test-distribution forward --ratio 5
+    train-stage1 --recipe cifar100-lt/tau-norm --data DIGITS --out tau
+    evaluate --from tau
+    train-stage1 --set confusion.decay=0.9 --set confusion.refresh=epoch --data DIGITS --out decay
+    train-stage2 --from decay
+    train-stage1 --data TOY --out toy
+    train-stage2 --from toy
+    finetune --from toy
+    evaluate --from toy
+"""
+
+
+@pytest.mark.slow
+def test_teachers_routers_experts_and_points_run_on_the_device(
+    digits: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with simulated_cuda():
+        for line in OTHERS.strip().splitlines():
+            words = line.replace("DIGITS", str(digits)).replace("TOY", str(toy)).split()
+            if words[0] == "train-stage1":
+                words += [] if "TOY" in line else [*SMALL, "--epochs", "3"]
+                words += setting("model.cuda_graphs=false")
+            must(*words, "--device", "cuda")
+
+
 def test_a_run_on_the_device_resumes_to_the_same_end_and_records_cudnn(
     digits: Path, tmp_path: Path, handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
