@@ -57,6 +57,8 @@ class Owner(Record):
     @property
     def name(self) -> str:
         """Host, pid and job, for messages."""
+        if not self.host:
+            return "an unknown process"
         return f"{self.host}, pid {self.pid}" + (f", Slurm job {self.slurm_job}" if self.slurm_job else "")
 
     def is_alive(self, silent_seconds: float, asking: "Owner") -> bool:
@@ -255,9 +257,13 @@ def _try(folder: Path, owner: Owner) -> Owner | None:
             found, silence = _read(lock), _silence(lock, now)
             if found is not None and found.is_alive(silence, owner):
                 return found
+            if lock.is_dir() and not lock.is_symlink():
+                raise EnvironmentFault(
+                    f"{lock} is a folder, and a lock file belongs there", fix=f"remove it: {quoted('rm', '-r', lock)}"
+                )
             if found is None and lock.exists() and _is_recent(silence):
                 if not _is_empty(lock):  # damaged, or from another version
-                    return owner.model_copy(update={"host": "an unknown process", "pid": 0, "slurm_job": ""})
+                    return owner.model_copy(update={"host": "", "slurm_job": ""})
                 if abs(silence) < _EMPTY_SECONDS:
                     time.sleep(_POLL_SECONDS)
                     continue

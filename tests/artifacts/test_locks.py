@@ -301,6 +301,33 @@ with hold(Path(sys.argv[1]), wait=True) as lock:
 """
 
 
+FORGED = {"deep": "[" * 200_000, "NUL": "\0x" * 99, "types": '{"host": 3, "pid": "a"}', "long": "x" * 9_000_000}
+FORGED |= {"pid": owner().model_dump_json().replace(f'"pid":{os.getpid()}', '"pid":-1')}
+
+
+@pytest.mark.parametrize("kind", [*FORGED, "pipe", "folder"])
+def test_what_is_no_lock_of_cpmix_is_refused_with_the_command_that_removes_it(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    lock = folder / LOCK
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.write_text(FORGED[kind])
+    assert locks.holder(folder) is None
+    with pytest.raises(EnvironmentFault) as caught, hold(folder):
+        pass
+    held = f"{folder} is being written by another process (an unknown process), as its lock says: {lock}"
+    assert caught.value.message == (f"{lock} is a folder, and a lock file belongs there" if kind == "folder" else held)
+    removes = caught.value.fix.rpartition(": ")[2]
+    assert removes in (f"rm {lock}", f"rm -r {lock}")
+    subprocess.run(removes, shell=True, check=True)
+    with hold(folder):
+        assert files(folder) == [LOCK]
+
+
 def test_status_shows_a_locked_phase_as_running(digits: Path, tmp_path: Path) -> None:
     must("train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6)
     leave_lock(tmp_path / "stage2", owner(host="node7", pid=77, slurm_job="4711"))
