@@ -1,6 +1,7 @@
 """`cpmix`, which is also `python -m cpmix_cli`."""
 
 import os
+import sys
 
 from cpmix_cli.runtime import signals
 
@@ -23,6 +24,13 @@ def main() -> None:
         fault.exit_code = int(str(stop.code))
         console.error(fault)
         raise
+    except MemoryError:  # before the command began, which explains its own
+        from cpmix_cli.runtime import console
+        from cpmix_cli.runtime.errors import EnvironmentFault
+
+        exhausted = EnvironmentFault("out of memory: that of the CPU is used up", fix="give the process more memory")
+        console.error(exhausted)
+        sys.exit(exhausted.exit_code)
     finally:
         signals.ignore()
         from cpmix_cli.runtime import console

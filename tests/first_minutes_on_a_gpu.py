@@ -44,9 +44,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         "epochs": 3,
         "bench": ("--rounds", 1, "--seconds", 0.01, "--set", "model.name=resnet8"),
-        "images": (80, 64),
+        "images": (800, 64),
         "network": ("model.name=resnet10", "optimizer.batch_size=2"),
-        "wait": 2.0,
+        "wait": 1.0,
         "places": ("model.name=resnet10", "data.crop=64", "optimizer.batch_size=8"),
     },
 }

@@ -29,9 +29,9 @@ def test_a_failing_call_is_refused_and_the_same_command_ends_in_the_same_bytes()
 
 @pytest.mark.slow
 def test_a_failing_call_of_any_command_loses_nothing() -> None:
-    found = swept("--every", 16)
+    found = swept("--every", 64)
     assert len(found) == 23
-    assert sum(tried for tried, *_ in found.values()) > 60
+    assert sum(tried for tried, *_ in found.values()) >= 15
     for name, (_, _, refused, kept) in found.items():
         if name.endswith("--overwrite") and not name.startswith(("train", "finetune")):
             assert kept == refused, name

@@ -1,6 +1,7 @@
 """Limits of the machine, set for real: memory (RLIMIT_AS) and files of a disk (a tmpfs). Exit 4, and what to lower."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def limited(room: float, command: str, *words: object) -> Result:
 
 def check(result: Result, fix: str) -> None:
     """Check the error of a command without memory: no file is called damaged or is to be deleted."""
-    ended(result, 4, ("error: out of memory: that of the CPU is used up", " (ulimit -v allows ", f"\n  fix: {fix}"))
+    ended(result, 4, f"\n  fix: {fix}")
+    said = r"error: (out of memory: that of the CPU is used up.* \(ulimit -v allows |no thread can be started: memory)"
+    assert re.search(said, result.stderr)  # which of them comes first depends on the libraries
     assert "damaged" not in result.stderr
     assert "rm " not in result.stderr
 
@@ -49,7 +52,7 @@ def test_training_without_memory_names_what_to_lower(room: int, digits: Path, tm
 @pytest.mark.slow
 def test_evaluating_without_memory_names_what_to_lower(digits_run: Path) -> None:
     with unchanged(digits_run):
-        result = limited(1, "evaluate", "--from", digits_run, "--overwrite")
+        result = limited(3, "evaluate", "--from", digits_run, "--overwrite")
     check(result, "lower evaluation.batch_size: --set evaluation.batch_size=50")
 
 
