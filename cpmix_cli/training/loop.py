@@ -108,9 +108,16 @@ def fit(
                     _publish(publish, plan, state)
                 if stop:
                     raise _interrupted(plan, state)
-                if moved is not None:
+                if any_moved:  # all ranks end here, also one that looked before the data set was moved
                     console.note(_saved(plan, state))
-                    raise moved
+                    raise (
+                        moved
+                        or _fault_of(check_data)
+                        or InputError(
+                            "the data set was moved or built anew while it was in use, as another rank sees it",
+                            fix="put it back: then the same command goes on",
+                        )
+                    )
                 if last:
                     return step.capture_seconds
                 state.epoch, state.step = state.epoch + 1, 0

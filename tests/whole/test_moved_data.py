@@ -121,3 +121,17 @@ def test_all_ranks_stop_with_the_state_saved(tmp_path: Path) -> None:
     for process in again.processes:
         process.terminate()
     assert again.end()[0] == [75, 75]
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_sees_that_the_data_set_is_gone(tmp_path: Path) -> None:
+    """Each rank has a copy, as on machines with disks of their own; the second rank's is moved."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        build(tmp_path, "tensors", 0, folder / "data")
+    both = Launched(2, ("train-stage1", "--data", "data", "--out", tmp_path / "run", "--epochs", 2000), folders=folders)
+    both.wait_for("epoch=2/")
+    (folders[1] / "data").rename(tmp_path / "aside")
+    codes, _, errs = both.end()
+    assert codes == [3, 3], errs
+    assert "the data set was moved or built anew while it was in use, as another rank sees it" in errs[0]
