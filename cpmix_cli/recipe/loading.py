@@ -414,7 +414,10 @@ def _rescaled(recipe: Recipe, epochs: int, path: Path) -> Recipe:
         stage: Stage | None = getattr(recipe, phase)
         if stage is not None:
             terms = {name: rescaled(term) for name, term in stage.terms.items()}
-            length = {"epochs": whole(stage.epochs)} if isinstance(stage, Finetune) else {}
+            length: dict[str, float] = {}
+            if isinstance(stage, Finetune):
+                length["epochs"] = whole(stage.epochs)
+                length["warmup_epochs"] = round(stage.warmup_epochs * length["epochs"] / stage.epochs, 4)
             update[phase] = stage.model_copy(update={"terms": terms, **length})
     return recipe.model_copy(update=update)
 

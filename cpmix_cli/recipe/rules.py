@@ -32,6 +32,7 @@ _RULES = (
     _Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
     _Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
     _Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
+    _Rule("schedule.kind", ["multistep", "cosine", "constant"], "schedule.end", [0]),
     _Rule("optimizer.momentum", [0], "optimizer.nesterov", [False]),
     _Rule("optimizer.expert_rates", ["target-share"], "model.experts", _SEVERAL),
     _Rule("finetune.momentum", [0], "finetune.nesterov", [False]),
@@ -61,6 +62,12 @@ def unmet(recipe: Recipe) -> list[str]:
         if found is not None and parts > found.batch_size
     ]
     s = recipe.schedule
+    faults += [
+        f'{name}.warmup_epochs = {table.warmup_epochs:g}: with {name}.kind = "linear" at most {name}.epochs = '
+        f"{table.epochs}, because the learning rate falls from there on"
+        for name, table in (("schedule", s), ("finetune", recipe.finetune))
+        if table is not None and table.kind == "linear" and table.warmup_epochs > table.epochs
+    ]
     if isinstance(s.decay, list) and len(s.decay) != len(s.milestones):
         faults.append(f"schedule.decay has {len(s.decay)} factors for {len(s.milestones)} schedule.milestones")
     both = f"schedule.stage1_epochs = {s.stage1_epochs} of schedule.epochs = {s.epochs}"

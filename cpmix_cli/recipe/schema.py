@@ -173,14 +173,19 @@ class Schedule(Table):
     stage1_epochs: int = Field(default=200, ge=1, le=MAX_EPOCHS)
     """E_cp of Algorithm 1; equal to `epochs` in a single-stage recipe."""
     warmup_epochs: float = Field(default=10, ge=0)
-    """Length of the linear warm-up: epoch e (from 1) has the factor min(1, e / warmup_epochs)."""
-    kind: Literal["multistep", "cosine", "constant"] = "multistep"
+    """Length of the linear warm-up: epoch e (from 1) has the factor min(1, e / warmup_epochs). linear: epochs until the
+    learning rate has its peak, `lr`."""
+    kind: Literal["multistep", "cosine", "constant", "linear"] = "multistep"
+    """linear: rises from 0 to `lr` and falls to `end`, with every step."""
+    end: float = Field(default=0.0, ge=0, le=1)
+    """linear: learning rate of the last step, relative to `lr`."""
     milestones: list[float] = []
     """multistep: epochs after which the learning rate is multiplied by `decay`. Milestones may exceed `epochs`."""
     decay: Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, le=1)]] = 0.01
     """One factor for all milestones, or one factor per milestone."""
     rescaled_from: int = Field(default=0, ge=0)
     """Value of `epochs` before --epochs changed it; 0 if it did not."""
+    _quiet: ClassVar[tuple[str, ...]] = ("end",)
 
 
 class Confusion(Table):
@@ -322,8 +327,10 @@ class Finetune(Stage):
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
     batch_size: int = Field(default=128, ge=1, le=MAX_BATCH)
-    kind: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the learning rate. cosine: falls to 0 over all steps."""
+    kind: Literal["cosine", "constant", "linear"] = "cosine"
+    """Schedule of the learning rate. cosine: falls to 0 over all steps. linear: the same in a straight line."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Length of the linear warm-up, as in [schedule]."""
     head: Literal["keep", "reinit", "scale", "routers"] = "keep"
     """Head to train. keep: the trained head. reinit: a new random head (cRT). scale: the trained head with a learnable
     scale per class (LWS). routers: networks that choose the number of experts per image (RIDE)."""
@@ -335,6 +342,7 @@ class Finetune(Stage):
     """Parameter groups, as in [optimizer]."""
     batchnorm: Literal["frozen", "shift"] = "frozen"
     """frozen: the network is in eval mode, so batch norm uses its running statistics. shift: they are updated."""
+    _quiet: ClassVar[tuple[str, ...]] = ("warmup_epochs",)
 
 
 class Evaluation(Table):

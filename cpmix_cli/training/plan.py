@@ -104,7 +104,7 @@ def make_plan(context: PhaseContext, phase: str) -> Plan:
     first, last = (1, schedule.stage1_epochs) if phase == "stage1" else (schedule.stage1_epochs + 1, schedule.epochs)
     if finetunes := isinstance(stage, Finetune):
         table, first, last = stage, 1, stage.epochs
-        schedule = Schedule(epochs=last, stage1_epochs=last, warmup_epochs=0, kind=stage.kind)
+        schedule = Schedule(epochs=last, stage1_epochs=last, warmup_epochs=stage.warmup_epochs, kind=stage.kind)
     return Plan(
         phase=phase,
         seed=recipe.seed,

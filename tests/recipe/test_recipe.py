@@ -130,6 +130,24 @@ def test_epochs_rescales_every_count(
     assert s.rescaled_from == (0 if epochs == 300 else 300)
 
 
+def test_epochs_rescales_a_linear_schedule_and_the_warm_up_of_the_finetune() -> None:
+    """The peak keeps its share of the epochs, also where epochs are rounded: 30 x 10 / 300 is 1, 8 x 10 / 300 too."""
+    linear = ["schedule.kind=linear", "schedule.warmup_epochs=69", "schedule.end=0.07", "finetune.kind=linear"]
+    for finetune, warmup in ((30, 0.2), (8, 0.75)):
+        settings = [*linear, f"finetune.epochs={finetune}", "finetune.warmup_epochs=6"]
+        recipe = load("cifar100-lt/cpmix", settings=settings, epochs=10)
+        assert (recipe.schedule.warmup_epochs, recipe.schedule.end) == (2.3, 0.07)
+        assert recipe.finetune is not None
+        assert (recipe.finetune.epochs, recipe.finetune.warmup_epochs) == (1, warmup)
+
+
+def test_keys_that_older_runs_lack_are_in_a_resolved_recipe_only_if_given() -> None:
+    plain = load("cifar100-lt/cpmix")
+    given = load("cifar100-lt/cpmix", settings=["finetune.warmup_epochs=2", "schedule.kind=linear", "schedule.end=0.1"])
+    for key in ("warmup_epochs = 2.0", "end = 0.1"):
+        assert [recipe.to_toml().count(f"\n{key}\n") for recipe in (plain, given)] == [0, 1]
+
+
 def test_epochs_keeps_both_stages_and_single_stage_recipes() -> None:
     assert load("cifar100-lt/cpmix", epochs=2).schedule.stage1_epochs == 1
     with pytest.raises(UsageError, match="2 stages"):
@@ -370,6 +388,8 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
     assert (erm.reweight_after, erm.unmixed_first, erm.unmixed_last) == (16.0, 0.4, 0.3)
 
 
+FALLS = 'with schedule.kind = "linear" at most schedule.epochs = 300, because the learning rate falls from there on'
+LATER = FALLS.replace("schedule", "finetune").replace("300", "30")
 MORE = "more than the images of a batch"
 SCALE = 'finetune.head = "scale" needs model.head = "linear", not "cosine": a cosine head has no bias'
 TAU_NORM = 'model.head = "cosine" needs evaluation.tau_norm = 0, not 1.0: it has no norms'
@@ -390,6 +410,10 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["stage1.terms.erm.reweight_after=3"], "reweight_after needs reweight"),
         (["stage2.terms.cp.match_power=2"], "match_power needs match"),
         (["finetune.train=[]"], "finetune.train"),
+        (["schedule.end=0.1"], 'schedule.kind = "multistep" needs schedule.end = 0, not 0.1'),
+        (["schedule.kind=cosine", "schedule.end=0.1"], 'schedule.kind = "cosine" needs schedule.end = 0, not 0.1'),
+        (["schedule.kind=linear", "schedule.warmup_epochs=301"], f"schedule.warmup_epochs = 301: {FALLS}"),
+        (["finetune.kind=linear", "finetune.warmup_epochs=30.5"], f"finetune.warmup_epochs = 30.5: {LATER}"),
         (["stage2.terms.cp.probability=0"], "Input should be greater than 0"),
         (["stage1.terms.erm.reweight=effective-number"], "beta: missing"),
         (["stage1.terms.erm.loss=focal", "stage1.terms.erm.gamma=1e39"], f"erm.gamma = 1e+39: {BEYOND}"),

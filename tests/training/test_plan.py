@@ -93,3 +93,21 @@ def test_finetune_steps_cover_all_images(name: str, num_max: int, num_classes: i
     assert (plan.batch_size, plan.num_steps(sum(counts))) == (batch, steps)
     draws = draw_epoch(plan.terms, sum(counts), plan.batch_size, (0, "finetune"), 1, plan.num_epochs, 3)
     assert draws["erm/class"].shape == (steps, batch)
+
+
+def test_the_finetune_warms_up_by_its_own_epochs() -> None:
+    """As the stages do: epoch e has the factor min(1, e / warmup_epochs), whatever the schedule."""
+    plain, warm = ({"epochs": 4, "lr": 0.2, "warmup_epochs": w, "terms": {"erm": {}}} for w in (0.0, 2.5))
+    for kind in ("cosine", "constant"):
+        rates = []
+        for table in (plain, warm):
+            recipe = Recipe.model_validate({**RECIPE, "finetune": {**table, "kind": kind}})
+            plan = make_plan(context_of(recipe, COUNTS, [8, 8, 1]), "finetune")
+            rates.append([plan.learning_rate(epoch, step, 3) for epoch in range(1, 5) for step in range(3)])
+        assert rates[0][0] == 0.2
+        factors = np.repeat([1 / 2.5, 2 / 2.5, 1, 1], 3)
+        np.testing.assert_allclose(rates[1], factors * rates[0], rtol=1e-12)
+    recipe = Recipe.model_validate({**RECIPE, "finetune": {**warm, "kind": "linear"}})
+    plan = make_plan(context_of(recipe, COUNTS, [8, 8, 1]), "finetune")
+    rates = [plan.learning_rate(epoch, step, 2) for epoch in range(1, 5) for step in range(2)]
+    assert rates == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2, 0.4 / 3, 0.2 / 3, 0])

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 
 from cpmix_cli.recipe.schema import Schedule
@@ -29,3 +30,20 @@ def test_learning_rate_is_constant_if_no_milestone_is_reached() -> None:
     constant = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, kind="constant")
     beyond = Schedule(epochs=5, stage1_epochs=5, warmup_epochs=0, milestones=[9.5])
     assert {learning_rate(0.3, s, e, 0, 2) for s in (constant, beyond) for e in range(1, 6)} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "peak", "end"), [(24, 5, 0.0), (10, 2.3, 0.07), (6, 0, 0.0), (6, 6, 0.0), (1, 0.5, 1.0)]
+)
+def test_linear_rises_to_its_peak_and_falls_to_its_end_with_every_step(epochs: int, peak: float, end: float) -> None:
+    """The first is cifar10-fast's, 0 -> 0.4 at 5 of 24 epochs -> 0; the second has airbench's peak and end."""
+    schedule = Schedule(epochs=epochs, stage1_epochs=epochs, warmup_epochs=peak, kind="linear", end=end)
+    rates = [learning_rate(0.4, schedule, e, s, 98) for e in range(1, epochs + 1) for s in range(98)]
+    places = np.arange(1, 98 * epochs + 1) / 98
+    corners, shares = [0, peak, epochs], [0, 1, end]
+    if peak in (0, epochs):
+        corners, shares = [0, epochs], [1, end] if peak == 0 else [0, 1]
+    np.testing.assert_allclose(rates, 0.4 * np.interp(places, corners, shares), rtol=1e-12, atol=1e-15)
+    assert rates[-1] == 0.4 * (end if peak < epochs else 1)
+    if peak == round(peak) > 0:
+        assert rates[98 * int(peak) - 1] == max(rates) == 0.4
