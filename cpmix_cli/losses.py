@@ -53,17 +53,27 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, class_counts:
 
 
 def logit_adjusted(
-    logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, *, tau: NonNegative = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    tau: NonNegative = 1.0,
+    uniform_share: Fraction = 0.0,
 ) -> Tensor:
     """Cross entropy of the logits z + tau log n, n the class counts; predictions use the raw logits.
 
     Args:
         tau: strength of the adjustment; 0 is cross entropy, 1 is Balanced Softmax.
+        uniform_share: s, share of the labels that are drawn uniformly over the classes, as those of class-uniform
+            partners are. n is then the prior of that mixture, (1 - s) n + s mean(n); 1 is cross entropy.
 
     Source: Menon et al., Long-tail learning via logit adjustment. They use the prior in place of n, which shifts all
     logits of an image by the same constant and leaves cross entropy unchanged.
     """
-    return cross_entropy(logits + tau * class_counts.to(logits.dtype).log(), labels, weights, class_counts)
+    n = class_counts.to(logits.dtype)
+    n = (1 - uniform_share) * n + uniform_share * n.mean()
+    return cross_entropy(logits + tau * n.log(), labels, weights, class_counts)
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:
@@ -223,6 +233,34 @@ def sade(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor, 
     )
 
 
+def balanced_experts(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    class_counts: Tensor,
+    *,
+    taus: list[NonNegative],
+    uniform_share: Fraction = 0.0,
+) -> Tensor:
+    """Mean over the experts of the cross entropy of z_e + tau_e log n, n the class counts.
+
+    Expert e learns logits for the prior pi^(1 - tau_e), so the mean of the raw logits is for a uniform prior if the
+    mean of the taus is 1: `evaluation.aggregate = "mean"`.
+
+    Args:
+        logits: of the experts [E, B, C].
+        taus: strength of each expert's adjustment [E]; one expert of 1 is Balanced Softmax.
+        uniform_share: see logit_adjusted().
+
+    Source: Aimar et al., Balanced Product of Calibrated Experts, and its code: taus 0, 1, 2.
+    """
+    losses = [
+        logit_adjusted(z, labels, weights, class_counts, tau=tau, uniform_share=uniform_share)
+        for z, tau in zip(logits, taus, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
 def ace(
     logits: Tensor,
     labels: Tensor,
@@ -362,7 +400,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "lade": lade,
     "label-aware-smoothing": label_aware_smoothing,
 }
-ENSEMBLE_LOSSES: dict[str, Callable[..., Tensor]] = {"sade": sade, "ace": ace}
+ENSEMBLE_LOSSES: dict[str, Callable[..., Tensor]] = {"sade": sade, "ace": ace, "balanced-experts": balanced_experts}
 ROUTING_LOSSES: dict[str, Callable[..., Tensor]] = {"routing": routing}
 REGULARISERS: dict[str, Callable[..., Tensor]] = {"expert-diversity": expert_diversity}
 DISTILLATIONS: dict[str, Callable[..., Tensor]] = {"distillation": distillation}
@@ -373,6 +411,7 @@ NEEDS: dict[Callable[..., Tensor], Needs] = {
     ),
     sade: Needs({"model.experts": [3]}, "each of its experts has a loss of its own"),
     ace: Needs({"model.experts": range(2, 101)}),
+    balanced_experts: Needs(per_expert="taus"),
     routing: Needs({"finetune.head": ["routers"]}, stage="finetune"),
     expert_diversity: Needs(idle_without={"temperature_spread": "reweight"}),
     distillation: Needs(stage="stage1"),

@@ -498,7 +498,7 @@ def slow_loss(
     name: str, logits: Tensor, labels: list[int], weights: list[Tensor], counts: list[int], parameters: dict[str, Any]
 ) -> Tensor:
     """A loss of losses.py by loops over images and classes, from its formula; differentiable."""
-    p = {"tau": 1.0, "max_margin": 0.5, "scale": 30.0, "over": "others", **parameters}
+    p = {"tau": 1.0, "uniform_share": 0.0, "max_margin": 0.5, "scale": 30.0, "over": "others", **parameters}
     batch_size, num_classes = logits.shape
     total = torch.zeros(())
     for b, y in enumerate(labels):
@@ -506,7 +506,9 @@ def slow_loss(
         if name in ("balanced-softmax", "lade"):
             z = [a + math.log(n) for a, n in zip(z, counts, strict=True)]
         if name == "logit-adjusted":
-            z = [a + p["tau"] * math.log(n / sum(counts)) for a, n in zip(z, counts, strict=True)]
+            s = p["uniform_share"]
+            prior = [(1 - s) * n / sum(counts) + s / num_classes for n in counts]
+            z = [a + p["tau"] * math.log(share) for a, share in zip(z, prior, strict=True)]
         if name == "ldam":
             z[y] = z[y] - p["scale"] * p["max_margin"] * counts[y] ** -0.25 / min(counts) ** -0.25
         log_sum = torch.log(sum(torch.exp(a) for a in z))  # type: ignore[arg-type]

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import drawn, slow_loss
+from helpers import EQ_9, drawn, slow_loss, terms_of
 from torch import Tensor
 
 from cpmix_cli import losses
 from cpmix_cli.data.longtail import exponential_counts
+from cpmix_cli.training.objective import Output, TermBatch
 
 COUNTS = torch.tensor([100, 40, 10, 2])
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("cross-entropy", {}),
     ("balanced-softmax", {}),
     ("logit-adjusted", {"tau": 1.5}),
+    ("logit-adjusted", {"tau": 0.8, "uniform_share": 0.15}),
     ("focal", {"gamma": 1.0}),
     ("focal", {"gamma": 0.5}),
     ("sigmoid-focal", {"gamma": 2.0}),
@@ -66,6 +68,7 @@ def test_losses_become_cross_entropy_at_their_limits(generator: torch.Generator)
     for loss in (
         losses.balanced_softmax(logits, labels, weights, torch.full((4,), 37)),
         losses.logit_adjusted(logits, labels, weights, COUNTS, tau=0.0),
+        losses.logit_adjusted(logits, labels, weights, COUNTS, uniform_share=1.0),
         losses.focal(logits, labels, weights, COUNTS, gamma=0.0),
         losses.ldam(logits, labels, weights, COUNTS, max_margin=0.0, scale=30.0),
         losses.label_aware_smoothing(logits, labels, weights, COUNTS, smooth_head=0.0, smooth_tail=0.0),
@@ -74,6 +77,27 @@ def test_losses_become_cross_entropy_at_their_limits(generator: torch.Generator)
     targets = F.one_hot(labels, 4).float()
     bce = (weights * F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)).mean()
     torch.testing.assert_close(losses.sigmoid_focal(logits, labels, weights, COUNTS, gamma=0.0), bce)
+
+
+def test_no_uniform_share_leaves_every_bit(generator: torch.Generator) -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits, labels, weights = (t.detach().to(dtype) if t.is_floating_point() else t for t in drawn(generator))
+        old = losses.cross_entropy(logits + 0.7 * COUNTS.to(dtype).log(), labels, weights, COUNTS)
+        assert losses.logit_adjusted(logits, labels, weights, COUNTS, tau=0.7).equal(old)
+
+
+def test_the_mixture_s_prior_is_that_of_labels_drawn_from_both(generator: torch.Generator) -> None:
+    """Logits of the best classifier without features: log of the shares of 85 % natural and 15 % uniform labels."""
+    natural = torch.multinomial(COUNTS / 152, 170_000, replacement=True, generator=generator)
+    labels = torch.cat([natural, torch.randint(0, 4, (30_000,), generator=generator)])
+    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    prior = {"tau": 1.0, "uniform_share": 0.15}
+    loss = losses.logit_adjusted(logits.expand(200_000, 4), labels, torch.ones(200_000), COUNTS, **prior)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.abs().max() < 0.005  # the raw logits of a uniform prior are right
+    loss = losses.balanced_softmax(logits.expand(200_000, 4), labels, torch.ones(200_000), COUNTS)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0] > 0.05
 
 
 @pytest.mark.parametrize("loss", [losses.focal, losses.sigmoid_focal])
@@ -141,3 +165,66 @@ def test_two_hard_labels_are_one_soft_label(generator: torch.Generator) -> None:
         logits, second, 1 - lam, COUNTS
     )
     torch.testing.assert_close(found, expected)
+
+
+# -- balanced experts --------------------------------------------------------------------------------------------------
+
+
+def of_experts(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of three experts [3, 7, 4], labels and weights."""
+    logits, labels, weights = drawn(generator)
+    return torch.stack([logits, -logits, 2 * logits + 1]).detach().double().requires_grad_(), labels, weights.double()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15])
+def test_balanced_experts_equal_a_plain_loop(share: float, generator: torch.Generator) -> None:
+    """Also by their gradient, and that of numbers."""
+    logits, labels, weights = of_experts(generator)
+    taus = [0.0, 1.0, 2.0]
+    found = losses.balanced_experts(logits, labels, weights, COUNTS, taus=taus, uniform_share=share)
+    total = torch.zeros(())
+    for z, tau in zip(logits, taus, strict=True):
+        keys = {"tau": tau, "uniform_share": share}
+        total = total + slow_loss("logit-adjusted", z, labels.tolist(), list(weights), COUNTS.tolist(), keys)
+    expected = total / 3
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradcheck(
+        lambda z: losses.balanced_experts(z, labels, weights, COUNTS, taus=taus, uniform_share=share), logits
+    )
+
+
+def test_one_balanced_expert_is_balanced_softmax(generator: torch.Generator) -> None:
+    logits, labels, weights = drawn(generator)
+    found = losses.balanced_experts(logits[None], labels, weights, COUNTS, taus=[1.0])
+    assert found.equal(losses.balanced_softmax(logits, labels, weights, COUNTS))
+
+
+def test_mixed_labels_of_balanced_experts_are_soft_labels(generator: torch.Generator) -> None:
+    """Through the term, which calls the loss for both labels; the experts' mean is taken once."""
+    logits, first, lam = of_experts(generator)
+    second = torch.randint(0, 4, (7,), generator=generator)
+    (term,) = terms_of(
+        erm={"loss": "balanced-experts", "taus": [0.0, 1.0, 2.0], "partner": "permutation", **EQ_9, "alpha": 0.4}
+    )
+    found = term.loss(Output(logits), TermBatch(torch.empty(0), first, second, lam), COUNTS)
+    soft = lam[:, None] * F.one_hot(first, 4) + (1 - lam[:, None]) * F.one_hot(second, 4)
+    prior = (COUNTS / COUNTS.sum()).double().log()
+    expected = sum(F.cross_entropy(z + tau * prior, soft) for tau, z in enumerate(logits)) / 3
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_of_balanced_experts_is_for_a_uniform_prior() -> None:
+    """Each expert at its optimum has z_e = log p(y | x) - tau_e log pi; the mean is log p(x | y) + constant."""
+    pi = (COUNTS / COUNTS.sum()).double()
+    likelihood = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    posterior = likelihood * pi / (likelihood * pi).sum()
+    logits = torch.stack([posterior.log() - tau * pi.log() for tau in (0, 1, 2)]).requires_grad_()
+    labels = torch.arange(4)
+    loss = losses.balanced_experts(
+        logits[:, None].expand(3, 4, 4), labels, 4 * posterior, COUNTS, taus=[0.0, 1.0, 2.0]
+    )  # the expected loss of an image with these likelihoods
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, torch.zeros(3, 4, dtype=torch.float64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(logits.mean(0).softmax(0), likelihood, rtol=1e-6, atol=0)

@@ -76,6 +76,8 @@ class Needs:
     """Parameter -> key of the recipe that must have the same value."""
     idle_without: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> key of the term, such as "reweight". Without this key the parameter must be 0."""
+    per_expert: str = ""
+    """Parameter that is a list of one value per expert."""
     stage: str = ""
     """Only stage in which the function is allowed; "" allows all."""
     images: bool = False

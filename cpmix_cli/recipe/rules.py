@@ -96,6 +96,12 @@ def _unmet_of_functions(recipe: Recipe, place: str, term: TermRecipe) -> Iterato
         for parameter, step in needs.idle_without.items():
             if term.parameters.get(parameter) and getattr(term, step) is None:
                 yield f"{place}.{parameter} needs {step}"
+        listed = term.parameters.get(needs.per_expert)
+        if listed is not None and len(listed) != recipe.model.experts:
+            yield (
+                f"{place}.{needs.per_expert} = {_shown(listed)} has {len(listed)} values for model.experts = "
+                f"{recipe.model.experts}"
+            )
         if needs.stage and not place.startswith(f"{needs.stage}."):
             yield f"{what} goes into {needs.stage} only"
 

@@ -65,7 +65,7 @@ FAULTS = {
     "stage2.terms.cp.alpha=0": "stage2.terms.cp.alpha = 0: Input should be greater than 0",
     "stage2.terms.mix.t=1.5": "stage2.terms.mix.t = 1.5: Input should be less than or equal to 1",
     "stage2.terms.mix.gamma=2": "stage2.terms.mix.gamma: unknown key",
-    "finetune.terms.erm.loss=crossentropy": 'Did you mean "cross-entropy"? Known: ace, balanced-softmax, cross-entropy',
+    "finetune.terms.erm.loss=crossentropy": 'Did you mean "cross-entropy"? Known: ace, balanced-experts, balanced-softmax, cross-entropy',
     "model.name=resnet33": 'Did you mean "resnet32"?',
 }
 
@@ -388,6 +388,7 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
     assert (erm.reweight_after, erm.unmixed_first, erm.unmixed_last) == (16.0, 0.4, 0.3)
 
 
+ERM = "stage1.terms.erm"
 FALLS = 'with schedule.kind = "linear" at most schedule.epochs = 300, because the learning rate falls from there on'
 LATER = FALLS.replace("schedule", "finetune").replace("300", "30")
 MORE = "more than the images of a batch"
@@ -410,6 +411,9 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["stage1.terms.erm.reweight_after=3"], "reweight_after needs reweight"),
         (["stage2.terms.cp.match_power=2"], "match_power needs match"),
         (["finetune.train=[]"], "finetune.train"),
+        ([f"{ERM}.loss=balanced-experts", f"{ERM}.taus=[0, 1, 2]"], f"{ERM}.taus = [0.0, 1.0, 2.0] has 3 values for "),
+        ([f"{ERM}.loss=balanced-experts", f"{ERM}.taus=[-1]"], f"{ERM}.taus = [-1]: Input should be greater than or"),
+        ([f"{ERM}.loss=balanced-experts"], f'{ERM}.taus: missing (a parameter of loss = "balanced-experts")'),
         (["schedule.end=0.1"], 'schedule.kind = "multistep" needs schedule.end = 0, not 0.1'),
         (["schedule.kind=cosine", "schedule.end=0.1"], 'schedule.kind = "cosine" needs schedule.end = 0, not 0.1'),
         (["schedule.kind=linear", "schedule.warmup_epochs=301"], f"schedule.warmup_epochs = 301: {FALLS}"),
