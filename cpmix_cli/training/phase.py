@@ -346,7 +346,7 @@ def _note_resumed(phase: str, begun: StateRecord) -> None:
 def _note_plan(
     asked: PhaseRequest, plan: Plan, state: TrainingState, data: TrainingData, context: PhaseContext
 ) -> None:
-    """Print what will be trained, and warn if class weights have almost no effect."""
+    """Print what will be trained, and warn of terms whose class weights or draws are hardly meant."""
     size, num_images = ranks.current().size, len(data.labels)
     num_steps, first, last = plan.num_steps(num_images), state.epoch, plan.last_epoch
     epochs = (
@@ -379,6 +379,11 @@ def _note_plan(
             class_weights = reweight(data.class_counts)
             if (spread := float(class_weights.max() / class_weights.min())) < 1.05:
                 console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
+        if term.recipe.draw == "class-uniform" and term.recipe.loss == "balanced-softmax":
+            console.warn(
+                f"term {term.name} has both class-uniform draws and Balanced Softmax, which favours rare classes twice: "
+                f"--set {plan.phase}.terms.{term.name}.loss=cross-entropy"
+            )
 
 
 def _rehearse(asked: PhaseRequest, loaded: _Loaded) -> None:

@@ -65,7 +65,7 @@ FAULTS = {
     "stage2.terms.cp.alpha=0": "stage2.terms.cp.alpha = 0: Input should be greater than 0",
     "stage2.terms.mix.t=1.5": "stage2.terms.mix.t = 1.5: Input should be less than or equal to 1",
     "stage2.terms.mix.gamma=2": "stage2.terms.mix.gamma: unknown key",
-    "finetune.terms.erm.loss=crossentropy": 'Did you mean "cross-entropy"? Known: ace, balanced-experts, balanced-softmax, cross-entropy',
+    "finetune.terms.erm.loss=crossentropy": 'Did you mean "cross-entropy"? Known: ace, balanced-experts, balanced-soft',
     "model.name=resnet33": 'Did you mean "resnet32"?',
 }
 

@@ -136,6 +136,17 @@ def test_class_weights_without_effect_are_reported(digits: Path, tmp_path: Path)
     assert "nearly alike" not in must(*command, *flags, "--set", "stage1.terms.erm.beta=0.99").stderr
 
 
+def test_class_uniform_draws_under_balanced_softmax_are_warned_of(digits: Path, tmp_path: Path) -> None:
+    command = ("train-stage1", "--data", digits, "--out", tmp_path, "--recipe", "digits/balanced-softmax", "--dry-run")
+    uniform, warning = setting("stage1.terms.erm.draw=class-uniform"), "which favours rare classes twice"
+    assert (
+        f"warning: term erm has both class-uniform draws and Balanced Softmax, {warning}: "
+        "--set stage1.terms.erm.loss=cross-entropy\n"
+    ) in must(*command, *uniform).stderr
+    for other in ((), [*uniform, *setting("stage1.terms.erm.loss=cross-entropy")]):
+        assert warning not in must(*command, *other).stderr
+
+
 def test_a_recipe_may_set_a_post_hoc_method(digits: Path, tmp_path: Path) -> None:
     """Then it is the phase's plain evaluation, and predict uses it too."""
     recipe = ("--recipe", "digits/cross-entropy", "--set", "evaluation.logit_adjustment=1", "--epochs", 2)
