@@ -381,8 +381,8 @@ def _note_plan(
                 console.warn(f"the class weights of term {term.name} are all nearly alike: {spread:.3g} times at most")
         if term.recipe.draw == "class-uniform" and term.recipe.loss == "balanced-softmax":
             console.warn(
-                f"term {term.name} has both class-uniform draws and Balanced Softmax, which favours rare classes twice: "
-                f"--set {plan.phase}.terms.{term.name}.loss=cross-entropy"
+                f"term {term.name} has both class-uniform draws and Balanced Softmax, which favours rare classes "
+                f"twice: --set {plan.phase}.terms.{term.name}.loss=cross-entropy"
             )
 
 
