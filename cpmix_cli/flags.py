@@ -80,6 +80,14 @@ Device = Annotated[
     str,
     Option(help="Device to compute on: auto, cpu or cuda.", metavar="DEVICE", callback=one_of("auto", "cpu", "cuda")),
 ]
+Threads = Annotated[
+    int | None,
+    Option(
+        help="CPU threads to compute with. Default: OMP_NUM_THREADS, else as many as cores are idle at the start.",
+        min=1,
+        max=1024,
+    ),
+]
 RecipeName = Annotated[
     str | None, Option(help="Recipe file or name, such as cifar100-lt/cpmix. Default: that of the run or data set.")
 ]
@@ -193,6 +201,7 @@ class TrainingOptions:
     epochs: Epochs = None
     seed: Seed = None
     device: Device = "auto"
+    threads: Threads = None
     data: Data = None
     data_root: DataRoot = None
     eval_every: int = flag(
@@ -280,6 +289,7 @@ class EvaluateOptions(_FromPhase):
     ratio: float = flag(50.0, "Imbalance factor of the test set under --test-distribution forward or backward.", min=1)
     few_inclusive: FewInclusive = False
     device: Device = "auto"
+    threads: Threads = None
     data: Data = None
     data_root: DataRoot = None
     overwrite: Overwrite = False
@@ -416,6 +426,7 @@ class PredictOptions:
     out: Path | None = flag(None, "Also write the predictions to this file, .parquet or .csv.")
     skip_unreadable: SkipUnreadable = False
     device: Device = "auto"
+    threads: Threads = None
     overwrite: Overwrite = False
 
 
@@ -492,6 +503,7 @@ class BenchOptions:
     )
     data_root: DataRoot = None
     device: Device = "auto"
+    threads: Threads = None
     rounds: int = flag(10, "Number of rounds; each times every loop once. Medians are shown.", min=1)
     seconds: float = flag(1.0, "Seconds per loop and round; each loop runs at least three steps.", min=0, max=3600)
     world_size: str | None = flag(

@@ -2,8 +2,11 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; before torch is imported
+# Before torch is imported. Tests compare bytes, so no command may choose its threads by how busy the machine is.
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each
     os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import shutil
 import signal

@@ -33,7 +33,9 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 def test_every_command_has_the_agreed_flags() -> None:
     """Scripts depend on them: one may be added here, none may go."""
-    training = "--recipe --set --epochs --seed --device --data --data-root --overwrite --dry-run --eval-every "
+    training = (
+        "--recipe --set --epochs --seed --device --threads --data --data-root --overwrite --dry-run --eval-every "
+    )
     training += "--checkpoint-every --tracker --json"
     expected = {
         "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
@@ -43,19 +45,19 @@ def test_every_command_has_the_agreed_flags() -> None:
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
-        "--ratio --few-inclusive --device --data --data-root --overwrite --json",
+        "--ratio --few-inclusive --device --threads --data --data-root --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
-        "predict": "--from --phase --top --out --skip-unreadable --device --overwrite --json",
+        "predict": "--from --phase --top --out --skip-unreadable --device --threads --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --prefix --out --overwrite --json",
-        "bench": "--recipe --set --epochs --data --data-root --device --rounds --seconds --world-size --cores --link "
-        "--json",
+        "bench": "--recipe --set --epochs --data --data-root --device --threads --rounds --seconds --world-size "
+        "--cores --link --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

@@ -94,7 +94,7 @@ def prepare(options: BenchOptions, dataset: Dataset) -> tuple[str, PhaseContext,
         EnvironmentFault: the device is missing.
         UsageError: the recipe has errors, does not fit the data set, or needs a teacher.
     """
-    device = hardware.use_device(options.device)
+    device = hardware.use_device(options.device, options.threads)
     name = options.recipe or dataset.record.recipe
     recipe = recipes.load(name, settings=options.settings, epochs=options.epochs, rho=dataset.record.rho)
     check_fits(

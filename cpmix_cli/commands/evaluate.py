@@ -74,7 +74,7 @@ def run(options: EvaluateOptions) -> None:
     if dataset.record.few_inclusive:
         options = replace(options, few_inclusive=True)
     recipe = _requested_recipe(options, source)
-    device = use_device(options.device)
+    device = use_device(options.device, options.threads)
     if options.skip_unreadable and options.test_data is None and dataset.storage != "files":
         raise UsageError(
             f"--skip-unreadable leaves out image files; {dataset.folder} holds its images itself", fix="drop the flag"

@@ -38,7 +38,7 @@ def run(options: FinetuneOptions) -> None:
 
 def _check_on_val(asked: PhaseRequest, source: PhaseFolder) -> None:
     """Report the balanced accuracy on val before and after the finetune, and warn if it fell."""
-    device = hardware.use_device(asked.options.device)
+    device = hardware.use_device(asked.options.device, asked.options.threads)
     before, after = (balanced_accuracy(phase, asked.dataset, "val", device) for phase in (source, asked.folder))
     console.note(f"finetune: balanced accuracy on val {before:.2f} before, {after:.2f} after")
     if after < before:

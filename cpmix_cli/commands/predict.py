@@ -55,7 +55,7 @@ def run(options: PredictOptions) -> None:
                 fix="give a name such as --out predictions.csv",
             )
         files.refuse_existing(options.out, _is_own, overwrite=options.overwrite)
-    device = use_device(options.device)
+    device = use_device(options.device, options.threads)
     paths = image_folder.find_images(options.images, skip_unreadable=options.skip_unreadable)
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
     classes = counts["class_name"].tolist()

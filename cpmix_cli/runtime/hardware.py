@@ -1,26 +1,34 @@
 """Hardware of a run: device, precision, CPU threads and free memory."""
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import joblib
 import torch
 
-from cpmix_cli.runtime import ranks
-from cpmix_cli.runtime.errors import EnvironmentFault
+from cpmix_cli.runtime import console, ranks
+from cpmix_cli.runtime.errors import EnvironmentFault, counted
 
+MEASURED_SECONDS = 0.3
+"""Time over which the use of the cores is measured; the kernel counts it in hundredths of a second."""
 RESIDENT_SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}
 """Largest fraction of a device's free memory for images that are kept there."""
 
 
-def use_device(name: str) -> torch.device:
+def use_device(name: str, threads: int | None = None) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda", and set this process up for it.
 
     The setup is the number of CPU threads, and for convolutions on a GPU full float32 precision and cuDNN's
     deterministic algorithms. Each rank on a machine gets its own GPU.
+
+    Args:
+        name: the device.
+        threads: number of CPU threads; None: num_threads(), and on the CPU no more than cores are idle now.
 
     Raises:
         EnvironmentFault: "cuda" is not available, or the machine has fewer GPUs than ranks.
@@ -30,7 +38,11 @@ def use_device(name: str) -> torch.device:
         raise EnvironmentFault(f"device cuda is not there (torch {torch.__version__})", fix="use --device cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(num_threads(os.environ, here.local_size))
+    if threads is None:
+        threads = num_threads(os.environ, here.local_size)
+        if threads > 1 and name == "cpu" and not has_own_cores(os.environ):
+            threads = _idle_threads(threads, here.local_size)
+    torch.set_num_threads(threads)
     # cuDNN's default rounds the factors of a float32 convolution to 10 bits (TF32).
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     # An algorithm chosen by timing, or one that adds in an order of chance, gives other bits after each start.
@@ -62,13 +74,70 @@ def resolve_precision(asked: str, device: torch.device) -> str:
 
 
 def num_threads(environment: Mapping[str, str], local_size: int = 1) -> int:
-    """Return the number of CPU threads for this process. More threads than cores slow every step down.
+    """Return the largest number of CPU threads for this process. More threads than cores slow every step down.
 
     It is the number of cores to which the process is bound. If ranks on a machine are not bound, each gets an equal
     share of all cores. OMP_NUM_THREADS, SLURM_CPUS_PER_TASK and the CPU quota of the control group (a container's
     --cpus) can lower the number.
     """
     return _cores(environment, local_size, ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
+
+
+def has_own_cores(environment: Mapping[str, str]) -> bool:
+    """Return whether the number of cores to use is given: by OMP_NUM_THREADS, or by Slurm, which allocates them."""
+    names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_ID")
+    return any(_number(environment.get(name, "")) is not None for name in names)
+
+
+@cache  # what is idle when a command starts: later, this process itself uses the cores
+def _idle_threads(most: int, local_size: int) -> int:
+    """Return the number of threads for one of `local_size` ranks: its share of the idle cores, from 1 to `most`.
+
+    A thread that waits for its core makes the other threads wait at the end of each operation. Two threads beside one
+    busy process took 3 times as long as one thread.
+    """
+    cores = os.sched_getaffinity(0)
+    busy = busy_cores(Path("/proc"), cores, partial(time.sleep, MEASURED_SECONDS))
+    threads = max(1, min(most, (len(cores) - busy) // local_size))
+    if threads < most:
+        all_of_them = {2: "both"}.get(most, "all") if most == len(cores) else str(most)
+        console.note(
+            f"{counted(threads, 'thread')}: {busy} of {len(cores)} cores {'is' if busy == 1 else 'are'} busy; "
+            f"--threads {most} uses {all_of_them}"
+        )
+    return threads
+
+
+def busy_cores(proc: Path, cores: Collection[int], wait: Callable[[], object]) -> int:
+    """Return how many cores are in use, rounded; 0 if unknown, such as in a container that does not show them.
+
+    Processes of low priority count: beside one, two threads are slower than one thread too.
+
+    Args:
+        proc: the folder /proc.
+        cores: numbers of the cores to look at.
+        wait: waits between the two readings that are compared.
+    """
+    before = _core_times(proc)
+    wait()
+    after = _core_times(proc)
+    if not all(core in before and core in after and after[core][1] > before[core][1] for core in cores):
+        return 0
+    idle = sum((after[core][0] - before[core][0]) / (after[core][1] - before[core][1]) for core in cores)
+    return round(len(cores) - idle)
+
+
+def _core_times(proc: Path) -> dict[int, tuple[int, int]]:
+    """Return for each core the time that it was idle, and all its time, in ticks; an empty dict if unknown."""
+    found = {}
+    with suppress(OSError, ValueError, IndexError):
+        for line in (proc / "stat").read_text().splitlines():
+            name, *words = line.split()
+            if name.startswith("cpu") and name != "cpu":
+                # user, nice, system, idle, iowait, irq, softirq, steal; what follows is a part of user and nice.
+                ticks = [int(word) for word in words[:8]]
+                found[int(name[3:])] = (ticks[3] + ticks[4], sum(ticks))
+    return found
 
 
 def num_readers(environment: Mapping[str, str], local_size: int = 1) -> int:
@@ -84,10 +153,15 @@ def _cores(environment: Mapping[str, str], local_size: int, names: Sequence[str]
     if len(os.sched_getaffinity(0)) == os.cpu_count():
         limits.append(limits[0] // local_size)
     for name in names:
-        value = environment.get(name, "").split(",")[0]  # OMP_NUM_THREADS may list a number per nesting level
-        if value.isdecimal() and len(value) < 10:
-            limits.append(int(value))
+        if (number := _number(environment.get(name, ""))) is not None:
+            limits.append(number)
     return max(1, min(limits))
+
+
+def _number(text: str) -> int | None:
+    """Return the number that a variable gives; None if it gives none."""
+    value = text.split(",")[0]  # OMP_NUM_THREADS may list a number per nesting level
+    return int(value) if value.isdecimal() and len(value) < 10 else None
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:

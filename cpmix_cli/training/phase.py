@@ -253,7 +253,8 @@ def _refuse_unlike(
 def _load(asked: PhaseRequest, found: str) -> _Loaded:
     """Read and check all inputs of a phase; write nothing."""
     folder, source, recipe, dataset = asked.folder, asked.source, asked.recipe, asked.dataset
-    here, device = ranks.current(), hardware.use_device(asked.options.device)
+    # The ranks come here together, so that none of them uses a core that another one looks at.
+    here, device = ranks.current(), hardware.use_device(asked.options.device, asked.options.threads)
     path = folder.path / files.TRAINING_STATE
     tensors: dict[str, torch.Tensor] = {}
     begun: StateRecord | None = None
@@ -335,7 +336,10 @@ def _note_resumed(phase: str, begun: StateRecord) -> None:
     size, threads = ranks.current().size, torch.get_num_threads()
     console.note(f"{phase}: goes on after epoch {begun.epoch}, step {begun.step}")
     if begun.threads != threads:
-        console.warn(f"begun with {begun.threads} threads, going on with {threads}: not bit for bit")
+        console.warn(
+            f"begun with {begun.threads} threads, going on with {threads}: not bit for bit without "
+            f"--threads {begun.threads}"
+        )
     if begun.ranks != size:
         console.warn(
             f"begun with {counted(begun.ranks, 'rank')}, going on with {size}: the draws stay the same, but batch "
@@ -358,7 +362,7 @@ def _note_plan(
         f"{plan.phase}: {asked.dataset.name}, {num_images:,} images, {epochs}; "
         f"{asked.recipe.model.name}, {_num_parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {context.device.type}, {context.precision}, "
-        f"{torch.get_num_threads()} threads"
+        f"{counted(torch.get_num_threads(), 'thread')}"
     )
     if plan.phase == "stage1" and num_steps < FEW_STEPS:
         console.warn(

@@ -1,13 +1,29 @@
 """Threads, precision and device."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import must, process
 
+from cpmix_cli.artifacts.files import RUN
+from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import hardware
-from cpmix_cli.runtime.hardware import fits, free_memory, num_readers, num_threads, resolve_precision, use_device
+from cpmix_cli.runtime.hardware import (
+    busy_cores,
+    fits,
+    free_memory,
+    has_own_cores,
+    num_readers,
+    num_threads,
+    resolve_precision,
+    use_device,
+)
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -31,6 +47,104 @@ def test_threads_follow_the_environment(environment: dict[str, str], expected: i
 def test_threads_stay_within_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.joblib, "cpu_count", lambda: 1)  # what joblib makes of a control group's quota
     assert num_threads({}) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"OMP_NUM_THREADS": ""}, False),
+        ({"OMP_NUM_THREADS": "many"}, False),
+        ({"OMP_NUM_THREADS": "4,1"}, True),
+        ({"SLURM_CPUS_PER_TASK": "4"}, True),
+        ({"SLURM_JOB_ID": "7"}, True),
+    ],
+)
+def test_cores_are_given_by_the_user_or_by_slurm(environment: dict[str, str], expected: bool) -> None:
+    assert has_own_cores(environment) == expected
+
+
+IDLE = "0 0 0 100 0 0 0 0 0 0"
+BUSY = "100 0 0 0 0 0 0 0 0 0"
+
+
+@pytest.mark.parametrize(
+    ("after", "cores", "expected"),
+    [
+        ([IDLE, IDLE], {0, 1}, 0),
+        ([BUSY, IDLE], {0, 1}, 1),
+        ([BUSY, IDLE], {1}, 0),  # only the cores that this process may use count
+        ([BUSY, BUSY], {0, 1}, 2),
+        (["45 0 0 55 0 0 0 0 0 0", IDLE], {0, 1}, 0),
+        (["55 0 0 45 0 0 0 0 0 0", IDLE], {0, 1}, 1),
+        (["50 0 0 50 0 0 0 0 0 0", "40 0 0 60 0 0 0 0 0 0"], {0, 1}, 1),  # a process that changed its core
+        (["0 100 0 0 0 0 0 0 0 100", IDLE], {0, 1}, 1),  # of low priority; its time as a guest is not counted twice
+        (["0 0 60 0 40 0 0 0", IDLE], {0, 1}, 1),  # the kernel, and waiting for the disk
+        (["0 0 0 10 90 0 0 0", IDLE], {0, 1}, 0),
+        (["0 0 0 10 0 0 0 90", IDLE], {0, 1}, 1),  # taken by another virtual machine
+        (["0 0 0 100", IDLE], {0, 1}, 0),  # an old kernel
+        ([BUSY, IDLE], {0, 1, 2}, 0),  # a container that shows other cores
+        (["0 0 0 0 0 0 0 0 0 0", BUSY], {0, 1}, 0),  # one that shows no time
+        (["a b c d", BUSY], {0, 1}, 0),
+    ],
+)
+def test_busy_cores_are_those_used_between_two_readings(
+    after: list[str], cores: set[int], expected: int, tmp_path: Path
+) -> None:
+    stat = tmp_path / "stat"
+
+    def write(times: list[str]) -> None:
+        lines = [f"cpu{core} {ticks}" for core, ticks in enumerate(times)]
+        stat.write_text("\n".join(["cpu  9 9 9 9 9 9 9 9 9 9", *lines, "intr 1 2 3", ""]))
+
+    write(["0 0 0 0 0 0 0 0 0 0"] * len(after))
+    assert busy_cores(tmp_path, cores, lambda: write(after)) == expected
+    assert busy_cores(tmp_path / "none", cores, lambda: None) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_a_command_on_a_busy_machine_takes_one_thread_and_says_so(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as running:
+        for _ in range(CORES):
+            busy = running.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            running.callback(busy.kill)
+        found = process("train-stage1", "--data", toy, "--out", tmp_path / "run", "--dry-run")
+    assert found.code == 0, found.stderr
+    uses = "both" if CORES == 2 else "all"
+    assert f"1 thread: {CORES} of {CORES} cores are busy; --threads {CORES} uses {uses}\n" in found.stderr
+    assert "1 thread\n" in found.stderr
+
+
+@pytest.fixture
+def threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_flag_goes_before_the_environment(threads_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And may ask for more threads than cores, to resume a run of another machine bit for bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for asked, expected in ((None, 1), (CORES + 1, CORES + 1), (None, 1)):
+        use_device("cpu", asked)
+        assert torch.get_num_threads() == expected
+
+
+def test_threads_are_recorded_and_a_resume_with_others_says_so(
+    toy: Path, tmp_path: Path, threads_restored: None
+) -> None:
+    must("train-stage1", "--data", toy, "--out", tmp_path, "--threads", 3)
+    assert PhaseFolder(tmp_path, "stage1").record().threads == 3
+    (tmp_path / "stage1" / RUN).unlink()  # as if it was interrupted after its last epoch
+    resumed = must("train-stage1", "--data", toy, "--out", tmp_path, "--threads", 1)
+    assert "begun with 3 threads, going on with 1: not bit for bit without --threads 3" in resumed.stderr
+    must("evaluate", "--from", tmp_path, "--threads", 2)
+    assert torch.get_num_threads() == 2
 
 
 def test_requested_precision_is_kept() -> None:
