@@ -186,6 +186,7 @@ def outside_tensors(step: Step) -> dict[str, list[Tensor]]:
         "class counts": [data.class_counts],
         "images by class": of(step.inputs._pool),
         "images": of(data.batches),
+        "augmentation policy": of(policy) if (policy := getattr(data.batches, "_policy", None)) else [],
         "teacher": [*plan.teacher.parameters(), *plan.teacher.buffers()] if plan.teacher else [],
     } | {f"input {name}": [values] for name, values in _leaves(step.inputs.epoch, [term.name for term in plan.terms])}
 

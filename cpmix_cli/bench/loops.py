@@ -190,6 +190,8 @@ class PilImages(Dataset[tuple[Tensor, int]]):
             steps.append(transforms.CenterCrop(recipe.crop))
         if "flip" in recipe.augment:
             steps.append(transforms.RandomHorizontalFlip())
+        if recipe.augment.endswith("autoaugment"):
+            steps.append(transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=recipe.fill))
         if recipe.augment.endswith("jitter"):
             steps.append(transforms.ColorJitter(0.4, 0.4, 0.4))
         steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.25,) * channels)]

@@ -1,4 +1,4 @@
-"""Resized crops, flips and colour jitter of whole batches, computed from uniform random numbers on the device.
+"""Resized crops, flips, colour jitter and Cutout of whole batches, computed from uniform random numbers on the device.
 
 Shapes: B images, channels 3 or 1, pixels 0..255. Results agree with torchvision.transforms.v2 on float images.
 torchvision draws from one global generator. Here each image has its own uniforms, and only these decide how it is
@@ -14,10 +14,10 @@ from torch import Tensor
 _TRIES = 10
 # Columns of the uniforms [B, U]. Before _POSITION: _TRIES pairs of an area and an aspect ratio.
 _POSITION = 2 * _TRIES  # row and column of the crop
-_FLIP = _POSITION + 2
-FACTORS = _FLIP + 1  # brightness, contrast and saturation
+FLIP = _POSITION + 2
+FACTORS = FLIP + 1  # brightness, contrast and saturation
 ORDER = FACTORS + 3
-NUM_CROP, NUM_JITTER = _FLIP + 1, ORDER + 1
+NUM_CROP, NUM_JITTER = FLIP + 1, ORDER + 1
 """Uniforms per image without and with colour jitter."""
 _AREA = (0.08, 1.0)  # share of the image
 _SHAPE = (3 / 4, 4 / 3)  # width / height
@@ -55,14 +55,14 @@ def crop_boxes(uniforms: Tensor, height: int, width: int) -> Tensor:
     found_w = torch.cat([widths, torch.full_like(widths[:, :1], w)], 1).gather(1, first[:, None])[:, 0]
     found_h = torch.cat([heights, torch.full_like(heights[:, :1], h)], 1).gather(1, first[:, None])[:, 0]
     room = torch.stack([height - found_h, width - found_w], 1)
-    drawn = (uniforms[:, _POSITION:_FLIP] * (room + 1)).floor()
+    drawn = (uniforms[:, _POSITION:FLIP] * (room + 1)).floor()
     position = torch.where((first < _TRIES)[:, None], drawn, (room / 2).floor())
     return torch.cat([position, found_h[:, None], found_w[:, None]], 1).long()
 
 
 def flips(uniforms: Tensor) -> Tensor:
     """Return which images are mirrored, each with probability 1/2: uniforms [B, U] -> [B] bool, U >= NUM_CROP."""
-    return uniforms[:, _FLIP] < 0.5
+    return uniforms[:, FLIP] < 0.5
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
@@ -146,3 +146,23 @@ def jittered(x: Tensor, uniforms: Tensor, orders: Tensor) -> Tensor:
         other = torch.where(what == 2, grey, torch.where(what == 1, mean, 0.0))
         x = torch.lerp(other, x, factor).clamp_(0, 255)
     return x
+
+
+def cutout(uniforms: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Return the pixels of one square per image: uniforms [B, 2] -> [B, height, width] bool.
+
+    Source: DeVries and Taylor, arXiv 1708.04552, and their code. The centre is uniform on all pixels, so the square may
+    reach beyond the image. An even side has one pixel more before the centre than after it.
+
+    Args:
+        uniforms: [B, 2] float64 in [0, 1): row and column of the centre.
+        side: side of the square, in pixels.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+    """
+
+    def near(uniform: Tensor, length: int) -> Tensor:
+        place = torch.arange(length, device=uniforms.device) - (uniform * length).long()[:, None] + side // 2
+        return (place >= 0) & (place < side)
+
+    return near(uniforms[:, 0], height)[:, :, None] & near(uniforms[:, 1], width)[:, None, :]

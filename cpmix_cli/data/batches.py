@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpmix_cli.data import augment
+from cpmix_cli.data.autoaugment import NUM_UNIFORMS, AutoAugment
 from cpmix_cli.data.dataset import Dataset, Shaped
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.shards import Shards
@@ -30,6 +31,8 @@ NORMALISATIONS = {  # mean and standard deviation of red, green, blue on the sca
 _PIECE = 8
 """Images that a CPU augments together: more do not fit in its caches."""
 _MAX_ROTATION = 15.0  # degrees
+_FIRST = 3
+"""Uniforms of crop, flip and rotation of whole images. Those of AutoAugment and of Cutout follow."""
 
 
 class Batches(Protocol):
@@ -37,6 +40,8 @@ class Batches(Protocol):
 
     num_uniforms: int
     """U, random numbers in [0, 1) per image. Only these decide how the image is augmented."""
+    alternating: int | None
+    """Column of the uniforms that mirrors an image if it is below 1/2, if flips alternate; None if they are random."""
     device: torch.device
     """Device of indices and uniforms: the network's if images are resident, else the CPU."""
     resident: bool
@@ -73,7 +78,7 @@ class Resident(Batches, Protocol):
 
 
 class ImageBatches(Resident):
-    """Batches of whole images, uint8 [N, H, W, channels] on a device, with padded crops, flips and rotation.
+    """Batches of whole images, uint8 [N, H, W, channels] on a device: padded crops, flips, rotation or AutoAugment.
 
     Differs: the padding is black pixels before normalisation, as torchvision's RandomCrop pads, not zeros after it.
 
@@ -85,12 +90,19 @@ class ImageBatches(Resident):
     """
 
     def __init__(self, images: Tensor, recipe: Data, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.num_uniforms = 3  # row, column, and one for both flip (u < 1/2) and angle (u mod 1/2)
+        self.num_uniforms = _FIRST  # row, column, and one for both flip (u < 1/2) and angle (u mod 1/2)
+        self.alternating = _FIRST - 1 if recipe.flip == "alternating" else None
         self.device = images.device
         self._height, self._width, self._channels = images.shape[1:]
         self._padding = recipe.padding if recipe.augment != "none" else 0
-        self._flip = recipe.augment in ("crop-flip", "crop-flip-rotate")
+        self._flip = recipe.augment.startswith("crop-flip")
         self._rotate = recipe.augment == "crop-flip-rotate"
+        self._policy: AutoAugment | None = None
+        if recipe.augment == "crop-flip-autoaugment":
+            self._policy = AutoAugment(self._height, self._width, self._channels, recipe.fill, images.device)
+            self.num_uniforms += NUM_UNIFORMS
+        self._cutout = recipe.cutout
+        self.num_uniforms += 2 if recipe.cutout else 0
         offset, scale = _normalisation(recipe, self._channels, mean, std, images.device)
         # Repeated for a row of pixels: arithmetic over a whole row is faster than over three channels.
         self._offset, self._scale = offset.repeat(self._width), scale.repeat(self._width)
@@ -102,10 +114,10 @@ class ImageBatches(Resident):
         self._pixels = F.pad(images, (0, 0, p, p, p, p)).view(-1, self._channels)
 
     def batch(self, indices: Tensor, uniforms: Tensor) -> Tensor:
-        """Return random crops, flipped and rotated as the recipe states: float32 [B, channels, H, W].
+        """Return random crops, flipped and augmented as the recipe states: float32 [B, channels, H, W].
 
         The memory format is channels_last. A flip has probability 1/2. A rotation is about the centre, by up to
-        _MAX_ROTATION degrees in either direction.
+        _MAX_ROTATION degrees in either direction. AutoAugment comes after crop and flip, Cutout after all.
 
         Source of the rotation: torchvision's RandomRotation(15), nearest pixel, black corners.
         """
@@ -114,15 +126,24 @@ class ImageBatches(Resident):
         left = (uniforms[:, 1] * choices).long()
         flip = (uniforms[:, 2] < 0.5) & self._flip
         angle = (4 * (uniforms[:, 2] % 0.5) - 1) * _MAX_ROTATION if self._rotate else None
-        return self._crop(indices, top, left, flip, angle)
+        x = self._cropped(indices, top, left, flip, angle)
+        if self._policy is not None:
+            x = self._policy(x, uniforms[:, _FIRST : _FIRST + NUM_UNIFORMS])
+        if self._cutout:
+            x = x * ~augment.cutout(uniforms[:, -2:], self._cutout, self._height, self._width)[..., None]
+        return self._normalised(x)
 
     def plain(self, indices: Tensor) -> Tensor:
         """Return normalised images without augmentation: float32 [B, channels, H, W], memory format channels_last."""
         middle = torch.full_like(indices, self._padding)
-        return self._crop(indices, middle, middle, torch.zeros_like(indices, dtype=torch.bool), None)
+        straight = torch.zeros_like(indices, dtype=torch.bool)
+        return self._normalised(self._cropped(indices, middle, middle, straight, None))
 
-    def _crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None) -> Tensor:
-        """Gather and normalise one crop per image. Arguments are [B]; angles are degrees, counter-clockwise."""
+    def _cropped(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor | None) -> Tensor:
+        """Gather one crop per image: uint8 [B, H, W, channels].
+
+        Arguments are [B]; angles are degrees, counter-clockwise.
+        """
         device = indices.device
         rows = torch.arange(self._height, device=device).view(1, -1, 1)
         columns = torch.arange(self._width, device=device).view(1, 1, -1)
@@ -134,8 +155,12 @@ class ImageBatches(Resident):
         chosen = self._pixels.index_select(0, (first + columns).view(-1))
         if inside is not None:
             chosen = chosen * inside.view(-1, 1)
-        x = chosen.view(-1, self._width * self._channels).float().sub_(self._offset).mul_(self._scale)
-        return x.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
+        return chosen.view(-1, self._height, self._width, self._channels)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Normalise images: uint8 [B, H, W, channels] -> float32 [B, channels, H, W], memory format channels_last."""
+        rows = x.view(-1, self._width * self._channels).float().sub_(self._offset).mul_(self._scale)
+        return rows.view(-1, self._height, self._width, self._channels).permute(0, 3, 1, 2)
 
     def _rotated(self, rows: Tensor, columns: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the source row and column of each rotated pixel, and whether it is in the image: [B, H, W] each."""
@@ -168,9 +193,12 @@ class CropBatches(Resident):
         self._augments = recipe.augment != "none"
         self._jitters = recipe.augment.endswith("jitter")
         self._cropped = cropped
+        self._cutout = recipe.cutout
         self.num_uniforms = 0
         if self._augments:
             self.num_uniforms = augment.NUM_JITTER if self._jitters else augment.NUM_CROP
+            self.num_uniforms += 2 if recipe.cutout else 0
+        self.alternating = augment.FLIP if recipe.flip == "alternating" else None
         constants = _normalisation(recipe, images.shape[3], mean, std, images.device)
         self._offset, self._scale = (values.view(1, -1, 1, 1) for values in constants)
         self._orders = torch.tensor(augment.ORDERS, device=images.device)
@@ -214,7 +242,11 @@ class CropBatches(Resident):
         else:
             boxes = augment.crop_boxes(uniforms, images.shape[1], images.shape[2])
             x = augment.resized_crop(images, boxes, self._size, flip)
-        return augment.jittered(x, uniforms, self._orders) if self._jitters else x
+        if self._jitters:
+            x = augment.jittered(x, uniforms, self._orders)
+        if self._cutout:
+            x.masked_fill_(augment.cutout(uniforms[:, -2:], self._cutout, self._size, self._size)[:, None], 0)
+        return x
 
 
 def _normalisation(
@@ -234,6 +266,7 @@ class PointBatches(Resident):
 
     def __init__(self, points: Tensor) -> None:
         self.num_uniforms = 0
+        self.alternating = None
         self.device = points.device
         self._keep(points)
 

@@ -127,6 +127,7 @@ class StreamedBatches:
 
     def __init__(self, reader: ImageReader, maths: "Resident", device: torch.device) -> None:
         self.num_uniforms = maths.num_uniforms
+        self.alternating = maths.alternating
         self.device = torch.device("cpu")
         self.resident = False
         self._reader = reader

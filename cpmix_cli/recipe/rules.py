@@ -25,10 +25,15 @@ class _Rule(NamedTuple):
 
 
 _RESIZED = ["resized-crop-flip", "resized-crop-flip-jitter"]
+_AUTOAUGMENT = "crop-flip-autoaugment"
+_FLIPS = [*_RESIZED, _AUTOAUGMENT, "crop-flip-rotate", "crop-flip"]
 _SEVERAL = range(2, 101)
 _RULES = (
     _Rule("data.augment", _RESIZED, "data.crop", range(1, 4097), "it resizes to that"),
     _Rule("data.crop", range(1, 4097), "data.augment", [*_RESIZED, "none"]),
+    _Rule("data.fill", range(1, 256), "data.augment", [_AUTOAUGMENT], "it fills what AutoAugment leaves open"),
+    _Rule("data.cutout", range(1, 4097), "data.augment", [*_FLIPS, "crop"], "it augments"),
+    _Rule("data.flip", ["alternating"], "data.augment", _FLIPS),
     _Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
     _Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
     _Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
@@ -61,6 +66,8 @@ def unmet(recipe: Recipe) -> list[str]:
         for table, found in batches
         if found is not None and parts > found.batch_size
     ]
+    if recipe.data.flip == "alternating" and all(term.draw != "natural" for _, term in recipe.terms()):
+        faults.append('data.flip = "alternating" needs a term with draw = "natural": it is for these batches only')
     s = recipe.schedule
     faults += [
         f'{name}.warmup_epochs = {table.warmup_epochs:g}: with {name}.kind = "linear" at most {name}.epochs = '

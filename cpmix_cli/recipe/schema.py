@@ -61,11 +61,28 @@ class Data(Table):
     """Augmentation and normalisation: from stored images to network inputs."""
 
     augment: Literal[
-        "resized-crop-flip-jitter", "resized-crop-flip", "crop-flip-rotate", "crop-flip", "crop", "none"
+        "resized-crop-flip-jitter",
+        "resized-crop-flip",
+        "crop-flip-autoaugment",
+        "crop-flip-rotate",
+        "crop-flip",
+        "crop",
+        "none",
     ] = "crop-flip"
     """Training augmentation. crop: random crop after padding. resized-crop: random crop with 8 to 100 % of the area and
     an aspect ratio from 3:4 to 4:3, resized to `crop`. flip: horizontal flip with probability 1/2. rotate: rotation by
-    up to 15 degrees. jitter: brightness, contrast and saturation changed by up to 40 %."""
+    up to 15 degrees. autoaugment: AutoAugment's policy for CIFAR. jitter: brightness, contrast and saturation changed
+    by up to 40 %."""
+    fill: int = Field(default=0, ge=0, le=255)
+    """Grey value of pixels that a translation, shear or rotation of AutoAugment leaves open. 0 as in torchvision, 128
+    as in the long-tail code."""
+    cutout: int = Field(default=0, ge=0, le=4096)
+    """Side in pixels of a black square at a random place, clipped at the border, after all other augmentation (Cutout);
+    0: none."""
+    flip: Literal["random", "alternating"] = "random"
+    """Flips of the shuffled natural batches. random: each image is flipped with probability 1/2. alternating: each
+    image is flipped in every second epoch, from the first or the second epoch at random. Images drawn with replacement
+    are always flipped at random."""
     padding: int = Field(default=4, ge=0, le=1024)
     """Black pixels that are added to each side before the random crop."""
     crop: int = Field(default=0, ge=0, le=4096)
@@ -74,7 +91,7 @@ class Data(Table):
     normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
     """Mean and standard deviation per channel. cifar10, imagenet, inaturalist: published values. dataset: values of the
     training set. none: 0 and 1."""
-    _quiet: ClassVar[tuple[str, ...]] = ("crop",)
+    _quiet: ClassVar[tuple[str, ...]] = ("fill", "cutout", "flip", "crop")
 
     def input_shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape of a network input: image [H, W, channels] -> [crop, crop, channels] if `crop` is not 0.

@@ -1,5 +1,6 @@
 """Checks of a recipe against its data set and its network, before the first phase trains."""
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -87,6 +88,15 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
     elif data.crop > min(shape[:2]):
         message = f"data.crop = {data.crop}: the images have {shape[0]} x {shape[1]} pixels"
         found.append(_Misfit(message, (f"data.crop={min(shape[:2])}",)))
+    if not has_images:
+        found += [
+            _Misfit(f"data.{key} = {json.dumps(value)}: for images, the data set has points", (f"data.{key}={plain}",))
+            for key, plain in (("augment", "crop-flip"), ("fill", 0), ("cutout", 0), ("flip", "random"))
+            if (value := getattr(data, key)) != plain and (key != "augment" or value == "crop-flip-autoaugment")
+        ]
+    elif data.cutout > min(shape[:2]):
+        message = f"data.cutout = {data.cutout}: the images have {shape[0]} x {shape[1]} pixels"
+        found.append(_Misfit(message, (f"data.cutout={min(shape[:2])}",)))
     if data.normalisation in NORMALISATIONS and has_images and shape[-1] != 3:
         message = f'data.normalisation = "{data.normalisation}": for 3 channels, the images have {shape[-1]}'
         found.append(_Misfit(message, ("data.normalisation=dataset",)))

@@ -69,6 +69,7 @@ class EpochInputs:
             num_uniforms=data.batches.num_uniforms,
             key=(plan.seed, plan.phase),
             num_epochs=plan.num_epochs,
+            alternating=data.batches.alternating,
         )
 
     def begin_epoch(self, epoch: int, confusion: Tensor) -> None:

@@ -127,10 +127,20 @@ class Sampler:
     """(seed, phase), the beginning of each stream's name."""
     num_epochs: int
     """Epochs of both stages together."""
+    alternating: int | None = None
+    """Column of the uniforms whose flips alternate in the natural batches; None: all flips are random."""
 
     @cached_property
     def _pool(self) -> ClassPool:
         return ClassPool(self.labels, self.num_classes)
+
+    @cached_property
+    def _first_flips(self) -> Tensor:
+        """One bit per image [N] int64. An image is flipped if the sum of its bit and the epoch is odd.
+
+        Both stages share them: the name of their stream has no phase. Source: Jordan, arXiv 2404.00498 (airbench).
+        """
+        return torch.from_numpy(stream(self.key[0], "flip").integers(2, size=len(self.labels)))
 
     @property
     def _num_steps(self) -> int:
@@ -144,7 +154,11 @@ class Sampler:
             num_images = len(self.labels)
             order[:num_images] = stream(*self.key, epoch, "order").permutation(num_images)
             index = torch.from_numpy(order.reshape(self._num_steps, self.batch_size))
-            natural = ImageRequest(index, self._uniforms(epoch, "augment", self.batch_size, self.num_uniforms))
+            augment = self._uniforms(epoch, "augment", self.batch_size, self.num_uniforms)
+            if self.alternating is not None:
+                augment[..., self.alternating] %= 0.5  # what is left chooses the angle of a rotation
+                augment[..., self.alternating] += 0.5 * ((self._first_flips[index] + epoch) % 2 == 0)
+            natural = ImageRequest(index, augment)
             labels = self.labels[index]
         return Draws(natural, tuple(self._term(name, recipe, epoch, labels) for name, recipe in self.terms.items()))
 

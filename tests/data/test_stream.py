@@ -1,5 +1,6 @@
 """Images that come from disk ahead of their use: the numbers of resident ones, bounded memory, an end to waiting."""
 
+import json
 import os
 import shutil
 import signal
@@ -141,9 +142,12 @@ def test_test_images_are_the_same_from_files_and_shards_kept_or_streamed(
 LARGE = Data(augment="resized-crop-flip", crop=SIZE, normalisation="inaturalist")
 MIDDLE, WHOLE = Data(augment="none", crop=CROP), Data(augment="none")
 TURNED = Data(augment="crop-flip-rotate", padding=3)
+POLICY = Data(augment="crop-flip-autoaugment", padding=3, cutout=8, flip="alternating")
 
 
-@pytest.mark.parametrize("recipe", [JITTER, LARGE, MIDDLE, TURNED, WHOLE], ids=lambda r: f"{r.augment}-{r.crop}")
+@pytest.mark.parametrize(
+    "recipe", [JITTER, LARGE, MIDDLE, TURNED, POLICY, WHOLE], ids=lambda r: f"{r.augment}-{r.crop}"
+)
 def test_streamed_shards_give_the_bits_of_resident_ones(
     tree: Path, recipe: Data, streamed: None, readers: None, generator: torch.Generator
 ) -> None:
@@ -152,7 +156,7 @@ def test_streamed_shards_give_the_bits_of_resident_ones(
     hardware.RESIDENT_SHARE["cpu"] = 0.25  # put back by the fixture
     kept, _ = open_batches(dataset, "train", recipe, CPU)
     assert (read.resident, kept.resident) == (False, True)
-    assert (read.num_uniforms, read.device) == (kept.num_uniforms, CPU)
+    assert (read.num_uniforms, read.alternating, read.device) == (kept.num_uniforms, kept.alternating, CPU)
     for prefetched in (True, False):
         indices = torch.randint(0, 42, (30,), generator=generator)
         uniforms = torch.rand(30, kept.num_uniforms, dtype=torch.float64, generator=generator)
@@ -533,6 +537,15 @@ def test_crops_that_the_data_do_not_allow_are_refused(tree: Path, toy: Path, tmp
     refused(2, too_large, *train, tree / "shards", *FLAGS, *setting("data.crop=41"))
     points = "data.crop = 8: for images, the data set has points"
     refused(2, points, *train, toy, *setting("data.crop=8", 'data.augment="none"'))
+
+
+def test_augmentations_that_the_data_do_not_allow_are_refused(digits: Path, toy: Path, tmp_path: Path) -> None:
+    train = ("train-stage1", "--out", tmp_path / "run", "--data")
+    too_large = "data.cutout = 9: the images have 8 x 8 pixels"
+    refused(2, too_large, *train, digits, *setting("data.augment=crop", "data.cutout=9"))
+    for key, value in (("augment", "crop-flip-autoaugment"), ("cutout", 4), ("flip", "alternating")):
+        points = f"data.{key} = {json.dumps(value)}: for images, the data set has points"
+        refused(2, points, *train, toy, *setting("data.augment=crop-flip", f"data.{key}={value}"))
 
 
 @pytest.mark.slow

@@ -394,6 +394,8 @@ LATER = FALLS.replace("schedule", "finetune").replace("300", "30")
 MORE = "more than the images of a batch"
 SCALE = 'finetune.head = "scale" needs model.head = "linear", not "cosine": a cosine head has no bias'
 TAU_NORM = 'model.head = "cosine" needs evaluation.tau_norm = 0, not 1.0: it has no norms'
+AUTOAUGMENT = '"crop-flip-autoaugment"'
+NONE_NATURAL = [f"{term}.draw=class-uniform" for term in ("stage1.terms.erm", "stage2.terms.erm", "stage2.terms.mix")]
 CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-flip-jitter" or "none"'
 
 
@@ -404,6 +406,14 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["evaluation.tau_norm=1", "model.head=cosine"], TAU_NORM),
         (["data.crop=8"], CROP),
         (["data.augment=resized-crop-flip"], 'data.augment = "resized-crop-flip" needs data.crop = 1 or more, not 0'),
+        (["data.fill=128"], f'data.fill = 128 needs data.augment = {AUTOAUGMENT}, not "crop-flip": it fills what Auto'),
+        (["data.cutout=16", "data.augment=none"], 'needs data.augment = "resized-crop-flip" or "resized-crop-flip-jit'),
+        (["data.flip=alternating", "data.augment=crop"], 'data.flip = "alternating" needs data.augment = "resized-cr'),
+        (["data.flip=alternating", *NONE_NATURAL], 'data.flip = "alternating" needs a term with draw = "natural": it'),
+        ([f"data.augment={AUTOAUGMENT}", "data.crop=8"], CROP),
+        (["data.flip=sometimes"], "Input should be 'random' or 'alternating'"),
+        (["data.fill=256"], "Input should be less than or equal to 255"),
+        (["data.cutout=-1"], "Input should be greater than or equal to 0"),
         (["stage2.terms.cp.teacher=distillation"], 'stage2.terms.cp.teacher = "distillation" goes into stage1 only'),
         (["stage1.terms.erm.probability=0.5"], "probability needs partner"),
         (["stage1.terms.erm.match=transport"], "match needs partner"),

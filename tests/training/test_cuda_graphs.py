@@ -29,7 +29,8 @@ VARIANTS = {
     "separate forwards": ("stage2.forward=separate",),
     "a ratio for each image": ("stage2.terms.mix.per_sample=true",),
     "a frozen stem": ('model.frozen=["conv1", "bn1"]',),
-    "jittered crops": ("data.crop=6", "data.augment=resized-crop-flip-jitter"),
+    "jittered crops": ("data.crop=6", "data.augment=resized-crop-flip-jitter", "data.cutout=3"),
+    "autoaugment": ("data.augment=crop-flip-autoaugment", "data.fill=128", "data.cutout=4", "data.flip=alternating"),
     "adam": ("optimizer.kind=adam", "optimizer.lr=0.001"),
     "all at once": (
         *("model.precision=bf16", "model.experts=3", "confusion.decay=0.9"),
@@ -88,7 +89,11 @@ def test_replayed_epochs_of_points_equal_eager_ones(recipe: str, phase: str, toy
 
 
 @pytest.mark.parametrize("stop_at", [(8, 1), (8, 3)], ids=["in an epoch", "at its end"])
-@pytest.mark.parametrize("settings", [(), ("confusion.refresh=epoch", "confusion.decay=0.9")], ids=["", "ahead"])
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("confusion.refresh=epoch", "confusion.decay=0.9"), VARIANTS["autoaugment"]],
+    ids=["", "ahead", "autoaugment"],
+)
 def test_a_resumed_run_replays_to_the_same_end(
     settings: tuple[str, ...], stop_at: tuple[int, int], few_digits: Dataset
 ) -> None:

@@ -61,6 +61,21 @@ def test_steps_of_all_methods_stay_on_the_device(recipe: str, phase: str, few_di
     assert on_device == pytest.approx(on_cpu, rel=1e-3)
 
 
+AUGMENTED = {
+    "autoaugment": ("augment=crop-flip-autoaugment", "fill=128", "cutout=4", "flip=alternating"),
+    "jittered crops": ("augment=resized-crop-flip-jitter", "crop=6", "cutout=3", "flip=alternating"),
+}
+
+
+@pytest.mark.parametrize("keys", AUGMENTED.values(), ids=list(AUGMENTED))
+def test_augmentation_stays_on_the_device(keys: Sequence[str], few_digits: Dataset) -> None:
+    settings = [f"data.{key}" for key in keys]
+    on_cpu, on_device = (
+        first_epoch("cifar100-lt/cpmix", "stage2", few_digits, *settings, device=device) for device in ("cpu", "cuda")
+    )
+    assert on_device == pytest.approx(on_cpu, rel=1e-3)
+
+
 def test_a_new_head_is_drawn_for_a_network_on_the_device(few_digits: Dataset) -> None:
     """The numbers are the CPU's."""
     heads = []
