@@ -1,0 +1,55 @@
+"""recipes/paper.sh for real on the digits: it stops when its time is over, the same line goes on, and rows are appended once."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def paper(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the script at one epoch in a folder where the check of the machine has passed."""
+    (folder / "out" / "log").mkdir(parents=True, exist_ok=True)
+    (folder / "out" / "log" / "check-passed").touch()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", str(ROOT / "recipes" / "paper.sh"), *words],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "EPOCHS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows(folder: Path) -> list[tuple[str, str]]:
+    with (folder / "out" / "results.csv").open() as file:
+        return [(row["method"], row["phase"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_the_script_stops_in_time_and_the_same_line_goes_on(tmp_path: Path) -> None:
+    stopped = paper(tmp_path, "0.45", "out", "digits")  # 17 seconds, and 10 to save
+    lines = [line.split("  ", 1)[1] for line in stopped.stdout.splitlines()]
+    assert stopped.returncode == 75, stopped.stdout
+    assert lines == [
+        "rho20-seed0",
+        "rho20-seed0: goes on next time",
+        "not all is measured: the same line goes on: out/results.csv",
+    ]
+    first = rows(tmp_path)
+    assert first[0] == ("CP-Mix", "stage2")
+    again = paper(tmp_path, "0.45", "out", "digits")
+    assert again.returncode == 75, again.stdout
+    assert rows(tmp_path)[: len(first)] == first
+    assert len(set(rows(tmp_path))) == len(rows(tmp_path)) > len(first)
+
+
+def test_without_its_three_words_the_script_says_its_usage(tmp_path: Path) -> None:
+    told = paper(tmp_path, "15")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.startswith("usage: bash recipes/paper.sh MINUTES OUT FOLDER")
