@@ -1,4 +1,4 @@
-"""recipes/paper.sh for real on the digits: it stops when its time is over, the same line goes on, and rows are appended once."""
+"""recipes/paper.sh for real on digits: it stops when its time is over, the same line goes on, rows are appended once."""
 
 import csv
 import os
@@ -33,20 +33,23 @@ def rows(folder: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_script_stops_in_time_and_the_same_line_goes_on(tmp_path: Path) -> None:
-    stopped = paper(tmp_path, "0.45", "out", "digits")  # 17 seconds, and 10 to save
-    lines = [line.split("  ", 1)[1] for line in stopped.stdout.splitlines()]
-    assert stopped.returncode == 75, stopped.stdout
-    assert lines == [
-        "rho20-seed0",
-        "rho20-seed0: goes on next time",
-        "not all is measured: the same line goes on: out/results.csv",
-    ]
-    first = rows(tmp_path)
-    assert first[0] == ("CP-Mix", "stage2")
-    again = paper(tmp_path, "0.45", "out", "digits")
-    assert again.returncode == 75, again.stdout
-    assert rows(tmp_path)[: len(first)] == first
-    assert len(set(rows(tmp_path))) == len(rows(tmp_path)) > len(first)
+    seen: list[tuple[str, str]] = []
+    for _ in range(10):  # calls of 15 seconds: a busy machine needs more of them
+        stopped = paper(tmp_path, "0.25", "out", "digits")
+        lines = [line.strip().partition("  ")[2] for line in stopped.stdout.splitlines()]
+        assert stopped.returncode == 75, stopped.stdout
+        assert lines[0] == "rho20-seed0"
+        assert lines[-2:] == [
+            "rho20-seed0: goes on next time",
+            "not all is measured: the same line goes on: out/results.csv",
+        ]
+        if (tmp_path / "out" / "results.csv").exists():
+            assert rows(tmp_path)[: len(seen)] == seen
+            seen = rows(tmp_path)
+        if len(seen) >= 2:
+            break
+    assert seen[:2] == [("CP-Mix", "stage2"), ("CP-Mix", "finetune")]
+    assert len(set(seen)) == len(seen)
 
 
 def test_without_its_three_words_the_script_says_its_usage(tmp_path: Path) -> None:
