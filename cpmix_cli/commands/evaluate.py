@@ -90,6 +90,12 @@ def run(options: EvaluateOptions) -> None:
             fix="give a folder of FOLDER/CLASS/IMAGE, or a data set folder",
         )
 
+    if recipe.evaluation.mirror and len(dataset.shape) != 3:
+        raise UsageError(
+            f"{dataset.folder} holds points, which have no mirror image",
+            needed_by="evaluation.mirror = true",
+            fix="drop --set evaluation.mirror",
+        )
     if not len(tests.labels):
         raise InputError(
             f"{dataset.folder} has no {options.split} image to measure an accuracy on",
@@ -122,6 +128,8 @@ def run(options: EvaluateOptions) -> None:
     profile = _requested_profile(options, dataset, tests.labels)
     weights = None
     counts = torch.tensor(dataset.class_counts)
+    if recipe.evaluation.mirror:
+        console.note("evaluate: logits are the mean over each image and its mirror image; report them as such")
     with tests.reading():
         if recipe.evaluation.aggregate == "test-time":
             weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
@@ -182,7 +190,8 @@ def _default_label(
     for key in POST_HOC:
         value = getattr(recipe.evaluation, key)
         if value != getattr(trained.evaluation, key):
-            after.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
+            shown = "" if value is True else f"-{value:g}" if isinstance(value, float) else f"-{value}".lower()
+            after.append(key.replace("_", "-") + shown)
     if options.test_data is None:
         return "-".join([*before, *after]) or None
     place = options.test_data.resolve()
@@ -304,6 +313,7 @@ def _publish(
         used = round(float((by_image > 0).double().sum(0) @ share_of_images), 3)
     counts = torch.tensor(dataset.class_counts)
     own = [post_hoc(z, counts, recipe.evaluation) for z in experts] if len(experts) > 1 else []
+    own_keys = recipe.tables()["evaluation"]  # quiet keys only where they are given: older evaluations keep their bytes
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups, profile),
@@ -313,7 +323,7 @@ def _publish(
         "expert_weights": shares,
         "experts_used": used,
         "experts": [summary(z, labels, groups, profile) for z in own],
-        **{key: getattr(recipe.evaluation, key) for key in POST_HOC},
+        **{key: own_keys[key] for key in POST_HOC if key in own_keys},
         "checkpoint_sha256": source.output(files.MODEL)[1],
     }
     recorder.publish(files.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())

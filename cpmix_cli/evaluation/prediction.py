@@ -29,7 +29,13 @@ _AHEAD = 3  # batches prefetched from disk while one is predicted
 
 @torch.no_grad()
 def predict(
-    model: Classifier, batches: Batches, num_samples: int, batch_size: int, of: Callable[[Tensor], Tensor] | None = None
+    model: Classifier,
+    batches: Batches,
+    num_samples: int,
+    batch_size: int,
+    of: Callable[[Tensor], Tensor] | None = None,
+    *,
+    mirror: bool = False,
 ) -> Tensor:
     """Compute the raw logits of each expert in eval mode, in fp32 and without augmentation.
 
@@ -39,6 +45,7 @@ def predict(
         num_samples: N; inputs 0 to N - 1 are predicted in that order.
         batch_size: images per forward pass.
         of: function of the inputs to use instead of the expert logits: [B, ...] -> [n, B, ...].
+        mirror: True gives the mean over the inputs [B, 3, H, W] and their mirror images.
 
     Returns:
         Logits [E, N, C] float32 on the CPU, or the values of `of` [n, N, ...].
@@ -50,7 +57,11 @@ def predict(
     for number, part in enumerate(parts):
         for coming in parts[number : number + _AHEAD + 1]:
             batches.prefetch(coming, None)
-        found.append(function(batches.plain(part)).cpu())
+        x = batches.plain(part)
+        values = function(x)
+        if mirror:
+            values = (values + function(x.flip(-1))) / 2
+        found.append(values.cpu())
     return torch.cat(found, 1)
 
 
@@ -101,9 +112,11 @@ def predicted(
         recipe: [evaluation].
         weights: weights of the experts [E] from learn_expert_weights(); None: combined as in experts.combined().
     """
-    experts = predict(model, batches, num_samples, recipe.batch_size)
+    experts = predict(model, batches, num_samples, recipe.batch_size, mirror=recipe.mirror)
     if recipe.aggregate == "routed" and model.routers is not None:
-        routes = predict(model, batches, num_samples, recipe.batch_size, lambda x: model.routed(x)[1])
+        routes = predict(
+            model, batches, num_samples, recipe.batch_size, lambda x: model.routed(x)[1], mirror=recipe.mirror
+        )
         weights = routed_weights(routes, recipe.routing_threshold)
     logits = combined(experts, recipe.aggregate, model, class_counts, weights)
     return Predicted(post_hoc(logits, class_counts, recipe), experts, weights)

@@ -52,7 +52,7 @@ def matrix_of(predictions: pd.DataFrame, num_classes: int) -> NDArray[np.int64]:
     return counts.reshape(num_classes, num_classes)
 
 
-POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature")
+POST_HOC = ("logit_adjustment", "tau_norm", "aggregate", "routing_threshold", "temperature", "mirror")
 """Keys of [evaluation] that change the logits of a network."""
 ACCURACY_HEADER = ("evaluation", ">top-1", ">many", ">medium", ">few", ">balanced", ">ECE", ">images")
 

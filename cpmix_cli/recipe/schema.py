@@ -380,6 +380,9 @@ class Evaluation(Table):
     tau_norm: float = Field(default=0.0, ge=0, le=100)
     """Power tau of tau-normalisation: each class weight w of a linear head becomes w / |w|^tau,
     without the bias. 0: the head as it is, with its bias."""
+    mirror: bool = False
+    """The logits of an image are the mean over it and its mirror image, at twice the cost. Images only."""
+    _quiet: ClassVar[tuple[str, ...]] = ("mirror",)
 
 
 Kind = Literal["loss", "reweighting", "mixing", "decoupled", "ensemble", "CP-Mix", "control", "ablation"]

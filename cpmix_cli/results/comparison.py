@@ -47,7 +47,7 @@ class EvaluatedRun:
     method: Recognised
     data: str
     label: str
-    """Label of the evaluation, or ""."""
+    """Label of the evaluation; without one, "mirror" if its recipe mirrors the test images, else ""."""
     stage: str
     """before or after the finetune, none (no finetune in the recipe), or before stage 2; then the label, if any."""
     forms: frozenset[bool]
@@ -190,9 +190,11 @@ def _evaluated_run(folder: Path, record: EvaluationRecord, source: PhaseFolder) 
     trained_with = trained.recipe_name if trained.recipe_name in recipe_names() else None
     method = recognised(recipe, source.phase, *split_name(data), trained_with)
     leading = leading_phases(source)
-    label = folder.name.removeprefix(source.phase).removeprefix("-")
     stage, forms = _stage_of(source, recipe)
     conditions = _conditions_of(record, trained, recipe, source.phase, leading)
+    # Two looks at each test image are reported apart, also if it is the recipe that asks for them.
+    asked = "mirror" if conditions.get("evaluation.mirror") else ""
+    label = folder.name.removeprefix(source.phase).removeprefix("-") or asked
     usual = conditions["test images"] == "own test split" and conditions.get("test_distribution") == "uniform"
     return EvaluatedRun(
         run=source.run,

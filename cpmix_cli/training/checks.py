@@ -97,6 +97,10 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
     elif data.cutout > min(shape[:2]):
         message = f"data.cutout = {data.cutout}: the images have {shape[0]} x {shape[1]} pixels"
         found.append(_Misfit(message, (f"data.cutout={min(shape[:2])}",)))
+    if recipe.evaluation.mirror and not has_images:
+        found.append(
+            _Misfit("evaluation.mirror = true: for images, the data set has points", ("evaluation.mirror=false",))
+        )
     if data.normalisation in NORMALISATIONS and has_images and shape[-1] != 3:
         message = f'data.normalisation = "{data.normalisation}": for 3 channels, the images have {shape[-1]}'
         found.append(_Misfit(message, ("data.normalisation=dataset",)))
