@@ -506,6 +506,11 @@ class BenchOptions:
     threads: Threads = None
     rounds: int = flag(10, "Number of rounds; each times every loop once. Medians are shown.", min=1)
     seconds: float = flag(1.0, "Seconds per loop and round; each loop runs at least three steps.", min=0, max=3600)
+    ingredients: bool = flag(
+        False,
+        "Time a training step with and without each ingredient, such as AutoAugment, instead of the loops.",
+        "--ingredients",
+    )
     world_size: str | None = flag(
         None,
         "Instead of timing, project the training time to these numbers of ranks: 1,8,64.",

@@ -56,8 +56,8 @@ def test_every_command_has_the_agreed_flags() -> None:
         "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --prefix --out --overwrite --json",
-        "bench": "--recipe --set --epochs --data --data-root --device --threads --rounds --seconds --world-size "
-        "--cores --link --json",
+        "bench": "--recipe --set --epochs --data --data-root --device --threads --rounds --seconds --ingredients "
+        "--world-size --cores --link --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.artifacts.files import PHASES
-from cpmix_cli.bench import projection
+from cpmix_cli.bench import ingredients, projection
 from cpmix_cli.bench.loops import InputAlone, NetworkAlone, PilImages, ReferenceLoop, TimedLoop, TrainingLoop
 from cpmix_cli.bench.measure import (
     MIB,
@@ -33,19 +33,25 @@ from cpmix_cli.data.batches import open_batches
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
 from cpmix_cli.runtime import console, hardware
+from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
 
 
 def run(options: BenchOptions) -> None:
-    """Measure and print the speed of each loop; with --world-size, project the training time.
+    """Measure and print the speed of each loop; or the cost of ingredients; or project the training time.
 
     Raises:
         EnvironmentFault: the device is missing.
         InputError: the data set is damaged, or contains points.
-        UsageError: the recipe is wrong.
+        UsageError: the recipe is wrong, or both --ingredients and --world-size are given.
     """
+    if options.ingredients and options.world_sizes:
+        raise UsageError("--ingredients and --world-size are two different reports", fix="give one of them")
+    if options.ingredients:
+        ingredients.run(options)
+        return
     if options.world_sizes:
         projection.run(options)
         return

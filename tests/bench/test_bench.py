@@ -6,6 +6,8 @@ from statistics import median
 import pytest
 from helpers import files, must, refused
 
+from cpmix_cli.bench.ingredients import INGREDIENTS
+
 PHASES = ["stage1", "stage2", "finetune"]
 
 
@@ -76,3 +78,29 @@ def test_bench_reports_a_recipe_error_before_it_measures(digits: Path) -> None:
     said = 'stage2.terms.cp.partner = "confusing": unknown'
     command = ("bench", "--data", digits, "--set", "stage2.terms.cp.partner=confusing")
     assert refused(2, said, *command).stdout == ""
+
+
+def test_bench_ingredients_compares_steps_with_and_without(digits: Path) -> None:
+    """Each round has a ratio; an ingredient that the recipe or the data do not allow is left out with the reason."""
+    flags = ("--data", digits, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--set", "model.precision=fp32")
+    command = ("bench", "--ingredients", "--recipe", "digits/cpmix", *flags)
+    measured = must(*command, "--set", "data.augment=crop-flip", "--json").json
+    rows = measured["ingredients"]
+    assert list(rows) == [title for title in INGREDIENTS if title != "Cutout"]
+    assert measured["left_out"] == {"Cutout": "data.cutout = 16: the images have 8 x 8 pixels"}
+    for title, row in rows.items():
+        assert row["phase"] == "stage1" and row["settings"] == list(INGREDIENTS[title].on)
+        assert len(row["ratio_by_round"]) == 2 and row["ratio"] == median(row["ratio_by_round"])
+        assert min(row["seconds_with"], row["seconds_without"], *row["ratio_by_round"]) > 0
+    assert rows["three balanced experts"]["ratio"] > 1.3
+    same = {row["seconds_without"] for title, row in rows.items() if title != "three balanced experts"}
+    assert len(same) == 1  # loops of equal recipes are one loop
+    lines = must(*command).stdout.splitlines()
+    assert " ".join(lines[0].split()) == "ingredient phase s/step without with ratio lowest .. highest settings"
+    assert [line.split("  ")[0] for line in lines[2:-3]] == ["AutoAugment", "three balanced experts"]
+    flip = 'left out: alternating flips: data.flip = "alternating" needs data.augment = "resized-crop-flip" or "resiz'
+    assert lines[-1].startswith(flip)
+
+
+def test_bench_makes_one_report_at_a_time() -> None:
+    refused(2, "--ingredients and --world-size are two different", "bench", "--ingredients", "--world-size", "1,8")
