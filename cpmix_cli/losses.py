@@ -252,7 +252,7 @@ def balanced_experts(
         taus: strength of each expert's adjustment [E]; one expert of 1 is Balanced Softmax.
         uniform_share: see logit_adjusted().
 
-    Source: Aimar et al., Balanced Product of Calibrated Experts, and its code: taus 0, 1, 2.
+    Source: Sanchez Aimar et al., Balanced Product of Calibrated Experts, and its code: taus 0, 1, 2.
     """
     losses = [
         logit_adjusted(z, labels, weights, class_counts, tau=tau, uniform_share=uniform_share)

@@ -2,24 +2,26 @@
 
 A mixed term is draw -> partner -> match -> ratio -> mix -> label -> loss. Each step is one function, and the
 dictionaries at the end give it its name in recipes. Keyword-only parameters become recipe keys of the term; an
-Annotated pydantic Field gives their range. Shapes: B images per batch, K = 1 or B, C classes, D features.
+Annotated pydantic Field gives their range. Shapes: B images per batch, K = 1 or B, C classes, E experts, D features.
 
     partner(uniforms [B], labels [B], state) -> positions in the batch [B] (BATCH_PARTNERS)
                                                 or classes [B] (CLASS_PARTNERS)
     match(f1, y1, f2, y2, state)             -> position in the batch of the image to mix with each partner [B]
     ratio(drawn [K], n1 [B], n2 [B])         -> lambda_x [K]
-    mix(x1, x2, lam [K], uniforms [K, V])    -> mixed inputs [B, ...] and the resulting lambda_x [K]
+    mix(x1, x2, lam [K], uniforms [K, V])    -> mixed inputs [B, ...] and the resulting lambda_x [K] (MIXES),
+                                                or mixed features [B, E, D] and lambda_x (FEATURE_MIXES)
     label(lam [K], n1 [B], n2 [B])           -> lambda_y [B]
 
 Args of all of them (1: the sampled batch, 2: its partners):
-    uniforms: random numbers in [0, 1), float64; V per image for a mix (see MIX_UNIFORMS).
+    uniforms: random numbers in [0, 1), float64; V per image for a mix (see MIX_UNIFORMS), E D for a mix of features.
     labels, y1, y2: classes of the images [B] int64.
     state: class counts and confusion counts, see MixingState.
     f1, f2: features of the network in eval mode [B, D].
     drawn: samples of Beta(alpha, alpha) [K] float64.
     n1, n2: training images of the classes of each pair [B].
-    x1, x2: inputs [B, ...]; images are [B, channels, H, W].
-    lam: share of x1 in the mixed input, lambda_x [K].
+    x1, x2: inputs [B, ...], images are [B, channels, H, W]; or features [B, E, D].
+    lam: share of x1 in the mixed input, lambda_x [K]; 1 if the batch stays unmixed. Of a mix that draws without a ratio
+        (`replaces` in NEEDS) it is 0 otherwise.
 
 After a class partner, an image of that class is drawn uniformly. A match may call other libraries and synchronise with
 the device, so a stage with a match is not captured as a CUDA graph. Paper: Sec. 2.2, 4.
@@ -206,12 +208,35 @@ def box(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor) -> tuple[Tensor, 
     return torch.where(inside[:, None], x2, x1), 1 - inside.double().mean((1, 2))
 
 
+def channels(x1: Tensor, x2: Tensor, lam: Tensor, uniforms: Tensor, *, p: Fraction) -> tuple[Tensor, Tensor]:
+    """Overwrite int(p D) random channels of each expert's features; the resulting lambda is the share of those left.
+
+    Args:
+        x1, x2: features [B, E, D], or maps [B, E, D, ...]: with average pooling this is the same.
+        lam: see above.
+        uniforms: one for each channel [K, E D]; those with the smallest are overwritten.
+        p: share of the channels.
+
+    Source: Li et al., H2T, and its code: p = 0.25, one set of channels per step and expert.
+    """
+    experts, width = x1.shape[1:3]
+    rank = uniforms.view(-1, experts, width).argsort(2).argsort(2)
+    taken = (rank < int(p * width)) & (lam < 1).view(-1, 1, 1)  # [K, E, D]
+    mixed = torch.where(taken.view(*taken.shape, *[1] * (x1.dim() - 3)), x2, x1)
+    return mixed, 1 - taken.double().mean((1, 2))
+
+
 # -- label rules -------------------------------------------------------------------------------------------------------
 
 
 def same_ratio(lam: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
     """Return lambda_y = lambda, the labels of vanilla mixup. Paper: Eq. (3)."""
     return lam.expand(len(n1))
+
+
+def first(lam: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
+    """Return lambda_y = 1: only the label of the term's own image."""
+    return torch.ones_like(lam).expand(len(n1))
 
 
 def imbalance_aware(lam: Tensor, n1: Tensor, n2: Tensor, *, t: Fraction) -> Tensor:
@@ -250,12 +275,24 @@ CLASS_PARTNERS: dict[str, Callable[..., Tensor]] = {
 MATCHES: dict[str, Callable[..., Tensor]] = {"transport": transport}
 RATIOS: dict[str, Callable[..., Tensor]] = {"beta": beta, "unimix": unimix_ratio}
 MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"linear": linear, "box": box}
+FEATURE_MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"channels": channels}
 MIX_UNIFORMS = {"linear": 0, "box": 2}
-"""V: random numbers per image that a mix uses."""
-LABELS: dict[str, Callable[..., Any]] = {"lambda": same_ratio, "imbalance-aware": imbalance_aware, "remix": remix}
+"""V: random numbers per image that a mix of inputs uses."""
+LABELS: dict[str, Callable[..., Any]] = {
+    "lambda": same_ratio,
+    "first": first,
+    "imbalance-aware": imbalance_aware,
+    "remix": remix,
+}
 NEEDS: dict[Callable[..., Any], Needs] = {
     fixed: Needs(class_pairs="pairs"),
     transport: Needs(package="ot", extra="transport"),
     box: Needs(images=True),
+    channels: Needs(
+        {"finetune.train": [["head"], ["head."], ["head.weight"], ["head.scale"]]},
+        "features are mixed without a gradient",
+        stage="finetune",
+        replaces=("ratio", "alpha"),
+    ),
 }
 """Function -> its requirements beyond its own parameters."""

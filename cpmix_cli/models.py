@@ -57,7 +57,11 @@ class Classifier(nn.Module):
 
     def expert_logits(self, x: Tensor) -> Tensor:
         """Compute raw logits of each expert: inputs [B, ...] -> [E, B, C]."""
-        logits: Tensor = self.head(self.features(x))
+        return self.classify(self.features(x))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute raw logits of each expert: features [B, D], or [B, E D] with experts -> [E, B, C]."""
+        logits: Tensor = self.head(features)
         return logits if isinstance(self.head, ExpertHeads) else logits[None]
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +79,12 @@ class Classifier(nn.Module):
     def heads(self) -> list[nn.Module]:
         """The head of each expert; a plain network has one."""
         return list(self.head) if isinstance(self.head, ExpertHeads) else [self.head]
+
+    @property
+    def num_features(self) -> int:
+        """D, or E D with experts."""
+        weights = [head.get_parameter("weight") for head in self.heads]
+        return sum(weight.shape[1] for weight in weights)
 
     def replace_heads(self, make: Callable[[nn.Linear], nn.Module]) -> None:
         """Replace each linear head by make(head)."""

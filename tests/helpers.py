@@ -462,6 +462,7 @@ def draw_epoch(
     epoch: int,
     num_epochs: int,
     num_uniforms: int,
+    num_features: int = 0,
 ) -> dict[str, Tensor]:
     """All random numbers of an epoch by purpose, [S, B] or as the purpose has it."""
     steps = -(-num_samples // batch_size)
@@ -478,9 +479,9 @@ def draw_epoch(
         else:
             shapes |= {f"{name}/class": size, f"{name}/image": size, f"{name}/augment": (*size, num_uniforms)}
         if recipe.partner is not None:
-            assert recipe.alpha is not None
-            shapes |= {f"{name}/partner": size, f"{name}/box": (*several, 2)}
-            drawn[f"{name}/ratio"] = stream(*key, epoch, f"{name}/ratio").beta(recipe.alpha, recipe.alpha, several)
+            shapes |= {f"{name}/partner": size, f"{name}/box": (*several, num_features or 2)}
+            if recipe.alpha is not None:
+                drawn[f"{name}/ratio"] = stream(*key, epoch, f"{name}/ratio").beta(recipe.alpha, recipe.alpha, several)
         if recipe.partner in CLASS_PARTNERS:
             shapes |= {f"{name}/partner-image": size, f"{name}/partner-augment": (*size, num_uniforms)}
         if recipe.is_gated:

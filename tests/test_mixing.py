@@ -130,6 +130,60 @@ def test_one_box_for_the_batch_cuts_all_images_alike(generator: torch.Generator)
     assert mixing.box(x1, x2, torch.ones(1, dtype=torch.float64), centre)[0].equal(x1)
 
 
+def test_channels_overwrite_a_set_of_each_expert_as_by_hand() -> None:
+    """Two experts of four channels; 0.7 of 4 are 2, and the smallest numbers choose them."""
+    f1, f2 = torch.arange(16.0).view(2, 2, 4), -1 - torch.arange(16.0).view(2, 2, 4)
+    uniforms = torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.0, 0.8, 0.7]], dtype=torch.float64)
+    mixed, lam = mixing.channels(f1, f2, torch.zeros(1, dtype=torch.float64), uniforms, p=0.7)
+    expected = [[[0, -2, 2, -4], [-5, -6, 6, 7]], [[8, -10, 10, -12], [-13, -14, 14, 15]]]
+    assert mixed.tolist() == expected
+    assert lam.tolist() == [0.5]
+
+
+def test_channels_at_their_limits_and_for_each_image(generator: torch.Generator) -> None:
+    f1, f2 = torch.randn(2, 30, 3, 64, generator=generator)
+    uniforms = torch.rand(1, 192, dtype=torch.float64, generator=generator)
+    mixes, not_mixed = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for p, lam, expected, left in (
+        (0.0, mixes, f1, 1.0),
+        (1.0, mixes, f2, 0.0),
+        (0.25, not_mixed, f1, 1.0),  # a batch that stays unmixed
+    ):
+        mixed, share = mixing.channels(f1, f2, lam, uniforms, p=p)
+        assert mixed.equal(expected)
+        assert share.tolist() == [left]
+    mixed, share = mixing.channels(f1, f2, mixes, uniforms, p=0.26)  # 16.64 channels: 16, not 17
+    taken = (mixed == f2).double()
+    assert taken.sum(2).unique().tolist() == [16.0]
+    assert (taken == taken[0]).all()  # one set for the batch ...
+    assert not taken[0, 0].equal(taken[0, 1])  # ... and one per expert
+    assert share.tolist() == [0.75]
+    each = torch.rand(30, 192, dtype=torch.float64, generator=generator)
+    mixed, share = mixing.channels(f1, f2, mixes, each, p=0.25)
+    taken = (mixed == f2).double()
+    assert taken.sum(2).unique().tolist() == [16.0]
+    assert len(taken[:, 0].unique(dim=0)) == 30
+    assert share.tolist() == [0.75] * 30
+    assert ((taken.mean((0, 1)) - 0.25).abs() < 0.25).all()
+
+
+def test_channels_of_maps_and_average_pooling_commute(generator: torch.Generator) -> None:
+    """As H2T has it, before the pooling; here after it."""
+    maps = torch.randn(2, 5, 2, 8, 4, 4, generator=generator)
+    mixes = torch.zeros(1, dtype=torch.float64)
+    uniforms = torch.rand(1, 16, dtype=torch.float64, generator=generator)
+    before, _ = mixing.channels(maps[0], maps[1], mixes, uniforms, p=0.3)
+    after, _ = mixing.channels(maps[0].mean((3, 4)), maps[1].mean((3, 4)), mixes, uniforms, p=0.3)
+    assert before.mean((3, 4)).equal(after)
+    assert not after.equal(maps[0].mean((3, 4)))
+
+
+def test_the_first_label_is_that_of_the_image_alone() -> None:
+    n = torch.tensor([3, 200, 1])
+    for lam in (torch.tensor([0.2]), torch.tensor([0.2, 0.0, 1.0])):
+        assert mixing.first(lam, n, n.flip(0)).tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("lam", "n1", "n2", "expected"),
     [

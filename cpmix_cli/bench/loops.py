@@ -89,7 +89,7 @@ class TrainingLoop(TimedLoop):
         images = 0
         for _ in range(num_steps):
             next(self._steps)
-            images += self._plan.size(self._state.step - 1, self._num_images) * len(self._plan.terms)
+            images += self._plan.size(self._state.step - 1, self._num_images) * self._plan.num_passes
         return images
 
 
@@ -107,7 +107,7 @@ class NetworkAlone(TimedLoop):
         for group in state.optimizer.param_groups:
             group["lr"].fill_(_RATE)
         size = plan.size(0, len(data.labels))
-        wanted = [size * len(plan.terms)] if plan.joint_forward else [size] * len(plan.terms)
+        wanted = [size * plan.num_passes] if plan.joint_forward else [size] * plan.num_passes
         chosen = [torch.arange(n, device=self.device) % len(data.labels) for n in wanted]
         self._inputs = [(data.batches.plain(i.to(data.batches.device)), data.labels[i]) for i in chosen]
         self._step = CudaGraphRunner(self._run, self.device, record=record and plan.cuda_graphs)

@@ -107,7 +107,7 @@ def _share(
     measured: Measurements, assumed: Assumptions, plan: Plan, kept: str, world_size: int, size: int
 ) -> dict[str, Any]:
     """Return one rank's images, seconds and bytes in a step over a batch of `size` images, padding included."""
-    images, num_terms = measured.kept[kept], len(plan.terms)
+    images, passes = measured.kept[kept], plan.num_passes
     part = BatchSlice(0, world_size * plan.micro_batches, size)
     num_images = part.length * plan.micro_batches
     made = num_images * _images_made(plan, sliced=not part.is_whole)
@@ -115,8 +115,8 @@ def _share(
     pairs = measured.count_seconds * counts
     pairs += measured.draw_seconds * sum(term.recipe.partner == "confusion" for term in plan.terms)
     device = made / _speed_at(images.augment, part.length)
-    device += num_images * num_terms / _speed_at(measured.network[plan.phase], part.length) + pairs
-    sums = 8 * (num_terms + 3)  # losses, objective, correct predictions, and the check that no rank has ended
+    device += num_images * passes / _speed_at(measured.network[plan.phase], part.length) + pairs
+    sums = 8 * (len(plan.terms) + 3)  # losses, objective, correct predictions, and the check that no rank has ended
     # A ring all-reduce of n bytes sends 2 (W - 1) / W n from each of W ranks.
     sent = 2 * (world_size - 1) / world_size * (measured.gradient_bytes[plan.phase] + sums)
     if world_size > 1:
@@ -126,7 +126,7 @@ def _share(
     longest = max(seconds.values())
     return {
         "images_per_rank_and_step": num_images,
-        "passes_per_rank_and_step": num_images * num_terms,
+        "passes_per_rank_and_step": num_images * passes,
         "read_per_rank_and_step": made if images.read is not None else 0,
         **{f"{resource}_seconds": taken for resource, taken in seconds.items()},
         "step_seconds": longest,
@@ -220,7 +220,7 @@ def run(options: BenchOptions) -> None:
             return NetworkAlone(data, replace(plan, batch_size=size), state, record=False)
 
         console.note(f"bench: the network of {phase}")
-        network[phase] = _speeds(one, at_once, options, len(plan.terms))
+        network[phase] = _speeds(one, at_once, options, plan.num_passes)
     console.note("bench: images")
     kept, facts = _images(context, all_at_once, options)
     if "shards" in kept:

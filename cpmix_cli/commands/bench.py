@@ -110,13 +110,13 @@ def run(options: BenchOptions) -> None:
     network = {phase: timings[f"network {phase} {precision}"] for phase in phases}
     plans = {phase: make_plan(context, phase) for phase in phases}
     epochs = {phase: plan.last_epoch - plan.first_epoch + 1 for phase, plan in plans.items()}
-    projected = {p: epochs[p] * len(plans[p].terms) * len(labels) / timings[p].median for p in phases}
+    projected = {p: epochs[p] * plans[p].num_passes * len(labels) / timings[p].median for p in phases}
     hours = sum(projected.values()) / 3600
     fields: dict[str, Any] = {
         "recipe": name,
         "data": dataset.name,
         "num_images": len(labels),
-        "images_per_step": {p: min(plan.batch_size, len(labels)) * len(plan.terms) for p, plan in plans.items()},
+        "images_per_step": {p: min(plan.batch_size, len(labels)) * plan.num_passes for p, plan in plans.items()},
         "rounds": options.rounds,
         "device": hardware.device_name(device),
         "threads": workers,

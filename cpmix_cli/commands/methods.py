@@ -23,7 +23,13 @@ def run(options: MethodsOptions) -> None:
         UsageError: an [about] table is wrong.
     """
     listed, rows, large = [], [], []
-    for method in all_methods():
+    methods = all_methods()
+    names = {name for method in methods for name in method.recipes}
+    small_only = sorted(
+        stem(name) for name in names if name.startswith(f"{SHOWN}/") and f"cifar10-lt/{stem(name)}" not in names
+    )
+    alone = ", ".join(name for name in small_only if not name.startswith("ablation"))
+    for method in methods:
         recipe = stem(next(iter(method.recipes)))
         recipes = [_printed(name, about.note) for name, about in method.recipes.items()]
         fields = {"method": method.name, "kind": method.kind, "paper": method.paper, "needs": method.needs}
@@ -45,7 +51,7 @@ def run(options: MethodsOptions) -> None:
         title="\non large data sets (Table 2; ablations: Table 4)",
         lines=[
             f"* {COPIED}",
-            "all but ablations, cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
+            f"all but ablations, {alone}, cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
             f"with a number in the second table, for that data set too; ablations for {LARGE[0]}",
             f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
         ],

@@ -63,9 +63,9 @@ def _show_budgets(options: RecipesOptions) -> None:
 def image_passes(recipe: Recipe) -> float:
     """Return the passes of images through the network, divided by the training images N.
 
-    Each epoch of a phase is one pass per term with weight > 0, also if only the head is trained. A term with a `match`
-    adds two forward passes per matched batch. In mixed epoch e of E, the expected share of matched batches is
-    probability * (e / E) ** match_power.
+    Each epoch of a phase is one pass per term with weight > 0, also if only the head is trained, and two per term that
+    mixes features. A term with a `match` adds two forward passes per matched batch. In mixed epoch e of E, the expected
+    share of matched batches is probability * (e / E) ** match_power.
     """
     first, last = recipe.schedule.stage1_epochs, recipe.schedule.epochs
     passes = _stage_passes(recipe.stage1, range(1, first + 1), last)
@@ -81,7 +81,7 @@ def _stage_passes(stage: Stage, epochs: range, num_epochs: int) -> float:
     passes = 0.0
     for term in stage.terms.values():
         if term.weight > 0:
-            passes += len(epochs)
+            passes += len(epochs) * (2 if term.mixes_features else 1)
             mixed = [e for e in epochs if term.unmixed_first < e <= num_epochs - term.unmixed_last]
             if term.match is not None:
                 passes += 2 * term.probability * sum((e / num_epochs) ** term.match_power for e in mixed)

@@ -24,7 +24,7 @@ FUNCTION_TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "partner": ("mixing", ("BATCH_PARTNERS", "CLASS_PARTNERS")),
     "match": ("mixing", ("MATCHES",)),
     "ratio": ("mixing", ("RATIOS",)),
-    "mix": ("mixing", ("MIXES",)),
+    "mix": ("mixing", ("MIXES", "FEATURE_MIXES")),
     "label": ("mixing", ("LABELS",)),
     "loss": ("losses", ("LOSSES", "ENSEMBLE_LOSSES", "ROUTING_LOSSES")),
     "regulariser": ("losses", ("REGULARISERS",)),
@@ -39,6 +39,7 @@ ARGUMENTS = {
     "MATCHES": ("f1", "y1", "f2", "y2", "state"),
     "RATIOS": ("drawn", "n1", "n2"),
     "MIXES": ("x1", "x2", "lam", "uniforms"),
+    "FEATURE_MIXES": ("x1", "x2", "lam", "uniforms"),
     "LABELS": ("lam", "n1", "n2"),
     "LOSSES": ("logits", "labels", "weights", "class_counts"),
     "ENSEMBLE_LOSSES": ("logits", "labels", "weights", "class_counts"),
@@ -76,6 +77,8 @@ class Needs:
     """Parameter -> key of the recipe that must have the same value."""
     idle_without: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> key of the term, such as "reweight". Without this key the parameter must be 0."""
+    replaces: Sequence[str] = ()
+    """Keys of the term that a mix replaces. They are refused beside it, and a partner does not need them."""
     per_expert: str = ""
     """Parameter that is a list of one value per expert."""
     stage: str = ""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, in_float32, known, needs_of
+from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, in_float32, known, needs_of, outline
 from cpmix_cli.runtime.errors import suggest
 from cpmix_cli.runtime.text import toml_text
 
@@ -254,7 +254,7 @@ class TermRecipe(Table):
     per_sample: bool = False
     """Sample one ratio per image, not per batch."""
     mix: str | None = None
-    """Mixing of the pixels: a key of mixing.MIXES."""
+    """Mixing of the pixels: a key of mixing.MIXES. Or of the features: a key of mixing.FEATURE_MIXES."""
     label: str | None = None
     """Rule for the label weight lambda_y of a mixed image: a key of mixing.LABELS."""
     probability: float = Field(default=1.0, gt=0, le=1)
@@ -291,10 +291,20 @@ class TermRecipe(Table):
 
     @model_validator(mode="after")
     def _complete(self) -> "TermRecipe":
-        missing = [key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None]
+        replaced = needs_of("mix", self.mix or "").replaces
+        missing = [
+            key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None and key not in replaced
+        ]
         if self.partner is not None and missing:
             raise ValueError(f"a partner needs {', '.join(missing)}")
+        if given := self._given(replaced):
+            raise ValueError(f'{", ".join(given)} without effect beside mix = "{self.mix}"')
         return self
+
+    @property
+    def mixes_features(self) -> bool:
+        """True if the term mixes features, not inputs: both images of a pair go through the network."""
+        return self.mix in outline("mixing")["FEATURE_MIXES"]
 
     @property
     def is_gated(self) -> bool:

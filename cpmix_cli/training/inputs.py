@@ -51,7 +51,7 @@ class Inputs:
 class EpochInputs:
     """Inputs of the current epoch, at fixed addresses: begin_epoch(), then select() and row() per step."""
 
-    def __init__(self, plan: Plan, data: TrainingData) -> None:
+    def __init__(self, plan: Plan, data: TrainingData, num_features: int) -> None:
         self.epoch: Inputs | None = None
         """Inputs of all steps of the current epoch."""
         self._plan = plan
@@ -70,6 +70,7 @@ class EpochInputs:
             key=(plan.seed, plan.phase),
             num_epochs=plan.num_epochs,
             alternating=data.batches.alternating,
+            num_features=num_features,
         )
 
     def begin_epoch(self, epoch: int, confusion: Tensor) -> None:

@@ -75,7 +75,7 @@ def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[
         "num_confusions": sums["errors"] if counts else None,
         "num_fallbacks": sums["fallbacks"],
         "test_accuracy": None,
-        "images_per_second": num_samples * len(plan.terms) / sums["seconds"],
+        "images_per_second": num_samples * plan.num_passes / sums["seconds"],
         "seconds": sums["seconds"],
     }
 

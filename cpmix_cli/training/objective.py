@@ -44,7 +44,7 @@ class TermBatch:
     """Slice of a term's batch: network inputs and targets."""
 
     x: Tensor
-    """Inputs of the network [P, ...], after mixing."""
+    """Inputs of the network after mixing [P, ...]; features [P, E, D] if the term mixes features."""
     y1: Tensor
     """Labels [P] int64."""
     y2: Tensor | None = None
@@ -110,7 +110,8 @@ class Term:
         """Match, mix and label a slice of the batch.
 
         Args:
-            x1, x2: inputs of the term's images and of their partners [P, ...]; x2 is None if unmixed.
+            x1, x2: inputs of the term's images and of their partners [P, ...], or features [P, E, D] if the term mixes
+                features; x2 is None if unmixed.
             draws: random numbers, labels and partners of the whole batch [B].
             part: the slice.
             state: class counts and K, for the ratio, the match and the class weights.
@@ -133,8 +134,10 @@ class Term:
             return lam if gate is None else torch.where(gate, lam, 1.0)
 
         n1, n2 = state.class_counts[y1], state.class_counts[y2]
-        lam = gated(self.functions["ratio"](per_image(draws.mixing.ratio), n1, n2))
-        x, lam = self.functions["mix"](x1, x2, lam, per_image(draws.mixing.uniforms))
+        lam = per_image(draws.mixing.ratio)
+        if "ratio" in self.functions:
+            lam = self.functions["ratio"](lam, n1, n2)
+        x, lam = self.functions["mix"](x1, x2, gated(lam), per_image(draws.mixing.uniforms))
         lam = gated(self.functions["label"](lam, n1, n2))
         return TermBatch(x, y1, y2, lam, gate, weights, self._class_weights(draws, part, state))
 

@@ -54,6 +54,11 @@ class Plan:
     cuda_graphs: bool = True
     """False never records a step as a CUDA graph."""
 
+    @property
+    def num_passes(self) -> int:
+        """Images through the network for each image of a batch: one per term, two per term that mixes features."""
+        return sum(2 if term.recipe.mixes_features else 1 for term in self.terms)
+
     def num_steps(self, num_samples: int) -> int:
         """Return the steps per epoch over `num_samples` images; the last batch may be smaller."""
         return -(-num_samples // self.batch_size)

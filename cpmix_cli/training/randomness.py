@@ -62,7 +62,7 @@ class MixingDraws:
     image: Tensor | None
     """Uniform numbers [S, B] float64 in [0, 1) that choose an image of that class; None for partners in the batch."""
     ratio: Tensor
-    """Samples of Beta(alpha, alpha) [S, K] float64."""
+    """Samples of Beta(alpha, alpha) [S, K] float64; 0 if the term has no ratio."""
     uniforms: Tensor
     """Uniform numbers of the mix [S, K, V] float64 in [0, 1), such as the position of a box."""
     gate: Tensor | None
@@ -129,6 +129,8 @@ class Sampler:
     """Epochs of both stages together."""
     alternating: int | None = None
     """Column of the uniforms whose flips alternate in the natural batches; None: all flips are random."""
+    num_features: int = 0
+    """Features of the network, of all experts together; for mixes of features."""
 
     @cached_property
     def _pool(self) -> ClassPool:
@@ -175,17 +177,20 @@ class Sampler:
             index = self._pool.draw(labels, uniforms("image", size))
             first = ImageRequest(index, uniforms("augment", size, self.num_uniforms))
         if recipe.partner is not None:
-            assert recipe.alpha is not None and recipe.mix is not None  # checked by TermRecipe
+            assert recipe.mix is not None  # checked by TermRecipe
             by_class = recipe.partner in CLASS_PARTNERS
             per_batch = size if recipe.per_sample else 1
             shape = (self._num_steps, per_batch)
-            ratios = self._stream(epoch, f"{name}/ratio").beta(recipe.alpha, recipe.alpha, shape)
+            ratios = np.zeros(shape)
+            if recipe.alpha is not None:
+                ratios = self._stream(epoch, f"{name}/ratio").beta(recipe.alpha, recipe.alpha, shape)
+            num_uniforms = self.num_features if recipe.mixes_features else MIX_UNIFORMS[recipe.mix]
             is_open = recipe.unmixed_first < epoch <= self.num_epochs - recipe.unmixed_last
             mixing = MixingDraws(
                 choice=uniforms("partner", size),
                 image=uniforms("partner-image", size) if by_class else None,
                 ratio=torch.from_numpy(ratios),
-                uniforms=uniforms("box", per_batch, MIX_UNIFORMS[recipe.mix]),
+                uniforms=uniforms("box", per_batch, num_uniforms),
                 gate=(uniforms("gate", 1) < recipe.probability * is_open).double() if recipe.is_gated else None,
             )
             if by_class:

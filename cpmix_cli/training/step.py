@@ -29,22 +29,29 @@ class _ForwardPass(nn.Module):
     """Forward pass over the terms of a step; the module that DistributedDataParallel wraps.
 
     With `joint`, the batches of all terms are concatenated, so batch norm has common statistics. Otherwise each term
-    has its own forward pass.
+    has its own forward pass. Terms that mix features need only the heads.
     """
 
-    def __init__(self, model: Classifier, joint: bool) -> None:
+    def __init__(self, model: Classifier, plan: Plan) -> None:
         super().__init__()
         self.model = model
-        self.joint = joint
+        self.joint = plan.joint_forward
+        self.has_features = [term.recipe.mixes_features for term in plan.terms]
 
     def forward(self, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """Compute for each term: inputs [P, ...] -> raw logits [E, P, C], and router logits [E - 1, P] or None."""
+        """Compute for each term: inputs or features -> raw logits [E, P, C], and router logits [E - 1, P] or None."""
         if self.model.routers is not None:
             return [self.model.routed(x) for x in inputs]
-        if self.joint:
-            logits = self.model.expert_logits(torch.cat(inputs))
-            return [(z, None) for z in torch.split(logits, [len(x) for x in inputs], 1)]
-        return [(self.model.expert_logits(x), None) for x in inputs]
+        whole = [x for x, has in zip(inputs, self.has_features, strict=True) if not has]
+        if self.joint and whole:
+            logits = self.model.expert_logits(torch.cat(whole))
+            found = iter(torch.split(logits, [len(x) for x in whole], 1))
+        else:
+            found = (self.model.expert_logits(x) for x in whole)
+        return [
+            (self.model.classify(x.flatten(1)) if has else next(found), None)
+            for x, has in zip(inputs, self.has_features, strict=True)
+        ]
 
 
 class Step:
@@ -60,8 +67,8 @@ class Step:
         self._state = state
         self._ranks = ranks.current()
         self._device = data.labels.device
-        self.inputs = EpochInputs(plan, data)
-        self._network: nn.Module = _ForwardPass(state.model, plan.joint_forward)
+        self.inputs = EpochInputs(plan, data, state.model.num_features)
+        self._network: nn.Module = _ForwardPass(state.model, plan)
         self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # DDP: no all-reduce for this slice
         if self._ranks.size > 1:
             own_device = [self._device] if self._device.type == "cuda" else None
@@ -148,7 +155,10 @@ class Step:
                 x2 = x1[own.partners.index]  # partners in the batch: then the slice is the whole batch
             features = None
             if x2 is not None and _matches(own):
-                features = self._features(x1), self._features(x2)
+                features = self._features(x1, train=False), self._features(x2, train=False)
+            if x2 is not None and term.recipe.mixes_features:  # apart: batch norm never sees both
+                pair = (self._features(x, train=self._plan.train_mode) for x in (x1, x2))
+                x1, x2 = (f.view(len(f), len(self._state.model.heads), -1) for f in pair)
             made.append(term.batch(x1, x2, own, part, state, features))
         return made
 
@@ -197,12 +207,12 @@ class Step:
         return _at_least_fp32(logits)
 
     @torch.no_grad()
-    def _features(self, x: Tensor) -> Tensor:
-        """Compute the network's features in eval mode: inputs [P, ...] -> [P, D]."""
+    def _features(self, x: Tensor, *, train: bool) -> Tensor:
+        """Compute the network's features without a gradient, in training or eval mode: inputs [P, ...] -> [P, D]."""
         model = self._state.model
-        model.eval()
+        model.train(train)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self._plan.precision == "bf16"):
-            found = model.features(x).float()
+            found = _at_least_fp32(model.features(x))
         model.train(self._plan.train_mode)
         return found
 

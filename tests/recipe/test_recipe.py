@@ -389,6 +389,8 @@ def test_epochs_rescales_windows_and_reweighting() -> None:
 
 
 ERM = "stage1.terms.erm"
+CHANNELS = ["partner=frequency-power", "power=1", "mix=channels", "p=0.25", "label=first"]
+CHANNELS = [f"finetune.terms.erm.{key}" for key in CHANNELS]
 FALLS = 'with schedule.kind = "linear" at most schedule.epochs = 300, because the learning rate falls from there on'
 LATER = FALLS.replace("schedule", "finetune").replace("300", "30")
 MORE = "more than the images of a batch"
@@ -421,6 +423,14 @@ CROP = 'data.crop = 8 needs data.augment = "resized-crop-flip" or "resized-crop-
         (["stage1.terms.erm.reweight_after=3"], "reweight_after needs reweight"),
         (["stage2.terms.cp.match_power=2"], "match_power needs match"),
         (["finetune.train=[]"], "finetune.train"),
+        (
+            [*CHANNELS, "finetune.terms.erm.ratio=beta"],
+            'finetune.terms.erm: ratio without effect beside mix = "channels"',
+        ),
+        ([*CHANNELS, "finetune.terms.erm.alpha=1"], 'finetune.terms.erm: alpha without effect beside mix = "channels"'),
+        (CHANNELS[:-1], "finetune.terms.erm: a partner needs label"),
+        ([*CHANNELS, 'finetune.train=["head", "blocks.2"]'], '["head", "blocks.2"]: features are mixed without a grad'),
+        ([line.replace("finetune", "stage1") for line in CHANNELS], 'erm.mix = "channels" goes into finetune only'),
         ([f"{ERM}.loss=balanced-experts", f"{ERM}.taus=[0, 1, 2]"], f"{ERM}.taus = [0.0, 1.0, 2.0] has 3 values for "),
         ([f"{ERM}.loss=balanced-experts", f"{ERM}.taus=[-1]"], f"{ERM}.taus = [-1]: Input should be greater than or"),
         ([f"{ERM}.loss=balanced-experts"], f'{ERM}.taus: missing (a parameter of loss = "balanced-experts")'),

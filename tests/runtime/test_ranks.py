@@ -255,6 +255,39 @@ def test_ranks_and_micro_batches_give_the_results_of_one_rank(refresh: str, toy:
 
 
 @pytest.mark.slow
+def test_ranks_mix_the_features_of_one_rank(toy: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "h2t.toml"
+    recipe.write_text(
+        'extends = "toy/cpmix"\n[finetune]\nepochs = 3\nbatch_size = 64\n[finetune.terms.h2t]\ndraw = "class-uniform"\n'
+        'partner = "frequency-power"\npower = 1.0\nmix = "channels"\np = 0.25\nlabel = "first"\n'
+    )
+    stage1, stage2 = pipeline(toy, tmp_path / "run")
+    must(*stage1, "--recipe", recipe)
+    must(*stage2)
+    command = ("finetune", "--from", tmp_path / "run")
+    must(*command, "--out", tmp_path / "alone")
+    must_run(2, (*command, "--out", tmp_path / "two"))
+    expected = metrics(tmp_path / "alone" / "finetune")
+    pd.testing.assert_frame_equal(metrics(tmp_path / "two" / "finetune"), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_shift_statistics_of_mixed_features(digits_run: Path, tmp_path: Path) -> None:
+    """Each rank its own, and the first rank's are published; a rank that went another way would end with an error."""
+    keys = ("partner=frequency-power", "power=1", "mix=channels", "p=0.25", "label=first")
+    flags = [*setting("finetune.batchnorm=shift"), *setting(*keys, table="finetune.terms.erm")]
+    must_run(2, ("finetune", "--from", digits_run, "--out", tmp_path / "two", *flags))
+    before, after = (
+        tensors.read_tensors(run / phase / "model.safetensors")[0]
+        for run, phase in ((digits_run, "stage2"), (tmp_path / "two", "finetune"))
+    )
+    assert not before["bn1.running_mean"].equal(after["bn1.running_mean"])
+    assert before["conv1.weight"].equal(after["conv1.weight"])
+    steps = after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"]
+    assert steps > 0 and steps % 2 == 0
+
+
+@pytest.mark.slow
 def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
     """What does not train is the first rank's alone."""
     run, data = tmp_path / "run", tmp_path / "digits"

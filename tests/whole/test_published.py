@@ -27,6 +27,7 @@ SHARED = {
     **{f"{data}/cpmix": [f"{data}/balanced-softmax"] for data in (*LARGE, "digits", "toy")},
     "cifar100-lt/cpmix": names("cifar100-lt", "balanced-softmax cpmix-class-uniform cpmix-mixed-finetune cpmix-random"),
     "cifar100-lt/cross-entropy": names("cifar100-lt", "crt lws tau-norm logit-adjusted-posthoc"),
+    "cifar100-lt/mislas": ["cifar100-lt/h2t"],
 }
 
 
@@ -90,6 +91,7 @@ COSINE_180 = {1: 0.1, 91: 0.05, 121: 0.025, 180: 0.1 * (1 + np.cos(np.pi * 179 /
 COSINE_200 = {1: 0.1, 101: 0.05, 200: 0.1 * (1 + np.cos(np.pi * 199 / 200)) / 2}
 COSINE_90 = {1: 0.1, 46: 0.05, 90: 0.1 * (1 + np.cos(np.pi * 89 / 90)) / 2}
 CMO_100 = {1: 0.02, 5: 0.1, 60: 0.1, 61: 0.01, 80: 0.01, 81: 1e-3, 100: 1e-3}
+SADE_200 = {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3}
 SADE_30 = {1: 0.01, 10: 0.01, 11: 1e-3, 20: 1e-3, 21: 1e-4, 30: 1e-4}
 OTMIX_200 = {1: 0.02, 5: 0.1, 40: 0.1, 41: 0.01, 81: 1e-3, 161: 1e-5, 200: 1e-5}
 OTMIX_210 = {1: 0.02, 5: 0.1, 30: 0.1, 31: 0.01, 81: 1e-3, 131: 1e-4, 181: 1e-5, 210: 1e-5}
@@ -113,10 +115,10 @@ RATES = {
     "otmix": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
     **dict.fromkeys(["ride", "ride-3", "ride-distilled", "ride-routed", "ride-rotation", "cmo-ride"], SHELL),
     "cpmix-ride": SHELL,
-    "sade": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
+    "sade": SADE_200,
     "ace": {1: 0.02, 320: 0.1, 321: 1e-3, 361: 1e-5, 400: 1e-5},
     "otmix-ride": {1: 0.1, 100: 0.1, 101: 1e-2, 161: 1e-3, 201: 1e-5, 240: 1e-5},
-    "mislas": {1: 0.02, 160: 0.1, 161: 1e-2, 181: 1e-3, 200: 1e-3},
+    **dict.fromkeys(["mislas", "h2t", "balpoe"], SADE_200),
     "imagenet-lt": COSINE_180,
     "places-lt": {1: 0.01, 5: 0.01, 6: 1e-3, 15: 1e-3, 16: 1e-4, 30: 1e-4},
     "inaturalist2018": {1: 0.01, 10: 0.1, 60: 0.1, 61: 0.01, 80: 0.01, 81: 1e-3, 100: 1e-3},
@@ -169,6 +171,8 @@ GATED = {"probability": 0.5, "unmixed_first": 4, "unmixed_last": 3}
 CMO = {**MIXUP, "partner": "frequency-power", "power": 0.0, "mix": "box", **GATED}
 UNIMIX = {**MIXUP, **BALANCED, "partner": "frequency-power", "power": -1.0, "ratio": "unimix", "alpha": 0.8}
 OTMIX = {**CMO, **BALANCED, "alpha": 4.0, "match": "transport", "match_power": 1.0}
+H2T = {**NATURAL, **ALWAYS, "draw": "class-uniform", "partner": "frequency-power", "power": 1.0, "ratio": None}
+H2T |= {"alpha": None, "mix": "channels", "p": 0.25, "label": "first"}
 EQ_9 = {**MIXUP, "alpha": 1.5, "label": "imbalance-aware", "t": 0.5, "loss": "cross-entropy", "weight": 2.5}
 CP = {**EQ_9, "draw": "class-uniform", "partner": "confusion"}
 CPMIX: dict[str, dict[str, Any]] = {
@@ -240,6 +244,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "finetune": {"epochs": 10, "lr": 0.1, "weight_decay": 2e-4, "head": "scale", "batchnorm": "shift"},
         "finetune.terms.erm": {"loss": "label-aware-smoothing"},
     },
+    "h2t": {
+        ERM: MIXUP,
+        "finetune": {"epochs": 10, "lr": 0.02, "weight_decay": 2e-4, "batchnorm": "shift"},
+        "finetune.terms.h2t": H2T,
+    },
     "cifar10-lt/mislas": {"finetune": {"batchnorm": "frozen"}},
     "mixup": {ERM: MIXUP},
     "otmix": {ERM: {**OTMIX, "feature_weight": 0.05, "regularisation": 0.01}},
@@ -280,6 +289,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "evaluation": {"aggregate": "routed", "routing_threshold": 0.5},
     },
     "sade": {"model": THREE, "optimizer": SGD_OF_RIDE, ERM: {"loss": "sade", "tau": 2.0}},
+    "balpoe": {
+        "model": {**THREE, "expert_width": 1.0},
+        "optimizer": SGD_OF_RIDE,
+        ERM: {**MIXUP, "alpha": 0.4, "loss": "balanced-experts", "taus": [0.0, 1.0, 2.0]},
+    },
 }
 """Method, CIFAR-10-LT, or both -> table -> its keys, each over COMMON."""
 
@@ -370,7 +384,7 @@ OF_RECIPE: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Large data set or a recipe of it -> table -> keys, over those of its method, for the tables that the recipe has."""
 NO_FINETUNE = {"logit-adjusted-posthoc", "tau-norm", "ace", "cmo-ride", "cpmix-ride", "otmix-ride", "ride", "ride-3"}
-NO_FINETUNE |= {"ride-distilled", "ride-rotation", "sade", "inaturalist2018/lade", "inaturalist2018/otmix"}
+NO_FINETUNE |= {"balpoe", "ride-distilled", "ride-rotation", "sade", "inaturalist2018/lade", "inaturalist2018/otmix"}
 NO_FINETUNE |= {name for name in PUBLISHED if name.startswith("places-lt")} - {"places-lt/mislas"}
 """Methods, or recipes."""
 
@@ -393,6 +407,8 @@ def test_recipes_have_the_published_settings(name: str) -> None:
     if "finetune" not in recipe:
         expected = {table: keys for table, keys in expected.items() if not table.startswith("finetune")}
     stages = ("stage1", "stage2", "finetune")
+    if method == "h2t":  # its finetune has its own term in place of the others'
+        del expected["finetune.terms.erm"]
     terms = {f"{stage}.terms.{term}" for stage in stages if stage in recipe for term in recipe[stage]["terms"]}
     assert terms == {table for table in expected if ".terms." in table}
     for table, keys in expected.items():
@@ -422,3 +438,10 @@ def test_mislas_smooths_by_rho(data: str, rho: float, smooth: tuple[float, float
     parameters = finetune.terms["erm"].parameters
     assert (parameters["smooth_head"], parameters["smooth_tail"]) == smooth
     assert [(g.prefix, g.lr_factor) for g in finetune.groups] == [("head.scale", 1.0), ("head", factor)]
+
+
+def test_h2t_decays_weights_by_rho() -> None:
+    for rho, decay in ((200, 2e-4), (100, 5e-4), (50, 2e-4)):
+        finetune = load("cifar100-lt/h2t", rho=rho).finetune
+        assert finetune is not None
+        assert (finetune.weight_decay, finetune.lr) == (decay, 0.02)
