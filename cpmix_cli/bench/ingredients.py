@@ -29,6 +29,8 @@ class Ingredient(NamedTuple):
     off: tuple[str, ...]
 
 
+_FINETUNE = "finetune.terms.erm"
+_CHANNELS = ("partner=frequency-power", "power=1.0", "mix=channels", "p=0.25", "label=first")
 INGREDIENTS = {
     "AutoAugment": Ingredient(("data.augment=crop-flip-autoaugment",), ("data.augment=crop-flip", "data.fill=0")),
     "Cutout": Ingredient(("data.cutout=16",), ("data.cutout=0",)),
@@ -36,6 +38,10 @@ INGREDIENTS = {
     "three balanced experts": Ingredient(
         ("model.experts=3", "stage1.terms.erm.loss=balanced-experts", "stage1.terms.erm.taus=[0.0, 1.0, 2.0]"),
         ("model.experts=1", "stage1.terms.erm.loss=cross-entropy"),
+    ),
+    "H2T": Ingredient(
+        (f"{_FINETUNE}.draw=class-uniform", *(f"{_FINETUNE}.{key}" for key in _CHANNELS)),
+        (f"{_FINETUNE}.draw=class-uniform",),
     ),
 }
 """Rows of the table: add one here. A row is timed in the first phase that its settings name, else in stage 1."""
@@ -133,7 +139,7 @@ def _changed(context: PhaseContext, settings: tuple[str, ...]) -> PhaseContext:
 def _step_seconds(timing: Timing, context: PhaseContext, phase: str, num_images: int) -> list[float]:
     """Return the seconds of a step over a full batch, in each round."""
     plan = make_plan(context, phase)
-    images = min(plan.batch_size, num_images) * len(plan.terms)
+    images = min(plan.batch_size, num_images) * plan.num_passes
     return [images / speed for speed in timing.images_per_second]
 
 
