@@ -18,6 +18,7 @@ import torch
 from helpers import COUNTS, CP, ERM, IMAGES, LABELS, LR, MIX, must, plan_of, setting, sums_of, terms_of
 
 from cpmix_cli.artifacts.tensors import on_host, tensor_bytes
+from cpmix_cli.data.autoaugment import NUM_UNIFORMS, AutoAugment
 from cpmix_cli.data.batches import ImageBatches
 from cpmix_cli.data.stream import UPLOADS_IN_USE, Uploads
 from cpmix_cli.models import build_model
@@ -241,3 +242,16 @@ def test_a_checkpoint_of_the_gpu_has_the_bytes_of_copies_made_one_by_one(precisi
         assert time.perf_counter() - began < 1
         assert tensor_bytes(packed) == tensor_bytes({name: t.detach().cpu() for name, t in tensors.items()})
         assert state.not_finite() == ""
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_autoaugment_on_a_gpu_gives_the_bytes_of_the_cpu(
+    channels: int, device: str, generator: torch.Generator
+) -> None:
+    """On the CPU they are torchvision's: see test_autoaugment.py."""
+    images = torch.randint(0, 256, (2000, 32, 32, channels), dtype=torch.uint8, generator=generator)
+    images[::3] = images[::3] // 3 + torch.linspace(0, 150, 32).to(torch.uint8).view(1, 1, -1, 1)
+    uniforms = torch.rand(2000, NUM_UNIFORMS, dtype=torch.float64, generator=generator)
+    policies = [AutoAugment(32, 32, channels, 128, torch.device(name)) for name in ("cpu", device)]
+    assert policies[1](images.to(device), uniforms.to(device)).cpu().equal(policies[0](images, uniforms))
