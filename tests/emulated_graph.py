@@ -182,6 +182,7 @@ def outside_tensors(step: Step) -> dict[str, list[Tensor]]:
         "learning rates": [group["lr"] for group in state.optimizer.param_groups],
         "confusion counts": [state.confusion],
         "sums": [state.sums.values],
+        "average": list(state.average.parameters()) if state.average else [],
         "step number": [step.inputs._counter],
         "class counts": [data.class_counts],
         "images by class": of(step.inputs._pool),
@@ -204,7 +205,7 @@ def _leaves(thing: Any, terms: list[str], name: str = "") -> Iterator[tuple[str,
 
 
 WRITTEN = {"weights", "statistics", "momentum", "learning rates", "confusion counts", "sums"}
-"""What a step may write to of all that it has not made."""
+"""What every step writes to of all that it has not made; with averaged weights also "average"."""
 
 
 def _around(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Any:

@@ -35,6 +35,7 @@ INGREDIENTS = {
     "AutoAugment": Ingredient(("data.augment=crop-flip-autoaugment",), ("data.augment=crop-flip", "data.fill=0")),
     "Cutout": Ingredient(("data.cutout=16",), ("data.cutout=0",)),
     "alternating flips": Ingredient(("data.flip=alternating",), ("data.flip=random",)),
+    "averaged weights": Ingredient(("optimizer.ema_epochs=5.0",), ("optimizer.ema_epochs=0.0",)),
     "three balanced experts": Ingredient(
         ("model.experts=3", "stage1.terms.erm.loss=balanced-experts", "stage1.terms.erm.taus=[0.0, 1.0, 2.0]"),
         ("model.experts=1", "stage1.terms.erm.loss=cross-entropy"),

@@ -409,6 +409,7 @@ def _rescaled(recipe: Recipe, epochs: int, path: Path) -> Recipe:
     update: dict[str, Any] = {
         "schedule": s.model_copy(update=schedule),
         "confusion": recipe.confusion.model_copy(update={"start_epoch": 1 if start == 1 else whole(start)}),
+        "optimizer": recipe.optimizer.model_copy(update={"ema_epochs": recipe.optimizer.ema_epochs * scale}),
     }
     for phase in PHASES:
         stage: Stage | None = getattr(recipe, phase)

@@ -179,7 +179,11 @@ class Optimizer(Table):
     expert_rates: Literal["equal", "target-share"] = "equal"
     """Learning rate of the experts' own parameters. equal: lr. target-share: lr times the fraction of training images
     whose classes are the expert's targets (ACE)."""
-    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches",)
+    ema_epochs: float = Field(default=0.0, ge=0, le=MAX_EPOCHS)
+    """Horizon of an exponential moving average of the weights, in epochs; 0: none. The phases publish and evaluate the
+    average, and the finetune starts from it. Its batch norm statistics come from one more pass over the augmented
+    training images, at the end of each stage."""
+    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches", "ema_epochs")
 
 
 class Schedule(Table):

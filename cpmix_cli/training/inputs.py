@@ -43,6 +43,8 @@ class Inputs:
     """Learning rate of each step [S, 1] float64, before the groups' lr_factor."""
     counts_errors: Tensor
     """1 if the errors of the step are counted, else 0 [S, 1] float64."""
+    average_share: Tensor | None
+    """Share of the weights after the step in their average [S, 1] float32; None if they are not averaged."""
     fallbacks: Tensor
     """Partners drawn for a class without confusions [S, 1] float64; 0 until partners are chosen."""
     draws: Draws
@@ -82,9 +84,13 @@ class EpochInputs:
         """
         plan, steps = self._plan, self._plan.num_steps(len(self._data.labels))
         rates = [plan.learning_rate(epoch, step, steps) for step in range(steps)]
+        share = None
+        if plan.ema_epochs:
+            share = torch.tensor([[plan.average_share(epoch, step, steps)] for step in range(steps)])
         inputs = Inputs(
             learning_rate=torch.tensor(rates, dtype=torch.float64)[:, None],
             counts_errors=torch.full((steps, 1), float(plan.counts_errors(epoch)), dtype=torch.float64),
+            average_share=share,
             fallbacks=torch.zeros(steps, 1, dtype=torch.float64),
             draws=self._sampler.epoch(epoch),
         )

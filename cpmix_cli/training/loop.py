@@ -10,6 +10,7 @@ from functools import partial
 
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import Diverged, InputError, Interrupted, UnreadableError
+from cpmix_cli.training.averaging import measure_statistics
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, own_stream, synchronize
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.live_view import LiveView
@@ -57,6 +58,7 @@ def fit(
     steps = plan.num_steps(len(data.labels))
     if state.step == steps:  # that epoch is complete
         if state.epoch == plan.last_epoch:
+            _finish_average(publish, plan, data, state)
             return 0.0
         state.epoch, state.step = state.epoch + 1, 0
     device, here = data.labels.device, ranks.current()
@@ -97,6 +99,8 @@ def fit(
                 if view:
                     view.end_epoch()
                 if test_accuracy and state.epoch % eval_every == 0:
+                    if state.average is not None:
+                        measure_statistics(plan, data, state)
                     row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)
                 state.history.append(row)
@@ -119,6 +123,7 @@ def fit(
                         )
                     )
                 if last:
+                    _finish_average(publish, plan, data, state)
                     return step.capture_seconds
                 state.epoch, state.step = state.epoch + 1, 0
     finally:
@@ -209,6 +214,21 @@ def _check_finite(
         needed_by=plan.phase,
         fix="lower optimizer.lr (or finetune.lr) or raise schedule.warmup_epochs",
     )
+
+
+def _finish_average(publish: Callable[[], None], plan: Plan, data: TrainingData, state: TrainingState) -> None:
+    """Complete the averaged network, if there is one, and publish the state. An interruption changes nothing of it."""
+    if state.average is None:
+        return
+
+    def check() -> None:
+        if signals.adopt(ranks.current().max_over_ranks(signals.number())):
+            raise _interrupted(plan, state)
+
+    console.note(f"{plan.phase}: one pass over the training images, for the batch norm of the averaged weights")
+    with signals.in_loop(), own_stream(data.labels.device):
+        measure_statistics(plan, data, state, check)
+    _publish(publish, plan, state)
 
 
 def _publish(publish: Callable[[], None], plan: Plan, state: TrainingState) -> None:

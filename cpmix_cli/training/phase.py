@@ -420,7 +420,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
     plan, state, context = loaded.plan, loaded.state, loaded.context
     test_accuracy = None
     if options.eval_every:
-        test_accuracy = asked.test_accuracy(dataset, asked.recipe, state.model, context.device)
+        test_accuracy = asked.test_accuracy(dataset, asked.recipe, state.result, context.device)
     fit = partial(
         loop.fit,
         plan,
@@ -494,7 +494,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         raise _with_last_good_state(fault, folder, source, overwrites) from fault
     if loaded.resumes:  # the run may have stopped after its last epoch; then fit() publishes no state
         publish_state()
-    recorder.publish_tensors(files.MODEL, state.model.state_dict())
+    recorder.publish_tensors(files.MODEL, state.result.state_dict())
     pairs = tables.confusion_columns(state.confusion.cpu().numpy())
     recorder.publish_table(files.CONFUSION_PAIRS, tables.CONFUSION_SCHEMA, pairs)
     counts = files.read_bytes(dataset.folder / files.CLASS_COUNTS, dataset.record.files[files.CLASS_COUNTS])
@@ -588,7 +588,7 @@ def _sizes(plan: Plan, state: TrainingState) -> tuple[int, int]:
     weights: int = sum(t.nbytes for t in state.model.state_dict().values())
     slots = 2 if isinstance(state.optimizer, torch.optim.Adam) else 1
     counts = state.confusion.nbytes * (1 + plan.partners_ahead)  # K now, and K at the start of the epoch
-    return weights, weights * (1 + slots) + counts
+    return weights, weights * (1 + slots + (state.average is not None)) + counts
 
 
 def _num_parameters(model: torch.nn.Module) -> int:

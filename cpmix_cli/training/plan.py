@@ -1,6 +1,7 @@
 """Plans of the phases: terms, epochs, learning rates; and initial states: network, optimizer, confusion counts."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,6 +54,8 @@ class Plan:
     """fp32 or bf16 (autocast)."""
     cuda_graphs: bool = True
     """False never records a step as a CUDA graph."""
+    ema_epochs: float = 0.0
+    """Horizon of the averaged weights; 0: none."""
 
     @property
     def num_passes(self) -> int:
@@ -66,6 +69,19 @@ class Plan:
     def size(self, number: int, num_samples: int) -> int:
         """Return the images in the batch of step `number`, from 0, in an epoch of `num_samples` images."""
         return min(self.batch_size, num_samples - number * self.batch_size)
+
+    def average_share(self, epoch: int, step: int, num_steps: int) -> float:
+        """Return the share of the weights after a step in their average, whose horizon is not 0.
+
+        It is 1 / (horizon in steps), but before the horizon 1 / (number of steps so far). So the first step copies the
+        weights, and the average is their mean until the horizon. Source: timm's ModelEmaV3, with its power at 1.
+
+        Args:
+            epoch: from 1, over both stages.
+            step: step of the epoch, from 0.
+            num_steps: steps per epoch.
+        """
+        return min(1.0, max(1 / (self.ema_epochs * num_steps), 1 / ((epoch - 1) * num_steps + step + 1)))
 
     def counts_errors(self, epoch: int) -> bool:
         """Return whether the errors of this epoch are added to the confusion counts."""
@@ -128,6 +144,7 @@ def make_plan(context: PhaseContext, phase: str) -> Plan:
         micro_batches=recipe.optimizer.micro_batches,
         precision=context.precision,
         cuda_graphs=recipe.model.cuda_graphs,
+        ema_epochs=0.0 if finetunes else recipe.optimizer.ema_epochs,
     )
 
 
@@ -149,14 +166,20 @@ def fresh_state(context: PhaseContext) -> TrainingState:
     state = TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
     if recipe.has_match:
         state.counted_images = confusion.new_zeros(dataset.num_classes, device=device)
+    if recipe.optimizer.ema_epochs:
+        state.average = deepcopy(model).requires_grad_(False)
     return state
 
 
 def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
-    """Prepare a trained state for finetune: change the head, freeze the other parameters, create the optimizer."""
+    """Prepare a trained state for finetune: change the head, freeze the other parameters, create the optimizer.
+
+    If the weights were averaged, the average is finetuned.
+    """
     recipe = context.recipe
     table = recipe.finetune
     assert table is not None
+    state.model, state.average = state.result, None
     generator = torch_generator(recipe.seed, "finetune", "routers" if table.head == "routers" else "head")
     change_head(state.model, table, context.dataset.num_classes, generator)
     for name, parameter in state.model.named_parameters():

@@ -72,6 +72,13 @@ class TrainingState:
     """K [C, C] at the start of the current epoch, on the CPU; None unless partners are chosen once per epoch."""
     counted_images: Tensor | None = None
     """Counted images per class [C] float64, right or wrong predictions; None unless the recipe has a match."""
+    average: Classifier | None = None
+    """Network with the averaged weights; None unless the recipe averages. See averaging.py."""
+
+    @property
+    def result(self) -> Classifier:
+        """Network that the phase publishes: the average, if there is one."""
+        return self.model if self.average is None else self.average
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as named tensors; the history is [epochs, columns] float64 with NaN for null."""
@@ -98,11 +105,13 @@ class TrainingState:
             tensors["epoch_confusion"] = self.epoch_confusion
         if self.counted_images is not None:
             tensors["counted_images"] = self.counted_images
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         tensors["sums"] = self.sums.values
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor], path: Path, *, optimizer: bool = True) -> None:
-        """Copy the network, the optimizer and the confusion counts from a saved state. All are checked first.
+        """Copy networks, optimizer and confusion counts from a saved state. All are checked first.
 
         Args:
             tensors: content of training_state.safetensors, by name.
@@ -113,6 +122,8 @@ class TrainingState:
             InputError: tensors are missing, superfluous or of another shape or type, or have values out of range.
         """
         own = {f"model.{name}": t for name, t in self.model.state_dict().items()} | {"confusion": self.confusion}
+        if self.average is not None:
+            own |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
         others: tuple[str, ...] = ("sums", "history")
         if optimizer:
             own |= self._optimizer_tensors()
@@ -136,7 +147,9 @@ class TrainingState:
             raise InputError(f"{path} has confusion counts below 0, or of a class with itself", path=path)
         if self.counted_images is not None and (saved["counted_images"] < saved["confusion"].sum(1) - 0.5).any():
             raise InputError(f"{path} counts more errors of a class than images", path=path)
-        self.model.load_state_dict({n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")})
+        for prefix, network in (("model.", self.model), ("average.", self.average)):
+            if network is not None:
+                network.load_state_dict({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
         self.confusion.copy_(saved["confusion"])
         if self.counted_images is not None:
             self.counted_images.copy_(saved["counted_images"])

@@ -16,6 +16,7 @@ from cpmix_cli.confusion import count_confusions, count_images, prediction_codes
 from cpmix_cli.mixing import MixingState
 from cpmix_cli.models import Classifier
 from cpmix_cli.runtime import ranks
+from cpmix_cli.training.averaging import update_average
 from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, StepsInFlight
 from cpmix_cli.training.inputs import EpochInputs, Inputs, TrainingData, fetch
@@ -133,6 +134,8 @@ class Step:
         for group in state.optimizer.param_groups:
             group["lr"].copy_(inputs.learning_rate[0] * group["lr_factor"])
         state.optimizer.step()
+        if state.average is not None and inputs.average_share is not None:
+            update_average(state.average, state.model, inputs.average_share[0])
 
         *means, right = self._ranks.sum_(torch.stack(values).sum(0)).unbind()
         errors = torch.zeros_like(right)

@@ -288,6 +288,19 @@ def test_ranks_shift_statistics_of_mixed_features(digits_run: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_ranks_average_the_weights_of_one_rank(toy: Path, digits: Path, tmp_path: Path) -> None:
+    changes = ["optimizer.batch_size=64", "optimizer.ema_epochs=10"]
+    for command in pipeline(toy, tmp_path / "alone", *changes):
+        must(*command)
+    must_run(2, *pipeline(toy, tmp_path / "two", *changes))
+    alone, two = (tensors.read_tensors(tmp_path / n / "stage2" / artifacts.MODEL)[0] for n in ("alone", "two"))
+    for name, values in alone.items():
+        torch.testing.assert_close(two[name], values, rtol=1e-3, atol=1e-4)
+    said = must_run(2, *pipeline(digits, tmp_path / "digits", *changes))  # with batch norm
+    assert said.count("one pass over the training images, for the batch norm of the averaged weights") == 2
+
+
+@pytest.mark.slow
 def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
     """What does not train is the first rank's alone."""
     run, data = tmp_path / "run", tmp_path / "digits"

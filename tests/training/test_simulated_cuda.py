@@ -76,6 +76,14 @@ def test_augmentation_stays_on_the_device(keys: Sequence[str], few_digits: Datas
     assert on_device == pytest.approx(on_cpu, rel=1e-3)
 
 
+def test_averaged_weights_stay_on_the_device(few_digits: Dataset) -> None:
+    settings = "optimizer.ema_epochs=60"
+    on_cpu, on_device = (
+        first_epoch("cifar100-lt/cpmix", "stage2", few_digits, settings, device=device) for device in ("cpu", "cuda")
+    )
+    assert on_device == pytest.approx(on_cpu, rel=1e-3)
+
+
 def test_a_new_head_is_drawn_for_a_network_on_the_device(few_digits: Dataset) -> None:
     """The numbers are the CPU's."""
     heads = []
@@ -95,6 +103,7 @@ PIPELINES = {
         "cifar100-lt/sade",
         [*SMALL, *setting("evaluation.aggregate=test-time")],
     ),
+    "averaged weights": ("digits/cpmix", setting("optimizer.ema_epochs=30")),
     "adam, partners of an epoch": ("digits/cpmix", setting("optimizer.kind=adam", "confusion.refresh=epoch")),
 }
 

@@ -4,6 +4,7 @@ import os
 import pty
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,14 @@ def _listed(batch: TermBatch) -> object:
     return {name: value.tolist() for name, value in vars(batch).items() if hasattr(value, "tolist")}
 
 
+@pytest.mark.parametrize("settings", [(), ("--set", "optimizer.ema_epochs=60")], ids=["", "averaged"])
 def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
-    handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Sequence[str], handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both stages and the finetune, with learning rates, sample order, draws, lambdas and pairs traced."""
 
     def phases(run: Path) -> list[int]:
-        flags = ("--epochs", 3, "--set", "optimizer.batch_size=128", "--set", "finetune.batch_size=256")
+        flags = ("--epochs", 3, "--set", "optimizer.batch_size=128", "--set", "finetune.batch_size=256", *settings)
         return [
             run_to_the_end("train-stage1", "--data", digits, "--out", run, *flags),
             run_to_the_end("train-stage2", "--from", run),
