@@ -98,7 +98,8 @@ def test_bench_ingredients_compares_steps_with_and_without(digits: Path) -> None
     assert len(same) == 1  # loops of equal recipes are one loop
     lines = must(*command).stdout.splitlines()
     assert " ".join(lines[0].split()) == "ingredient phase s/step without with ratio lowest .. highest settings"
-    assert [line.split("  ")[0] for line in lines[2:-3]] == ["AutoAugment", "three balanced experts", "H2T"]
+    shown = ["AutoAugment", "averaged weights", "three balanced experts", "H2T"]
+    assert [line.split("  ")[0] for line in lines[2:-3]] == shown
     flip = 'left out: alternating flips: data.flip = "alternating" needs data.augment = "resized-crop-flip" or "resiz'
     assert lines[-1].startswith(flip)
 
