@@ -177,6 +177,7 @@ GRAPHS = {
     "as published": (),
     "frozen, a set of channels for each image": (
         *("finetune.batchnorm=frozen", "finetune.terms.h2t.per_sample=true", "model.precision=bf16"),
+        *("finetune.kind=linear", "finetune.warmup_epochs=1.5"),
     ),
     "experts, micro-batches, some batches unmixed": (
         *("model.experts=3", "optimizer.micro_batches=3", "finetune.terms.h2t.probability=0.5"),
