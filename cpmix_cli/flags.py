@@ -237,7 +237,7 @@ class TrainStage1Options(TrainingOptions):
     init: Path | None = flag(
         None,
         "Pretrained weights to start from: a safetensors file (torchvision's names, with or without a prefix), or the "
-        "folder of a run or phase; the head is new.",
+        "folder of a run or phase. The head is new; classes that a run had keep their rows, by name.",
     )
     teacher: Path | None = flag(None, "Run whose network is the teacher of terms with distillation.")
 

@@ -205,7 +205,13 @@ def on_event(event: str, test: str, number: signal.Signals, seconds: float = 0.0
 
 
 CLOCK = ["seconds", "images_per_second"]
-COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 210)}
+COLOURS = {
+    "red": (220, 40, 30),
+    "green": (30, 200, 60),
+    "blue": (20, 60, 210),
+    "yellow": (220, 210, 30),
+    "purple": (150, 30, 160),
+}
 
 
 def files(folder: Path) -> list[str]:

@@ -7,23 +7,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cpmix_cli.artifacts import files
+from cpmix_cli.artifacts import files, tables
 from cpmix_cli.artifacts.seals import check_seal, read_header
 from cpmix_cli.artifacts.tensors import read_tensors, tensors_digest
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
+from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose, choose_phase, locate
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
-from cpmix_cli.training.pretrained import how_to_import, load_backbone, sha_of_published
+from cpmix_cli.training.pretrained import how_to_import, keep_head_rows, load_backbone, sha_of_published
 from cpmix_cli.training.state import TrainingState
 
 
@@ -53,12 +54,12 @@ def run(options: TrainStage1Options) -> None:
         recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
     )
     teacher = _choose_teacher(options.teacher, recipe, dataset)
-    init = None if options.init is None else _weights_of(options.init)
+    init, begun = (None, None) if options.init is None else _weights_of(options.init)
     _check_init(recipe, init)
     inputs = {} if init is None else {"init": init}
     if teacher is not None:
         inputs["teacher"] = teacher.path / files.MODEL
-    folder, prepared = PhaseFolder(options.out, "stage1"), partial(_prepare, init, teacher)
+    folder, prepared = PhaseFolder(options.out, "stage1"), partial(_prepare, init, begun, teacher)
     if init is not None and init.resolve() == (folder.path / files.MODEL).resolve():
         raise UsageError(
             f"{init} is what this command writes", needed_by="--init", fix="write elsewhere with --out FOLDER"
@@ -66,8 +67,10 @@ def run(options: TrainStage1Options) -> None:
     train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
 
 
-def _weights_of(given: Path) -> Path:
-    """Return the weights of --init: a file, or model.safetensors of a folder or of the last finished phase of a run.
+def _weights_of(given: Path) -> tuple[Path, PhaseFolder | None]:
+    """Return the weights of --init, and the phase that they are of, if cpmix trained them.
+
+    They are a file, or model.safetensors of a folder or of the last finished phase of a run.
 
     Raises:
         InputError: the folder has no such file, or the weights of a finished phase differ from its record.
@@ -76,7 +79,7 @@ def _weights_of(given: Path) -> Path:
         run, named = locate(given)
         if not any(PhaseFolder(run, phase).is_begun for phase in files.PHASES):
             if (given / files.MODEL).is_file():  # such as a copied phase, or the folder of a model hub
-                return given / files.MODEL
+                return given / files.MODEL, None
             raise InputError(
                 f"{given} holds no phase of a run, and no {files.MODEL}",
                 needed_by="--init",
@@ -86,10 +89,10 @@ def _weights_of(given: Path) -> Path:
     else:
         phase = PhaseFolder(given.parent.parent, given.parent.name)
         if given.name != files.MODEL or phase.phase not in files.PHASES or not phase.done:
-            return given
+            return given, None
     path, sha = phase.output(files.MODEL)
     files.read_bytes(path, sha)
-    return path
+    return path, phase
 
 
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
@@ -104,6 +107,11 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
         )
     if init is not None and init.exists():
         _check_format(init, sha)
+    if init is None and recipe.model.init_head == "new":
+        raise UsageError(
+            'model.init_head = "new": without --init the head is new anyway',
+            fix="give --init RUN, or drop the key: --set model.init_head=by-name",
+        )
     if not wanted:
         return
     how, made = how_to_import(wanted)
@@ -195,14 +203,27 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
     return source
 
 
-def _prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseContext) -> tuple[Plan, TrainingState]:
-    """Return the stage-1 plan, and a state with fresh or pretrained weights and empty confusion counts."""
+def _prepare(
+    init: Path | None, begun: PhaseFolder | None, teacher: PhaseFolder | None, context: PhaseContext
+) -> tuple[Plan, TrainingState]:
+    """Return the stage-1 plan, and a state with fresh or pretrained weights and empty confusion counts.
+
+    Args:
+        init: file of the weights to start from.
+        begun: phase that they are of, if cpmix trained them.
+        teacher: phase of the teacher.
+        context: inputs of the plan and the state.
+    """
     plan = make_plan(context, "stage1")
     state = fresh_state(context)
     if init is not None:
         recipe, shape = context.recipe, context.recipe.data.input_shape(context.dataset.shape)
-        taken = load_backbone(state.model, _read_weights(init, context.inputs["init"]), init, recipe.model, shape)
-        console.note(f"starts from {taken} tensors of {init}; the head is new")
+        tensors = _read_weights(init, context.inputs["init"])
+        taken = load_backbone(state.model, tensors, init, recipe.model, shape)
+        head = "the head is new"
+        if begun is not None and recipe.model.init_head == "by-name":
+            head = _keep_head(state.model, tensors, begun, context.dataset.class_names)
+        console.note(f"starts from {taken} tensors of {init}; {head}")
     elif state.model.frozen:
         # Frozen batch norm keeps mean 0 and variance 1, so deep networks may overflow.
         console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
@@ -212,6 +233,26 @@ def _prepare(init: Path | None, teacher: PhaseFolder | None, context: PhaseConte
         model = read_model(teacher, trained, context.dataset.num_classes, context.dataset.shape)
         plan = replace(plan, teacher=model.to(context.device).eval().requires_grad_(False))
     return plan, state
+
+
+def _keep_head(model: Classifier, tensors: dict[str, Tensor], begun: PhaseFolder, classes: list[str]) -> str:
+    """Keep the rows of the classes that a trained phase had, and return what became of the head, for a line.
+
+    Args:
+        model: network that starts from the phase.
+        tensors: tensors of the phase.
+        begun: the phase.
+        classes: class names of the network.
+    """
+    known = tables.read_class_counts(*begun.output(files.CLASS_COUNTS))["class_name"].tolist()
+    kept = keep_head_rows(model, tensors, classes, known)
+    if not kept:
+        why = "is of another kind" if kept is None else "knows none of these classes"
+        return f"the head is new, as that of {begun.path} {why}"
+    new = [name for name in classes if name not in kept]
+    said = [f"the head keeps {len(kept)} of {counted(len(known), 'class', 'classes')} of {begun.path}"]
+    said += [f"{shortened(new, 5)} {'is' if len(new) == 1 else 'are'} new"] if new else []
+    return "; ".join(said)
 
 
 def _read_weights(path: Path, sha: str) -> dict[str, Tensor]:

@@ -129,6 +129,9 @@ class Model(Table):
     init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
     """Published weights that `train-stage1 --init` must give, after import-weights: the file name, which ends in the
     first digits of its sha256 (resnet152-394f9c45.pth). "": random weights, or any weights of --init."""
+    init_head: Literal["by-name", "new"] = "by-name"
+    """Head of a network that starts from a run of cpmix. by-name: classes that the run had keep their rows. new: all
+    are drawn."""
     frozen: list[str] = []
     """Names of modules that no phase trains (layer1, layer4.0). Their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
@@ -147,7 +150,7 @@ class Model(Table):
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
         "experts": ("shared_stages", "expert_width", "expert_layout", "detached_experts")
     }
-    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "frozen", "sync_batchnorm", "cuda_graphs")
+    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "init_head", "frozen", "sync_batchnorm", "cuda_graphs")
 
 
 class ParameterGroup(Table):

@@ -1,5 +1,7 @@
 """Pretrained weights of --init: which names of a file are the network's, and their copy into the network.
 
+The head is new, but for the classes of a run of cpmix.
+
 Files name a backbone differently: `backbone.conv1.weight`, `module.encoder_q.conv1.weight`. The prefix to take off is
 the one under which the file has every tensor of the backbone in its shape. No network is loaded in part.
 """
@@ -11,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -111,6 +114,39 @@ def load_backbone(
         for name, tensor in match.given.items():
             match.own[name].copy_(tensor)
     return len(match.given)
+
+
+def keep_head_rows(
+    model: Classifier, tensors: Mapping[str, Tensor], classes: Sequence[str], known: Sequence[str]
+) -> list[str] | None:
+    """Copy rows of a trained head into a network's head, in place, for the classes that both have.
+
+    Args:
+        model: the network; the rows of its other classes stay as they were drawn.
+        tensors: tensors of a phase, with the names of cpmix.
+        classes: class names of `model` [C].
+        known: class names of `tensors`, in any order.
+
+    Returns:
+        The classes that were found, in the order of `classes`. None if the heads do not fit each other: a linear and a
+        cosine head, another number of experts or of features.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    for name in [name for name in given if name.endswith(".scale")]:  # finetune.head = "scale": s (w f + b)
+        scale = given.pop(name)
+        for part in ("weight", "bias"):
+            scaled = name.removesuffix("scale") + part
+            given[scaled] = given[scaled] * (scale[:, None] if part == "weight" else scale)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+    shapes = {name: (len(known), *tensor.shape[1:]) for name, tensor in own.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in given.items()}:
+        return None
+    rows = {normalize("NFC", name): row for row, name in enumerate(known)}
+    found = [(i, rows[normalize("NFC", name)]) for i, name in enumerate(classes) if normalize("NFC", name) in rows]
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor[[i for i, _ in found]] = given[name][[row for _, row in found]].to(tensor)
+    return [classes[i] for i, _ in found]
 
 
 def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:

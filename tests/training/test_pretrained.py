@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpmix_cli.models import Routers, build_model
+from cpmix_cli.models import Routers, ScaledHead, build_model
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.pretrained import load_backbone
+from cpmix_cli.training.pretrained import keep_head_rows, load_backbone
 
 FILE = Path("w.safetensors")
 RESNET8 = Model(name="resnet8")
@@ -201,3 +201,43 @@ def test_all_that_does_not_fit_is_listed() -> None:
         "    conv1.weight: has shape (16, 3, 3, 3), expected (16, 1, 3, 3)",
         "    layer9.weight: not in the network",
     ]
+
+
+KNOWN = ["cat", "caf\u00e9", "lynx"]
+
+
+@pytest.mark.parametrize("recipe", [RESNET8, Model(name="resnet8", head="cosine"), Model(name="resnet8", experts=2)])
+def test_classes_of_the_same_name_keep_their_rows_of_each_head(recipe: Model) -> None:
+    """Reordered, one gone, one new, and one name in another Unicode form."""
+    old = build_model(recipe, 3, (8, 8, 1), torch.Generator().manual_seed(1))
+    model, drawn = (build_model(recipe, 4, (8, 8, 1), torch.Generator().manual_seed(2)) for _ in range(2))
+    classes = ["bobcat", "cafe\u0301", "cat", "dog"]
+    assert keep_head_rows(model, old.state_dict(), classes, KNOWN) == ["cafe\u0301", "cat"]
+    before, fresh = old.state_dict(), drawn.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("head."):
+            expected = torch.stack([fresh[name][0], before[name][1], before[name][0], fresh[name][3]])
+            assert torch.equal(tensor, expected), name
+        else:
+            assert torch.equal(tensor, fresh[name]), name
+
+
+def test_rows_of_a_scaled_head_give_its_logits() -> None:
+    """The finetuned head s (w f + b) of a run starts a plain one."""
+    old = build_model(RESNET8, 3, (8, 8, 1), torch.Generator().manual_seed(1))
+    old.replace_heads(ScaledHead)
+    with torch.no_grad():
+        old.head.scale.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    model = build_model(RESNET8, 2, (8, 8, 1), torch.Generator().manual_seed(2))
+    assert keep_head_rows(model, old.state_dict(), ["lynx", "cat"], KNOWN) == ["lynx", "cat"]
+    features = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model.classify(features)[0], old.classify(features)[0][:, [2, 0]])
+
+
+@pytest.mark.parametrize("recipe", [Model(name="resnet8", head="cosine"), Model(name="resnet8", experts=2)])
+def test_a_head_of_another_kind_keeps_no_row(recipe: Model) -> None:
+    old = build_model(recipe, 3, (8, 8, 1), torch.Generator().manual_seed(1))
+    model = build_model(RESNET8, 3, (8, 8, 1), torch.Generator().manual_seed(2))
+    head = model.head.weight.clone()
+    assert keep_head_rows(model, old.state_dict(), KNOWN, KNOWN) is None
+    assert torch.equal(model.head.weight, head)

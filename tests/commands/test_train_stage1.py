@@ -1,0 +1,81 @@
+"""train-stage1 --init RUN: a data set with other classes starts from a run and keeps what its head knows."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import must, refused, write_photos
+from safetensors.torch import load_file
+
+from cpmix_cli.data.dataset import open_dataset
+
+FAST = ("--recipe", "digits/cpmix", "--set", "model.name=resnet8", "--set", "optimizer.weight_decay=0", "--epochs", 2)
+STILL = ("--set", "optimizer.lr=1e-12")
+"""A rate of almost nothing: the trained rows are those that it started from."""
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on photos of three colours."""
+    folder = tmp_path_factory.mktemp("earlier")
+    return trained(folder, ["red", "green", "yellow"], *FAST)
+
+
+def trained(folder: Path, colours: list[str], *flags: object) -> Path:
+    build(folder, colours)
+    must("train-stage1", "--data", folder / "data", "--out", folder / "run", *flags)
+    return folder / "run"
+
+
+def build(folder: Path, colours: list[str]) -> None:
+    write_photos(folder / "photos", dict.fromkeys(colours, 8))
+    must("build-lt", "image-folder", "--data-root", folder / "photos", "--image-size", 8, "--out", folder / "data")
+
+
+def rows(run: Path, name: str = "head.weight") -> torch.Tensor:
+    return load_file(run / "stage1" / "model.safetensors")[name]
+
+
+def test_a_data_set_with_one_more_class_keeps_the_rows_of_the_others(earlier: Path, tmp_path: Path) -> None:
+    build(tmp_path, ["red", "blue", "green", "yellow"])
+    train = ("train-stage1", "--data", tmp_path / "data", *FAST, *STILL, "--init", earlier, "--out")
+    said = must(*train, tmp_path / "kept").stderr
+    path = earlier / "stage1"
+    assert (
+        f"starts from 42 tensors of {path}/model.safetensors; the head keeps 3 of 3 classes of {path}; blue is new\n"
+        in said
+    )
+    assert open_dataset(tmp_path / "data").class_names == ["blue", "green", "red", "yellow"]
+    said = must(*train, tmp_path / "new", "--set", "model.init_head=new").stderr
+    assert f"starts from 42 tensors of {path}/model.safetensors; the head is new\n" in said
+    for name in ("head.weight", "head.bias"):
+        kept, new, old = rows(tmp_path / "kept", name), rows(tmp_path / "new", name), rows(earlier, name)
+        torch.testing.assert_close(kept[[1, 2, 3]], old, atol=1e-8, rtol=0)
+        torch.testing.assert_close(kept[0], new[0], atol=1e-8, rtol=0)
+        assert not torch.allclose(new[1:], old, atol=1e-3)
+
+
+def test_classes_that_are_gone_are_not_among_the_kept(earlier: Path, tmp_path: Path) -> None:
+    build(tmp_path, ["yellow", "blue", "purple"])
+    train = ("train-stage1", "--data", tmp_path / "data", *FAST, "--out", tmp_path / "run", "--dry-run", "--init")
+    path = earlier / "stage1"
+    said = f"the head keeps 1 of 3 classes of {path}; blue, purple are new\n"
+    assert said in must(*train, earlier).stderr
+    assert said in must(*train, path / "model.safetensors").stderr
+
+
+def test_the_head_is_new_without_a_class_or_a_head_in_common(earlier: Path, tmp_path: Path) -> None:
+    build(tmp_path, ["blue", "purple"])
+    shutil.copy(earlier / "stage1" / "model.safetensors", tmp_path / "copy.safetensors")
+    train = ("train-stage1", "--data", tmp_path / "data", *FAST, "--out", tmp_path / "run", "--dry-run", "--init")
+    path = earlier / "stage1"
+    assert f"the head is new, as that of {path} knows none of these classes\n" in must(*train, earlier).stderr
+    assert "copy.safetensors; the head is new\n" in must(*train, tmp_path / "copy.safetensors").stderr
+    cosine = must(*train, earlier, "--set", "model.head=cosine").stderr
+    assert f"the head is new, as that of {path} is of another kind\n" in cosine
+
+
+def test_init_head_without_init_is_refused(earlier: Path, tmp_path: Path) -> None:
+    train = ("train-stage1", "--data", earlier.parent / "data", *FAST, "--out", tmp_path / "run")
+    refused(2, 'model.init_head = "new": without --init the head is new', *train, "--set", "model.init_head=new")
