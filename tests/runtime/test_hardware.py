@@ -12,6 +12,8 @@ import torch
 from helpers import must, process
 
 from cpmix_cli.artifacts.files import RUN
+from cpmix_cli.commands import evaluate
+from cpmix_cli.flags import EvaluateOptions
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime import hardware
 from cpmix_cli.runtime.hardware import (
@@ -143,7 +145,7 @@ def test_threads_are_recorded_and_a_resume_with_others_says_so(
     (tmp_path / "stage1" / RUN).unlink()  # as if it was interrupted after its last epoch
     resumed = must("train-stage1", "--data", toy, "--out", tmp_path, "--threads", 1)
     assert "begun with 3 threads, going on with 1: not bit for bit without --threads 3" in resumed.stderr
-    must("evaluate", "--from", tmp_path, "--threads", 2)
+    evaluate.run(EvaluateOptions(from_folder=tmp_path, threads=2))  # must() may run the next command after it
     assert torch.get_num_threads() == 2
 
 
