@@ -40,9 +40,15 @@ HASHES_SCHEMA = schema_of("sample_id int64", "sha256 sha256")
 SEEN_SCHEMA = schema_of("sample_id int64", "size int64", "changed_ns int64", "sha256 sha256")
 """Bytes, time of the last change and content of each file of a split, of a user's images that stay in their files."""
 CONFUSION_SCHEMA = schema_of("true_class int32", "predicted_class int32", "count int64")
-PER_CLASS_SCHEMA = schema_of(
+_OLDER_PER_CLASS = (
     *("class_id int32", "class_name string", "group string"),
     *("num_train int64", "num_test int64", "num_correct int64", "accuracy double?"),
+)
+OLDER_PER_CLASS_SCHEMA = schema_of(*_OLDER_PER_CLASS)
+"""The columns of per_class.parquet that older versions wrote."""
+PER_CLASS_SCHEMA = schema_of(
+    *_OLDER_PER_CLASS,
+    *("num_predicted int64", "precision double?", "f1 double?", "recall_low double?", "recall_high double?"),
 )
 PREDICTIONS_SCHEMA = schema_of("sample_id int64", "label int32", "predicted int32", "confidence float")
 CONFUSED_PAIRS_SCHEMA = schema_of(
@@ -105,7 +111,12 @@ _UNPACKS_REGULAR = 128
 
 
 def read_table(
-    path: Path, schema: pa.Schema | None = None, sha: str | None = None, *, max_rows: int | None = None
+    path: Path,
+    schema: pa.Schema | None = None,
+    sha: str | None = None,
+    *,
+    max_rows: int | None = None,
+    older: pa.Schema | None = None,
 ) -> pd.DataFrame:
     """Read a Parquet table.
 
@@ -114,6 +125,7 @@ def read_table(
         schema: columns that the table must have; None accepts any.
         sha: recorded sha256 of the file.
         max_rows: largest possible number of rows, if known. The table may then compress better than others.
+        older: columns that the table may have instead, because an older version wrote it.
 
     Raises:
         InputError: the file is missing, damaged or too large in memory, or has other columns or too many rows.
@@ -121,7 +133,7 @@ def read_table(
     data = read_bytes(path, sha)
     try:
         found = open_parquet(data).schema_arrow
-        if schema is not None and not found.equals(schema):
+        if schema is not None and not (found.equals(schema) or (older is not None and found.equals(older))):
             raise InputError(f"{path} has columns {_columns(found)}; expected {_columns(schema)}", path=path)
         texts = [field.name for field in found if pa.types.is_string(field.type)]
         # Dictionary encoding: a string that a column repeats a million times takes memory once.
@@ -230,6 +242,15 @@ def read_class_counts(path: Path, sha: str) -> pd.DataFrame:
     _refuse(path, table, table["num_train"] < 1, "num_train must be at least 1")
     _refuse(path, table, table["num_test"] < 0, "num_test must be at least 0")
     return table
+
+
+def read_per_class(path: Path, sha: str | None) -> pd.DataFrame:
+    """Read per_class.parquet: one row per class. Columns that an older version did not write are NaN.
+
+    Raises:
+        InputError: as read_table().
+    """
+    return read_table(path, PER_CLASS_SCHEMA, sha, older=OLDER_PER_CLASS_SCHEMA).reindex(columns=PER_CLASS_SCHEMA.names)
 
 
 def read_confusions(path: Path, sha: str, num_classes: int) -> pd.DataFrame:

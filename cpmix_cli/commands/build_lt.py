@@ -22,6 +22,7 @@ from cpmix_cli.data.equal_images import check_unchanged, warn_of_duplicates
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
 from cpmix_cli.data.splits import Source, Split
+from cpmix_cli.evaluation.intervals import too_few_images
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.loading import load, with_settings
 from cpmix_cli.recipe.schema import differences
@@ -124,6 +125,7 @@ def run(options: BuildOptions) -> None:
         _check_existing(dataset, request, source)
     else:
         warn_of_duplicates(dataset, is_own=of_folder)
+        _warn_of_scarce(dataset, held_out=source.test is None)
         if of_folder:
             _warn_of_few(source.class_names, splits, options.test_per_class)
             _warn_of_pages([path for split in dataset.splits for path in dataset.paths(split)])
@@ -153,6 +155,20 @@ def _warn_of_few(names: list[str], splits: Mapping[str, Split], test_per_class: 
         few = [f"{name} ({number})" for name, number in zip(names, counts, strict=True) if number < least]
         if few:
             console.warn(f"{len(few)} {'class has' if len(few) == 1 else 'classes have'} {what}: {shortened(few, 5)}")
+
+
+def _warn_of_scarce(dataset: Dataset, *, held_out: bool) -> None:
+    """Warn if the test split is too small to say anything of the rare classes.
+
+    Args:
+        dataset: the new data set.
+        held_out: the test images are held out of the training images.
+    """
+    groups = [group_of(int(n), few_inclusive=dataset.record.few_inclusive) for n in dataset.class_counts]
+    tested = np.bincount(dataset.labels("test"), minlength=dataset.num_classes)
+    if few := too_few_images(dataset.class_names, groups, tested):
+        more = "add images, or hold out more with --test-per-class" if held_out else "add test images"
+        console.warn(f"{few}; {more}")
 
 
 def _warn_of_pages(paths: list[Path]) -> None:

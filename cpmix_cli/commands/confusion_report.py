@@ -142,7 +142,7 @@ def _read_reported(
         name=source.phase,
         facts=_facts(source, dataset, matrix),
         class_counts=dataset.class_counts,
-        groups=tables.read_table(path, tables.PER_CLASS_SCHEMA, classes_sha)["group"].tolist(),
+        groups=tables.read_per_class(path, classes_sha)["group"].tolist(),
         matrix=matrix,
         confusions=tables.confusion_counts(table, dataset.num_classes) if len(table) else None,
         reliability=reliability(confidence, right).numpy(),

@@ -19,8 +19,10 @@ from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.evaluation import prediction
-from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix, sample_weights, shifted_profile, summary
+from cpmix_cli.evaluation.accuracy import confusion_matrix, sample_weights, shifted_profile, summary
 from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
+from cpmix_cli.evaluation.intervals import too_few_images
+from cpmix_cli.evaluation.per_class import as_json, class_columns, interval_row, lines_of, read_classes, totals
 from cpmix_cli.evaluation.prediction import Predicted, check_finite, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, read_numbers
@@ -312,11 +314,15 @@ def _publish(
         shares = [round(share, 4) for share in (by_image @ share_of_images).tolist()]
         used = round(float((by_image > 0).double().sum(0) @ share_of_images), 3)
     counts = torch.tensor(dataset.class_counts)
+    confidence, classes = logits.softmax(1).max(1)
+    matrix = confusion_matrix(labels, classes, dataset.num_classes).numpy()
+    by_class = None if profile is None else profile.numpy()
     own = [post_hoc(z, counts, recipe.evaluation) for z in experts] if len(experts) > 1 else []
     own_keys = recipe.tables()["evaluation"]  # quiet keys only where they are given: older evaluations keep their bytes
     numbers = {
         "phase": source.phase,
         **summary(logits, labels, groups, profile),
+        **totals(matrix, groups, by_class),
         "test_distribution": options.distribution,
         "num_test_profile": None if profile is None else int(profile.sum()),
         "num_experts": len(experts),
@@ -328,16 +334,12 @@ def _publish(
     }
     recorder.publish(files.EVALUATION, (json.dumps(numbers, indent=1) + "\n").encode())
 
-    confidence, classes = logits.softmax(1).max(1)
-    matrix = confusion_matrix(labels, classes, dataset.num_classes)
     columns: dict[str, Any] = {
         "class_id": range(dataset.num_classes),
         "class_name": dataset.class_names,
         "group": groups,
         "num_train": dataset.class_counts,
-        "num_test": matrix.sum(1).numpy(),
-        "num_correct": matrix.diagonal().numpy(),
-        "accuracy": (100 * class_accuracy(matrix)).numpy(),
+        **class_columns(matrix, by_class),
     }
     recorder.publish_table(files.PER_CLASS, tables.PER_CLASS_SCHEMA, columns)
     columns = {
@@ -352,14 +354,23 @@ def _publish(
 
 
 def _report(folder: Path, status: str) -> None:
-    """Print this evaluation as JSON, or a table of all evaluations of the run and the experts of this one."""
-    numbers = read_numbers(folder)
-    rows = accuracy_rows(folder.parent, folder.name)
+    """Print this evaluation as JSON; or all evaluations of the run, and the experts and classes of this one."""
+    numbers, classes = read_numbers(folder), read_classes(folder)
+    rows, lines = accuracy_rows(folder.parent, folder.name), []
+    found = numbers.model_dump()
+    if "intervals" in found:
+        rows.insert([row[0] for row in rows].index(folder.name) + 1, interval_row(found["intervals"]))
+        lines = lines_of(classes, found["macro_f1"], folder)
+        names, groups = classes["class_name"].tolist(), classes["group"].tolist()
+        if few := too_few_images(names, groups, classes["num_test"].to_numpy()):
+            console.warn(few)
+    else:
+        console.note(f"{folder} is of an older version, without precision, F1 and intervals; --overwrite adds them")
     experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers.experts, start=1)]
     console.result(
-        {"status": status, "folder": str(folder), "phase": numbers.phase, **numbers.model_dump()},
+        {"status": status, "folder": str(folder), "phase": numbers.phase, **found, "classes": as_json(classes)},
         title="per cent; many: more than 100 training images, few: fewer than 20",
         header=ACCURACY_HEADER,
         rows=[*rows, *experts],
-        lines=[f"{status}: {folder}"],
+        lines=[*lines, f"{status}: {folder}"],
     )
