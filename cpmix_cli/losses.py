@@ -63,17 +63,21 @@ def logit_adjusted(
 ) -> Tensor:
     """Cross entropy of the logits z + tau log n, n the class counts; predictions use the raw logits.
 
+    The raw logits learn the prior n^(1 - tau), whatever the share of uniform labels: the loss is that of the logits
+    z + log q - (1 - tau) log n, with q = (1 - s) n + s mean(n) the prior of the batches' labels.
+
     Args:
-        tau: strength of the adjustment; 0 is cross entropy, 1 is Balanced Softmax.
+        tau: strength of the adjustment; 0 is cross entropy and 1 Balanced Softmax, both for s = 0.
         uniform_share: s, share of the labels that are drawn uniformly over the classes, as those of class-uniform
-            partners are. n is then the prior of that mixture, (1 - s) n + s mean(n); 1 is cross entropy.
+            partners are.
 
     Source: Menon et al., Long-tail learning via logit adjustment. They use the prior in place of n, which shifts all
     logits of an image by the same constant and leaves cross entropy unchanged.
     """
     n = class_counts.to(logits.dtype)
-    n = (1 - uniform_share) * n + uniform_share * n.mean()
-    return cross_entropy(logits + tau * n.log(), labels, weights, class_counts)
+    drawn = (1 - uniform_share) * n + uniform_share * n.mean()
+    shift = tau * n.log() + (drawn.log() - n.log())  # the difference is exactly 0 without uniform labels
+    return cross_entropy(logits + shift, labels, weights, class_counts)
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, weights: Tensor, class_counts: Tensor) -> Tensor:

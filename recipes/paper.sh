@@ -153,7 +153,7 @@ if is_there ablation-3; then
     job "rho${rhos[0]}-ablation" ablation "${rhos[0]}" 0
 fi
 for rho in "${rhos[@]}"; do
-    for name in cpmix-fast cpmix-strong ride cpmix-ride; do
+    for name in cpmix-strong cpmix-strong-single cpmix-fast ride cpmix-ride; do
         if is_there "$name"; then
             job "rho$rho-$name" recipe "$rho" 0 "$name"
         fi

@@ -515,7 +515,8 @@ def slow_loss(
         if name == "logit-adjusted":
             s = p["uniform_share"]
             prior = [(1 - s) * n / sum(counts) + s / num_classes for n in counts]
-            z = [a + p["tau"] * math.log(share) for a, share in zip(z, prior, strict=True)]
+            learnt = [(n / sum(counts)) ** (1 - p["tau"]) for n in counts]
+            z = [a + math.log(q / own) for a, q, own in zip(z, prior, learnt, strict=True)]
         if name == "ldam":
             z[y] = z[y] - p["scale"] * p["max_margin"] * counts[y] ** -0.25 / min(counts) ** -0.25
         log_sum = torch.log(sum(torch.exp(a) for a in z))  # type: ignore[arg-type]

@@ -86,6 +86,20 @@ def test_no_uniform_share_leaves_every_bit(generator: torch.Generator) -> None:
         assert losses.logit_adjusted(logits, labels, weights, COUNTS, tau=0.7).equal(old)
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0, 2.0])
+def test_the_raw_logits_learn_one_prior_however_the_labels_are_drawn(tau: float) -> None:
+    """Best logits without features, for labels of the natural prior, a mixture and the uniform one: n^(1 - tau)."""
+    wanted = (1 - tau) * (COUNTS / COUNTS.sum()).double().log()
+    for share in (0.0, 0.3, 1.0):
+        q = (1 - share) * COUNTS / COUNTS.sum() + share / 4
+        logits = wanted.clone().requires_grad_()
+        loss = losses.logit_adjusted(
+            logits.expand(4, 4), torch.arange(4), 4 * q.double(), COUNTS, tau=tau, uniform_share=share
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.abs().max() < 1e-7, share
+
+
 def test_the_mixture_s_prior_is_that_of_labels_drawn_from_both(generator: torch.Generator) -> None:
     """Logits of the best classifier without features: log of the shares of 85 % natural and 15 % uniform labels."""
     natural = torch.multinomial(COUNTS / 152, 170_000, replacement=True, generator=generator)

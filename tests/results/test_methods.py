@@ -23,7 +23,14 @@ OTHERS = {
     "mixing": ["Mixup", "CutMix", "RegMixup", "Remix-DRW", "CMO (BS)", "CMO (LDAM-DRW)"],
     "decoupled": ["H2T", "cRT", "LWS", "tau-norm"],
     "ensemble": ["RIDE, 3 experts", "RIDE, distilled", "RIDE, distilled and routed", "RIDE, images turned", "BalPoE"],
-    "CP-Mix": ["CP-Mix on LADE", "CP-Mix on LDAM-DRW", "CP-Mix, last block", "CP-Mix, mixed finetune"],
+    "CP-Mix": [
+        "CP-Mix on LADE",
+        "CP-Mix on LDAM-DRW",
+        "CP-Mix, last block",
+        "CP-Mix, mixed finetune",
+        "CP-Mix, strong",
+        "CP-Mix, strong, one network",
+    ],
     "control": ["CP-Mix, class-uniform partner", "CP-Mix, random partner", "Mixup of similar pairs (toy)"],
 }
 
@@ -40,7 +47,12 @@ def test_methods_lists_every_method_with_its_numbers_of_the_paper() -> None:
     for method in methods.values():
         assert method.keys() == {"method", "kind", "paper", "needs", "recipes"}
         assert all(recipe.keys() == {"name", "cells", "copied", "note"} for recipe in method["recipes"])
-        own = method["kind"] == "control" or method["method"] in ("Cross Entropy", "CP-Mix, mixed finetune")
+        own = method["kind"] == "control" or method["method"] in (
+            "Cross Entropy",
+            "CP-Mix, mixed finetune",
+            "CP-Mix, strong",
+            "CP-Mix, strong, one network",
+        )
         assert bool(method["paper"]) != own
     recipes = {recipe["name"]: recipe for method in methods.values() for recipe in method["recipes"]}
     cells: dict[str, dict[str, float]] = {name: {} for name in recipes}
@@ -76,8 +88,8 @@ def test_the_table_marks_copied_numbers() -> None:
     assert [line for line in lines if line.startswith("CP-Mix  ")][1].split()[1:] == ["53.90", "42.30", "72.30"]
     assert [line for line in lines if line.startswith("LADE  ")][1].split()[1:] == ["39.20*", "69.30*"]
     assert lines[-3:-1] == [
-        "all but ablations, balpoe, cpmix-mixed-finetune, h2t, cpmix-last-block (places-lt) and fixed-pairs (toy) "
-        "stand for cifar10-lt too",
+        "all but ablations, balpoe, cpmix-mixed-finetune, cpmix-strong, cpmix-strong-single, h2t, "
+        "cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
         "with a number in the second table, for that data set too; ablations for imagenet-lt",
     ]
 
