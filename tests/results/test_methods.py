@@ -17,20 +17,15 @@ CIFAR = [name for name in recipe_names() if name.startswith("cifar")]
 METHODS = [name for name in CIFAR if "ablation" not in name]
 OF_TABLE_1 = ["Cross Entropy", "LDAM-DRW", "Balanced Softmax", "MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)", "RIDE"]
 OF_TABLE_1 += ["SADE", "ACE (from its description)", "CMO + RIDE", "OTmix + RIDE", "CP-Mix + RIDE", "CP-Mix"]
+OURS = ["CP-Mix, mixed finetune", "CP-Mix, paper's finetune", "CP-Mix, strong", "CP-Mix, strong, one network"]
+"""Methods of cpmix itself, without a paper."""
 OTHERS = {
     "loss": ["LADE", "Focal", "Logit adjustment (loss)", "Logit adjustment (post hoc)"],
     "reweighting": ["Class-Balanced CE", "Class-Balanced Focal"],
     "mixing": ["Mixup", "CutMix", "RegMixup", "Remix-DRW", "CMO (BS)", "CMO (LDAM-DRW)"],
     "decoupled": ["H2T", "cRT", "LWS", "tau-norm"],
     "ensemble": ["RIDE, 3 experts", "RIDE, distilled", "RIDE, distilled and routed", "RIDE, images turned", "BalPoE"],
-    "CP-Mix": [
-        "CP-Mix on LADE",
-        "CP-Mix on LDAM-DRW",
-        "CP-Mix, last block",
-        "CP-Mix, mixed finetune",
-        "CP-Mix, strong",
-        "CP-Mix, strong, one network",
-    ],
+    "CP-Mix": ["CP-Mix on LADE", "CP-Mix on LDAM-DRW", "CP-Mix, last block", *OURS],
     "control": ["CP-Mix, class-uniform partner", "CP-Mix, random partner", "Mixup of similar pairs (toy)"],
 }
 
@@ -47,12 +42,7 @@ def test_methods_lists_every_method_with_its_numbers_of_the_paper() -> None:
     for method in methods.values():
         assert method.keys() == {"method", "kind", "paper", "needs", "recipes"}
         assert all(recipe.keys() == {"name", "cells", "copied", "note"} for recipe in method["recipes"])
-        own = method["kind"] == "control" or method["method"] in (
-            "Cross Entropy",
-            "CP-Mix, mixed finetune",
-            "CP-Mix, strong",
-            "CP-Mix, strong, one network",
-        )
+        own = method["kind"] == "control" or method["method"] in ("Cross Entropy", *OURS)
         assert bool(method["paper"]) != own
     recipes = {recipe["name"]: recipe for method in methods.values() for recipe in method["recipes"]}
     cells: dict[str, dict[str, float]] = {name: {} for name in recipes}
