@@ -25,7 +25,8 @@ from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, U
 from cpmix_cli.runtime.text import quoted
 
 TRAINING = ("train-stage1", "train-stage2", "finetune")
-WITHOUT_TORCH = ("status", "compare", "results", "misclassified", "recipes", "methods")
+WITHOUT_TORCH = ("run", "status", "compare", "results", "misclassified", "recipes", "methods")
+"""Commands that do not import torch themselves; `run` does other commands, which say so."""
 
 
 @contextmanager
@@ -160,7 +161,7 @@ app = typer.Typer(
     cls=_Commands,
     name="cpmix",
     help="Long-tailed image recognition with Confusion-Pairing Mixup, from the data set to the confusion report.",
-    epilog="First run: cpmix build-lt digits, then follow the 'next:' line of each command. "
+    epilog="First run: cpmix run digits; or cpmix build-lt digits, then follow the 'next:' line of each command. "
     "Environment: CPMIX_DATA_DIR is the default of build-lt's --data-root.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -244,6 +245,7 @@ COMMANDS: dict[str, dict[str, type]] = {
         "confusion-report": flags.ReportOptions,
     },
     "Helpers": {
+        "run": flags.RunOptions,
         "status": flags.StatusOptions,
         "compare": flags.CompareOptions,
         "results": flags.ResultsOptions,
@@ -265,18 +267,25 @@ BEFORE: dict[str, Callable[[Any], None]] = {
 }
 
 
+def _perform(name: str, options: Any) -> int | None:
+    """Do one command in this process; return its exit code. `cpmix run` does several."""
+    console.command = name
+    if name in BEFORE:
+        BEFORE[name](options)
+    if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
+        console.note(f"{name}: loading torch")
+    command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
+    code: int | None
+    with ranks.together(_common_flags(name, options)) if name in TRAINING else nullcontext():
+        # No command imports another, so the one that does others gets them passed in.
+        code = command.run(options, _perform) if name == "run" else command.run(options)
+    return code
+
+
 def _add(name: str, kind: type) -> None:
     def run(json: bool, **given: Any) -> None:
-        console.command = name
         options = kind(**{flag: _at_home(value) for flag, value in given.items() if value is not None})
-        if name in BEFORE:
-            BEFORE[name](options)
-        if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
-            console.note(f"{name}: loading torch")
-        command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
-        with ranks.together(_common_flags(name, options)) if name in TRAINING else nullcontext():
-            code = command.run(options)
-        if code:
+        if code := _perform(name, options):
             raise typer.Exit(code)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -287,19 +296,18 @@ def _add(name: str, kind: type) -> None:
     app.command(name, cls=_Command, help=text, epilog=example)(run)
 
 
-_BY_CONTENT = ("data", "data_root", "init", "teacher")
+_BY_CONTENT = ("--data", "--data-root", "--init", "--teacher")
 """Flags whose files are compared between ranks by their content; each machine may have its copy at another place."""
 
 
 def _common_flags(name: str, options: Any) -> dict[str, str]:
     """Return the command and its given flags with their values, which must be the same at all ranks."""
-    found = {"command": name, "version": __version__}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value not in (field.default, []) and field.name not in _BY_CONTENT:
-            flag = {"settings": "--set", "from_folder": "--from"}.get(field.name, f"--{field.name.replace('_', '-')}")
-            found[flag] = " ".join(value) if isinstance(value, list) else "given" if value is True else str(value)
-    return found
+    given = {
+        flag: " ".join(value) if isinstance(value, list) else "given" if value is True else str(value)
+        for flag, value in flags.given_flags(options).items()
+        if flag not in _BY_CONTENT
+    }
+    return {"command": name, "version": __version__, **given}
 
 
 def _at_home(value: Any) -> Any:

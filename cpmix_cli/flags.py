@@ -5,11 +5,12 @@ options. Imports nothing heavy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, CallbackParam, Option
+from typer.models import ArgumentInfo
 
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import UsageError, give_one_of
@@ -57,6 +58,41 @@ def _check_world_sizes(text: str | None) -> str | None:
             fix="give numbers from 1 up, such as --world-size 1,8,64",
         )
     return text
+
+
+def _check_seeds(text: str | None) -> str | None:
+    parts = [part.strip() for part in (text or "0").split(",")]
+    if not all(part.isdecimal() and len(part) <= 18 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise UsageError(f'--seeds "{text}" is no list of different seeds', fix="give --seeds 0,1,2 or the like")
+    return text
+
+
+_NAMES = {"settings": "--set", "from_folder": "--from", "form": "--format"}
+"""Fields whose flag has another name."""
+
+
+def given_flags(options: Any) -> dict[str, Any]:
+    """Return the flags of a command that differ from their defaults, name -> value; of arguments too, by field."""
+    found = {}
+    for known in fields(options):
+        value = getattr(options, known.name)
+        is_argument = any(isinstance(part, ArgumentInfo) for part in getattr(known.type, "__metadata__", ()))
+        if value not in (known.default, []):
+            flag = known.name if is_argument else f"--{known.name.replace('_', '-')}"
+            found[_NAMES.get(known.name, flag)] = value
+    return found
+
+
+def words_of(options: Any) -> list[object]:
+    """Return the words that a user types after the name of a command to give it these options."""
+    words: list[object] = []
+    for flag, value in given_flags(options).items():
+        values = value if isinstance(value, list) else [value]
+        if not flag.startswith("-"):
+            words += values
+        else:
+            words += [word for one in values for word in ((flag,) if one is True else (flag, one))]
+    return words
 
 
 Json = Annotated[
@@ -319,6 +355,37 @@ class ReportOptions(_FromPhase):
     data: Data = None
     data_root: DataRoot = None
     overwrite: Overwrite = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TrainingOptions, BuildOptions):
+    """Do all six commands, or what is left of them.
+
+    Example: cpmix run digits --out ckpt/digits
+    """
+
+    source: Annotated[
+        str,
+        Argument(
+            help="Source of the images, as for build-lt, or a data set folder that build-lt wrote.",
+            metavar="SOURCE|DATA",
+        ),
+    ]
+    out: Path | None = flag(None, "Run folder to write to. Default: ckpt/NAME, by the name of the data set.")
+    data: Path | None = flag(None, "Data set folder to write, for a SOURCE. Default: data/NAME.")
+    data_root: Path | None = flag(
+        None,
+        "Folder with the source's files, as for build-lt; for a DATA folder, that of the image files, if they have "
+        "moved.",
+    )
+    seeds: str | None = flag(
+        None,
+        "Train once for each of these seeds, into RUN/seed-0 and so on, and compare them: 0,1,2.",
+        metavar="N,N,...",
+        callback=_check_seeds,
+    )
+    init: Path | None = flag(None, "Pretrained weights to start from, as for train-stage1.")
+    teacher: Path | None = flag(None, "Run whose network is the teacher, as for train-stage1.")
 
 
 # -- the helpers -------------------------------------------------------------------------------------------------------

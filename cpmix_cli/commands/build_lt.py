@@ -20,7 +20,7 @@ from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_pixels, reada
 from cpmix_cli.data.download import download
 from cpmix_cli.data.equal_images import check_unchanged, warn_of_duplicates
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
-from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, places
+from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, check_source, places
 from cpmix_cli.data.splits import Source, Split
 from cpmix_cli.evaluation.intervals import too_few_images
 from cpmix_cli.flags import BuildOptions
@@ -181,8 +181,7 @@ def _warn_of_pages(paths: list[Path]) -> None:
 def _check_flags(options: BuildOptions) -> None:
     """Check the flags as far as possible without reading a file."""
     name = options.source
-    if name not in SOURCES:
-        raise UsageError(f'build-lt has no source "{name}"', fix=give_one_of(name, SOURCES))
+    check_source(name)
     if options.rho is not None and not 1 <= options.rho < np.inf:
         raise UsageError(
             f"--rho {options.rho:g} is no imbalance factor", fix="give a number from 1 up, such as --rho 20"

@@ -43,6 +43,8 @@ def run(options: TrainStage1Options) -> None:
             fix="give a folder that build-lt has written; for the handwritten digits: cpmix build-lt digits",
         )
     dataset = open_dataset(options.data, data_root=options.data_root)
+    if options.recipe is not None:
+        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.recipe()))
     recipe = loading.load(
         options.recipe or dataset.recipe(),
         settings=options.settings,

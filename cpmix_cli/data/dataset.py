@@ -15,6 +15,7 @@ from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.splits import check_labels
 from cpmix_cli.recipe.loading import find_recipe
+from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, shortened
 
 if TYPE_CHECKING:
@@ -342,10 +343,11 @@ def open_dataset(folder: Path, *, data_root: Path | None = None) -> Dataset:
     """
     path = folder / DATASET
     if not is_there(path):
-        raise InputError(
-            f"no data set in {folder} ({DATASET} is missing)",
-            fix="give --data a folder that cpmix build-lt has written; without one, start with: cpmix build-lt digits",
-        )
+        fix = "give --data a folder that cpmix build-lt has written; without one, start with: cpmix build-lt digits"
+        if next(folder.glob("*/*.*"), None) is not None:  # perhaps CLASS/IMAGE
+            build = console.typed("build-lt", "image-folder", "--data-root", folder)
+            fix = f"give --data a folder that cpmix build-lt has written; to make one of these images: {build}"
+        raise InputError(f"no data set in {folder} ({DATASET} is missing)", fix=fix)
     record = records.read_record(path, DatasetRecord)
     counts = tables.read_class_counts(folder / CLASS_COUNTS, record.files.get(CLASS_COUNTS, ""))
     if counts["class_name"].tolist() != record.classes:

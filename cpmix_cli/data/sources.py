@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cpmix_cli.artifacts.files import digest, read_bytes, sha256
+from cpmix_cli.artifacts.files import DATASET, digest, read_bytes, sha256
 from cpmix_cli.data import cifar, lists
 from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.splits import Source, Split, check_published
-from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError, UsageError, give_one_of
 from cpmix_cli.runtime.text import quoted
 
 _DOWNLOADS = Path("data/download")
@@ -27,6 +28,22 @@ IMAGE_SIZE = 64
 """Default of --image-size."""
 LARGE_IMAGE_SIZE = 256
 """Default of --image-size if images stay in their files."""
+
+
+def check_source(name: str) -> None:
+    """Raise UsageError if a name is no source, with the command for a folder that is given in its place."""
+    if name in SOURCES:
+        return
+    folder = Path(name).expanduser()
+    if (folder / DATASET).is_file():
+        train = console.typed("train-stage1", "--data", folder, "--out", Path("ckpt") / folder.resolve().name)
+        raise UsageError(f"{folder} is no source but a data set folder, which is built already", fix=train)
+    if folder.is_dir():
+        raise UsageError(
+            f"{folder} is no source but a folder; the source of a folder of images is image-folder",
+            fix=console.typed(console.command, "image-folder", "--data-root", folder),
+        )
+    raise UsageError(f'{console.command} has no source "{name}"', fix=give_one_of(name, SOURCES))
 
 
 def places(source: str, data_root: Path | None) -> list[Path]:

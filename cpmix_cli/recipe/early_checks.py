@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cpmix_cli.artifacts.files import DATASET, RECIPE, RUN, read_bytes
 from cpmix_cli.artifacts.records import Record, read_record
-from cpmix_cli.recipe.loading import MAX_BYTES, find_recipe, load, read_tables, recipe_names
+from cpmix_cli.recipe.loading import MAX_BYTES, find_recipe, load, of_dataset, read_tables, recipe_names
 from cpmix_cli.runtime.errors import InputError
 
 
@@ -53,7 +53,9 @@ def check_request(
             return
         if record.recipe not in recipe_names():
             return
-        name, rho = name or record.recipe, record.rho
+        name, rho = of_dataset(name, record.recipe), record.rho
+    elif name is not None and any(known.endswith(f"/{name}") for known in recipe_names()):
+        return  # cpmix: the command knows the data set, and so the folder
     if name is None:
         finished = next((folder for folder in phases if (folder / RUN).is_file()), None)
         name = None if finished is None else _own_recipe(finished)

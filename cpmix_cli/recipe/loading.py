@@ -76,6 +76,17 @@ def find_recipe(name: str) -> Path:
     raise UsageError(f'no recipe "{name}"', needed_by="--recipe", fix=f"{near}, or {others}" if near else others)
 
 
+def of_dataset(name: str | None, own: str) -> str:
+    """Return a recipe's name in full: cpmix is cifar100-lt/cpmix for a data set whose recipe `own` is of that folder.
+
+    Any other name is returned as it is, and `own` for None.
+    """
+    if name is None:
+        return own
+    beside = f"{own.rpartition('/')[0]}/{name}"
+    return beside if "/" not in name and beside in recipe_names() else name
+
+
 def load(
     name: str,
     *,

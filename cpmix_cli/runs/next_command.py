@@ -8,7 +8,7 @@ from cpmix_cli.artifacts.files import DATASET, PHASES, RECIPE, RUN
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
-from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord
+from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, RunRecord
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.runtime.text import quoted
@@ -60,15 +60,23 @@ class BegunRun:
             return _to_continue(unfinished[0], self.recipe)
         evaluation = self.last.evaluation()
         try:
-            if not (
-                (evaluation / RUN).is_file() and self.last.is_source_of(run_json.read_run(evaluation, EvaluationRecord))
-            ):
-                return console.typed("evaluate", "--from", self.root)
+            evaluated = run_json.read_run(evaluation, EvaluationRecord) if (evaluation / RUN).is_file() else None
         except InputError:  # its record is damaged
             return console.typed("evaluate", "--from", self.root, "--overwrite")
-        if not (self.root / "confusion" / self.last.phase / RUN).is_file():
-            return console.typed("confusion-report", "--from", self.root)
-        return None
+        if evaluated is None or not self.last.is_source_of(evaluated):
+            return console.typed("evaluate", "--from", self.root)
+        return None if self._is_reported(evaluated) else console.typed("confusion-report", "--from", self.root)
+
+    def _is_reported(self, evaluated: EvaluationRecord) -> bool:
+        """Return whether there is a report of the last phase, or, since its evaluation, of one that was preferred."""
+        if (self.root / "confusion" / self.last.phase / RUN).is_file():
+            return True
+        for folder in self.begun:
+            with suppress(InputError):
+                report = run_json.read_run(self.root / "confusion" / folder.phase, RunRecord)
+                if report.finished >= evaluated.finished:
+                    return True
+        return False
 
 
 def begun_phases(run: Path) -> list[PhaseFolder]:

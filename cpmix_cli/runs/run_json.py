@@ -67,6 +67,8 @@ class RunRecord(Record):
     argv: list[str] = Field(default_factory=list)
     versions: dict[str, str | None] = Field(default_factory=dict)
     """Versions of cpmix, python and torch, and commit of the code; see output.Recorder."""
+    finished: str = ""
+    """UTC, such as 2026-01-31T12:00:00+00:00: texts that sort as the times do."""
 
 
 class BegunRecord(Record):

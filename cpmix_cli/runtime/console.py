@@ -23,12 +23,44 @@ as_json = False  # set by the command line, before a command runs
 command = ""
 """Command that runs, such as "evaluate" or "figure 3"; set by the command line. Errors of inputs and flags name it."""
 _muted = False
+_step: "_Step | None" = None
 
 
 def mute(muted: bool) -> None:
     """Turn all output of this process off or on. Of several ranks, only one prints."""
     global _muted
     _muted = muted
+
+
+@dataclass
+class _Step:
+    """Command that `cpmix run` does as one of several."""
+
+    results: list[dict[str, Any]]
+    quiet: bool
+
+
+@contextmanager
+def step(name: str, words: Sequence[str], *, quiet: bool) -> Iterator[list[dict[str, Any]]]:
+    """Context of one of several commands in a process; yields the list that its JSON results are added to.
+
+    Its next command is not printed. Its table goes to stdout, unless `quiet` or with --json. run.json records its
+    words as the command. After an error, `command` stays its name, which the error needs.
+
+    Args:
+        name: name of the command.
+        words: words of its command line.
+        quiet: print nothing of its result.
+    """
+    global command, _step
+    outer, typed_words = command, sys.argv
+    command, _step = name, _Step([], quiet or as_json)
+    sys.argv = [*typed_words[:1], *words]
+    try:
+        yield _step.results
+        command = outer
+    finally:
+        _step, sys.argv = None, typed_words
 
 
 def set_up() -> None:
@@ -71,7 +103,7 @@ def _discard(stream: TextIO) -> None:
 
 def _out(text: str) -> None:
     """Print one line of the result on stdout; raises as flush()."""
-    if sys.stdout is not None and not _muted:
+    if sys.stdout is not None and not _muted and (_step is None or not _step.quiet):
         with _writing():
             print(text, flush=True)
 
@@ -109,8 +141,9 @@ def typed(*words: object) -> str:
 
 
 def follow(command: str) -> None:
-    """Print the command to type next, on stderr."""
-    note(f"next: {command}")
+    """Print the command to type next, on stderr; not that of a step, which is not the user's to type."""
+    if _step is None:
+        note(f"next: {command}")
 
 
 def warn(text: str) -> None:
@@ -139,6 +172,8 @@ def result(
         BrokenPipeError: the reader closed the pipe.
         EnvironmentFault: stdout cannot be written.
     """
+    if _step is not None:
+        _step.results.append(with_command(fields))
     if as_json:
         _out(json.dumps(with_command(fields), allow_nan=False))
         return

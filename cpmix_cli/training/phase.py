@@ -6,7 +6,7 @@ All three training commands use it. Each command file defines only its recipe, i
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def continued(
         InputError: `source` is damaged, or was trained with another recipe; or its data set is not found.
     """
     dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
+    if options.recipe is not None:
+        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.recipe()))
     recipe = trained = source.recipe()  # verifies the file, which is needed even if flags change the recipe
     name = options.recipe or str(source.output(files.RECIPE)[0])
     load = partial(loading.load, name, settings=options.settings, rho=dataset.record.rho)
