@@ -155,6 +155,13 @@ class _FromPhase(_FromRun):
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
+SOURCE_NAMES = (
+    *("digits", "toy", "cifar10", "cifar100", "fashion-mnist"),
+    *("imagenet-lt", "places-lt", "inaturalist2018", "image-folder"),
+)
+"""The sources of data/sources.py, known before that is imported."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Build a long-tailed data set folder from a source.
@@ -164,11 +171,7 @@ class BuildOptions:
 
     source: Annotated[
         str,
-        Argument(
-            help="Source of the images: digits, toy, cifar10, cifar100, fashion-mnist, imagenet-lt, places-lt, "
-            "inaturalist2018 or image-folder.",
-            metavar="SOURCE",
-        ),
+        Argument(help=f"Source of the images: {', '.join(SOURCE_NAMES[:-1])} or {SOURCE_NAMES[-1]}.", metavar="SOURCE"),
     ]
     rho: float | None = flag(
         None, "Imbalance factor: images of the largest / smallest class. Default: set by the source."

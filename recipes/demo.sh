@@ -17,3 +17,6 @@ run evaluate --from "$demo/run" --phase stage1
 run evaluate --from "$demo/run" --phase stage2
 run evaluate --from "$demo/run"
 run confusion-report --from "$demo/run"
+
+# The same in one command, and the same bytes; --val-per-class holds out the images that decide which phase to use.
+run run digits --rho 20 --data "$demo/data" --out "$demo/run"

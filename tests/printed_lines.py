@@ -25,7 +25,7 @@ seen: Path | None = None
 _LINE = re.compile(r"\s*(fix|next): (.+)")
 _COMMAND = re.compile(r"((rm|mv) .+ && )?cpmix [a-z]|(rm|mv) .+$")
 """Commands that a line starts with. After a sentence, only the first form is one."""
-_TRAINING = ("train-stage1", "train-stage2", "finetune")
+_TRAINING = ("run", "train-stage1", "train-stage2", "finetune")
 _FOLLOWED = (0, 75)
 """Exit codes of a command that did what it should: 75 is a saved state, and what status says of one."""
 
@@ -136,7 +136,7 @@ def _follow_fix(text: str, words: Sequence[str], error: str, run: Callable[..., 
         for command in commands.split(" && "):
             name, *rest = _words(command)
             if name == "cpmix":
-                result = run(*rest)
+                result = run(*rest, *(["--dry-run"] if rest[0] == "run" else []))
                 code, printed = result.code, result.stderr
             else:
                 moved = subprocess.run([name, *rest], capture_output=True, text=True, check=False)

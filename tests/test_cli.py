@@ -11,7 +11,7 @@ from helpers import files, must, process, refused
 from cpmix_cli.results.paper import PAPER_TABLES
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
-HELPERS = ["status", "compare", "results", "recipes", "methods"]
+HELPERS = ["run", "status", "compare", "results", "recipes", "methods"]
 HELPERS += ["predict", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = f"results {REPOSITORY}/recipes/results.csv"
@@ -47,6 +47,9 @@ def test_every_command_has_the_agreed_flags() -> None:
         "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
         "--ratio --few-inclusive --device --threads --data --data-root --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
+        "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
+        "--test-per-class --image-size --pack --few-inclusive --layout --skip-unreadable --download --verify --seeds "
+        f"--init --teacher {training}",
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",
@@ -70,6 +73,9 @@ def test_every_command_has_the_agreed_flags() -> None:
     [
         ("--help", 0),
         ("train-stage2 --help", 0),
+        ("run digits --recipe toy/cpmux", 2),
+        ("run digits --set optimizer.lrr=1", 2),
+        ("run {data} --epochs 1", 2),
         ("bench --help", 0),
         ("--version", 0),
         ("evaluate", 2),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpmix_cli.artifacts import files, records
 from cpmix_cli.flags import (
+    SOURCE_NAMES,
     BuildOptions,
     CompareOptions,
     EvaluateOptions,
@@ -31,6 +32,7 @@ from cpmix_cli.flags import (
     words_of,
 )
 from cpmix_cli.recipe.early_checks import check_request
+from cpmix_cli.recipe.loading import load, of_dataset, recipe_names
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
 from cpmix_cli.runtime.text import quoted
@@ -155,6 +157,10 @@ def run(options: RunOptions, perform: Perform) -> None:
     _refuse_ranks()
     given = _data_folder(options)
     _check_recipe(options, given)
+    if given is None and options.source not in SOURCE_NAMES:
+        from cpmix_cli.data.sources import check_source
+
+        check_source(options.source)
     steps = _Steps(perform, files.digest({name: str(value) for name, value in given_flags(options).items()}))
     with tempfile.TemporaryDirectory(prefix="cpmix-") if given is None and options.dry_run else nullcontext() as spare:
         overwrites = options.overwrite and not options.dry_run
@@ -193,13 +199,10 @@ def _data_folder(options: RunOptions) -> Path | None:
 
     A word that is both is the source, whatever folders there are: ./digits is the folder.
     """
-    from cpmix_cli.data.sources import SOURCES, check_source
-
     folder = Path(options.source).expanduser()
     if not (folder / files.DATASET).is_file():
-        check_source(options.source)
         return None
-    if options.source in SOURCES:
+    if options.source in SOURCE_NAMES:
         console.note(f"run: {options.source} is the source; the data set folder of that name is ./{options.source}")
         return None
     given = [name for name in given_flags(options) if name.removeprefix("--").replace("-", "_") in _OF_BUILD]
@@ -219,7 +222,11 @@ def _check_recipe(options: RunOptions, data: Path | None) -> None:
         raise UsageError("--recipe is empty", fix="give a name that cpmix recipes lists, or drop the flag")
     if options.seed is not None and options.seeds is not None:
         raise UsageError("--seed and --seeds are both given", fix="drop one of the two flags")
-    check_request(options.recipe, options.settings, options.epochs, data=data)
+    name = options.recipe
+    if data is None:
+        homes = [folder for folder in (options.source, f"{options.source}-lt") if f"{folder}/cpmix" in recipe_names()]
+        name = of_dataset(name, f"{homes[0]}/cpmix") if homes else name
+    check_request(name, options.settings, options.epochs, data=data)
 
 
 def _seeds(options: RunOptions) -> list[int]:
@@ -243,7 +250,6 @@ def _build(steps: _Steps, options: RunOptions, spare: str | None) -> Path:
 
 def _for_training(options: RunOptions, dataset: "Dataset", *, is_source: bool) -> TrainingOptions:
     """Return the flags of all phases, with the settings that the default recipe needs for these images."""
-    from cpmix_cli.recipe.loading import load
     from cpmix_cli.training.checks import fitting_settings
 
     asked = TrainingOptions(**{name: getattr(options, name) for name in _TRAINING})
@@ -259,7 +265,6 @@ def _for_training(options: RunOptions, dataset: "Dataset", *, is_source: bool) -
 
 def _train(steps: _Steps, options: RunOptions, asked: TrainingOptions, dataset: "Dataset", root: Path) -> _Trained:
     """Train the phases of the recipe in a run folder, and evaluate each on test and, if there is one, on val."""
-    from cpmix_cli.recipe.loading import load, of_dataset
     from cpmix_cli.runs.folders import PhaseFolder
 
     common = {name: getattr(asked, name) for name in _TRAINING}
@@ -335,7 +340,7 @@ def _finish(steps: _Steps, dataset: "Dataset", out: Path, runs: Sequence[_Traine
     for trained in runs:
         report = ReportOptions(from_folder=trained.root, phase=reported, data=trained.data, data_root=trained.data_root)
         pages.append(str(steps.do("confusion-report", report, quiet=len(runs) > 1)["page"]))
-    lines = _lines(means, best, reported)
+    lines = _lines(means, best, reported, {split: len(dataset.labels(split)) for split in means})
     if len(runs) > 1:
         steps.do("compare", CompareOptions(folders=[trained.root for trained in runs], split="test"))
         lines = ["", *lines, _over_seeds(runs, reported), *(f"page: {page}" for page in pages)]
@@ -367,19 +372,29 @@ def _best(measured: Mapping[str, float]) -> str:
     return max(reversed(list(measured)), key=lambda phase: measured[phase])
 
 
-def _lines(means: Mapping[str, Mapping[str, float]], best: str | None, reported: str) -> list[str]:
-    """Say whether the finetune helped and which phase to use. No phase is chosen by test."""
+def _lines(
+    means: Mapping[str, Mapping[str, float]], best: str | None, reported: str, sizes: Mapping[str, int]
+) -> list[str]:
+    """Say whether the finetune helped and which phase to use. No phase is chosen by test.
+
+    Args:
+        means: split -> phase -> balanced accuracy.
+        best: the phase that is best on val; None without val.
+        reported: phase of the report.
+        sizes: images by split.
+    """
     split = "test" if best is None else "val"
     shown = means[split]
     listed = ", ".join(f"{phase} {accuracy:.2f}" for phase, accuracy in shown.items())
-    lines = [f"balanced accuracy on {split}: {listed}"]
+    lines = [f"balanced accuracy on {split} ({counted(sizes[split], 'image')}): {listed}"]
     if "finetune" in shown:
         before, after = list(shown)[-2:]
         change = shown[after] - shown[before]
         verdict = "changes nothing" if not change else f"{'helps' if change > 0 else 'does not help'} ({change:+.2f})"
         lines.append(f"the finetune {verdict} on {split}, after {before}")
     if best is not None:
-        lines.append(f"use {best}: it is best on val")
+        is_tied = list(shown.values()).count(shown[best]) > 1
+        lines.append(f"use {best}: {'no other is better' if is_tied else 'it is best'} on val")
     elif len(shown) > 1:
         lines.append(
             f"which phase to use is not decided: there is no val split, and test may not choose (--val-per-class N "
