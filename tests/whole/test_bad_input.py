@@ -131,7 +131,7 @@ def test_overwritten_results_are_kept_until_new_ones_exist(digits: Path, digits_
 @pytest.mark.slow
 def test_a_preempted_overwrite_is_resumed(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     """A job that is queued again has its flag again."""
-    flags = ["--data", digits, "--epochs", 200, "--seed", 3]
+    flags = ["--data", digits, "--epochs", 30, "--seed", 3]
     command = ["train-stage1", *flags, "--out", digits_run, "--overwrite"]
     hook = (
         "import os, signal, cpmix_cli.training.step as step\n"
