@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 KILLS = 10 if "CI" in os.environ else 20
 
 
