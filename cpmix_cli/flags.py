@@ -190,7 +190,7 @@ class BuildOptions:
     subset_seed: int = flag(0, "Seed that selects the images; 0 gives the published subset.", min=0, max=2**32 - 1)
     profile: str | None = flag(
         None,
-        "Class profile of image-folder: exponential, step, ranked (default) or pareto; needs --rho.",
+        "Class profile of image-folder and parquet: exponential, step, ranked (default) or pareto; needs --rho.",
         metavar="NAME",
     )
     val_per_class: int = flag(0, "Training images per class to hold out as val split.", min=0, max=1_000_000)
@@ -205,14 +205,14 @@ class BuildOptions:
     )
     image_size: int | None = flag(
         None,
-        "Height and width of images in pixels. Default: 64 for image-folder, 256 for images left in their files.",
+        "Height and width of images in pixels. Default: 64, or 256 for images left in their files.",
         min=8,
         max=1024,
     )
     pack: int | None = flag(
         None,
         "Decode images once into shards of S x S pixels, which may exceed the memory; 0 leaves images in their files. "
-        "Default: 0 for official lists, one tensor for image-folder.",
+        "Default: 0 for official lists, one tensor for image-folder and parquet.",
         metavar="S",
         min=0,
         max=1024,
@@ -222,6 +222,12 @@ class BuildOptions:
         "auto",
         "Sub-folders of image-folder: classes, splits (train, val, test), or auto: splits if one is called train.",
         callback=one_of("auto", "classes", "splits"),
+    )
+    image_column: str | None = flag(
+        None, "Column of the images in the files of parquet, if there are several.", metavar="NAME"
+    )
+    label_column: str | None = flag(
+        None, "Column of the labels in the files of parquet, if there are several.", metavar="NAME"
     )
     skip_unreadable: SkipUnreadable = False
     download: bool = flag(

@@ -39,8 +39,8 @@ def test_every_command_has_the_agreed_flags() -> None:
     training += "--checkpoint-every --tracker --json"
     expected = {
         "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
-        "--test-per-class --image-size --pack --few-inclusive --layout --skip-unreadable --download --verify "
-        "--overwrite --json",
+        "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
+        "--download --verify --overwrite --json",
         "train-stage1": f"--out --init --teacher {training}",
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",

@@ -20,8 +20,9 @@ from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_pixels, reada
 from cpmix_cli.data.download import download
 from cpmix_cli.data.equal_images import check_unchanged, warn_of_duplicates
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
+from cpmix_cli.data.parquet_rows import file_of
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, check_source, places
-from cpmix_cli.data.splits import Source, Split
+from cpmix_cli.data.splits import OWN_SOURCES, Source, Split
 from cpmix_cli.evaluation.intervals import too_few_images
 from cpmix_cli.flags import BuildOptions
 from cpmix_cli.recipe.loading import load, with_settings
@@ -50,9 +51,12 @@ def run(options: BuildOptions) -> None:
         kind, size = "shards", options.pack
     elif options.pack == 0 or options.source in OFFICIAL_LISTS:
         kind, size = "files", options.image_size or LARGE_IMAGE_SIZE
-    own = {"layout": options.layout, "skip_unreadable": options.skip_unreadable}
-    of_folder = options.source == "image-folder"
-    source = SOURCES[options.source](options.data_root, options.list_dir, **(own if of_folder else {}))
+    own: dict[str, dict[str, Any]] = {
+        "image-folder": {"layout": options.layout, "skip_unreadable": options.skip_unreadable},
+        "parquet": {"image_column": options.image_column, "label_column": options.label_column},
+    }
+    is_own = options.source in OWN_SOURCES
+    source = SOURCES[options.source](options.data_root, options.list_dir, **own.get(options.source, {}))
     rho = options.rho if options.rho is not None else source.default_rho
     if source.val is not None and source.test is None and options.test_per_class is None:
         source = _tested_on_val(source)
@@ -89,9 +93,12 @@ def run(options: BuildOptions) -> None:
     refuse_strangers(folder, storage.OWN_FILES, only=None if replaces else artifacts.DATASET)
     if replaces:
         if options.skip_unreadable:
-            source = _readable(source, upright=of_folder)
+            source = _readable(source, upright=is_own)
         image_folder.warn_of(source.root or folder, source.left_out)
-        splits = storage.take(source, _choose(source, request))
+        chosen = _choose(source, request)
+        if options.source == "parquet":  # rows are read in their order
+            chosen = {split: np.sort(positions) for split, positions in chosen.items()}
+        splits = storage.take(source, chosen)
         if not len(splits["test"].labels):
             if source.test is not None:
                 raise InputError(f"{source.root}: no test image can be read", fix="repair them, or give others")
@@ -110,24 +117,25 @@ def run(options: BuildOptions) -> None:
                 # Another process may have built it while this one waited.
                 if options.overwrite or not artifacts.is_there(folder / artifacts.DATASET):
                     if kind == "files" and options.verify and not options.skip_unreadable and source.root:
-                        check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=of_folder)
+                        check_pixels([source.root / p for s in splits.values() for p in s.paths], upright=is_own)
                     with storage.place_for(folder, splits, kind, size) as place:
                         if kind == "tensors" or source.root is None:
                             stored = storage.store_tensors(place, splits, source.root, size)
                         elif kind == "shards":
-                            stored = storage.store_shards(place, lock, splits, source.root, seen, size, of_folder)
+                            stored = storage.store_shards(place, lock, splits, source.root, seen, size, is_own)
                         else:
-                            stored = storage.store_files(place, splits, source.root, size, seen if of_folder else {})
-                        _write(place, lock, name, request, source, splits, stored, options.layout)
+                            stored = storage.store_files(place, splits, source.root, size, seen if is_own else {})
+                        _write(place, lock, name, request, source, splits, stored, options)
                     status = "built"
     dataset = replace(open_dataset(folder), moved_to=source.root)
     if status == "up to date":
         _check_existing(dataset, request, source)
     else:
-        warn_of_duplicates(dataset, is_own=of_folder)
+        warn_of_duplicates(dataset, is_own=is_own)
         _warn_of_scarce(dataset, held_out=source.test is None)
-        if of_folder:
+        if is_own:
             _warn_of_few(source.class_names, splits, options.test_per_class)
+        if options.source == "image-folder":
             _warn_of_pages([path for split in dataset.splits for path in dataset.paths(split)])
     if options.verify or (options.skip_unreadable and kind == "files"):
         _verify(dataset, status)
@@ -137,9 +145,11 @@ def run(options: BuildOptions) -> None:
 def _tested_on_val(source: Source) -> Source:
     """Take the folder of val images as the test split, where there is none of test images; says so."""
     assert source.val is not None
+    assert source.root is not None
     folder = source.val.paths[0].partition("/")[0]
+    of = "the validation split" if file_of(source.root / source.val.paths[0]).suffix == ".parquet" else f"{folder}/"
     console.note(
-        f"no folder of test images: the {counted(len(source.val.labels), 'image')} of {folder}/ are the test split; "
+        f"no folder of test images: the {counted(len(source.val.labels), 'image')} of {of} are the test split; "
         "--val-per-class N holds a val split out of the training images, and --test-per-class N a test split instead"
     )
     return replace(source, test=source.val, val=None)
@@ -192,19 +202,26 @@ def _check_flags(options: BuildOptions) -> None:
             fix=give_one_of(options.profile, PROFILES, "--profile"),
         )
     is_official = name in OFFICIAL_LISTS
-    has_files = is_official or name == "image-folder"
+    has_files = is_official or name in OWN_SOURCES
     refusals = {
         f"--rho: {name} is as long-tailed as its lists say": is_official and options.rho is not None,
         f"--subset-seed: {name} has the images that its lists say": (
             is_official and options.subset_seed and not options.val_per_class
         ),
-        f"--list-dir: {name} does not come as image files": not has_files and options.list_dir is not None,
+        f"--list-dir: {name} does not come as image files": (
+            (not has_files or name == "parquet") and options.list_dir is not None
+        ),
+        f"--image-column: {name} has no columns": name != "parquet" and options.image_column is not None,
+        f"--label-column: {name} has no columns": name != "parquet" and options.label_column is not None,
+        "--pack 0: images of Parquet files are read in their order, and training needs any": (
+            name == "parquet" and options.pack == 0
+        ),
         f"--pack: {name} does not come as image files": not has_files and options.pack is not None,
         f"--image-size: the images of {name} have one size": not has_files and options.image_size is not None,
         f"--skip-unreadable: {name} does not come as image files": not has_files and options.skip_unreadable,
         f"--layout: {name} has no class sub-folders": name != "image-folder" and options.layout != "auto",
         "--layout: the lists of --list-dir say the classes": options.list_dir is not None and options.layout != "auto",
-        f"--profile: {name} has its own": name != "image-folder" and options.profile is not None,
+        f"--profile: {name} has its own": name not in OWN_SOURCES and options.profile is not None,
         "--image-size: --pack says the size": options.pack and options.image_size is not None,
     }
     for message, is_wrong in refusals.items():
@@ -344,7 +361,7 @@ def _write(
     source: Source,
     splits: Mapping[str, Split],
     stored: storage.Stored,
-    layout: str,
+    options: BuildOptions,
 ) -> None:
     """Publish the lists, the class counts, and dataset.json last."""
     files = dict(stored.files)
@@ -379,7 +396,9 @@ def _write(
         files[artifacts.LEFT_OUT] = artifacts.publish(folder / artifacts.LEFT_OUT, text)
     scanned = {
         "times": source.times,
-        "layout": None if layout == "auto" else layout,
+        "layout": None if options.layout == "auto" else options.layout,
+        "image_column": options.image_column,
+        "label_column": options.label_column,
         "left_out": {reason: sum(paths.values()) for reason, paths in source.left_out.items()},
         "skip_unreadable": image_folder.UNREADABLE in source.left_out,
     }

@@ -13,7 +13,7 @@ from cpmix_cli.artifacts import records, tables
 from cpmix_cli.artifacts.files import CLASS_COUNTS, DATASET, HASHES, SEEN, is_there, wait_for
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.shards import Shards
-from cpmix_cli.data.splits import check_labels
+from cpmix_cli.data.splits import OWN_SOURCES, check_labels
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, shortened
@@ -87,6 +87,10 @@ class DatasetRecord(Shaped, DatasetRequest):
     times: str | None = None
     """Digest of the times of the image files' last change; see image_folder.listing()."""
     layout: str = "auto"
+    image_column: str | None = None
+    """Column of the images, if a flag named it."""
+    label_column: str | None = None
+    """Column of the labels, if a flag named it."""
     left_out: dict[str, int] = Field(default_factory=dict)
     """Reason -> number of files of the source's folder that are left out; left_out.txt names them."""
     skip_unreadable: bool = False
@@ -149,7 +153,7 @@ class Dataset:
     @property
     def upright(self) -> bool:
         """True if images are rotated by their EXIF tag. Only a user's own images are; see decoding.py."""
-        return self.record.source == "image-folder"
+        return self.record.source in OWN_SOURCES
 
     def recipe(self) -> str:
         """Return the name of the default recipe for this data set; raise InputError if that recipe does not exist."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from cpmix_cli.artifacts.files import LFS_POINTER, open_file
+from cpmix_cli.data.parquet_rows import file_of, open_picture
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented
 from cpmix_cli.runtime.memory import raise_if_exhausted
@@ -104,7 +105,7 @@ def open_rgb(path: Path, *, upright: bool) -> Image.Image:
     Raises:
         Exception: any exception of Pillow's plugins; reason() describes it.
     """
-    with open_file(path) as file, open_image(file) as image:
+    with open_picture(path) as file, open_image(file) as image:
         if not upright:
             return image.convert("RGB")
         image.load()  # TIFF files are turned here already, and then have no orientation
@@ -258,7 +259,7 @@ def check_headers(paths: Sequence[Path]) -> None:
     """Read the header of each file; raise UnreadableImages with every file that is not an image."""
 
     def look(path: Path) -> None:
-        with open_file(path) as file, open_image(file):
+        with open_picture(path) as file, open_image(file):
             pass
 
     with console.Progress("checked image files", len(paths)) as progress:
@@ -354,7 +355,7 @@ def sizes_and_times(paths: Sequence[Path]) -> NDArray[np.int64]:
     """
 
     def look(path: Path) -> tuple[int, int]:
-        found = path.stat()
+        found = file_of(path).stat()
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
             raise ValueError("empty" if stat.S_ISREG(found.st_mode) else "not a file")
         return found.st_size, found.st_mtime_ns

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cpmix_cli.artifacts.files import DATASET, digest, read_bytes, sha256
-from cpmix_cli.data import cifar, lists
+from cpmix_cli.data import cifar, lists, parquet
 from cpmix_cli.data import image_folder as folders
 from cpmix_cli.data.splits import Source, Split, check_published
 from cpmix_cli.runtime import console
@@ -218,6 +218,13 @@ def image_folder(
     )
 
 
+def parquet_files(
+    data_root: Path | None, list_dir: Path | None, *, image_column: str | None = None, label_column: str | None = None
+) -> Source:
+    """Return the images of a folder of Parquet files, as Hugging Face lays them out; raises as parquet.read()."""
+    return parquet.read(_root_of("parquet", data_root), image_column=image_column, label_column=label_column)
+
+
 def _root_of(source: str, data_root: Path | None) -> Path:
     """Return the folder of the image files; raise InputError if --data-root is missing."""
     if data_root is None:
@@ -248,4 +255,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "fashion-mnist": fashion_mnist,
     **{name: partial(_official, published) for name, published in OFFICIAL_LISTS.items()},
     "image-folder": image_folder,
+    "parquet": parquet_files,
 }

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from cpmix_cli.runtime.errors import InputError
 
+OWN_SOURCES = ("image-folder", "parquet")
+"""Sources of a user's own images: encoded images of any size, rotated by their EXIF tag."""
+
 
 class Split:
     """Labelled samples: a split of a source, or a subset of one.
@@ -17,7 +20,8 @@ class Split:
     Args:
         labels: class of each sample [N].
         read: positions [n] -> images uint8 [n, H, W, channels] or points float32 [n, 2]; None for image files.
-        paths: image file of each sample [N], relative to Source.root; empty if samples are not files.
+        paths: image file of each sample [N], relative to Source.root, or row of a Parquet file (see parquet_rows.py);
+            empty if samples are not files.
         positions: position of each sample in the source's order [N]; 0 to N - 1 by default.
     """
 

@@ -84,6 +84,8 @@ def _build(path: Path) -> str:
     words += ["--val-per-class", str(record.val_per_class)] if record.val_per_class else []
     words += ["--val-capped"] if record.val_capped else []
     words += ["--layout", record.layout] if record.layout != "auto" else []
+    words += ["--image-column", record.image_column] if record.image_column is not None else []
+    words += ["--label-column", record.label_column] if record.label_column is not None else []
     words += ["--skip-unreadable"] if record.skip_unreadable else []
     if record.test_per_class and f"-test{record.test_per_class}" in record.name:
         words += ["--test-per-class", str(record.test_per_class)]
