@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import COLOURS, files, must, refused, write_photos
+from helpers import files, must, refused, write_photos
 from PIL import Image
 
 from cpmix_cli.data.dataset import open_dataset
@@ -147,8 +147,8 @@ def test_each_profile_gives_its_class_counts_and_folder_name(
 ) -> None:
     """16 images of each class at rho 16; the profile is in the folder's name where it is not the default."""
     monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "p" / "train", dict.fromkeys(COLOURS, 16))
-    write_photos(tmp_path / "p" / "test", dict.fromkeys(COLOURS, 1))
+    write_photos(tmp_path / "p" / "train", dict.fromkeys(("red", "green", "blue"), 16))
+    write_photos(tmp_path / "p" / "test", dict.fromkeys(("red", "green", "blue"), 1))
     command = ["build-lt", "image-folder", "--data-root", "p", "--rho", 16, "--image-size", 8, "--profile", profile]
     numbers = must(*command, "--json").json
     suffix = "" if profile == "ranked" else f"-{profile}"
