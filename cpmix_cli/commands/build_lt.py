@@ -18,7 +18,7 @@ from cpmix_cli.data import image_folder, shards, storage
 from cpmix_cli.data.dataset import Dataset, DatasetRequest, Storage, open_dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, check_pixels, readable, with_several_pictures
 from cpmix_cli.data.download import download
-from cpmix_cli.data.equal_images import check_unchanged, warn_of_duplicates
+from cpmix_cli.data.equal_images import changes_by_class, check_unchanged, warn_of_duplicates
 from cpmix_cli.data.longtail import GROUPS, PROFILES, group_of, shuffled_by_class
 from cpmix_cli.data.parquet_rows import file_of
 from cpmix_cli.data.sources import IMAGE_SIZE, LARGE_IMAGE_SIZE, OFFICIAL_LISTS, SOURCES, check_source, places
@@ -432,8 +432,11 @@ def _check_existing(dataset: Dataset, request: DatasetRequest, source: Source) -
     """Check that an existing data set is the requested one, of the same images, undamaged; pack missing shards."""
     recorded = dataset.record.model_dump(include=set(DatasetRequest.model_fields))
     if changed := differences(recorded, request.model_dump()):
+        if recorded["source"] == request.source and recorded["listing"] != request.listing:
+            listed = changes_by_class(dataset, source) or ["other lists, or files of other sizes"]
+            changed = [*(line for line in changed if not line.startswith("listing: ")), *listed]
         raise EnvironmentFault(
-            f"{dataset.folder} holds another data set:{indented(changed)}",
+            f"{dataset.folder} holds another data set:{indented(changed, SHOWN)}",
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
     artifacts.verify(dataset.folder, dataset.record.files)

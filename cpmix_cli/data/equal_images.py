@@ -1,15 +1,21 @@
 """Equal images of a data set: duplicates in classes and splits, and image files that changed since it was built."""
 
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from cpmix_cli.artifacts.files import DATASET
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.decoding import SHOWN, UnreadableImages, content_hashes, read_each, read_square, sizes_and_times
+from cpmix_cli.data.parquet_rows import file_of
+from cpmix_cli.data.splits import Source
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, counted, indented
 
@@ -99,17 +105,87 @@ def check_unchanged(dataset: Dataset) -> None:
             changed += _changed_files(dataset, split, seen, times=True)
             continue
         paths = dataset.paths(split)
-        keys = _image_keys(dataset, split)
-        now: list[bytes] = [b""] * len(paths)
-
-        def note(i: int, image: Image.Image, now: list[bytes] = now) -> None:
-            now[i] = sha256(image.tobytes()).digest()
-
-        with console.Progress(f"compared {split} images", len(paths)) as progress:
-            read_each(paths, partial(read_square, size=dataset.shape[0], upright=dataset.upright), note, progress)
-        changed += [str(path) for path, key, found in zip(paths, keys, now, strict=True) if key != found]
+        differing, unreadable = _differing(dataset, split, range(len(paths)))
+        if unreadable is not None:
+            raise unreadable
+        changed += [str(paths[i]) for i in differing]
     if changed:
         raise EnvironmentFault(
             f"{counted(len(changed), 'image')} changed since {dataset.folder} was built:{indented(changed, SHOWN)}",
             fix="write elsewhere with --out FOLDER, or replace it with --overwrite",
         )
+
+
+def _differing(dataset: Dataset, split: str, positions: Sequence[int]) -> tuple[list[int], UnreadableImages | None]:
+    """Return the positions in a packed split whose file has other pixels now, and the error of unreadable files."""
+    paths, keys = dataset.paths(split), _image_keys(dataset, split)
+    now = [b""] * len(positions)
+
+    def note(i: int, image: Image.Image) -> None:
+        now[i] = sha256(image.tobytes()).digest()
+
+    unreadable = None
+    with console.Progress(f"compared {split} images", len(positions)) as progress:
+        try:
+            read = partial(read_square, size=dataset.shape[0], upright=dataset.upright)
+            read_each([paths[i] for i in positions], read, note, progress)
+        except UnreadableImages as fault:
+            unreadable = fault
+    return [i for i, found in zip(positions, now, strict=True) if keys[i] != found], unreadable
+
+
+def changes_by_class(dataset: Dataset, source: Source) -> list[str]:
+    """Return what became of a data set's images, a line per class: "bobcat: 5 new images, 2 gone, 1 changed".
+
+    The classes with the most changes are first. Files that were not written since the data set was built stay closed.
+    Of a set that does not have all images of its source, only files written since then count as new.
+
+    Args:
+        dataset: data set of image files; `data_root` is that of `source`.
+        source: what its source has now.
+    """
+    assert source.root is not None
+    built = (dataset.folder / DATASET).stat().st_mtime_ns
+    now = {
+        path: source.class_names[label]
+        for part in (source.pool, source.val, source.test)
+        if part is not None
+        for path, label in zip(part.paths, part.labels.tolist(), strict=True)
+    }
+    has_all = dataset.record.rho is None and not dataset.record.skip_unreadable
+    known: set[tuple[str, str]] = set()
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for split in dataset.splits:
+        paths = dataset.samples(split)["path"].tolist()
+        names = [dataset.class_names[label] for label in dataset.labels(split).tolist()]
+        known.update(zip(paths, names, strict=True))
+        stays = [now.get(path) == name for path, name in zip(paths, names, strict=True)]
+        written = [i for i, path in enumerate(paths) if stays[i] and _written(source.root / path) > built]
+        if (seen := dataset.seen(split)) is not None:
+            hashes = content_hashes([source.root / paths[i] for i in written])
+            differing = [i for i, found in zip(written, hashes, strict=True) if found != seen["sha256"][i]]
+        else:
+            differing = _differing(dataset, split, written)[0] if written else []
+        for i, name in enumerate(names):
+            counts[name]["gone"] += not stays[i]
+        for i in differing:
+            counts[names[i]]["changed"] += 1
+    for path, name in now.items():
+        if (path, name) not in known and (has_all or _written(source.root / path) > built):
+            counts[name]["new"] += 1
+    lines = []
+    for name, found in sorted(counts.items(), key=lambda entry: -entry[1].total()):
+        parts = [(found[what], what) for what in ("new", "gone", "changed") if found[what]]
+        said = [f"{number:,} {what}" for number, what in parts]
+        if said:
+            said[0] += " image" if parts[0][0] == 1 else " images"
+            lines.append(f"{name}: {', '.join(said)}")
+    return lines
+
+
+def _written(path: Path) -> int:
+    """Return when a file was last written or moved here, in ns; 0 if it is not there."""
+    with suppress(OSError):
+        found = file_of(path).stat()
+        return max(found.st_mtime_ns, found.st_ctime_ns)
+    return 0

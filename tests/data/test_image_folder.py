@@ -112,7 +112,8 @@ def test_a_changed_folder_is_refused_as_another_data_set(tmp_path: Path) -> None
     assert "up to date" in again.stdout
     Image.new("RGB", (20, 20)).save(tmp_path / "p" / "red" / "new.png")
     flags = ["--data-root", tmp_path / "p", "--out", tmp_path / "d"]
-    refused(4, "listing:", "build-lt", "image-folder", "--image-size", 16, *flags)
+    said = f"error: {tmp_path / 'd'} holds another data set:\n    red: 1 new image\n  fix: "
+    refused(4, said, "build-lt", "image-folder", "--image-size", 16, *flags)
     refused(4, "image_size: 16 -> 64", "build-lt", "image-folder", *flags)
 
 

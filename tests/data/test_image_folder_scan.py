@@ -190,7 +190,7 @@ def test_a_class_folder_with_a_data_set_or_a_run_in_it_stays_a_class(tmp_path: P
 
 def test_possible_classes_among_system_folders_are_named_in_a_warning(tmp_path: Path) -> None:
     fill(tmp_path / "p", "cat", "dog", "dog/@eaDir")
-    assert "\nwarning: " not in built(tmp_path / "p")["stderr"]
+    assert "\nwarning: " not in built(tmp_path / "p")["stderr"].replace("\nwarning: 2 of 2 classes with few", "")
     fill(tmp_path / "q", "cat", "dog", "recycled")
     message = "warning: {}: 6 files left out, thumbnails, recycle bins and notes of other programs: recycled/"
     assert message.format(tmp_path / "q") in built(tmp_path / "q")["stderr"]
@@ -313,6 +313,36 @@ def test_images_that_change_places_are_noticed(tmp_path: Path, flags: list[objec
     must(*build, "--overwrite")
     assert "up to date" in must(*build).stdout
     assert "changed since" not in must(*trial, "--out", tmp_path / "r").stderr
+
+
+@pytest.mark.parametrize("pack", [[], ["--pack", 8], ["--pack", 0]])
+def test_what_changed_in_a_folder_is_said_by_class(tmp_path: Path, pack: list[object]) -> None:
+    root = tmp_path / "p"
+    fill(root, "bobcat", "cat", "dog", count=8, ending="bmp")
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", *pack]
+    must(*build)
+    for number in range(2):
+        (root / "bobcat" / f"00{number}.bmp").unlink()
+    shutil.copy(root / "cat" / "003.bmp", root / "bobcat" / "003.bmp")
+    for number in range(5):
+        shutil.copy(root / "bobcat" / "004.bmp", root / "bobcat" / f"new{number}.bmp")
+    (root / "cat" / "001.bmp").unlink()
+    (root / "dog" / "001.bmp").touch()  # another time, the same picture
+    fill(root, "wolf", count=3, ending="bmp")
+    expected = f"error: {tmp_path / 'd'} holds another data set:\n    bobcat: 5 new images, 2 gone, 1 changed\n"
+    expected += "    wolf: 3 new images\n    cat: 1 gone image\n  fix: write elsewhere with --out FOLDER"
+    refused(4, expected, *build)
+    must(*build, "--overwrite")
+    assert "up to date" in must(*build).stdout
+
+
+def test_images_that_rho_left_out_are_not_new(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    fill(root, "cat", "dog", count=8)
+    build = ["build-lt", "image-folder", "--data-root", root, "--out", tmp_path / "d", "--rho", 4]
+    must(*build)
+    fill(root, "cat/more", count=2)
+    refused(4, "holds another data set:\n    cat: 2 new images\n  fix: ", *build)
 
 
 @pytest.mark.parametrize("pack", [[], ["--pack", 8], ["--pack", 0]])

@@ -357,7 +357,11 @@ def test_other_files_are_another_data_set(tmp_path: Path) -> None:
     root = hub(tmp_path / "cats")
     must(*command(root))
     write(root / "data" / "train-00002-of-00003.parquet", [0, 1, 0, 2, 0, 1], first=99)
-    refused(4, "listing: ", *command(root))
+    refused(
+        4,
+        "holds another data set:\n    0: 3 changed images\n    1: 2 changed images\n    2: 1 changed image\n",
+        *command(root),
+    )
 
 
 def test_damaged_files_end_with_an_input_error(tmp_path: Path, generator: torch.Generator) -> None:
