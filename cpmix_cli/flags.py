@@ -190,7 +190,7 @@ class BuildOptions:
     subset_seed: int = flag(0, "Seed that selects the images; 0 gives the published subset.", min=0, max=2**32 - 1)
     profile: str | None = flag(
         None,
-        "Class profile of image-folder and parquet: exponential, step, ranked (default) or pareto; needs --rho.",
+        "Class profile, with --rho, of image-folder and parquet: exponential, step, ranked (default) or pareto.",
         metavar="NAME",
     )
     val_per_class: int = flag(0, "Training images per class to hold out as val split.", min=0, max=1_000_000)
