@@ -157,7 +157,7 @@ class _FromPhase(_FromRun):
 
 SOURCE_NAMES = (
     *("digits", "toy", "cifar10", "cifar100", "fashion-mnist"),
-    *("imagenet-lt", "places-lt", "inaturalist2018", "image-folder"),
+    *("imagenet-lt", "places-lt", "inaturalist2018", "image-folder", "parquet"),
 )
 """The sources of data/sources.py, known before that is imported."""
 

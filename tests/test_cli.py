@@ -48,8 +48,8 @@ def test_every_command_has_the_agreed_flags() -> None:
         "--ratio --few-inclusive --device --threads --data --data-root --overwrite --json",
         "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
         "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
-        "--test-per-class --image-size --pack --few-inclusive --layout --skip-unreadable --download --verify --seeds "
-        f"--init --teacher {training}",
+        "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
+        f"--download --verify --seeds --init --teacher {training}",
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",

@@ -224,7 +224,8 @@ def _check_recipe(options: RunOptions, data: Path | None) -> None:
         raise UsageError("--seed and --seeds are both given", fix="drop one of the two flags")
     name = options.recipe
     if data is None:
-        homes = [folder for folder in (options.source, f"{options.source}-lt") if f"{folder}/cpmix" in recipe_names()]
+        source = "image-folder" if options.source == "parquet" else options.source
+        homes = [folder for folder in (source, f"{source}-lt") if f"{folder}/cpmix" in recipe_names()]
         name = of_dataset(name, f"{homes[0]}/cpmix") if homes else name
     check_request(name, options.settings, options.epochs, data=data)
 
