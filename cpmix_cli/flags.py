@@ -332,6 +332,12 @@ class EvaluateOptions(_FromPhase):
         callback=one_of("uniform", "forward", "backward"),
     )
     ratio: float = flag(50.0, "Imbalance factor of the test set under --test-distribution forward or backward.", min=1)
+    threshold_for: str | None = flag(
+        None,
+        "Choose a confidence threshold per class on the val split that reaches a precision or recall, and measure it: "
+        "precision=0.9. Kept by later commands without the flag.",
+        metavar="MEASURE=SHARE",
+    )
     few_inclusive: FewInclusive = False
     device: Device = "auto"
     threads: Threads = None
@@ -357,6 +363,9 @@ class ReportOptions(_FromPhase):
     Example: cpmix confusion-report --from ckpt/digits
     """
 
+    label: str | None = flag(
+        None, "Report evaluation/PHASE-LABEL/ into confusion/PHASE-LABEL/, which has a page of its own."
+    )
     compare: list[Path] = flag(
         list, "Folder of another run, to show next to this one with the difference. Repeatable.", metavar="RUN"
     )
@@ -499,7 +508,19 @@ class PredictOptions:
     from_folder: From
     phase: Phase = None
     top: int = flag(1, "Number of classes to show per image, most likely first.", min=1)
-    out: Path | None = flag(None, "Also write the predictions to this file, .parquet or .csv.")
+    out: Path | None = flag(None, "Also write the predictions to this file: .parquet, .csv or .json.")
+    probabilities: bool = flag(
+        False, "Give the probability of every class, a column each in --out, and with --json.", "--probabilities"
+    )
+    unsure_below: str | None = flag(
+        None,
+        "Mark images as unsure whose confidence is below P, or below the threshold of their class in the file "
+        "thresholds.parquet of evaluate --threshold-for.",
+        metavar="P|FILE",
+    )
+    sort_into: Path | None = flag(
+        None, "Copy each image into DIR/CLASS/, unsure ones into DIR/unsure/. Originals stay.", metavar="DIR"
+    )
     skip_unreadable: SkipUnreadable = False
     device: Device = "auto"
     threads: Threads = None
@@ -519,8 +540,10 @@ class MisclassifiedOptions:
     phase: Phase = None
     label: str | None = flag(None, "Read evaluation/PHASE-LABEL/ instead of evaluation/PHASE/.")
     limit: int = flag(20, "Number of images to show; --json gives all.", min=1)
+    out: Path | None = flag(None, "Also write all of them to this file: .parquet, .csv or .json.")
     data: Data = None
     data_root: DataRoot = None
+    overwrite: bool = flag(False, "Replace the file of --out.", "--overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)

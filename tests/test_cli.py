@@ -45,8 +45,8 @@ def test_every_command_has_the_agreed_flags() -> None:
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
-        "--ratio --few-inclusive --device --threads --data --data-root --overwrite --json",
-        "confusion-report": "--from --out --phase --compare --images --data --data-root --overwrite --json",
+        "--ratio --threshold-for --few-inclusive --device --threads --data --data-root --overwrite --json",
+        "confusion-report": "--from --out --phase --label --compare --images --data --data-root --overwrite --json",
         "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
         "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
         f"--download --verify --seeds --init --teacher {training}",
@@ -55,8 +55,10 @@ def test_every_command_has_the_agreed_flags() -> None:
         "results": "--update --json",
         "recipes": "--set --epochs --seed --rho --budget --json",
         "methods": "--json",
-        "predict": "--from --phase --top --out --skip-unreadable --device --threads --overwrite --json",
-        "misclassified": "--from --true --predicted --phase --label --limit --data --data-root --json",
+        "predict": "--from --phase --top --out --probabilities --unsure-below --sort-into --skip-unreadable --device "
+        "--threads --overwrite --json",
+        "misclassified": "--from --true --predicted --phase --label --limit --out --data --data-root --overwrite "
+        "--json",
         "figure": "--out --data --overwrite --json",
         "import-weights": "--sha256 --prefix --out --overwrite --json",
         "bench": "--recipe --set --epochs --data --data-root --device --threads --rounds --seconds --ingredients "

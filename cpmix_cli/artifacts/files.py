@@ -39,6 +39,7 @@ PER_CLASS = "per_class.parquet"
 PREDICTIONS = "predictions.parquet"
 LOGITS = "logits.safetensors"
 SAMPLES = "samples.parquet"
+THRESHOLDS = "thresholds.parquet"
 HASHES = "hashes.parquet"
 SEEN = "seen.parquet"
 LEFT_OUT = "left_out.txt"
@@ -338,13 +339,18 @@ def publish_out(path: Path, data: bytes) -> None:
     The folder is created if missing. Temporary files for the same path are removed if their process is dead.
     """
     make_folder(path.parent)
+    remove_abandoned(path)
+    publish(path, data)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove temporary files and folders for this path that dead processes of this machine left."""
     *_, name = temporary_for(path).name.rpartition("-")
     for left in path.parent.glob(f"{TEMPORARY}{socket.gethostname()}-*-{name}*"):
         pid = left.name.removeprefix(f"{TEMPORARY}{socket.gethostname()}-").split("-")[0]
         if pid.isdecimal() and is_alive(int(pid)) is False:
             with suppress(OSError):
-                left.unlink()
-    publish(path, data)
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

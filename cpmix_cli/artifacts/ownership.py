@@ -27,6 +27,7 @@ _FORMS: dict[str, list[list[str]]] = {
     files.CONFUSION_MATRIX: [tables.CONFUSION_SCHEMA.names],
     files.CONFUSED_PAIRS: [tables.CONFUSED_PAIRS_SCHEMA.names],
     files.PER_CLASS: [tables.PER_CLASS_SCHEMA.names, tables.OLDER_PER_CLASS_SCHEMA.names],
+    files.THRESHOLDS: [tables.THRESHOLDS_SCHEMA.names],
     files.PREDICTIONS: [tables.PREDICTIONS_SCHEMA.names],
     **{f"{split}.safetensors": [["images", "labels"], ["labels", "points"]] for split in ("train", "val", "test")},
     files.LOGITS: [["labels", "logits"], ["expert_logits", "labels", "logits"]],

@@ -55,6 +55,15 @@ CONFUSED_PAIRS_SCHEMA = schema_of(
     *("rarer_class int32", "commoner_class int32", "rarer_as_commoner int64"),
     *("commoner_as_rarer int64", "count int64", "minority_share double"),
 )
+THRESHOLDS_SCHEMA = schema_of(
+    *("class_id int32", "class_name string", "threshold float?"),
+    *("num_val int64", "val_precision double?", "val_recall double?"),
+    *("num_predicted int64", "num_decided int64", "num_correct int64", "precision double?", "recall double?"),
+)
+MISCLASSIFIED_SCHEMA = schema_of(
+    *("sample_id int64", "path string?", "source_index int64?", "true_class int32", "true_name string"),
+    *("predicted_class int32", "predicted_name string", "confidence float"),
+)
 PREDICTED_IMAGES_SCHEMA = schema_of(
     "path string", "rank int64", "class_id int32", "class_name string", "confidence float"
 )

@@ -3,7 +3,8 @@
 Reads an evaluation's predictions. Trains nothing, and predicts only the decision regions of 2-D points.
 """
 
-from contextlib import suppress
+import re
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import files, locks, tables
-from cpmix_cli.data.batches import pictures
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.evaluation.accuracy import reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
+from cpmix_cli.evaluation.samples import evaluated_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
 from cpmix_cli.flags import ReportOptions
 from cpmix_cli.report import figures
@@ -65,15 +66,20 @@ class _Reported:
 
 
 def run(options: ReportOptions) -> None:
-    """Write confusion/<phase>/ and confusion/index.html from an evaluation.
+    """Write confusion/<phase>/ and confusion/index.html from an evaluation; --label L writes confusion/<phase>-L/ only.
 
     Raises:
-        UsageError: --compare names an evaluation twice, or the reported one.
+        UsageError: --compare names an evaluation twice, or the reported one; or --label is no label.
         InputError: the phase is not evaluated, a compared run has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
-    own = _read_reported(options.from_folder, options.phase, options.out, options.data, options.data_root)
-    others = [_read_reported(folder) for folder in options.compare]
+    if options.label is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", options.label):
+        raise UsageError(
+            f'--label "{options.label}" is no label of an evaluation',
+            fix="give the part of the name of a folder RUN/evaluation/PHASE-LABEL after PHASE-",
+        )
+    own = _read_reported(options, options.from_folder, options.phase, options.data, options.data_root)
+    others = [_read_reported(replace(options, out=None), folder) for folder in options.compare]
     for other in others:
         if other.dataset.class_names != own.dataset.class_names:
             raise InputError(
@@ -91,7 +97,9 @@ def run(options: ReportOptions) -> None:
         )
     pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     out = options.out or own.root
-    folder, index = out / "confusion" / own.source.phase, out / "confusion" / "index.html"
+    folder = out / "confusion" / own.evaluation.name
+    # The page of the run is that of a plain evaluation; the others have theirs inside.
+    index = (folder if options.label is not None else folder.parent) / "index.html"
     made_from = {
         "recipe": {},
         "images": options.images,
@@ -103,7 +111,8 @@ def run(options: ReportOptions) -> None:
         "compared": [[run.sha, run.dataset.fingerprint] for run in others],
     }
     again = options.overwrite or not _is_own_page(index, folder)
-    status = output.decide(folder, made_from, _FILES, overwrite=again, refresh=True)
+    writes = (*_FILES, index.name) if index.parent == folder else _FILES
+    status = output.decide(folder, made_from, writes, overwrite=again, refresh=True)
     if status == "fresh":
         _refuse_strange_page(index)
         _write(folder, index, made_from, reported, pairs, options.images)
@@ -111,25 +120,26 @@ def run(options: ReportOptions) -> None:
         locks.tidy(folder)
         locks.tidy(index.parent)
     _report(folder, index, own, pairs, status)
-    if options.out is None:
+    if options.out is None and options.label is None:
         command = command_ahead(own.root, data=options.data, data_root=options.data_root)
         if command is not None:
             console.follow(command)
 
 
 def _read_reported(
+    options: ReportOptions,
     given: Path,
     phase: str | None = None,
-    out: Path | None = None,
     data: Path | None = None,
     data_root: Path | None = None,
 ) -> _Reported:
-    """Read an evaluated phase of a run; an evaluation in `out` comes before one in the run folder."""
+    """Read an evaluated phase of a run; an evaluation in --out comes before one in the run folder."""
     source = choose(given, phase)
     root = source.run
-    evaluation = (out or root) / "evaluation" / source.phase
+    name = source.phase if options.label is None else f"{source.phase}-{options.label}"
+    evaluation = (options.out or root) / "evaluation" / name
     if not (evaluation / files.RUN).is_file():
-        evaluation = root / "evaluation" / source.phase
+        evaluation = root / "evaluation" / name
     dataset = folders.find_dataset(root, source.record().dataset, data, data_root=data_root)
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
@@ -139,7 +149,7 @@ def _read_reported(
     confidence = torch.tensor(predictions["confidence"].to_numpy(), dtype=torch.float64)
     right = torch.tensor((predictions["label"] == predictions["predicted"]).to_numpy())
     shown = ShownRun(
-        name=source.phase,
+        name=name,
         facts=_facts(source, dataset, matrix),
         class_counts=dataset.class_counts,
         groups=tables.read_per_class(path, classes_sha)["group"].tolist(),
@@ -154,7 +164,7 @@ def _read_reported(
 def _names(reported: list[_Reported]) -> list[str]:
     """Return a unique name per run for the page: the end of its path, as long as needed, or path and phase."""
     if len(reported) == 1:
-        return [reported[0].source.phase]
+        return [reported[0].evaluation.name]
     for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
         found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
         if len(set(found)) == len(found):
@@ -195,16 +205,17 @@ def _write(
     pairs: pd.DataFrame,
     num_images: int,
 ) -> None:
-    """Publish tables, figures and page, and run.json last."""
+    """Publish tables, figures and page, and run.json last. A page in `folder` is of this evaluation only."""
     own = reported[0]
-    source = own.source
     warn_of_boxes(own.dataset.class_names)
     pictures = _draw(own)
-    page = _make_page(reported, pairs, pictures, num_images)
+    folder_of_pictures = "" if index.parent == folder else f"{folder.name}/"
+    page = _make_page(reported, pairs, pictures, num_images, folder_of_pictures)
     files.check_place(folder, len(page))
     # Reports of all phases write the same page, so only one may run at a time.
-    with locks.hold(index.parent, wait=True), locks.hold(folder) as lock:
-        recorder = output.Recorder(folder, f"confusion/{source.phase}", made_from, lock)
+    of_page = locks.hold(index.parent, wait=True) if index.parent != folder else nullcontext()
+    with of_page, locks.hold(folder) as lock:
+        recorder = output.Recorder(folder, f"confusion/{folder.name}", made_from, lock)
         with recorder.replacing({index.name: index}) as place:
             cells = tables.confusion_columns(own.shown.matrix)
             recorder.publish_table(files.CONFUSION_MATRIX, tables.CONFUSION_SCHEMA, cells)
@@ -217,10 +228,10 @@ def _write(
             recorder.finish(page=page_sha, picture=f"{pictures[0][0]}.png")
 
 
-def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int) -> str:
-    """Render the page of a run and the runs that it is compared with."""
+def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int, folder: str) -> str:
+    """Render the page of a run and the runs that it is compared with; `folder` is where its figures are, or ""."""
     own, called = reported[0], [files.utf8_text(name) for name in _names(reported)]
-    title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.source.phase}", pairs, []
+    title, shown_pairs, notes = f"Confusion of {own.dataset.name}, {own.evaluation.name}", pairs, []
     if len(reported) > 1:
         title = f"Confusion of {', '.join(called)}"
         together = np.sum([run.shown.matrix for run in reported], axis=0)
@@ -242,9 +253,7 @@ def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Picture
         named_pairs=_with_names(pairs.head(NUM_ON_PAGE), own.dataset),
         clustered=clustered_order(own.shown.matrix),
         images=_thumbnails(own, num_images),
-        pictures=[
-            (caption, [f"{own.source.phase}/{name}.{kind}" for kind in encoded]) for name, caption, encoded in pictures
-        ],
+        pictures=[(caption, [f"{folder}{name}.{kind}" for kind in encoded]) for name, caption, encoded in pictures],
         embedded=[(caption, encoded["png"]) for name, caption, encoded in pictures if name == DECISION_REGIONS],
     )
 
@@ -254,17 +263,22 @@ def _thumbnails(run: _Reported, limit: int) -> ContactSheet | None:
     chosen = most_confused(run.predictions, limit)
     if len(run.dataset.shape) != 3 or not len(chosen):
         return None
-    return sheet(pictures(run.dataset, "test", chosen["sample_id"].to_numpy()), max(run.dataset.shape[:2]), chosen)
+    tests = evaluated_tests(run.evaluation, run.dataset)
+    at = pd.Index(run.predictions["sample_id"]).get_indexer(chosen["sample_id"])
+    with tests.reading():
+        images = [images.numpy() for part in torch.split(torch.tensor(at), 64) for images in tests.pictures(part)]
+    return sheet(images, max(run.dataset.shape[:2]), chosen)
 
 
 def _draw(run: _Reported) -> Pictures:
     source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
-    title = on_a_line(f"{dataset.name}, {source.phase}")
+    title = on_a_line(f"{dataset.name}, {run.evaluation.name}")
+    images = "the test split" if run.evaluation.name == source.phase else on_a_line(run.evaluation.name)
     names, counts = [on_a_line(name) for name in dataset.class_names], dataset.class_counts
     pictures = [
         (
             "confusion_matrix",
-            "Confusion matrix of the test split: rows true, columns predicted, per cent of the true class; "
+            f"Confusion matrix of {images}: rows true, columns predicted, per cent of the true class; "
             "classes in descending order of training images.",
             figures.confusion_heat_map(matrix, names, counts, groups, title=title),
         ),

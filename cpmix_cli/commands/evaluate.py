@@ -7,6 +7,7 @@ the same classes.
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.evaluation import prediction
+from cpmix_cli.evaluation import prediction, thresholds
 from cpmix_cli.evaluation.accuracy import confusion_matrix, sample_weights, shifted_profile, summary
 from cpmix_cli.evaluation.agreement import images_to_learn_from, learn_expert_weights, weakly_changed
 from cpmix_cli.evaluation.intervals import too_few_images
@@ -34,20 +35,28 @@ from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import command_ahead, with_data
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.repair import build_command
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
 from cpmix_cli.training.randomness import torch_generator
 
-_FILES = (files.EVALUATION, files.PER_CLASS, files.PREDICTIONS, files.LOGITS, files.SAMPLES, files.RUN)
+_FILES = (
+    files.EVALUATION,
+    files.PER_CLASS,
+    files.PREDICTIONS,
+    files.LOGITS,
+    files.SAMPLES,
+    files.THRESHOLDS,
+    files.RUN,
+)
 
 
 def run(options: EvaluateOptions) -> None:
     """Predict the test samples and publish metrics, predictions and logits.
 
     Raises:
-        UsageError: --label is no file name, --set changes keys outside [evaluation], or both --split and --test-data
-            are given.
+        UsageError: --label is no file name, --set changes keys outside [evaluation], or flags do not go together.
         InputError: no phase is finished, the data set or classes are others, or files are damaged.
         EnvironmentFault: the output belongs to other settings, the device is missing, or the disk is full.
     """
@@ -69,6 +78,13 @@ def run(options: EvaluateOptions) -> None:
     if not math.isfinite(options.ratio):
         raise UsageError(
             f"--ratio {options.ratio:g} is not a finite number", fix="give a number from 1 up, such as --ratio 50"
+        )
+    target = thresholds.target_of(options.threshold_for) if options.threshold_for is not None else None
+    if target is not None and (options.split == "val" or options.test_distribution != "uniform"):
+        other = "--split val" if options.split == "val" else f"--test-distribution {options.test_distribution}"
+        raise UsageError(
+            f"--threshold-for {target} chooses on the val split and measures on other images as they are, not {other}",
+            fix=f"drop {other}",
         )
     source = choose(options.from_folder, options.phase)
     root = source.run
@@ -109,7 +125,8 @@ def run(options: EvaluateOptions) -> None:
     name = source.phase if label is None else f"{source.phase}-{label}"
     folder = evaluations / name
     _, sha = source.output(files.MODEL)
-    made_from = {
+    target = target or _kept_target(folder)
+    made_from: dict[str, Any] = {
         "recipe": {
             "evaluation": recipe.tables()["evaluation"],
             "few_inclusive": options.few_inclusive,
@@ -118,6 +135,10 @@ def run(options: EvaluateOptions) -> None:
         "dataset": tests.fingerprint,
         "checkpoint": sha,
     }
+    val = None
+    if target is not None:
+        val = _val_split(dataset, target, skip_unreadable=options.skip_unreadable)
+        made_from |= {"threshold_for": str(target), "val": val.fingerprint}
     if output.decide(folder, made_from, _FILES, overwrite=options.overwrite, refresh=True) == "done":
         locks.tidy(folder)
         if options.test_data is None:
@@ -136,12 +157,21 @@ def run(options: EvaluateOptions) -> None:
         if recipe.evaluation.aggregate == "test-time":
             weights = _learnt_weights(model, tests, recipe, dataset, profile, device)
         found = predicted(model, batches, len(tests.labels), counts, recipe.evaluation, weights)
+    chosen = None
+    if target is not None and val is not None:
+        with val.reading():
+            opened = val.open(recipe.data, device)
+            on_val = predicted(model, opened, len(val.labels), counts, recipe.evaluation, weights)
+        scored = (_scored(on_val, val), _scored(found, tests))
+        chosen = thresholds.columns_of(target, dataset.class_names, *scored)
     check_finite(found, recipe, source)
     files.check_place(folder, 2 * found.experts.numel() * found.experts.element_size() + 100 * len(tests.labels))
     with locks.hold(folder) as lock:
         recorder = output.Recorder(folder, f"evaluation/{name}", made_from, lock)
         with recorder.replacing():
             _publish(recorder, source, recipe, dataset, found, profile, tests, options)
+            if chosen is not None:
+                recorder.publish_table(files.THRESHOLDS, tables.THRESHOLDS_SCHEMA, chosen)
             fields: dict[str, Any] = {}
             if not options.is_plain or tests.is_part:
                 by_path = "path" in tests.samples
@@ -154,6 +184,32 @@ def run(options: EvaluateOptions) -> None:
             recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
     _follow(options, source, label)
+
+
+def _kept_target(folder: Path) -> thresholds.Target | None:
+    """Return --threshold-for of the evaluation that is there, so that the plain command does not undo it."""
+    with suppress(InputError, UsageError):
+        record = run_json.read_run(folder, run_json.EvaluationRecord)
+        return thresholds.target_of(str(record.made_from.inputs().get("threshold_for")))
+    return None
+
+
+def _val_split(dataset: Dataset, target: thresholds.Target, *, skip_unreadable: bool) -> TestSet:
+    """Return the val split, on which thresholds are chosen; raises InputError if there is none."""
+    if "val" not in dataset.splits or not len(dataset.labels("val")):
+        most = max(1, min(10, int(dataset.class_counts.min()) - 1))
+        raise InputError(
+            f"{dataset.folder} has no val split to choose thresholds on",
+            needed_by=f"--threshold-for {target}",
+            fix="build a data set that has one, and train on it, such as: "
+            + build_command(dataset.folder, "--val-per-class", str(most)),
+        )
+    return own_tests(dataset, "val", skip_unreadable=skip_unreadable and dataset.storage == "files")
+
+
+def _scored(found: Predicted, tests: TestSet) -> thresholds.Scored:
+    confidence, classes = found.logits.softmax(1).max(1)
+    return thresholds.Scored(tests.labels.numpy(), classes.numpy(), confidence.numpy())
 
 
 def _follow(options: EvaluateOptions, source: PhaseFolder, label: str | None) -> None:
@@ -358,12 +414,19 @@ def _report(folder: Path, status: str) -> None:
     numbers, classes = read_numbers(folder), read_classes(folder)
     rows, lines = accuracy_rows(folder.parent, folder.name), []
     found = numbers.model_dump()
+    record = run_json.read_run(folder, run_json.EvaluationRecord)
+    if files.THRESHOLDS in record.outputs:
+        target = str(record.made_from.inputs()["threshold_for"])
+        table = tables.read_table(folder / files.THRESHOLDS, tables.THRESHOLDS_SCHEMA, record.outputs[files.THRESHOLDS])
+        found["thresholds"] = thresholds.as_json(target, table)
+        thresholds.warn_of(target, table)
     if "intervals" in found:
         rows.insert([row[0] for row in rows].index(folder.name) + 1, interval_row(found["intervals"]))
         lines = lines_of(classes, found["macro_f1"], folder)
         names, groups = classes["class_name"].tolist(), classes["group"].tolist()
         if few := too_few_images(names, groups, classes["num_test"].to_numpy()):
             console.warn(few)
+        lines += thresholds.lines_of(found["thresholds"]) if "thresholds" in found else []
     else:
         console.note(f"{folder} is of an older version, without precision, F1 and intervals; --overwrite adds them")
     experts = [accuracy_row(f"expert {k}", n) for k, n in enumerate(numbers.experts, start=1)]

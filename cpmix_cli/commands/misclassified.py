@@ -7,6 +7,7 @@ import pandas as pd
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.evaluation.saved import read_predictions
 from cpmix_cli.flags import MisclassifiedOptions
+from cpmix_cli.results.table_files import check_out, publish_table
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
@@ -17,9 +18,13 @@ def run(options: MisclassifiedOptions) -> None:
     """List the misclassified images of an evaluation, most confident errors first.
 
     Raises:
-        UsageError: --true or --predicted is no class.
+        UsageError: --true or --predicted is no class, or --out has another ending than those of tables.
         InputError: the phase is not evaluated, or files are damaged.
+        EnvironmentFault: --out exists or cannot be written.
     """
+    if options.out is not None:
+        names = tables.MISCLASSIFIED_SCHEMA.names
+        check_out(options.out, names.__eq__, overwrite=options.overwrite, example="misclassified.csv")
     source = choose(options.from_folder, options.phase)
     root = source.run
     classes = tables.read_class_counts(*source.output(files.CLASS_COUNTS))["class_name"].tolist()
@@ -42,11 +47,26 @@ def run(options: MisclassifiedOptions) -> None:
         [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * f['confidence']:.1f} %"]
         for f in found[: options.limit]
     ]
-    line = f"{len(found):,} misclassified images"
+    lines = [f"{len(found):,} misclassified images"]
     if len(found) > len(rows):
-        line = f"{len(rows)} of {line}; more with --limit N, all with --json"
-    fields = {"phase": source.phase, "num_images": len(found), "images": found}
-    console.result(fields, header=("image", "true", "predicted", ">confidence"), rows=rows, lines=[line])
+        lines = [f"{len(rows)} of {lines[0]}; more with --limit N, all with --json or --out FILE.csv"]
+    if options.out is not None:
+        is_path = [isinstance(image, str) for image in images]
+        columns = {
+            "sample_id": wrong["sample_id"].tolist(),
+            "path": [files.utf8_text(str(image)) if p else None for image, p in zip(images, is_path, strict=True)],
+            "source_index": [None if p else image for image, p in zip(images, is_path, strict=True)],
+            "true_class": wrong["label"].tolist(),
+            "true_name": [classes[c] for c in wrong["label"]],
+            "predicted_class": wrong["predicted"].tolist(),
+            "predicted_name": [classes[c] for c in wrong["predicted"]],
+            "confidence": wrong["confidence"].tolist(),
+        }
+        publish_table(options.out, tables.MISCLASSIFIED_SCHEMA, columns)
+        lines.append(f"done: {options.out}")
+    out = str(options.out) if options.out is not None else None
+    fields = {"phase": source.phase, "num_images": len(found), "out": out, "images": found}
+    console.result(fields, header=("image", "true", "predicted", ">confidence"), rows=rows, lines=lines)
 
 
 def _class_id(flag: str, given: str | None, classes: list[str]) -> int | None:

@@ -1,44 +1,51 @@
 """predict: classify a user's images with a trained network. Requires only the run folder, not its data set."""
 
-import io
-from contextlib import suppress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from cpmix_cli.artifacts import files, tables
+from cpmix_cli.artifacts.files import THRESHOLDS
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import stream_batches
 from cpmix_cli.data.decoding import LEAVE_OUT, all_unreadable_named, check_headers, readable_only
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
+from cpmix_cli.evaluation.sorted_copies import SortedFolder, folder_names, open_sorted
 from cpmix_cli.flags import PredictOptions
-from cpmix_cli.results.table_formats import csv_text
+from cpmix_cli.recipe.schema import Recipe
+from cpmix_cli.results.table_files import check_out, publish_table
+from cpmix_cli.runs import run_json
+from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
+from cpmix_cli.runtime.text import on_a_line
 
 NUM_SHOWN = 50
+_UNSURE = "unsure"
+_PROBABILITY = "probability_"
 
 
-def _is_own(data: bytes) -> bool:
-    """Return whether a file has predictions of this command."""
-    names = tables.PREDICTED_IMAGES_SCHEMA.names
-    with suppress(pa.ArrowInvalid):
-        return bool(pq.read_schema(io.BytesIO(data)).names == names)
-    return data.startswith(",".join(names).encode())
+def _is_own(names: list[str]) -> bool:
+    """Return whether a table has the columns of this command."""
+    own = tables.PREDICTED_IMAGES_SCHEMA.names
+    return names[: len(own)] == own and all(n == _UNSURE or n.startswith(_PROBABILITY) for n in names[len(own) :])
 
 
 def run(options: PredictOptions) -> None:
     """Predict class and confidence of each image.
 
     Raises:
-        UsageError: --out is neither a Parquet nor a CSV file.
+        UsageError: --out has another ending than those of tables, or flags do not go together.
         InputError: no phase is finished, no images are found, or images cannot be read.
-        EnvironmentFault: --out exists or cannot be written, or the device is missing.
+        EnvironmentFault: --out or --sort-into exists or cannot be written, or the device is missing.
     """
     source = choose(options.from_folder, options.phase)
     seen = source.record().dataset
@@ -47,19 +54,19 @@ def run(options: PredictOptions) -> None:
             f"{source.path} was trained on points ({seen.name}) and takes no images",
             fix="give --from a run that was trained on images",
         )
-    suffix = options.out.suffix.lower() if options.out is not None else ""
+    if options.probabilities and options.top != 1:
+        raise UsageError("--probabilities gives all classes, so --top has no effect", fix="drop one of the two flags")
+    if options.probabilities and options.out is None and not console.as_json:
+        raise UsageError("--probabilities has no place on a terminal", fix="give --out FILE.csv or --json as well")
     if options.out is not None:
-        if suffix not in (".parquet", ".csv"):
-            raise UsageError(
-                f"--out {options.out} ends in neither .parquet nor .csv",
-                fix="give a name such as --out predictions.csv",
-            )
-        files.refuse_existing(options.out, _is_own, overwrite=options.overwrite)
+        check_out(options.out, _is_own, overwrite=options.overwrite, example="predictions.csv")
+    sorted_folder = None if options.sort_into is None else open_sorted(options.sort_into, options.images)
     device = use_device(options.device, options.threads)
     paths = image_folder.find_images(options.images, skip_unreadable=options.skip_unreadable)
     counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
     classes = counts["class_name"].tolist()
     recipe = source.recipe()
+    limits = None if options.unsure_below is None else _limits(options.unsure_below, source, recipe, classes)
     model = read_model(source, recipe, len(classes), seen.shape).to(device)
     found = paths
     if options.skip_unreadable:
@@ -72,34 +79,52 @@ def run(options: PredictOptions) -> None:
     with all_unreadable_named(paths, upright=True, fix=LEAVE_OUT):
         found_logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation)
     check_finite(found_logits, recipe, source)
-    confidence, classified = found_logits.logits.softmax(1).topk(min(options.top, len(classes)), dim=1)
+    probabilities = found_logits.logits.softmax(1)
+    confidence, classified = probabilities.topk(min(options.top, len(classes)), dim=1)
+    unsure = None if limits is None else (confidence[:, 0] < limits[classified[:, 0]]).tolist()
 
     kept = confidence.shape[1]
-    columns = {
-        "path": np.repeat([files.utf8_text(str(path)) for path in paths], kept),
-        "rank": np.tile(np.arange(1, kept + 1), len(paths)),
-        "class_id": classified.flatten().numpy(),
-        "class_name": [classes[c] for c in classified.flatten().tolist()],
-        "confidence": confidence.flatten().numpy(),
-    }
     if options.out is not None:
-        rows_of_csv = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        data = (
-            ("\n".join(csv_text(rows_of_csv)) + "\n").encode()
-            if suffix == ".csv"
-            else tables.table_bytes(tables.PREDICTED_IMAGES_SCHEMA, columns)
-        )
-        files.publish_out(options.out, data)
+        columns: dict[str, Any] = {
+            "path": np.repeat([files.utf8_text(str(path)) for path in paths], kept).tolist(),
+            "rank": np.tile(np.arange(1, kept + 1), len(paths)).tolist(),
+            "class_id": classified.flatten().tolist(),
+            "class_name": [classes[c] for c in classified.flatten().tolist()],
+            "confidence": confidence.flatten().numpy(),
+        }
+        schema = tables.PREDICTED_IMAGES_SCHEMA
+        if unsure is not None:
+            columns[_UNSURE] = np.repeat(unsure, kept).tolist()
+            schema = schema.append(pa.field(_UNSURE, pa.bool_(), nullable=False))
+        if options.probabilities:
+            for name, column in zip(_column_names(classes), probabilities.numpy().T, strict=True):
+                columns[name] = column
+                schema = schema.append(pa.field(name, pa.float32(), nullable=False))
+        publish_table(options.out, schema, columns)
+    lines, fields = _sort(options, sorted_folder, paths, classes, classified[:, 0].tolist(), unsure)
     predictions = []
     rows = []
-    for path, row, chances in zip(map(str, paths), classified.tolist(), confidence.tolist(), strict=True):
+    for n, (path, row, chances) in enumerate(
+        zip(map(str, paths), classified.tolist(), confidence.tolist(), strict=True)
+    ):
         guesses = [(classes[c], round(p, 4)) for c, p in zip(row, chances, strict=True)]
-        predictions.append({"path": path, "classes": [{"class": name, "confidence": p} for name, p in guesses]})
-        rows.append([path, *(cell for name, p in guesses for cell in (name, f"{100 * p:.1f} %"))])
+        found_classes = [{"class": name, "confidence": p} for name, p in guesses]
+        prediction: dict[str, Any] = {"path": path, "classes": found_classes}
+        cells = [path, *(cell for name, p in guesses for cell in (name, f"{100 * p:.1f} %"))]
+        if unsure is not None:
+            prediction[_UNSURE] = unsure[n]
+            cells.append(_UNSURE if unsure[n] else "")
+        if options.probabilities:
+            shares = [round(p, 6) for p in probabilities[n].tolist()]
+            prediction["probabilities"] = dict(zip(classes, shares, strict=True))
+        predictions.append(prediction)
+        rows.append(cells)
     numbers = [""] if kept == 1 else [f" {k}" for k in range(1, kept + 1)]
-    lines = []
+    if unsure is not None:
+        lines.insert(0, f"{sum(unsure):,} of {counted(len(paths), 'image')} {_UNSURE}: below {options.unsure_below}")
+        fields["num_unsure"] = sum(unsure)
     if len(paths) > NUM_SHOWN:
-        lines.append(f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")
+        lines.insert(0, f"... and {len(paths) - NUM_SHOWN:,} more; --out FILE.parquet and --json have all")
     if options.out is not None:
         lines.append(f"done: {options.out}")
     fields = {
@@ -107,7 +132,78 @@ def run(options: PredictOptions) -> None:
         "num_images": len(paths),
         "num_unreadable": len(found) - len(paths),
         "out": str(options.out) if options.out is not None else None,
+        **fields,
         "predictions": predictions,
     }
     header = ["image", *(name for k in numbers for name in (f"class{k}", f">confidence{k}"))]
+    header += [] if unsure is None else [_UNSURE]
     console.result(fields, header=header, rows=rows[:NUM_SHOWN], lines=lines)
+
+
+def _column_names(classes: Sequence[str]) -> list[str]:
+    """Return the name of each class's column; names that are equal once they are escaped get the class id."""
+    names = [_PROBABILITY + on_a_line(files.utf8_text(name)) for name in classes]
+    return [name if names.count(name) == 1 else f"{name} ({c})" for c, name in enumerate(names)]
+
+
+def _sort(
+    options: PredictOptions,
+    folder: SortedFolder | None,
+    paths: Sequence[Path],
+    classes: Sequence[str],
+    found: Sequence[int],
+    unsure: Sequence[bool] | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """Copy the images into their folders; return lines and JSON fields about it, none without --sort-into.
+
+    Args:
+        options: flags of the command.
+        folder: folder of --sort-into.
+        paths: images [N].
+        classes: class names [C].
+        found: predicted classes [N].
+        unsure: which images are unsure [N]; None without --unsure-below.
+    """
+    if folder is None:
+        return [], {}
+    *of_class, of_unsure = folder_names([*classes, _UNSURE])
+    places = [of_class[c] for c in found]
+    if unsure is not None:
+        places = [of_unsure if is_unsure else place for place, is_unsure in zip(places, unsure, strict=True)]
+    is_new = folder.write(paths, places, overwrite=options.overwrite)
+    number = len(set(places))
+    lines = [f"{'copied' if is_new else 'up to date'}: {counted(number, 'folder')} of images in {options.sort_into}"]
+    return lines, {"sorted_into": str(options.sort_into), "sorted": "done" if is_new else "up to date"}
+
+
+def _limits(given: str, source: PhaseFolder, recipe: Recipe, classes: Sequence[str]) -> Tensor:
+    """Return the confidence below which a prediction is unsure, for each class [C] float32.
+
+    Args:
+        given: value of --unsure-below.
+        source: phase that predicts.
+        recipe: its recipe.
+        classes: class names [C].
+
+    Raises:
+        UsageError: `given` is a number outside of 0 to 1.
+        InputError: it is no thresholds.parquet of this phase.
+    """
+    try:
+        share = float(given)
+    except ValueError:
+        pass
+    else:
+        if not 0 <= share <= 1:
+            raise UsageError(f"--unsure-below {given} is no confidence from 0 to 1", fix="give such as 0.8")
+        return torch.full((len(classes),), share)
+    path = Path(given).expanduser()
+    again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, "--threshold-for", "precision=0.9")
+    fix = f"give a confidence from 0 to 1, or RUN/evaluation/PHASE/{THRESHOLDS} of this run, which this writes: {again}"
+    if path.name != THRESHOLDS or not files.is_there(path.parent / files.RUN):
+        raise InputError(f"{given} is neither a number nor a {THRESHOLDS} of an evaluation", fix=fix)
+    record = run_json.read_run(path.parent, run_json.EvaluationRecord)
+    if not source.is_source_of(record) or record.made_from.recipe.get("evaluation") != recipe.tables()["evaluation"]:
+        raise InputError(f"{given} is of another checkpoint, or of other settings of [evaluation]", fix=fix)
+    table = tables.read_table(path, tables.THRESHOLDS_SCHEMA, run_json.output_of(path.parent, record, THRESHOLDS)[1])
+    return torch.tensor(table["threshold"].fillna(np.inf).to_numpy(), dtype=torch.float32)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cpmix_cli.artifacts.files import DATASET, digest, read_bytes, sha256
+from cpmix_cli.artifacts import tables
+from cpmix_cli.artifacts.files import DATASET, SAMPLES, digest, read_bytes, sha256
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import Batches, open_batches, pictures, stream_batches
 from cpmix_cli.data.dataset import Dataset, open_dataset
@@ -19,6 +20,7 @@ from cpmix_cli.data.decoding import all_unreadable_named, check_headers, readabl
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.stream import FileReader, read_in_order
 from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runs import run_json
 from cpmix_cli.runtime.errors import InputError, shortened
 
 
@@ -174,3 +176,37 @@ def other_tests(folder: Path, dataset: Dataset, *, skip_unreadable: bool = False
     samples = pd.DataFrame({"sample_id": files.positions, "label": files.labels, "path": files.paths})
     tests = _in_files(paths, samples, dataset, upright=True, data_root=folder.resolve())
     return replace(tests, fingerprint=digest([content, files.labels.tolist()]))
+
+
+def evaluated_tests(evaluation: Path, dataset: Dataset) -> TestSet:
+    """Return the test samples of a finished evaluation, in the order of its predictions.
+
+    Args:
+        evaluation: folder of the evaluation.
+        dataset: data set that the network was trained on.
+
+    Raises:
+        InputError: the samples are missing, or are others by now.
+    """
+    record = run_json.read_run(evaluation, run_json.EvaluationRecord)
+    if SAMPLES not in record.outputs:
+        return own_tests(dataset, "test")
+    path, sha = run_json.output_of(evaluation, record, SAMPLES)
+    samples = tables.read_samples(path, record.data_root is not None, sha)
+    place = Path(record.test_data) if record.test_data is not None else None
+    again = f"evaluate again, with the flags that wrote {evaluation}, and --overwrite"
+    is_own = place is None or (place / DATASET).is_file()
+    try:
+        other = dataset if place is None or not is_own else open_dataset(place)
+    except InputError as fault:
+        raise InputError(f"the images of {evaluation} are not found: {fault.message}", fix=again) from fault
+    if is_own and other.storage != "files":  # its own copy, which stays as it was
+        known = (split for split in dataset.splits if record.made_from.dataset.endswith(f" {split}"))
+        tests = own_tests(other, "test" if place is not None else next(known, "test"))
+        if tests.samples["sample_id"].tolist() == samples["sample_id"].tolist():
+            return tests
+    root = dataset.data_root if place is None and dataset.data_root else record.data_root
+    if record.data_root is None or root is None:
+        raise InputError(f"the images of {evaluation} are not found: they are others by now", fix=again)
+    paths = [Path(root) / path for path in samples["path"]]
+    return _in_files(paths, samples, dataset, upright=other.upright or not is_own, data_root=Path(root))

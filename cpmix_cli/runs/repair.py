@@ -43,7 +43,8 @@ def repair_command(path: Path) -> str:
             phase, _, label = folder.name.partition("-")
             command = _again("evaluate", folder, phase, plain=not label)
         elif folder.parent.name == "confusion" and not files.is_there(folder / TRAINING_STATE):
-            command = _again("confusion-report", folder, folder.name)
+            phase, _, label = folder.name.partition("-")
+            command = _again("confusion-report", folder, phase, plain=not label)
         elif folder.name in PHASES:
             command = _train(PhaseFolder(folder.parent, folder.name), path)
         else:
@@ -56,6 +57,13 @@ def repair_command(path: Path) -> str:
         start = sentence.end() if sentence else 0
         return f"{command[:start]}{move} && {command[start:]}"
     return command
+
+
+def build_command(folder: Path, *more: str) -> str:
+    """Return the build-lt command of a data set folder with more flags, which writes into a folder beside it."""
+    command = _build(folder / DATASET)
+    beside_it = folder.with_name(f"{folder.name}{''.join(more).replace('--', '-')}")
+    return command.replace(" --overwrite", "").replace(quoted("--out", folder), quoted(*more, "--out", beside_it))
 
 
 def _build(path: Path) -> str:

@@ -25,14 +25,16 @@ def test_predictions_are_csv_or_parquet_by_the_name_of_out(run: Path, tmp_path: 
     written, table = pd.read_csv(tmp_path / "p.csv"), pd.read_parquet(tmp_path / "p.parquet")
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     assert len(table) == 24
-    result = refused(2, f"error: --out {tmp_path / 'p.json'} ends in neither", *predict, tmp_path / "p.json")
+    result = refused(2, f"error: --out {tmp_path / 'p.txt'} ends in none of .parquet,", *predict, tmp_path / "p.txt")
     assert "  fix: give a name such as --out predictions.csv\n" in result.stderr
     refused(4, "p.csv exists", *predict, tmp_path / "p.csv")
-    for name in ("p.csv", "p.parquet"):
+    must(*predict, tmp_path / "p.json")
+    pd.testing.assert_frame_equal(pd.read_json(tmp_path / "p.json"), table, check_dtype=False)
+    for name in ("p.csv", "p.parquet", "p.json"):
         must(*predict, tmp_path / name, "--overwrite")
         (tmp_path / name).write_text("path,class\nmy own")
         refused(4, f"{name} exists", *predict, tmp_path / name, "--overwrite")
-    assert files(tmp_path) == ["p.csv", "p.parquet"]
+    assert files(tmp_path) == ["p.csv", "p.json", "p.parquet"]
 
 
 def test_two_test_sets_of_one_name_make_two_evaluations(run: Path, tmp_path: Path) -> None:
