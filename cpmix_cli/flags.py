@@ -510,7 +510,9 @@ class PredictOptions:
     top: int = flag(1, "Number of classes to show per image, most likely first.", min=1)
     out: Path | None = flag(None, "Also write the predictions to this file: .parquet, .csv or .json.")
     probabilities: bool = flag(
-        False, "Give the probability of every class, a column each in --out, and with --json.", "--probabilities"
+        False,
+        "Also give the probability of every class: a column each in the output file, or in JSON.",
+        "--probabilities",
     )
     unsure_below: str | None = flag(
         None,
