@@ -37,11 +37,12 @@ def check_source(name: str) -> None:
     folder = Path(name).expanduser()
     if (folder / DATASET).is_file():
         train = console.typed("train-stage1", "--data", folder, "--out", Path("ckpt") / folder.resolve().name)
-        raise UsageError(f"{folder} is no source but a data set folder, which is built already", fix=train)
+        what = f"{folder} is no source but a data set folder, which is built already"
+        raise UsageError(what, fix=f"train on it: {train}")
     if folder.is_dir():
         raise UsageError(
             f"{folder} is no source but a folder; the source of a folder of images is image-folder",
-            fix=console.typed(console.command, "image-folder", "--data-root", folder),
+            fix=f"build a data set of it: {console.typed(console.command, 'image-folder', '--data-root', folder)}",
         )
     raise UsageError(f'{console.command} has no source "{name}"', fix=give_one_of(name, SOURCES))
 

@@ -309,7 +309,7 @@ def test_a_word_that_is_both_is_the_source(tmp_path: Path) -> None:
             [
                 "error: photos is no source but a folder; the source of a folder of images is image-folder",
                 "  needed by: run",
-                "  fix: cpmix run image-folder --data-root photos",
+                "  fix: build a data set of it: cpmix run image-folder --data-root photos",
             ],
         ),
         (
@@ -318,7 +318,7 @@ def test_a_word_that_is_both_is_the_source(tmp_path: Path) -> None:
             [
                 "error: photos is no source but a folder; the source of a folder of images is image-folder",
                 "  needed by: build-lt",
-                "  fix: cpmix build-lt image-folder --data-root photos",
+                "  fix: build a data set of it: cpmix build-lt image-folder --data-root photos",
             ],
         ),
         (
@@ -337,7 +337,7 @@ def test_a_word_that_is_both_is_the_source(tmp_path: Path) -> None:
             [
                 "error: {data} is no source but a data set folder, which is built already",
                 "  needed by: build-lt",
-                "  fix: cpmix train-stage1 --data {data} --out ckpt/digits-lt-rho20",
+                "  fix: train on it: cpmix train-stage1 --data {data} --out ckpt/digits-lt-rho20",
             ],
         ),
         (
