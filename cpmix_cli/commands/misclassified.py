@@ -60,7 +60,7 @@ def run(options: MisclassifiedOptions) -> None:
             "true_name": [classes[c] for c in wrong["label"]],
             "predicted_class": wrong["predicted"].tolist(),
             "predicted_name": [classes[c] for c in wrong["predicted"]],
-            "confidence": wrong["confidence"].tolist(),
+            "confidence": wrong["confidence"].to_numpy(),
         }
         publish_table(options.out, tables.MISCLASSIFIED_SCHEMA, columns)
         lines.append(f"done: {options.out}")

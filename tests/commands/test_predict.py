@@ -110,7 +110,7 @@ def test_images_are_copied_into_a_folder_per_class(root: Path, photos: Path, tmp
         assert (out / "green/001.jpg").stat().st_mtime == (photos / "green" / "001.jpg").stat().st_mtime
         assert must(*sort, "--json").json["sorted"] == "up to date"
         before = exact_contents(out)
-        refused(4, f"{out} holds copies of another command", *sort, "--unsure-below", 1)
+        refused(4, f"{out} holds copies of another command", *sort, "--unsure-below", 1, "--json")
         assert exact_contents(out) == before
         found = must(*sort, "--unsure-below", 1, "--overwrite", "--json").json["predictions"]
     assert {name.split("/")[0] for name in files(out) if not name.startswith(".")} == {
