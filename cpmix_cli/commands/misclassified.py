@@ -1,6 +1,7 @@
 """misclassified: list the test images in the off-diagonal cells of a confusion matrix."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -52,7 +53,7 @@ def run(options: MisclassifiedOptions) -> None:
         lines = [f"{len(rows)} of {lines[0]}; more with --limit N, all with --json or --out FILE.csv"]
     if options.out is not None:
         is_path = [isinstance(image, str) for image in images]
-        columns = {
+        columns: dict[str, Any] = {
             "sample_id": wrong["sample_id"].tolist(),
             "path": [files.utf8_text(str(image)) if p else None for image, p in zip(images, is_path, strict=True)],
             "source_index": [None if p else image for image, p in zip(images, is_path, strict=True)],
