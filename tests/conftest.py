@@ -28,6 +28,8 @@ from cpmix_cli.runtime.hardware import num_threads
 
 # The commands set it too; the tests compare bytes, so all of them must use the same number.
 torch.set_num_threads(num_threads(os.environ))
+# As at a terminal, also under nohup, which a command takes as the wish to go on after SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 artifact_files.LATE_SECONDS = 0.2  # no file of a test comes late, but where that is what it tests
 
 

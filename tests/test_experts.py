@@ -654,7 +654,7 @@ def test_a_teacher_is_the_mean_of_its_experts_as_they_were_trained(digits: Path,
     must("train-stage1", "--data", digits, *recipe, "--epochs", 2, "--out", tmp_path)
     settings = ["stage1.terms.erm.teacher=distillation", "model.precision=fp32"]
     context = PhaseContext(load("digits/cross-entropy", settings=settings), open_dataset(digits), CPU, "fp32", {})
-    plan, state = _prepare(None, PhaseFolder(tmp_path, "stage1"), context)
+    plan, state = _prepare(None, None, PhaseFolder(tmp_path, "stage1"), context)
     assert plan.teacher is not None and not plan.teacher.training
     saved, _ = read_tensors(tmp_path / "stage1" / "model.safetensors")
     student = copy.deepcopy(state.model).train()

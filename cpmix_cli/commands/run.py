@@ -254,7 +254,9 @@ def _for_training(options: RunOptions, dataset: "Dataset", *, is_source: bool) -
     from cpmix_cli.training.checks import fitting_settings
 
     asked = TrainingOptions(**{name: getattr(options, name) for name in _TRAINING})
-    asked = replace(asked, data=None, data_root=None if is_source else options.data_root, overwrite=False)
+    # Without --dry-run, the steps overwrite only what an earlier call has not made anew: _Steps.overwrite().
+    root, overwrite = None if is_source else options.data_root, options.overwrite and options.dry_run
+    asked = replace(asked, data=None, data_root=root, overwrite=overwrite)
     if options.recipe is not None:
         return asked
     recipe = load(dataset.recipe(), rho=dataset.record.rho)
@@ -270,7 +272,7 @@ def _train(steps: _Steps, options: RunOptions, asked: TrainingOptions, dataset: 
 
     common = {name: getattr(asked, name) for name in _TRAINING}
     recipe = load(
-        of_dataset(asked.recipe, dataset.recipe()),
+        dataset.recipe() if asked.recipe is None else of_dataset(asked.recipe, dataset.record.recipe),
         settings=asked.settings,
         epochs=asked.epochs,
         seed=asked.seed,

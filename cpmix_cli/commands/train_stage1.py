@@ -44,7 +44,7 @@ def run(options: TrainStage1Options) -> None:
         )
     dataset = open_dataset(options.data, data_root=options.data_root)
     if options.recipe is not None:
-        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.recipe()))
+        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.record.recipe))
     recipe = loading.load(
         options.recipe or dataset.recipe(),
         settings=options.settings,

@@ -79,7 +79,7 @@ def find_recipe(name: str) -> Path:
 def of_dataset(name: str | None, own: str) -> str:
     """Return a recipe's name in full: cpmix is cifar100-lt/cpmix for a data set whose recipe `own` is of that folder.
 
-    Any other name is returned as it is, and `own` for None.
+    Any other name is returned as it is, and `own` for None. `own` need not exist.
     """
     if name is None:
         return own

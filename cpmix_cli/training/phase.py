@@ -129,7 +129,7 @@ def continued(
     """
     dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
     if options.recipe is not None:
-        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.recipe()))
+        options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.record.recipe))
     recipe = trained = source.recipe()  # verifies the file, which is needed even if flags change the recipe
     name = options.recipe or str(source.output(files.RECIPE)[0])
     load = partial(loading.load, name, settings=options.settings, rho=dataset.record.rho)

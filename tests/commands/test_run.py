@@ -160,6 +160,7 @@ def test_a_signal_at_the_end_of_a_step_stops_before_the_next(
     must(*command)
 
 
+@pytest.mark.slow
 def test_val_decides_which_phase_to_use_and_the_report_is_of_that(tmp_path: Path) -> None:
     flags = ("--epochs", 12, "--out", "run", "--val-per-class", 2, "--set", "finetune.lr=40")
     found = must("run", "digits", *flags)
@@ -203,6 +204,7 @@ def test_recipes_without_stage_2_or_finetune_have_fewer_steps(digits: Path) -> N
     assert [step["status"] for step in again["steps"]] == [*["up to date"] * 2, "skipped", *["up to date"] * 3]
 
 
+@pytest.mark.slow
 def test_several_seeds_have_a_run_each_and_end_in_one_line(
     _whole: tuple[Path, Result], digits: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +229,7 @@ def test_several_seeds_have_a_run_each_and_end_in_one_line(
     assert contents(tmp_path / "run" / "seed-0") == contents(_whole[0] / "run")
 
 
+@pytest.mark.slow
 def test_overwrite_goes_on_where_it_was_interrupted(
     handlers: object, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +350,7 @@ def test_a_word_that_is_both_is_the_source(tmp_path: Path) -> None:
                 'error: run has no source "digit"',
                 "  needed by: run",
                 "  fix: give digits, or one of cifar10, cifar100, fashion-mnist, image-folder, imagenet-lt, "
-                "inaturalist2018, places-lt, toy",
+                "inaturalist2018, parquet, places-lt, toy",
             ],
         ),
         (
@@ -398,6 +401,7 @@ def test_several_ranks_are_refused(digits: Path) -> None:
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_a_run_begun_by_hand_and_with_data_that_moved(
     _whole: tuple[Path, Result], tmp_path: Path
 ) -> None:

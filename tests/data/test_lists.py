@@ -185,7 +185,7 @@ def test_unpacked_images_are_read_from_their_files(places: Path, monkeypatch: py
     result = build(places)
     weights = "resnet152-394f9c45"  # the default recipe starts from them
     assert result.code == 0
-    assert result.stderr.startswith(f"next: fetch {weights}.pth from where it was published")
+    assert result.stderr.splitlines()[-1].startswith(f"next: fetch {weights}.pth from where it was published")
     train = f"train-stage1 --data data/places-lt --out ckpt/places-lt --init {weights}.safetensors\n"
     sha = PUBLISHED_WEIGHTS[f"{weights}.pth"]
     assert result.stderr.endswith(f", then: cpmix import-weights {weights}.pth --sha256 {sha} && cpmix {train}")

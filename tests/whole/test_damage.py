@@ -581,7 +581,8 @@ def test_a_damaged_evaluation_beside_a_sound_one_is_left_out(digits_run: Path) -
     result = must("evaluate", "--from", digits_run)
     assert f"warning: left out: {path} is damaged" in result.stderr
     assert f"; to repair it: cpmix evaluate --from {digits_run} --phase stage1 --overwrite\n" in result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()[3:]] == ["finetune", "up"]
+    table = result.stdout.partition("\n\n")[0].splitlines()[3:]
+    assert [line.split()[0] for line in table] == ["finetune", "95"]  # and its 95 % interval
     must("confusion-report", "--from", digits_run)
     refused(3, str(path), "evaluate", "--from", digits_run, "--phase", "stage1")
 
