@@ -156,6 +156,7 @@ def test_a_page_of_a_user_in_a_run_with_reports_is_refused(toy_run: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_output_without_its_record_is_cpmix_s_by_its_content(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     """As a process leaves it that was killed before it wrote the record; any of the other files may be missing too."""
     data = Path(shutil.copytree(toy, tmp_path / "data"))

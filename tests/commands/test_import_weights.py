@@ -326,6 +326,7 @@ def test_stage1_starts_from_pretrained_weights(digits: Path, weights: dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_imported_weights_equal_the_run_and_can_be_trained_further(
     digits: Path, digits_run: Path, tmp_path: Path
 ) -> None:

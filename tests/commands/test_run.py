@@ -104,6 +104,7 @@ def test_the_same_command_again_says_up_to_date_and_writes_nothing(whole: Result
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stopped_after_every_step_it_ends_in_the_same_bytes(
     handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_stopped_after_every_step_it_ends_in_the_same_bytes(
         (signal.SIGTERM, "$ cpmix confusion-report", 75),
     ],
 )
+@pytest.mark.long
 def test_a_signal_in_any_step_leaves_what_the_same_command_completes(
     number: signal.Signals, at: str, code: int, _whole: tuple[Path, Result], tmp_path: Path
 ) -> None:
@@ -161,6 +163,7 @@ def test_a_signal_at_the_end_of_a_step_stops_before_the_next(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_val_decides_which_phase_to_use_and_the_report_is_of_that(tmp_path: Path) -> None:
     flags = ("--epochs", 12, "--out", "run", "--val-per-class", 2, "--set", "finetune.lr=40")
     found = must("run", "digits", *flags)
@@ -205,6 +208,7 @@ def test_recipes_without_stage_2_or_finetune_have_fewer_steps(digits: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_seeds_have_a_run_each_and_end_in_one_line(
     _whole: tuple[Path, Result], digits: Path, tmp_path: Path
 ) -> None:

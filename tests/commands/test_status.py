@@ -144,6 +144,7 @@ def test_status_finds_the_stage1_of_another_run(digits_run: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
+@pytest.mark.long
 def test_the_printed_command_resumes_an_interrupted_phase(phase: str, digits: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     command = ["train-stage1", "--data", str(digits), "--out", str(run), "--epochs", "90"]

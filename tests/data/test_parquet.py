@@ -379,6 +379,7 @@ def test_damaged_files_end_with_an_input_error(tmp_path: Path, generator: torch.
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_row_group_larger_than_the_memory_is_read(tmp_path: Path) -> None:
     """600 MB of images in one row group, and 250 MB of memory more than cpmix takes for a small set."""
     file = tmp_path / "s" / "train.parquet"

@@ -234,6 +234,7 @@ def stopped(photos: Path, out: Path, event: str, name: str, number: signal.Signa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.long
 def test_stopped_packing_resumes_with_finished_shards(photos: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Just when an image of the fifth of five shards is opened; what was whole before is taken over."""
     (photos / "test" / "b" / "last.jpg").write_bytes((photos / "train" / "b" / "000.jpg").read_bytes())

@@ -84,6 +84,7 @@ def test_page_is_in_full_without_scripts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_page_of_8142_classes_is_small() -> None:
     size = 8142
     generator = np.random.Generator(np.random.Philox(0))

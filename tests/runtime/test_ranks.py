@@ -231,6 +231,7 @@ def pipeline(data: Path, run: Path, *changes: str) -> list[Sequence[object]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
+@pytest.mark.long
 def test_ranks_and_micro_batches_give_the_results_of_one_rank(refresh: str, toy: Path, tmp_path: Path) -> None:
     """No batch norm; the last batch has 52 of 64 points. Draws and counts are the same, sums differ by rounding."""
     changes = ["optimizer.batch_size=64", f"confusion.refresh={refresh}", "stage2.terms.cp.per_sample=true"]
@@ -288,6 +289,7 @@ def test_ranks_shift_statistics_of_mixed_features(digits_run: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_average_the_weights_of_one_rank(toy: Path, digits: Path, tmp_path: Path) -> None:
     changes = ["optimizer.batch_size=64", "optimizer.ema_epochs=10"]
     for command in pipeline(toy, tmp_path / "alone", *changes):
@@ -301,6 +303,7 @@ def test_ranks_average_the_weights_of_one_rank(toy: Path, digits: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
     """What does not train is the first rank's alone."""
     run, data = tmp_path / "run", tmp_path / "digits"
@@ -334,6 +337,7 @@ def test_all_commands_run_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["step", "epoch"])
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_and_saves_once(refresh: str, toy: Path, tmp_path: Path) -> None:
     """... and the run goes on with another number of ranks, as if nothing had been."""
     run = tmp_path / "run"
@@ -387,6 +391,7 @@ def test_class_weights_are_normed_over_the_batch_of_all_ranks(toy: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1, 2])
+@pytest.mark.long
 def test_a_killed_rank_ends_all_ranks(killed: int, digits: Path, tmp_path: Path) -> None:
     launched = Launched(3, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))
     launched.wait_for("epoch=2/")
@@ -515,6 +520,7 @@ ALONE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALONE)
+@pytest.mark.long
 def test_a_rank_that_waits_in_vain_says_so_with_the_way_out(case: str, toy: Path, tmp_path: Path) -> None:
     """After 10 seconds, not 300; and the command works as it is printed."""
     environment = {**os.environ, **ALONE[case]}
@@ -548,6 +554,7 @@ def test_a_rank_that_waits_in_vain_says_so_with_the_way_out(case: str, toy: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_hangs_is_told_by_the_first(digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900)
     launched = Launched(2, words, extra={"SILENT_SECONDS": "1"})

@@ -354,6 +354,7 @@ def started(found: Terminal, *lines: tuple[object, ...]) -> "subprocess.Popen[by
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Path, tmp_path: Path) -> None:
     found, run = Terminal(90, 40), tmp_path / "watched"
     commands = [
@@ -383,6 +384,7 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_leaves_the_terminal_clean(digits: Path, tmp_path: Path) -> None:
     found = Terminal(90, 40)
     process = started(found, ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 900))

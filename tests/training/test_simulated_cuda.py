@@ -110,6 +110,7 @@ PIPELINES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "flags"), PIPELINES.values(), ids=list(PIPELINES))
+@pytest.mark.long
 def test_all_commands_on_the_device_give_the_numbers_of_the_cpu(
     recipe: str, flags: Sequence[str], digits: Path, tmp_path: Path
 ) -> None:

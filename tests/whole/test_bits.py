@@ -119,6 +119,7 @@ def first_release(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.cifar
+@pytest.mark.long
 def test_a_run_of_the_first_release_evaluates_to_its_numbers(first_release: tuple[Path, Path]) -> None:
     data, run = first_release
     keys = ("top1", "many", "medium", "few", "ece", "checkpoint_sha256")
@@ -131,7 +132,7 @@ def test_a_run_of_the_first_release_evaluates_to_its_numbers(first_release: tupl
 
 
 @pytest.mark.cifar
-@pytest.mark.skipif("CI" in os.environ, reason="takes 3 minutes; make slow runs it outside CI")
+@pytest.mark.long
 def test_a_run_of_the_first_release_finetunes_to_the_same_bits(
     first_release: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def changed(data: bytes, rng: random.Random, number: int) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) -> None:
     """Every file of every command, each read by that command again; 2,000 changes in all, 500 in CI."""
     data = Path(shutil.copytree(toy, tmp_path / "data"))
@@ -641,6 +642,7 @@ def test_an_unpublished_archive_is_refused_without_unpacking(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_gzip_bomb_is_refused_within_bounded_memory(tmp_path: Path) -> None:
     """4 GB of zeros under a published name: no more is unpacked than there should be."""
     compress = zlib.compressobj(9, zlib.DEFLATED, 31)

@@ -107,6 +107,7 @@ def test_unusual_path_names_are_accepted(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_path_that_is_not_utf_8_is_accepted(tmp_path: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     data, run = place / "data", place / "run"

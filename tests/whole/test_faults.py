@@ -1,6 +1,5 @@
 """Each write, fsync, rename, link, new folder and open for writing of each command fails once; see faults.py."""
 
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ def test_a_failing_call_is_refused_and_the_same_command_ends_in_the_same_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("CI" in os.environ, reason="takes 90 seconds; make slow runs it outside CI")
+@pytest.mark.long
 def test_a_failing_call_of_any_command_loses_nothing() -> None:
     found = swept("--every", 64)
     assert len(found) == 23

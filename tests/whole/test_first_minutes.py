@@ -1,6 +1,5 @@
 """The script for the first person with a GPU: without one it says so, and all its parts run on the CPU."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,15 +32,17 @@ def test_help_names_all_parts() -> None:
     assert run("nothing").code == 2
 
 
-IN_CI = pytest.mark.skipif("CI" in os.environ, reason="takes half a minute; make slow runs it outside CI")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     # The tests are run anyway.
-    [pytest.param(part, marks=IN_CI if part in ("speed", "graphs") else ()) for part in PARTS if part != "tests"],
+    [
+        pytest.param(part, marks=pytest.mark.long if part in ("speed", "graphs") else ())
+        for part in PARTS
+        if part != "tests"
+    ],
 )
+@pytest.mark.long
 def test_each_part_runs_on_the_cpu(part: str) -> None:
     result = run("--device", "cpu", part)
     assert result.code == 0, result.stdout

@@ -218,6 +218,7 @@ def test_a_terminal_that_is_closed_costs_no_epoch(digits: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nohup_keeps_a_run_from_a_closed_terminal(digits: Path, tmp_path: Path) -> None:
     command = ["train-stage1", "--data", digits, "--out", tmp_path, "--epochs", 6]
     hook = (

@@ -106,6 +106,7 @@ def test_a_data_set_that_was_built_again_as_it_was_is_the_same(tmp_path: Path, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_ranks_stop_with_the_state_saved(tmp_path: Path) -> None:
     build(tmp_path, "tensors", 0, tmp_path / "data")
     command = ("train-stage1", "--data", tmp_path / "data", "--out", tmp_path / "run", "--epochs", 2000)
@@ -124,6 +125,7 @@ def test_all_ranks_stop_with_the_state_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_ranks_stop_where_one_sees_that_the_data_set_is_gone(tmp_path: Path) -> None:
     """Each rank has a copy, as on machines with disks of their own; the second rank's is moved."""
     folders = [tmp_path / "a", tmp_path / "b"]

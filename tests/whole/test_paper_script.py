@@ -32,6 +32,7 @@ def rows(folder: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_script_stops_in_time_and_the_same_line_goes_on(tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     for minutes in (0.4, 0.5, 1, 2, 4):  # a busy machine needs more of them

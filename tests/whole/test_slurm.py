@@ -229,6 +229,7 @@ def preempt(job: subprocess.Popen[str], stage1: Path, cluster: Cluster) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluster: Cluster, toy: Path) -> None:
     command = ["bash", "recipes/slurm/pipeline.sh", str(toy), "run", "--epochs", str(EPOCHS)]
     options = {"cwd": cluster.folder, "env": {**cluster.environment, "PHASES": "train-stage2"}, "text": True}
@@ -257,6 +258,7 @@ def test_a_chain_of_jobs_survives_a_preemption_and_ends_in_the_same_files(cluste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["one-node.sbatch", "torchrun.sbatch"])
+@pytest.mark.long
 def test_two_preempted_ranks_save_and_one_rank_resumes(cluster: Cluster, toy: Path, script: str) -> None:
     command = ("train-stage1", "--data", toy, "--out", "run", "--epochs", EPOCHS)
     ranks_here = {"RUN": "run", "RANKS_PER_NODE": 2} if script == "torchrun.sbatch" else {"per_node": 2}

@@ -12,6 +12,7 @@ KILLS = 10 if "CI" in os.environ else 20
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed_commands_leave_the_same_bytes() -> None:
     command = [sys.executable, str(Path(__file__).parents[1] / "torture.py"), "--kills", str(KILLS)]
     result = subprocess.run(command, capture_output=True, text=True)
