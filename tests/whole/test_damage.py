@@ -41,7 +41,7 @@ from cpmix_cli.runtime.errors import InputError
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
-PLACES = 500 if "CI" in os.environ else 2000
+PLACES = 2000
 
 
 def changed(data: bytes, rng: random.Random, number: int) -> bytes:
@@ -63,7 +63,7 @@ def changed(data: bytes, rng: random.Random, number: int) -> bytes:
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_change_anywhere_is_noticed(toy: Path, toy_run: Path, tmp_path: Path) -> None:
-    """Every file of every command, each read by that command again; 2,000 changes in all, 500 in CI."""
+    """Every file of every command, each read by that command again; 2,000 changes in all."""
     data = Path(shutil.copytree(toy, tmp_path / "data"))
     begun = tmp_path / "begun"
     again: dict[Path, tuple[object, ...]] = {

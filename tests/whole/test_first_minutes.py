@@ -33,16 +33,8 @@ def test_help_names_all_parts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "part",
-    # The tests are run anyway.
-    [
-        pytest.param(part, marks=pytest.mark.long if part in ("speed", "graphs") else ())
-        for part in PARTS
-        if part != "tests"
-    ],
-)
 @pytest.mark.long
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "tests"])  # the tests are run anyway
 def test_each_part_runs_on_the_cpu(part: str) -> None:
     result = run("--device", "cpu", part)
     assert result.code == 0, result.stdout
