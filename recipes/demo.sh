@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on scikit-learn's handwritten digits, made long-tailed: about a minute on two CPU cores.
+# The whole pipeline on scikit-learn's handwritten digits, made long-tailed, first command by command, then all in one.
 # Usage: bash recipes/demo.sh [FOLDER]      (cpmix on the PATH; the folder is made, default: demo)
 set -euo pipefail
 demo=${1:-demo}
