@@ -8,7 +8,7 @@ import pandas as pd
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.evaluation.saved import read_predictions
 from cpmix_cli.flags import MisclassifiedOptions
-from cpmix_cli.results.table_files import check_out, publish_table
+from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
@@ -63,7 +63,7 @@ def run(options: MisclassifiedOptions) -> None:
             "predicted_name": [classes[c] for c in wrong["predicted"]],
             "confidence": wrong["confidence"].to_numpy(),
         }
-        publish_table(options.out, tables.MISCLASSIFIED_SCHEMA, columns)
+        publish_in_format(options.out, tables.MISCLASSIFIED_SCHEMA, columns)
         lines.append(f"done: {options.out}")
     out = str(options.out) if options.out is not None else None
     fields = {"phase": source.phase, "num_images": len(found), "out": out, "images": found}

@@ -19,7 +19,7 @@ from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
 from cpmix_cli.evaluation.sorted_copies import SortedFolder, folder_names, open_sorted
 from cpmix_cli.flags import PredictOptions
 from cpmix_cli.recipe.schema import Recipe
-from cpmix_cli.results.table_files import check_out, publish_table
+from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
@@ -100,7 +100,7 @@ def run(options: PredictOptions) -> None:
             for name, column in zip(_column_names(classes), probabilities.numpy().T, strict=True):
                 columns[name] = column
                 schema = schema.append(pa.field(name, pa.float32(), nullable=False))
-        publish_table(options.out, schema, columns)
+        publish_in_format(options.out, schema, columns)
     lines, fields = _sort(options, sorted_folder, paths, classes, classified[:, 0].tolist(), unsure)
     predictions = []
     rows = []

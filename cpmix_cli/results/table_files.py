@@ -49,7 +49,7 @@ def _columns_of(data: bytes) -> list[str]:
     return next(csv.reader([line]), []) if len(line) < csv.field_size_limit() else []
 
 
-def publish_table(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> None:
+def publish_in_format(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[Any]]) -> None:
     """Publish a table as the ending of its name says.
 
     Args:
