@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     routers: "Routers | None"
     """Routers of a network with several experts, see change_head(); None without."""
     frozen: tuple[str, ...]
-    """Names of modules and parameters that are never trained; see within()."""
+    """Names of modules and parameters that the phase never trains; see within()."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,8 +35,8 @@ from cpmix_cli.runtime import console, signals
 from cpmix_cli.runtime.errors import Interrupted
 from cpmix_cli.training import cuda_graphs, loop
 from cpmix_cli.training.cuda_graphs import CudaGraphRunner
-from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.phase import resume, training_data
+from cpmix_cli.training.inputs import TrainingData, training_data
+from cpmix_cli.training.phase import resume
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step

@@ -25,8 +25,8 @@ from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Finetune, Model, Optimizer
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.training.inputs import training_data
 from cpmix_cli.training.objective import ClassWeights, Output, Term, TermBatch
-from cpmix_cli.training.phase import training_data
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, rehearsal
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step

@@ -17,8 +17,7 @@ from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.phase import training_data
+from cpmix_cli.training.inputs import TrainingData, training_data
 from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal
 
 

@@ -109,10 +109,11 @@ def _check_init(recipe: schema.Recipe, init: Path | None) -> None:
         )
     if init is not None and init.exists():
         _check_format(init, sha)
-    if init is None and recipe.model.init_head == "new":
+    if init is None and recipe.model.init_head != "by-name":
+        why = {"new": "the head is new anyway", "class-means": "the features are random, and their means say nothing"}
         raise UsageError(
-            'model.init_head = "new": without --init the head is new anyway',
-            fix="give --init RUN, or drop the key: --set model.init_head=by-name",
+            f'model.init_head = "{recipe.model.init_head}": without --init {why[recipe.model.init_head]}',
+            fix="give --init with pretrained weights, or drop the key: --set model.init_head=by-name",
         )
     if not wanted:
         return
@@ -222,13 +223,13 @@ def _prepare(
         recipe, shape = context.recipe, context.recipe.data.input_shape(context.dataset.shape)
         tensors = _read_weights(init, context.inputs["init"])
         taken = load_backbone(state.model, tensors, init, recipe.model, shape)
-        head = "the head is new"
+        head = "the head is new" if recipe.model.init_head != "class-means" else "the head is that of class means"
         if begun is not None and recipe.model.init_head == "by-name":
             head = _keep_head(state.model, tensors, begun, context.dataset.class_names)
         console.note(f"starts from {taken} tensors of {init}; {head}")
-    elif state.model.frozen:
+    elif frozen := context.recipe.model.frozen:
         # Frozen batch norm keeps mean 0 and variance 1, so deep networks may overflow.
-        console.note(f"without --init, {', '.join(state.model.frozen)} stay at random weights (model.frozen)")
+        console.note(f"without --init, {', '.join(frozen)} stay at random weights (model.frozen)")
     if teacher is not None:
         # Without its [evaluation], which changes weights only for the teacher's own evaluations.
         trained = teacher.recipe().model_copy(update={"evaluation": schema.Evaluation()})

@@ -35,9 +35,12 @@ _RULES = (
     _Rule("data.cutout", range(1, 4097), "data.augment", [*_FLIPS, "crop"], "it augments"),
     _Rule("data.flip", ["alternating"], "data.augment", _FLIPS),
     _Rule("model.head_bias", ["rare"], "model.head", ["linear"], "a cosine head has no bias"),
+    _Rule("model.init_head", ["class-means"], "model.head_bias", ["drawn"], "it sets the bias"),
     _Rule("finetune.head", ["scale"], "model.head", ["linear"], "a cosine head has no bias"),
     _Rule("model.head", ["cosine"], "evaluation.tau_norm", [0], "it has no norms"),
     _Rule("schedule.kind", ["multistep", "cosine", "constant"], "schedule.end", [0]),
+    _Rule("schedule.warmup_steps", range(1, 1_000_001), "schedule.warmup_epochs", [0], "there is one warm-up"),
+    _Rule("optimizer.kind", ["adam", "adamw"], "optimizer.nesterov", [False], "only SGD has it"),
     _Rule("optimizer.momentum", [0], "optimizer.nesterov", [False]),
     _Rule("optimizer.expert_rates", ["target-share"], "model.experts", _SEVERAL),
     _Rule("finetune.momentum", [0], "finetune.nesterov", [False]),
@@ -68,6 +71,9 @@ def unmet(recipe: Recipe) -> list[str]:
     ]
     if recipe.data.flip == "alternating" and all(term.draw != "natural" for _, term in recipe.terms()):
         faults.append('data.flip = "alternating" needs a term with draw = "natural": it is for these batches only')
+    if recipe.optimizer.layer_decay < 1 and all(t.train == ["head"] for t in (recipe.stage1, recipe.stage2) if t):
+        rate = f"optimizer.layer_decay = {recipe.optimizer.layer_decay:g}"
+        faults.append(f"{rate}: the stages train the head alone, which has the whole rate")
     s = recipe.schedule
     faults += [
         f'{name}.warmup_epochs = {table.warmup_epochs:g}: with {name}.kind = "linear" at most {name}.epochs = '

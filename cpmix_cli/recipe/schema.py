@@ -129,9 +129,9 @@ class Model(Table):
     init: str = Field(default="", pattern=r"^(|[\w.-]+-[0-9a-f]{8,64}\.\w+)$")
     """Published weights that `train-stage1 --init` must give, after import-weights: the file name, which ends in the
     first digits of its sha256 (resnet152-394f9c45.pth). "": random weights, or any weights of --init."""
-    init_head: Literal["by-name", "new"] = "by-name"
-    """Head of a network that starts from a run of cpmix. by-name: classes that the run had keep their rows. new: all
-    are drawn."""
+    init_head: Literal["by-name", "new", "class-means"] = "by-name"
+    """Head of a network that starts from --init. by-name: classes that a run of cpmix had keep their rows. new: all
+    are drawn. class-means: from the mean features of each class, see training/class_means.py."""
     frozen: list[str] = []
     """Names of modules that no phase trains (layer1, layer4.0). Their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
@@ -157,6 +157,7 @@ class ParameterGroup(Table):
     """Settings of the parameters whose names start with `prefix`. The first matching group applies."""
 
     prefix: str
+    """Or "norm", the parameters of all normalisation layers, or "bias", all biases."""
     lr_factor: float = Field(default=1.0, ge=0, le=1e6)
     """Factor on the learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
@@ -166,7 +167,8 @@ class ParameterGroup(Table):
 class Optimizer(Table):
     """Optimizer of both stages."""
 
-    kind: Literal["sgd", "adam"] = "sgd"
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adamw: Adam with decoupled weight decay. Both have torch's betas (0.9, 0.999) and eps (1e-8)."""
     lr: float = Field(default=0.1, gt=0, le=1e30)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
@@ -179,6 +181,9 @@ class Optimizer(Table):
     """Number of parts of a rank's batch, run one after the other to save memory. Batch norm uses the images of one
     part."""
     groups: list[ParameterGroup] = []
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the learning rate for each layer that a parameter is away from the head: layer_decay ** depth. The
+    head, and what follows the last block, have depth 0. training/tuning.py says what a layer is."""
     expert_rates: Literal["equal", "target-share"] = "equal"
     """Learning rate of the experts' own parameters. equal: lr. target-share: lr times the fraction of training images
     whose classes are the expert's targets (ACE)."""
@@ -186,7 +191,7 @@ class Optimizer(Table):
     """Horizon of an exponential moving average of the weights, in epochs; 0: none. The phases publish and evaluate the
     average, and the finetune starts from it. Its batch norm statistics come from one more pass over the augmented
     training images, at the end of each stage."""
-    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches", "ema_epochs")
+    _quiet: ClassVar[tuple[str, ...]] = ("micro_batches", "layer_decay", "ema_epochs")
 
 
 class Schedule(Table):
@@ -199,6 +204,9 @@ class Schedule(Table):
     warmup_epochs: float = Field(default=10, ge=0)
     """Length of the linear warm-up: epoch e (from 1) has the factor min(1, e / warmup_epochs). linear: epochs until the
     learning rate has its peak, `lr`."""
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_EPOCHS)
+    """Length of a warm-up in steps: step k (from 1) has the factor min(1, k / warmup_steps). Needs warmup_epochs = 0.
+    linear: steps until the learning rate has its peak."""
     kind: Literal["multistep", "cosine", "constant", "linear"] = "multistep"
     """linear: rises from 0 to `lr` and falls to `end`, with every step."""
     end: float = Field(default=0.0, ge=0, le=1)
@@ -209,7 +217,7 @@ class Schedule(Table):
     """One factor for all milestones, or one factor per milestone."""
     rescaled_from: int = Field(default=0, ge=0)
     """Value of `epochs` before --epochs changed it; 0 if it did not."""
-    _quiet: ClassVar[tuple[str, ...]] = ("end",)
+    _quiet: ClassVar[tuple[str, ...]] = ("warmup_steps", "end")
 
 
 class Confusion(Table):
@@ -344,6 +352,10 @@ class Stage(Table):
     terms: dict[str, TermRecipe]
     forward: Literal["joint", "separate"] = "joint"
     """joint: one forward pass with the images of all terms, which share batch norm. separate: one pass per term."""
+    train: list[str] = Field(default=[""], min_length=1)
+    """Prefixes of the names of trained parameters; "norm": those of all normalisation layers; "bias": all biases; "":
+    all. In a stage, modules of which nothing is trained are in eval mode."""
+    _quiet: ClassVar[tuple[str, ...]] = ("train",)
 
     @model_validator(mode="after")
     def _has_terms(self) -> "Stage":
@@ -371,7 +383,7 @@ class Finetune(Stage):
     router_top: int = Field(default=30, ge=1, le=10_000)
     """Number of largest logits that are inputs of a router."""
     train: list[str] = Field(default=["head"], min_length=1)
-    """Prefixes of the names of trained parameters."""
+    """As in a stage."""
     groups: list[ParameterGroup] = []
     """Parameter groups, as in [optimizer]."""
     batchnorm: Literal["frozen", "shift"] = "frozen"

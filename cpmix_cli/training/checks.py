@@ -7,12 +7,14 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from cpmix_cli.data.batches import NORMALISATIONS
 from cpmix_cli.models import MODELS, within
 from cpmix_cli.recipe.loading import refusal, typed_flags, with_settings
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
+from cpmix_cli.training.tuning import matching
 
 _NETWORKS = ("resnet18", "resnet32", "one-hidden-layer")
 """Networks to suggest: for images of more than 32 pixels, for smaller ones, for points."""
@@ -80,7 +82,7 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
     try:
         with torch.device("meta"):
             network = MODELS[recipe.model.name](num_classes, data.input_shape(shape), recipe.model)
-        found += [_Misfit(line) for line in _name_faults(recipe, [name for name, _ in network.named_parameters()])]
+        found += [_Misfit(line) for line in _name_faults(recipe, network)]
     except ValueError as fault:
         found.append(_Misfit(f'model.name = "{recipe.model.name}": {fault}', _network_for(recipe, num_classes, shape)))
     if data.crop and not has_images:
@@ -136,34 +138,50 @@ def _network_for(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> tupl
     return ()
 
 
-def _name_faults(recipe: Recipe, names: list[str]) -> list[str]:
+def _name_faults(recipe: Recipe, network: nn.Module) -> list[str]:
     """Return errors: unknown parameter prefixes or modules, and phases without a trained parameter.
 
-    `names` are the parameters of the network with a linear head.
+    `network` has a linear head.
     """
+    names = [name for name, _ in network.named_parameters()]
     heads = [name for name in names if name.startswith("head.")]
     if recipe.model.head == "cosine":
         names = [name for name in names if name not in heads or not name.endswith("bias")]
-    wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
-    frozen = recipe.model.frozen
-    trained = {"model.frozen": [name for name in names if not within(name, frozen)]}
+    own = {"stage1": names, "stage2": names, "finetune": list(names)}
     if (finetune := recipe.finetune) is not None:
         scales = [name.replace("weight", "scale") for name in heads if name.endswith("weight")]
-        own = names + {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])
-        wanted += [("finetune.train", prefix, own) for prefix in finetune.train]
-        wanted += [("finetune.groups", group.prefix, own) for group in finetune.groups]
-        matched = [name for name in own if name.startswith(tuple(finetune.train))]
-        if matched:
-            trained["finetune.train"] = [name for name in matched if not within(name, frozen)]
+        own["finetune"] += {"scale": scales, "routers": ["routers."]}.get(finetune.head, [])
+    stages = {phase: stage for phase in own if (stage := getattr(recipe, phase)) is not None}
+    wanted = [("optimizer.groups", group.prefix, names) for group in recipe.optimizer.groups]
+    wanted += [(f"{phase}.train", part, own[phase]) for phase, stage in stages.items() for part in stage.train]
+    wanted += [("finetune.groups", group.prefix, own["finetune"]) for group in finetune.groups] if finetune else []
+
+    def found(pattern: str, known: list[str]) -> list[str]:
+        chosen = set(matching(network, [pattern]))
+        return [name for name in known if name in chosen or name.startswith(pattern)]
+
+    frozen = recipe.model.frozen
+    trained = {"model.frozen": names} | {
+        f"{phase}.train": matched
+        for phase, stage in stages.items()
+        if stage.train != [""] and (matched := [name for part in stage.train for name in found(part, own[phase])])
+    }
     modules = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
     faults = [
         f'model.frozen: the network has no "{module}", but {modules} and what lies in them'
         for module in frozen
         if not any(within(name, [module]) for name in names)
     ]
-    faults += [f"{key}: all of it is frozen, nothing is left to train" for key, left in trained.items() if not left]
+    faults += [
+        f"{key}: all of it is frozen, nothing is left to train"
+        for key, matched in trained.items()
+        if all(within(name, frozen) for name in matched)
+    ]
+    meant = {"norm": "is of a normalisation layer", "bias": "is a bias"}
     return faults + [
-        f'{key}: no parameter of the network starts with "{prefix}"; some are {", ".join(known[:1] + known[-2:])}'
-        for key, prefix, known in wanted
-        if not any(name.startswith(prefix) for name in known)
+        f"{key}: no parameter of the network "
+        + meant.get(pattern, f'starts with "{pattern}"')
+        + f"; some are {', '.join(known[:1] + known[-2:])}"
+        for key, pattern, known in wanted
+        if not found(pattern, known)
     ]

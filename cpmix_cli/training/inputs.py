@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cpmix_cli.data.batches import Batches, ClassPool
+from cpmix_cli.artifacts import files
+from cpmix_cli.data.batches import Batches, ClassPool, open_batches
+from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.mixing import MixingState
+from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime import ranks
+from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.batch_slices import BatchSlice, batch_slices
 from cpmix_cli.training.objective import Term
 from cpmix_cli.training.plan import Plan
@@ -33,6 +37,27 @@ class TrainingData:
     """Class of each training image [N] int64."""
     class_counts: Tensor
     """Training images per class [C] int64."""
+
+
+def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
+    """Open the training split: images resident or streamed, labels and class counts on the device.
+
+    Args:
+        dataset: an open data set.
+        recipe: gives augmentation and normalisation.
+        device: device of the network.
+
+    Raises:
+        InputError: a file is missing or damaged, or the labels do not have the recorded class counts.
+    """
+    batches, labels = open_batches(dataset, "train", recipe.data, device)
+    counts = torch.bincount(labels, minlength=dataset.num_classes)
+    if counts.tolist() != dataset.class_counts.tolist():
+        raise InputError(
+            f"{dataset.folder / files.CLASS_COUNTS} has other counts than the training labels",
+            path=dataset.folder / files.CLASS_COUNTS,
+        )
+    return TrainingData(batches, labels.to(device), counts.to(device))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 from cpmix_cli.artifacts import files, locks, records, tables
 from cpmix_cli.artifacts.locks import Lock
 from cpmix_cli.artifacts.tensors import on_host, read_tensors, sealed_metadata
-from cpmix_cli.data.batches import open_batches
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.decoding import all_unreadable_named
 from cpmix_cli.data.equal_images import warn_of_changed
@@ -41,8 +40,9 @@ from cpmix_cli.runtime.errors import (
 from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
-from cpmix_cli.training.inputs import TrainingData
-from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, fresh_state, make_plan, rehearsal
+from cpmix_cli.training.class_means import start_from_class_means
+from cpmix_cli.training.inputs import TrainingData, training_data
+from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, begin_stage2, fresh_state, make_plan, rehearsal
 from cpmix_cli.training.state import EpochSums, TrainingState, read_state
 from cpmix_cli.training.tensorboard import Tracker, forget
 
@@ -186,8 +186,7 @@ def _load_source(source: PhaseFolder, phase: str, context: PhaseContext) -> tupl
     tensors, _ = read_tensors(path, sha)
     state = fresh_state(context)
     state.load(tensors, path, optimizer=phase != "finetune")
-    if phase == "finetune":
-        begin_finetune(context, state)
+    (begin_finetune if phase == "finetune" else begin_stage2)(context, state)
     plan = make_plan(context, phase)
     state.epoch = plan.first_epoch
     return plan, state
@@ -286,6 +285,9 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
     there = sum(path.stat().st_size for path in old if path.is_file())
     files.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
     curves = Tracker(folder.path) if asked.options.tracker else None
+    if begun is None and recipe.model.init_head == "class-means" and source is None and not asked.options.dry_run:
+        with _reading(dataset, ["train"]):
+            start_from_class_means(plan, data, state.model)
     here.max_over_ranks(0)
     return _Loaded(plan, state, data, context, begun is not None, curves)
 
@@ -559,27 +561,6 @@ def _with_last_good_state(
     if overwrites:
         kept += f"; {folder.path} is left as it was"
     return Diverged(f"{fault.message}; {kept}", needed_by=fault.needed_by, fix=fix)
-
-
-def training_data(dataset: Dataset, recipe: Recipe, device: torch.device) -> TrainingData:
-    """Open the training split: images resident or streamed, labels and class counts on the device.
-
-    Args:
-        dataset: an open data set.
-        recipe: gives augmentation and normalisation.
-        device: device of the network.
-
-    Raises:
-        InputError: a file is missing or damaged, or the labels do not have the recorded class counts.
-    """
-    batches, labels = open_batches(dataset, "train", recipe.data, device)
-    counts = torch.bincount(labels, minlength=dataset.num_classes)
-    if counts.tolist() != dataset.class_counts.tolist():
-        raise InputError(
-            f"{dataset.folder / files.CLASS_COUNTS} has other counts than the training labels",
-            path=dataset.folder / files.CLASS_COUNTS,
-        )
-    return TrainingData(batches, labels.to(device), counts.to(device))
 
 
 def _sizes(plan: Plan, state: TrainingState) -> tuple[int, int]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.experts import target_classes
-from cpmix_cli.models import Classifier, build_model, change_head, within
+from cpmix_cli.models import Classifier, build_model, change_head
 from cpmix_cli.recipe.schema import Finetune, Optimizer, ParameterGroup, Recipe, Schedule, Stage
 from cpmix_cli.training.objective import Term, compile_stage
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.schedule import learning_rate
 from cpmix_cli.training.state import TrainingState
+from cpmix_cli.training.tuning import layer_depths, matching, set_trained
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,39 @@ def fresh_state(context: PhaseContext) -> TrainingState:
     model = build_model(recipe.model, dataset.num_classes, recipe.data.input_shape(dataset.shape), generator)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     confusion = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.float64)
-    settings = recipe.optimizer
-    if settings.expert_rates == "target-share":
-        counts = torch.tensor(dataset.class_counts)
-        shares = (target_classes(counts, recipe.model.experts) * counts).sum(1) / counts.sum()
-        groups = list(settings.groups)
-        for k, share in enumerate(shares):
-            groups += [ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share)) for part in ("experts", "head")]
-        settings = settings.model_copy(update={"groups": groups})
-    state = TrainingState(model, make_optimizer(model, settings), confusion.to(device), epoch=1)
+    set_trained(model, recipe.stage1.train, recipe.model.frozen, idle_in_eval=True)
+    state = TrainingState(model, _optimizer_of_stages(context, model), confusion.to(device), epoch=1)
     if recipe.has_match:
         state.counted_images = confusion.new_zeros(dataset.num_classes, device=device)
     if recipe.optimizer.ema_epochs:
         state.average = deepcopy(model).requires_grad_(False)
     return state
+
+
+def begin_stage2(context: PhaseContext, state: TrainingState) -> None:
+    """Prepare a state of stage 1 for stage 2: what both train keeps the optimizer's state, the rest begins."""
+    recipe = context.recipe
+    assert recipe.stage2 is not None
+    if recipe.stage2.train == recipe.stage1.train:
+        return
+    set_trained(state.model, recipe.stage2.train, recipe.model.frozen, idle_in_eval=True)
+    if state.average is not None:
+        state.average.frozen = state.model.frozen
+    kept = state.optimizer.state
+    state.optimizer = _optimizer_of_stages(context, state.model)
+    state.optimizer.state.update({p: kept[p] for p in state.model.parameters() if p in kept and p.requires_grad})
+
+
+def _optimizer_of_stages(context: PhaseContext, model: Classifier) -> torch.optim.Optimizer:
+    settings = context.recipe.optimizer
+    if settings.expert_rates == "target-share":
+        counts, experts = torch.tensor(context.dataset.class_counts), context.recipe.model.experts
+        shares = (target_classes(counts, experts) * counts).sum(1) / counts.sum()
+        groups = list(settings.groups)
+        for k, share in enumerate(shares):
+            groups += [ParameterGroup(prefix=f"{part}.{k}.", lr_factor=float(share)) for part in ("experts", "head")]
+        settings = settings.model_copy(update={"groups": groups})
+    return make_optimizer(model, settings)
 
 
 def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
@@ -182,23 +202,24 @@ def begin_finetune(context: PhaseContext, state: TrainingState) -> None:
     state.model, state.average = state.result, None
     generator = torch_generator(recipe.seed, "finetune", "routers" if table.head == "routers" else "head")
     change_head(state.model, table, context.dataset.num_classes, generator)
-    for name, parameter in state.model.named_parameters():
-        parameter.requires_grad = name.startswith(tuple(table.train)) and not within(name, state.model.frozen)
+    set_trained(state.model, table.train, recipe.model.frozen, idle_in_eval=False)
     state.optimizer = make_optimizer(state.model, table)
 
 
 def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.optim.Optimizer:
-    """Return SGD or Adam over the parameters that require a gradient, grouped by lr_factor and weight decay.
+    """Return the optimizer of the parameters that require a gradient, grouped by factor of the rate and weight decay.
 
     The learning rate of each group is a scalar tensor on the device; each step sets it.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
+    members = [(group, set(matching(model, [group.prefix]))) for group in recipe.groups]
+    by_layer, depths = (recipe.layer_decay if isinstance(recipe, Optimizer) else 1.0), layer_depths(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = next((g for g in recipe.groups if name.startswith(g.prefix)), ParameterGroup(prefix=""))
+        own = next((group for group, names in members if name in names), ParameterGroup(prefix=""))
         decay = recipe.weight_decay if own.weight_decay is None else own.weight_decay
-        groups.setdefault((own.lr_factor, decay), []).append(parameter)
+        groups.setdefault((own.lr_factor * by_layer ** depths[name], decay), []).append(parameter)
     # Fused: one launch, which reads a float32 learning rate on the device. On the CPU it would gain almost nothing.
     device = next(model.parameters()).device
     fused = device.type == "cuda"
@@ -207,8 +228,9 @@ def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.opt
         {"params": p, "weight_decay": decay, "lr_factor": factor, "lr": rate.clone()}
         for (factor, decay), p in groups.items()
     ]
-    if recipe.kind == "adam":
-        adam = torch.optim.Adam(parameters, fused=fused, capturable=fused)
+    if recipe.kind in ("adam", "adamw"):
+        kind = torch.optim.Adam if recipe.kind == "adam" else torch.optim.AdamW
+        adam = kind(parameters, fused=fused, capturable=fused)
         adam._warned_capturable_if_run_uncaptured = True  # steps before a recording are eager
         return adam
     return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
@@ -221,8 +243,8 @@ def rehearsal(context: PhaseContext, phase: str) -> tuple[Plan, TrainingState]:
     """
     plan = make_plan(context, phase)
     state = fresh_state(context)
-    if phase == "finetune":
-        begin_finetune(context, state)
+    if phase != "stage1":
+        (begin_finetune if phase == "finetune" else begin_stage2)(context, state)
     state.epoch = max(plan.first_epoch, plan.confusion_start)
     state.confusion.fill_(1).fill_diagonal_(0)
     if state.counted_images is not None:

@@ -47,3 +47,18 @@ def test_linear_rises_to_its_peak_and_falls_to_its_end_with_every_step(epochs: i
     assert rates[-1] == 0.4 * (end if peak < epochs else 1)
     if peak == round(peak) > 0:
         assert rates[98 * int(peak) - 1] == max(rates) == 0.4
+
+
+def test_a_warm_up_in_steps_rises_with_every_step_over_the_epochs() -> None:
+    """7 of 3 x 4 steps: the factor of step k is k / 7, also in the middle of an epoch; linear has its peak there."""
+    steps = {"epochs": 3, "stage1_epochs": 3, "warmup_epochs": 0, "warmup_steps": 7}
+    factors = [min(1, k / 7) for k in range(1, 13)]
+    for kind in ("cosine", "constant"):
+        rates = []
+        for table in (steps, {**steps, "warmup_steps": 0}):
+            schedule = Schedule(**table, kind=kind)
+            rates.append([learning_rate(0.3, schedule, e, s, 4) for e in range(1, 4) for s in range(4)])
+        np.testing.assert_allclose(rates[0], np.multiply(factors, rates[1]), rtol=1e-12)
+    schedule = Schedule(**steps, kind="linear", end=0.5)
+    rates = [learning_rate(1.0, schedule, e, s, 4) for e in range(1, 4) for s in range(4)]
+    np.testing.assert_allclose(rates, np.interp(range(1, 13), [0, 7, 12], [0, 1, 0.5]), rtol=1e-12)
