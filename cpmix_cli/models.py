@@ -5,12 +5,14 @@ one head per expert on concatenated features [B, E D]. `expert_logits(x)` return
 network, and the logits are their mean.
 
 A builder in MODELS takes the number of classes, the shape of one sample and the [model] table. It raises ValueError for
-what it does not support. build_model() replaces the linear head if `model.head` says so.
+what it does not support. Networks of libraries are in backbones.py. build_model() replaces the linear head if
+`model.head` says so.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -46,6 +48,14 @@ class Classifier(nn.Module):
     def places_of(self, name: str) -> list[str]:
         """Return the tensors of this network that start from the published tensor `name`."""
         return [name]
+
+    def is_head(self, name: str) -> bool:
+        """Return whether a published tensor, or one of cpmix, belongs to a head: these are never the network's."""
+        return name.startswith(("head.", "fc."))
+
+    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a published tensor, or what this network can take of it, such as resampled position embeddings."""
+        return tensor
 
     def draw_weights(self, layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
         """Draw the initial weights of a layer: Kaiming-normal (fan in, gain sqrt 2). Source: LDAM-DRW's code."""
@@ -275,7 +285,7 @@ class PointNet(Classifier):
         return F.relu(self.hidden(x))
 
 
-class _TorchvisionWeights(Classifier):
+class TorchvisionWeights(Classifier):
     """Network with the initial weights of torchvision's ResNets: fan out, and linear layers as torch draws them."""
 
     def draw_weights(self, layer: nn.Conv2d | nn.Linear, generator: torch.Generator) -> None:
@@ -287,7 +297,7 @@ class _TorchvisionWeights(Classifier):
             layer.weight.uniform_(-bound, bound, generator=generator)
 
 
-class ImageNetResNet(_TorchvisionWeights):
+class ImageNetResNet(TorchvisionWeights):
     """torchvision's ResNet under its parameter names, which published weights use; only `fc` is called `head`."""
 
     def __init__(self, name: str, num_classes: int) -> None:
@@ -306,7 +316,7 @@ class ImageNetResNet(_TorchvisionWeights):
         return x.flatten(1)
 
 
-class ImageNetExperts(_TorchvisionWeights):
+class ImageNetExperts(TorchvisionWeights):
     """torchvision's ResNet with separate later stages and heads per expert, narrowed by `model.expert_width`.
 
     Source: Wang et al., RIDE, and its code: experts of ResNet-50 have 192 and 384 planes instead of 256 and 512, and
@@ -454,6 +464,35 @@ MODELS: dict[str, Callable[[int, Sequence[int], Model], Classifier]] = {
 }
 
 
+def make_network(recipe: Model, num_classes: int, shape: Sequence[int]) -> Classifier:
+    """Make the network of a recipe with a linear head and with any weights: build_model() draws them.
+
+    Args:
+        recipe: table [model].
+        num_classes: C.
+        shape: shape of a sample: (H, W, channels) or (2,).
+
+    Raises:
+        ValueError: the network does not support such samples or keys.
+        EnvironmentFault: it is of a library that is not installed.
+    """
+    if recipe.name not in MODELS:
+        from cpmix_cli import backbones  # imported here, because it makes Classifiers
+
+        return backbones.make_backbone(recipe, num_classes, shape)
+    if recipe.drop_path:
+        raise ValueError(f"model.drop_path = {recipe.drop_path:g}: the network has no drop path")
+    return MODELS[recipe.name](num_classes, shape, recipe)
+
+
+@contextmanager
+def _seeded(generator: torch.Generator) -> Iterator[None]:
+    """Seed torch's global CPU generator, with which libraries draw weights, and restore its state at the end."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        yield
+
+
 def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator: torch.Generator) -> Classifier:
     """Build and initialise the network of a recipe.
 
@@ -464,12 +503,14 @@ def build_model(recipe: Model, num_classes: int, shape: Sequence[int], generator
         generator: source of the random weights.
 
     Raises:
-        ValueError: the network does not support such samples or keys.
+        ValueError, EnvironmentFault: see make_network().
     """
-    model = MODELS[recipe.name](num_classes, shape, recipe)
+    own = recipe.name in MODELS
+    with nullcontext() if own else _seeded(generator):
+        model = make_network(recipe, num_classes, shape)
     if recipe.head == "cosine":
         model.replace_heads(lambda head: CosineHead(head.in_features, num_classes, recipe.head_scale))
-    _initialise(model, model, generator)
+    _initialise(model, model if own else model.head, generator)
     if recipe.head_bias == "rare":
         for head in model.heads:
             assert isinstance(head, nn.Linear)

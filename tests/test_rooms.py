@@ -10,7 +10,7 @@ from helpers import must
 from cpmix_cli import cli
 
 PACKAGE = Path(cli.__file__).parent
-RESEARCH = ("losses", "mixing", "confusion", "models", "experts")
+RESEARCH = ("losses", "mixing", "confusion", "models", "backbones", "experts")
 """The researcher's files, which are one room though they lie at the top."""
 ROOMS = (
     *("cli", "commands", "bench", "results", "report", "evaluation", "training", "runs"),

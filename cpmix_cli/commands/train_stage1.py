@@ -10,11 +10,13 @@ from torch import Tensor
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.artifacts.seals import check_seal, read_header
 from cpmix_cli.artifacts.tensors import read_tensors, tensors_digest
+from cpmix_cli.data.batches import published_normalisation
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.evaluation.prediction import accuracy_on_test, read_model
 from cpmix_cli.flags import TrainStage1Options
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
+from cpmix_cli.recipe.libraries import is_library_name
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose, choose_phase, locate
 from cpmix_cli.runtime import console
@@ -196,12 +198,14 @@ def _choose_teacher(run: Path | None, recipe: schema.Recipe, dataset: Dataset) -
             needed_by="--teacher",
             fix="give --set stage1.terms.erm.teacher=distillation as well",
         )
-    if (own := source.recipe().data.normalisation) != recipe.data.normalisation:
+    own, student = source.recipe().data.normalisation, recipe.data.normalisation
+    if (published_normalisation(own) or own) != (published_normalisation(student) or student):
         raise InputError(
-            f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has '
-            f'"{recipe.data.normalisation}"',
+            f'{source.path} learnt from images of data.normalisation = "{own}", the recipe has "{student}"',
             needed_by="--teacher",
-            fix=f"give --set data.normalisation={own} as well",
+            fix="give the run of another teacher"
+            if is_library_name(own)
+            else f"give --set data.normalisation={own} as well",
         )
     return source
 

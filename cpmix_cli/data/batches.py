@@ -19,6 +19,7 @@ from cpmix_cli.data.dataset import Dataset, Shaped
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.stream import FileReader, ImageReader, StreamedBatches, read_in_order
+from cpmix_cli.recipe.libraries import is_library_name, published
 from cpmix_cli.recipe.schema import Data
 from cpmix_cli.runtime import hardware, ranks
 from cpmix_cli.runtime.errors import InputError
@@ -249,13 +250,24 @@ class CropBatches(Resident):
         return x
 
 
+def published_normalisation(name: str) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return mean and deviation per channel on the scale 0..1 that a data.normalisation names; None for dataset, none.
+
+    Raises:
+        EnvironmentFault, ValueError: it names a network of a library, see libraries.published().
+    """
+    if is_library_name(name):
+        return published(name).mean, published(name).std
+    return NORMALISATIONS.get(name)
+
+
 def _normalisation(
     recipe: Data, num_channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the offset to subtract from pixels 0..255 and the scale to multiply by: float32 [channels] each."""
     if recipe.normalisation != "dataset":
         neither = (0.0,) * num_channels, (1.0,) * num_channels
-        mean, std = NORMALISATIONS.get(recipe.normalisation, neither)
+        mean, std = published_normalisation(recipe.normalisation) or neither
     std = [s or 1.0 for s in std]  # a constant channel has deviation 0
     offset = torch.tensor(mean, dtype=torch.float32, device=device) * 255
     return offset, 1 / (torch.tensor(std, dtype=torch.float32, device=device) * 255)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from cpmix_cli.recipe.libraries import is_library_name
 from cpmix_cli.recipe.schema import Recipe, TermRecipe
 
 
@@ -69,6 +70,16 @@ def unmet(recipe: Recipe) -> list[str]:
         for table, found in batches
         if found is not None and parts > found.batch_size
     ]
+    if (seen := recipe.data.normalisation) not in (recipe.model.name, "network") and is_library_name(seen):
+        faults.append(
+            f'data.normalisation = "{seen}" is of that network, not of model.name = "{recipe.model.name}": give '
+            'data.normalisation = "network"'
+        )
+    if recipe.data.normalisation == "network":
+        faults.append(
+            f'data.normalisation = "network" is for networks of torchvision and timm, not for model.name = '
+            f'"{recipe.model.name}": give "imagenet" if its weights were trained with that'
+        )
     if recipe.data.flip == "alternating" and all(term.draw != "natural" for _, term in recipe.terms()):
         faults.append('data.flip = "alternating" needs a term with draw = "natural": it is for these batches only')
     if recipe.optimizer.layer_decay < 1 and all(t.train == ["head"] for t in (recipe.stage1, recipe.stage2) if t):

@@ -11,6 +11,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from cpmix_cli.recipe.functions import TERM_KINDS, Needs, bind, in_float32, known, needs_of, outline
+from cpmix_cli.recipe.libraries import check_library_name, is_library_name, library_names
 from cpmix_cli.runtime.errors import suggest
 from cpmix_cli.runtime.text import toml_text
 
@@ -57,6 +58,9 @@ class Table(BaseModel):
         return {key: value for key, value in handler(self).items() if key not in idle}
 
 
+_NORMALISATIONS = ("cifar10", "imagenet", "inaturalist", "dataset", "none", "network")
+
+
 class Data(Table):
     """Augmentation and normalisation: from stored images to network inputs."""
 
@@ -88,10 +92,20 @@ class Data(Table):
     crop: int = Field(default=0, ge=0, le=4096)
     """Side of the network's square input, in pixels: a resized crop in training, the centre crop in tests. 0: images
     are not cropped."""
-    normalisation: Literal["cifar10", "imagenet", "inaturalist", "dataset", "none"] = "dataset"
+    normalisation: str = "dataset"
     """Mean and standard deviation per channel. cifar10, imagenet, inaturalist: published values. dataset: values of the
-    training set. none: 0 and 1."""
+    training set. none: 0 and 1. network: those that the published weights of the network were trained with, for the
+    networks of a library; a resolved recipe has the network's name in its place."""
     _quiet: ClassVar[tuple[str, ...]] = ("fill", "cutout", "flip", "crop")
+
+    @pydantic.field_validator("normalisation")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if is_library_name(name):
+            check_library_name(name)
+        elif name not in _NORMALISATIONS:
+            raise ValueError(f"unknown.{suggest(name, _NORMALISATIONS)}")
+        return name
 
     def input_shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape of a network input: image [H, W, channels] -> [crop, crop, channels] if `crop` is not 0.
@@ -105,7 +119,7 @@ class Model(Table):
     """The network."""
 
     name: str = "resnet32"
-    """Name of the network, a key of models.MODELS."""
+    """Name of the network: a key of models.MODELS, or torchvision/NAME or timm/NAME, a classifier of that library."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of forward and backward pass. auto: bf16 autocast if the hardware supports it, else fp32. auto is
     resolved when stage 1 starts."""
@@ -132,6 +146,9 @@ class Model(Table):
     init_head: Literal["by-name", "new", "class-means"] = "by-name"
     """Head of a network that starts from --init. by-name: classes that a run of cpmix had keep their rows. new: all
     are drawn. class-means: from the mean features of each class, see training/class_means.py."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that the last residual branch is left out for an image in training (drop path, or stochastic depth);
+    it rises from 0 at the first branch. For the networks of a library that have it; 0: off."""
     frozen: list[str] = []
     """Names of modules that no phase trains (layer1, layer4.0). Their batch norm keeps its statistics."""
     sync_batchnorm: bool = False
@@ -143,14 +160,26 @@ class Model(Table):
     @pydantic.field_validator("name")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if name not in known("model"):
-            raise ValueError(f"unknown.{suggest(name, known('model'))}")
+        if is_library_name(name):
+            check_library_name(name)
+        elif name not in known("model"):
+            own = f"torchvision/{name}"
+            hint = f' Did you mean "{own}"?' if own in library_names("torchvision") else suggest(name, known("model"))
+            raise ValueError(f"unknown.{hint}")
         return name
 
     _idle_without: ClassVar[dict[str, tuple[str, ...]]] = {
         "experts": ("shared_stages", "expert_width", "expert_layout", "detached_experts")
     }
-    _quiet: ClassVar[tuple[str, ...]] = ("experts", "init", "init_head", "frozen", "sync_batchnorm", "cuda_graphs")
+    _quiet: ClassVar[tuple[str, ...]] = (
+        "experts",
+        "init",
+        "init_head",
+        "drop_path",
+        "frozen",
+        "sync_batchnorm",
+        "cuda_graphs",
+    )
 
 
 class ParameterGroup(Table):
@@ -447,6 +476,18 @@ class Recipe(Table):
     stage2: Stage | None = None
     finetune: Finetune | None = None
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_the_network(cls, tables: Any) -> Any:
+        """Put the name of a library's network in the place of data.normalisation = "network"."""
+        data, model = (tables.get(key) if isinstance(tables, dict) else None for key in ("data", "model"))
+        if not isinstance(data, dict) or not isinstance(model, dict) or data.get("normalisation") != "network":
+            return tables
+        name = model.get("name")
+        if not isinstance(name, str) or not is_library_name(name):
+            return tables
+        return {**tables, "data": {**data, "normalisation": name}}
 
     def terms(self, *, idle: bool = False) -> Iterator[tuple[str, TermRecipe]]:
         """Yield terms with their places, such as "stage1.terms.erm". Terms of weight 0 are included only if `idle`."""

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cpmix_cli.data.batches import NORMALISATIONS
-from cpmix_cli.models import MODELS, within
+from cpmix_cli.backbones import Backbone, ImagesUnfit
+from cpmix_cli.models import make_network, within
+from cpmix_cli.recipe.libraries import is_library_name, published
 from cpmix_cli.recipe.loading import refusal, typed_flags, with_settings
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime.errors import EnvironmentFault, UsageError
@@ -81,8 +82,14 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
     has_images, data = len(shape) == 3, recipe.data
     try:
         with torch.device("meta"):
-            network = MODELS[recipe.model.name](num_classes, data.input_shape(shape), recipe.model)
+            network = make_network(recipe.model, num_classes, data.input_shape(shape))
+        if isinstance(network, Backbone):
+            network.try_images(data.input_shape(shape))
+        if is_library_name(data.normalisation):
+            published(data.normalisation)
         found += [_Misfit(line) for line in _name_faults(recipe, network)]
+    except ImagesUnfit as fault:
+        found.append(_Misfit(f'model.name = "{recipe.model.name}": {fault}', _crop_for(recipe, shape)))
     except ValueError as fault:
         found.append(_Misfit(f'model.name = "{recipe.model.name}": {fault}', _network_for(recipe, num_classes, shape)))
     if data.crop and not has_images:
@@ -103,7 +110,7 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
         found.append(
             _Misfit("evaluation.mirror = true: for images, the data set has points", ("evaluation.mirror=false",))
         )
-    if data.normalisation in NORMALISATIONS and has_images and shape[-1] != 3:
+    if data.normalisation not in ("dataset", "none") and has_images and shape[-1] != 3:
         message = f'data.normalisation = "{data.normalisation}": for 3 channels, the images have {shape[-1]}'
         found.append(_Misfit(message, ("data.normalisation=dataset",)))
     if data.normalisation == "dataset" and not has_statistics:
@@ -128,13 +135,28 @@ def _misfits(recipe: Recipe, num_classes: int, shape: Sequence[int], has_statist
     return found
 
 
+def _crop_for(recipe: Recipe, shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the settings that crop images to the side that the published weights of a library's network have."""
+    side, augment = published(recipe.model.name).size, recipe.data.augment
+    if min(shape[:2]) < side or recipe.data.crop == side:
+        return ()
+    cropped = augment == "none" or augment.startswith("resized-crop")
+    return (f"data.crop={side}", *(() if cropped else ("data.augment=resized-crop-flip",)))
+
+
 def _network_for(recipe: Recipe, num_classes: int, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the settings of a network for samples of this shape; an empty tuple if [model] forbids all of them."""
     for name in _NETWORKS:
         with suppress(ValueError), torch.device("meta"):
-            MODELS[name](num_classes, recipe.data.input_shape(shape), recipe.model)
-            pretrained = ("model.init=",) if recipe.model.init else ()  # weights of the other network
-            return (f"model.name={name}", *pretrained, *(("model.frozen=[]",) if recipe.model.frozen else ()))
+            model = recipe.model.model_copy(update={"name": name, "drop_path": 0.0})
+            make_network(model, num_classes, recipe.data.input_shape(shape))
+            own = {  # keys that belong to the other network
+                "model.init=": recipe.model.init,
+                "model.frozen=[]": recipe.model.frozen,
+                "model.drop_path=0": recipe.model.drop_path,
+                "data.normalisation=imagenet": is_library_name(recipe.data.normalisation),
+            }
+            return (f"model.name={name}", *(setting for setting, given in own.items() if given))
     return ()
 
 

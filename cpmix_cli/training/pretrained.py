@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import unfit
-from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, Classifier
+from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, Classifier, make_network
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
@@ -155,7 +155,7 @@ def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
 
     def places(name: str, tensor: Tensor) -> set[str]:
-        return {p for p in model.places_of(name) if p in needed and own[p].shape == tensor.shape}
+        return {p for p in model.places_of(name) if p in needed and own[p].shape == model.fitted(name, tensor).shape}
 
     named: dict[str, set[str]] = defaultdict(set)
     fitting: dict[str, set[str]] = defaultdict(set)
@@ -173,7 +173,7 @@ def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
     rivals = whole if closest and len(whole) > 1 and len(first) != 1 else []
 
     inside = {name.removeprefix(closest): t for name, t in tensors.items() if name.startswith(closest)}
-    body = {name: t for name, t in inside.items() if not name.startswith(("head.", "fc."))}
+    body = {name: t for name, t in inside.items() if not model.is_head(name)}
     left_out = [name for name in tensors if not name.startswith(closest)]
     if closest in whole:
         # layer1.2 or layer5 would be of a deeper network; projector.0 is of another module.
@@ -181,7 +181,7 @@ def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
         strangers = [name for name in body if _kind(name) not in kinds]
         left_out += [closest + name for name in strangers]
         body = {name: tensor for name, tensor in body.items() if name not in strangers}
-    given = {place: t for name, t in body.items() for place in model.places_of(name)}
+    given = {place: model.fitted(name, t) for name, t in body.items() for place in model.places_of(name)}
     return _Match(closest, own, given, sorted(left_out), len(fitting[closest]), len(needed), rivals)
 
 
@@ -221,7 +221,7 @@ def _other_network(match: _Match, tensors: Mapping[str, Tensor], recipe: Model, 
     for change in changes:
         other = recipe.model_copy(update=change)
         with suppress(ValueError), torch.device("meta"):  # ValueError: a network for other samples
-            if not _match(MODELS[other.name](2, shape, other), tensors).faults():
+            if not _match(make_network(other, 2, shape), tensors).faults():
                 flags = " ".join(f"--set model.{key}={value}" for key, value in change.items())
                 return f"give {flags}, as these weights require"
     return f"give weights of {recipe.name}: these fit no network of cpmix for samples of shape {tuple(shape)}"

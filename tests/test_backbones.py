@@ -1,0 +1,292 @@
+"""Networks of torchvision and timm: their features, their published names, and what they refuse."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from helpers import must
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cpmix_cli.backbones import Backbone
+from cpmix_cli.data.batches import make_batches
+from cpmix_cli.data.dataset import Shaped
+from cpmix_cli.models import CosineHead, build_model, make_network
+from cpmix_cli.recipe.libraries import library_names, published
+from cpmix_cli.recipe.loading import load
+from cpmix_cli.recipe.schema import Data, Model
+from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.pretrained import how_to_import, load_backbone
+
+NO_HEAD = ("squeezenet1_0", "squeezenet1_1")
+
+
+def made(name: str, side: int, **keys: Any) -> Backbone:
+    model = build_model(Model(name=name, **keys), 3, (side, side, 3), torch.Generator().manual_seed(0))
+    assert isinstance(model, Backbone)
+    return model
+
+
+def on_meta(name: str, side: int, **keys: Any) -> Backbone:
+    """The network as the checks of a recipe make it, after one image has passed through it."""
+    with torch.device("meta"):
+        model = make_network(Model(name=name, **keys), 3, (side, side, 3))
+    assert isinstance(model, Backbone)
+    model.try_images((side, side, 3))
+    return model
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """The network in eval mode, with other statistics of batch norm than a new one has."""
+    for name, buffer in network.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 2)
+    return network.eval()
+
+
+def of_torchvision(name: str, **keys: Any) -> nn.Module:
+    """torchvision's own network for 1,000 classes, random."""
+    return randomised(torchvision.models.get_model(name, weights=None, **keys))
+
+
+def seen_by_last_layer(network: nn.Module, x: Tensor) -> Tensor:
+    """What reaches the last linear layer of a network: an independent way to its features."""
+    inputs: list[Tensor] = []
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        network(x)
+    return inputs[0]
+
+
+def check_features(model: Backbone, path: Path, expected: Tensor, x: Tensor, recipe: Model) -> None:
+    """Load a file into the network as train-stage1 does, and compare its features with those of its library."""
+    before = model.head.weight.clone()
+    load_backbone(model, load_file(path), path, recipe, (*x.shape[2:], 3))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().features(x), expected)
+        assert model(x).shape == (len(x), 3)
+    assert torch.equal(model.head.weight, before)
+
+
+# Of two networks per library each quick test; the slow ones have the other families.
+@pytest.mark.parametrize(
+    ("name", "side", "keys"),
+    [
+        ("mobilenet_v3_small", 33, {}),
+        ("shufflenet_v2_x0_5", 33, {}),
+        *(
+            pytest.param(name, side, keys, marks=pytest.mark.slow)
+            for name, side, keys in (
+                ("convnext_tiny", 32, {}),
+                ("densenet121", 64, {}),
+                ("efficientnet_b0", 40, {}),
+                ("googlenet", 64, {"aux_logits": True, "transform_input": True, "init_weights": True}),
+                ("mnasnet0_5", 40, {}),
+                ("regnet_y_400mf", 40, {}),
+                ("resnet18", 40, {}),
+                ("vit_b_32", 64, {"image_size": 64}),
+            )
+        ),
+    ],
+)
+def test_published_weights_give_torchvision_s_own_features(
+    name: str, side: int, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    network = of_torchvision(name, **keys)
+    state = network.state_dict()
+    if name == "densenet121":  # as in the published file, which is older than the names
+        state = {n.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): t for n, t in state.items()}
+    if name == "vit_b_32":
+        state = {
+            n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): t for n, t in state.items()
+        }
+    torch.save(state, tmp_path / "w.pth")
+    sha = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    must("import-weights", tmp_path / "w.pth", "--sha256", sha)
+    x = torch.randn(2, 3, side, side)
+    recipe = Model(name=f"torchvision/{name}")
+    expected = seen_by_last_layer(network, x)
+    check_features(made(recipe.name, side), tmp_path / "w.safetensors", expected, x, recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("test_vit", 160),
+        ("test_convnext", 32),
+        *(
+            pytest.param(name, side, marks=pytest.mark.slow)
+            for name, side in (
+                ("mobilenetv3_small_050", 40),
+                ("test_efficientnet", 40),
+                ("vit_tiny_patch16_224", 224),
+                ("resnet10t", 40),
+                ("deit_tiny_distilled_patch16_224", 224),
+            )
+        ),
+    ],
+)
+def test_timm_s_files_are_taken_as_they_are(name: str, side: int, tmp_path: Path) -> None:
+    network = randomised(timm.create_model(name, pretrained=False))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features(x), pre_logits=True)
+    recipe = Model(name=f"timm/{name}")
+    model = made(recipe.name, side)
+    check_features(model, tmp_path / "model.safetensors", expected, x, recipe)
+    # transformers' wrapper puts a prefix before timm's names.
+    save_file({f"timm_model.{n}": t for n, t in network.state_dict().items()}, tmp_path / "wrapped.safetensors")
+    check_features(made(recipe.name, side), tmp_path / "wrapped.safetensors", expected, x, recipe)
+
+
+def test_weights_of_a_run_go_into_the_same_network(tmp_path: Path) -> None:
+    recipe = Model(name="timm/test_convnext")  # whose own names have head.norm beside head.fc
+    trained, model = made(recipe.name, 32), made(recipe.name, 32)
+    nn.init.ones_(trained.head.weight)
+    for parameter in trained.backbone.parameters():
+        nn.init.normal_(parameter)
+    load_backbone(model, trained.state_dict(), tmp_path, recipe, (32, 32, 3))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained.state_dict()[name]) != name.startswith("head.weight"), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"), [({"stem.0.weight": "x"}, "backbone.stem.0.weight: missing"), ({".": ".odd."}, "200 tensors")]
+)
+def test_a_file_that_lacks_tensors_is_refused_and_the_network_stays(changed: dict[str, str], fault: str) -> None:
+    """timm itself would load it, with an info line in its log, and leave the network random."""
+    recipe, state = Model(name="timm/test_convnext"), timm.create_model("test_convnext", pretrained=False).state_dict()
+    ((old, new),) = changed.items()
+    model = made(recipe.name, 32)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(InputError, match=re.escape(fault)):
+        load_backbone(model, {n.replace(old, new): t for n, t in state.items()}, Path("w"), recipe, (32, 32, 3))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_position_embeddings_are_resampled_for_another_size_of_images() -> None:
+    network = timm.create_model("test_vit", pretrained=False)
+    nn.init.normal_(network.pos_embed)
+    grown = timm.create_model("test_vit", pretrained=False, img_size=96)
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    expected = checkpoint_filter_fn(dict(network.state_dict()), grown)["pos_embed"]
+    recipe = Model(name="timm/test_vit")
+    model = made(recipe.name, 96)
+    load_backbone(model, network.state_dict(), Path("w"), recipe, (96, 96, 3))
+    torch.testing.assert_close(model.backbone.pos_embed, expected)
+
+
+@pytest.mark.slow
+def test_torchvision_s_position_embeddings_are_resampled_too() -> None:
+    network, recipe = of_torchvision("vit_b_32"), Model(name="torchvision/vit_b_32")
+    model = made(recipe.name, 96)
+    load_backbone(model, network.state_dict(), Path("w"), recipe, (96, 96, 3))
+    expected = torchvision.models.vision_transformer.interpolate_embeddings(96, 32, network.state_dict())
+    torch.testing.assert_close(model.backbone.encoder.pos_embedding, expected["encoder.pos_embedding"])
+
+
+# -- what they are built of ------------------------------------------------------------------------------------------
+
+
+def test_weights_come_from_the_generator_and_leave_torch_s_own_as_it_was() -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = made("torchvision/shufflenet_v2_x0_5", 64).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = made("torchvision/shufflenet_v2_x0_5", 64).state_dict()
+    assert all(torch.equal(t, second[n]) for n, t in first.items())
+    assert first["head.weight"].abs().max() <= first["head.weight"].shape[1] ** -0.5
+
+
+def test_drop_path_rises_to_its_key_and_is_off_without_it() -> None:
+    for name in ("torchvision/swin_t", "timm/test_convnext"):
+        rates = {
+            key: [
+                getattr(module, "p", getattr(module, "drop_prob", None))
+                for module in on_meta(name, 224, drop_path=key).modules()
+                if type(module).__name__ in ("StochasticDepth", "DropPath")
+            ]
+            for key in (0.0, 0.25)
+        }
+        assert not any(rates[0.0])
+        assert rates[0.25] == sorted(rates[0.25]) and rates[0.25][-1] == pytest.approx(0.25)
+    for name in ("torchvision/resnet18", "timm/vgg11", "resnet18"):
+        with pytest.raises(ValueError, match=r"model.drop_path = 0.1: the network has no drop path"):
+            make_network(Model(name=name, drop_path=0.1), 3, (64, 64, 3))
+
+
+def test_a_cosine_head_takes_the_place_of_the_linear_one() -> None:
+    model = made("timm/test_convnext", 32, head="cosine", head_scale=5.0)
+    assert isinstance(model.head, CosineHead)
+    assert model(torch.randn(2, 3, 32, 32)).abs().max() <= 5
+
+
+def test_dinov2_takes_the_size_of_the_images() -> None:
+    model = on_meta("timm/vit_small_patch14_dinov2", 224)
+    assert model.backbone.patch_embed.grid_size == (16, 16)  # 256 tokens, not the 1,369 of timm's default 518
+    assert model.num_features == 384
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", library_names("torchvision"))
+def test_every_classifier_of_torchvision_builds(name: str) -> None:
+    side, own = published(name).size, name.partition("/")[2]
+    if own in NO_HEAD:
+        with pytest.raises(ValueError, match="it does not end in a linear layer"):
+            on_meta(name, side)
+        return
+    model = on_meta(name, side)
+    keys = {"aux_logits": False, "init_weights": True} if own in ("googlenet", "inception_v3") else {}
+    with torch.device("meta" if not own.startswith("regnet") else "cpu"):
+        theirs = torchvision.models.get_model(own, weights=None, num_classes=3, **keys)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters()) + (
+        3 if own == "maxvit_t" else 0  # whose last layer has no bias
+    )
+
+
+def test_all_names_of_torchvision_are_known_without_its_import() -> None:
+    listed = torchvision.models.list_models(module=torchvision.models)
+    assert sorted(library_names("torchvision")) == [f"torchvision/{name}" for name in listed]
+    for name in listed:
+        url = published(f"torchvision/{name}").url
+        assert how_to_import(url.rpartition("/")[2])[0].count(url) == 1
+
+
+def test_all_names_of_timm_are_known_without_its_import() -> None:
+    assert sorted(library_names("timm")) == sorted(f"timm/{name}" for name in timm.list_models())
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("torchvision/convnext_tiny", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("torchvision/efficientnet_v2_l", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        ("timm/vit_tiny_patch16_224", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+        (
+            "timm/vit_base_patch16_clip_224.openai",
+            [0.48145466, 0.4578275, 0.40821073],
+            [0.26862954, 0.26130258, 0.27577711],
+        ),
+    ],
+)
+def test_normalisation_network_is_that_of_the_published_weights(name: str, mean: list[float], std: list[float]) -> None:
+    recipe = load("cifar100-lt/cross-entropy", settings=[f"model.name={name}", "data.normalisation=network"])
+    assert recipe.data.normalisation == name
+    images = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
+    record = Shaped(shape=[8, 8, 3], mean=[0.1] * 3, std=[0.1] * 3)
+    seen = make_batches(images, Data(augment="none", normalisation=recipe.data.normalisation), record)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(seen.plain(torch.arange(2)), expected)
