@@ -3,6 +3,8 @@
 Shapes: E experts, N images, C classes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,22 +40,39 @@ def combined(
 
     Args:
         logits: raw logits of each expert [E, N, C].
-        how: value of `evaluation.aggregate`. "targets" scales z_k to z_k |W_1|^2 / |W_k|^2, W_k the head weights, and
-            averages, per class, over the experts that have it as a target. Others are "mean" unless `weights` is given.
-        model: network whose heads give |W_k|.
-        class_counts: training images per class [C], which determine the targets.
+        how: value of `evaluation.aggregate`; see combiner().
+        model: network of these experts.
+        class_counts: training images per class [C].
         weights: weights of the experts, [E] or per image [E, N]; they replace `how`.
-
-    Source of "targets": Cai et al., ACE, from its description.
     """
     if weights is not None:
         return (weights.view(len(logits), -1, 1) * logits).sum(0)
+    return combiner(how, model, class_counts)(logits)
+
+
+def combiner(how: str, model: Classifier, class_counts: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function that combines logits of experts without weights: [E, N, C] -> [N, C].
+
+    What it needs of the network is computed here and not in the function, which an exported graph contains.
+
+    Args:
+        how: value of `evaluation.aggregate`. "targets" scales z_k to z_k |W_1|^2 / |W_k|^2, W_k the head weights, and
+            averages, per class, over the experts that have it as a target. Others are "mean".
+        model: network whose heads give |W_k|.
+        class_counts: training images per class [C], which determine the targets.
+
+    Source of "targets": Cai et al., ACE, from its description.
+    """
     if how != "targets":
-        return logits.mean(0)
+        return lambda logits: logits.mean(0)
     sizes = torch.stack([head.weight.detach().square().sum().cpu() for head in model.heads])  # type: ignore[operator]
-    own = target_classes(class_counts, len(logits)).to(logits.dtype)[:, None]
-    scaled = logits * (sizes[0] / sizes)[:, None, None]
-    return (scaled * own).sum(0) / own.sum(0)
+    targets, scales = target_classes(class_counts, len(sizes))[:, None], (sizes[0] / sizes)[:, None, None]
+
+    def by_targets(logits: Tensor) -> Tensor:
+        own = targets.to(logits.dtype)
+        return (logits * scales * own).sum(0) / own.sum(0)
+
+    return by_targets
 
 
 def routed_weights(routes: Tensor, threshold: float) -> Tensor:
@@ -67,5 +86,7 @@ def routed_weights(routes: Tensor, threshold: float) -> Tensor:
     Source: Wang et al., RIDE, Sec. 3.4.
     """
     goes_on = (routes.sigmoid() > threshold) | (threshold == 0)  # because a probability may round to 0
-    through = torch.cat([torch.ones_like(routes[:1]), goes_on.to(routes.dtype).cumprod(0)])
+    number = torch.arange(1, len(routes) + 1, device=routes.device)[:, None]
+    passes = goes_on.long().cumsum(0) == number  # a running product, which ONNX lacks
+    through = torch.cat([torch.ones_like(routes[:1]), passes.to(routes.dtype)])
     return through / through.sum(0)

@@ -12,31 +12,25 @@ from torch import Tensor
 from cpmix_cli.artifacts import files, tables
 from cpmix_cli.artifacts.files import THRESHOLDS
 from cpmix_cli.data import image_folder
-from cpmix_cli.data.batches import stream_batches
-from cpmix_cli.data.decoding import LEAVE_OUT, all_unreadable_named, check_headers, readable_only
-from cpmix_cli.data.stream import FileReader
-from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
+from cpmix_cli.data.decoding import readable_only
 from cpmix_cli.evaluation.sorted_copies import SortedFolder, folder_names, open_sorted
+from cpmix_cli.evaluation.trained_model import PROBABILITY, TrainedModel, images_of, probability_columns
 from cpmix_cli.flags import PredictOptions
-from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import run_json
-from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
-from cpmix_cli.runtime.text import on_a_line
 
 NUM_SHOWN = 50
 _UNSURE = "unsure"
-_PROBABILITY = "probability_"
 
 
 def _is_own(names: list[str]) -> bool:
     """Return whether a table has the columns of this command."""
     own = tables.PREDICTED_IMAGES_SCHEMA.names
-    return names[: len(own)] == own and all(n == _UNSURE or n.startswith(_PROBABILITY) for n in names[len(own) :])
+    return names[: len(own)] == own and all(n == _UNSURE or n.startswith(PROBABILITY) for n in names[len(own) :])
 
 
 def run(options: PredictOptions) -> None:
@@ -48,12 +42,7 @@ def run(options: PredictOptions) -> None:
         EnvironmentFault: --out or --sort-into exists or cannot be written, or the device is missing.
     """
     source = choose(options.from_folder, options.phase)
-    seen = source.record().dataset
-    if len(seen.shape) != 3:
-        raise InputError(
-            f"{source.path} was trained on points ({seen.name}) and takes no images",
-            fix="give --from a run that was trained on images",
-        )
+    images_of(source)
     if options.probabilities and options.top != 1:
         raise UsageError("--probabilities gives all classes, so --top has no effect", fix="drop one of the two flags")
     if options.probabilities and options.out is None and not console.as_json:
@@ -63,23 +52,13 @@ def run(options: PredictOptions) -> None:
     sorted_folder = None if options.sort_into is None else open_sorted(options.sort_into, options.images)
     device = use_device(options.device, options.threads)
     paths = image_folder.find_images(options.images, skip_unreadable=options.skip_unreadable)
-    counts = tables.read_class_counts(*source.output(files.CLASS_COUNTS))
-    classes = counts["class_name"].tolist()
-    recipe = source.recipe()
-    limits = None if options.unsure_below is None else _limits(options.unsure_below, source, recipe, classes)
-    model = read_model(source, recipe, len(classes), seen.shape).to(device)
+    model = TrainedModel(source, device)
+    classes = model.class_names
+    limits = None if options.unsure_below is None else _limits(options.unsure_below, model)
     found = paths
     if options.skip_unreadable:
         paths = [paths[i] for i in readable_only(paths, upright=True)]
-    else:
-        check_headers(paths)
-    reader = FileReader(paths, seen.shape, recipe.data, upright=True)
-    batches = stream_batches(reader, recipe.data, seen, device)
-    class_counts = torch.tensor(counts["num_train"].to_numpy())
-    with all_unreadable_named(paths, upright=True, fix=LEAVE_OUT):
-        found_logits = predicted(model, batches, len(paths), class_counts, recipe.evaluation)
-    check_finite(found_logits, recipe, source)
-    probabilities = found_logits.logits.softmax(1)
+    probabilities = model.probabilities(paths)
     confidence, classified = probabilities.topk(min(options.top, len(classes)), dim=1)
     unsure = None if limits is None else (confidence[:, 0] < limits[classified[:, 0]]).tolist()
 
@@ -97,7 +76,7 @@ def run(options: PredictOptions) -> None:
             columns[_UNSURE] = np.repeat(unsure, kept).tolist()
             schema = schema.append(pa.field(_UNSURE, pa.bool_(), nullable=False))
         if options.probabilities:
-            for name, column in zip(_column_names(classes), probabilities.numpy().T, strict=True):
+            for name, column in zip(probability_columns(classes), probabilities.numpy().T, strict=True):
                 columns[name] = column
                 schema = schema.append(pa.field(name, pa.float32(), nullable=False))
         publish_in_format(options.out, schema, columns)
@@ -140,12 +119,6 @@ def run(options: PredictOptions) -> None:
     console.result(fields, header=header, rows=rows[:NUM_SHOWN], lines=lines)
 
 
-def _column_names(classes: Sequence[str]) -> list[str]:
-    """Return the name of each class's column; names that are equal once they are escaped get the class id."""
-    names = [_PROBABILITY + on_a_line(files.utf8_text(name)) for name in classes]
-    return [name if names.count(name) == 1 else f"{name} ({c})" for c, name in enumerate(names)]
-
-
 def _sort(
     options: PredictOptions,
     folder: SortedFolder | None,
@@ -176,14 +149,12 @@ def _sort(
     return lines, {"sorted_into": str(options.sort_into), "sorted": "done" if is_new else "up to date"}
 
 
-def _limits(given: str, source: PhaseFolder, recipe: Recipe, classes: Sequence[str]) -> Tensor:
+def _limits(given: str, model: TrainedModel) -> Tensor:
     """Return the confidence below which a prediction is unsure, for each class [C] float32.
 
     Args:
         given: value of --unsure-below.
-        source: phase that predicts.
-        recipe: its recipe.
-        classes: class names [C].
+        model: network that predicts.
 
     Raises:
         UsageError: `given` is a number outside of 0 to 1.
@@ -196,14 +167,17 @@ def _limits(given: str, source: PhaseFolder, recipe: Recipe, classes: Sequence[s
     else:
         if not 0 <= share <= 1:
             raise UsageError(f"--unsure-below {given} is no confidence from 0 to 1", fix="give such as 0.8")
-        return torch.full((len(classes),), share)
-    path = Path(given).expanduser()
+        return torch.full((len(model.class_names),), share)
+    path, source = Path(given).expanduser(), model.source
     again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, "--threshold-for", "precision=0.9")
     fix = f"give a confidence from 0 to 1, or RUN/evaluation/PHASE/{THRESHOLDS} of this run, which this writes: {again}"
     if path.name != THRESHOLDS or not files.is_there(path.parent / files.RUN):
         raise InputError(f"{given} is neither a number nor a {THRESHOLDS} of an evaluation", fix=fix)
     record = run_json.read_run(path.parent, run_json.EvaluationRecord)
-    if not source.is_source_of(record) or record.made_from.recipe.get("evaluation") != recipe.tables()["evaluation"]:
+    if (
+        not source.is_source_of(record)
+        or record.made_from.recipe.get("evaluation") != model.recipe.tables()["evaluation"]
+    ):
         raise InputError(f"{given} is of another checkpoint, or of other settings of [evaluation]", fix=fix)
     table = tables.read_table(path, tables.THRESHOLDS_SCHEMA, run_json.output_of(path.parent, record, THRESHOLDS)[1])
     return torch.tensor(table["threshold"].fillna(np.inf).to_numpy(), dtype=torch.float32)

@@ -65,7 +65,7 @@ class FileReader:
     """Reader of image files. A file is decoded each time that it is read.
 
     Args:
-        paths: image files [N].
+        paths: image files [N]; or decoded images of any size, uint8 [H, W, 3].
         shape: shape of a test image before the recipe's crop, [S, S, channels]; see decoding.square().
         recipe: table [data]: size and kind of the crops.
         upright: rotate images by their EXIF tag; see decoding.py.
@@ -73,7 +73,13 @@ class FileReader:
     """
 
     def __init__(
-        self, paths: Sequence[Path], shape: Sequence[int], recipe: Data, *, upright: bool, fix: str = "repair it"
+        self,
+        paths: Sequence[Path | NDArray[np.uint8]],
+        shape: Sequence[int],
+        recipe: Data,
+        *,
+        upright: bool,
+        fix: str = "repair it",
     ) -> None:
         self._paths = paths
         self._size = shape[0]
@@ -99,7 +105,8 @@ class FileReader:
         """
         path = self._paths[index]
         try:
-            image = self._seen(open_rgb(path, upright=self._upright), uniforms)
+            whole = open_rgb(path, upright=self._upright) if isinstance(path, Path) else Image.fromarray(path)
+            image = self._seen(whole, uniforms)
             into[:] = np.asarray(image if self.shape[2] == 3 else image.convert("L")).reshape(self.shape)
         except Exception as fault:  # a broken file can make Pillow's plugins raise any exception
             raise InputError(f"{path} cannot be read as an image: {reason(fault)}", fix=self._fix) from fault

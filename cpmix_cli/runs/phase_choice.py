@@ -51,7 +51,7 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
     if wanted is not None:
         if wanted not in candidates:
             raise UsageError(
-                f"--phase {wanted}: {console.command} reads only {' or '.join(candidates)}",
+                f"--phase {wanted}: {_caller()} reads only {' or '.join(candidates)}",
                 fix=f"give --phase {candidates[-1]}",
             )
         folder = PhaseFolder(run, wanted)
@@ -65,9 +65,13 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
         if (why := folder.unusable_because()) is None:
             for line in passed_over:
                 console.warn(line)
-            console.note(f"{console.command}: takes {phase} of {run}")
+            console.note(f"{_caller()}: takes {phase} of {run}")
             return folder
         if folder.status() != "absent":
             passed_over.append(f"{phase} {why} and is not used")
     detail = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise InputError(f"{run} holds no finished {' or '.join(candidates)}{detail}", fix=next_command(run))
+
+
+def _caller() -> str:
+    return console.command or "cpmix"  # cpmix_cli.load() in Python

@@ -13,10 +13,12 @@ import pytest
 from helpers import files, must, refused, write_photos
 from PIL import Image
 
+import cpmix_cli
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.data.decoding import UnreadableImages, read_squares
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.recipe.schema import Data
+from cpmix_cli.runtime.errors import InputError
 
 
 def build(root: Path, out: Path, *flags: object) -> None:
@@ -288,6 +290,8 @@ def test_predict_refuses_unreadable_and_missing_images(trained: Path, tmp_path: 
 def test_a_network_of_points_takes_no_images(toy_run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     refused(3, "takes no images", "predict", tmp_path / "a.png", "--from", toy_run)
+    with pytest.raises(InputError, match=r"was trained on points \(toy-lt-rho20\) and takes no images"):
+        cpmix_cli.load(toy_run)
 
 
 def test_evaluate_accepts_another_folder_as_test_data(trained: Path, tmp_path: Path) -> None:
