@@ -85,7 +85,7 @@ def _flag_error(fault: TyperException, words: Sequence[str], command: TyperComma
     if option in flags and flags[option].is_flag:
         return UsageError(f"{option} takes no value", fix=f"give {option} alone")
     if option in flags:
-        return UsageError(f"{option} has no value", fix=f"give {option} a value: {flags[option].help}")
+        return _without_value(option, flags[option].help)
     if option:
         known = nearest(option.strip("-"), [flag.strip("-") for flag in flags])
         change = "".join(f"give --{name} in place of {option}" for name in known) or quoted("drop", option)
@@ -106,11 +106,19 @@ def _flag_error(fault: TyperException, words: Sequence[str], command: TyperComma
     return UsageError(f"{' '.join([name, *given[-1:]])} is not {reason}", fix=f"give {name} {wanted}")
 
 
+def _without_value(flag: str, help: str) -> UsageError:
+    return UsageError(f"{flag} has no value", fix=f"give {flag} a value: {help}")
+
+
 class _Command(TyperCommand):
     """Command whose errors, also those of its flags, name it."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **more: Any) -> Any:
         console.command, words = str(self.name), list(args)
+        flags: dict[str, Any] = {name: known for known in self.params for name in known.opts if name.startswith("--")}
+        for flag, after in pairwise(words[: words.index("--")] if "--" in words else words):
+            if after in flags and flag in flags and not flags[flag].is_flag:  # Typer would take --json as the value
+                raise _without_value(flag, flags[flag].help)
         try:
             return super().make_context(info_name, args, *rest, **more)
         except TyperException as fault:
@@ -134,6 +142,8 @@ class _Commands(TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _explained():  # --help and --version print here, which may fail
             words = list(args[1])
+            # The flag itself is parsed after the words of a command, whose errors are to be JSON too.
+            console.as_json = "--json" in words
             try:
                 return super().make_context(*args, **kwargs)
             except TyperException as fault:

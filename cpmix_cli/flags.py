@@ -16,18 +16,23 @@ from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import UsageError, give_one_of
 
 
-def one_of(*choices: str) -> Callable[[CallbackParam, str | None], str | None]:
-    """Return a callback that checks the value of a flag against `choices`.
+def one_of(*choices: str, **meant: str) -> Callable[[CallbackParam, str | None], str | None]:
+    """Return a callback that checks the value of a flag against `choices`, which completion offers.
 
-    The callback raises UsageError for any other value and names the nearest choice.
+    The callback raises UsageError for any other value and names the nearest choice, or the one that is meant.
+
+    Args:
+        choices: values that can be given.
+        meant: another name of a choice -> the choice, such as gpu="cuda".
     """
 
     def check(parameter: CallbackParam, value: str | None) -> str | None:
         if value is not None and value not in choices:
-            flag = parameter.opts[0]
-            raise UsageError(f'{flag} "{value}" is unknown', fix=give_one_of(value, choices, flag))
+            flag, near = parameter.opts[0], meant.get(value.lower(), value)
+            raise UsageError(f'{flag} "{value}" is unknown', fix=give_one_of(near, choices, flag))
         return value
 
+    check.choices = choices  # type: ignore[attr-defined]
     return check
 
 
@@ -114,7 +119,11 @@ DataRoot = Annotated[Path | None, Option(help="Folder of the image files, if the
 Overwrite = Annotated[bool, Option("--overwrite", help="Start over and replace existing output.")]
 Device = Annotated[
     str,
-    Option(help="Device to compute on: auto, cpu or cuda.", metavar="DEVICE", callback=one_of("auto", "cpu", "cuda")),
+    Option(
+        help="Device to compute on: auto, cpu or cuda.",
+        metavar="DEVICE",
+        callback=one_of("auto", "cpu", "cuda", gpu="cuda"),
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -416,7 +425,9 @@ class StatusOptions:
     Example: cpmix status ckpt/*
     """
 
-    folders: Annotated[list[Path], Argument(help="Run folders to show.", metavar="RUN...")]
+    folders: Annotated[
+        list[Path], Argument(help="Run folders to show, or folders that hold runs. Default: ckpt.", metavar="[RUN...]")
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,9 +226,30 @@ def test_bad_commands_end_with_their_exit_code_and_write_nothing(
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "trian",
+        "--versoin",
+        "evaluate",
+        "evaluate --from",
+        "evaluate --from x --bad",
+        "predict x --top two",
+        "methods x",
+    ],
+)
+def test_usage_errors_are_json_wherever_the_flag_stands(line: str) -> None:
+    words = line.split()
+    plain = refused(2, "error: ", *words)
+    for place in {1, len(words)}:
+        result = refused(2, (), *words[:place], "--json", *words[place:])
+        assert (result.json, result.stderr) == ({"error": plain.stderr.rstrip("\n"), "exit_code": 2}, plain.stderr)
+    assert plain.stdout == ""
+
+
 def test_json_works_at_any_place_in_the_command_line() -> None:
     result = refused(2, (), "evaluate", "--from", "x", "--device", "gpu", "--json")
-    said = 'error: --device "gpu" is unknown\n  needed by: evaluate\n  fix: give --device cpu, or one of auto, cuda'
+    said = 'error: --device "gpu" is unknown\n  needed by: evaluate\n  fix: give --device cuda, or one of auto, cpu'
     assert result.json == {"error": said, "exit_code": 2}
     refused(2, "--json and --format csv are two output formats", "compare", "nowhere", "--format", "csv", "--json")
 

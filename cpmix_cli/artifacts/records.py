@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,15 +46,24 @@ def read_fields(path: Path) -> dict[str, Any]:
     """Return all fields of a JSON record except its digest, which is checked; raises as read_record()."""
     data = read_bytes(path, limit=MAX_RECORD)
     try:
-        fields: dict[str, Any] = json.loads(data, object_pairs_hook=unique_members)
-        as_published = _text(fields) == data
-        sealed = fields.pop("digest")
+        is_whole = _is_whole(data)
+        fields: dict[str, Any] = json.loads(data)
+        del fields["digest"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
         raise InputError(f"{path} is damaged: it is not a JSON record of cpmix", path=path) from fault
-    if digest(fields) != sealed or not as_published:
+    if not is_whole:
         raise InputError(f"{path} was changed after it was written: its digest differs", path=path)
     check_format(path, fields)
     return fields
+
+
+@lru_cache(maxsize=32)  # status reads each record of a run dozens of times
+def _is_whole(data: bytes) -> bool:
+    """Return whether the bytes of a record are as they were published; raises if they are no JSON object."""
+    fields = json.loads(data, object_pairs_hook=unique_members)
+    as_published = _text(fields) == data
+    sealed = fields.pop("digest")
+    return digest(fields) == sealed and as_published
 
 
 def checked(path: Path, model: type[Read], fields: Any) -> Read:

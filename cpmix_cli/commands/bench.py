@@ -30,8 +30,10 @@ from cpmix_cli.bench.measure import (
     training_set,
 )
 from cpmix_cli.data.batches import open_batches
+from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
+from cpmix_cli.recipe.loading import of_dataset
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.inputs import TrainingData
@@ -47,6 +49,9 @@ def run(options: BenchOptions) -> None:
         InputError: the data set is damaged, or contains points.
         UsageError: the recipe is wrong, or both --ingredients and --world-size are given.
     """
+    if options.recipe is not None and "/" not in options.recipe:
+        own = "cifar100-lt/cpmix" if options.data is None else open_dataset(options.data).record.recipe
+        options = replace(options, recipe=of_dataset(options.recipe, own))
     if options.ingredients and options.world_sizes:
         raise UsageError("--ingredients and --world-size are two different reports", fix="give one of them")
     if options.ingredients:

@@ -71,7 +71,10 @@ def find_recipe(name: str) -> Path:
             needed_by="--recipe",
             fix="correct the path, or give a name that cpmix recipes lists",
         )
-    near = "".join(f"give {found} in place of {quoted(name)}" for found in nearest(name, recipe_names()))
+    of_that_name = [known for known in recipe_names() if known.endswith(f"/{name}")]
+    near = "".join(
+        f"give {found} in place of {quoted(name)}" for found in nearest(name, of_that_name or recipe_names())
+    )
     others = "choose a name that cpmix recipes lists"
     raise UsageError(f'no recipe "{name}"', needed_by="--recipe", fix=f"{near}, or {others}" if near else others)
 

@@ -5,19 +5,26 @@ the phase's inputs and outputs. By these hashes, not by file times, cpmix detect
 """
 
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cpmix_cli.artifacts import locks
-from cpmix_cli.artifacts.files import MODEL, RECIPE, RUN, TRAINING_STATE, is_there, read_bytes
+from cpmix_cli.artifacts.files import MODEL, PHASES, RECIPE, RUN, TRAINING_STATE, is_there, read_bytes
 from cpmix_cli.data.dataset import Dataset, open_dataset
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Recipe, differences
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, PhaseRecord, StateRecord
+from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UnreadableError, UsageError
 
+SEARCH_LEVELS = 3
+"""Levels of folders that find_runs() looks at: ckpt/STUDY/RUN/seed-0."""
+SEARCH_LIMIT = 5000
+"""Folders that find_runs() looks at."""
 Status = Literal["absent", "interrupted", "running", "done", "stale"]
 _Begun = TypeVar("_Begun", bound=BegunRecord)
 
@@ -132,6 +139,44 @@ class PhaseFolder:
             case "stale":
                 return f"is stale ({self.stale_because()})"
         return None
+
+
+def find_runs(top: Path) -> list[Path]:
+    """Return the run folders at and up to SEARCH_LEVELS levels below a folder, in the order of their names.
+
+    A run is a folder with the record, state or lock of a phase. Links are followed, but no folder is looked at twice.
+    More than SEARCH_LIMIT folders are not looked at, with a warning.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    level = [top]
+    for _ in range(SEARCH_LEVELS + 1):
+        below: list[Path] = []
+        for folder in level:
+            if len(seen) == SEARCH_LIMIT:
+                console.warn(
+                    f"{SEARCH_LIMIT:,} folders below {top} were looked at, and no more: name those of the runs"
+                )
+                return sorted(found, key=_by_number)
+            with suppress(OSError):  # it is gone, or may not be read
+                place = folder.stat()
+                if (place.st_dev, place.st_ino) in seen:
+                    continue
+                seen.add((place.st_dev, place.st_ino))
+                if any(
+                    is_there(folder / phase / name) for phase in PHASES for name in (RUN, TRAINING_STATE, locks.LOCK)
+                ):
+                    found.append(folder)
+                entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir()]
+                names = sorted((entry.is_symlink(), entry.name) for entry in entries)  # links after what they lead to
+                below += [folder / name for _, name in names if name not in (*PHASES, "evaluation", "confusion")]
+        level = below
+    return sorted(found, key=_by_number)
+
+
+def _by_number(path: Path) -> list[str]:
+    """Return a key that sorts seed-10 after seed-9."""
+    return [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+|/)", str(path))]
 
 
 def beside(run: Path, relative: str) -> Path:

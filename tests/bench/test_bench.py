@@ -43,7 +43,7 @@ def test_bench_json_reports_medians_only(digits: Path, tmp_path: Path, monkeypat
 
 def test_bench_table_omits_stage2_if_the_recipe_has_none(digits: Path) -> None:
     flags = ("--data", digits, "--rounds", 1, "--seconds", 0, "--device", "cpu")
-    result = must("bench", "--recipe", "digits/cross-entropy", *flags)
+    result = must("bench", "--recipe", "cross-entropy", *flags)  # of the data set
     titles = [line.split("  ")[0] for line in result.stdout.splitlines()]
     assert titles[0] == "loop"
     assert titles[2].startswith("reference loop: PIL, ")

@@ -341,3 +341,38 @@ def test_status_shows_a_run_with_a_bad_evaluation(toy_run: Path) -> None:
     assert f"next: cpmix evaluate --from {toy_run} --overwrite" in result.stdout
     must("evaluate", "--from", toy_run, "--overwrite")
     assert "warning" not in must("status", toy_run).stderr
+
+
+def test_without_folders_status_shows_the_runs_in_ckpt_and_below(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = refused(3, (), "status")
+    assert result.stderr.splitlines() == [
+        "error: ckpt holds no run",
+        "  needed by: status",
+        "  fix: begin one: cpmix run digits --out ckpt/digits; or name the folders of your runs",
+    ]
+    runs = [f"ckpt/{name}" for name in ("a", "study/b/seed-9", "study/b/seed-10")]
+    for run in runs:
+        shutil.copytree(toy_run, run)
+    (tmp_path / "ckpt" / "study" / "back").symlink_to(tmp_path / "ckpt")  # a loop, and other names of the same runs
+    (tmp_path / "ckpt" / "0").symlink_to("a")
+    shutil.copytree(toy_run, "ckpt/1/2/3/too-deep")
+    table = must("status")
+    assert [line.split()[0] for line in table.stdout.splitlines()[2:] if " stage1 " in line] == runs
+    assert [run["run"] for run in must("status", "ckpt/study", "--json").json["runs"]] == runs[1:]
+    assert must("status", "ckpt/study/b").stdout == must("status", *runs[1:]).stdout
+    assert must("status", "ckpt/a/stage2").stdout == must("status", "ckpt/a").stdout.replace(
+        "ckpt/a ", "ckpt/a/stage2 "
+    )
+
+    flip(tmp_path / runs[1] / "stage1" / "run.json")
+    (tmp_path / runs[2] / "stage2" / "run.json").unlink()
+    result = refused(3, f"warning: {runs[1]}/stage1/run.json ", "status", "--json")
+    found = {run["run"]: (run["status"], run["next"] and run["next"].split()[1]) for run in result.json["runs"]}
+    assert found == {runs[0]: ("done", None), runs[1]: ("error", None), runs[2]: ("continue", "train-stage2")}
+    assert result.json["status"] == "error"
+    assert result.json["runs"][1]["fix"].startswith("cpmix train-stage1 ")
+    refused(75, (), "status", runs[0], runs[2])
+    refused(3, "error: ", "status", runs[0], runs[1])  # one that is named
