@@ -60,8 +60,8 @@ def _places(options: StatusOptions) -> list[tuple[Path, Path]]:
     if not options.folders:
         if found := find_runs(RUNS):
             return [(path, path) for path in found]
-        fix = f"begin one: {console.typed('run', 'digits', '--out', RUNS / 'digits')}"
-        raise InputError(f"{RUNS} holds no run", fix=f"{fix}; or name the folders of your runs")
+        begin = console.typed("run", "digits", "--out", RUNS / "digits")
+        raise InputError(f"{RUNS} holds no run", fix=f"name the folders of your runs, or begin one: {begin}")
     places: list[tuple[Path, Path]] = []
     for given in options.folders:
         root, phase = locate(given)

@@ -351,7 +351,7 @@ def test_without_folders_status_shows_the_runs_in_ckpt_and_below(
     assert result.stderr.splitlines() == [
         "error: ckpt holds no run",
         "  needed by: status",
-        "  fix: begin one: cpmix run digits --out ckpt/digits; or name the folders of your runs",
+        "  fix: name the folders of your runs, or begin one: cpmix run digits --out ckpt/digits",
     ]
     runs = [f"ckpt/{name}" for name in ("a", "study/b/seed-9", "study/b/seed-10")]
     for run in runs:
@@ -361,7 +361,7 @@ def test_without_folders_status_shows_the_runs_in_ckpt_and_below(
     shutil.copytree(toy_run, "ckpt/1/2/3/too-deep")
     table = must("status")
     assert [line.split()[0] for line in table.stdout.splitlines()[2:] if " stage1 " in line] == runs
-    assert [run["run"] for run in must("status", "ckpt/study", "--json").json["runs"]] == runs[1:]
+    assert [run["run"] for run in must("status", "ckpt/study/b", "--json").json["runs"]] == runs[1:]
     assert must("status", "ckpt/study/b").stdout == must("status", *runs[1:]).stdout
     assert must("status", "ckpt/a/stage2").stdout == must("status", "ckpt/a").stdout.replace(
         "ckpt/a ", "ckpt/a/stage2 "

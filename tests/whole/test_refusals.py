@@ -22,7 +22,7 @@ REFUSED = {
     "evaluate --from {run} --ratio 0.5": "give --ratio a number from 1 up",
     "evaluate --from {run} --split tset": "give --split test, or one of train, val",
     "figure 7 {run}": "give N a number from 1 to 6",
-    "status": "begin one: cpmix run digits --out ckpt/digits; or ",
+    "status": "name the folders of your runs, or begin one: cpmix run digits --out ckpt/digits",
     "compare": "give RUN...: ",
     "train-stage1 --device gpu": "give --device cuda, or one of",
     "evaluate --from --json": "give --from a value: ",
