@@ -221,7 +221,8 @@ def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:
 
 
 def _before_stage1(options: flags.TrainStage1Options) -> None:
-    _check_recipe(options, options.recipe, options.data)
+    if options.recipe is not None or options.init is None:  # else the weights decide the recipe
+        _check_recipe(options, options.recipe, options.data)
     _look_for_state(options, options.out / "stage1")
 
 

@@ -223,6 +223,8 @@ def _check_recipe(options: RunOptions, data: Path | None) -> None:
     if options.seed is not None and options.seeds is not None:
         raise UsageError("--seed and --seeds are both given", fix="drop one of the two flags")
     name = options.recipe
+    if name is None and options.init is not None:  # the weights decide the recipe
+        return
     if data is None:
         source = "image-folder" if options.source == "parquet" else options.source
         homes = [folder for folder in (source, f"{source}-lt") if f"{folder}/cpmix" in recipe_names()]
@@ -241,6 +243,10 @@ def _build(steps: _Steps, options: RunOptions, spare: str | None) -> Path:
     folder = Path(spare) / "data" if spare is not None else options.data
     # Without --out, the place of the marker is known only by the name of the data set.
     overwrite = options.overwrite and not options.dry_run and steps.marker is None
+    if options.init is not None and options.image_size is None and options.pack is None:
+        from cpmix_cli.training.starting_point import image_size_for
+
+        own["image_size"] = image_size_for(options.init, options.source)
     build = BuildOptions(**{**own, "out": folder, "data_root": root, "overwrite": overwrite})
     try:
         return Path(str(steps.do("build-lt", build)["folder"]))
@@ -259,6 +265,11 @@ def _for_training(options: RunOptions, dataset: "Dataset", *, is_source: bool) -
     asked = replace(asked, data=None, data_root=root, overwrite=overwrite)
     if options.recipe is not None:
         return asked
+    if options.init is not None:
+        from cpmix_cli.training.starting_point import default_recipe
+
+        if chosen := default_recipe(options.init, dataset, options.settings):
+            return replace(asked, recipe=chosen[0], settings=chosen[1])
     recipe = load(dataset.recipe(), rho=dataset.record.rho)
     fitting = fitting_settings(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
     keys = {setting.partition("=")[0] for setting in options.settings}

@@ -18,7 +18,7 @@ from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
 from cpmix_cli.recipe.libraries import is_library_name
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.phase_choice import choose, choose_phase, locate
+from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 from cpmix_cli.runtime.text import quoted
@@ -27,6 +27,7 @@ from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
 from cpmix_cli.training.pretrained import how_to_import, keep_head_rows, load_backbone, sha_of_published
+from cpmix_cli.training.starting_point import default_recipe, weights_of
 from cpmix_cli.training.state import TrainingState
 
 
@@ -47,6 +48,8 @@ def run(options: TrainStage1Options) -> None:
     dataset = open_dataset(options.data, data_root=options.data_root)
     if options.recipe is not None:
         options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.record.recipe))
+    elif options.init is not None and (chosen := default_recipe(options.init, dataset, options.settings)):
+        options = replace(options, recipe=chosen[0], settings=chosen[1])
     recipe = loading.load(
         options.recipe or dataset.recipe(),
         settings=options.settings,
@@ -58,7 +61,7 @@ def run(options: TrainStage1Options) -> None:
         recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
     )
     teacher = _choose_teacher(options.teacher, recipe, dataset)
-    init, begun = (None, None) if options.init is None else _weights_of(options.init)
+    init, begun = (None, None) if options.init is None else weights_of(options.init)
     _check_init(recipe, init)
     inputs = {} if init is None else {"init": init}
     if teacher is not None:
@@ -69,34 +72,6 @@ def run(options: TrainStage1Options) -> None:
             f"{init} is what this command writes", needed_by="--init", fix="write elsewhere with --out FOLDER"
         )
     train(PhaseRequest(folder, None, recipe, dataset, options, prepared, accuracy_on_test, inputs))
-
-
-def _weights_of(given: Path) -> tuple[Path, PhaseFolder | None]:
-    """Return the weights of --init, and the phase that they are of, if cpmix trained them.
-
-    They are a file, or model.safetensors of a folder or of the last finished phase of a run.
-
-    Raises:
-        InputError: the folder has no such file, or the weights of a finished phase differ from its record.
-    """
-    if given.is_dir():
-        run, named = locate(given)
-        if not any(PhaseFolder(run, phase).is_begun for phase in files.PHASES):
-            if (given / files.MODEL).is_file():  # such as a copied phase, or the folder of a model hub
-                return given / files.MODEL, None
-            raise InputError(
-                f"{given} holds no phase of a run, and no {files.MODEL}",
-                needed_by="--init",
-                fix="give a safetensors file, or the folder of a trained run, such as --init ckpt/digits",
-            )
-        phase = choose_phase(run, named, files.PHASES)
-    else:
-        phase = PhaseFolder(given.parent.parent, given.parent.name)
-        if given.name != files.MODEL or phase.phase not in files.PHASES or not phase.done:
-            return given, None
-    path, sha = phase.output(files.MODEL)
-    files.read_bytes(path, sha)
-    return path, phase
 
 
 def _check_init(recipe: schema.Recipe, init: Path | None) -> None:

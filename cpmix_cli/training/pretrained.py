@@ -149,6 +149,16 @@ def keep_head_rows(
     return [classes[i] for i, _ in found]
 
 
+def fitting_network(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the network of cpmix for RGB images that has exactly these tensors, but for the head; None without one."""
+    for name, make in MODELS.items():
+        with suppress(ValueError), torch.device("meta"):
+            match = _match(make(2, (224, 224, 3), Model(name=name)), tensors)
+            if not match.faults() and not match.rivals:
+                return name
+    return None
+
+
 def _match(model: Classifier, tensors: Mapping[str, Tensor]) -> _Match:
     """Match tensors with a network, under the prefix of which it is found whole, else under the closest one."""
     own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}

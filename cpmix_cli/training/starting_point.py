@@ -1,0 +1,133 @@
+"""The starting point of --init: its weights, and the recipe, network and images that are the defaults with it."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from unicodedata import normalize
+
+from cpmix_cli.artifacts import files, tables
+from cpmix_cli.artifacts.tensors import read_tensors
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.data.sources import IMAGE_SIZE
+from cpmix_cli.data.splits import OWN_SOURCES
+from cpmix_cli.recipe.loading import load, of_dataset
+from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.phase_choice import choose_phase, locate
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.training.checks import fitting_settings
+from cpmix_cli.training.pretrained import fitting_network
+
+_RECIPE = "pretrained"
+"""Recipe of a data set's folder that is the default with --init."""
+_SIDES = {"resnet32": 32, "resnet8": 8}
+"""Side of the images that a network of cpmix is for; the others are ImageNet's, of 224 pixels."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What weights are known to need."""
+
+    settings: dict[str, str]
+    """Keys of a recipe."""
+    side: int
+    """Side of the images to store, in pixels."""
+    classes: frozenset[str]
+    """Classes that the weights know, if cpmix trained them."""
+    why: str
+
+
+def weights_of(given: Path) -> tuple[Path, PhaseFolder | None]:
+    """Return the weights of --init, and the phase that they are of, if cpmix trained them.
+
+    They are a file, or model.safetensors of a folder or of the last finished phase of a run.
+
+    Raises:
+        InputError: the folder has no such file, or the weights of a finished phase differ from its record.
+    """
+    if given.is_dir():
+        run, named = locate(given)
+        if not any(PhaseFolder(run, phase).is_begun for phase in files.PHASES):
+            if (given / files.MODEL).is_file():  # such as a copied phase, or the folder of a model hub
+                return given / files.MODEL, None
+            raise InputError(
+                f"{given} holds no phase of a run, and no {files.MODEL}",
+                needed_by="--init",
+                fix="give a safetensors file, or the folder of a trained run, such as --init ckpt/digits",
+            )
+        phase = choose_phase(run, named, files.PHASES)
+    else:
+        phase = PhaseFolder(given.parent.parent, given.parent.name)
+        if given.name != files.MODEL or phase.phase not in files.PHASES or not phase.done:
+            return given, None
+    path, sha = phase.output(files.MODEL)
+    files.read_bytes(path, sha)
+    return path, phase
+
+
+def image_size_for(init: Path, source: str) -> int | None:
+    """Return the side in pixels at which build-lt stores a user's images for the weights of --init; say it.
+
+    None: the default of build-lt, for other sources or weights that cannot be read.
+    """
+    start = _start_of(init) if source in OWN_SOURCES else None
+    if start is None or start.side == IMAGE_SIZE:
+        return None
+    console.note(f"images of {start.side} x {start.side} pixels, as --init is given: {start.why}")
+    return start.side
+
+
+def default_recipe(init: Path, dataset: Dataset, settings: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return the recipe that is the default with --init, and its settings with those of --set; say why.
+
+    None: the default is the data set's own recipe. It has no recipe for pretrained networks, or the weights are those
+    of a run that knew some of these classes, whose head goes on.
+
+    Raises:
+        UsageError: a setting is wrong.
+    """
+    name = of_dataset(_RECIPE, dataset.record.recipe)
+    start = _start_of(init)
+    names = {normalize("NFC", name) for name in dataset.class_names}
+    if name == _RECIPE or start is None or names & start.classes:
+        return None
+    own = {key: value for key, value in start.settings.items() if not any(s.startswith(f"{key}=") for s in settings)}
+    recipe = load(name, settings=[*_typed(own), *settings], rho=dataset.record.rho)
+    found = fitting_settings(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    own |= {key: value for key, _, value in (setting.partition("=") for setting in found)}
+    given = "".join(f" {setting}" for setting in _typed(own))
+    console.note(f"the recipe is {name}, as --init is given{', with' if own else ''}{given}: {start.why}")
+    return name, [*_typed(own), *settings]
+
+
+def _typed(settings: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _start_of(init: Path) -> _Start | None:
+    """Return what the weights of --init need; None if they cannot be read, which train-stage1 says."""
+    with suppress(InputError):
+        path, begun = weights_of(init)
+        return _start_of_file(path) if begun is None else _start_of_run(begun)
+    return None
+
+
+def _start_of_run(begun: PhaseFolder) -> _Start:
+    recipe, shape = begun.recipe(), begun.record().dataset.shape
+    keys = {"name", "experts", "shared_stages", "expert_width"}
+    settings = {f"model.{key}": str(value) for key, value in recipe.tables()["model"].items() if key in keys}
+    settings["data.normalisation"] = recipe.data.normalisation
+    if len(shape) == 3:
+        settings["data.crop"] = str(recipe.data.crop or min(shape[:2]))
+    known = tables.read_class_counts(*begun.output(files.CLASS_COUNTS))["class_name"]
+    classes = frozenset(normalize("NFC", name) for name in known)
+    return _Start(settings, shape[0], classes, f"the weights are those of {begun.path}, of other classes")
+
+
+def _start_of_file(path: Path) -> _Start | None:
+    name = fitting_network(read_tensors(path)[0])
+    if name is None:
+        return _Start({}, 224, frozenset(), "the weights are pretrained")
+    side = _SIDES.get(name, 224)
+    return _Start({"model.name": name, "data.crop": str(side)}, side, frozenset(), f"the weights are those of a {name}")
