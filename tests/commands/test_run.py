@@ -437,3 +437,30 @@ def test_settings_that_the_images_need_are_added_as_build_lt_s_next_line_does(to
 
 def test_the_sources_of_the_help_are_those_that_there_are() -> None:
     assert set(SOURCE_NAMES) == set(SOURCES)
+
+
+@pytest.mark.slow
+def test_with_pretrained_weights_an_image_folder_is_built_and_trained_as_they_need(tmp_path: Path) -> None:
+    """The network and its size from the file; a short finetuning in two stages. --image-size goes before that."""
+    write_photos(tmp_path / "old", dict.fromkeys(["red", "green", "yellow"], 8))
+    write_photos(tmp_path / "photos", dict.fromkeys(["blue", "purple"], 8))
+    must("build-lt", "image-folder", "--data-root", "old", "--image-size", 8, "--out", "old-data")
+    must("train-stage1", "--data", "old-data", "--recipe", "digits/cpmix", "--epochs", 2, "--out", "old-run")
+    weights = shutil.copy("old-run/stage1/model.safetensors", "weights.safetensors")
+    result = must("run", "image-folder", "--data-root", "photos", "--epochs", 2, "--init", weights)
+    assert "images of 8 x 8 pixels, as --init is given: the weights are those of a resnet8\n" in result.stderr
+    recipe = "--recipe image-folder/pretrained --set model.name=resnet8 --set data.crop=8"
+    name = "image-folder-photos-8px"
+    assert commands(result.stderr) == [
+        "build-lt image-folder --data-root photos --image-size 8",
+        f"train-stage1 {recipe} --epochs 2 --data data/{name} --out ckpt/{name} --init weights.safetensors",
+        f"evaluate --from ckpt/{name} --phase stage1",
+        f"train-stage2 --from ckpt/{name}",
+        f"evaluate --from ckpt/{name} --phase stage2",
+        f"finetune --from ckpt/{name}",
+        f"confusion-report --from ckpt/{name} --phase stage2",
+    ]
+    again = must("run", "image-folder", "--data-root", "photos", "--epochs", 2, "--init", weights, "--json").json
+    assert set(statuses(again)) == {"up to date", "skipped"}
+    larger = must("run", "image-folder", "--data-root", "photos", "--image-size", 16, "--init", weights, "--dry-run")
+    assert commands(larger.stderr)[0].endswith(" --data-root photos --image-size 16")

@@ -1,5 +1,6 @@
 """train-stage1 --init RUN: a data set with other classes starts from a run and keeps what its head knows."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from helpers import must, refused, write_photos
 from safetensors.torch import load_file
 
 from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.recipe.loading import load
 
 FAST = ("--recipe", "digits/cpmix", "--set", "model.name=resnet8", "--set", "optimizer.weight_decay=0", "--epochs", 2)
 STILL = ("--set", "optimizer.lr=1e-12")
@@ -79,3 +81,41 @@ def test_the_head_is_new_without_a_class_or_a_head_in_common(earlier: Path, tmp_
 def test_init_head_without_init_is_refused(earlier: Path, tmp_path: Path) -> None:
     train = ("train-stage1", "--data", earlier.parent / "data", *FAST, "--out", tmp_path / "run")
     refused(2, 'model.init_head = "new": without --init the head is new', *train, "--set", "model.init_head=new")
+
+
+def test_weights_decide_the_default_recipe_of_an_image_folder_and_its_network(earlier: Path, tmp_path: Path) -> None:
+    build(tmp_path, ["blue", "purple"])
+    weights, path = tmp_path / "weights.safetensors", earlier / "stage1"
+    shutil.copy(path / "model.safetensors", weights)
+    train = ("train-stage1", "--data", tmp_path / "data", "--out", tmp_path / "run", "--dry-run")
+    chosen = "the recipe is image-folder/pretrained, as --init is given, with model.name=resnet8"
+    assert f"{chosen} data.crop=8: the weights are those of a resnet8\n" in must(*train, "--init", weights).stderr
+    of_run = f"{chosen} data.normalisation=dataset data.crop=8: the weights are those of {path}, of other classes\n"
+    assert of_run in must(*train, "--init", earlier).stderr
+    own = f"{chosen.partition(', with')[0]}, with data.crop=8: the weights are those of a resnet8\n"
+    assert own in must(*train, "--init", weights, "--set", "model.name=resnet8").stderr
+    other = ("--recipe", "image-folder/cross-entropy", "--set", "model.name=resnet8")
+    assert "the recipe is" not in must(*train, "--init", weights, *other).stderr
+    build(tmp_path / "more", ["blue", "green"])  # the run knows green: its head goes on, under the recipe as without
+    train = ("train-stage1", "--data", tmp_path / "more" / "data", "--out", tmp_path / "run", "--dry-run")
+    said = must(*train, "--init", earlier, "--set", "model.name=resnet8").stderr
+    assert f"the head keeps 1 of 3 classes of {path}; blue is new\n" in said
+    assert "the recipe is" not in said
+
+
+def test_the_recipe_that_weights_decided_is_that_of_all_phases(earlier: Path, tmp_path: Path) -> None:
+    build(tmp_path, ["blue", "purple"])
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(earlier / "stage1" / "model.safetensors", weights)
+    run = tmp_path / "run"
+    train = ("train-stage1", "--data", tmp_path / "data", "--epochs", 2, "--out", run, "--init", weights)
+    must(*train)
+    assert must(*train, "--json").json["status"] == "up to date"
+    must("train-stage2", "--from", run)
+    record = json.loads((run / "stage2" / "run.json").read_text())
+    assert record["recipe_name"] == "image-folder/pretrained"
+    assert record["settings"] == ["model.name=resnet8", "data.crop=8"]
+    recipe = load(str(run / "stage2" / "recipe.toml"))
+    assert (recipe.stage1.train, recipe.model.init_head, recipe.model.head_scale) == (["head"], "class-means", 25)
+    assert recipe.finetune is None
+    assert must("finetune", "--from", run, "--json").json["status"] == "skipped"
