@@ -7,6 +7,7 @@ file, through `train-stage1 --init`, under the names that the library has for th
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class Backbone(TorchvisionWeights):
         """Return whether a published tensor, or one of cpmix, belongs to the last linear layer."""
         return within(name, self._classifier) or name in ("head.weight", "head.bias", "head.scale")
 
+    def layer_depths(self) -> dict[str, int] | None:
+        """Return the depth of each parameter below the head by the library's own layers; None if it has none."""
+        return None
+
     def try_images(self, shape: Sequence[int]) -> None:
         """Pass an image of this shape [H, W, 3] through the network, whose weights are on the meta device.
 
@@ -118,6 +123,19 @@ class _TimmBackbone(Backbone):
         """Compute features: [B, 3, H, W] -> [B, D], with the hidden layers of the head, if it has some."""
         found: Tensor = self.backbone.forward_head(self.backbone.forward_features(x), pre_logits=True)
         return found
+
+    def layer_depths(self) -> dict[str, int] | None:
+        """Return the depths that timm's own layer decay gives, in which some heads are one layer with a last norm."""
+        if not hasattr(self.backbone, "group_matcher"):
+            return None
+        from timm.models._manipulate import group_with_matcher
+
+        classifier = [(f"{name}.weight", None) for name in self._classifier[:1] or ["head"]]
+        named = chain(self.backbone.named_parameters(), classifier)
+        numbers = group_with_matcher(named, self.backbone.group_matcher(coarse=False), reverse=True)
+        last = max(numbers.values())
+        depths = {_OWN + name: last - numbers[name] for name, _ in self.backbone.named_parameters()}
+        return depths | {f"head.{name}": 0 for name, _ in self.head.named_parameters()}
 
     def fitted(self, name: str, tensor: Tensor) -> Tensor:
         """Return a published tensor; position embeddings of a ViT are resampled for this size of images."""

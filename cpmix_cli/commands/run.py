@@ -246,7 +246,7 @@ def _build(steps: _Steps, options: RunOptions, spare: str | None) -> Path:
     if options.init is not None and options.image_size is None and options.pack is None:
         from cpmix_cli.training.starting_point import image_size_for
 
-        own["image_size"] = image_size_for(options.init, options.source)
+        own["image_size"] = image_size_for(options.init, options.source, options.settings)
     build = BuildOptions(**{**own, "out": folder, "data_root": root, "overwrite": overwrite})
     try:
         return Path(str(steps.do("build-lt", build)["folder"]))

@@ -213,13 +213,14 @@ def make_optimizer(model: Classifier, recipe: Optimizer | Finetune) -> torch.opt
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     members = [(group, set(matching(model, [group.prefix]))) for group in recipe.groups]
-    by_layer, depths = (recipe.layer_decay if isinstance(recipe, Optimizer) else 1.0), layer_depths(model)
+    by_layer = recipe.layer_decay if isinstance(recipe, Optimizer) else 1.0
+    depths = layer_depths(model) if by_layer < 1 else {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         own = next((group for group, names in members if name in names), ParameterGroup(prefix=""))
         decay = recipe.weight_decay if own.weight_decay is None else own.weight_decay
-        groups.setdefault((own.lr_factor * by_layer ** depths[name], decay), []).append(parameter)
+        groups.setdefault((own.lr_factor * by_layer ** depths.get(name, 0), decay), []).append(parameter)
     # Fused: one launch, which reads a float32 learning rate on the device. On the CPU it would gain almost nothing.
     device = next(model.parameters()).device
     fused = device.type == "cuda"

@@ -8,7 +8,7 @@ the one under which the file has every tensor of the backbone in its shape. No n
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch import Tensor
 from cpmix_cli.artifacts import files
 from cpmix_cli.artifacts.tensors import unfit
 from cpmix_cli.models import MODELS, PUBLISHED_WEIGHTS, Classifier, make_network
+from cpmix_cli.recipe.libraries import is_library_name, published
 from cpmix_cli.recipe.schema import Model
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, counted, indented, shortened
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, counted, indented, shortened
 from cpmix_cli.runtime.text import quoted
 
 COPIES = frozenset({"k", "key", "momentum", "target", "student", "ema"})
@@ -149,11 +150,17 @@ def keep_head_rows(
     return [classes[i] for i, _ in found]
 
 
-def fitting_network(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the network of cpmix for RGB images that has exactly these tensors, but for the head; None without one."""
-    for name, make in MODELS.items():
-        with suppress(ValueError), torch.device("meta"):
-            match = _match(make(2, (224, 224, 3), Model(name=name)), tensors)
+def fitting_network(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> str | None:
+    """Return the network for RGB images that has exactly these tensors, but for the head; None without one.
+
+    Args:
+        tensors: name -> tensor.
+        others: networks of libraries to look at, beside those of cpmix.
+    """
+    for name in (*MODELS, *others):
+        with suppress(ValueError, EnvironmentFault), torch.device("meta"):
+            side = published(name).size if is_library_name(name) else 224
+            match = _match(make_network(Model(name=name), 2, (side, side, 3)), tensors)
             if not match.faults() and not match.rivals:
                 return name
     return None

@@ -11,6 +11,7 @@ from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.data.sources import IMAGE_SIZE
 from cpmix_cli.data.splits import OWN_SOURCES
+from cpmix_cli.recipe.libraries import is_library_name, library_names, published
 from cpmix_cli.recipe.loading import load, of_dataset
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose_phase, locate
@@ -66,12 +67,12 @@ def weights_of(given: Path) -> tuple[Path, PhaseFolder | None]:
     return path, phase
 
 
-def image_size_for(init: Path, source: str) -> int | None:
+def image_size_for(init: Path, source: str, settings: Sequence[str]) -> int | None:
     """Return the side in pixels at which build-lt stores a user's images for the weights of --init; say it.
 
-    None: the default of build-lt, for other sources or weights that cannot be read.
+    None: the default of build-lt, for other sources or weights that cannot be read. `settings` are those of --set.
     """
-    start = _start_of(init) if source in OWN_SOURCES else None
+    start = _start_of(init, settings) if source in OWN_SOURCES else None
     if start is None or start.side == IMAGE_SIZE:
         return None
     console.note(f"images of {start.side} x {start.side} pixels, as --init is given: {start.why}")
@@ -88,7 +89,7 @@ def default_recipe(init: Path, dataset: Dataset, settings: Sequence[str]) -> tup
         UsageError: a setting is wrong.
     """
     name = of_dataset(_RECIPE, dataset.record.recipe)
-    start = _start_of(init)
+    start = _start_of(init, settings)
     names = {normalize("NFC", name) for name in dataset.class_names}
     if name == _RECIPE or start is None or names & start.classes:
         return None
@@ -105,11 +106,12 @@ def _typed(settings: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _start_of(init: Path) -> _Start | None:
-    """Return what the weights of --init need; None if they cannot be read, which train-stage1 says."""
-    with suppress(InputError):
+def _start_of(init: Path, settings: Sequence[str]) -> _Start | None:
+    """Return what the weights of --init need; None if they or --set are wrong, which train-stage1 says."""
+    named = next((value for key, _, value in (s.partition("=") for s in settings) if key == "model.name"), None)
+    with suppress(InputError, ValueError):
         path, begun = weights_of(init)
-        return _start_of_file(path) if begun is None else _start_of_run(begun)
+        return _start_of_file(path, named) if begun is None else _start_of_run(begun)
     return None
 
 
@@ -125,9 +127,21 @@ def _start_of_run(begun: PhaseFolder) -> _Start:
     return _Start(settings, shape[0], classes, f"the weights are those of {begun.path}, of other classes")
 
 
-def _start_of_file(path: Path) -> _Start | None:
-    name = fitting_network(read_tensors(path)[0])
+def _start_of_file(path: Path, named: str | None) -> _Start:
+    tensors, metadata = read_tensors(path)
+    file = metadata.get("file") if isinstance(metadata, dict) else None  # of import-weights
+    name = named or fitting_network(tensors, _called(Path(str(file or path)).name))
     if name is None:
         return _Start({}, 224, frozenset(), "the weights are pretrained")
-    side = _SIDES.get(name, 224)
-    return _Start({"model.name": name, "data.crop": str(side)}, side, frozenset(), f"the weights are those of a {name}")
+    is_library = is_library_name(name)
+    side = published(name).size if is_library else _SIDES.get(name, 224)
+    settings = {"model.name": name, "data.crop": str(side)} | ({"data.normalisation": "network"} if is_library else {})
+    return _Start(settings, side, frozenset(), f"the weights are those of a {name}")
+
+
+def _called(file: str) -> list[str]:
+    """Return the networks of libraries after which a file may be called: its name, for torchvision also its start."""
+    stem = file.removesuffix(".safetensors")
+    found = [f"timm/{stem}"] if f"timm/{stem.partition('.')[0]}" in library_names("timm") else []
+    begun = [name for name in library_names("torchvision") if file.startswith(name.partition("/")[2])]
+    return [*sorted(begun, key=len)[-1:], *found]

@@ -3,7 +3,8 @@
 A layer is a numbered block: `layer1.0` of a ResNet, `blocks.3` of a CIFAR ResNet, `encoder.layers.encoder_layer_5` of a
 ViT, `features.3.1` of a ConvNeXt, Swin or EfficientNet, whose downsamplings `features.2` are layers of their own. All
 that is before the first block is one layer, the stem. What follows the last block, such as a last norm, belongs to the
-head, as in BEiT. Blocks of different experts that are equally far from the head are one layer.
+head, as in BEiT. Blocks of different experts that are equally far from the head are one layer. Networks of timm say
+their own layers.
 """
 
 import re
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from cpmix_cli.backbones import Backbone
 from cpmix_cli.models import Classifier, within
 
 _NORM = re.compile(r"norm(act)?(\dd)?$", re.IGNORECASE)
@@ -61,6 +63,8 @@ def layer_depths(network: nn.Module) -> dict[str, int]:
 
     Source: Bao et al., BEiT, layer-wise learning-rate decay.
     """
+    if isinstance(network, Backbone) and (known := network.layer_depths()) is not None:
+        return known
     leaves = {name for name, module in network.named_modules() if not any(module.children())}
     names = [name for name, _ in network.named_parameters()]
     blocks = {name: _block_of(name, leaves) for name in names}

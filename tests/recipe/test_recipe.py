@@ -15,7 +15,7 @@ from cpmix_cli.training.checks import check_fits
 
 DATA = ("cifar10-lt", "cifar100-lt", "digits", "fashion-mnist-lt", "image-folder", "toy")
 DATA += ("imagenet-lt", "places-lt", "inaturalist2018")
-SHAPES = {"toy": (2,), "image-folder": (64, 64, 3), **dict.fromkeys(DATA[6:], (224, 224, 3))}
+SHAPES = {"toy": (2,), "image-folder": (224, 224, 3), **dict.fromkeys(DATA[6:], (224, 224, 3))}
 """Of one sample; (32, 32, 3) of the rest."""
 CLASSES = {"imagenet-lt": 1000, "places-lt": 365, "inaturalist2018": 8142}
 

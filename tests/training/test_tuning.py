@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cpmix_cli.data.batches import ImageBatches
-from cpmix_cli.models import Classifier, build_model
+from cpmix_cli.models import Classifier, build_model, make_network
 from cpmix_cli.recipe.schema import Data, Model, Optimizer, ParameterGroup
 from cpmix_cli.training import phase
 from cpmix_cli.training.class_means import start_from_class_means
@@ -47,7 +47,7 @@ from cpmix_cli.training.tuning import layer_depths, matching
 
 def network(name: str, side: int = 64, **keys: object) -> Classifier:
     with torch.device("meta"):
-        return build_model(Model(name=name, **keys), 7, (side, side, 3), torch.Generator())  # type: ignore[arg-type]
+        return make_network(Model(name=name, **keys), 7, (side, side, 3))  # type: ignore[arg-type]
 
 
 def torchvision_s(name: str) -> nn.Module:
@@ -100,6 +100,19 @@ def torchvision_s(name: str) -> nn.Module:
             },
         ),
         (
+            lambda: network("torchvision/convnext_tiny"),  # the same within the adapter
+            {"backbone.features.0.0.weight": 22, "backbone.features.7.2.layer_scale": 1, "head.weight": 0}
+            | {"backbone.classifier.0.weight": 0},
+        ),
+        (
+            lambda: network("timm/test_vit", 160),  # timm: what embeds, 6 blocks, the last with the last norm, the head
+            {"backbone.cls_token": 7, "backbone.blocks.0.norm1.bias": 6, "backbone.norm.weight": 1, "head.bias": 0},
+        ),
+        (
+            lambda: network("timm/test_convnext", 160),  # timm: the last norm is one layer with the head
+            {"backbone.stem.0.weight": 10, "backbone.stages.3.blocks.1.gamma": 1, "backbone.head.norm.bias": 0},
+        ),
+        (
             lambda: torchvision_s("swin_t"),  # a stem, 12 blocks, 3 mergings, the head with the last norm
             {"features.0.0.weight": 16, "features.2.norm.bias": 13, "features.7.1.mlp.3.bias": 1, "norm.weight": 0},
         ),
@@ -112,7 +125,19 @@ def torchvision_s(name: str) -> nn.Module:
             {"features.0.0.weight": 18, "features.1.0.block.0.0.weight": 17, "features.8.1.bias": 1},
         ),
     ],
-    ids=["resnet32", "experts", "resnet18", "vit", "convnext", "swin", "regnet", "efficientnet"],
+    ids=[
+        "resnet32",
+        "experts",
+        "resnet18",
+        "vit",
+        "convnext",
+        "adapter",
+        "timm vit",
+        "timm convnext",
+        "swin",
+        "regnet",
+        "efficientnet",
+    ],
 )
 def test_the_depths_of_layers_are_those_counted_by_hand(
     make: Callable[[], nn.Module], expected: dict[str, int]
