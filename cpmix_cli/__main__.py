@@ -14,6 +14,12 @@ def main() -> None:
 
         console.set_up()
         console.mute(ranks.is_later(os.environ))
+        if asked := os.environ.get("_CPMIX_COMPLETE"):  # a shell asks at TAB; other instructions are Typer's
+            from cpmix_cli.completion import answer
+
+            if (answered := answer(asked, os.environ)) is not None:
+                console.raw(answered[0])
+                sys.exit(answered[1])
         from cpmix_cli.cli import app
 
         app(prog_name="cpmix")

@@ -123,8 +123,9 @@ def test_the_quick_check_skips_what_only_the_phase_can_know(digits_run: Path, di
 
 
 def test_completion_imports_nothing_heavy() -> None:
-    environment = {"_CPMIX_COMPLETE": "complete_bash", "COMP_WORDS": "cpmix train-", "COMP_CWORD": "1"}
-    assert imported_by([], **environment) == (0, [])
+    for words in ("cpmix train-", "cpmix run --set model.name=", "cpmix recipes "):
+        environment = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert imported_by([], _CPMIX_COMPLETE="complete_bash", **environment) == (0, []), words
 
 
 def test_commands_that_read_results_do_without_torch(digits_run: Path) -> None:
@@ -156,7 +157,7 @@ def imported_by(arguments: list[str], **environment: str) -> tuple[int, list[str
         "from cpmix_cli.__main__ import main\n"
         "try: main()\n"
         "except SystemExit as leaving: code = leaving.code\n"
-        "heavy = {'torch', 'torchvision', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'pandas', 'pyarrow', 'numpy', 'matplotlib', 'sklearn'}\n"
         "sys.__stdout__.write(f'\\n{code or 0} ' + ','.join(heavy & set(sys.modules)))"
     )
     found = process(*arguments, code=code, env=environment)

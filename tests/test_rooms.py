@@ -13,7 +13,7 @@ PACKAGE = Path(cli.__file__).parent
 RESEARCH = ("losses", "mixing", "confusion", "models", "backbones", "experts")
 """The researcher's files, which are one room though they lie at the top."""
 ROOMS = (
-    *("cli", "commands", "bench", "results", "report", "evaluation", "training", "runs"),
+    *("completion", "cli", "commands", "bench", "results", "report", "evaluation", "training", "runs"),
     *("research", "data", "recipe", "artifacts", "flags", "runtime"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__main__.py", "__init__.py"))

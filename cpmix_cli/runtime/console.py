@@ -108,6 +108,11 @@ def _out(text: str) -> None:
             print(text, flush=True)
 
 
+def raw(text: str) -> None:
+    """Print text on stdout as it is, for a shell to read; raises as flush()."""
+    _out(text)
+
+
 def flush() -> None:
     """Flush stdout, for text that other code printed, such as click's help.
 
