@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,11 @@ def signalled(number: signal.Signals, at: str, *arguments: object) -> Result:
         running.send_signal(number)
         stderr = running.stderr.read()
     return Result(running.returncode, "", stderr)
+
+
+def quick_first(cases: Mapping[str, object], *marks: pytest.MarkDecorator) -> list[Any]:
+    """Values of a parameter, by name: the first is tested in each run, the others have these marks."""
+    return [pytest.param(cases[name], id=name, marks=marks if n else ()) for n, name in enumerate(cases)]
 
 
 def setting(*values: object, table: str = "") -> list[str]:

@@ -57,7 +57,7 @@ def test_two_test_sets_of_one_name_make_two_evaluations(run: Path, tmp_path: Pat
     assert len(list((tmp_path / "out" / "evaluation").iterdir())) == 3
 
 
-@pytest.mark.parametrize("words", [["--out=~/my data"], ["--out", "~/my data"]])
+@pytest.mark.parametrize("words", [["--out=~/my data"], pytest.param(["--out", "~/my data"], marks=pytest.mark.slow)])
 def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, words: list[str]) -> None:
     """A shell leaves --out=~/x as it is, and any path in quotes."""
     (tmp_path / "home").mkdir()

@@ -161,6 +161,7 @@ def test_the_printed_command_resumes_an_interrupted_phase(phase: str, digits: Pa
     assert phases_of(place)[phase == "stage2"]["status"] == "done"
 
 
+@pytest.mark.slow
 def test_all_commands_name_the_same_next_command(digits: Path, tmp_path: Path) -> None:
     run, phases = tmp_path / "run", ("stage1", "stage2", "finetune")
     commands = [("train-stage1", "--data", digits, "--out", run, "--epochs", 6)]

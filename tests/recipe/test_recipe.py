@@ -30,8 +30,11 @@ def test_every_recipe_loads_and_equals_its_resolved_form(name: str, tmp_path: Pa
     assert find_recipe(name).read_text().startswith("# ")
     load(name, epochs=20)
     data, path = name.split("/")[0], tmp_path / "resolved.toml"
+    checked = []
     for rho in (None, 10, 50, 100, 200):
-        recipe = load(name, rho=rho)
+        if (recipe := load(name, rho=rho)) in checked:
+            continue
+        checked.append(recipe)
         check_fits(recipe, CLASSES.get(data, 4), SHAPES.get(data, (32, 32, 3)))
         path.write_text(recipe.to_toml())
         assert load(str(path)) == recipe

@@ -78,6 +78,7 @@ def test_thumbnails_are_those_of_the_evaluated_images(root: Path) -> None:
         assert np.abs(tile.mean((0, 1)) - colours[label]).max() < 40
 
 
+@pytest.mark.slow
 def test_a_report_of_moved_images_names_the_evaluation(root: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     run = copy / "run"
@@ -89,6 +90,7 @@ def test_a_report_of_moved_images_names_the_evaluation(root: Path, tmp_path: Pat
     must(*report, "gone", "--images", 0)
 
 
+@pytest.mark.slow
 def test_a_report_on_a_deleted_data_set_names_the_evaluation(digits_run: Path, tmp_path: Path) -> None:
     must("build-lt", "digits", "--subset-seed", 1, "--out", tmp_path / "other")
     must("evaluate", "--from", digits_run, "--test-data", tmp_path / "other")

@@ -7,7 +7,7 @@ from pathlib import Path
 import emulated_graph as emulated
 import pytest
 import torch
-from helpers import must
+from helpers import must, quick_first
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cpmix_cli.data.dataset import Dataset, open_dataset
@@ -20,6 +20,10 @@ METHODS = emulated.distinct_setups("cifar100-lt")
 BOTH_GRAPHS = [5, 2]
 """Replays in three epochs of two full batches and one of what is left, of which the first is eager."""
 VARIANTS = {
+    "all at once": (
+        *("model.precision=bf16", "model.experts=3", "confusion.decay=0.9"),
+        *("optimizer.micro_batches=3", "data.augment=crop-flip-rotate", "data.padding=2"),
+    ),
     "bf16": ("model.precision=bf16",),
     "two micro-batches": ("optimizer.micro_batches=2",),
     "uneven micro-batches": ("optimizer.micro_batches=3",),
@@ -33,11 +37,8 @@ VARIANTS = {
     "autoaugment": ("data.augment=crop-flip-autoaugment", "data.fill=128", "data.cutout=4", "data.flip=alternating"),
     "averaged weights": ("optimizer.ema_epochs=60",),
     "adam": ("optimizer.kind=adam", "optimizer.lr=0.001"),
-    "all at once": (
-        *("model.precision=bf16", "model.experts=3", "confusion.decay=0.9"),
-        *("optimizer.micro_batches=3", "data.augment=crop-flip-rotate", "data.padding=2"),
-    ),
 }
+RESUMED = ("partners of an epoch", "autoaugment", "averaged weights")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_replayed_epochs_of_all_methods_equal_eager_ones(recipe: str, phase: str
         check(emulated.train(whole, emulate=False), replayed)
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=list(VARIANTS))
+@pytest.mark.parametrize("settings", quick_first(VARIANTS, pytest.mark.slow, pytest.mark.long))
 def test_replayed_epochs_of_all_settings_equal_eager_ones(settings: tuple[str, ...], few_digits: Dataset) -> None:
     whole = emulated.setup("cifar100-lt/cpmix", "stage2", few_digits, *emulated.SMALL, *settings)
     check(*(emulated.train(whole, emulate=emulate) for emulate in (False, True)))
@@ -91,9 +92,7 @@ def test_replayed_epochs_of_points_equal_eager_ones(recipe: str, phase: str, toy
 
 @pytest.mark.parametrize("stop_at", [(8, 1), (8, 3)], ids=["in an epoch", "at its end"])
 @pytest.mark.parametrize(
-    "settings",
-    [(), ("confusion.refresh=epoch", "confusion.decay=0.9"), VARIANTS["autoaugment"], VARIANTS["averaged weights"]],
-    ids=["", "ahead", "autoaugment", "averaged"],
+    "settings", quick_first({"": (), **{name: VARIANTS[name] for name in RESUMED}}, pytest.mark.slow, pytest.mark.long)
 )
 def test_a_resumed_run_replays_to_the_same_end(
     settings: tuple[str, ...], stop_at: tuple[int, int], few_digits: Dataset

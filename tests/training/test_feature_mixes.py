@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import COUNTS, IMAGES, LABELS, STD, draw_epoch, in_double, must, never, setting
+from helpers import COUNTS, IMAGES, LABELS, STD, draw_epoch, in_double, must, never, quick_first, setting
 from torch import Tensor
 
 from cpmix_cli.artifacts.tensors import read_tensors
@@ -193,7 +193,7 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(folder)
 
 
-@pytest.mark.parametrize("settings", GRAPHS.values(), ids=list(GRAPHS))
+@pytest.mark.parametrize("settings", quick_first(GRAPHS, pytest.mark.slow, pytest.mark.long))
 def test_replayed_and_resumed_epochs_equal_eager_ones(settings: Sequence[str], few_digits: Dataset) -> None:
     whole = emulated.setup("cifar100-lt/h2t", "finetune", few_digits, *emulated.SMALL, *settings)
     eager, replayed = (emulated.train(whole, emulate=emulate) for emulate in (False, True))

@@ -27,6 +27,7 @@ from helpers import (
     follow_fix,
     must,
     process,
+    quick_first,
     refused,
     run_commands,
     unchanged,
@@ -35,7 +36,17 @@ from helpers import (
 from PIL import Image
 
 from cpmix_cli.artifacts import records, tables
-from cpmix_cli.artifacts.files import CONFUSION_PAIRS, DATASET, MODEL, RECIPE, RUN, TRAINING_STATE, is_there, sha256
+from cpmix_cli.artifacts.files import (
+    CONFUSION_PAIRS,
+    DATASET,
+    MODEL,
+    PHASES,
+    RECIPE,
+    RUN,
+    TRAINING_STATE,
+    is_there,
+    sha256,
+)
 from cpmix_cli.artifacts.tensors import publish_tensors, read_tensors, sealed_metadata
 from cpmix_cli.runtime.errors import InputError
 
@@ -277,7 +288,7 @@ OF_PHASES = [RUN, MODEL, "metrics.parquet", CONFUSION_PAIRS, "class_counts.parqu
     ("name", "kind"),
     [*((name, "flipped") for name in OF_PHASES), (RUN, "folder"), (MODEL, "folder"), (MODEL, "missing")],
 )
-@pytest.mark.parametrize("phase", ["stage1", "stage2", "finetune"])
+@pytest.mark.parametrize("phase", quick_first({phase: phase for phase in PHASES}, pytest.mark.slow))
 def test_the_printed_fix_repairs_a_phase_from_its_training_state(
     digits: Path, digits_run: Path, phase: str, name: str, kind: str
 ) -> None:
@@ -352,7 +363,10 @@ def test_the_printed_fix_repairs_a_labelled_evaluation(toy_run: Path) -> None:
     must(*command)
 
 
-@pytest.mark.parametrize("name", [RUN, "confused_pairs.parquet", "confusion_matrix.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    quick_first({name: name for name in (RUN, "confused_pairs.parquet", "confusion_matrix.parquet")}, pytest.mark.slow),
+)
 def test_the_printed_fix_repairs_a_report(toy_run: Path, name: str) -> None:
     path = toy_run / "confusion" / "stage2" / name
     flip(path)

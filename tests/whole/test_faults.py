@@ -19,6 +19,8 @@ def swept(*arguments: object) -> dict[str, list[int]]:
     return {name: list(map(int, numbers)) for name, *numbers in lines}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_failing_call_is_refused_and_the_same_command_ends_in_the_same_bytes() -> None:
     found = swept("--every", 10, "build-lt digits")
     assert list(found) == ["build-lt digits", "build-lt digits --overwrite"]

@@ -10,7 +10,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import contents, ended, files, hooked, must, on_event, refused, run_to_the_end, signalled, write_image
+from helpers import (
+    contents,
+    ended,
+    files,
+    hooked,
+    must,
+    on_event,
+    quick_first,
+    refused,
+    run_to_the_end,
+    signalled,
+    write_image,
+)
 
 from cpmix_cli.artifacts import files as artifacts
 from cpmix_cli.artifacts.files import TRAINING_STATE, temporary_for
@@ -51,7 +63,9 @@ def _listed(batch: TermBatch) -> object:
     return {name: value.tolist() for name, value in vars(batch).items() if hasattr(value, "tolist")}
 
 
-@pytest.mark.parametrize("settings", [(), ("--set", "optimizer.ema_epochs=60")], ids=["", "averaged"])
+@pytest.mark.parametrize(
+    "settings", quick_first({"": (), "averaged": ("--set", "optimizer.ema_epochs=60")}, pytest.mark.slow)
+)
 def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
     settings: Sequence[str], handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +91,7 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
 def test_rarer_checkpoints_change_only_where_a_run_resumes(
     handlers: object, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
