@@ -301,6 +301,7 @@ def test_a_moved_data_set_is_found_by_data(hand: Path, digits: Path, tmp_path: P
     must("figure", 1, run, "--out", tmp_path / "f.svg", "--data", hand / "data-rho1", "--data", digits)
 
 
+@pytest.mark.slow
 def test_another_file_at_out_is_kept_without_overwrite(hand: Path, tmp_path: Path) -> None:
     out = tmp_path / "thesis.pdf"
     out.write_text("two years of work")

@@ -133,7 +133,7 @@ def test_a_distilled_step_reads_its_teacher_but_never_writes_it(few_digits: Data
 # -- recordings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recording", [1, 2], ids=["of a full batch", "of the last batch"])
+@pytest.mark.parametrize("recording", quick_first({"of a full batch": 1, "of the last batch": 2}, pytest.mark.slow))
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(Classifier, "expert_logits"), (torch.optim.SGD, "step"), (EpochSums, "add")],
@@ -201,7 +201,7 @@ def test_each_set_of_graphs_has_a_memory_pool_of_its_own() -> None:
 # -- faults that were put in on purpose --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", emulated.FAULTS)
+@pytest.mark.parametrize("name", quick_first({name: name for name in emulated.FAULTS}, pytest.mark.slow))
 def test_an_error_of_the_replay_only_is_detected(name: str, cpmix: emulated.Setup) -> None:
     eager, replayed = (
         emulated.train(cpmix, emulate=emulate, fault=emulated.FAULTS[name]()) for emulate in (False, True)
@@ -210,7 +210,7 @@ def test_an_error_of_the_replay_only_is_detected(name: str, cpmix: emulated.Setu
     assert replayed.differs_from(eager)
 
 
-@pytest.mark.parametrize("name", emulated.READING)
+@pytest.mark.parametrize("name", quick_first({name: name for name in emulated.READING}, pytest.mark.slow))
 def test_a_step_that_waits_for_the_device_is_detected(name: str, cpmix: emulated.Setup) -> None:
     call, fault = emulated.READING[name]
     assert emulated.train(cpmix, emulate=True, fault=emulated.at_its_end(fault)).reads == {call: 2}

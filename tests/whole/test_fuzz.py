@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,7 @@ HEADERS = JSON | st.dictionaries(st.text(max_size=6), ENTRIES | JSON, max_size=4
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(HEADERS, st.binary(max_size=64), st.integers(-9, 9))
 def test_any_safetensors_header_is_read_or_refused(header: Any, data: bytes, off: int) -> None:
@@ -124,6 +126,7 @@ def test_any_safetensors_header_is_read_or_refused(header: Any, data: bytes, off
                 assert str(path) in fault.message
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)

@@ -244,6 +244,7 @@ def test_places_lt_names_torchvision_s_weights(photos: Path, tmp_path: Path) -> 
     refused(2, said, "train-stage1", *flags, *setting("crop=0", "augment=crop-flip", table="data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [1, 2, 3])
 def test_experts_all_start_from_the_published_stages(shared: int, generator: torch.Generator) -> None:
     """Of full width, the features of each are those of the network itself."""

@@ -41,7 +41,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, number: int, do: Callab
 
 
 @pytest.mark.parametrize("change", ["moved", "rebuilt"])
-@pytest.mark.parametrize("storage", ["tensors", "shards", "files"])
+@pytest.mark.parametrize(
+    "storage", ["tensors", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shards", "files"))]
+)
 def test_a_data_set_that_changes_is_told_at_the_next_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, change: str
 ) -> None:
