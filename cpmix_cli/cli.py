@@ -3,6 +3,7 @@
 Errors become exit codes only here.
 """
 
+import hashlib
 import inspect
 import os
 import sys
@@ -202,8 +203,13 @@ def _root(
 
 
 def _check_recipe(
-    options: flags.TrainingOptions | flags.BenchOptions, name: str | None, data: Path | None, *phases: Path
+    options: flags.TrainingOptions | flags.BenchOptions,
+    name: str | None,
+    data: Path | None,
+    *phases: Path,
+    written: Sequence[Path] = (),
 ) -> None:
+    """Check --recipe, --set and --epochs: see check_request(); `written` are the phase folders to be written."""
     from cpmix_cli.recipe.early_checks import check_request
 
     if options.recipe == "":  # an unset variable of a shell
@@ -211,7 +217,13 @@ def _check_recipe(
     if ranks.find(os.environ).size > 1:  # the command checks it as well, where an error of one rank ends all
         return
     if name is not None or options.settings or options.epochs is not None:
-        check_request(name, options.settings, options.epochs, data=data, phases=phases)
+        try:
+            check_request(name, options.settings, options.epochs, data=data, phases=phases)
+        except UsageError as fault:  # perhaps it names functions of the plugin that the run was made with
+            from cpmix_cli.runs.folders import PhaseFolder
+            from cpmix_cli.runs.plugin_needs import needed_by
+
+            raise needed_by([PhaseFolder(phase.parent, phase.name) for phase in (*written, *phases)]) or fault from None
 
 
 def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:
@@ -222,7 +234,7 @@ def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:
 
 def _before_stage1(options: flags.TrainStage1Options) -> None:
     if options.recipe is not None or options.init is None:  # else the weights decide the recipe
-        _check_recipe(options, options.recipe, options.data)
+        _check_recipe(options, options.recipe, options.data, written=[options.out / "stage1"])
     _look_for_state(options, options.out / "stage1")
 
 
@@ -234,8 +246,9 @@ def _before_later_phases(options: flags.TrainStage2Options | flags.FinetuneOptio
     if isinstance(options, flags.FinetuneOptions):
         wanted = options.phase or (named if named != "finetune" else None)
         own, sources = "finetune", [wanted] if wanted else ["stage2", "stage1"]
-    _check_recipe(options, options.recipe, None, *(run / source for source in sources))
-    _look_for_state(options, (options.out or run) / own)
+    written = (options.out or run) / own
+    _check_recipe(options, options.recipe, None, *(run / source for source in sources), written=[written])
+    _look_for_state(options, written)
 
 
 def _before_bench(options: flags.BenchOptions) -> None:
@@ -281,15 +294,33 @@ BEFORE: dict[str, Callable[[Any], None]] = {
 def _perform(name: str, options: Any) -> int | None:
     """Do one command in this process; return its exit code. `cpmix run` does several."""
     console.command = name
-    if name in BEFORE:
-        BEFORE[name](options)
-    if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
-        console.note(f"{name}: loading torch")
-    command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
-    code: int | None
-    with ranks.together(_common_flags(name, options)) if name in TRAINING else nullcontext():
-        # No command imports another, so the one that does others gets them passed in.
-        code = command.run(options, _perform) if name == "run" else command.run(options)
+    from cpmix_cli.recipe import plugins  # imported here: --help needs none of it
+
+    plugin: Path | None = getattr(options, "plugin", None)
+    try:
+        # Of several ranks, each reads its file after all have met: an error of one rank ends all.
+        with plugins.joined(None if name in TRAINING and ranks.find(os.environ).size > 1 else plugin):
+            if name in BEFORE:
+                BEFORE[name](options)
+            if name not in WITHOUT_TORCH and "torch" not in sys.modules and not ranks.is_later(os.environ):
+                console.note(f"{name}: loading torch")
+            command = import_module(f"cpmix_cli.commands.{name.replace('-', '_')}")
+            code: int | None
+            with (
+                ranks.together(_common_flags(name, options)) if name in TRAINING else nullcontext(),
+                plugins.joined(plugin),
+                plugins.explained(),
+            ):
+                if name not in WITHOUT_TORCH:
+                    plugins.run_code()
+                # No command imports another, so the one that does others gets them passed in.
+                code = command.run(options, _perform) if name == "run" else command.run(options)
+    except InputError as fault:
+        from cpmix_cli.runs.plugin_needs import PluginMissing
+
+        if isinstance(fault, PluginMissing):  # of `run`, not of its step
+            fault.say_how([name, *flags.words_of(options)])
+        raise
     return code
 
 
@@ -307,7 +338,7 @@ def _add(name: str, kind: type) -> None:
     app.command(name, cls=_Command, help=text, epilog=example)(run)
 
 
-_BY_CONTENT = ("--data", "--data-root", "--init", "--teacher")
+_BY_CONTENT = ("--data", "--data-root", "--init", "--teacher", "--plugin")
 """Flags whose files are compared between ranks by their content; each machine may have its copy at another place."""
 
 
@@ -318,6 +349,10 @@ def _common_flags(name: str, options: Any) -> dict[str, str]:
         for flag, value in flags.given_flags(options).items()
         if flag not in _BY_CONTENT
     }
+    if (plugin := getattr(options, "plugin", None)) is not None:
+        given["--plugin"] = "unreadable"
+        with suppress(OSError):
+            given["--plugin"] = hashlib.sha256(Path(plugin).read_bytes()).hexdigest()
     return {"command": name, "version": __version__, **given}
 
 

@@ -147,6 +147,14 @@ Seed = Annotated[int | None, Option(help="Replace the recipe's seed.", min=0)]
 SkipUnreadable = Annotated[
     bool, Option("--skip-unreadable", help="Leave out image files that cannot be decoded, and name them in a warning.")
 ]
+PluginFile = Annotated[
+    Path | None,
+    Option(
+        help="Python file of your own losses, mixes, networks and the like, which join those of cpmix; its code runs. "
+        "A run made with one needs it again.",
+        metavar="FILE.py",
+    ),
+]
 FewInclusive = Annotated[bool, Option("--few-inclusive", help="Count classes with exactly 20 training images as few.")]
 
 
@@ -258,6 +266,7 @@ class TrainingOptions:
     threads: Threads = None
     data: Data = None
     data_root: DataRoot = None
+    plugin: PluginFile = None
     eval_every: int = flag(
         0, "Record the test accuracy in metrics.parquet every N epochs; 0: never. Selects no checkpoint.", min=0
     )
@@ -352,6 +361,7 @@ class EvaluateOptions(_FromPhase):
     threads: Threads = None
     data: Data = None
     data_root: DataRoot = None
+    plugin: PluginFile = None
     overwrite: Overwrite = False
 
     @property
@@ -497,6 +507,7 @@ class RecipesOptions:
     epochs: Epochs = None
     seed: Seed = None
     rho: float | None = flag(None, "Imbalance factor that selects the [by_rho.R] tables.")
+    plugin: PluginFile = None
     budget: bool = flag(False, "Show epochs and image passes per recipe, and their ratio to CP-Mix's.", "--budget")
 
 
@@ -537,6 +548,7 @@ class PredictOptions:
     skip_unreadable: SkipUnreadable = False
     device: Device = "auto"
     threads: Threads = None
+    plugin: PluginFile = None
     overwrite: Overwrite = False
 
 
@@ -574,6 +586,7 @@ class FigureOptions:
     data: list[Path] = flag(
         list, "Data set folder, if it has moved since a run recorded it. Repeatable.", metavar="DIR"
     )
+    plugin: PluginFile = None
     overwrite: bool = flag(False, "Replace the files of --out.", "--overwrite")
 
 
@@ -616,6 +629,7 @@ class BenchOptions:
     data_root: DataRoot = None
     device: Device = "auto"
     threads: Threads = None
+    plugin: PluginFile = None
     rounds: int = flag(10, "Number of rounds; each times every loop once. Medians are shown.", min=1)
     seconds: float = flag(1.0, "Seconds per loop and round; each loop runs at least three steps.", min=0, max=3600)
     ingredients: bool = flag(

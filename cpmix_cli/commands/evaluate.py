@@ -35,6 +35,7 @@ from cpmix_cli.runs import folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import command_ahead, with_data
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.plugin_needs import check_plugin
 from cpmix_cli.runs.repair import build_command
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
@@ -87,6 +88,7 @@ def run(options: EvaluateOptions) -> None:
             fix=f"drop {other}",
         )
     source = choose(options.from_folder, options.phase)
+    check_plugin(source)
     root = source.run
     dataset = folders.find_dataset(root, source.record().dataset, options.data, data_root=options.data_root)
     if dataset.record.few_inclusive:

@@ -19,6 +19,7 @@ from cpmix_cli.flags import PredictOptions
 from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.plugin_needs import check_plugin
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
@@ -42,6 +43,7 @@ def run(options: PredictOptions) -> None:
         EnvironmentFault: --out or --sort-into exists or cannot be written, or the device is missing.
     """
     source = choose(options.from_folder, options.phase)
+    check_plugin(source)
     images_of(source)
     if options.probabilities and options.top != 1:
         raise UsageError("--probabilities gives all classes, so --top has no effect", fix="drop one of the two flags")

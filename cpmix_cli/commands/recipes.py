@@ -1,6 +1,6 @@
 """recipes: list the recipes of cpmix, show one, compare two, or show their costs. Reads only TOML."""
 
-from cpmix_cli.artifacts.files import PHASES
+from cpmix_cli.artifacts.files import PHASES, RECIPE
 from cpmix_cli.flags import RecipesOptions
 from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, Stage, differences
@@ -30,8 +30,17 @@ def run(options: RecipesOptions) -> None:
 
 
 def _resolved(options: RecipesOptions, name: str) -> Recipe:
-    """Load a recipe as a training phase would."""
-    return load(name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho)
+    """Load a recipe as a training phase would; that of a run also without the run's plugin."""
+    path = find_recipe(name)
+    as_record = False
+    if path.name == RECIPE:
+        from cpmix_cli.runs.folders import PhaseFolder  # imported here: it imports pandas
+        from cpmix_cli.runs.plugin_needs import needed_by
+
+        as_record = needed_by([PhaseFolder(path.parent.parent, path.parent.name)]) is not None
+    return load(
+        name, settings=options.settings, epochs=options.epochs, seed=options.seed, rho=options.rho, as_record=as_record
+    )
 
 
 def _description(name: str) -> str:

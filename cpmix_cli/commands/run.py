@@ -229,7 +229,15 @@ def _check_recipe(options: RunOptions, data: Path | None) -> None:
         source = "image-folder" if options.source == "parquet" else options.source
         homes = [folder for folder in (source, f"{source}-lt") if f"{folder}/cpmix" in recipe_names()]
         name = of_dataset(name, f"{homes[0]}/cpmix") if homes else name
-    check_request(name, options.settings, options.epochs, data=data)
+    try:
+        check_request(name, options.settings, options.epochs, data=data)
+    except UsageError as fault:
+        if options.out is None:
+            raise
+        from cpmix_cli.runs.folders import PhaseFolder
+        from cpmix_cli.runs.plugin_needs import needed_by
+
+        raise needed_by([PhaseFolder(options.out, phase) for phase in files.PHASES]) or fault from None
 
 
 def _seeds(options: RunOptions) -> list[int]:
@@ -321,6 +329,7 @@ def _train(steps: _Steps, options: RunOptions, asked: TrainingOptions, dataset: 
                 threads=asked.threads,
                 data=data,
                 data_root=asked.data_root,
+                plugin=asked.plugin,
             )
             numbers = steps.do("evaluate", evaluation, quiet=True)
             measured[split][phase] = numbers["balanced_accuracy"]

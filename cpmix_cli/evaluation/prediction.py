@@ -18,8 +18,11 @@ from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.evaluation.accuracy import class_accuracy, confusion_matrix
 from cpmix_cli.experts import combined, routed_weights
 from cpmix_cli.models import Classifier, build_model, change_head
+from cpmix_cli.recipe.functions import known
+from cpmix_cli.recipe.libraries import is_library_name
 from cpmix_cli.recipe.schema import Evaluation, Recipe
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.plugin_needs import check_plugin
 from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training.randomness import torch_generator
 from cpmix_cli.training.state import load_model
@@ -234,8 +237,10 @@ def read_model(source: PhaseFolder, recipe: Recipe, num_classes: int, shape: Seq
         shape: shape of an image of the data set (H, W, channels), or (2,) for points.
 
     Raises:
-        InputError: the weights are missing, damaged or of another network.
+        InputError: the weights are missing, damaged or of another network, or this is of a plugin that is not given.
     """
+    if recipe.model.name not in known("model") and not is_library_name(recipe.model.name):
+        check_plugin(source)
     path, sha = source.output(files.MODEL)
     tensors, _ = read_tensors(path, sha)
     generator = torch_generator(recipe.seed, "weights")

@@ -50,6 +50,8 @@ ARGUMENTS = {
     "MODELS": ("num_classes", "shape", "recipe"),
 }
 """Table of functions -> the positional arguments that a call gives, in order; other parameters are keyword-only."""
+OTHER_TABLES = ("NEEDS", "MIX_UNIFORMS")
+"""Tables that say more of the functions in the others."""
 TERM_KINDS = tuple(kind for kind in FUNCTION_TABLES if kind != "model")
 
 
@@ -97,57 +99,83 @@ class Needs:
 def outline(module: str) -> dict[str, Any]:
     """Return the top-level names of a module of this package, without an import of slow packages.
 
-    Functions have only their keyword-only parameters. Values that need a slow package are left out.
+    Functions have only their keyword-only parameters. Values that need a slow package are left out. While a plugin is
+    joined, its functions are in the tables too, see plugins.py.
 
     Raises:
-        UsageError: a table of functions needs a slow package, or a function in it has parameters that no recipe can
-            set; the message states what to change in the module.
+        UsageError: see outlined().
     """
     path = Path(__file__).parents[1] / f"{module}.py"
+    return outlined(path, path.read_bytes())[0]
+
+
+def outlined(path: Path, source: bytes) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the outline of a file, and the line of each name in it.
+
+    Args:
+        path: the file, for messages.
+        source: its content.
+
+    Raises:
+        UsageError: the file is no Python, a table of functions needs a slow package, or a function in it has parameters
+            that no recipe can set; the message states the line, and what to change there.
+    """
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError) as fault:
+        raise UsageError(f"{_at(path, getattr(fault, 'lineno', None))}: {fault.args[0]}", fix="correct it") from fault
     found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     unreadable: dict[str, tuple[str, str]] = {}
     signatures: dict[str, ast.arguments] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            source = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
             light = {*sys.stdlib_module_names, "pydantic"}
-            if source is None or not (source.partition(".")[0] in light or source.startswith("cpmix_cli.recipe.")):
+            if module is None or not (module.partition(".")[0] in light or module.startswith("cpmix_cli.recipe.")):
                 continue
         elif isinstance(node, ast.FunctionDef):
             signatures[node.name] = node.args
+            lines[node.name] = node.lineno
             node.args = ast.arguments([], [], None, node.args.kwonlyargs, node.args.kw_defaults, None, [])
             node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            node = ast.Assign([node.target], node.value)
+            node = ast.copy_location(ast.Assign([node.target], node.value), node)
         elif not isinstance(node, ast.Assign):
             continue
-        code = compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec")
+        made = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        lines |= dict.fromkeys(made, node.lineno)
         try:
-            exec(code, found)
-        except NameError as fault:
-            tables = {table for known_in, names in FUNCTION_TABLES.values() if known_in == module for table in names}
-            made = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+            exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(path), "exec"), found)
+        except (Exception, SystemExit) as fault:
             if isinstance(node, ast.FunctionDef):  # an error only if a table names the function
-                unreadable[node.name] = _unreadable_parameter(node, str(fault.name))
-            elif made & {*tables, "NEEDS"}:
-                told = (f"{', '.join(made)} names {fault.name}", f"name only functions that are defined in {path}")
-                message, fix = unreadable.get(str(fault.name), told)
-                raise UsageError(f"{path}: {message}", fix=fix) from fault
+                unreadable[node.name] = _unreadable_parameter(node, fault)
+            elif tables := {*made} & {*ARGUMENTS, *OTHER_TABLES}:
+                missing = str(fault.name) if isinstance(fault, NameError) else ""
+                what = f"names {missing}" if missing else f"cannot be made: {fault}"
+                told = (f"{', '.join(tables)} {what}", f"name only functions that are defined in {path}")
+                message, fix = unreadable.get(missing, told)
+                raise UsageError(f"{_at(path, lines.get(missing, node.lineno))}: {message}", fix=fix) from fault
             # Any other name is a constant that is made with a slow package.
     for table in ARGUMENTS.keys() & found.keys():
-        for name in {getattr(function, "func", function).__name__ for function in found[table].values()}:
+        entries = found[table].values() if isinstance(found[table], dict) else ()
+        for name in {getattr(getattr(function, "func", function), "__name__", "") for function in entries}:
             if name in signatures:
-                _check_signature(path, table, name, signatures[name])
-    return found
+                _check_signature(_at(path, lines[name]), table, name, signatures[name])
+    return found, lines
 
 
-def _check_signature(path: Path, table: str, name: str, found: ast.arguments) -> None:
+def _at(path: Path, line: int | None) -> str:
+    return str(path) if line is None else f"{path}, line {line}"
+
+
+def _check_signature(place: str, table: str, name: str, found: ast.arguments) -> None:
     """Raise UsageError if a function of a table does not take the table's arguments, or a parameter has no type."""
     wanted, given = ARGUMENTS[table], [argument.arg for argument in found.posonlyargs + found.args]
     typeless = [parameter.arg for parameter in found.kwonlyargs if parameter.annotation is None]
     if typeless:
         raise UsageError(
-            f"{path}: {name}(): the parameter {typeless[0]} has no type",
+            f"{place}: {name}(): the parameter {typeless[0]} has no type",
             fix=f"write its type, such as {typeless[0]}: float, or {typeless[0]}: float = 1.0",
         )
     if len(given) != len(wanted) and found.vararg is None:
@@ -155,19 +183,21 @@ def _check_signature(path: Path, table: str, name: str, found: ast.arguments) ->
         extra = [f"{key}: float" + (f" = {defaults[key]}" if key in defaults else "") for key in given[len(wanted) :]]
         rest = f", *, {', '.join(extra)}" if extra else ""
         raise UsageError(
-            f"{path}: {name}() takes {', '.join(given) or 'nothing'}; a function of {table} gets {', '.join(wanted)}, "
+            f"{place}: {name}() takes {', '.join(given) or 'nothing'}; a function of {table} gets {', '.join(wanted)}, "
             "and its parameters after a *",
             fix=f"write def {name}({', '.join([*given[: len(wanted)], *wanted[len(given) :]])}{rest})",
         )
 
 
-def _unreadable_parameter(function: ast.FunctionDef, package: str) -> tuple[str, str]:
-    """Return what is wrong with a function that cannot be read without a package, and the fix."""
+def _unreadable_parameter(function: ast.FunctionDef, fault: BaseException) -> tuple[str, str]:
+    """Return what is wrong with a function whose parameters cannot be read without a package, and the fix."""
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     texts = [ast.unparse(name) + (f" = {ast.unparse(default)}" if default else "") for name, default in given]
-    culprit = next(text for text in texts if re.search(rf"\b{package}\b", text))
+    package = fault.name if isinstance(fault, NameError) else None
+    culprit = next((text for text in texts if re.search(rf"\b{package}\b", text)), ", ".join(texts))
+    why = f"cannot be read: {fault}" if package is None else f"cannot be read without importing {package}"
     return (
-        f"{function.name}(): the parameter {culprit} cannot be read without importing {package}",
+        f"{function.name}(): the parameter {culprit} {why}",
         "give the parameter a plain type and default (float, int, bool, str, list, Literal, Annotated), and make "
         "anything else of its value inside of the function",
     )
@@ -239,5 +269,5 @@ def bind(
 @cache
 def _checker(function: Callable[..., Any], key: str) -> TypeAdapter[Any]:
     """Return the pydantic check of one parameter of a function."""
-    annotation: Any = inspect.signature(function).parameters[key].annotation
+    annotation: Any = inspect.signature(function, eval_str=True).parameters[key].annotation
     return TypeAdapter(Annotated[annotation, AfterValidator(in_float32)], config=ConfigDict(allow_inf_nan=False))

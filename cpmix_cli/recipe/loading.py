@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cpmix_cli.artifacts.files import PHASES, read_bytes
 from cpmix_cli.recipe.functions import TERM_KINDS, bind, keywords, known
 from cpmix_cli.recipe.rules import unmet
-from cpmix_cli.recipe.schema import Finetune, Recipe, Stage, Table, TermRecipe
+from cpmix_cli.recipe.schema import AS_RECORD, Finetune, Recipe, Stage, Table, TermRecipe
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, indented, nearest, shortened, suggest
 from cpmix_cli.runtime.text import quoted
 
@@ -97,6 +97,7 @@ def load(
     epochs: int | None = None,
     seed: int | None = None,
     rho: float | None = None,
+    as_record: bool = False,
 ) -> Recipe:
     """Read and resolve a recipe.
 
@@ -106,6 +107,8 @@ def load(
         epochs: length of both stages together; all epoch counts are rescaled to it.
         seed: replaces the recipe's seed.
         rho: imbalance factor of the data set; selects the overrides in [by_rho.R].
+        as_record: also accept names of functions of a plugin that is not given; they and their parameters are not
+            checked. For the recipe of a run that is read, not continued.
 
     Raises:
         UsageError: the file, syntax, a key, type, range or setting is wrong; all errors are listed.
@@ -131,7 +134,7 @@ def load(
             changed = _merged(changed, parsed)
     if seed is not None:
         changed = {**changed, "seed": seed}
-    recipe, faults = _checked(changed)
+    recipe, faults = _checked(changed, as_record=as_record)
     if recipe is None or faults or replaced or wrong:
         faults += replaced + wrong
         own = [fault for fault in (*_checked(tables)[1], *wrong) if fault in faults]
@@ -178,15 +181,15 @@ def _by_rho_faults(tables: dict[str, Any], by_rho: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _checked(tables: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+def _checked(tables: dict[str, Any], *, as_record: bool = False) -> tuple[Recipe | None, list[str]]:
     """Return the recipe of resolved tables, None if they are invalid, and one line per error."""
     recipe = None
     try:
-        recipe = Recipe.model_validate(tables)
+        recipe = Recipe.model_validate(tables, context=AS_RECORD if as_record else None)
         faults = unmet(recipe)
     except ValidationError as fault:
         faults = [_explain(dict(error), tables) for error in fault.errors()]
-    return recipe, faults + _function_faults(tables)
+    return recipe, faults + _function_faults(tables, as_record=as_record)
 
 
 def typed_flags(settings: Sequence[str], seed: int | None = None) -> list[tuple[str, str]]:
@@ -368,12 +371,14 @@ def _take_away(tables: dict[str, Any], key: object, path: Path) -> None:
     del tables[last]
 
 
-def _function_faults(tables: dict[str, Any]) -> list[str]:
+def _function_faults(tables: dict[str, Any], *, as_record: bool) -> list[str]:
     """Return the errors of the functions that terms name, and of their parameters, even if other keys are invalid."""
     faults = []
     for stage in PHASES:
         for name, term in _table(_table(tables.get(stage)).get("terms")).items():
             names = {kind: key for kind in TERM_KINDS if isinstance(key := _table(term).get(kind), str)}
+            if as_record and any(key not in known(kind) for kind, key in names.items()):
+                continue  # of a plugin
             given = {key: value for key, value in _table(term).items() if key not in TermRecipe.model_fields}
             _, found = bind(names, given, {kind: known(kind) for kind in names}, TermRecipe.model_fields)
             faults += [f"{stage}.terms.{name}.{line}" for line in found]

@@ -23,6 +23,8 @@ PHASE_TABLES: dict[str, tuple[str, ...]] = {
     "finetune": (*TRAINING_TABLES, "stage1", "stage2", "finetune"),
 }
 
+AS_RECORD = {"as_record": True}
+"""Context of the validation of a run's recipe, which may name functions of a plugin that is not given."""
 MAX_EPOCHS = 1_000_000
 MAX_BATCH = 1_000_000
 
@@ -159,10 +161,10 @@ class Model(Table):
 
     @pydantic.field_validator("name")
     @classmethod
-    def _is_known(cls, name: str) -> str:
+    def _is_known(cls, name: str, info: pydantic.ValidationInfo) -> str:
         if is_library_name(name):
             check_library_name(name)
-        elif name not in known("model"):
+        elif name not in known("model") and info.context != AS_RECORD:
             own = f"torchvision/{name}"
             hint = f' Did you mean "{own}"?' if own in library_names("torchvision") else suggest(name, known("model"))
             raise ValueError(f"unknown.{hint}")
@@ -339,7 +341,8 @@ class TermRecipe(Table):
         missing = [
             key for key in ("ratio", "alpha", "mix", "label") if getattr(self, key) is None and key not in replaced
         ]
-        if self.partner is not None and missing:
+        is_known = self.mix is None or self.mix in known("mix")  # that it is not is another error
+        if self.partner is not None and missing and is_known:
             raise ValueError(f"a partner needs {', '.join(missing)}")
         if given := self._given(replaced):
             raise ValueError(f'{", ".join(given)} without effect beside mix = "{self.mix}"')

@@ -8,6 +8,7 @@ from cpmix_cli.artifacts.files import DATASET, PHASES, RECIPE, RUN
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, beside, find_dataset
+from cpmix_cli.runs.plugin_needs import plugin_words_of
 from cpmix_cli.runs.run_json import BegunRecord, DatasetReference, EvaluationRecord, RunRecord
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
@@ -57,14 +58,14 @@ class BegunRun:
             if elsewhere is None and folder.status() == "running":
                 return None  # the lock would refuse the command
         if unfinished := self.unfinished():
-            return _to_continue(unfinished[0], self.recipe)
+            return _with_plugin(_to_continue(unfinished[0], self.recipe), unfinished[0], self.last)
         evaluation = self.last.evaluation()
         try:
             evaluated = run_json.read_run(evaluation, EvaluationRecord) if (evaluation / RUN).is_file() else None
         except InputError:  # its record is damaged
-            return console.typed("evaluate", "--from", self.root, "--overwrite")
+            return _with_plugin(console.typed("evaluate", "--from", self.root, "--overwrite"), self.last)
         if evaluated is None or not self.last.is_source_of(evaluated):
-            return console.typed("evaluate", "--from", self.root)
+            return _with_plugin(console.typed("evaluate", "--from", self.root), self.last)
         return None if self._is_reported(evaluated) else console.typed("confusion-report", "--from", self.root)
 
     def _is_reported(self, evaluated: EvaluationRecord) -> bool:
@@ -139,6 +140,12 @@ def with_data(command: str, data: Path | None, data_root: Path | None) -> str:
         if place is not None and f" {flag} " not in command:
             command += f" {quoted(flag, place)}"
     return command
+
+
+def _with_plugin(command: str, *phases: PhaseFolder) -> str:
+    """Return a command with the plugin of the first of these phases that is begun."""
+    words = next((plugin_words_of(folder) for folder in phases if folder.is_begun), [])
+    return " ".join(filter(None, [command, quoted(*words)]))
 
 
 def _begin(run: Path) -> str:

@@ -91,7 +91,7 @@ def decide(
 def _is_written(recipe: Path) -> bool:
     """Return whether a recipe is just as cpmix writes it: all that a phase leaves that ends before its first state."""
     try:
-        return load(str(recipe)).to_toml().encode() == files.read_bytes(recipe)
+        return load(str(recipe), as_record=True).to_toml().encode() == files.read_bytes(recipe)
     except CpmixError:
         return False
 

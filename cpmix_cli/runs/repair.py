@@ -14,6 +14,7 @@ from cpmix_cli.data.dataset import DatasetRecord
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.runs.folders import PhaseFolder, beside
 from cpmix_cli.runs.next_command import TRAINING_COMMANDS, training_words
+from cpmix_cli.runs.plugin_needs import plugin_words, plugin_words_of
 from cpmix_cli.runs.run_json import BegunRecord, PhaseRecord, StateRecord, state_record
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import CpmixError, InputError
@@ -122,7 +123,7 @@ def _train(folder: PhaseFolder, path: Path) -> str:
         return f"train it from the beginning: run the {name} command of {folder.run} again with --overwrite"
     source = begun.source
     origin = PhaseFolder(beside(folder.run, source.run), source.phase) if source else None
-    words = training_words(folder, state or begun, origin, has_stage2=True)
+    words = training_words(folder, state or begun, origin, has_stage2=True) + plugin_words(begun)
     words += [] if state else _typed_flags(folder, begun, _INPUT_FLAGS) or []
     recipe = _recipe_words(folder, begun, state, origin)
     resumes = state is not None and path.name != TRAINING_STATE and recipe is not None
@@ -162,7 +163,7 @@ def _recipe_words(
         path = place.path / RECIPE
         with suppress(CpmixError):
             data = files.read_bytes(path)
-            load(str(path))
+            load(str(path), as_record=True)
             if files.sha256(data) == recorded or (recorded is None and place == folder):
                 equal.append(place)
     if not equal:
@@ -200,7 +201,8 @@ def _again(name: str, folder: Path, phase: str, *, plain: bool = True) -> str:
     typed = isinstance(argv, list) and argv[1:2] == [name]
     if typed and not plain:
         return console.typed(*argv[1:], *([] if "--overwrite" in argv else ["--overwrite"]))
-    command = console.typed(name, "--from", run, "--phase", phase, "--overwrite")
+    plugin = plugin_words_of(PhaseFolder(run, phase)) if name == "evaluate" else []
+    command = console.typed(name, "--from", run, "--phase", phase, *plugin, "--overwrite")
     if plain and files.is_there(run / phase / MODEL):
         return command
     return f"run the {name} command that wrote {folder} again, with --overwrite"

@@ -41,6 +41,15 @@ class SourceReference(Record):
     run: Place = "."
 
 
+class PluginReference(Record):
+    """Plugin whose functions the recipe of a phase names, in any of its phases."""
+
+    name: FileName
+    sha256: str
+    path: Place
+    """Where it was, for commands that are printed; no code is ever loaded from there."""
+
+
 class MadeFrom(Record):
     """Inputs of an output; other fields are hashes of other inputs."""
 
@@ -52,6 +61,8 @@ class MadeFrom(Record):
     """Fingerprint of the data set, or of other test images."""
     init: str = "none"
     """sha256 of the file of --init."""
+    plugin: str = "none"
+    """sha256 of the file of --plugin, if the phase depends on a function of it."""
 
     def inputs(self) -> dict[str, Any]:
         """Return all recorded inputs, for the comparison in output.decide()."""
@@ -87,6 +98,7 @@ class BegunRecord(Record):
     """Name or file of the recipe that the phase began with, as it was given; None in older records."""
     settings: list[str] = Field(default_factory=list)
     """Values of --set that changed this recipe, also in earlier phases."""
+    plugin: PluginReference | None = None
 
 
 class PhaseRecord(BegunRecord, RunRecord):

@@ -18,13 +18,16 @@ from torch import Tensor
 from cpmix_cli.data.batches import ClassPool
 from cpmix_cli.losses import ENSEMBLE_LOSSES, ROUTING_LOSSES
 from cpmix_cli.mixing import MixingState
-from cpmix_cli.recipe.functions import FUNCTION_TABLES, bind, known
+from cpmix_cli.recipe.functions import FUNCTION_TABLES, Functions, bind, known
 from cpmix_cli.recipe.schema import Stage, TermRecipe
 from cpmix_cli.runtime.errors import UsageError
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.randomness import Partners, TermDraws
 
-FUNCTIONS = {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in FUNCTION_TABLES}
+
+def functions() -> dict[str, Functions]:
+    """Return all functions that a term can name, those of a plugin included: kind -> function by name."""
+    return {kind: known(kind, lambda module: vars(import_module(f"cpmix_cli.{module}"))) for kind in FUNCTION_TABLES}
 
 
 @dataclass(frozen=True)
@@ -208,10 +211,10 @@ class Term:
 
 def compile_stage(stage: Stage) -> tuple[Term, ...]:
     """Return a stage's terms in the recipe's order, with their functions bound; terms of weight 0 are left out."""
-    terms = []
+    terms, known_functions = [], functions()
     for name, recipe in stage.terms.items():
         if recipe.weight > 0:
-            bound, faults = bind(recipe.functions, recipe.parameters, FUNCTIONS, TermRecipe.model_fields)
+            bound, faults = bind(recipe.functions, recipe.parameters, known_functions, TermRecipe.model_fields)
             assert not faults, faults  # loading.resolve() reports them earlier
             terms.append(Term(name, recipe, bound))
     return tuple(terms)

@@ -21,11 +21,12 @@ from cpmix_cli.data.decoding import all_unreadable_named
 from cpmix_cli.data.equal_images import warn_of_changed
 from cpmix_cli.flags import FinetuneOptions, TrainingOptions, TrainStage2Options
 from cpmix_cli.models import Classifier
-from cpmix_cli.recipe import loading
+from cpmix_cli.recipe import loading, plugins
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runs import folders, output
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import next_command
+from cpmix_cli.runs.plugin_needs import check_plugin, reference
 from cpmix_cli.runs.run_json import BegunRecord, StateRecord
 from cpmix_cli.runtime import console, hardware, ranks, signals
 from cpmix_cli.runtime.errors import (
@@ -83,8 +84,19 @@ class PhaseRequest:
             "recipe": self.recipe.tables_of(self.folder.phase),
             "dataset": self.dataset.fingerprint,
             "source": self.source.output(files.TRAINING_STATE)[1] if self.source else None,
+            **({"plugin": plugin.sha256} if (plugin := self.plugin_of(*self._phases)) else {}),
             **{flag: files.sha256(files.read_bytes(path)) for flag, path in self.inputs.items()},
         }
+
+    @property
+    def _phases(self) -> Sequence[str]:
+        """Phases whose tables the result depends on."""
+        return files.PHASES[: files.PHASES.index(self.folder.phase) + 1]
+
+    def plugin_of(self, *phases: str) -> plugins.Plugin | None:
+        """Return the plugin that is given, if the recipe names a function of it in one of these phases."""
+        given = plugins.current()
+        return given if given is not None and given.is_named_in(self.recipe, phases) else None
 
     def own_recipe(self) -> dict[str, Any]:
         """Return what names the recipe in the records: see BegunRecord.recipe_name and settings."""
@@ -127,13 +139,14 @@ def continued(
         UsageError: the requested recipe has errors, or does not fit the data set.
         InputError: `source` is damaged, or was trained with another recipe; or its data set is not found.
     """
+    check_plugin(source)
     dataset = folders.find_dataset(source.run, source.record().dataset, options.data, data_root=options.data_root)
     if options.recipe is not None:
         options = replace(options, recipe=loading.of_dataset(options.recipe, dataset.record.recipe))
     recipe = trained = source.recipe()  # verifies the file, which is needed even if flags change the recipe
     name = options.recipe or str(source.output(files.RECIPE)[0])
     load = partial(loading.load, name, settings=options.settings, rho=dataset.record.rho)
-    if options.changes_recipe:
+    if options.changes_recipe or source.record().plugin is not None:  # which may have changed since
         recipe = load(epochs=options.epochs, seed=options.seed)
     check_fits(
         recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics, settings=options.settings
@@ -380,6 +393,9 @@ def _note_plan(
             f"{-(-plan.batch_size // parts):,} images a forward pass and term; the learning rate is the recipe's, for "
             f"the whole batch: {plan.learning_rate(state.epoch, 0, 1):g} now"
         )
+    if (plugin := plugins.current()) is not None:
+        use = "is recorded in the run" if asked.plugin_of(*files.PHASES) else "is not used: the recipe names none of it"
+        console.note(f"{plan.phase}: plugin {plugin.path}, sha256 {plugin.sha256[:12]}, {use}")
     if not data.batches.resident:
         console.note(f"{plan.phase}: images are read from disk as they are wanted")
     for term in plan.terms:
@@ -452,6 +468,7 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         "threads": torch.get_num_threads(),
         "ranks": ranks.current().size,
         **asked.own_recipe(),
+        **({"plugin": reference(plugin)} if (plugin := asked.plugin_of(*files.PHASES)) else {}),
     }
     # All inputs are checked by now: files are written or deleted only from here on.
     recorder = output.Recorder(folder.path, folder.phase, asked.made_from, lock)

@@ -12,7 +12,9 @@ from cpmix_cli import losses, mixing, models
 from cpmix_cli.recipe import functions
 from cpmix_cli.recipe.functions import FUNCTION_TABLES, Needs, bind, known, needs_of
 from cpmix_cli.runtime.errors import UsageError
-from cpmix_cli.training.objective import FUNCTIONS
+from cpmix_cli.training.objective import functions as all_functions
+
+FUNCTIONS = all_functions()
 
 
 @pytest.mark.parametrize("kind", FUNCTION_TABLES)
@@ -29,7 +31,7 @@ def test_a_table_that_the_outline_cannot_read_is_an_error(tmp_path: Path, monkey
     monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
     functions.outline.cache_clear()
     try:
-        with pytest.raises(UsageError, match=r"losses\.py: LOSSES names torch") as caught:
+        with pytest.raises(UsageError, match=r"losses\.py, line 3: LOSSES names torch") as caught:
             functions.outline("losses")
         assert caught.value.fix == f"name only functions that are defined in {tmp_path / 'losses.py'}"
     finally:
@@ -52,7 +54,9 @@ def test_a_parameter_that_cannot_be_read_is_an_error(
             functions.outline("losses")
     finally:
         functions.outline.cache_clear()
-    message = f"{tmp_path}/losses.py: mse(): the parameter {parameter} cannot be read without importing {package}"
+    message = (
+        f"{tmp_path}/losses.py, line 3: mse(): the parameter {parameter} cannot be read without importing {package}"
+    )
     assert caught.value.message == message
     assert "give the parameter a plain type and default" in caught.value.fix
 
@@ -81,6 +85,7 @@ def test_a_function_that_no_recipe_can_call_is_refused(
     text = (
         (Path(losses.__file__)).read_text().replace("LOSSES: dict", f"def mine({parameters}): ...\n\n\nLOSSES: dict", 1)
     )
+    line = text[: text.index("def mine")].count("\n") + 1
     own.write_text(
         text.replace('    "cross-entropy": cross_entropy,', '    "cross-entropy": cross_entropy,\n    "mine": mine,')
     )
@@ -89,7 +94,9 @@ def test_a_function_that_no_recipe_can_call_is_refused(
     monkeypatch.setattr(functions, "__file__", str(tmp_path / "recipe" / "functions.py"))
     functions.outline.cache_clear()
     try:
-        result = refused(2, f"error: {own}: ", "recipes", "digits/cpmix", "--set", "stage1.terms.erm.loss=mine")
+        result = refused(
+            2, f"error: {own}, line {line}: ", "recipes", "digits/cpmix", "--set", "stage1.terms.erm.loss=mine"
+        )
     finally:
         functions.outline.cache_clear()
     said, _, told = result.stderr.partition("  fix: ")

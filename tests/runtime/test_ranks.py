@@ -443,6 +443,28 @@ def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_ranks_read_the_same_plugin(digits: Path, tmp_path: Path) -> None:
+    """Each machine may have its copy at its own place."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    text = (
+        "import torch\ndef mine(logits, labels, weights, class_counts):\n"
+        "    return (weights * torch.nn.functional.cross_entropy(logits, labels, reduction='none')).mean()\n"
+        "LOSSES = {'mine': mine}\n"
+    )
+    for folder in folders:
+        folder.mkdir()
+        (folder / "mine.py").write_text(text)
+    words = ("train-stage1", "--data", digits, "--out", tmp_path / "run", "--epochs", 2, "--plugin", "mine.py")
+    words = (*words, "--set", "stage1.terms.erm.loss=mine")
+    codes, _, errs = Launched(2, words, folders=folders).end()
+    assert codes == [0, 0], errs
+    (folders[1] / "mine.py").write_text(f"{text}\n")
+    codes, _, errs = Launched(2, words, folders=folders).end()
+    assert codes == [2, 2], errs
+    assert "error: the ranks were started with different flags: --plugin: " in errs[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_rank_is_reported_by_the_others(missing: int, digits: Path, tmp_path: Path) -> None:
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
