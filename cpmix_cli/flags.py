@@ -481,7 +481,7 @@ class CompareOptions:
 class ResultsOptions:
     """Show a results file, or update tables made from it.
 
-    Example: cpmix results recipes/results.csv --update recipes/RESULTS.md
+    Example: cpmix results results.csv --update RESULTS.md
     """
 
     file: Annotated[Path, Argument(help="Results file (CSV) that compare --append wrote.", metavar="FILE")]
@@ -494,7 +494,7 @@ class ResultsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions:
-    """List recipes, show one, compare two, or show costs.
+    """List recipes, show one, compare two, copy all, or show costs.
 
     Example: cpmix recipes digits/cpmix digits/cross-entropy
     """
@@ -509,6 +509,12 @@ class RecipesOptions:
     rho: float | None = flag(None, "Imbalance factor that selects the [by_rho.R] tables.")
     plugin: PluginFile = None
     budget: bool = flag(False, "Show epochs and image passes per recipe, and their ratio to CP-Mix's.", "--budget")
+    copy: Path | None = flag(
+        None, "Copy all recipes, Slurm scripts and figure scripts into this folder, to edit them there.", metavar="DIR"
+    )
+    overwrite: bool = flag(
+        False, "Replace the unedited copies of another version in the folder of --copy.", "--overwrite"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,15 @@ def process(*arguments: object, code: str = "", **options: Any) -> Result:
     if not code:
         printed_lines.follow(arguments, result, cpmix, Path(options.get("cwd") or Path.cwd()))
     return result
+
+
+def installed_wheel(folder: Path) -> Path:
+    """Build the wheel and unpack it in a folder, as pip does; returns what PYTHONPATH needs."""
+    build = "import os, sys, hatchling.build as b; os.chdir(sys.argv[1]); print(b.build_wheel(sys.argv[2]))"
+    name = process(Path(__file__).parents[1], folder, code=build).stdout.strip()
+    with zipfile.ZipFile(folder / name) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
 
 
 def signalled(number: signal.Signals, at: str, *arguments: object) -> Result:

@@ -2,11 +2,10 @@
 
 import json
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import files, must, process, refused
+from helpers import files, installed_wheel, must, process, refused
 
 from cpmix_cli.results.paper import PAPER_TABLES
 
@@ -280,11 +279,7 @@ def test_logs_are_plain_lines(digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_installed_wheel_finds_its_recipes(digits: Path, tmp_path: Path) -> None:
-    build = "import os, sys, hatchling.build as b; os.chdir(sys.argv[1]); print(b.build_wheel(sys.argv[2]))"
-    name = process(REPOSITORY, tmp_path, code=build).stdout.strip()
-    installed = tmp_path / "site"
-    with zipfile.ZipFile(tmp_path / name) as wheel:
-        wheel.extractall(installed)
+    installed = installed_wheel(tmp_path)
     held = files(installed / "cpmix_cli" / "recipes")
     assert held == files(REPOSITORY / "recipes")
     command = ("train-stage1", "--data", digits, "--out", "run", "--dry-run", "--recipe", "digits/balanced-softmax")

@@ -96,6 +96,21 @@ def test_nothing_cites_a_file_that_is_not_here() -> None:
             assert not re.search(r"(?<![\w/])reference/\w|DESIGN\.md|\w+_\w+_design\.md", path.read_text("utf-8")), path
 
 
+def test_messages_name_only_files_that_an_installed_package_has() -> None:
+    """A user of a wheel has no tests, no Makefile, and the recipes after `cpmix recipes --copy`."""
+    named = r"(?<!\w)(?:recipes|tests)/\w|Makefile|\b(?:losses|mixing|models|schema)\.py"
+    for path in PACKAGE.rglob("*.py"):
+        if not re.search(named, text := path.read_text("utf-8")):
+            continue
+        nodes = list(ast.walk(ast.parse(text)))
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                assert not re.search(named, node.value), f"{path}:{node.lineno}"
+    for command in COMMANDS.values():
+        assert not re.search(named, f"{command.help} {command.epilog}"), command.name
+
+
 def test_every_flag_has_its_line() -> None:
     text = text_of("cpmix_cli/commands/README.md")
     for name, command in COMMANDS.items():

@@ -176,7 +176,8 @@ def _by_data(options: FigureOptions, found: Sequence[_Candidate], wanted: Collec
 
 def _nothing_given(options: FigureOptions, needs: str) -> InputError:
     folders = ", ".join(map(str, options.folders))
-    return InputError(f"none of {folders} is {needs}", fix=f"see recipes/figures/figure{options.number}.sh")
+    how = f"train them as figures/figure{options.number}.sh of the recipes does: cpmix recipes --copy recipes"
+    return InputError(f"none of {folders} is {needs}", fix=how)
 
 
 def _refuse_several(groups: Sequence[Sequence[_Candidate]], most: int = 1) -> None:

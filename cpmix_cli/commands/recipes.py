@@ -1,18 +1,29 @@
-"""recipes: list the recipes of cpmix, show one, compare two, or show their costs. Reads only TOML."""
+"""recipes: list the recipes of cpmix, show one, compare two, show their costs, or copy all. Reads only TOML."""
+
+from pathlib import Path
 
 from cpmix_cli.artifacts.files import PHASES, RECIPE
-from cpmix_cli.flags import RecipesOptions
-from cpmix_cli.recipe.loading import find_recipe, load, recipe_names
+from cpmix_cli.flags import RecipesOptions, given_flags
+from cpmix_cli.recipe.copies import copy_folder
+from cpmix_cli.recipe.loading import find_recipe, load, recipe_folders, recipe_names
 from cpmix_cli.recipe.schema import Recipe, Stage, differences
 from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import UsageError, counted
+from cpmix_cli.runtime.text import quoted
 
 
 def run(options: RecipesOptions) -> None:
-    """List, show or compare recipes, or show their costs.
+    """List, show, compare or copy recipes, or show their costs.
 
     Raises:
-        UsageError: a recipe is missing or wrong.
+        UsageError: a recipe is missing or wrong, or flags do not go together.
+        EnvironmentFault: the folder of --copy has files of the user, or cannot be written.
     """
+    if options.copy is not None:
+        _copy(options, options.copy)
+        return
+    if options.overwrite:
+        raise UsageError("--overwrite has no effect without --copy", fix="give --copy DIR as well, or drop it")
     if options.budget:
         _show_budgets(options)
         return
@@ -27,6 +38,18 @@ def run(options: RecipesOptions) -> None:
     lines = differences(first.tables(), _resolved(options, options.other).tables())
     fields = {"names": [options.name, options.other], "differences": lines}
     console.result(fields, lines=lines or ["no difference"])
+
+
+def _copy(options: RecipesOptions, folder: Path) -> None:
+    """Copy the folder of the recipes, and say how to use a copy."""
+    if others := [name for name in given_flags(options) if name not in ("--copy", "--overwrite")]:
+        raise UsageError(f"--copy copies all recipes as they are, without {', '.join(others)}", fix="drop the others")
+    number, written = copy_folder(recipe_folders()[0], folder, overwrite=options.overwrite)
+    status = "done" if written else "up to date"
+    fields = {"status": status, "folder": str(folder), "num_files": number, "written": written}
+    how = f"edit a recipe, then give its file: --recipe {quoted(folder / 'cifar100-lt' / 'cpmix.toml')}"
+    console.result(fields, lines=[how, f"{status}: {folder} ({counted(len(written), 'file')} of {number} written)"])
+    console.follow(console.typed("run", "digits", "--recipe", folder / "digits" / "cpmix.toml"))
 
 
 def _resolved(options: RecipesOptions, name: str) -> Recipe:

@@ -25,7 +25,7 @@ _MAX_EXTENDS = 16
 
 
 @cache
-def _recipe_folders() -> list[Path]:
+def recipe_folders() -> list[Path]:
     """Return the folders of recipes that have names: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
@@ -35,7 +35,7 @@ def recipe_names() -> list[str]:
     """Return the sorted names of all recipes that come with cpmix, such as cifar100-lt/cpmix."""
     return sorted(
         path.relative_to(folder).with_suffix("").as_posix()
-        for folder in _recipe_folders()
+        for folder in recipe_folders()
         for path in folder.rglob("*.toml")
     )
 
@@ -56,7 +56,7 @@ def find_recipe(name: str) -> Path:
                 fix=f"rename it: {quoted('mv', path, path.with_name(f'{path.name}.toml'))}",
             )
         if re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)*", name):  # not ./digits/cpmix, which is a user's file
-            for folder in _recipe_folders():
+            for folder in recipe_folders():
                 if (found := folder / f"{name}.toml").is_file():
                     return found
     except OSError as fault:  # a name that is too long, or a folder that may not be read
@@ -308,7 +308,7 @@ def _own_chain(path: Path) -> list[Path]:
     chain = [path]
     while base := read_own_tables(chain[-1]).get("extends"):
         below = _base_of(chain[-1], base)
-        if any(below.is_relative_to(folder) for folder in _recipe_folders()):
+        if any(below.is_relative_to(folder) for folder in recipe_folders()):
             break
         chain.append(below)
     return chain

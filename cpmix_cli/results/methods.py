@@ -73,7 +73,7 @@ def read_about(path: Path) -> About | None:
     except ValidationError as fault:
         lines = [f"about.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
         raise UsageError(
-            f"{path} has errors in [about]:{indented(lines)}", fix="change these keys as recipes/README.md lists them"
+            f"{path} has errors in [about]:{indented(lines)}", fix=f"its keys are {', '.join(About.model_fields)}"
         ) from fault
 
 

@@ -204,7 +204,7 @@ class Term:
         if losses[0].ndim:  # its sum would train, too
             raise UsageError(
                 f'loss "{self.recipe.loss}" of term {self.name} returns shape {list(losses[0].shape)}, not a scalar',
-                fix="return the mean over the batch, see the head of losses.py",
+                fix="return the mean over the batch: (weights * losses).mean()",
             )
         return torch.stack(losses).sum()
 

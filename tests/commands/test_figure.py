@@ -245,7 +245,10 @@ def test_figure_3_recognises_the_balanced_run_by_its_data(hand: Path, tmp_path: 
     needs = "error: figure 3 needs a run of ERM on balanced digits, trained and evaluated\n"
     build = "to build the data: cpmix build-lt digits --rho 1 --out data/digits-lt-rho1\n"
     refused(3, (needs, build), "figure", 3, *runs[1:])
-    said = ("is a run of ERM or Mixup on long-tailed data\n", "fix: see recipes/figures/figure3.sh")
+    said = (
+        "is a run of ERM or Mixup on long-tailed data\n",
+        "fix: train them as figures/figure3.sh of the recipes does: cpmix recipes",
+    )
     refused(3, said, "figure", 3, runs[0], hand / "cpmix")
 
 

@@ -11,9 +11,10 @@ from helpers import (
     fix_of,
     follow_fix,
     forget_signals,
+    installed_wheel,
     must,
+    process,
     refused,
-    run_commands,
     unchanged,
     write_image,
 )
@@ -41,19 +42,28 @@ def example() -> tuple[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_the_readme_s_loss_trains_and_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_s_loss_trains_and_is_compared(tmp_path: Path) -> None:
+    """From an installed wheel, which has no file to add a loss to."""
     code, commands = example()
     assert len(code.splitlines()) <= 12
     assert [command.split()[1] for command in commands] == [
         *("build-lt", "train-stage1", "train-stage1", "evaluate", "evaluate", "compare")
     ]
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(code)
-    for command in commands[:-1]:
-        run_commands(command)
-    shown = must(*commands[-1].split()[1:]).stdout
-    assert "stage1.terms.erm.loss=softened" in shown
-    assert "Balanced Softmax" in shown or "stage1.terms.erm.loss=balanced-softmax" in shown
+    (tmp_path / "mine.py").write_text(code)
+    # In one process, because torch takes seconds to load.
+    all_of_them = (
+        "import shlex, sys\nfrom cpmix_cli.cli import app\n"
+        "for line in sys.argv[1:]: app(shlex.split(line)[1:], standalone_mode=False)"
+    )
+    env = {"PYTHONPATH": str(installed_wheel(tmp_path))}
+    result = process(*commands, "cpmix recipes --copy own", code=all_of_them, cwd=tmp_path, env=env)
+    assert result.code == 0, result.stderr
+    assert "stage1: plugin mine.py, sha256 " in result.stderr
+    rows = [line for line in result.stdout.splitlines() if re.match(r"\d  .*before", line)]
+    assert len(rows) == 2
+    assert sum("stage1.terms.erm.loss=softened" in row for row in rows) == 1
+    assert sum("balanced-softmax" in row or "Balanced Softmax" in row for row in rows) == 1
+    assert (tmp_path / "own" / "slurm" / "one-gpu.sbatch").is_file()
 
 
 @pytest.mark.slow
