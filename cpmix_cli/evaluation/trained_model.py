@@ -19,8 +19,10 @@ from cpmix_cli.data.batches import stream_batches
 from cpmix_cli.data.decoding import LEAVE_OUT, UnreadableImages, all_unreadable_named, check_headers
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
+from cpmix_cli.recipe import plugins
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.plugin_needs import PluginMissing, check_plugin
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runs.run_json import DatasetReference
 from cpmix_cli.runtime.errors import InputError, UsageError, give_one_of
@@ -133,12 +135,14 @@ class TrainedModel:
         return FileReader(images, self.seen.shape, self.recipe.data, upright=True)
 
 
-def load_model(run: Path, phase: str | None, device: str) -> TrainedModel:
+def load_model(run: Path, phase: str | None, device: str, plugin: Path | None = None) -> TrainedModel:
     """Load a trained network; see cpmix_cli.load() for arguments and errors."""
     if device not in _DEVICES:
         raise UsageError(f'device "{device}" is unknown', fix=give_one_of(device, _DEVICES))
-    with _advised():
+    with _advised(), plugins.joined(plugin):
+        plugins.run_code()
         source = choose(run, phase)
+        check_plugin(source)
         return TrainedModel(source, use_device(device, torch.get_num_threads()))
 
 
@@ -171,6 +175,9 @@ def _advised() -> Iterator[None]:
         yield
     except UnreadableImages as fault:
         fault.fix = "repair, convert or delete these files, or give the others only"
+        raise
+    except PluginMissing as fault:
+        fault.fix = f'give its file: cpmix_cli.load(..., plugin="{fault.plugin.path}")'
         raise
     except InputError as fault:
         fault.fix = fix_of(fault)

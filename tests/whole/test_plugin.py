@@ -19,7 +19,8 @@ from helpers import (
     write_image,
 )
 
-from cpmix_cli import cli
+from cpmix_cli import cli, load
+from cpmix_cli.runtime.errors import CpmixError
 
 REPOSITORY = Path(cli.__file__).parents[1]
 LOSS = (
@@ -196,3 +197,8 @@ def test_run_gives_its_plugin_to_every_step(digits: Path, tmp_path: Path, monkey
     assert "up to date: run" in must(*shlex.split(fix_of(result))[1:]).stdout
     write_image(Path("photo.png"))
     must("predict", "photo.png", "--from", "run", "--plugin", "mine.py")
+    model = load("run", device="cpu", plugin="mine.py")
+    assert len(model.predict("photo.png")) == 1
+    with pytest.raises(CpmixError, match=r"needs the plugin mine\.py, sha256 ") as caught:
+        load("run", device="cpu")
+    assert caught.value.fix == f'give its file: cpmix_cli.load(..., plugin="{Path("mine.py").resolve()}")'
