@@ -119,9 +119,9 @@ def _start_of_run(begun: PhaseFolder) -> _Start:
     recipe, shape = begun.recipe(), begun.record().dataset.shape
     keys = {"name", "experts", "shared_stages", "expert_width"}
     settings = {f"model.{key}": str(value) for key, value in recipe.tables()["model"].items() if key in keys}
-    settings["data.normalisation"] = recipe.data.normalisation
-    if len(shape) == 3:
-        settings["data.crop"] = str(recipe.data.crop or min(shape[:2]))
+    settings |= {
+        f"data.{key}": str(getattr(recipe.data, key)) for key in ("augment", "padding", "crop", "normalisation")
+    }
     known = tables.read_class_counts(*begun.output(files.CLASS_COUNTS))["class_name"]
     classes = frozenset(normalize("NFC", name) for name in known)
     return _Start(settings, shape[0], classes, f"the weights are those of {begun.path}, of other classes")
@@ -136,6 +136,8 @@ def _start_of_file(path: Path, named: str | None) -> _Start:
     is_library = is_library_name(name)
     side = published(name).size if is_library else _SIDES.get(name, 224)
     settings = {"model.name": name, "data.crop": str(side)} | ({"data.normalisation": "network"} if is_library else {})
+    if name in _SIDES:  # small images: as in the recipes of CIFAR
+        settings |= {"data.augment": "crop-flip", "data.padding": str(side // 8), "data.crop": "0"}
     return _Start(settings, side, frozenset(), f"the weights are those of a {name}")
 
 

@@ -449,7 +449,8 @@ def test_with_pretrained_weights_an_image_folder_is_built_and_trained_as_they_ne
     weights = shutil.copy("old-run/stage1/model.safetensors", "weights.safetensors")
     result = must("run", "image-folder", "--data-root", "photos", "--epochs", 2, "--init", weights)
     assert "images of 8 x 8 pixels, as --init is given: the weights are those of a resnet8\n" in result.stderr
-    recipe = "--recipe image-folder/pretrained --set model.name=resnet8 --set data.crop=8"
+    data = "--set data.crop=0 --set data.augment=crop-flip --set data.padding=1"
+    recipe = f"--recipe image-folder/pretrained --set model.name=resnet8 {data}"
     name = "image-folder-photos-8px"
     assert commands(result.stderr) == [
         "build-lt image-folder --data-root photos --image-size 8",

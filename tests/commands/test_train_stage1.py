@@ -89,10 +89,12 @@ def test_weights_decide_the_default_recipe_of_an_image_folder_and_its_network(ea
     shutil.copy(path / "model.safetensors", weights)
     train = ("train-stage1", "--data", tmp_path / "data", "--out", tmp_path / "run", "--dry-run")
     chosen = "the recipe is image-folder/pretrained, as --init is given, with model.name=resnet8"
-    assert f"{chosen} data.crop=8: the weights are those of a resnet8\n" in must(*train, "--init", weights).stderr
-    of_run = f"{chosen} data.normalisation=dataset data.crop=8: the weights are those of {path}, of other classes\n"
+    keys = "data.crop=0 data.augment=crop-flip data.padding=1"
+    assert f"{chosen} {keys}: the weights are those of a resnet8\n" in must(*train, "--init", weights).stderr
+    keys_of_run = "data.augment=crop data.padding=1 data.crop=0 data.normalisation=dataset"
+    of_run = f"{chosen} {keys_of_run}: the weights are those of {path}, of other classes\n"
     assert of_run in must(*train, "--init", earlier).stderr
-    own = f"{chosen.partition(', with')[0]}, with data.crop=8: the weights are those of a resnet8\n"
+    own = f"{chosen.partition(', with')[0]}, with {keys}: the weights are those of a resnet8\n"
     assert own in must(*train, "--init", weights, "--set", "model.name=resnet8").stderr
     other = ("--recipe", "image-folder/cross-entropy", "--set", "model.name=resnet8")
     assert "the recipe is" not in must(*train, "--init", weights, *other).stderr
@@ -114,7 +116,7 @@ def test_the_recipe_that_weights_decided_is_that_of_all_phases(earlier: Path, tm
     must("train-stage2", "--from", run)
     record = json.loads((run / "stage2" / "run.json").read_text())
     assert record["recipe_name"] == "image-folder/pretrained"
-    assert record["settings"] == ["model.name=resnet8", "data.crop=8"]
+    assert record["settings"] == ["model.name=resnet8", "data.crop=0", "data.augment=crop-flip", "data.padding=1"]
     recipe = load(str(run / "stage2" / "recipe.toml"))
     assert (recipe.stage1.train, recipe.model.init_head, recipe.model.head_scale) == (["head"], "class-means", 25)
     assert recipe.finetune is None
