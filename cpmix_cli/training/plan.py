@@ -176,7 +176,11 @@ def begin_stage2(context: PhaseContext, state: TrainingState) -> None:
         state.average.frozen = state.model.frozen
     kept = state.optimizer.state
     state.optimizer = _optimizer_of_stages(context, state.model)
-    state.optimizer.state.update({p: kept[p] for p in state.model.parameters() if p in kept and p.requires_grad})
+    for p in (p for group in state.optimizer.param_groups for p in group["params"]):
+        if p in kept:
+            state.optimizer.state[p] = kept[p]
+        elif recipe.optimizer.kind == "sgd" and recipe.optimizer.momentum:  # fused, SGD takes all buffers or none
+            state.optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
 
 def _optimizer_of_stages(context: PhaseContext, model: Classifier) -> torch.optim.Optimizer:

@@ -36,7 +36,7 @@ VARIANTS = {
     "jittered crops": ("data.crop=6", "data.augment=resized-crop-flip-jitter", "data.cutout=3"),
     "autoaugment": ("data.augment=crop-flip-autoaugment", "data.fill=128", "data.cutout=4", "data.flip=alternating"),
     "averaged weights": ("optimizer.ema_epochs=60",),
-    "adam": ("optimizer.kind=adam", "optimizer.lr=0.001"),
+    "adamw by layer": ("optimizer.kind=adamw", "optimizer.lr=0.001", "optimizer.layer_decay=0.7"),
 }
 RESUMED = ("partners of an epoch", "autoaugment", "averaged weights")
 

@@ -141,6 +141,8 @@ OTHERS = """
     evaluate --from tau
     train-stage1 --set confusion.decay=0.9 --set confusion.refresh=epoch --data DIGITS --out decay
     train-stage2 --from decay
+    train-stage1 --init decay --set model.init_head=class-means --set stage1.train=["head"] --data DIGITS --out tuned
+    train-stage2 --from tuned
     train-stage1 --data TOY --out toy
     train-stage2 --from toy
     finetune --from toy

@@ -231,6 +231,10 @@ def test_a_stage_of_the_head_alone_leaves_weights_and_statistics_and_the_next_tr
     for name, before in started.items():
         assert first[name].equal(before) == (not name.startswith("head.")), name
         assert not second[name].equal(first[name]), name
+    must("finetune", "--from", run, "--set", 'finetune.train=["head", "norm", "bias"]')
+    third = load_file(run / "finetune" / "model.safetensors")
+    changed = {name for name, tensor in third.items() if not tensor.equal(second[name])}
+    assert changed == {n for n in third if "bn" in n and n.endswith(("weight", "bias"))} | {"head.weight", "head.bias"}
     state = load_file(run / "stage2" / "training_state.safetensors")  # 8 steps of the head, then 4 of all
     steps = {
         n.removeprefix("optimizer.").removesuffix(".step"): float(t) for n, t in state.items() if n.endswith(".step")
