@@ -6,7 +6,7 @@ file, through `train-stage1 --init`, under the names that the library has for th
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -28,20 +28,20 @@ _RENAMED = (
 
 
 class ImagesUnfit(ValueError):
-    """The network takes no images of this size.
+    """The network takes images, but not of this size."""
 
-    Args:
-        name: LIBRARY/NAME.
-        shape: [H, W, 3].
-        why: what the library says.
-    """
 
-    def __init__(self, name: str, shape: Sequence[int], why: object) -> None:
-        side, reason = published(name).size, str(why).partition("\n")[0] or type(why).__name__
-        super().__init__(
-            f"takes no images of {shape[0]} x {shape[1]} pixels ({reason}); its published weights had {side} x {side}: "
-            f"cut that from larger images with data.crop, or build the data set with build-lt --image-size {side}"
-        )
+def _unfit(name: str, shape: Sequence[int], why: object) -> ValueError:
+    """Return the error of a network LIBRARY/NAME that fails for images of a shape [H, W, 3]."""
+    side, reason = published(name).size, str(why).partition("\n")[0] or type(why).__name__
+    if "more than 1 value per channel" in reason:
+        reason = "its batch norm fails on a single image, which the last batch of an epoch may be"
+    if tuple(shape[:2]) == (side, side):
+        return ValueError(f"cannot be used: {reason}")
+    return ImagesUnfit(
+        f"takes no images of {shape[0]} x {shape[1]} pixels ({reason}); its published weights had {side} x {side}: "
+        f"cut that from larger images with data.crop, or build the data set with build-lt --image-size {side}"
+    )
 
 
 class Backbone(TorchvisionWeights):
@@ -90,16 +90,17 @@ class Backbone(TorchvisionWeights):
 
         Raises:
             ImagesUnfit: the network fails, or returns no features [1, D].
+            ValueError: it does so for images of the size of its published weights, too.
         """
         try:
             # One image: batch norm over a single value fails, and the last batch of an epoch may be a single image.
             found = self.train().features(torch.empty(1, 3, *shape[:2], device="meta"))
-        except NotImplementedError:  # it reads values of weights, which have none here; a first step will tell
-            return
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, ZeroDivisionError) as fault:
-            raise ImagesUnfit(self.name, shape, fault) from fault
+            if "meta tensor" in str(fault):  # it reads values, which weights have none of here
+                return
+            raise _unfit(self.name, shape, fault) from fault
         if found.shape != (1, self.num_features):
-            raise ImagesUnfit(self.name, shape, f"features have the shape {tuple(found.shape)}")
+            raise _unfit(self.name, shape, f"features have the shape {tuple(found.shape)}")
 
 
 class _TorchvisionBackbone(Backbone):
@@ -174,11 +175,13 @@ def make_backbone(recipe: Model, num_classes: int, shape: Sequence[int]) -> Back
     if recipe.experts > 1:
         raise ValueError(f"model.experts = {recipe.experts}: networks of libraries have one head")
     require_library(recipe.name)
-    on_meta = torch.get_default_device().type == "meta"
-    with _parameters_on_meta() if on_meta else nullcontext():
-        make = _of_torchvision if recipe.name.startswith("torchvision/") else _of_timm
-        made = make(recipe, num_classes, shape)
-    return made.to("meta") if on_meta else made
+    make = _of_torchvision if recipe.name.startswith("torchvision/") else _of_timm
+    if torch.get_default_device().type != "meta":
+        return make(recipe, num_classes, shape)
+    with suppress(ValueError), _parameters_on_meta():
+        return make(recipe, num_classes, shape).to("meta")
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # it reads parameters, or is refused once more
+        return make(recipe, num_classes, shape).to("meta")
 
 
 @contextmanager
@@ -206,12 +209,12 @@ def _of_torchvision(recipe: Model, num_classes: int, shape: Sequence[int]) -> Ba
         keys = {"aux_logits": False, "init_weights": True, "transform_input": True}
     elif name.startswith(("vit_", "maxvit_")):
         if shape[0] != shape[1]:
-            raise ImagesUnfit(recipe.name, shape, "square ones only")
+            raise _unfit(recipe.name, shape, "square ones only")
         keys = {"image_size": shape[0]} if name.startswith("vit_") else {"input_size": (shape[0], shape[1])}
     try:
         network = models.get_model(name, weights=None, **keys)
     except (ValueError, AssertionError, RuntimeError) as fault:
-        raise ImagesUnfit(recipe.name, shape, fault) from fault
+        raise _unfit(recipe.name, shape, fault) from fault
     last, classifier = list(network.named_modules())[-1]
     if not isinstance(classifier, nn.Linear):
         raise ValueError("it does not end in a linear layer, which cpmix would replace by its own head")
@@ -244,7 +247,7 @@ def _of_timm(recipe: Model, num_classes: int, shape: Sequence[int]) -> Backbone:
                 raise ValueError(f"model.drop_path = {recipe.drop_path:g}: the network has no drop path") from fault
             del keys[refused]
         except (ValueError, AssertionError, RuntimeError) as fault:
-            raise ImagesUnfit(recipe.name, shape, fault) from fault
+            raise _unfit(recipe.name, shape, fault) from fault
     classifier = network.pretrained_cfg.get("classifier") or ()
     names = [classifier] if isinstance(classifier, str) else list(classifier)
     return _TimmBackbone(recipe.name, network, names, network.head_hidden_size, num_classes)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import must
+from helpers import must, refused, setting, write_photos
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,11 +17,12 @@ from cpmix_cli.backbones import Backbone
 from cpmix_cli.data.batches import make_batches
 from cpmix_cli.data.dataset import Shaped
 from cpmix_cli.models import CosineHead, build_model, make_network
+from cpmix_cli.recipe import libraries
 from cpmix_cli.recipe.libraries import library_names, published
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.recipe.schema import Data, Model
 from cpmix_cli.runtime.errors import InputError
-from cpmix_cli.training.pretrained import how_to_import, load_backbone
+from cpmix_cli.training.pretrained import how_to_import, load_backbone, without_init
 
 NO_HEAD = ("squeezenet1_0", "squeezenet1_1")
 
@@ -290,3 +291,101 @@ def test_normalisation_network_is_that_of_the_published_weights(name: str, mean:
     seen = make_batches(images, Data(augment="none", normalisation=recipe.data.normalisation), record)
     expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(seen.plain(torch.arange(2)), expected)
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of photos, and a data set of 64 x 64 pixels made of it."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder / "photos", {"red": 10, "green": 6})
+    must("build-lt", "image-folder", "--data-root", folder / "photos", "--out", folder / "d", "--image-size", 64)
+    return folder
+
+
+def train(photos: Path, run: Path, name: str, *flags: object) -> list[object]:
+    keys = setting(f"model.name={name}", "data.normalisation=network", "optimizer.batch_size=8")
+    return ["train-stage1", "--data", photos / "d", "--out", run, *keys, "--epochs", 2, *flags]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_pretrained_network_is_trained_evaluated_and_predicts(library: str, photos: Path, tmp_path: Path) -> None:
+    if library == "torchvision":
+        name, network = "torchvision/mobilenet_v3_small", torchvision.models.mobilenet_v3_small()
+        torch.save(network.state_dict(), tmp_path / "w.pth")
+        weights = tmp_path / "w.safetensors"
+        sha = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+        must("import-weights", tmp_path / "w.pth", "--sha256", sha)
+    else:
+        name, network = "timm/test_convnext", timm.create_model("test_convnext", pretrained=False)
+        weights = tmp_path / "model.safetensors"
+        save_file(network.state_dict(), weights)
+    started = must(*train(photos, tmp_path / "run", name, "--init", weights))
+    taken = len(network.state_dict()) - 2
+    assert f"starts from {taken} tensors of {weights}; the head is new" in started.stderr
+    must("evaluate", "--from", tmp_path / "run", "--phase", "stage1")
+    found = must(
+        "predict", photos / "photos", "--from", tmp_path / "run", "--phase", "stage1", "--out", tmp_path / "p.csv"
+    )
+    assert (tmp_path / "p.csv").read_text().count("\n") == 17, found.stderr
+    refused(
+        2,
+        "model.drop_path = 0.1: the network has no drop path",
+        *train(photos, tmp_path / "r", "resnet18"),
+        *setting("data.normalisation=imagenet", "model.drop_path=0.1"),
+    )
+
+
+def test_recipes_are_refused_with_what_to_set_before_the_first_batch(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name, said in {
+        "torchvision/convnext_tony": 'unknown. Did you mean "torchvision/convnext_tiny"?',
+        "convnext_tiny": 'unknown. Did you mean "torchvision/convnext_tiny"?',
+        "timm/vit_smal_patch14_dinov2.lvd142m": 'unknown. Did you mean "timm/vit_small_patch14_dinov2"?',
+        "timm/test_vit.none": "Invalid pretrained tag (none) for test_vit.",
+        "timm/hf-hub:some/where": "a name of timm has letters, digits, _ and . only",
+        "torchvision/squeezenet1_0": "it does not end in a linear layer, which cpmix would replace by its own head",
+        "torchvision/maxvit_t": "takes no images of 64 x 64 pixels (Input size (16, 16) of block 0 is not divisible by "
+        "partition size 7. Consider changing the partition size or the input size.); its published weights had 224 x "
+        "224: cut that from larger images with data.crop, or build the data set with build-lt --image-size 224",
+    }.items():
+        refused(2, said, *train(photos, run, name))
+    two = setting("model.experts=2")
+    refused(2, "model.experts = 2: networks of libraries have one head", *train(photos, run, "timm/test_vit"), *two)
+    other = setting("data.normalisation=torchvision/resnet18")
+    said = 'data.normalisation = "torchvision/resnet18" is of that network, not of model.name = "timm/test_vit"'
+    refused(2, said, *train(photos, run, "timm/test_vit"), *other)
+    refused(
+        2, 'is for networks of torchvision and timm, not for model.name = "resnet18"', *train(photos, run, "resnet18")
+    )
+    assert not run.exists()
+
+
+def test_without_its_library_a_network_is_refused_with_the_command_that_installs_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = libraries.find_spec
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "timm" else real(name))
+    libraries.library_names.cache_clear()
+    libraries.published.cache_clear()
+    needs = 'model.name = "timm/test_vit" needs the package "timm"\n  fix: pip install \'cpmix[timm]\'\n'
+    refused(4, needs, *train(photos, tmp_path / "run", "timm/test_vit"))
+    libraries.library_names.cache_clear()
+
+
+def test_a_network_without_init_says_where_its_published_weights_are(photos: Path, tmp_path: Path) -> None:
+    hub = "https://huggingface.co/timm/test_convnext.r160_in1k/resolve/main/model.safetensors"
+    dry = must(*train(photos, tmp_path / "run", "timm/test_convnext"), "--dry-run")
+    assert f"for its published ones, fetch {hub} and give that file with --init" in dry.stderr
+    command = "cpmix import-weights convnext_tiny-983f1562.pth --sha256 983f1562, and give --init convnext_tiny-"
+    assert command in without_init("torchvision/convnext_tiny")
+
+
+def test_a_file_of_transformers_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = Model(name="timm/test_vit")
+    theirs = {"embeddings.cls_token": torch.zeros(1, 1, 64), "encoder.layer.0.attention.query.weight": torch.zeros(4)}
+    with pytest.raises(InputError, match="transformers, which names and splits the tensors in its own way"):
+        load_backbone(made(recipe.name, 160), theirs, Path("w"), recipe, (160, 160, 3))

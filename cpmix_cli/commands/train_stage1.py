@@ -26,7 +26,7 @@ from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.objective import compile_stage
 from cpmix_cli.training.phase import PhaseRequest, train
 from cpmix_cli.training.plan import PhaseContext, Plan, fresh_state, make_plan
-from cpmix_cli.training.pretrained import how_to_import, keep_head_rows, load_backbone, sha_of_published
+from cpmix_cli.training.pretrained import how_to_import, keep_head_rows, load_backbone, sha_of_published, without_init
 from cpmix_cli.training.starting_point import default_recipe, weights_of
 from cpmix_cli.training.state import TrainingState
 
@@ -206,6 +206,8 @@ def _prepare(
         if begun is not None and recipe.model.init_head == "by-name":
             head = _keep_head(state.model, tensors, begun, context.dataset.class_names)
         console.note(f"starts from {taken} tensors of {init}; {head}")
+    elif is_library_name(context.recipe.model.name):
+        console.note(without_init(context.recipe.model.name))
     elif frozen := context.recipe.model.frozen:
         # Frozen batch norm keeps mean 0 and variance 1, so deep networks may overflow.
         console.note(f"without --init, {', '.join(frozen)} stay at random weights (model.frozen)")

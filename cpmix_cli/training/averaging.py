@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cpmix_cli.runtime import ranks
 from cpmix_cli.training.inputs import STEPS_AHEAD, TrainingData
 from cpmix_cli.training.plan import Plan
-from cpmix_cli.training.randomness import torch_generator
+from cpmix_cli.training.randomness import seed_torch, torch_generator
 from cpmix_cli.training.state import TrainingState
 
 
@@ -53,6 +53,7 @@ def measure_statistics(
     for norm in norms:
         norm.reset_running_stats()
     generator, place = torch_generator(plan.seed, plan.phase, state.epoch, "average"), data.batches.device
+    seed_torch(data.labels.device, plan.seed, plan.phase, state.epoch, "average", "dropout")
     num_images, num_uniforms = len(data.labels), data.batches.num_uniforms
     order = torch.randperm(num_images, generator=generator)
     uniforms = torch.rand(num_images, num_uniforms, dtype=torch.float64, generator=generator)

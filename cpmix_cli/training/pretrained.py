@@ -37,6 +37,16 @@ def sha_of_published(name: str) -> str:
     return PUBLISHED_WEIGHTS.get(name) or (re.split(r"[-.]", name)[-2] if name else "")
 
 
+def without_init(name: str) -> str:
+    """Return how to get the published weights of a network LIBRARY/NAME, for a network that starts from random ones."""
+    url = published(name).url
+    how = f"fetch {url} and give that file with --init"
+    if name.startswith("torchvision/"):
+        how, made = how_to_import(url.rpartition("/")[2])
+        how = f"{how}, and give --init {quoted(made)}"
+    return f"without --init, {name} starts from random weights; for its published ones, {how}"
+
+
 def how_to_import(name: str) -> tuple[str, Path]:
     """Return how to get published weights as a file for --init, which ends with a command, and that file."""
     command = f"cpmix import-weights {quoted(name)} --sha256 {sha_of_published(name)}"
@@ -241,4 +251,9 @@ def _other_network(match: _Match, tensors: Mapping[str, Tensor], recipe: Model, 
             if not _match(make_network(other, 2, shape), tensors).faults():
                 flags = " ".join(f"--set model.{key}={value}" for key, value in change.items())
                 return f"give {flags}, as these weights require"
+    if any(re.search(r"(^|\.)(encoder\.layer|encoder\.stages|embeddings)\.", name) for name in tensors):
+        return (
+            f"give weights of {recipe.name} under the names of its library: these are of Hugging Face's transformers, "
+            "which names and splits the tensors in its own way; timm's repository of the same network has them"
+        )
     return f"give weights of {recipe.name}: these fit no network of cpmix for samples of shape {tuple(shape)}"

@@ -2,7 +2,8 @@
 
 Each generator is keyed by (seed, phase, epoch, purpose). It runs on the CPU, before the epoch. So the numbers are equal
 on every device and independent of the order of the draws. A resumed run needs only integers to continue. Two recipes
-that share a term draw the same numbers for it.
+that share a term draw the same numbers for it. Only dropout and drop path inside of a network draw on the device, from
+torch's global generators, which each step seeds by its name (seed_torch()).
 
 Shapes: S steps per epoch, B batch size, K = 1 (one number per batch) or B. An augmented image takes U uniform numbers,
 a mix takes V. A single step has the same types without the axis S.
@@ -35,6 +36,22 @@ def stream(*parts: int | str) -> np.random.Generator:
 def torch_generator(*parts: int | str) -> torch.Generator:
     """Return the torch CPU generator of a name, for weight initialisation."""
     return torch.Generator().manual_seed(_key(parts) % 2**63)
+
+
+def seed_torch(device: torch.device, *parts: int | str) -> None:
+    """Seed torch's global generators, from which dropout and drop path draw, with the stream of a name.
+
+    Nothing of them has to be saved: a resumed run seeds each step as the whole run did. A CUDA graph takes seed and
+    offset from the generator at each replay, so the call stands before the replay, never in the recorded work.
+
+    Args:
+        device: the network's; of a CUDA device, the current one's generator is seeded as well as the CPU's.
+        *parts: the name, such as (seed, "stage2", 201, 17, "dropout").
+    """
+    seed = _key(parts) % 2**63
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 # -- random numbers of an epoch ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cpmix_cli.training.cuda_graphs import EAGER_STEPS, CudaGraphRunner, StepsIn
 from cpmix_cli.training.inputs import EpochInputs, Inputs, TrainingData, fetch
 from cpmix_cli.training.objective import Output, TermBatch
 from cpmix_cli.training.plan import Plan
-from cpmix_cli.training.randomness import Draws, TermDraws
+from cpmix_cli.training.randomness import Draws, TermDraws, seed_torch
 from cpmix_cli.training.state import TrainingState
 
 
@@ -68,6 +68,7 @@ class Step:
         self._state = state
         self._ranks = ranks.current()
         self._device = data.labels.device
+        self._epoch = 0
         self.inputs = EpochInputs(plan, data, state.model.num_features)
         self._network: nn.Module = _ForwardPass(state.model, plan)
         self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext  # DDP: no all-reduce for this slice
@@ -82,11 +83,14 @@ class Step:
 
     def begin_epoch(self, epoch: int) -> None:
         """Draw the inputs of an epoch and copy them to the device."""
+        self._epoch = epoch
         began = self._state.epoch_confusion
         self.inputs.begin_epoch(epoch, self._state.confusion if began is None else began)
 
     def __call__(self, number: int) -> None:
         """Run step `number` of the epoch, counted from 0."""
+        plan = self._plan
+        seed_torch(self._device, plan.seed, plan.phase, self._epoch, number, self._ranks.rank, "dropout")
         self.inputs.select(number)
         self._take(self._plan.size(number, len(self._data.labels)))
         self._in_flight.launched()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import (
     contents,
     ended,
@@ -20,8 +21,10 @@ from helpers import (
     quick_first,
     refused,
     run_to_the_end,
+    setting,
     signalled,
     write_image,
+    write_photos,
 )
 
 from cpmix_cli.artifacts import files as artifacts
@@ -88,6 +91,34 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
     assert len(whole.steps) == 14
     assert whole.steps[9][2].draws.terms[1].mixing.ratio  # type: ignore[attr-defined]
     assert stopped.steps == whole.steps
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("torchvision/mobilenet_v3_small", []), ("timm/test_vit", ["model.drop_path=0.5", "optimizer.ema_epochs=2"])],
+    ids=["dropout", "drop-path"],
+)
+def test_a_network_that_draws_by_itself_resumes_in_the_same_bytes(
+    name: str, settings: list[str], handlers: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "photos", {"red": 10, "green": 6})
+    must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "d", "--image-size", 64)
+    flags = setting(f"model.name={name}", "data.normalisation=network", "optimizer.batch_size=8", *settings)
+    flags += ["--epochs", 2]
+
+    def train(run: str) -> list[int]:
+        stage1 = run_to_the_end("train-stage1", "--data", tmp_path / "d", "--out", tmp_path / run, *flags)
+        return [stage1, run_to_the_end("train-stage2", "--from", tmp_path / run)]
+
+    with monkeypatch.context() as patched:
+        whole = Trace(patched, stops=False)
+        assert train("whole") == [0, 0]
+    with monkeypatch.context() as patched:
+        Trace(patched, stops=True)
+        torch.manual_seed(1)
+        assert sum(train("stopped")) == len(whole.steps)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
