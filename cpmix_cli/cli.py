@@ -276,6 +276,7 @@ COMMANDS: dict[str, dict[str, type]] = {
         "recipes": flags.RecipesOptions,
         "methods": flags.MethodsOptions,
         "predict": flags.PredictOptions,
+        "export": flags.ExportOptions,
         "misclassified": flags.MisclassifiedOptions,
         "figure": flags.FigureOptions,
         "import-weights": flags.ImportOptions,

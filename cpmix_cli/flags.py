@@ -559,6 +559,28 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a trained network as one ONNX or .pt2 file.
+
+    Example: cpmix export --from ckpt/mine --format onnx
+    """
+
+    from_folder: From
+    phase: Phase = None
+    form: str = flag(
+        "onnx",
+        "Format of the file: onnx, which needs the extra cpmix[onnx], or pt2, of torch.export.",
+        "--format",
+        metavar="FORMAT",
+        callback=one_of("onnx", "pt2"),
+    )
+    out: Path | None = flag(None, "Output file. Default: RUN/export/PHASE with the format as its ending.")
+    data: Data = None
+    data_root: DataRoot = None
+    overwrite: bool = flag(False, "Replace a file that cpmix exported.", "--overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MisclassifiedOptions:
     """List the misclassified images of a confusion matrix.
 

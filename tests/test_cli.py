@@ -11,7 +11,7 @@ from cpmix_cli.results.paper import PAPER_TABLES
 
 COMMANDS = ["build-lt", "train-stage1", "train-stage2", "finetune", "evaluate", "confusion-report"]
 HELPERS = ["run", "status", "compare", "results", "recipes", "methods"]
-HELPERS += ["predict", "misclassified", "figure", "import-weights", "bench"]
+HELPERS += ["predict", "export", "misclassified", "figure", "import-weights", "bench"]
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = f"results {REPOSITORY}/recipes/results.csv"
 
@@ -56,6 +56,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "methods": "--json",
         "predict": "--from --phase --top --out --probabilities --unsure-below --sort-into --skip-unreadable --device "
         "--threads --overwrite --json",
+        "export": "--from --phase --format --out --data --data-root --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --out --data --data-root --overwrite "
         "--json",
         "figure": "--out --data --overwrite --json",

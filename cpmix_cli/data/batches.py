@@ -104,7 +104,7 @@ class ImageBatches(Resident):
             self.num_uniforms += NUM_UNIFORMS
         self._cutout = recipe.cutout
         self.num_uniforms += 2 if recipe.cutout else 0
-        offset, scale = _normalisation(recipe, self._channels, mean, std, images.device)
+        offset, scale = normalisation(recipe, self._channels, mean, std, images.device)
         # Repeated for a row of pixels: arithmetic over a whole row is faster than over three channels.
         self._offset, self._scale = offset.repeat(self._width), scale.repeat(self._width)
         self._padded_height, self._padded_width = self._height + 2 * self._padding, self._width + 2 * self._padding
@@ -200,7 +200,7 @@ class CropBatches(Resident):
             self.num_uniforms = augment.NUM_JITTER if self._jitters else augment.NUM_CROP
             self.num_uniforms += 2 if recipe.cutout else 0
         self.alternating = augment.FLIP if recipe.flip == "alternating" else None
-        constants = _normalisation(recipe, images.shape[3], mean, std, images.device)
+        constants = normalisation(recipe, images.shape[3], mean, std, images.device)
         self._offset, self._scale = (values.view(1, -1, 1, 1) for values in constants)
         self._orders = torch.tensor(augment.ORDERS, device=images.device)
         self._keep(images)
@@ -261,7 +261,7 @@ def published_normalisation(name: str) -> tuple[Sequence[float], Sequence[float]
     return NORMALISATIONS.get(name)
 
 
-def _normalisation(
+def normalisation(
     recipe: Data, num_channels: int, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the offset to subtract from pixels 0..255 and the scale to multiply by: float32 [channels] each."""

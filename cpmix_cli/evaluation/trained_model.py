@@ -124,15 +124,12 @@ class TrainedModel:
             return torch.empty(0, len(self.class_names))
         paths = [image for image in images if isinstance(image, Path)]
         check_headers(paths)
-        batches = stream_batches(self.reader(images), self.recipe.data, self.seen, self._device)
+        reader = FileReader(images, self.seen.shape, self.recipe.data, upright=True)
+        batches = stream_batches(reader, self.recipe.data, self.seen, self._device)
         with all_unreadable_named(paths, upright=True, fix=LEAVE_OUT):
             found = predicted(self.network, batches, len(images), self.class_counts, self.recipe.evaluation)
         check_finite(found, self.recipe, self.source)
         return found.logits
-
-    def reader(self, images: Sequence[Path | NDArray[np.uint8]]) -> FileReader:
-        """Return the reader that decodes, resizes and crops images [N] as the network takes them."""
-        return FileReader(images, self.seen.shape, self.recipe.data, upright=True)
 
 
 def load_model(run: Path, phase: str | None, device: str, plugin: Path | None = None) -> TrainedModel:

@@ -43,11 +43,13 @@ def use_device(name: str, threads: int | None = None) -> torch.device:
         if threads > 1 and name == "cpu" and not has_own_cores(os.environ):
             threads = _idle_threads(threads, here.local_size)
     torch.set_num_threads(threads)
+    if name == "cpu":  # nothing below is set, because torch.export refuses to work after the first
+        return torch.device(name)
     # cuDNN's default rounds the factors of a float32 convolution to 10 bits (TF32).
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     # An algorithm chosen by timing, or one that adds in an order of chance, gives other bits after each start.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    if name == "cpu" or here.size == 1:
+    if here.size == 1:
         return torch.device(name)
     there = torch.cuda.device_count()
     if 1 < there < here.local_size or (there == 1 < here.local_size and "CUDA_VISIBLE_DEVICES" not in os.environ):

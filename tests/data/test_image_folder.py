@@ -290,6 +290,7 @@ def test_predict_refuses_unreadable_and_missing_images(trained: Path, tmp_path: 
 def test_a_network_of_points_takes_no_images(toy_run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     refused(3, "takes no images", "predict", tmp_path / "a.png", "--from", toy_run)
+    refused(3, "takes no images", "export", "--from", toy_run)
     with pytest.raises(InputError, match=r"was trained on points \(toy-lt-rho20\) and takes no images"):
         cpmix_cli.load(toy_run)
 

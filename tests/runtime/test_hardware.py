@@ -155,13 +155,21 @@ def test_requested_precision_is_kept() -> None:
     assert resolve_precision("auto", cpu) in ("fp32", "bf16")
 
 
-def test_the_best_device_is_chosen_and_float32_is_not_rounded_to_tf32() -> None:
+def test_the_best_device_is_chosen_and_float32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """And cuDNN chooses the same algorithms at each start, whatever was set before."""
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
+    cudnn = torch.backends.cudnn
     assert use_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
-    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
+    own = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = True, False, "tf32"
+        assert use_device("cpu").type == "cpu"
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, "tf32")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert use_device("auto").type == "cuda"
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (False, True, "ieee")
+        assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = own
 
 
 def test_number_of_readers_ignores_omp_num_threads() -> None:

@@ -150,6 +150,8 @@ NAME = "x\x1b[2J\u202e\n  fix: rm -rf x\nnext: rm"
         ("recipes", "digits/cpmix", NAME),
         ("compare", NAME, "--append", NAME),
         ("predict", NAME, "--from", NAME),
+        ("export", "--from", NAME, "--out", NAME),
+        ("export", "--from", NAME),
         ("import-weights", NAME, "--sha256", NAME),
         ("figure", "3", NAME, "--out", NAME),
     ],
