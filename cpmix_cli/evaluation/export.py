@@ -232,7 +232,7 @@ def exported(model: TrainedModel, form: str, texts: dict[str, str]) -> tuple[byt
         ) from fault
 
 
-_FROM_PYTHON = "use the network itself: cpmix predict, or cpmix_cli.load() in Python"
+_FROM_PYTHON = "use the network itself, by predict or by cpmix_cli.load() in Python"
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def test_a_file_that_answers_otherwise_is_not_published(digits_run: Path, monkey
     with unchanged(digits_run):
         result = refused(4, "the exported file answers otherwise", "export", "--from", digits_run, "--format", "pt2")
     assert "with 8 images at once, logits differ by up to 0.0" in result.stderr
-    assert fix_of(result) == "use the network itself: cpmix predict, or cpmix_cli.load() in Python"
+    assert fix_of(result) == "use the network itself, by predict or by cpmix_cli.load() in Python"
     assert not (digits_run / "export").exists()
 
 
