@@ -494,7 +494,7 @@ class ResultsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions:
-    """List recipes, show one, compare two, copy all, or show costs.
+    """List, show, compare or copy recipes; show costs.
 
     Example: cpmix recipes digits/cpmix digits/cross-entropy
     """
@@ -577,6 +577,7 @@ class ExportOptions:
     out: Path | None = flag(None, "Output file. Default: RUN/export/PHASE with the format as its ending.")
     data: Data = None
     data_root: DataRoot = None
+    plugin: PluginFile = None
     overwrite: bool = flag(False, "Replace a file that cpmix exported.", "--overwrite")
 
 

@@ -35,7 +35,7 @@ def test_every_command_has_the_agreed_flags() -> None:
     training = (
         "--recipe --set --epochs --seed --device --threads --data --data-root --overwrite --dry-run --eval-every "
     )
-    training += "--checkpoint-every --tracker --json"
+    training += "--checkpoint-every --tracker --plugin --json"
     expected = {
         "build-lt": "--rho --out --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
         "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
@@ -44,7 +44,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "train-stage2": f"--from --out {training}",
         "finetune": f"--from --out --phase {training}",
         "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
-        "--ratio --threshold-for --few-inclusive --device --threads --data --data-root --overwrite --json",
+        "--ratio --threshold-for --few-inclusive --device --threads --data --data-root --plugin --overwrite --json",
         "confusion-report": "--from --out --phase --label --compare --images --data --data-root --overwrite --json",
         "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
         "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
@@ -52,17 +52,17 @@ def test_every_command_has_the_agreed_flags() -> None:
         "status": "--json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",
-        "recipes": "--set --epochs --seed --rho --budget --json",
+        "recipes": "--set --epochs --seed --rho --plugin --budget --copy --overwrite --json",
         "methods": "--json",
         "predict": "--from --phase --top --out --probabilities --unsure-below --sort-into --skip-unreadable --device "
-        "--threads --overwrite --json",
-        "export": "--from --phase --format --out --data --data-root --overwrite --json",
+        "--threads --plugin --overwrite --json",
+        "export": "--from --phase --format --out --data --data-root --plugin --overwrite --json",
         "misclassified": "--from --true --predicted --phase --label --limit --out --data --data-root --overwrite "
         "--json",
-        "figure": "--out --data --overwrite --json",
+        "figure": "--out --data --plugin --overwrite --json",
         "import-weights": "--sha256 --prefix --out --overwrite --json",
         "bench": "--recipe --set --epochs --data --data-root --device --threads --rounds --seconds --ingredients "
-        "--world-size --cores --link --json",
+        "--world-size --cores --link --plugin --json",
     }
     for command, flags in expected.items():
         text = must(command, "--help").stdout

@@ -13,6 +13,7 @@ from cpmix_cli.evaluation.trained_model import TrainedModel, images_of
 from cpmix_cli.flags import ExportOptions
 from cpmix_cli.runs.folders import find_dataset
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.plugin_needs import check_plugin
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
 from cpmix_cli.runtime.hardware import use_device
@@ -35,6 +36,7 @@ def run(options: ExportOptions) -> None:
         )
     export.check_packages(form)
     source = choose(options.from_folder, options.phase)
+    check_plugin(source)
     images_of(source)
     out = options.out or source.run / "export" / f"{source.phase}.{form}"
     model = TrainedModel(source, use_device("cpu"))

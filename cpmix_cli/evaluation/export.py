@@ -90,8 +90,8 @@ def description(model: TrainedModel) -> dict[str, Any]:
     height, width, channels = recipe.data.input_shape(model.seen.shape)
     offset, scale = normalisation(recipe.data, channels, model.seen.mean, model.seen.std, torch.device("cpu"))
     return {
-        "format": 1,
-        "version": __version__,
+        "format_version": 1,
+        "cpmix_version": __version__,
         "classes": [files.utf8_text(name) for name in model.class_names],
         "input": {
             "name": _INPUT,

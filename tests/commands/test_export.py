@@ -85,7 +85,7 @@ def test_an_onnx_file_answers_alike_at_any_batch_size(
     path, printed = onnx_file
     assert [file.name for file in path.parent.iterdir()] == ["digits.onnx"]
     data = path.read_bytes()
-    assert printed["status"] == "done"
+    assert (printed["status"], printed["format"]) == ("done", "onnx")
     assert printed["compared_on"] == "test images of digits-lt-rho20"
     assert printed["largest_difference"] < 1e-4
     assert (printed["bytes"], printed["sha256"]) == (len(data), sha256(data))
@@ -102,7 +102,7 @@ def test_an_onnx_file_answers_alike_at_any_batch_size(
     assert about["checkpoint_sha256"] == sha256((_digits_run / "finetune" / "model.safetensors").read_bytes())
     assert about["recipe_sha256"] == sha256((_digits_run / "finetune" / "recipe.toml").read_bytes())
     assert about["run_digest"] == json.loads((_digits_run / "finetune" / "run.json").read_text())["digest"]
-    assert (about["phase"], about["dataset"], about["version"]) == ("finetune", "digits-lt-rho20", "0.1.0")
+    assert (about["phase"], about["dataset"], about["cpmix_version"]) == ("finetune", "digits-lt-rho20", "0.1.0")
     for place in (str(Path(cpmix_cli.__file__).parent), str(Path(torch.__file__).parent), str(_digits_run)):
         assert place.encode() not in data
 

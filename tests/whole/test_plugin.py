@@ -197,6 +197,7 @@ def test_run_gives_its_plugin_to_every_step(digits: Path, tmp_path: Path, monkey
     assert "up to date: run" in must(*shlex.split(fix_of(result))[1:]).stdout
     write_image(Path("photo.png"))
     must("predict", "photo.png", "--from", "run", "--plugin", "mine.py")
+    refused(3, "needs the plugin mine.py", "export", "--from", "run", "--format", "pt2")
     model = load("run", device="cpu", plugin="mine.py")
     assert len(model.predict("photo.png")) == 1
     with pytest.raises(CpmixError, match=r"needs the plugin mine\.py, sha256 ") as caught:
