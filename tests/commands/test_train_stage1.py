@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from helpers import must, refused, write_photos
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cpmix_cli.data.dataset import open_dataset
 from cpmix_cli.recipe.loading import load
@@ -121,3 +123,30 @@ def test_the_recipe_that_weights_decided_is_that_of_all_phases(earlier: Path, tm
     assert (recipe.stage1.train, recipe.model.init_head, recipe.model.head_scale) == (["head"], "class-means", 25)
     assert recipe.finetune is None
     assert must("finetune", "--from", run, "--json").json["status"] == "skipped"
+
+
+@pytest.mark.slow
+def test_files_of_libraries_are_known_by_their_names_and_get_their_normalisation(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", dict.fromkeys(["blue", "purple"], 8))
+    must("build-lt", "image-folder", "--data-root", tmp_path / "photos", "--out", tmp_path / "data")  # 64 x 64
+    train = ("train-stage1", "--data", tmp_path / "data", "--out", tmp_path / "run", "--dry-run", "--init")
+    chosen = "the recipe is image-folder/pretrained, as --init is given, with"
+    made = {
+        "mobilenet_v3_small-047dcff4": torchvision.models.mobilenet_v3_small(weights=None),
+        "test_vit.r160_in1k": timm.create_model("test_vit"),
+        "model": timm.create_model("test_vit"),
+    }
+    for stem, network in made.items():
+        save_file({n: t.contiguous() for n, t in network.state_dict().items()}, tmp_path / f"{stem}.safetensors")
+    said = must(*train, tmp_path / "mobilenet_v3_small-047dcff4.safetensors").stderr
+    name = "torchvision/mobilenet_v3_small"
+    assert (
+        f"{chosen} model.name={name} data.crop=64 data.normalisation=network: the weights are those of a {name}\n"
+        in said
+    )
+    said = must(*train, tmp_path / "test_vit.r160_in1k.safetensors").stderr
+    assert f"{chosen} model.name=timm/test_vit.r160_in1k data.crop=64 data.normalisation=network: " in said
+    said = must(*train, tmp_path / "model.safetensors", "--set", "model.name=timm/test_vit").stderr
+    assert f"{chosen} data.crop=64 data.normalisation=network: the weights are those of a timm/test_vit\n" in said
+    unknown = refused(3, "does not fit the network", *train, tmp_path / "model.safetensors")
+    assert f"{chosen} data.crop=64: the weights are pretrained\n" in unknown.stderr
