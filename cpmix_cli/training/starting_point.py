@@ -89,17 +89,21 @@ def default_recipe(init: Path, dataset: Dataset, settings: Sequence[str]) -> tup
         UsageError: a setting is wrong.
     """
     name = of_dataset(_RECIPE, dataset.record.recipe)
-    start = _start_of(init, settings)
+    start = _start_of(init, settings) if name != _RECIPE else None
     names = {normalize("NFC", name) for name in dataset.class_names}
-    if name == _RECIPE or start is None or names & start.classes:
+    if start is None or names & start.classes:
         return None
-    own = {key: value for key, value in start.settings.items() if not any(s.startswith(f"{key}=") for s in settings)}
-    recipe = load(name, settings=[*_typed(own), *settings], rho=dataset.record.rho)
-    found = fitting_settings(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
-    own |= {key: value for key, _, value in (setting.partition("=") for setting in found)}
-    given = "".join(f" {setting}" for setting in _typed(own))
-    console.note(f"the recipe is {name}, as --init is given{', with' if own else ''}{given}: {start.why}")
-    return name, [*_typed(own), *settings]
+    given, wanted = _by_key(settings), _typed(start.settings)
+    recipe = load(name, settings=[*wanted, *settings], rho=dataset.record.rho)
+    fitting = fitting_settings(recipe, dataset.num_classes, dataset.shape, has_statistics=dataset.has_statistics)
+    own = _typed({key: value for key, value in _by_key([*wanted, *fitting]).items() if key not in given})
+    said = f"the recipe is {name}, as --init is given{', with ' if own else ''}{' '.join(own)}: {start.why}"
+    console.note(f"{said}, of other classes" if start.classes else said)
+    return name, [*own, *settings]
+
+
+def _by_key(settings: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (setting.partition("=") for setting in settings)}
 
 
 def _typed(settings: dict[str, str]) -> list[str]:
@@ -108,15 +112,16 @@ def _typed(settings: dict[str, str]) -> list[str]:
 
 def _start_of(init: Path, settings: Sequence[str]) -> _Start | None:
     """Return what the weights of --init need; None if they or --set are wrong, which train-stage1 says."""
-    named = next((value for key, _, value in (s.partition("=") for s in settings) if key == "model.name"), None)
     with suppress(InputError, ValueError):
         path, begun = weights_of(init)
-        return _start_of_file(path, named) if begun is None else _start_of_run(begun)
+        return _start_of_run(begun) if begun else _start_of_file(path, _by_key(settings).get("model.name"))
     return None
 
 
-def _start_of_run(begun: PhaseFolder) -> _Start:
+def _start_of_run(begun: PhaseFolder) -> _Start | None:
     recipe, shape = begun.recipe(), begun.record().dataset.shape
+    if len(shape) != 3:  # points
+        return None
     keys = {"name", "experts", "shared_stages", "expert_width"}
     settings = {f"model.{key}": str(value) for key, value in recipe.tables()["model"].items() if key in keys}
     settings |= {
@@ -124,7 +129,7 @@ def _start_of_run(begun: PhaseFolder) -> _Start:
     }
     known = tables.read_class_counts(*begun.output(files.CLASS_COUNTS))["class_name"]
     classes = frozenset(normalize("NFC", name) for name in known)
-    return _Start(settings, shape[0], classes, f"the weights are those of {begun.path}, of other classes")
+    return _Start(settings, shape[0], classes, f"the weights are those of {begun.path}")
 
 
 def _start_of_file(path: Path, named: str | None) -> _Start:

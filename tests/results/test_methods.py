@@ -17,7 +17,8 @@ CIFAR = [name for name in recipe_names() if name.startswith("cifar")]
 METHODS = [name for name in CIFAR if "ablation" not in name]
 OF_TABLE_1 = ["Cross Entropy", "LDAM-DRW", "Balanced Softmax", "MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)", "RIDE"]
 OF_TABLE_1 += ["SADE", "ACE (from its description)", "CMO + RIDE", "OTmix + RIDE", "CP-Mix + RIDE", "CP-Mix"]
-OURS = ["CP-Mix, mixed finetune", "CP-Mix, paper's finetune", "CP-Mix, strong", "CP-Mix, strong, one network"]
+OURS = ["CP-Mix, mixed finetune", "CP-Mix, paper's finetune", "CP-Mix, pretrained", "CP-Mix, strong"]
+OURS += ["CP-Mix, strong, one network"]
 """Methods of cpmix itself, without a paper."""
 OTHERS = {
     "loss": ["LADE", "Focal", "Logit adjustment (loss)", "Logit adjustment (post hoc)"],
