@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cpmix_cli.models import TorchvisionWeights, within
 from cpmix_cli.recipe.libraries import published, require_library
 from cpmix_cli.recipe.schema import Model
+from cpmix_cli.runtime.errors import shortened
 
 _OWN = "backbone."
 _RENAMED = (
@@ -42,6 +43,20 @@ def _unfit(name: str, shape: Sequence[int], why: object) -> ValueError:
         f"takes no images of {shape[0]} x {shape[1]} pixels ({reason}); its published weights had {side} x {side}: "
         f"cut that from larger images with data.crop, or build the data set with build-lt --image-size {side}"
     )
+
+
+def _leaves(tensor: Tensor) -> set[Tensor]:
+    """Return the parameters that a tensor was computed from."""
+    found, seen, waiting = set(), set(), [tensor.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [after for after, _ in node.next_functions]
+    return found
 
 
 class Backbone(TorchvisionWeights):
@@ -90,7 +105,8 @@ class Backbone(TorchvisionWeights):
 
         Raises:
             ImagesUnfit: the network fails, or returns no features [1, D].
-            ValueError: it does so for images of the size of its published weights, too.
+            ValueError: it does so for images of the size of its published weights, too; or it has weights that are
+                never trained, of which an optimizer has no state to resume from.
         """
         try:
             # One image: batch norm over a single value fails, and the last batch of an epoch may be a single image.
@@ -101,6 +117,9 @@ class Backbone(TorchvisionWeights):
             raise _unfit(self.name, shape, fault) from fault
         if found.shape != (1, self.num_features):
             raise _unfit(self.name, shape, f"features have the shape {tuple(found.shape)}")
+        reached = _leaves(found)
+        if idle := [name for name, parameter in self.backbone.named_parameters() if parameter not in reached]:
+            raise ValueError(f"cannot be used: its features do not depend on its weights {shortened(idle, 5)}")
 
 
 class _TorchvisionBackbone(Backbone):

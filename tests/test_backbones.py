@@ -91,7 +91,6 @@ def check_features(model: Backbone, path: Path, expected: Tensor, x: Tensor, rec
                 ("mnasnet0_5", 40, {}),
                 ("regnet_y_400mf", 40, {}),
                 ("resnet18", 40, {}),
-                ("vit_b_32", 64, {"image_size": 64}),
             )
         ),
     ],
@@ -103,10 +102,6 @@ def test_published_weights_give_torchvision_s_own_features(
     state = network.state_dict()
     if name == "densenet121":  # as in the published file, which is older than the names
         state = {n.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): t for n, t in state.items()}
-    if name == "vit_b_32":
-        state = {
-            n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): t for n, t in state.items()
-        }
     torch.save(state, tmp_path / "w.pth")
     sha = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
     must("import-weights", tmp_path / "w.pth", "--sha256", sha)
@@ -187,11 +182,14 @@ def test_position_embeddings_are_resampled_for_another_size_of_images() -> None:
 
 @pytest.mark.slow
 def test_torchvision_s_position_embeddings_are_resampled_too() -> None:
-    network, recipe = of_torchvision("vit_b_32"), Model(name="torchvision/vit_b_32")
-    model = made(recipe.name, 96)
-    load_backbone(model, network.state_dict(), Path("w"), recipe, (96, 96, 3))
-    expected = torchvision.models.vision_transformer.interpolate_embeddings(96, 32, network.state_dict())
-    torch.testing.assert_close(model.backbone.encoder.pos_embedding, expected["encoder.pos_embedding"])
+    """From a file with the names of the published one, which is older than torchvision's names now."""
+    state, recipe = of_torchvision("vit_b_32", image_size=64).state_dict(), Model(name="torchvision/vit_b_32")
+    old = {n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): t for n, t in state.items()}
+    network, x = of_torchvision("vit_b_32", image_size=96), torch.randn(2, 3, 96, 96)
+    network.load_state_dict(torchvision.models.vision_transformer.interpolate_embeddings(96, 32, state))
+    model = made(recipe.name, 96).eval()
+    load_backbone(model, old, Path("w"), recipe, (96, 96, 3))
+    torch.testing.assert_close(model.features(x), seen_by_last_layer(network, x))
 
 
 # -- what they are built of ------------------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def test_a_pretrained_network_is_trained_evaluated_and_predicts(library: str, ph
         save_file(network.state_dict(), weights)
     started = must(*train(photos, tmp_path / "run", name, "--init", weights))
     taken = len(network.state_dict()) - 2
-    assert f"starts from {taken} tensors of {weights}; the head is new" in started.stderr
+    assert f"starts from {taken} tensors of {weights}; " in started.stderr
     must("evaluate", "--from", tmp_path / "run", "--phase", "stage1")
     found = must(
         "predict", photos / "photos", "--from", tmp_path / "run", "--phase", "stage1", "--out", tmp_path / "p.csv"

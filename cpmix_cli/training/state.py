@@ -149,7 +149,7 @@ class TrainingState:
             raise InputError(f"{path} counts more errors of a class than images", path=path)
         for prefix, network in (("model.", self.model), ("average.", self.average)):
             if network is not None:
-                network.load_state_dict({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
+                _copy(network, {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
         self.confusion.copy_(saved["confusion"])
         if self.counted_images is not None:
             self.counted_images.copy_(saved["counted_images"])
@@ -199,4 +199,11 @@ def load_model(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> 
         InputError: the file belongs to another network or number of classes, or has values that are not finite.
     """
     check_fit(path, tensors, model.state_dict())
-    model.load_state_dict(dict(tensors))
+    _copy(model, tensors)
+
+
+@torch.no_grad()
+def _copy(network: Classifier, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights of checked names and shapes. load_state_dict() of a library's module may ask for versions of it."""
+    for name, own in network.state_dict().items():
+        own.copy_(tensors[name])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import COUNTS, CP, ERM, IMAGES, LABELS, LR, MIX, must, plan_of, setting, sums_of, terms_of
 
 from cpmix_cli.artifacts.tensors import on_host, tensor_bytes
@@ -113,15 +114,23 @@ def test_a_step_never_waits_for_the_gpu(device: str, terms: str, forward: str, o
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replayed_steps_equal_eager_ones(device: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epochs 5 to 8 from graphs, against the same ones taken eagerly; the first epoch against the CPU in float32."""
+def test_replayed_steps_equal_eager_ones(
+    device: str, precision: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs 5 to 8 from graphs, against the same ones taken eagerly; the first epoch against the CPU in float32.
+
+    Dropout draws on the device, where a graph takes the seed of each step at its replay; the CPU draws other numbers.
+    """
     states, losses = [], []
     for place, eager in ((device, 3), (device, 10**9), ("cpu", 3)):
         monkeypatch.setattr("cpmix_cli.training.cuda_graphs.EAGER_STEPS", eager)
         with own_stream(torch.device(place)):
             terms = terms_of(erm=ERM, cp=CP, mix=MIX)
             step, state = started(terms, device=place, precision=precision if len(states) < 2 else "fp32")
+            if dropout:
+                state.model.head.register_forward_pre_hook(lambda _, x: (F.dropout(x[0], dropout),))
             for epoch in range(1, 9):
                 step.begin_epoch(epoch)
                 for number in range(3):
@@ -136,6 +145,9 @@ def test_replayed_steps_equal_eager_ones(device: str, precision: str, monkeypatc
         counts = name in ("confusion", "sums")  # a prediction may change, and with it a partner
         rtol, atol = (0.05, 3.0) if counts and device == "cuda" else (relative, absolute)
         torch.testing.assert_close(tensor, eagerly[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+    if dropout:
+        assert losses[0] == pytest.approx(losses[1], rel=relative)
+        return
     assert losses == [pytest.approx(losses[2], rel=1e-3 if precision == "fp32" else 0.03)] * 3
 
 

@@ -95,9 +95,10 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("torchvision/mobilenet_v3_small", []), ("timm/test_vit", ["model.drop_path=0.5", "optimizer.ema_epochs=2"])],
+    [("torchvision/mnasnet0_5", []), ("timm/test_vit", ["model.drop_path=0.5", "optimizer.ema_epochs=2"])],
     ids=["dropout", "drop-path"],
 )
 def test_a_network_that_draws_by_itself_resumes_in_the_same_bytes(
