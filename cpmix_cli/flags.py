@@ -36,6 +36,19 @@ def one_of(*choices: str, **meant: str) -> Callable[[CallbackParam, str | None],
     return check
 
 
+def several_of(*choices: str) -> Callable[[CallbackParam, str | None], str | None]:
+    """Return a callback like that of one_of(), for a list with commas."""
+    check_one = one_of(*choices)
+
+    def check(parameter: CallbackParam, value: str | None) -> str | None:
+        for part in () if value is None else value.split(","):
+            check_one(parameter, part)
+        return value
+
+    check.choices = choices  # type: ignore[attr-defined]
+    return check
+
+
 def flag(default: Any, help: str, *names: str, **settings: Any) -> Any:
     """Return the dataclass field of a flag.
 
@@ -273,9 +286,9 @@ class TrainingOptions:
     checkpoint_every: int = flag(1, "Save the training state every N epochs.", min=1)
     tracker: str | None = flag(
         None,
-        "Also write the curves of metrics.parquet for a tracker: tensorboard.",
-        metavar="NAME",
-        callback=one_of("tensorboard"),
+        "Also write the curves of metrics.parquet for trackers: tensorboard, wandb, mlflow, or several with commas.",
+        metavar="NAME,...",
+        callback=several_of("tensorboard", "wandb", "mlflow"),
     )
     dry_run: bool = flag(
         False, "Check everything and run one step of each remaining phase; write nothing.", "--dry-run"

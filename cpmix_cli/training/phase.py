@@ -45,7 +45,7 @@ from cpmix_cli.training.class_means import start_from_class_means
 from cpmix_cli.training.inputs import TrainingData, training_data
 from cpmix_cli.training.plan import PhaseContext, Plan, begin_finetune, begin_stage2, fresh_state, make_plan, rehearsal
 from cpmix_cli.training.state import EpochSums, TrainingState, read_state
-from cpmix_cli.training.tensorboard import Tracker, forget
+from cpmix_cli.training.trackers import Description, Tracker, forget, make_trackers, running
 
 FEW_STEPS = 5
 """Least steps per epoch of stage 1 without a warning: recipes count epochs of sets with more."""
@@ -121,7 +121,7 @@ class _Loaded:
     context: PhaseContext
     resumes: bool
     """True if the state was read from the phase's folder."""
-    curves: Tracker | None
+    trackers: Sequence[Tracker]
 
 
 def continued(
@@ -240,7 +240,9 @@ def train(asked: PhaseRequest) -> None:
         with locks.hold(folder.path) if here.first else nullcontext() as lock:
             status = "up to date"
             if (found := _decide(asked)) != "done":  # another process may have finished it meanwhile
-                _fit(asked, _load(asked, found), lock)
+                loaded = _load(asked, found)
+                with running(loaded.trackers):
+                    _fit(asked, loaded, lock)
                 status = "done"
             if here.first:
                 _report(asked, status)
@@ -297,12 +299,14 @@ def _load(asked: PhaseRequest, found: str) -> _Loaded:
     old = [folder.path / name for name in (files.MODEL, files.TRAINING_STATE)]
     there = sum(path.stat().st_size for path in old if path.is_file())
     files.check_place(folder.path, weights + 2 * saved - there, largest_file=saved)
-    curves = Tracker(folder.path) if asked.options.tracker else None
+    trackers = (
+        make_trackers(asked.options.tracker, Description(folder.path, recipe, dataset.name)) if here.first else []
+    )
     if begun is None and recipe.model.init_head == "class-means" and source is None and not asked.options.dry_run:
         with _reading(dataset, ["train"]):
             start_from_class_means(plan, data, state.model)
     here.max_over_ranks(0)
-    return _Loaded(plan, state, data, context, begun is not None, curves)
+    return _Loaded(plan, state, data, context, begun is not None, trackers)
 
 
 def resume(
@@ -505,8 +509,8 @@ def _fit(asked: PhaseRequest, loaded: _Loaded, lock: Lock | None) -> None:
         if overwrites:
             forget(folder.path)
             overwrites = False
-        if loaded.curves:
-            loaded.curves.write(state.history)
+        for tracker in loaded.trackers:
+            tracker.write(state.history)
 
     try:
         with _reading(dataset, splits):

@@ -40,6 +40,12 @@ class Tracker:
         except Exception as fault:  # mismatched versions of protobuf and numpy raise any type
             self._give_up(f"tensorboard cannot be imported: {fault}")
 
+    def begin(self) -> None:
+        """Do nothing: the file is made with the first rows."""
+
+    def end(self, *, finished: bool) -> None:
+        """Do nothing: write() closes the file."""
+
     def write(self, history: Sequence[Mapping[str, float | None]]) -> None:
         """Append the new rows of metrics.parquet; the first call deletes old event files and writes all rows."""
         if not self._works or not history:

@@ -192,9 +192,3 @@ def test_places_that_cannot_be_written_are_reported_once(tmp_path: Path, capsys:
         (line,) = warnings(capsys.readouterr().err)
         assert line.endswith(f": {why}; the run goes on without")
     assert [e.step for e in curves(tmp_path / "full")] == [0, 1]  # what is whole can be read
-
-
-def test_another_tracker_is_refused(toy: Path, tmp_path: Path) -> None:
-    result = refused(2, (), "train-stage1", "--data", toy, "--out", tmp_path, "--tracker", "tensorbord")
-    said = 'error: --tracker "tensorbord" is unknown\n  needed by: train-stage1\n  fix: give --tracker tensorboard\n'
-    assert result.stderr == said

@@ -53,7 +53,7 @@ REFUSED = {
     f"{TRAIN} --init {{toy}}": "the folder of a trained run",
     f"{TRAIN} --init none.safetensors": "convert a checkpoint first: cpmix import-weights CHECKPOINT --sha256 HASH",
     f"{TRAIN} --teacher none --set stage1.terms.erm.teacher=distillation": "give the folder of a trained run",
-    f"{TRAIN} --tracker wandb": "give --tracker tensorboard",
+    f"{TRAIN} --tracker wanda": "give --tracker wandb, or one of",
     "train-stage2 --from nowhere": "",
     "train-stage2 --from {run} --set optimizer.lr=7": "drop --set optimizer.lr=7, or train stage1",
     "finetune --from {run} --phase stage3": "",
