@@ -372,6 +372,12 @@ class EvaluateOptions(_FromPhase):
     few_inclusive: FewInclusive = False
     device: Device = "auto"
     threads: Threads = None
+    tracker: str | None = flag(
+        None,
+        "Also write the numbers for trackers, beside the curves of the phase: tensorboard, wandb, mlflow, or several.",
+        metavar="NAME,...",
+        callback=several_of("tensorboard", "wandb", "mlflow"),
+    )
     data: Data = None
     data_root: DataRoot = None
     plugin: PluginFile = None

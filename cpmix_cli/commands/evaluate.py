@@ -27,6 +27,7 @@ from cpmix_cli.evaluation.per_class import as_json, class_columns, interval_row,
 from cpmix_cli.evaluation.prediction import Predicted, check_finite, post_hoc, predicted, read_model
 from cpmix_cli.evaluation.samples import TestSet, other_tests, own_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, POST_HOC, accuracy_row, accuracy_rows, read_numbers
+from cpmix_cli.evaluation.tracked import track
 from cpmix_cli.flags import EvaluateOptions
 from cpmix_cli.models import Classifier
 from cpmix_cli.recipe import loading, schema
@@ -146,6 +147,7 @@ def run(options: EvaluateOptions) -> None:
         if options.test_data is None:
             warn_of_changed(dataset, options.split)
         _report(folder, "up to date")
+        _track(options, source, dataset, folder)
         _follow(options, source, label)
         return
     model = read_model(source, recipe, dataset.num_classes, dataset.shape).to(device)
@@ -185,7 +187,13 @@ def run(options: EvaluateOptions) -> None:
             fields["source"] = {"phase": source.phase, "sha256": sha}
             recorder.finish(**fields, dataset=folders.dataset_entry(dataset, options.out or root))
     _report(folder, "done")
+    _track(options, source, dataset, folder)
     _follow(options, source, label)
+
+
+def _track(options: EvaluateOptions, source: PhaseFolder, dataset: Dataset, folder: Path) -> None:
+    if options.tracker is not None:
+        track(options.tracker, source, dataset.name, folder)
 
 
 def _kept_target(folder: Path) -> thresholds.Target | None:

@@ -330,6 +330,7 @@ def _train(steps: _Steps, options: RunOptions, asked: TrainingOptions, dataset: 
                 data=data,
                 data_root=asked.data_root,
                 plugin=asked.plugin,
+                tracker=asked.tracker,
             )
             numbers = steps.do("evaluate", evaluation, quiet=True)
             measured[split][phase] = numbers["balanced_accuracy"]

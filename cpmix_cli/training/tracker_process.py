@@ -42,8 +42,11 @@ class _Tracker(Protocol):
     def open(self, known: dict[str, Any]) -> dict[str, Any]:
         """Begin a run, or continue the one of the fields `known`; return the fields by which it is found again."""
 
-    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Write rows: name -> value, with "epoch", and "seconds_ago", the age of the row."""
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows: "values" and "evaluated", name -> value, of "epoch", "seconds_ago" seconds ago.
+
+        Values of an epoch that the run has already are left out.
+        """
 
     def close(self, finished: bool) -> str:
         """End the run; return where it is."""
@@ -196,9 +199,11 @@ class _Wandb:
         self._offline = mode == "offline"
         return {"id": name}
 
-    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:  # those of an epoch that an online run has are left out by wandb, by their step
-            self._run.log({name: v for name, v in row.items() if name != "seconds_ago"}, step=int(row["epoch"]))
+            self._run.log({**row["values"], "epoch": row["epoch"]}, step=row["epoch"])
+            if row["evaluated"]:
+                self._run.log({**row["evaluated"], "epoch": row["epoch"]})
 
     def close(self, finished: bool) -> str:
         place = str(Path(self._run.dir).parent)
@@ -237,7 +242,7 @@ class _Mlflow:
         self._uri, self._asked = mlflow.get_tracking_uri(), asked
 
     def open(self, known: dict[str, Any]) -> dict[str, Any]:
-        self._steps: set[int] = set()
+        self._known: dict[int, set[str]] = {}
         if known.get("uri") == self._uri and self._continues(str(known.get("run"))):
             return known
         asked, client = self._asked, self._client
@@ -256,23 +261,24 @@ class _Mlflow:
         return {"uri": self._uri, "run": self._run}
 
     def _continues(self, run: str) -> bool:
-        """Take up a run again, if it is there; note the epochs that it has."""
+        """Take up a run again, if it is there; note what it has of each epoch."""
         try:
             self._client.update_run(run, status="RUNNING")
-            self._steps = {metric.step for metric in self._client.get_metric_history(run, "epoch")}
+            for name in self._client.get_run(run).data.metrics:
+                for metric in self._client.get_metric_history(run, name):
+                    self._known.setdefault(metric.step, set()).add(name)
         except Exception:  # deleted, or in another database of this name
             return False
         self._run = run
         return True
 
-    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         now = time.time()
         metrics = [
-            self._metric(name, value, int(1000 * (now - row["seconds_ago"])), int(row["epoch"]))
+            self._metric(name, value, int(1000 * (now - row["seconds_ago"])), row["epoch"])
             for row in rows
-            if int(row["epoch"]) not in self._steps
-            for name, value in row.items()
-            if name != "seconds_ago" and math.isfinite(value)
+            for name, value in {**row["evaluated"], **row["values"], "epoch": row["epoch"]}.items()
+            if math.isfinite(value) and name not in self._known.get(row["epoch"], ())
         ]
         for start in range(0, len(metrics), _PER_CALL):
             self._client.log_batch(self._run, metrics=metrics[start : start + _PER_CALL])

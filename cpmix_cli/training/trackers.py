@@ -26,7 +26,7 @@ from cpmix_cli.runtime.errors import InputError
 from cpmix_cli.training import tensorboard
 
 Row = Mapping[str, float | None]
-"""Row of metrics.parquet."""
+"""Row of metrics.parquet. It may have numbers of evaluations too, such as "val/top1"."""
 REMOTE = ("wandb", "mlflow")
 """Trackers that have a process of their own."""
 SILENT_SECONDS = 30.0
@@ -129,14 +129,18 @@ def _allowed(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in name)
 
 
-def _curves(row: Row, seconds_ago: float) -> dict[str, float]:
-    """Return a row as a tracker gets it; "epoch" is last, because it marks a row that is written whole."""
-    values = {column: value for column, value in row.items() if value is not None and column != "epoch"}
-    named = {
-        _NAMES.get(column, f"train/{_allowed(column)}"): 100 * value if column.endswith("accuracy") else value
-        for column, value in values.items()
-    }
-    return {"seconds_ago": seconds_ago, **named, "epoch": int(row["epoch"] or 0)}
+def _curves(row: Row, seconds_ago: float) -> dict[str, Any]:
+    """Return a row as tracker_process.py reads it."""
+    named, evaluated = {}, {}
+    for column, value in row.items():
+        if value is None or column == "epoch":
+            continue
+        if "/" in column:
+            evaluated[_allowed(column)] = value
+        else:
+            name = _NAMES.get(column, f"train/{_allowed(column)}")
+            named[name] = 100 * value if column.endswith("accuracy") else value
+    return {"seconds_ago": seconds_ago, "evaluated": evaluated, "values": named, "epoch": int(row["epoch"] or 0)}
 
 
 class _Remote:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from helpers import Result, contents, cpmix, ended, forget_signals, must, process, refused, signalled
 from test_tensorboard import check_curves
 
+from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.recipe.loading import load
 from cpmix_cli.runtime import signals
 from cpmix_cli.training import loop, trackers
@@ -103,9 +105,10 @@ def wait_for_the_process(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_resumed_run_has_each_epoch_once_and_the_bits_of_a_run_without(
-    places: Path, handlers: object, toy: Path, monkeypatch: pytest.MonkeyPatch
+    places: Path, handlers: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("train-stage1", "--data", toy, "--epochs", 6, "--out")
+    must("build-lt", "toy", "--val-per-class", 2, "--out", places / "data")
+    command = ("train-stage1", "--data", places / "data", "--epochs", 6, "--out")
     must(*command, places / "plain")
     real = loop.epoch_line
 
@@ -137,13 +140,27 @@ def test_a_resumed_run_has_each_epoch_once_and_the_bits_of_a_run_without(
     found = of_wandb(phase)
     assert found["curves"].items() >= of_metrics(phase).items()
     assert (found["name"], found["group"], found["exit"]) == (f"{name}/stage1", name, 0)
-    assert found["config"].items() >= {**recipe, "dataset": "toy-lt-rho20"}.items()
+    assert found["config"].items() >= {**recipe, "dataset": "toy-lt-rho20-val2"}.items()
     assert json.loads((phase / "tracker-wandb.json").read_text())["id"] == found["id"]
     found = of_mlflow(places / "mlflow.db")
     assert found["curves"].items() >= of_metrics(phase).items()
     assert (found["name"], found["status"], found["experiment"]) == (f"{name}/stage1", "FINISHED", "cpmix")
     assert found["config"]["optimizer.lr"] == str(recipe["optimizer"]["lr"])
     assert f"--tracker mlflow: run {found['id']} in sqlite:///{places}/mlflow.db\n" in result.stderr
+
+    expected = of_metrics(phase)
+    for split in ("val", "test"):
+        evaluated = ("evaluate", "--from", phase, "--split", split, "--tracker", "wandb,mlflow")
+        numbers = must(*evaluated, "--json").json
+        for share in ("top1", "balanced_accuracy", "many", "medium", "few"):
+            if numbers[share] is not None:
+                expected[f"{split}/{share}"] = [(4, numbers[share])]
+    assert "warning" not in must(*evaluated).stderr  # it is up to date, and adds nothing
+    for found in (of_wandb(phase), of_mlflow(places / "mlflow.db")):
+        assert found["curves"].items() >= expected.items()
+        loss = read_tensors(places / "seed-0" / "evaluation" / "stage1-val" / "logits.safetensors")[0]
+        mean = torch.nn.functional.cross_entropy(loss["logits"].double(), loss["labels"])
+        assert found["curves"]["val/loss"] == [(4, pytest.approx(float(mean)))]
 
 
 @pytest.mark.slow
