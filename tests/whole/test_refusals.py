@@ -38,6 +38,7 @@ REFUSED = {
     f"{TRAIN} --epochs 1": "give --epochs 2 or more",
     f"{TRAIN} --epochs no": "give --epochs a number from 1 to 1000000",
     f"{TRAIN} --recipe none.toml": "cpmix recipes",
+    f"{TRAIN} --recipe ride": "give cifar10-lt/ride in place of ride, or ",
     f"{TRAIN} --recipe digits/cpmx": "give digits/cpmix in place of digits/cpmx, or ",
     f"{TRAIN} --recipe {'n' * 300}": "cpmix recipes",
     f"{TRAIN} --set optimizer.lr": "--set optimizer.lr=0.05",
