@@ -88,15 +88,19 @@ def main() -> None:
 
 def _serve(tracker: _Tracker, path: Path, lines: "_Lines", say: Any) -> None:
     """Begin or continue a run at the first rows, and write rows as they come, as many at a time as there are."""
-    if not (rows := lines.rows()):  # the run ended before it saved a state
+    rows = lines.rows()
+    if not any("epoch" in row for row in rows):  # the run ended before it saved a state
         return
     with path.open("a+") as file:
         with suppress(OSError):  # the process of an interrupted run may still write its last rows
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        known = {}
-        with suppress(ValueError):
-            known = dict(json.loads(file.read() or "{}"))
+        known: dict[str, Any] = {}
+        if text := file.read():
+            with suppress(ValueError, TypeError):
+                known = dict(json.loads(text))
+            if known.get("cpmix") != "tracker":
+                raise _Refused(f"{path} is a file that cpmix did not write")
         # Begun only now: until its first rows, a run that replaces another one has changed nothing.
         known = tracker.open(known)
         file.truncate(0)

@@ -218,6 +218,18 @@ def test_a_failing_package_costs_a_warning(
     assert "noise" not in result.stdout + result.stderr
 
 
+def test_files_of_a_user_are_kept(places: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage1 = places / "run" / "stage1"
+    stage1.mkdir(parents=True)
+    (stage1 / "tracker-wandb.json").write_text("mine")
+    (stage1 / "tracker-mlflow.json").write_text('{"cpmix": "tracker", "run": "1"}\n')
+    result = tracked_with("", toy, places, monkeypatch)
+    why = f"{stage1}/tracker-wandb.json is a file that cpmix did not write"
+    assert f"warning: --tracker wandb: {why}; the run goes on without\n" in result.stderr
+    must("train-stage1", "--data", toy, "--epochs", 2, "--out", places / "run", "--overwrite")
+    assert [path.name for path in stage1.glob("tracker-*")] == ["tracker-wandb.json"]
+
+
 @pytest.mark.slow
 def test_a_signal_is_answered_while_a_tracker_hangs(places: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = places / "packages" / "mlflow"
