@@ -72,8 +72,8 @@ def find_recipe(name: str) -> Path:
             fix="correct the path, or give a name that cpmix recipes lists",
         )
     of_that_name = [known for known in recipe_names() if known.endswith(f"/{name}")]
-    found = of_that_name[:1] or nearest(name, recipe_names())
-    near = "".join(f"give {known} in place of {quoted(name)}" for known in found)
+    closest = of_that_name[:1] or nearest(name, recipe_names())
+    near = "".join(f"give {known} in place of {quoted(name)}" for known in closest)
     others = "choose a name that cpmix recipes lists"
     raise UsageError(f'no recipe "{name}"', needed_by="--recipe", fix=f"{near}, or {others}" if near else others)
 
