@@ -207,19 +207,17 @@ def test_weights_come_from_the_generator_and_leave_torch_s_own_as_it_was() -> No
 
 
 def test_drop_path_rises_to_its_key_and_is_off_without_it() -> None:
-    for name in ("torchvision/swin_t", "timm/test_convnext"):
-        rates = {
-            key: [
-                getattr(module, "p", getattr(module, "drop_prob", None))
-                for module in on_meta(name, 224, drop_path=key).modules()
-                if type(module).__name__ in ("StochasticDepth", "DropPath")
-            ]
-            for key in (0.0, 0.25)
-        }
+    for name in ("torchvision/efficientnet_b0", "timm/test_convnext"):
+        rates = {}
+        for key in (0.0, 0.25):
+            with torch.device("meta"):
+                modules = list(make_network(Model(name=name, drop_path=key), 3, (64, 64, 3)).modules())
+            branches = [module for module in modules if type(module).__name__ in ("StochasticDepth", "DropPath")]
+            rates[key] = [getattr(branch, "p", getattr(branch, "drop_prob", 1.0)) for branch in branches]
         assert not any(rates[0.0])
         assert rates[0.25] == sorted(rates[0.25]) and rates[0.25][-1] == pytest.approx(0.25)
     for name in ("torchvision/resnet18", "timm/vgg11", "resnet18"):
-        with pytest.raises(ValueError, match=r"model.drop_path = 0.1: the network has no drop path"):
+        with pytest.raises(ValueError, match=r"model.drop_path = 0.1: the network has no"), torch.device("meta"):
             make_network(Model(name=name, drop_path=0.1), 3, (64, 64, 3))
 
 
@@ -346,11 +344,15 @@ def test_recipes_are_refused_with_what_to_set_before_the_first_batch(photos: Pat
         "timm/test_vit.none": "Invalid pretrained tag (none) for test_vit.",
         "timm/hf-hub:some/where": "a name of timm has letters, digits, _ and . only",
         "torchvision/squeezenet1_0": "it does not end in a linear layer, which cpmix would replace by its own head",
-        "torchvision/maxvit_t": "takes no images of 64 x 64 pixels (Input size (16, 16) of block 0 is not divisible by "
-        "partition size 7. Consider changing the partition size or the input size.); its published weights had 224 x "
-        "224: cut that from larger images with data.crop, or build the data set with build-lt --image-size 224",
     }.items():
         refused(2, said, *train(photos, run, name))
+    small = setting("data.crop=32", "data.augment=resized-crop-flip")
+    said = (
+        "takes no images of 32 x 32 pixels (its batch norm fails on a single image, which the last batch of an epoch "
+        "may be); its published weights had 224 x 224: cut that from larger images with data.crop, or build the data "
+        "set with build-lt --image-size 224"
+    )
+    refused(2, said, *train(photos, run, "torchvision/resnet18"), *small)
     two = setting("model.experts=2")
     refused(2, "model.experts = 2: networks of libraries have one head", *train(photos, run, "timm/test_vit"), *two)
     other = setting("data.normalisation=torchvision/resnet18")
@@ -374,10 +376,15 @@ def test_without_its_library_a_network_is_refused_with_the_command_that_installs
     libraries.library_names.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_network_without_init_says_where_its_published_weights_are(photos: Path, tmp_path: Path) -> None:
-    hub = "https://huggingface.co/timm/test_convnext.r160_in1k/resolve/main/model.safetensors"
     dry = must(*train(photos, tmp_path / "run", "timm/test_convnext"), "--dry-run")
-    assert f"for its published ones, fetch {hub} and give that file with --init" in dry.stderr
+    assert without_init("timm/test_convnext") in dry.stderr.replace("\n", " ")
+
+
+def test_published_weights_are_named_with_the_command_that_imports_them() -> None:
+    hub = "https://huggingface.co/timm/test_convnext.r160_in1k/resolve/main/model.safetensors"
+    assert f"for its published ones, fetch {hub} and give that file with --init" in without_init("timm/test_convnext")
     command = "cpmix import-weights convnext_tiny-983f1562.pth --sha256 983f1562, and give --init convnext_tiny-"
     assert command in without_init("torchvision/convnext_tiny")
 

@@ -244,16 +244,18 @@ def _other_network(match: _Match, tensors: Mapping[str, Tensor], recipe: Model, 
     """
     if match.num_fitting == match.num_needed and match.given.keys() <= match.own.keys():
         return "give other weights: those of the network are finite floating-point numbers"
+    if any(re.search(r"(^|\.)(encoder\.layer|encoder\.stages|embeddings)\.", name) for name in tensors):
+        return (
+            f"give weights of {recipe.name} under the names of its library: these are of Hugging Face's transformers, "
+            "which names and splits the tensors in its own way; timm's repository of the same network has them"
+        )
     changes: list[dict[str, Any]] = [*({"name": name} for name in MODELS), {"expert_width": 1.0}]
     for change in changes:
         other = recipe.model_copy(update=change)
         with suppress(ValueError), torch.device("meta"):  # ValueError: a network for other samples
             if not _match(make_network(other, 2, shape), tensors).faults():
                 flags = " ".join(f"--set model.{key}={value}" for key, value in change.items())
+                if is_library_name(recipe.name):  # data.normalisation may be of that network
+                    flags += " --set data.normalisation=imagenet"
                 return f"give {flags}, as these weights require"
-    if any(re.search(r"(^|\.)(encoder\.layer|encoder\.stages|embeddings)\.", name) for name in tensors):
-        return (
-            f"give weights of {recipe.name} under the names of its library: these are of Hugging Face's transformers, "
-            "which names and splits the tensors in its own way; timm's repository of the same network has them"
-        )
     return f"give weights of {recipe.name}: these fit no network of cpmix for samples of shape {tuple(shape)}"
