@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from cpmix_cli import __version__, flags
-from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
+from cpmix_cli.artifacts.files import MAX_RECORD, PHASES, RUN, TRAINING_STATE, open_file
 from cpmix_cli.runtime import console, memory, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
 from cpmix_cli.runtime.text import quoted
@@ -220,10 +220,21 @@ def _check_recipe(
         try:
             check_request(name, options.settings, options.epochs, data=data, phases=phases)
         except UsageError as fault:  # perhaps it names functions of the plugin that the run was made with
-            from cpmix_cli.runs.folders import PhaseFolder
+            if not any(_may_need_plugin(phase) for phase in (*written, *phases)):
+                raise
+            from cpmix_cli.runs.folders import PhaseFolder  # imports pandas
             from cpmix_cli.runs.plugin_needs import needed_by
 
             raise needed_by([PhaseFolder(phase.parent, phase.name) for phase in (*written, *phases)]) or fault from None
+
+
+def _may_need_plugin(phase: Path) -> bool:
+    """Return whether the start of a record of the phase has the word plugin; records are read by slow modules."""
+    for name in (RUN, TRAINING_STATE):
+        with suppress(CpmixError, OSError), open_file(phase / name) as file:
+            if b"plugin" in file.read(MAX_RECORD):
+                return True
+    return False
 
 
 def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:

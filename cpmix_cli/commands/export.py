@@ -40,6 +40,10 @@ def run(options: ExportOptions) -> None:
     images_of(source)
     out = options.out or source.run / "export" / f"{source.phase}.{form}"
     model = TrainedModel(source, use_device("cpu"))
+    if model.recipe.evaluation.aggregate == "test-time":
+        console.note(
+            "export: takes the mean of the experts, as predict does; weights that evaluate learns are not in it"
+        )
     if form == "onnx":
         export.check_size(model)
     about = export.description(model)
