@@ -6,6 +6,7 @@ Errors become exit codes only here.
 import hashlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -229,10 +230,10 @@ def _check_recipe(
 
 
 def _may_need_plugin(phase: Path) -> bool:
-    """Return whether the start of a record of the phase has the word plugin; records are read by slow modules."""
+    """Return whether the start of a record of the phase has a key "plugin"; records are read by slow modules."""
     for name in (RUN, TRAINING_STATE):
         with suppress(CpmixError, OSError), open_file(phase / name) as file:
-            if b"plugin" in file.read(MAX_RECORD):
+            if re.search(rb'"plugin\\?": ?', file.read(MAX_RECORD)):  # in a state, it is JSON within JSON
                 return True
     return False
 
