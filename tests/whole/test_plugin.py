@@ -152,24 +152,21 @@ def test_a_phase_that_does_not_depend_on_the_plugin_takes_a_changed_one(
 
 
 @pytest.mark.slow
-def test_an_interrupted_phase_goes_on_with_the_plugin_alone(
-    handlers: object, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    stop = "import signal\nif pathlib.Path('stop').exists():\n    signal.raise_signal(signal.SIGTERM)"
-    Path("mine.py").write_text(
-        LOSS.format(extra="").replace("    losses", f"    {stop.replace(chr(10), chr(10) + '    ')}\n    losses")
-    )
+def test_an_interrupted_phase_goes_on_with_the_plugin_alone(handlers: object, digits: Path, tmp_path: Path) -> None:
+    mine, stop = tmp_path / "mine.py", tmp_path / "stop"
+    signals = f"import signal\n    if pathlib.Path('{stop}').exists():\n        signal.raise_signal(signal.SIGTERM)"
+    mine.write_text(LOSS.format(extra="").replace("    losses =", f"    {signals}\n    losses ="))
     asked = ("train-stage1", "--data", digits, "--epochs", 2, "--set", "stage1.terms.erm.loss=mine")
-    must(*asked, "--out", "whole", "--plugin", "mine.py")
-    Path("stop").touch()
-    assert cpmix(*asked, "--out", "run", "--plugin", "mine.py").code == 75
+    must(*asked, "--out", tmp_path / "whole", "--plugin", mine)
+    stop.touch()
+    assert cpmix(*asked, "--out", tmp_path / "run", "--plugin", mine).code == 75
     forget_signals()
-    Path("stop").unlink()
-    refused(3, "error: run/stage1 needs the plugin mine.py, sha256 ", *asked, "--out", "run")
-    shown = cpmix("status", "run").stdout
+    stop.unlink()
+    needs = f"error: {tmp_path}/run/stage1 needs the plugin mine.py, sha256 "
+    refused(3, needs, *asked, "--out", tmp_path / "run")
+    shown = cpmix("status", tmp_path / "run").stdout
     must(*shlex.split(shown.partition("next: cpmix ")[2]))
-    assert contents(Path("run")) == contents(Path("whole"))
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
