@@ -19,7 +19,7 @@ from cpmix_cli.flags import PredictOptions
 from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.phase_choice import choose
-from cpmix_cli.runs.plugin_needs import check_plugin
+from cpmix_cli.runs.plugin_needs import check_plugin, plugin_words_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
@@ -171,7 +171,8 @@ def _limits(given: str, model: TrainedModel) -> Tensor:
             raise UsageError(f"--unsure-below {given} is no confidence from 0 to 1", fix="give such as 0.8")
         return torch.full((len(model.class_names),), share)
     path, source = Path(given).expanduser(), model.source
-    again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, "--threshold-for", "precision=0.9")
+    words = ["--from", source.run, "--phase", source.phase, *plugin_words_of(source)]
+    again = console.typed("evaluate", *words, "--threshold-for", "precision=0.9")
     fix = f"give a confidence from 0 to 1, or RUN/evaluation/PHASE/{THRESHOLDS} of this run, which this writes: {again}"
     if path.name != THRESHOLDS or not files.is_there(path.parent / files.RUN):
         raise InputError(f"{given} is neither a number nor a {THRESHOLDS} of an evaluation", fix=fix)

@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from cpmix_cli.artifacts import files, records, tables
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.plugin_needs import plugin_words_of
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
@@ -28,7 +29,7 @@ def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) ->
         InputError: the evaluation is missing or damaged, or was made from an older checkpoint.
     """
     label = evaluation.name.removeprefix(source.phase).removeprefix("-")
-    flags = ["--label", label] if label else []
+    flags = [*(["--label", label] if label else []), *plugin_words_of(source)]
     again = console.typed("evaluate", "--from", source.run, "--phase", source.phase, *flags)
     if not (evaluation / files.RUN).is_file():
         raise InputError(f"no evaluation {evaluation}", fix=again)

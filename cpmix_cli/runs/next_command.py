@@ -143,8 +143,8 @@ def with_data(command: str, data: Path | None, data_root: Path | None) -> str:
 
 
 def _with_plugin(command: str, *phases: PhaseFolder) -> str:
-    """Return a command with the plugin of the first of these phases that is begun."""
-    words = next((plugin_words_of(folder) for folder in phases if folder.is_begun), [])
+    """Return a command with the plugin of the first of these phases that has one."""
+    words: list[str] = next(filter(None, map(plugin_words_of, phases)), [])
     return " ".join(filter(None, [command, quoted(*words)]))
 
 

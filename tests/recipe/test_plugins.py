@@ -86,6 +86,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_parameters_are_recipe_keys_and_all_is_gone_after_the_command(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
+        "from __future__ import annotations\n"
         "from cpmix_cli.recipe.functions import Needs\nfrom cpmix_cli.models import CifarResNet\n"
         f"{MINE}raise RuntimeError('no code runs where torch is not imported')\n"
         "def box(x1, x2, lam, uniforms): ...\nMIXES = {'my-box': box}\nMIX_UNIFORMS = {'my-box': 3}\n"

@@ -99,6 +99,8 @@ def test_a_run_made_with_a_plugin_goes_on_only_with_the_same_file(
     assert follow_fix(cpmix("evaluate", "--from", "run", "--phase", "stage2")).endswith(" --plugin mine.py")
     assert follow_fix(cpmix("predict", "photo.png", "--from", "run", "--phase", "stage2")).endswith("--plugin mine.py")
     assert "mine" in must("compare", "run").stdout
+    fix = follow_fix(cpmix("confusion-report", "--from", "run", "--phase", "stage1"))
+    assert fix == "cpmix evaluate --from run --phase stage1 --plugin mine.py"
     must("confusion-report", "--from", "run", "--phase", "stage2")
     assert "up to date" in must(*asked, "--plugin", "mine.py").stdout
 
@@ -175,7 +177,8 @@ def test_run_gives_its_plugin_to_every_step(digits: Path, tmp_path: Path, monkey
     """With a network, a mix and a label rule of the user's own too."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
-        LOSS.format(extra="from cpmix_cli.models import CifarResNet")
+        "from __future__ import annotations\n"
+        + LOSS.format(extra="from cpmix_cli.models import CifarResNet")
         + "def half(x1, x2, lam, uniforms):\n    return 0.5 * (x1 + x2), lam\n"
         "def rarer(lam, n1, n2, *, sharpness: float):\n"
         "    return n2 ** sharpness / (n1 ** sharpness + n2 ** sharpness)\n"
