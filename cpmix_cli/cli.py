@@ -6,7 +6,6 @@ Errors become exit codes only here.
 import hashlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from cpmix_cli import __version__, flags
-from cpmix_cli.artifacts.files import MAX_RECORD, PHASES, RUN, TRAINING_STATE, open_file
+from cpmix_cli.artifacts.files import PHASES, TRAINING_STATE
 from cpmix_cli.runtime import console, memory, ranks, signals
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, give_one_of, nearest
 from cpmix_cli.runtime.text import quoted
@@ -211,7 +210,7 @@ def _check_recipe(
     written: Sequence[Path] = (),
 ) -> None:
     """Check --recipe, --set and --epochs: see check_request(); `written` are the phase folders to be written."""
-    from cpmix_cli.recipe.early_checks import check_request
+    from cpmix_cli.recipe.early_checks import check_request, was_made_with_plugin
 
     if options.recipe == "":  # an unset variable of a shell
         raise UsageError("--recipe is empty", fix="give a name that cpmix recipes lists, or drop the flag")
@@ -220,22 +219,15 @@ def _check_recipe(
     if name is not None or options.settings or options.epochs is not None:
         try:
             check_request(name, options.settings, options.epochs, data=data, phases=phases)
-        except UsageError as fault:  # perhaps it names functions of the plugin that the run was made with
-            if not any(_may_need_plugin(phase) for phase in (*written, *phases)):
+        except UsageError as fault:
+            made = [phase for phase in (*written, *phases) if was_made_with_plugin(phase)]
+            if not made:
                 raise
-            from cpmix_cli.runs.folders import PhaseFolder  # imports pandas
+            # Perhaps it names functions of that plugin. Imported here: they import pandas.
+            from cpmix_cli.runs.folders import PhaseFolder
             from cpmix_cli.runs.plugin_needs import needed_by
 
-            raise needed_by([PhaseFolder(phase.parent, phase.name) for phase in (*written, *phases)]) or fault from None
-
-
-def _may_need_plugin(phase: Path) -> bool:
-    """Return whether the start of a record of the phase has a key "plugin"; records are read by slow modules."""
-    for name in (RUN, TRAINING_STATE):
-        with suppress(CpmixError, OSError), open_file(phase / name) as file:
-            if re.search(rb'"plugin\\?": ?', file.read(MAX_RECORD)):  # in a state, it is JSON within JSON
-                return True
-    return False
+            raise needed_by([PhaseFolder(phase.parent, phase.name) for phase in made]) or fault from None
 
 
 def _look_for_state(options: flags.TrainingOptions, phase: Path) -> None:

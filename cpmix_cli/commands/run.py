@@ -31,7 +31,7 @@ from cpmix_cli.flags import (
     given_flags,
     words_of,
 )
-from cpmix_cli.recipe.early_checks import check_request
+from cpmix_cli.recipe.early_checks import check_request, was_made_with_plugin
 from cpmix_cli.recipe.loading import load, of_dataset, recipe_names
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
@@ -232,7 +232,7 @@ def _check_recipe(options: RunOptions, data: Path | None) -> None:
     try:
         check_request(name, options.settings, options.epochs, data=data)
     except UsageError as fault:
-        if options.out is None:
+        if options.out is None or not any(was_made_with_plugin(options.out / phase) for phase in files.PHASES):
             raise
         from cpmix_cli.runs.folders import PhaseFolder
         from cpmix_cli.runs.plugin_needs import needed_by

@@ -1,10 +1,12 @@
 """Early checks: --recipe, --set and --epochs are checked before torch is imported."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from cpmix_cli.artifacts.files import DATASET, RECIPE, RUN, read_bytes
-from cpmix_cli.artifacts.records import Record, read_record
+from cpmix_cli.artifacts.files import DATASET, RECIPE, RUN, TRAINING_STATE, read_bytes
+from cpmix_cli.artifacts.records import Record, read_fields, read_record
+from cpmix_cli.artifacts.seals import read_header
 from cpmix_cli.recipe.loading import MAX_BYTES, find_recipe, load, of_dataset, read_tables, recipe_names
 from cpmix_cli.runtime.errors import InputError
 
@@ -62,6 +64,15 @@ def check_request(
     if name is None or (rho is None and "by_rho" in read_tables(find_recipe(name))):
         return
     load(name, settings=settings, epochs=epochs, rho=rho)
+
+
+def was_made_with_plugin(phase: Path) -> bool:
+    """Return whether the record of a phase names a plugin; False if the phase is not begun or is damaged."""
+    with suppress(InputError):
+        is_done = (phase / RUN).is_file()
+        fields = read_fields(phase / RUN) if is_done else read_header(phase / TRAINING_STATE)[1]
+        return isinstance(fields, dict) and fields.get("plugin") is not None
+    return False
 
 
 def _own_recipe(phase: Path) -> str | None:
