@@ -214,7 +214,7 @@ class _Wandb:
         url = None if self._offline else self._run.url
         self._run.finish(exit_code=0 if finished else 1)
         self._wandb.teardown()
-        return url or f"offline, in {place}; to upload it: wandb sync {place}"
+        return url or f"written offline; to upload it: wandb sync {place}"
 
 
 def _has_key(url: str) -> bool:
