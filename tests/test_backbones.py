@@ -243,7 +243,9 @@ def test_every_classifier_of_torchvision_builds(name: str) -> None:
             on_meta(name, side)
         return
     model = on_meta(name, side)
-    keys = {"aux_logits": False, "init_weights": True} if own in ("googlenet", "inception_v3") else {}
+    keys: dict[str, Any] = {"image_size": side} if own.startswith("vit_") else {}
+    if own in ("googlenet", "inception_v3"):
+        keys = {"aux_logits": False, "init_weights": True}
     with torch.device("meta" if not own.startswith("regnet") else "cpu"):
         theirs = torchvision.models.get_model(own, weights=None, num_classes=3, **keys)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters()) + (
