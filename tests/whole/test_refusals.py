@@ -25,7 +25,6 @@ REFUSED = {
     "status": "name the folders of your runs, or begin one: cpmix run digits --out ckpt/digits",
     "compare": "give RUN...: ",
     "train-stage1 --device gpu": "give --device cuda, or one of",
-    "evaluate --from --json": "give --from a value: ",
     "build-lt digit": "give digits, or one of cifar10",
     "build-lt digits --rho 0.5": "give a number from 1 up",
     "build-lt digits --pack 8": "drop the flag",
