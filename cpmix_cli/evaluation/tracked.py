@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cpmix_cli.artifacts.files import LOGITS
+from cpmix_cli.artifacts.files import LOGITS, RUN
 from cpmix_cli.artifacts.tensors import read_tensors
 from cpmix_cli.evaluation.saved import read_numbers
 from cpmix_cli.runs import run_json
@@ -48,7 +48,7 @@ def _values(source: PhaseFolder, evaluation: Path) -> dict[str, float]:
     """Return the numbers of an evaluation: "val/loss", the mean cross-entropy, and shares in per cent."""
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
     if not source.is_source_of(record):
-        raise InputError(f"{evaluation} is of other weights than {source.path}")
+        raise InputError(f"{evaluation} is of other weights than {source.path}", path=evaluation / RUN)
     tensors, _ = read_tensors(*run_json.output_of(evaluation, record, LOGITS))
     loss = torch.nn.functional.cross_entropy(tensors["logits"].double(), tensors["labels"])
     numbers = read_numbers(evaluation)
