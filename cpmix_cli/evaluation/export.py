@@ -295,7 +295,10 @@ def some_of(dataset: Dataset) -> list[NDArray[np.uint8]]:
     """
     number = len(dataset.labels("test"))
     if not number:
-        raise InputError(f"{dataset.folder} has no test image")
+        raise InputError(
+            f"{dataset.folder} has no test image",
+            fix="give --data with a folder that has some, or drop it: random images are compared then",
+        )
     chosen = np.arange(max(BATCH_SIZES)) * number // max(BATCH_SIZES)
     return [np.broadcast_to(image, (*image.shape[:2], 3)) for image in pictures(dataset, "test", chosen)]
 
