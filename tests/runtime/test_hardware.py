@@ -106,6 +106,7 @@ def test_busy_cores_are_those_used_between_two_readings(
 
 @pytest.mark.slow
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
+@pytest.mark.long
 def test_a_command_on_a_busy_machine_takes_one_thread_and_says_so(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

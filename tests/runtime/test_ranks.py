@@ -443,6 +443,7 @@ def test_ranks_that_read_different_files_end(digits: Path, toy: Path, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_read_the_same_plugin(digits: Path, tmp_path: Path) -> None:
     """Each machine may have its copy at its own place."""
     folders = [tmp_path / "a", tmp_path / "b"]
