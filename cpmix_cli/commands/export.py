@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from cpmix_cli.artifacts import files
 from cpmix_cli.evaluation import export
-from cpmix_cli.evaluation.trained_model import TrainedModel, images_of
+from cpmix_cli.evaluation.trained_model import TrainedModel, choose_for_use, images_of
 from cpmix_cli.flags import ExportOptions
 from cpmix_cli.runs.folders import find_dataset
-from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runs.plugin_needs import check_plugin
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError
@@ -35,7 +34,7 @@ def run(options: ExportOptions) -> None:
             fix=f"give a name such as --out model.{form}, or the format with --format",
         )
     export.check_packages(form)
-    source = choose(options.from_folder, options.phase)
+    source = choose_for_use(options.from_folder, options.phase)
     check_plugin(source)
     images_of(source)
     out = options.out or source.run / "export" / f"{source.phase}.{form}"

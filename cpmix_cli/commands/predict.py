@@ -14,11 +14,10 @@ from cpmix_cli.artifacts.files import THRESHOLDS
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.decoding import readable_only
 from cpmix_cli.evaluation.sorted_copies import SortedFolder, folder_names, open_sorted
-from cpmix_cli.evaluation.trained_model import PROBABILITY, TrainedModel, images_of, probability_columns
+from cpmix_cli.evaluation.trained_model import PROBABILITY, TrainedModel, choose_for_use, images_of, probability_columns
 from cpmix_cli.flags import PredictOptions
 from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import run_json
-from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runs.plugin_needs import check_plugin, plugin_words_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
@@ -42,7 +41,7 @@ def run(options: PredictOptions) -> None:
         InputError: no phase is finished, no images are found, or images cannot be read.
         EnvironmentFault: --out or --sort-into exists or cannot be written, or the device is missing.
     """
-    source = choose(options.from_folder, options.phase)
+    source = choose_for_use(options.from_folder, options.phase)
     check_plugin(source)
     images_of(source)
     if options.probabilities and options.top != 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import exact_contents, files, must, refused, unchanged, write_image, write_photos
+from helpers import exact_contents, files, must, pipeline, refused, setting, unchanged, write_image, write_photos
 
 from cpmix_cli.evaluation.sorted_copies import folder_names
 
@@ -180,3 +180,23 @@ def test_folder_names_differ_and_can_be_made() -> None:
     found = folder_names(names)
     assert found[:7] == ["cat", "a_b", "a_b-2", "_..", "_", "_.cpmix-sorted.parquet", "unsure"]
     assert found[7:] == ["x" * 255, "x" * 253 + "-2", "unsure-2"]
+
+
+@pytest.mark.slow
+def test_an_earlier_phase_that_is_better_on_val_is_told_unless_a_phase_is_named(tmp_path: Path) -> None:
+    data, run, image = tmp_path / "data", tmp_path / "run", write_image(tmp_path / "a.png")
+    must("build-lt", "digits", "--val-per-class", 5, "--out", data)
+    pipeline(data, run, "--epochs", 6, *setting("lr=1000.0", table="finetune"))
+    told = "is better than finetune on val, balanced accuracy "
+    assert told not in must("predict", image, "--from", run).stderr  # val was not measured
+    numbers = {
+        phase: must("evaluate", "--from", run, "--phase", phase, "--split", "val", "--json").json["balanced_accuracy"]
+        for phase in ("stage1", "stage2", "finetune")
+    }
+    assert numbers["finetune"] < max(numbers["stage1"], numbers["stage2"])
+    best = max(("stage2", "stage1"), key=lambda phase: numbers[phase])
+    line = f"warning: {best} {told}{numbers[best]:.2f} against {numbers['finetune']:.2f}; to take it: --phase {best}\n"
+    assert line in must("predict", image, "--from", run).stderr
+    assert told not in must("predict", image, "--from", run, "--phase", "finetune").stderr
+    assert told not in must("predict", image, "--from", run / "finetune").stderr
+    assert told not in must("predict", image, "--from", run, "--phase", best).stderr
