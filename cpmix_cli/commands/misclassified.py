@@ -40,13 +40,14 @@ def run(options: MisclassifiedOptions) -> None:
             wrong = wrong[wrong[column] == wanted]
     wrong = wrong.sort_values(["confidence", "sample_id"], ascending=[False, True])
     images = _origins(options, root, evaluation, wrong)
+    confidences = wrong["confidence"].tolist()
     found = [
         {"image": image, "true": classes[t], "predicted": classes[p], "confidence": round(c, 4)}
-        for image, t, p, c in zip(images, wrong["label"], wrong["predicted"], wrong["confidence"], strict=True)
+        for image, t, p, c in zip(images, wrong["label"], wrong["predicted"], confidences, strict=True)
     ]
     rows = [
-        [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * f['confidence']:.1f} %"]
-        for f in found[: options.limit]
+        [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * confidence:.1f} %"]
+        for f, confidence in zip(found[: options.limit], confidences, strict=False)
     ]
     lines = [f"{len(found):,} misclassified images"]
     if len(found) > len(rows):

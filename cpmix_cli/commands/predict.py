@@ -87,8 +87,8 @@ def run(options: PredictOptions) -> None:
     for n, (path, row, chances) in enumerate(
         zip(map(str, paths), classified.tolist(), confidence.tolist(), strict=True)
     ):
-        guesses = [(classes[c], round(p, 4)) for c, p in zip(row, chances, strict=True)]
-        found_classes = [{"class": name, "confidence": p} for name, p in guesses]
+        guesses = [(classes[c], p) for c, p in zip(row, chances, strict=True)]
+        found_classes = [{"class": name, "confidence": round(p, 4)} for name, p in guesses]
         prediction: dict[str, Any] = {"path": path, "classes": found_classes}
         cells = [path, *(cell for name, p in guesses for cell in (name, f"{100 * p:.1f} %"))]
         if unsure is not None:

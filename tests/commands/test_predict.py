@@ -1,6 +1,7 @@
 """predict: probabilities, unsure images, sorted copies."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -200,3 +201,12 @@ def test_an_earlier_phase_that_is_better_on_val_is_told_unless_a_phase_is_named(
     assert told not in must("predict", image, "--from", run, "--phase", "finetune").stderr
     assert told not in must("predict", image, "--from", run / "finetune").stderr
     assert told not in must("predict", image, "--from", run, "--phase", best).stderr
+
+
+def test_a_shown_confidence_is_rounded_once(root: Path, tmp_path: Path) -> None:
+    for number in range(50):
+        write_image(tmp_path / "in" / f"{number:02}.png", (80 + 2 * number, 180 - 2 * number, 40))
+    out = tmp_path / "out.parquet"
+    shown = must("predict", tmp_path / "in", "--from", root / "run", "--top", 2, "--out", out).stdout
+    cells = re.findall(r"([\d.]+ %)", shown)
+    assert cells == [f"{100 * p:.1f} %" for p in pd.read_parquet(out)["confidence"].astype(float)]
