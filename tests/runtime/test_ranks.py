@@ -173,13 +173,13 @@ class Launched:
         """`only` has more words for the first command of single ranks."""
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+            self.port = str(free.getsockname()[1])
         self.processes = []
         for rank in range(size):
             own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             if srun:
                 own = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": size, "SLURM_LOCALID": rank}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port, "OMP_NUM_THREADS": 1}
             environment = os.environ | {name: str(value) for name, value in own.items()} | dict(extra or {})
             lines = ["|".join(map(str, command)) for command in commands]
             lines[0] = "|".join(map(str, (*commands[0], *(only or {}).get(rank, ()))))
@@ -521,8 +521,7 @@ def test_ranks_that_know_other_numbers_of_ranks_are_refused(digits: Path, tmp_pa
     words = ("train-stage1", "--data", digits, "--out", tmp_path / "run")
     launched = Launched(1, words, extra={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
     again = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    port = Path(f"/proc/{launched.processes[0].pid}/environ").read_bytes().partition(b"MASTER_PORT=")[2].split(b"\0")[0]
-    other = Launched(1, words, extra=again | {"MASTER_PORT": port.decode()})
+    other = Launched(1, words, extra=again | {"MASTER_PORT": launched.port})
     codes, _, errs = launched.end()
     *_, of_other = other.end()
     assert codes == [4]
