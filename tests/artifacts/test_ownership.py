@@ -143,6 +143,7 @@ def test_a_report_refuses_a_file_that_it_did_not_write(
     assert fix_of(result).endswith("or write elsewhere with --out FOLDER")
 
 
+@pytest.mark.slow
 def test_a_page_of_a_user_in_a_run_with_reports_is_refused(toy_run: Path) -> None:
     report = ("confusion-report", "--from", toy_run, "--images", 3)
     page = toy_run / "confusion" / "index.html"

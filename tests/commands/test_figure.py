@@ -252,6 +252,7 @@ def test_figure_3_recognises_the_balanced_run_by_its_data(hand: Path, tmp_path: 
     refused(3, said, "figure", 3, runs[0], hand / "cpmix")
 
 
+@pytest.mark.slow
 def test_figure_4_needs_all_four_methods(
     hand: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -426,6 +426,7 @@ def test_a_folder_of_photos_becomes_a_reported_run(tmp_path: Path) -> None:
     assert Path("ckpt/image-folder-photos-8px-val1/confusion/index.html").is_file()
 
 
+@pytest.mark.slow
 def test_settings_that_the_images_need_are_added_as_build_lt_s_next_line_does(toy: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", {"red": 12, "blue": 6})
     command = ("run", "image-folder", "--data-root", "photos", "--image-size", 8, "--dry-run")

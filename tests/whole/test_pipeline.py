@@ -43,6 +43,7 @@ def test_cpmix_improves_the_minority_classes_of_the_toy(toy: Path, toy_run: Path
     assert ours["balanced_accuracy"] > plain["balanced_accuracy"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_written_elsewhere_can_be_reported(digits_run: Path, tmp_path: Path) -> None:
     shutil.rmtree(digits_run / "evaluation")
     other = tmp_path / "other"
@@ -247,6 +248,7 @@ def test_another_data_set_is_refused(toy: Path, digits_run: Path) -> None:
     refused(3, "holds another data set (toy-lt-rho20)", "evaluate", "--from", digits_run, "--data", toy)
 
 
+@pytest.mark.slow
 def test_a_report_needs_a_current_evaluation(digits_run: Path) -> None:
     command = ("confusion-report", "--from", digits_run, "--phase", "stage1")
     refused(3, f"fix: cpmix evaluate --from {digits_run} --phase stage1", *command)
