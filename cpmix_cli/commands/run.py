@@ -358,7 +358,9 @@ def _finish(steps: _Steps, dataset: "Dataset", out: Path, runs: Sequence[_Traine
         split: {phase: fmean(trained.measured[split][phase] for trained in runs) for phase in phases}
         for split in runs[0].measured
     }
-    best = _best(means["val"]) if "val" in means else None
+    from cpmix_cli.runs.phase_choice import best_phase  # imported here: it imports pandas
+
+    best = best_phase(means["val"]) if "val" in means else None
     reported = best or phases[-1]
     pages = []
     for trained in runs:
@@ -389,11 +391,6 @@ def _finish(steps: _Steps, dataset: "Dataset", out: Path, runs: Sequence[_Traine
     }
     console.result(fields, lines=[*lines, f"{status}: {out}"])
     console.follow(ahead)
-
-
-def _best(measured: Mapping[str, float]) -> str:
-    """Return the phase with the highest accuracy; of equal ones the last, which other commands take too."""
-    return max(reversed(list(measured)), key=lambda phase: measured[phase])
 
 
 def _lines(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmix_cli.artifacts import files
-from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.evaluation.saved import read_current_numbers
 from cpmix_cli.flags import StatusOptions
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, find_runs
@@ -108,12 +108,9 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
 def _accuracy(folder: PhaseFolder) -> float | None:
     """Return top1 of the plain evaluation; None if it is missing or of another checkpoint, or damaged (a warning)."""
     evaluation = folder.evaluation()
-    if not (evaluation / files.RUN).is_file():
-        return None
     try:
-        if not folder.is_source_of(run_json.read_run(evaluation, run_json.EvaluationRecord)):
-            return None
-        return read_numbers(evaluation).top1
+        numbers = read_current_numbers(folder, evaluation)
+        return None if numbers is None else numbers.top1
     except InputError as fault:
         console.warn(f"{evaluation} is left out: {fault.message}; to repair it: {fix_of(fault)}")
         return None

@@ -121,6 +121,19 @@ def read_numbers(evaluation: Path) -> EvaluationNumbers:
     return records.checked(path, EvaluationNumbers, numbers)
 
 
+def read_current_numbers(source: PhaseFolder, evaluation: Path) -> EvaluationNumbers | None:
+    """Read an evaluation's metrics.json; None if there is no such evaluation, or it is of other weights than the phase.
+
+    Raises:
+        InputError: the evaluation is damaged, or the phase is not finished.
+    """
+    if not (evaluation / files.RUN).is_file():
+        return None
+    if not source.is_source_of(run_json.read_run(evaluation, run_json.EvaluationRecord)):
+        return None
+    return read_numbers(evaluation)
+
+
 def _place(folder: Path) -> tuple[int, str]:
     phase = folder.name.split("-")[0]
     return (*files.PHASES, phase).index(phase), folder.name

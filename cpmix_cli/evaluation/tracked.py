@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from cpmix_cli.artifacts.files import LOGITS, RUN
+from cpmix_cli.artifacts.files import LOGITS
 from cpmix_cli.artifacts.tensors import read_tensors
-from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.evaluation.saved import read_current_numbers
 from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runtime.errors import InputError
@@ -30,9 +30,10 @@ def track(names: str, source: PhaseFolder, dataset: str, evaluation: Path) -> No
         InputError: the evaluation or the metrics of the phase are damaged.
     """
     values = _values(source, evaluation)
-    for split in ("test", "val", "train"):
-        with suppress(InputError):  # none, or of earlier weights, or damaged
-            values |= _values(source, source.evaluation(None if split == "test" else split))
+    for split in (None, "val", "train"):  # None: test
+        if (other := source.evaluation(split)) != evaluation:
+            with suppress(InputError):  # damaged
+                values |= _values(source, other)
     rows = [
         {str(name): None if value != value else value for name, value in row.items()}
         for row in read_metrics(source).to_dict("records")
@@ -45,13 +46,16 @@ def track(names: str, source: PhaseFolder, dataset: str, evaluation: Path) -> No
 
 
 def _values(source: PhaseFolder, evaluation: Path) -> dict[str, float]:
-    """Return the numbers of an evaluation: "val/loss", the mean cross-entropy, and shares in per cent."""
+    """Return the numbers of an evaluation: "val/loss", the mean cross-entropy, and shares in per cent.
+
+    None are returned if it is not there, or of other weights.
+    """
+    numbers = read_current_numbers(source, evaluation)
+    if numbers is None:
+        return {}
     record = run_json.read_run(evaluation, run_json.EvaluationRecord)
-    if not source.is_source_of(record):
-        raise InputError(f"{evaluation} is of other weights than {source.path}", path=evaluation / RUN)
     tensors, _ = read_tensors(*run_json.output_of(evaluation, record, LOGITS))
     loss = torch.nn.functional.cross_entropy(tensors["logits"].double(), tensors["labels"])
-    numbers = read_numbers(evaluation)
     shares = {name: getattr(numbers, name) for name in ("top1", "balanced_accuracy", "many", "medium", "few")}
     label = evaluation.name.removeprefix(source.phase).removeprefix("-") or "test"
     found = {"loss": float(loss), **{name: share for name, share in shares.items() if share is not None}}

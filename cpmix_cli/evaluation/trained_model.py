@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpmix_cli.artifacts import files, tables
-from cpmix_cli.artifacts.files import PHASES
 from cpmix_cli.data import image_folder
 from cpmix_cli.data.batches import stream_batches
 from cpmix_cli.data.decoding import LEAVE_OUT, UnreadableImages, all_unreadable_named, check_headers
 from cpmix_cli.data.stream import FileReader
 from cpmix_cli.evaluation.prediction import check_finite, predicted, read_model
-from cpmix_cli.evaluation.saved import read_numbers
+from cpmix_cli.evaluation.saved import read_current_numbers
 from cpmix_cli.recipe import plugins
-from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder
-from cpmix_cli.runs.phase_choice import choose, locate
+from cpmix_cli.runs.phase_choice import best_phase, choose_phase, locate
 from cpmix_cli.runs.plugin_needs import PluginMissing, check_plugin
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runs.run_json import DatasetReference
@@ -39,33 +37,30 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_for_use(given: Path, phase: str | None) -> PhaseFolder:
-    """Return the phase of --from and --phase, see choose(). Warn if none was named and an earlier one is better on val.
+    """Return the phase of --from and --phase. Warn if none was named and an earlier one is better on val.
 
     Raises:
-        UsageError, InputError: see choose().
+        UsageError, InputError: see locate() and choose_phase().
     """
-    source = choose(given, phase)
-    if phase is None and locate(given)[1] is None:
-        found = {name: on_val for name in PHASES if (on_val := _on_val(PhaseFolder(source.run, name))) is not None}
-        best = max(reversed(found), key=lambda name: found[name], default=source.phase)
-        if source.phase in found and found[best] > found[source.phase]:
-            console.warn(
-                f"{best} is better than {source.phase} on val, balanced accuracy {found[best]:.2f} against "
-                f"{found[source.phase]:.2f}; to take it: --phase {best}"
-            )
+    run, named = locate(given)
+    source = choose_phase(run, phase or named, files.PHASES)
+    if phase or named:
+        return source
+    phases = [PhaseFolder(run, name) for name in files.PHASES]
+    found = {each.phase: on_val for each in phases if (on_val := _on_val(each)) is not None}
+    if source.phase in found and found[best := best_phase(found)] > found[source.phase]:
+        console.warn(
+            f"{best} is better than {source.phase} on val, balanced accuracy {found[best]:.2f} against "
+            f"{found[source.phase]:.2f}; to take it: --phase {best}"
+        )
     return source
 
 
 def _on_val(phase: PhaseFolder) -> float | None:
     """Return the balanced accuracy of a phase on val; None if it is not known, or the phase is not usable."""
-    evaluation = phase.evaluation("val")
-    with suppress(InputError):  # an evaluation that is damaged, or of earlier weights, says nothing
-        if (
-            (evaluation / files.RUN).is_file()
-            and phase.unusable_because() is None
-            and phase.is_source_of(run_json.read_run(evaluation, run_json.EvaluationRecord))
-        ):
-            return read_numbers(evaluation).balanced_accuracy
+    with suppress(InputError):  # a damaged evaluation says nothing
+        if phase.unusable_because() is None and (numbers := read_current_numbers(phase, phase.evaluation("val"))):
+            return numbers.balanced_accuracy
     return None
 
 

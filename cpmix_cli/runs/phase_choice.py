@@ -1,6 +1,7 @@
 """The choice of the phase that a command reads, from --from, --phase and the phases that are done."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from cpmix_cli.artifacts.files import PHASES, RUN, wait_for
@@ -71,6 +72,11 @@ def choose_phase(run: Path, wanted: str | None, candidates: tuple[str, ...]) -> 
             passed_over.append(f"{phase} {why} and is not used")
     detail = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise InputError(f"{run} holds no finished {' or '.join(candidates)}{detail}", fix=next_command(run))
+
+
+def best_phase(measured: Mapping[str, float]) -> str:
+    """Return the phase with the highest accuracy; of equal ones the last, which other commands take too."""
+    return max(reversed(list(measured)), key=lambda phase: measured[phase])
 
 
 def _caller() -> str:
