@@ -1,7 +1,8 @@
 """The page of confusion-report: one self-contained HTML file that fetches nothing.
 
-page.html is the template. page.js draws the matrices and plots from the page's data, and sorts its tables. The content
-security policy allows only the page's own script and style, so no name in the data can run or load anything.
+The folder browser/ holds the template, the style and the scripts, which the page has as one script in the order of
+_SCRIPTS. The content security policy allows only the page's own script and style, so no name in the data can run or
+load anything.
 """
 
 import base64
@@ -36,6 +37,8 @@ _COLOUR_MAPS = {
 """Perceptually uniform or diverging maps, all colour-blind safe. On dark pages viridis starts above its darkest
 colours, so that a cell with few images differs from an empty one."""
 _NUM_COLOURS = 64
+_SCRIPTS = ("data", "layout", "matrix", "cell", "tables", "plots", "start")
+"""Parts of the script: each uses only those before it while it loads."""
 _MAX_PAIRS = 200_000  # training confusions on the page; above that, trim_confusions() selects
 
 
@@ -128,8 +131,9 @@ def page_digest() -> str:
 
 
 def _parts() -> list[str]:
-    package = resources.files("cpmix_cli.report")
-    return [(package / name).read_text("utf-8") for name in ("page.html", "page.js", "page.css")]
+    browser = resources.files("cpmix_cli.report") / "browser"
+    scripts = [(browser / f"{name}.js").read_text("utf-8") for name in _SCRIPTS]
+    return [(browser / "page.html").read_text("utf-8"), "".join(scripts), (browser / "page.css").read_text("utf-8")]
 
 
 def _hash(text: str) -> str:

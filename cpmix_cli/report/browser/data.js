@@ -1,0 +1,62 @@
+"use strict";
+// The confusion report in the browser. All data is in the page; the script fetches nothing.
+//
+// A class is a class id. A place is the index of a row and column: of a class in the chosen order, or of a group of classes.
+// Rows are true classes, columns are predicted classes.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const numClasses = data.names.length;
+const GROUPS = ["many", "medium", "few"];
+
+const decode = (text) => new Int32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+const cellsOf = (columns) => columns && { rows: decode(columns.true_class), columns: decode(columns.predicted_class), counts: decode(columns.count) };
+const runs = data.runs.map((run) => ({
+  ...run,
+  trainCounts: decode(run.train_counts),
+  groups: decode(run.groups),
+  cells: cellsOf(run.matrix),
+  confused: cellsOf(run.confusion_pairs),
+}));
+
+const formats = [0, 1].map((digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const number = (value, digits = 0) => formats[digits].format(value);
+const percent = (value) => (value > 0 && value < 1 ? value.toFixed(2) : value.toFixed(1)) + " %";
+const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(1);
+const $ = (id) => document.getElementById(id);
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function element(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role" || name === "scope") made.setAttribute(name, value);
+    else made[name] = value;
+  }
+  made.append(...children);
+  return made;
+}
+
+// -- numbers of a run -------------------------------------------------------------------------------------------------
+
+function sums(cells, by) {
+  const found = new Int32Array(numClasses);
+  for (let i = 0; i < cells.counts.length; i++) found[by[i]] += cells.counts[i];
+  return found;
+}
+
+function lookup(cells) { // count of (row, column)
+  const found = new Map();
+  for (let i = 0; i < cells.counts.length; i++) found.set(cells.rows[i] * numClasses + cells.columns[i], cells.counts[i]);
+  return (row, column) => found.get(row * numClasses + column) || 0;
+}
+
+for (const run of runs) {
+  run.testCounts = sums(run.cells, run.cells.rows);
+  run.predicted = sums(run.cells, run.cells.columns);
+  run.count = lookup(run.cells);
+  run.accuracy = Array.from(run.testCounts, (total, c) => (total ? (100 * run.count(c, c)) / total : NaN));
+  if (run.confused) {
+    run.errors = decode(run.errors);
+    run.trainedOn = lookup(run.confused);
+  }
+}

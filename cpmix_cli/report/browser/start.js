@@ -1,0 +1,77 @@
+// -- all together -----------------------------------------------------------------------------------------------------
+
+function drawScale(canvas, kind, ends) {
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [canvas.clientWidth || 240, 35];
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  const paint = palette(kind), inner = width - 30;
+  for (let i = 0; i < inner; i++) { context.fillStyle = paint(i / inner); context.fillRect(15 + i, 2, 1.5, 13); }
+  context.fillStyle = colour("quiet");
+  context.font = "11px system-ui, sans-serif";
+  context.textAlign = "center";
+  for (const v of ends) {
+    const share = kind === "difference" ? 0.5 + (Math.sign(v) * place(v)) / 2 : place(v);
+    context.fillText(kind === "difference" ? signed(v).replace(".0", "") : String(v), 15 + share * inner, 29);
+  }
+}
+
+let plots = [];
+
+function drawAll() {
+  maps.forEach((map) => map.draw());
+  drawScale($("scale-confusion"), "confusion", [0, 1, 5, 10, 25, 50, 100]);
+  if (runs.length > 1) drawScale($("scale-difference"), "difference", [-100, -25, -5, 5, 25, 100]);
+  plots.forEach((plot) => plot.draw());
+}
+
+function start() {
+  if (data.images) document.documentElement.style.setProperty("--sprite", `url(${data.images.sprite})`); // once for all thumbnails
+  maps = runs.map((run) => new HeatMap(run.name, run, null));
+  for (const other of runs.slice(1)) maps.push(new HeatMap(`${other.name} minus ${runs[0].name}`, other, runs[0]));
+  $("maps").replaceChildren(...maps.map((map) => map.figure));
+  const again = () => { maps.forEach((map) => map.prepare()); redraw(); showCell(); };
+  const change = (id, key, value, then = rearrange) => $(id).addEventListener("change", () => { state[key] = value($(id)); then(); });
+  change("order", "order", (e) => e.value);
+  change("grouping", "grouping", (e) => e.value);
+  change("diagonal", "diagonal", (e) => e.checked, again);
+  change("numbers", "numbers", (e) => e.value, again);
+  $("zoom-in").addEventListener("click", () => zoom(0.6));
+  $("zoom-out").addEventListener("click", () => zoom(1 / 0.6));
+  $("zoom-all").addEventListener("click", () => look(0, 0, places.size));
+  $("find").addEventListener("focus", () => { // filled on first use: the list is long and rarely needed
+    if (!$("names").childElementCount) $("names").append(...data.names.map((name) => element("option", { value: name })));
+  });
+  const find = () => {
+    const wanted = $("find").value.trim().toLowerCase();
+    let found = data.names.findIndex((name) => name.toLowerCase() === wanted);
+    if (found < 0) found = data.names.findIndex((name) => name.toLowerCase().includes(wanted));
+    $("find").setAttribute("aria-invalid", found < 0);
+    if (found < 0 || !wanted) return;
+    const p = places.placeOf[found];
+    look(p - 6, p - 6, Math.min(places.size, 12));
+    goTo(p, p);
+  };
+  $("find").addEventListener("change", find);
+  $("find").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });
+  if (runs.length > 1) {
+    for (const legend of document.querySelectorAll(".legend")) legend.append(...runs.flatMap((run, r) => [element("span", { className: `key run${r % 6}` }), run.name]));
+  }
+  rearrange();
+  drawAll();
+  dark.addEventListener("change", drawAll);
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
+  setTimeout(() => { // after the matrix is shown: the rest is below the fold
+    if ($("plot-relation")) plots.push(new Plot("plot-relation", relationPlot));
+    plots.push(new Plot("plot-accuracy", accuracyPlot), new Plot("plot-histogram", histogramPlot), new Plot("plot-calibration", calibrationPlot));
+    plots.forEach((plot) => plot.draw());
+    pairTable();
+    classTable();
+    document.documentElement.dataset.ready = "yes";
+  });
+}
+
+start();
