@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+from typing import Any, ClassVar, TextIO
 
-from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.screen import Foot, foot
 from cpmix_cli.runtime.text import on_a_line, printable, quoted
-
-if TYPE_CHECKING:
-    from rich.live import Live
 
 as_json = False  # set by the command line, before a command runs
 command = ""
@@ -339,7 +337,7 @@ class EpochProgress:
 
     def __post_init__(self) -> None:
         self._started = self._next_view = 0.0
-        self._view = _View(self.phase, self.num_steps)
+        self._view = _View(self.phase, self.num_steps, " steps")
 
     @property
     def has_view(self) -> bool:
@@ -353,18 +351,16 @@ class EpochProgress:
             self.synchronize()
             self._started = time.perf_counter()
         elif timed == self.TIMED_STEPS:
-            per_step = self._seconds_per_step(timed)
-            self.line(
-                f"{self.phase}: projected {duration(per_step * (self.num_steps - done))} for "
-                f"{self.num_steps - done} more steps ({1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step)"
-            )
+            per_step, left = self._seconds_per_step(timed), self.num_steps - done
+            pace = f"{1000 * per_step:.{0 if per_step >= 0.01 else 1}f} ms a step"
+            note(f"{self.phase}: projected {duration(per_step * left)} for {counted(left, 'more step')} ({pace})")
         if self.has_view and time.perf_counter() >= self._next_view:
             per_step = self._seconds_per_step(timed)  # waits for queued steps, which is no cost of the view
             began = time.perf_counter()
-            left = per_step * (self.num_steps - done) if timed >= self.TIMED_STEPS else None
-            self._view.draw(done, left, self.look())
+            seconds = per_step * (self.num_steps - done) if timed >= self.TIMED_STEPS else None
+            self._view.draw(done, seconds, self.look())
             ended = time.perf_counter()
-            # The first drawing also imports rich, so its time is not used.
+            # The first drawing waits for more than a later one, so its time is not used.
             pause = (ended - began) / self.VIEW_SHARE if timed > 0 else 0.0
             self._next_view = ended + max(self.VIEW_SECONDS, pause)
 
@@ -372,68 +368,32 @@ class EpochProgress:
         self.synchronize()
         return (time.perf_counter() - self._started) / max(1, timed)
 
-    def line(self, text: str) -> None:
-        """Print one plain line, above the view if there is one."""
-        if self._view.live is None:
-            note(text)
-            return
-        try:
-            self._view.live.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
-        except (OSError, ValueError):  # the terminal was closed; the run continues
-            self.close()
-
     def close(self) -> None:
         """Remove the view."""
         self._view.close()
 
 
 class _View:
-    """Bar and table at the bottom of the terminal. `live` is None if stderr is not a terminal that can redraw."""
+    """Bar and table at the foot of the terminal. `live` is None if stderr is not a terminal that can redraw."""
 
-    WIDTH = 76
-    live: "Live | None" = None
+    live: Foot | None = None
 
-    def __init__(self, doing: str, total: int) -> None:
+    def __init__(self, doing: str, total: int, unit: str = "") -> None:
         self._doing = doing
         self._total = total
-        if sys.stderr is None or _muted or not sys.stderr.isatty():
-            return
-        from rich.console import Console
-        from rich.live import Live
-
-        screen = Console(stderr=True)
-        if not screen.is_interactive:
-            return
-        # No refresh thread: it would take CPU time in the middle of a training step.
-        live = Live(console=screen, auto_refresh=False, transient=True, redirect_stdout=False, vertical_overflow="crop")
-        with suppress(OSError):
-            live.start()
-            screen.show_cursor(True)  # else the cursor stays hidden if the process is killed
-            self.live = live
+        self._unit = unit
+        if not _muted:
+            self.live = foot()
 
     def draw(self, done: int, seconds_left: float | None, rows: Sequence[Sequence[str]] = ()) -> None:
         """Redraw the bar and as many rows as fit, the heading first. The time left may be unknown (None)."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Column, Table
-        from rich.text import Text
-
         if self.live is None:
             return
-        width, height = self.live.console.size
-        left = "" if seconds_left is None else f", {duration(seconds_left)} left"
-        bar = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1))
-        bar.add_row(Text(self._doing), ProgressBar(self._total, done), Text(f"{done}/{self._total}{left}"))
-        shown = list(rows[: max(0, height - 3)])  # 3 lines for the bar, a line of the log and the cursor
-        while shown and not any(shown[-1][1:]):  # a heading without rows
-            shown.pop()
-        numbers = [Column(justify="right", no_wrap=True) for _ in rows[0][1:]] if rows else []
-        table = Table.grid(Column(ratio=1, no_wrap=True, overflow="ellipsis"), *numbers, padding=(0, 2))
-        for number, row in enumerate(shown):
-            table.add_row(*(Text(on_a_line(cell)) for cell in row), style="" if number else "bold")
-        bar.width = table.width = min(width, self.WIDTH)
+        count = f"{done:,}/{self._total:,}"
+        named = f"{count}{self._unit}"
+        left = [] if seconds_left is None else [f"{named}, {duration(seconds_left)} left"]
         try:
-            self.live.update(Group(bar, table), refresh=True)
+            self.live.draw((self._doing, done, self._total), [*left, named, count], rows)
         except (OSError, ValueError):  # the terminal was closed; the run continues
             self.close()
 
@@ -441,5 +401,4 @@ class _View:
         """Remove the view from the terminal."""
         live, self.live = self.live, None
         if live is not None:
-            with suppress(OSError, ValueError):
-                live.stop()
+            live.close()

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ _UNSAFE = re.compile(
 )
 _NOT_TYPED = re.compile(f"{_UNSAFE.pattern}|[\\udc80-\\udcff]")
 """Also the bytes of a file name that are not UTF-8."""
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_PLAIN = str.maketrans(f"{_BLOCKS}━─…", ".:-=+*#@#-~")
+"""Drawn characters -> those of ASCII, for a terminal that lacks them."""
 _FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # the last four: their full-width forms
 
 
@@ -70,3 +75,46 @@ def csv_cell(value: Any) -> Any:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def width_of(text: str) -> int:
+    """Return the columns that text takes on a terminal: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+
+
+def cut(text: str, columns: int, mark: str = "…") -> str:
+    """Return text of at most so many columns; a mark stands for an end that is left out."""
+    if width_of(text) <= columns:
+        return text
+    while text and width_of(text) > columns - len(mark):
+        text = text[:-1]
+    return (text + mark)[: max(0, columns)]
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return text that can be written: drawn characters become ASCII where the encoding lacks them, others escapes."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Return the course of finite numbers as blocks from their lowest to their highest.
+
+    Args:
+        values: numbers in their order; None leaves a gap.
+        width: characters at most; of more values, the means of neighbours are drawn.
+    """
+    count = min(width, len(values))
+    parts = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    known = [[value for value in part if value is not None] for part in parts]
+    means = [sum(part) / len(part) if part else None for part in known]
+    low = min((mean for mean in means if mean is not None), default=0.0)
+    high = max((mean for mean in means if mean is not None), default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if mean is None else _BLOCKS[round((mean - low) * scale)] for mean in means)

@@ -15,12 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.runtime.text import sparkline
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import Plan
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 
 _NUM_PAIRS = 5
+_ACCURACY = "train acc, %"
+_TREND_WIDTH = 16
 
 
 class _Column(NamedTuple):
@@ -59,18 +62,34 @@ class LiveView:
             self._fade(self.state.epoch)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return rows of label, last epoch, current epoch: the heading, the numbers, then the most frequent errors."""
-        epochs = [column for column in (self._before, self._column()) if column is not None]
+        """Return rows of label, last epoch, current epoch: the heading, the numbers, then the most frequent errors.
+
+        Labels of loss and accuracy end with their course over the epochs of the phase. The pairs are those that are
+        confused most in the current epoch; of equal ones, those of the last epoch.
+        """
+        now = self._column()
+        epochs = [column for column in (self._before, now) if column is not None]
         rows = [("", *(column.title for column in epochs))]
-        rows += [(label, *(column.numbers.get(label, "") for column in epochs)) for label in epochs[-1].numbers]
-        pairs = pd.concat([column.errors for column in epochs], axis=1).fillna(0)
-        pairs = pairs.loc[pairs.sum(axis=1).nlargest(_NUM_PAIRS).index]
+        for label in now.numbers:
+            cells = [column.numbers.get(label, "") for column in epochs]
+            rows.append((f"{label:<14}{self._trend(label, cells[-1])}".rstrip(), *cells))
+        pairs = pd.concat([column.errors for column in reversed(epochs)], axis=1).fillna(0)
+        pairs = pairs.sort_values(list(pairs.columns), ascending=False, kind="stable").iloc[:_NUM_PAIRS, ::-1]
         if len(pairs):
             rows.append(("images of a class predicted as another", *("" for _ in epochs)))
         for pair, counts in zip(pairs.index, pairs.to_numpy(), strict=True):
             true, predicted = divmod(int(pair), len(self._names))
             rows.append((f"  {self._names[true]} as {self._names[predicted]}", *(f"{count:.0f}" for count in counts)))
         return rows
+
+    def _trend(self, label: str, now: str) -> str:
+        """Return the course of a row's number over the epochs of the phase up to now; "" for rows without one."""
+        column = {"loss": "loss", _ACCURACY: "train_accuracy"}.get(label)
+        if column is None or not self.state.history:
+            return ""
+        scale = 100 if column == "train_accuracy" else 1
+        past = [value if (value := row[column]) is None else scale * value for row in self.state.history]
+        return sparkline([*past, float(now)], _TREND_WIDTH)
 
     def end_epoch(self) -> None:
         """Keep the completed epoch as the last one. Call it before the epoch's sums are reset."""
@@ -100,7 +119,7 @@ class LiveView:
         if len(plan.terms) > 1:
             numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / step:.4f}" for term in plan.terms}
         if seen := min(step * plan.batch_size, len(self.data.labels)) * len(plan.measured_terms):
-            numbers["train accuracy, %"] = f"{100 * sums['correct'] / seen:.2f}"
+            numbers[_ACCURACY] = f"{100 * sums['correct'] / seen:.2f}"
         if plan.counts_errors(epoch):
             numbers |= self._group_accuracy(errors)
         whole = step == plan.num_steps(len(self.data.labels))

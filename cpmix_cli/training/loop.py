@@ -104,7 +104,7 @@ def fit(
                     row["test_accuracy"] = test_accuracy()
                     state.model.train(plan.train_mode)
                 state.history.append(row)
-                progress.line(epoch_line(plan, row))
+                console.note(epoch_line(plan, row))
                 moved = _fault_of(check_data)
                 last, stop = state.epoch == plan.last_epoch, signals.adopt(here.max_over_ranks(signals.number()))
                 any_moved = here.max_over_ranks(int(moved is not None))

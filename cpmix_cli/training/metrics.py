@@ -81,18 +81,46 @@ def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[
 
 
 def epoch_line(plan: "Plan", row: dict[str, float | None]) -> str:
-    """Format a row of metrics_row() as one console line of key=value pairs."""
-    parts = [f"{plan.phase} epoch={row['epoch']:.0f}/{plan.last_epoch}"]
-    parts += [f"lr={row['learning_rate']:.4g}", f"loss={row['loss']:.4f}"]
-    if len(plan.terms) > 1:
-        parts += [f"loss_{t.name}={row[f'loss_{t.name}']:.4f}" for t in plan.terms]
-    if row["train_accuracy"] is not None:
-        parts.append(f"train_accuracy={100 * row['train_accuracy']:.2f}%")
-    if row["num_confusions"] is not None:
-        parts.append(f"confusions={row['num_confusions']:.0f}")
-    if row["num_fallbacks"]:
-        parts.append(f"fallbacks={row['num_fallbacks']:.0f}")
-    if row["test_accuracy"] is not None:
-        parts.append(f"test_accuracy={100 * row['test_accuracy']:.2f}%")
-    parts += [f"images/s={row['images_per_second']:.0f}", f"seconds={row['seconds']:.1f}"]
-    return " ".join(parts)
+    """Format a row of metrics_row() as one console line of key=value pairs, of at most LINE_WIDTH characters.
+
+    What does not fit is left out, the least important first: img/s, err, fallbacks, terms. The view and metrics.parquet
+    have all of it.
+    """
+    fallbacks, rate, seconds = (row[name] or 0.0 for name in ("num_fallbacks", "learning_rate", "seconds"))
+    terms = [row[f"loss_{term.name}"] or 0.0 for term in plan.terms]
+    shown = {  # in the order of the line
+        "epoch": f"{row['epoch']:.0f}/{plan.last_epoch}",
+        "lr": _short(rate),
+        "loss": f"{row['loss']:.3f}",
+        "terms": ",".join(f"{loss:.2f}" for loss in terms) if len(terms) > 1 else None,
+        "acc": _percent(row["train_accuracy"]),
+        "test_acc": _percent(row["test_accuracy"]),
+        "err": None if row["num_confusions"] is None else f"{row['num_confusions']:.0f}",
+        "fallbacks": f"{fallbacks:.0f}" if fallbacks else None,
+        "img/s": f"{row['images_per_second']:.0f}",
+        "s": f"{seconds:.{1 if seconds < 100 else 0}f}",
+    }
+    parts = {key: f" {key}={value}" for key, value in shown.items() if value is not None}
+    # The learning rate counts with its longest value: a key does not come and go with it from epoch to epoch.
+    room = LINE_WIDTH - len(plan.phase) - len(" lr=0.0012")
+    room -= sum(len(part) for key, part in parts.items() if key not in (*_MAY_LACK, "lr"))
+    for key in [key for key in _MAY_LACK if key in parts]:
+        if len(parts[key]) > room:
+            del parts[key]
+        else:
+            room -= len(parts[key])
+    return plan.phase + "".join(parts.values())
+
+
+LINE_WIDTH = 80
+_MAY_LACK = ("terms", "fallbacks", "err", "img/s")
+"""Keys of epoch_line() that are left out where there is no room, the most important first."""
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.2f}%"
+
+
+def _short(rate: float) -> str:
+    """Return a learning rate in at most 6 characters, two digits of them: 0.1, 0.0012, 1.2e-4."""
+    return f"{rate:.2g}" if rate >= 0.001 or not rate else f"{rate:.1e}".replace("e-0", "e-")

@@ -379,9 +379,9 @@ def _note_plan(
         if first == last
         else f"epochs {first} to {last}, {counted(num_steps, 'step')} each"
     )
+    console.note(f"{plan.phase}: {asked.dataset.name}, {counted(num_images, 'image')}, {epochs}")
     console.note(
-        f"{plan.phase}: {asked.dataset.name}, {num_images:,} images, {epochs}; "
-        f"{asked.recipe.model.name}, {_num_parameters(state.model):,} parameters; "
+        f"{plan.phase}: {asked.recipe.model.name}, {_num_parameters(state.model):,} parameters; "
         f"terms: {', '.join(term.name for term in plan.terms)}; {context.device.type}, {context.precision}, "
         f"{counted(torch.get_num_threads(), 'thread')}"
     )

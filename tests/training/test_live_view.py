@@ -22,9 +22,11 @@ import pytest
 import torch
 from helpers import COUNTS, CP, ERM, MIX, contents, data, fresh, plan_of, sums_of, terms_of
 
-from cpmix_cli.runtime.console import EpochProgress, warn
+from cpmix_cli.runtime.console import EpochProgress, note, warn
+from cpmix_cli.runtime.text import sparkline
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.live_view import LiveView
+from cpmix_cli.training.metrics import epoch_line
 from cpmix_cli.training.state import TrainingState
 from cpmix_cli.training.step import Step
 
@@ -63,7 +65,7 @@ def test_the_view_of_an_epoch_equals_that_by_hand() -> None:
     state.sums.values[:] = torch.tensor([6.0, 6.0, 9.0, 107.0, 16.0, 3.0, 0.0, 0.0])
     state.step = 3
     groups = [("  many", "90.10"), ("  medium", "75.00"), ("  few", "50.00")]  # 91/101, 15/20, 1/2
-    expected = [("", "epoch 2"), ("loss", "2.0000"), ("train accuracy, %", "86.99"), *groups]  # 107/123
+    expected = [("", "epoch 2"), ("loss", "2.0000"), ("train acc, %", "86.99"), *groups]  # 107/123
     pairs = [("  cat as dog", "10"), ("  dog as cat", "5"), ("  lynx as cat", "1")]
     assert view.table() == [*expected, ("images of a class predicted as another", ""), *pairs]
     view.end_epoch()
@@ -72,9 +74,64 @@ def test_the_view_of_an_epoch_equals_that_by_hand() -> None:
     state.sums.values[:] = torch.tensor([1.5, 1.5, 9.0, 38.0, 3.0, 1.0, 0.0, 0.0])
     table = view.table()
     assert table[:2] == [("", "epoch 2", "epoch 3 so far"), ("loss", "2.0000", "1.5000")]
-    assert table[2] == ("train accuracy, %", "86.99", "92.68")
-    assert table[-4:-2] == [("  cat as dog", "10", "0"), ("  dog as cat", "5", "0")]
-    assert table[-2:] == [("  lynx as dog", "0", "3"), ("  lynx as cat", "1", "0")]
+    assert table[2] == ("train acc, %", "86.99", "92.68")
+    assert table[-4:] == [  # those of now first, then those of the last epoch
+        ("  lynx as dog", "0", "3"),
+        ("  cat as dog", "10", "0"),
+        ("  dog as cat", "5", "0"),
+        ("  lynx as cat", "1", "0"),
+    ]
+
+
+def test_loss_and_accuracy_show_their_course_over_the_epochs() -> None:
+    """Loss 4, 3, 2 in three epochs, and 1 so far in epoch 4; the accuracy of epoch 2 is unknown."""
+    plan = plan_of(terms_of(erm=ERM), 9, batch=41)
+    view, state = looked_at(plan, [101, 20, 2], [[0] * 3] * 3, epoch=4, step=1)
+    accuracies = (0.25, None, 0.5)
+    state.history = [{"loss": 4.0 - i, "train_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    state.sums.values[:] = torch.tensor([1.0, 1.0, 9.0, 41.0, 0.0, 1.0, 0.0, 0.0])
+    assert [row[0] for row in view.table()[1:3]] == ["loss          █▆▃▁", "train acc, %  ▁ ▃█"]
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_value() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 10) == "▁▂▃▄▅▆▇█"
+    assert sparkline([7, 7, 0, 0, 3.5, 3.5], 3) == "█▁▅"  # means of neighbours
+    assert sparkline([2, 2], 9) == "▁▁"
+    assert sparkline([None, 1, None, 2], 9) == " ▁ █"
+    assert sparkline([], 9) == ""
+
+
+LINE = {
+    "epoch": 205,
+    "learning_rate": 0.1,
+    "loss": 4.7027,
+    "train_accuracy": 0.8345,
+    "num_confusions": 115846,
+    "num_fallbacks": 0,
+    "test_accuracy": None,
+    "images_per_second": 4728.4,
+    "seconds": 1234.5,
+}
+THREE = {"loss_erm": 0.5053, "loss_cp": 2.0858, "loss_mix": 2.1117}
+
+
+@pytest.mark.parametrize(
+    ("terms", "changes", "expected"),
+    [
+        (1, {"seconds": 47.2, "num_confusions": 588}, "lr=0.1 loss=4.703 acc=83.45% err=588 img/s=4728 s=47.2"),
+        (1, {"learning_rate": 0.00012}, "lr=1.2e-4 loss=4.703 acc=83.45% err=115846 s=1234"),
+        (1, {"learning_rate": 0.1}, "lr=0.1 loss=4.703 acc=83.45% err=115846 s=1234"),  # the same keys
+        (1, {"test_accuracy": 0.41244}, "lr=0.1 loss=4.703 acc=83.45% test_acc=41.24% s=1234"),
+        (3, {"seconds": 0.3}, "lr=0.1 loss=4.703 terms=0.51,2.09,2.11 acc=83.45% s=0.3"),
+        (3, {"test_accuracy": 0.4, "num_fallbacks": 7}, "lr=0.1 loss=4.703 acc=83.45% test_acc=40.00% s=1234"),
+        (1, {"num_confusions": None, "train_accuracy": None}, "lr=0.1 loss=4.703 img/s=4728 s=1234"),
+    ],
+)
+def test_an_epoch_line_fits_80_columns(terms: int, changes: dict[str, Any], expected: str) -> None:
+    plan = replace(plan_of(terms_of(**dict([("erm", ERM), ("cp", CP), ("mix", MIX)][:terms])), 300), phase="stage2")
+    line = epoch_line(plan, {**LINE, **THREE, **changes})
+    assert line == f"stage2 epoch=205/{plan.last_epoch} {expected}"
+    assert len(line) <= 80
 
 
 def test_decayed_counts_are_compared_with_the_start_of_the_epoch() -> None:
@@ -98,7 +155,7 @@ def test_without_counted_errors_groups_and_pairs_are_hidden(changes: dict[str, A
     view, state = looked_at(plan, [101, 20, 2], [[0, 6, 0], [0, 0, 0], [0, 0, 0]], epoch=2)
     state.confusion[0, 1] += 2
     state.step = 3
-    assert [row[0] for row in view.table()] == ["", "loss", "train accuracy, %"]
+    assert [row[0] for row in view.table()] == ["", "loss", "train acc, %"]
 
 
 TERMS = {"stage 1": {"erm": ERM}, "stage 2": {"erm": ERM, "cp": CP, "mix": MIX}}
@@ -142,9 +199,9 @@ class Screen(pyte.Screen):
         self.ever: set[str] = set()  # lines that stood here until they were rubbed out, however briefly
         super().__init__(columns, 500)
 
-    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
-        self.ever.add(self.display[self.cursor.y])
-        super().erase_in_line(how, private)
+    def erase_in_display(self, how: int = 0, *args: Any, **kwargs: Any) -> None:
+        self.ever.update(line for line in self.display[self.cursor.y :] if line.strip())
+        super().erase_in_display(how, *args, **kwargs)
 
     @property
     def text(self) -> list[str]:
@@ -175,6 +232,21 @@ class Terminal:
         self._seen = len(self.sent)
         return self.screen.text
 
+    def resize(self, columns: int) -> None:
+        """Make it so many columns wide: longer lines are broken, and the cursor stays at its text."""
+        self.look()
+        lines, row, broken, at = self.screen.text, self.screen.cursor.y, [], 0
+        lines += [""] * (row + 1 - len(lines))
+        for number, line in enumerate(lines):
+            if number == row:
+                at = len(broken)
+            broken += [line[i : i + columns] for i in range(0, len(line), columns)] or [""]
+        self.screen = Screen(columns)
+        self._stream = pyte.ByteStream(self.screen)
+        self._stream.feed("\r\n".join(broken).encode() + b"\x1b[%d;1H" % (at + 1))
+        size = struct.pack("HHHH", 30, columns, 0, 0)
+        fcntl.ioctl(self.program, termios.TIOCSWINSZ, size)
+
     def hang_up(self) -> None:
         os.close(self._person)
 
@@ -188,8 +260,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal
         found = Terminal(columns, lines)
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
             monkeypatch.delenv(name, raising=False)
-        for name, value in {"TERM": kind, "COLUMNS": str(columns), "LINES": str(lines)}.items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TERM", kind)
         stream = os.fdopen(found.program, "w", errors="backslashreplace")
         opened.append(stream)
         monkeypatch.setattr(sys, "stderr", stream)
@@ -222,34 +293,39 @@ def test_the_view_is_drawn_below_the_log_lines(terminal: Callable[..., Terminal]
     shown = progress()
     shown.step(1)
     first = found.look()
-    assert first[0].startswith("stage1 ━") and first[0].endswith("━ 1/40") and len(first[0]) == 76
-    assert first[1].endswith("   epoch 1  epoch 2 so far") and len(first[1]) == 76
-    assert first[2].split() == ["loss", "2.0000", "1.5000"]
-    assert first[4].startswith("  a class of very, very many words as") and first[4].split()[-3:] == ["…", "10", "2"]
-    shown.line("stage1 epoch=1/2 loss=2.0000")
+    assert first[0] == ""  # here the cursor rests
+    assert first[1].startswith("stage1 ━─") and first[1].endswith("─ 1/40 steps") and len(first[1]) == 76
+    assert first[2].endswith("   epoch 1  epoch 2 so far") and len(first[2]) == 76
+    assert first[3].split() == ["loss", "2.0000", "1.5000"]
+    assert first[5].startswith("  a class of very, very man… as another one of them  ") and first[5].split()[-2:] == [
+        "10",
+        "2",
+    ]
+    note("stage1 epoch=1/2 loss=2.0000")
     shown.step(10)
     assert found.look()[0] == "stage1 epoch=1/2 loss=2.0000"
-    assert found.look()[1].endswith("10/40, under 1 s left")
-    assert found.look()[2:] == first[1:]
-    shown.line("stage1 epoch=2/2 loss=1.5000")
+    assert found.look()[2].endswith("10/40 steps, under 1 s left")
+    assert re.match("stage1 (━+)(─+) ", found.look()[2])
+    assert [found.look()[1], *found.look()[3:]] == [first[0], *first[2:]]
+    note("stage1 epoch=2/2 loss=1.5000")
     shown.close()
     assert found.look() == ["stage1 epoch=1/2 loss=2.0000", "stage1 epoch=2/2 loss=1.5000"]
     assert not found.screen.cursor.hidden
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(40, 24), (60, 15), (76, 5), (20, 4), (100, 3), (30, 1)])
+@pytest.mark.parametrize(("columns", "lines"), [(40, 24), (60, 15), (76, 6), (20, 5), (100, 3), (30, 1)])
 def test_the_view_is_cut_to_a_small_terminal(columns: int, lines: int, terminal: Callable[..., Terminal]) -> None:
     found = terminal(columns, lines)
     shown = progress()
+    above = [""] if lines > 3 else []
+    rows = min(len(ROWS), max(0, lines - 4))
     for done in (10, 20):
         shown.step(done)
         screen = found.look()
-        assert len(screen) <= max(1, lines - 2)
         assert all(len(line) <= columns for line in screen)
-        assert f"{done}/40" in screen[0]
-    rows = min(len(ROWS), max(0, lines - 3))
-    assert len(screen) == 1 + (rows if rows != 3 else 2)  # no heading alone
-    shown.line("x" * 100)
+        assert screen[: len(above)] == above and f"{done}/40" in screen[len(above)]
+        assert len(screen) == len(above) + 1 + (rows if rows != 3 else 2)  # no heading alone
+    note("x" * 100)
     shown.step(30)
     wrapped = ["x" * columns] * (100 // columns) + ["x" * (100 % columns)] * (100 % columns > 0)
     assert found.look()[: len(wrapped)] == wrapped
@@ -258,12 +334,83 @@ def test_the_view_is_cut_to_a_small_terminal(columns: int, lines: int, terminal:
     assert not found.screen.cursor.hidden
 
 
+@pytest.mark.parametrize("narrow", [75, 39])
+def test_a_terminal_that_gets_narrower_keeps_no_second_view(narrow: int, terminal: Callable[..., Terminal]) -> None:
+    """Its lines are broken anew, as VTE, kitty, iTerm2 and tmux do, and the cursor stays at its text."""
+    found = terminal(100, 30)
+    shown = progress()
+    note("stage1 epoch=1/2 loss=2.0000")
+    for number, columns in enumerate((100, narrow, 60)):
+        found.resize(columns)
+        note(f"{number}")  # the view of before is drawn again below it
+        assert "".join(found.look()).count("/40") == (number > 0)
+        shown.step(number + 2)
+        text = "".join(found.look())
+        assert text.count("so far") == text.count("/40") == 1 and f"{number + 2}/40" in text
+        assert all(len(line) <= columns for line in found.look())
+    shown.close()
+    assert found.look() == ["stage1 epoch=1/2 loss=2.0000", "0", "1", "2"]
+
+
+def test_what_other_programs_write_stays_once_and_the_view_too(terminal: Callable[..., Terminal]) -> None:
+    """A library in C writes to the terminal itself; a person types Enter."""
+    found = terminal(80, 24)
+    shown = progress()
+    shown.step(1)
+    for text in (b"[W] a library says something\n", b"\n"):
+        os.write(sys.stderr.fileno(), text)
+        shown.step(2)
+    lines = found.look()
+    assert lines[0].startswith("[W] a library says something")
+    assert len([line for line in lines if "so far" in line or "/40" in line]) == 2
+    shown.close()
+    assert found.look() == ["[W] a library says something"]
+
+
+def test_python_warnings_in_pieces_are_above_the_view(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(80, 24)
+    shown = progress()
+    shown.step(1)
+    sys.stderr.write("one line")
+    sys.stderr.write(", in two\nand another\n")
+    lines = found.look()
+    assert lines[:3] == ["one line, in two", "and another", ""] and "1/40 steps" in lines[3]
+    shown.close()
+    assert found.look() == ["one line, in two", "and another"]
+
+
+def test_a_terminal_of_another_encoding_shows_no_line_twice(terminal: Callable[..., Terminal]) -> None:
+    """What it cannot show is written in ASCII: blocks as marks, letters as escapes, which count as they are long."""
+    found = terminal(80, 24)
+    sys.stderr.reconfigure(encoding="ascii")  # type: ignore[union-attr]
+    rows = [("", "epoch 1"), ("loss  █▄▁", "2.0000"), ("", ""), ("  \u5bff\u53f8" * 9 + " as \xfc", "7")]
+    shown = progress(rows)
+    for done in (10, 20):
+        shown.step(done)
+    lines = found.look()
+    assert lines[1].startswith("stage1 ####") and "- 20/40 steps" in lines[1]
+    assert lines[3].split() == ["loss", "@=.", "2.0000"]
+    assert lines[5].startswith("  \\u5bff\\u53f8") and "~ as \\xfc" in lines[5] and len(lines) == 6
+    shown.close()
+    assert found.look() == [""]
+
+
+def test_wide_letters_are_counted_as_two_columns(terminal: Callable[..., Terminal]) -> None:
+    found = terminal(60, 24)
+    shown = progress([("", "epoch 1"), ("  \u5bff\u53f8\u5bff\u53f8 as \u30e9\u30fc\u30e1\u30f3" * 3, "7")])
+    for done in (10, 20):
+        shown.step(done)
+    assert [line for line in found.look() if "/40" in line] == [found.look()[1]] and len(found.look()) == 4
+    assert found.look()[3].endswith("7") and "…" in found.look()[3]
+    shown.close()
+
+
 def test_a_dumb_terminal_gets_log_lines_only(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24, "dumb")
     shown = progress()
     assert not shown.has_view
     shown.step(1)
-    shown.line("stage1 epoch=1/2 loss=2.0000")
+    note("stage1 epoch=1/2 loss=2.0000")
     shown.close()
     assert found.look() == ["stage1 epoch=1/2 loss=2.0000"]
 
@@ -283,7 +430,7 @@ def test_no_color_removes_the_colours(terminal: Callable[..., Terminal], monkeyp
 def test_control_codes_and_markup_in_names_are_escaped(terminal: Callable[..., Terminal]) -> None:
     found = terminal(80, 24)
     shown = progress([("", "epoch 1"), ("  a\x1b[2Jb\nc\td as [bold]x[/bold] :cat:", "7")])
-    shown.line("a\x1b[2Jb [bold] :cat:")
+    note("a\x1b[2Jb [bold] :cat:")
     shown.step(1)
     lines = found.look()
     assert lines[0] == r"a\x1b[2Jb [bold] :cat:"
@@ -310,7 +457,7 @@ def test_a_closed_terminal_does_not_stop_the_run(terminal: Callable[..., Termina
     found.hang_up()
     for done in range(2, 40):
         shown.step(done)
-        shown.line("nobody reads it")
+        note("nobody reads it")
     assert not shown.has_view
     assert sys.stderr is not stream  # that of this run, and no proxy of rich's
     shown.close()
@@ -376,10 +523,10 @@ def test_a_run_that_is_watched_gives_the_same_bytes(digits: Path, digits_run: Pa
         *(["stage2", f"epoch={e}/6"] for e in (5, 6)),
         ["finetune", "epoch=1/1"],
     ]
-    assert not [line for line in screen if "so far" in line or "━" in line]
+    assert not [line for line in screen if "so far" in line or "─" in line]
     assert not found.screen.cursor.hidden
-    labels = {re.split(r"\s{2,}", line.strip())[0] for line in found.screen.ever}
-    assert labels >= {"loss", "erm", "cp", "mix", "train accuracy, %", "many", "medium", "few"}
+    labels = {re.split(r"\s{2,}", line.strip())[0].rstrip("▁▂▃▄▅▆▇█ ") for line in found.screen.ever}
+    assert labels >= {"loss", "erm", "cp", "mix", "train acc, %", "many", "medium", "few"}
     assert any(re.fullmatch(r"\d as \d", label) for label in labels)
 
 
@@ -396,5 +543,5 @@ def test_a_signal_leaves_the_terminal_clean(digits: Path, tmp_path: Path) -> Non
         found.look()
     screen = found.look()
     assert "interrupted: SIGINT received; stage1 is saved at epoch" in "".join(screen), screen
-    assert not [line for line in screen if "so far" in line or "━" in line]
+    assert not [line for line in screen if "so far" in line or "─" in line]
     assert not found.screen.cursor.hidden

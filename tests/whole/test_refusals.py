@@ -247,8 +247,8 @@ def test_a_run_whose_recipe_has_an_integer_for_a_float_continues(digits: Path, t
 def test_a_set_of_few_steps_is_warned_of_and_the_digits_are_not(digits: Path, tmp_path: Path) -> None:
     command = ("train-stage1", "--data", digits, "--out", tmp_path, "--dry-run")
     said = must(*command).stderr
-    assert "images, epochs 1 to 40, 7 steps each; resnet8" in said
+    assert "images, epochs 1 to 40, 7 steps each\nstage1: resnet8, 75,002 parameters; terms: erm; cpu, " in said
     assert "warning" not in said
     few = must(*command, "--set", "optimizer.batch_size=200").stderr
     assert "warning: an epoch has only 3 steps, with batches of 200 images: lower optimizer.batch_size" in few
-    assert "images, epoch 1, 7 steps; resnet8" in must(*command, "--epochs", 2).stderr
+    assert "417 images, epoch 1, 7 steps\nstage1: resnet8" in must(*command, "--epochs", 2).stderr
