@@ -31,7 +31,7 @@ from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
 from cpmix_cli.runtime.text import on_a_line, quoted
 
 DECISION_REGIONS = "decision_regions"
@@ -151,6 +151,7 @@ def _read_reported(
     shown = ShownRun(
         name=name,
         facts=_facts(source, dataset, matrix),
+        lead=_lead(source, dataset, int(matrix.sum())),
         class_counts=dataset.class_counts,
         groups=tables.read_per_class(path, classes_sha)["group"].tolist(),
         matrix=matrix,
@@ -328,6 +329,16 @@ def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
                 for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[frequent], strict=True)
             ],
         }
+    )
+
+
+def _lead(source: PhaseFolder, dataset: Dataset, num_test: int) -> str:
+    """Return a sentence on what was trained on what, and what it is tested on."""
+    counts = dataset.class_counts
+    return (
+        f"{source.recipe().model.name}, trained on {counted(int(counts.sum()), 'image')} of "
+        f"{counted(len(counts), 'class', 'classes')} of {dataset.name}: {counts.max():,} of the largest class, "
+        f"{counts.min():,} of the smallest. Tested after {source.phase} on {counted(num_test, 'image')}."
     )
 
 

@@ -22,8 +22,11 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.evaluation.per_class import class_columns, totals
+from cpmix_cli.report.findings import Finding, find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.pairs import relation, trim_confusions
+from cpmix_cli.runtime.errors import counted
 from cpmix_cli.runtime.text import on_a_line
 
 Array = NDArray[Any]
@@ -59,6 +62,8 @@ class ShownRun:
     """Confusion counts K of the training [C, C]; None if none were collected."""
     reliability: Array
     """Images, mean confidence and accuracy per confidence bin [15, 3]."""
+    lead: str = ""
+    """A sentence: what was trained on what."""
 
 
 def render_page(
@@ -91,11 +96,13 @@ def render_page(
         embedded: caption and PNG of each figure inside the page.
     """
     frame, script, style = _parts()
+    findings = find(runs[0].matrix, runs[0].class_counts, class_names)
     data = {
         "names": [on_a_line(name) for name in class_names],
         "runs": [_run_data(run) for run in runs],
         "pairs": {name: pairs[name].to_numpy() for name in ("rarer_class", "commoner_class")},
         "clustered": clustered,
+        "opens": [findings[0].true_class, findings[0].predicted_class] if findings else None,
         "images": None if images is None else vars(images),
         "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in _COLOUR_MAPS.items()},
     }
@@ -105,6 +112,8 @@ def render_page(
         policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
         title=escape(title),
         style=style,
+        summary="\n".join(_summary(run, named=several) for run in runs),
+        findings=_findings(findings, of=runs[0].name if several else ""),
         facts="\n".join(_facts(run, named=several) for run in runs),
         accuracy=_table(accuracy, "Per cent", "accuracy"),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes),
@@ -174,9 +183,60 @@ def _stops(name: str, low: float, high: float) -> list[str]:
     return [to_hex(colours(value)) for value in np.linspace(low, high, _NUM_COLOURS)]
 
 
+def _summary(run: ShownRun, *, named: bool) -> str:
+    """Return the run's balanced accuracy with its interval, and a bar of the accuracy of each group."""
+    recall = class_columns(run.matrix)["accuracy"]
+    intervals = totals(run.matrix, run.groups)["intervals"]
+    low, high = intervals["balanced_accuracy"]
+    said = f"{np.nanmean(recall):.1f}"
+    bars = ""
+    for number, group in enumerate(GROUPS):
+        members = np.array([name == group for name in run.groups])
+        if not members.any():
+            continue
+        counts = run.class_counts[members]
+        of = f"{counted(int(members.sum()), 'class', 'classes')} with {_range(counts.min(), counts.max())} training images"
+        value, ends = "-", ""
+        if intervals[group] is not None:
+            share = float(np.nanmean(recall[members]))
+            value, ends = f"{share:.1f} %", "{:.1f} to {:.1f} %".format(*intervals[group])
+            value += _bar(share, *intervals[group], f"group{number}")
+        bars += f'<tr><th scope="row">{group}</th><td>{value}</td><td class="quiet">{ends}</td><td class="quiet">{of}</td></tr>'
+    return (
+        f'<section class="summary">{f"<h2>{escape(run.name)}</h2>" if named else ""}<p>{escape(run.lead)}</p>'
+        f'<div class="headline"><p><strong>{said} %</strong> balanced accuracy<br><span class="quiet">95 % interval '
+        f'{low:.1f} to {high:.1f} %. The mean of the recalls of all classes, so that rare ones count as much as frequent '
+        f'ones.</span></p><div class="wide"><table class="groups"><caption>Accuracy by group of classes</caption>'
+        f"<tbody>{bars}</tbody></table></div></div></section>"
+    )
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _bar(share: float, low: float, high: float, kind: str) -> str:
+    """Return a bar from 0 to 100 per cent with its interval as an SVG; its numbers stand beside it."""
+    return (
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="track" width="100" height="10"/><rect class="{kind}" width="{share:.2f}" height="10"/>'
+        f'<rect class="whisker" x="{low:.2f}" y="4" width="{high - low:.2f}" height="2"/></svg>'
+    )
+
+
+def _findings(findings: list[Finding], *, of: str) -> str:
+    if not findings:
+        return "<p>No test image is predicted wrong.</p>"
+    items = "".join(
+        f'<li><a href="#cell-{found.true_class}-{found.predicted_class}">{escape(found.text)}.</a></li>'
+        for found in findings
+    )
+    return f'<h2>Findings{f", {escape(of)}" if of else ""}</h2><ol class="findings">{items}</ol>'
+
+
 def _facts(run: ShownRun, *, named: bool) -> str:
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in run.facts)
-    return f"{f'<h2>{escape(run.name)}</h2>' if named else ''}<dl>{listed}</dl>"
+    return f"{f'<h3>{escape(run.name)}</h3>' if named else ''}<dl>{listed}</dl>"
 
 
 def _relation(run: ShownRun, *, named: bool) -> str:

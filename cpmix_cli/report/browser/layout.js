@@ -4,7 +4,7 @@ const ids = Array.from({ length: numClasses }, (_, c) => c);
 const ORDERS = {
   count: () => ids.slice().sort((a, b) => runs[0].trainCounts[b] - runs[0].trainCounts[a] || a - b),
   confusion: () => Array.from(decode(data.clustered)),
-  accuracy: () => { // classes without test images last
+  recall: () => { // classes without test images last
     const of = (c) => (runs[0].testCounts[c] ? runs[0].accuracy[c] : -1);
     return ids.slice().sort((a, b) => of(b) - of(a) || a - b);
   },

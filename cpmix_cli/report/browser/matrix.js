@@ -1,6 +1,6 @@
 // -- the heat maps ----------------------------------------------------------------------------------------------------
 
-const state = { order: "count", grouping: "classes", diagonal: true, numbers: "percent", row0: 0, column0: 0, span: numClasses, cursor: null, pinned: false };
+const state = { order: numClasses > 30 ? "confusion" : "count", grouping: "classes", diagonal: true, numbers: "percent", row0: 0, column0: 0, span: numClasses, cursor: null, pinned: false };
 let places = null;
 let maps = [];
 
@@ -50,13 +50,15 @@ class HeatMap {
     context.font = "12px system-ui, sans-serif";
     // The margin fits the names, up to a quarter of the width. Names are left out if their lines would be too close.
     const longest = Math.max(...this.inView(row0, Math.min(span, 200)).map((p) => context.measureText(places.labels[p]).width));
-    let margin = Math.min(width / 4, 26 + longest);
-    const named = (width - margin - 8) / span >= 7;
-    if (!named) margin = 26;
-    const side = width - margin - 8;
+    // Beyond the right and the lower edge stand the groups, if the order has them; beyond the names, the titles of the axes.
+    const far = grouped() ? STRIP : 8;
+    let margin = Math.min(width / 4, STRIP + 8 + longest);
+    const named = (width - margin - far) / span >= 7;
+    if (!named) margin = STRIP + 6;
+    const side = width - margin - far;
     const cell = side / span;
     Object.assign(this, { margin, side, cell });
-    const height = margin + side + 8;
+    const height = margin + side + far;
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
     this.canvas.style.height = `${height}px`;
@@ -74,7 +76,8 @@ class HeatMap {
     context.strokeStyle = colour("quiet");
     context.strokeRect(margin, margin, side, side);
     if (named) this.drawNames(context);
-    else this.drawGroups(context);
+    this.drawTitles(context);
+    this.drawGroups(context);
   }
 
   inView(from, span) {
@@ -101,7 +104,7 @@ class HeatMap {
       context.fillRect(this.x(column), this.y(row), drawn - gap, drawn - gap);
       if (cell >= 26) {
         const images = this.own.found.get(row * places.size + column) || 0;
-        context.fillStyle = luminance(fill) > 0.35 ? "#000" : "#fff";
+        context.fillStyle = luminance(fill) > 0.179 ? "#000" : "#fff"; // the better contrast: both have 4.58 : 1 there
         const shown = this.other ? signed(value) : state.numbers === "images" ? number(images) : value >= 1 ? value.toFixed(0) : "<1";
         context.font = `${Math.min(13, (1.4 * cell) / Math.max(3, shown.length))}px system-ui, sans-serif`;
         context.fillText(shown, this.x(column) + cell / 2, this.y(row) + cell / 2);
@@ -110,7 +113,7 @@ class HeatMap {
   }
 
   drawLines(context) {
-    if (places.orderName !== "count" || !places.single) return;
+    if (!grouped()) return;
     context.strokeStyle = colour("quiet");
     context.lineWidth = 1;
     for (const [, first] of groupSpans().slice(1)) {
@@ -140,7 +143,7 @@ class HeatMap {
     const font = Math.min(13, Math.max(8, this.cell * 0.85));
     context.font = `${font}px system-ui, sans-serif`;
     context.fillStyle = colour("text");
-    const room = this.margin - 8;
+    const room = this.margin - STRIP - 6;
     context.textBaseline = "middle";
     context.textAlign = "right";
     for (const p of this.inView(state.row0, state.span)) {
@@ -159,26 +162,49 @@ class HeatMap {
     }
   }
 
+  drawTitles(context) {
+    const middle = this.margin + this.side / 2;
+    const titles = this.side > 220 ? ["predicted class", "true class"] : ["predicted", "true"];
+    this.drawBeside(context, titles[0], middle, STRIP / 2 - 1, false);
+    this.drawBeside(context, titles[1], STRIP / 2 - 1, middle, true);
+  }
+
   drawGroups(context) {
+    if (!grouped()) return;
+    const edge = this.margin + this.side + STRIP / 2;
+    for (const [name, first, end] of groupSpans()) {
+      for (const upright of [false, true]) {
+        const start = upright ? state.row0 : state.column0;
+        const from = Math.max(first, start), to = Math.min(end, start + state.span);
+        const middle = upright ? this.y((from + to) / 2) : this.x((from + to) / 2);
+        if (context.measureText(name).width + 4 > (to - from) * this.cell) continue;
+        this.drawBeside(context, name, upright ? edge : middle, upright ? middle : edge, upright);
+      }
+    }
+  }
+
+  drawBeside(context, text, x, y, upright) {
+    context.save();
     context.fillStyle = colour("quiet");
-    context.font = "13px system-ui, sans-serif";
+    context.font = "12px system-ui, sans-serif";
     context.textAlign = "center";
     context.textBaseline = "middle";
-    const middle = this.margin / 2;
-    const spans = places.orderName === "count" && places.single ? groupSpans() : [["predicted", 0, places.size]];
-    for (const [name, first, end] of spans) {
-      const from = Math.max(first, state.column0), to = Math.min(end, state.column0 + state.span);
-      if (to > from && (to - from) * this.cell > 30) context.fillText(name, this.x((from + to) / 2), middle);
-    }
-    for (const [name, first, end] of spans.map(([n, a, b]) => [n === "predicted" ? "true" : n, a, b])) {
-      const from = Math.max(first, state.row0), to = Math.min(end, state.row0 + state.span);
-      if (to <= from || (to - from) * this.cell <= 30) continue;
-      context.save();
-      context.translate(middle, this.y((from + to) / 2));
-      context.rotate(-Math.PI / 2);
-      context.fillText(name, 0, 0);
-      context.restore();
-    }
+    context.translate(x, y);
+    if (upright) context.rotate(-Math.PI / 2);
+    context.fillText(text, 0, 0);
+    context.restore();
+  }
+
+  // Return the words on the group of classes whose label is pointed at, or null.
+  groupAt(event) {
+    if (!grouped()) return null;
+    const box = this.canvas.getBoundingClientRect();
+    const [x, y] = [event.clientX - box.left - this.margin, event.clientY - box.top - this.margin];
+    const [right, below] = [x >= this.side, y >= this.side];
+    if (right === below || Math.min(x, y) < 0) return null;
+    const p = Math.floor(right ? y / this.cell + state.row0 : x / this.cell + state.column0);
+    const span = groupSpans().find(([, first, end]) => p >= first && p < end);
+    return span ? groupInWords(span[0], right) : null;
   }
 
   at(event) {
@@ -217,7 +243,8 @@ class HeatMap {
       return;
     }
     const cell = this.at(event);
-    if (cell) showTip(event, describe(cell)); else hideTip();
+    const tip = cell ? describe(cell) : this.groupAt(event);
+    if (tip) showTip(event, tip); else hideTip();
     if (state.pinned) return;
     if (cell?.row === state.cursor?.row && cell?.column === state.cursor?.column) return;
     state.cursor = cell;
@@ -244,6 +271,19 @@ class HeatMap {
   }
 }
 
+const STRIP = 20; // pixels of a title of an axis, and of a label of a group
+
+const grouped = () => places.orderName === "count" && places.single;
+
+function groupInWords(name, asRows) {
+  const members = ids.filter((c) => GROUPS[runs[0].groups[c]] === name);
+  const counts = members.map((c) => runs[0].trainCounts[c]);
+  const [least, most] = [counts.reduce((a, b) => Math.min(a, b)), counts.reduce((a, b) => Math.max(a, b))];
+  const images = least === most ? number(least) : `${number(least)} to ${number(most)}`;
+  const where = asRows ? "Rows: images of these classes." : "Columns: images predicted as these classes.";
+  return `${name}: ${number(members.length)} class${members.length === 1 ? "" : "es"} with ${images} training images\n${where}`;
+}
+
 function groupSpans() {
   const found = [];
   places.members.forEach(([c], p) => {
@@ -263,7 +303,10 @@ function fitted(context, text, room) {
 }
 
 function luminance(hex) {
-  const channel = (at) => (parseInt(hex.slice(at, at + 2), 16) / 255) ** 2.2;
+  const channel = (at) => { // of sRGB, as WCAG 2 defines it
+    const value = parseInt(hex.slice(at, at + 2), 16) / 255;
+    return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  };
   return 0.2126 * channel(1) + 0.7152 * channel(3) + 0.0722 * channel(5);
 }
 
@@ -293,6 +336,25 @@ function goTo(row, column) {
   look(row0, column0, span);
   showCell();
   $("spoken").textContent = describe(state.cursor);
+}
+
+// Select the cell of two classes, true and predicted, and scroll to it.
+function showInMap(row, column) {
+  if (!places.single) { $("grouping").value = state.grouping = "classes"; rearrange(); }
+  goTo(places.placeOf[row], places.placeOf[column]);
+  requestAnimationFrame(() => { // when the map is drawn, the cell has its place
+    const [map] = maps;
+    const top = map.canvas.getBoundingClientRect().top + map.y(state.cursor.row);
+    if (top < 80 || top > innerHeight - 120) scrollBy({ top: top - innerHeight * 0.4 });
+  });
+}
+
+// A link to #cell-TRUE-PREDICTED, with class ids, selects that cell.
+function followLink() {
+  const [, row, column] = location.hash.match(/^#cell-(\d+)-(\d+)$/) || [];
+  if (column === undefined || Math.max(row, column) >= numClasses) return false;
+  showInMap(Number(row), Number(column));
+  return true;
 }
 
 function pressed(event) {

@@ -59,8 +59,18 @@ function start() {
   if (runs.length > 1) {
     for (const legend of document.querySelectorAll(".legend")) legend.append(...runs.flatMap((run, r) => [element("span", { className: `key run${r % 6}` }), run.name]));
   }
+  $("order").value = state.order;
   rearrange();
+  if (data.opens) { // the most confused cell, with its card filled
+    const [row, column] = data.opens.map((c) => places.placeOf[c]);
+    Object.assign(state, { cursor: { row, column }, pinned: true });
+    showCell();
+  }
   drawAll();
+  addEventListener("hashchange", followLink);
+  document.addEventListener("click", (event) => { // the same link again is no change of the address
+    if (event.target.closest?.("a[href^='#cell-']")?.hash === location.hash) followLink();
+  });
   dark.addEventListener("change", drawAll);
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
@@ -70,6 +80,7 @@ function start() {
     plots.forEach((plot) => plot.draw());
     pairTable();
     classTable();
+    followLink();
     document.documentElement.dataset.ready = "yes";
   });
 }

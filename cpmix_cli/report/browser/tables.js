@@ -52,17 +52,13 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
   fill();
 }
 
-function showInMap(row, column) {
-  if (!places.single) { $("grouping").value = state.grouping = "classes"; rearrange(); }
-  goTo(places.placeOf[row], places.placeOf[column]);
-  $("matrix").scrollIntoView({ block: "start" });
-}
-
 const dash = (text) => (value) => (Number.isNaN(value) ? "-" : text(value));
 
 function pairTable() {
   const [rarer, frequent] = [decode(data.pairs.rarer_class), decode(data.pairs.commoner_class)];
-  const rows = Array.from(rarer, (r, i) => ({ r, c: frequent[i], show: () => showInMap(r, frequent[i]) }));
+  const together = (row, column) => runs.reduce((sum, run) => sum + run.count(row, column), 0);
+  const larger = (r, c) => (together(r, c) >= together(c, r) ? [r, c] : [c, r]); // the direction with more confusions
+  const rows = Array.from(rarer, (r, i) => ({ r, c: frequent[i], show: () => showInMap(...larger(r, frequent[i])) }));
   const both = (run) => ({ r, c }) => run.count(r, c) + run.count(c, r);
   const columns = [
     { name: "rarer class", of: ({ r }) => data.names[r] },
