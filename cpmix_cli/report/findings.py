@@ -28,9 +28,9 @@ class Finding:
 def find(matrix: Array, class_counts: Array, names: Sequence[str], *, limit: int = 3) -> list[Finding]:
     """Return the most telling confusions, each of another cell; fewer than `limit` if fewer cells have errors.
 
-    First the most confused cell, then the class that is missed most, then the class that is wrongly predicted most, then
-    the next most confused cells. Cells are ranked by the lower end of Wilson's interval of their share of the class's
-    test images, so that 36 of 100 images come before 1 of 1.
+    First the most confused cell, then the class that is missed most, then the class that is wrongly predicted most,
+    then the next most confused cells. Cells are ranked by the lower end of Wilson's interval of their share of the
+    class's test images, so that 36 of 100 images come before 1 of 1.
 
     Args:
         matrix: test images [C, C].

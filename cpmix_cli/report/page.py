@@ -187,35 +187,37 @@ def _summary(run: ShownRun, *, named: bool) -> str:
     """Return the run's balanced accuracy with its interval, and a bar of the accuracy of each group."""
     recall = class_columns(run.matrix)["accuracy"]
     intervals = totals(run.matrix, run.groups)["intervals"]
-    low, high = intervals["balanced_accuracy"]
-    said = f"{np.nanmean(recall):.1f}"
-    bars = ""
-    for number, group in enumerate(GROUPS):
-        members = np.array([name == group for name in run.groups])
-        if not members.any():
-            continue
-        counts = run.class_counts[members]
-        of = f"{counted(int(members.sum()), 'class', 'classes')} with {_range(counts.min(), counts.max())} training images"
-        value, ends = "-", ""
-        if intervals[group] is not None:
-            share = float(np.nanmean(recall[members]))
-            value, ends = f"{share:.1f} %", "{:.1f} to {:.1f} %".format(*intervals[group])
-            value += _bar(share, *intervals[group], f"group{number}")
-        bars += f'<tr><th scope="row">{group}</th><td>{value}</td><td class="quiet">{ends}</td><td class="quiet">{of}</td></tr>'
+    rows = "".join(
+        _group(group, recall[members], run.class_counts[members], intervals[group])
+        for group in GROUPS
+        if (members := np.array(run.groups) == group).any()
+    )
     return (
         f'<section class="summary">{f"<h2>{escape(run.name)}</h2>" if named else ""}<p>{escape(run.lead)}</p>'
-        f'<div class="headline"><p><strong>{said} %</strong> balanced accuracy<br><span class="quiet">95 % interval '
-        f'{low:.1f} to {high:.1f} %. The mean of the recalls of all classes, so that rare ones count as much as frequent '
-        f'ones.</span></p><div class="wide"><table class="groups"><caption>Accuracy by group of classes</caption>'
-        f"<tbody>{bars}</tbody></table></div></div></section>"
+        f'<div class="headline"><p><strong>{np.nanmean(recall):.1f} %</strong> balanced accuracy<br>'
+        f'<span class="quiet">95 % interval {_ends(intervals["balanced_accuracy"])}. The mean of the recalls of all '
+        "classes, so that rare ones count as much as frequent ones.</span></p>"
+        '<div class="wide"><table class="groups"><caption>Accuracy by group of classes, with 95 % intervals</caption>'
+        f"<tbody>{rows}</tbody></table></div></div></section>"
     )
 
 
-def _range(least: int, most: int) -> str:
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+def _group(name: str, recall: Array, counts: Array, interval: list[float] | None) -> str:
+    """Return the table row of a group: a bar of its accuracy, the interval, and which classes it has."""
+    share, ends = "-", ""
+    if interval is not None:
+        mean = float(np.nanmean(recall))
+        share, ends = f"{mean:.1f} %{_bar(mean, *interval, kind=name)}", _ends(interval)
+    images = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+    cells = [share, ends, f"{counted(len(counts), 'class', 'classes')} with {images} training images"]
+    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def _bar(share: float, low: float, high: float, kind: str) -> str:
+def _ends(interval: list[float]) -> str:
+    return f"{interval[0]:.1f} to {interval[1]:.1f} %"
+
+
+def _bar(share: float, low: float, high: float, *, kind: str) -> str:
     """Return a bar from 0 to 100 per cent with its interval as an SVG; its numbers stand beside it."""
     return (
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'

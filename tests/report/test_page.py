@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from helpers import must, refused
 
 from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
@@ -174,6 +176,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_pointing_at_a_cell_shows_its_classes_and_counts(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS, confusions=np.array([[0.0, 3, 1], [0, 0, 0], [2, 2, 0]]))], NAMES))
+    shows.page.locator("#maps canvas").press("Escape")  # the page opens with its most confused cell pinned
     assert shows.point(2, 1) == "wolf predicted as dog\n30 of 100 test images (30.0 %)\ntraining images: 5 and 50"
     assert shows.point(0, 0) == "cat, correct\n90 of 100 test images (90.0 %)\n500 training images"
     assert shows.point(0, 2) == "cat predicted as wolf\n0 of 100 test images (0.0 %)\ntraining images: 500 and 5"
@@ -216,11 +219,11 @@ def test_choosing_percent_or_images_redraws_the_cells(opened: Any) -> None:
 def test_classes_are_sorted_by_the_chosen_order(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, np.array([5, 50, 500]))], ["b10", "b9", "a"]))
     labels = {}
-    for order in ("count", "confusion", "accuracy", "name"):
+    for order in ("count", "confusion", "recall", "name"):
         shows.page.select_option("#order", order)
         labels[order] = shows.page.evaluate("places.labels")
     assert labels["count"] == ["a", "b9", "b10"]
-    assert labels["accuracy"] == ["b10", "b9", "a"]
+    assert labels["recall"] == ["b10", "b9", "a"]
     assert labels["name"] == ["a", "b9", "b10"]
     assert labels["confusion"][1] == "b9"  # confused with both
 
@@ -280,6 +283,7 @@ def test_keyboard_moves_the_cursor_and_announces_the_cell(opened: Any) -> None:
     shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
     page = shows.page
     page.get_by_role("application", name="run. Arrow keys move").focus()
+    page.keyboard.press("Escape")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
     assert page.locator("#spoken").inner_text().startswith("dog, correct")
@@ -296,6 +300,8 @@ def test_zoom_keeps_the_cell_and_shows_names(opened: Any) -> None:
     matrix = np.diag([9] * size) + np.eye(size, k=1, dtype=int)
     shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
     page = shows.page
+    page.select_option("#order", "count")
+    page.wait_for_timeout(100)
     before = shows.cell(200, 201)
     page.evaluate("zoom(0.1, { row: 200, column: 201 })")
     page.wait_for_timeout(100)
@@ -303,7 +309,7 @@ def test_zoom_keeps_the_cell_and_shows_names(opened: Any) -> None:
     after = shows.cell(200, 201)
     assert max(abs(a - b) for a, b in zip(before.values(), after.values(), strict=True)) < 180
     assert shows.point(200, 201).startswith("class 200 predicted as class 201")
-    page.get_by_role("button", name="reset zoom").click()
+    page.get_by_role("button", name="fit").click()
     assert page.evaluate("state.span") == size
     find = page.get_by_role("combobox", name="Find a class")
     find.fill("CLASS 250")
@@ -323,6 +329,7 @@ def test_dragging_wheel_and_double_click_move_the_view(opened: Any) -> None:
     size = 60
     shows = opened(rendered([shown(np.diag([9] * size), np.arange(size, 0, -1))], [f"c{c}" for c in range(size)]))
     page, canvas = shows.page, shows.page.locator("#maps canvas")
+    canvas.scroll_into_view_if_needed()
     page.evaluate("look(20, 20, 20)")
     page.wait_for_timeout(100)
     cell = page.evaluate("maps[0].cell")
@@ -351,6 +358,8 @@ def test_every_cell_with_images_can_be_pointed_at(opened: Any) -> None:
     size = 200
     matrix = np.diag([50] * size) + np.eye(size, k=1, dtype=int)
     shows = opened(rendered([shown(matrix, np.arange(size, 0, -1))], [f"class {c}" for c in range(size)]))
+    shows.page.select_option("#order", "count")
+    shows.page.wait_for_timeout(100)
     assert 2 < shows.page.evaluate("maps[0].cell") < 5
     assert shows.point(100, 101).startswith("class 100 predicted as class 101\n1 of 51")
     assert shows.point(100, 100).startswith("class 100, correct")
@@ -448,7 +457,7 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
 def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> None:
     matrix = np.array([[5, 5, 0], [0, 0, 0], [0, 1, 9]])
     shows = opened(rendered([shown(matrix, COUNTS)], NAMES))
-    shows.page.select_option("#order", "accuracy")
+    shows.page.select_option("#order", "recall")
     assert shows.page.evaluate("places.labels") == ["wolf", "cat", "dog"]
     header = shows.page.locator("#classes").get_by_role("button", name="accuracy")
     for _ in range(2):
@@ -544,6 +553,73 @@ def test_page_of_a_real_run_shows_its_confusions_and_plots(digits_run: Path, ope
             f"new Set(document.getElementById('plot-{name}').getContext('2d').getImageData(60, 10, 300, 250).data).size"
         )
         assert data > 3, name
+
+
+def test_first_screen_says_what_was_found_and_leads_to_it(opened: Any) -> None:
+    """The sentences by hand, their cells, and the cell that the page opens with."""
+    found = find(HAND, COUNTS, NAMES)
+    assert [(f.text, f.true_class, f.predicted_class) for f in found] == [
+        ("wolf is taken for dog in 30 of 100 images; 5 training images against 50", 2, 1),
+        ("cat is taken for dog in 10 of 100 images; 500 training images against 50", 0, 1),
+        ("dog is taken for wolf in 10 of 100 images; 50 training images against 5", 1, 2),
+    ]
+    shows = opened(rendered([replace(shown(HAND, COUNTS), lead="resnet32, trained on data.")], NAMES))
+    page = shows.page
+    first = page.locator(".summary").inner_text()
+    # (90 + 85 + 70) / 3; Wilson's interval of 245 of 300 images is 76.9 to 85.6, without the strata
+    assert "resnet32, trained on data." in first and "81.7 %" in first and "95 % interval 77.0 to 85.5 %" in first
+    groups = [row.locator("th, td").all_inner_texts() for row in page.locator(".groups tr").all()]
+    assert [(row[0], row[1].strip(), row[3]) for row in groups] == [
+        ("many", "90.0 %", "1 class with 500 training images"),
+        ("medium", "85.0 %", "1 class with 50 training images"),
+        ("few", "70.0 %", "1 class with 5 training images"),
+    ]
+    panel = page.locator("#cell h3")
+    assert panel.inner_text() == "wolf predicted as dog"
+    page.get_by_role("link", name="cat is taken for dog").click()
+    assert panel.inner_text() == "cat predicted as dog"
+    right = opened(rendered([shown(np.diag([5, 5, 5]), COUNTS)], NAMES))
+    assert "No test image is predicted wrong." in right.page.locator("main").inner_text()
+
+
+def test_findings_name_another_cell_each_and_prefer_certain_ones() -> None:
+    matrix = np.array([[60, 40, 0, 0], [0, 100, 0, 0], [0, 30, 70, 0], [1, 0, 0, 0]])
+    found = find(matrix, np.array([9, 500, 20, 1]), ["a", "b", "c", "d"])
+    assert found[0].text == "a is taken for b in 40 of 100 images; 9 training images against 500"
+    assert len({(f.true_class, f.predicted_class) for f in found}) == 3
+    assert find(np.diag([3, 3]), np.array([2, 1]), ["a", "b"]) == []
+    only = find(np.array([[0, 1], [0, 5]]), np.array([2, 1]), ["a", "b"])
+    assert [f.text for f in only] == ["a is taken for b in 1 of 1 image; 2 training images against 1"]
+
+
+def test_a_pair_leads_to_its_larger_direction_in_view(opened: Any) -> None:
+    size = 60
+    matrix = np.diag([50] * size)
+    matrix[3, 50], matrix[50, 3] = 20, 0  # the frequent class is taken for the rare one
+    shows = opened(rendered([shown(matrix, np.arange(size, 0, -1) * 10)], [f"c{c}" for c in range(size)]))
+    page = shows.page
+    assert page.locator("#order").input_value() == "confusion"  # above 30 classes
+    page.select_option("#order", "count")
+    page.locator("#pairs tbody tr").first.click()
+    assert page.locator("#cell h3").inner_text() == "c3 predicted as c50"
+    page.wait_for_timeout(200)
+    top = page.evaluate("maps[0].canvas.getBoundingClientRect().top + maps[0].y(3)")
+    assert 0 < top < 1000
+
+
+def test_the_label_of_a_group_says_which_classes_it_has(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, np.array([500, 400, 5]))], NAMES))
+    canvas = shows.page.locator("#maps canvas")
+    place = shows.cell(0, 0)
+    edge = shows.page.evaluate("maps[0].margin + maps[0].side + 10")
+    canvas.hover(position={"x": place["x"], "y": edge})
+    tip = shows.page.locator("#tip")
+    assert (
+        tip.inner_text()
+        == "many: 2 classes with 400 to 500 training images\nColumns: images predicted as these classes."
+    )
+    canvas.hover(position={"x": edge, "y": shows.cell(2, 0)["y"]})
+    assert tip.inner_text() == "few: 1 class with 5 training images\nRows: images of these classes."
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
