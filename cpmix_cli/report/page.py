@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.evaluation.per_class import class_columns, totals
+from cpmix_cli.report.colours import KINDS, MODES, stops
 from cpmix_cli.report.findings import Finding, find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.pairs import relation, trim_confusions
+from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime.errors import counted
 from cpmix_cli.runtime.text import on_a_line
 
@@ -33,13 +33,6 @@ Array = NDArray[Any]
 GENERATOR = b'<meta name="generator" content="cpmix">'
 """Line of page.html by which a page of cpmix is told from others."""
 
-_COLOUR_MAPS = {
-    "confusion": {"light": ("viridis_r", 0.0, 1.0), "dark": ("viridis", 0.12, 1.0)},
-    "difference": {"light": ("coolwarm_r", 0.0, 1.0), "dark": ("managua", 0.0, 1.0)},
-}
-"""Perceptually uniform or diverging maps, all colour-blind safe. On dark pages viridis starts above its darkest
-colours, so that a cell with few images differs from an empty one."""
-_NUM_COLOURS = 64
 _SCRIPTS = ("data", "layout", "matrix", "cell", "tables", "plots", "start")
 """Parts of the script: each uses only those before it while it loads."""
 _MAX_PAIRS = 200_000  # training confusions on the page; above that, trim_confusions() selects
@@ -104,7 +97,7 @@ def render_page(
         "clustered": clustered,
         "opens": [findings[0].true_class, findings[0].predicted_class] if findings else None,
         "images": None if images is None else vars(images),
-        "colours": {kind: {mode: _stops(*of) for mode, of in modes.items()} for kind, modes in _COLOUR_MAPS.items()},
+        "colours": {kind: {mode: stops(kind, mode) for mode in MODES} for kind in KINDS},
     }
     sources = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
     several = len(runs) > 1
@@ -177,12 +170,6 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
     }
 
 
-def _stops(name: str, low: float, high: float) -> list[str]:
-    """Return _NUM_COLOURS hex colours of a colour map between two positions in [0, 1]."""
-    colours = matplotlib.colormaps[name]
-    return [to_hex(colours(value)) for value in np.linspace(low, high, _NUM_COLOURS)]
-
-
 def _summary(run: ShownRun, *, named: bool) -> str:
     """Return the run's balanced accuracy with its interval, and a bar of the accuracy of each group."""
     recall = class_columns(run.matrix)["accuracy"]
@@ -194,7 +181,7 @@ def _summary(run: ShownRun, *, named: bool) -> str:
     )
     return (
         f'<section class="summary">{f"<h2>{escape(run.name)}</h2>" if named else ""}<p>{escape(run.lead)}</p>'
-        f'<div class="headline"><p><strong>{np.nanmean(recall):.1f} %</strong> balanced accuracy<br>'
+        f'<div class="headline"><p><strong>{percent(float(np.nanmean(recall)), 1)} %</strong> balanced accuracy<br>'
         f'<span class="quiet">95 % interval {_ends(intervals["balanced_accuracy"])}. The mean of the recalls of all '
         "classes, so that rare ones count as much as frequent ones.</span></p>"
         '<div class="wide"><table class="groups"><caption>Accuracy by group of classes, with 95 % intervals</caption>'
@@ -207,14 +194,14 @@ def _group(name: str, recall: Array, counts: Array, interval: list[float] | None
     share, ends = "-", ""
     if interval is not None:
         mean = float(np.nanmean(recall))
-        share, ends = f"{mean:.1f} %{_bar(mean, *interval, kind=name)}", _ends(interval)
+        share, ends = f"{percent(mean, 1)} %{_bar(mean, *interval, kind=name)}", _ends(interval)
     images = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
     cells = [share, ends, f"{counted(len(counts), 'class', 'classes')} with {images} training images"]
     return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _ends(interval: list[float]) -> str:
-    return f"{interval[0]:.1f} to {interval[1]:.1f} %"
+    return f"{percent(interval[0], 1)} to {percent(interval[1], 1)} %"
 
 
 def _bar(share: float, low: float, high: float, *, kind: str) -> str:
@@ -251,7 +238,8 @@ def _relation(run: ShownRun, *, named: bool) -> str:
     if found["num_classes"]:
         words += (
             f" For {found['same_first']:,} of {found['num_classes']:,} classes the most frequent confusion is the same."
-            f" The wrong predictions of a class in training and test overlap by {100 * found['overlap']:.0f} per cent."
+            " The wrong predictions of a class in training and test overlap by "
+            f"{percent(100 * found['overlap'])} per cent."
         )
     words = escape(f"{run.name}: {words}" if named else words)
     return (
@@ -263,7 +251,7 @@ def _relation(run: ShownRun, *, named: bool) -> str:
 def _reliability_in_words(run: ShownRun) -> str:
     images, confidence, accuracy = run.reliability[run.reliability[:, 0] > 0].T
     mean = 100 * np.average(np.stack([confidence, accuracy]), axis=1, weights=images)
-    return f"{run.name}: mean confidence {mean[0]:.1f} per cent, accuracy {mean[1]:.1f} per cent"
+    return f"{run.name}: mean confidence {percent(mean[0], 1)} per cent, accuracy {percent(mean[1], 1)} per cent"
 
 
 def _links(caption: str, places: list[str]) -> str:
