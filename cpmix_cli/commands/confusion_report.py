@@ -79,7 +79,7 @@ def run(options: ReportOptions) -> None:
             fix="give the part of the name of a folder RUN/evaluation/PHASE-LABEL after PHASE-",
         )
     own = _read_reported(options, options.from_folder, options.phase, options.data, options.data_root)
-    others = [_read_reported(replace(options, out=None), folder) for folder in options.compare]
+    others = [_read_reported(replace(options, out=None), folder, known=own.dataset) for folder in options.compare]
     for other in others:
         if other.dataset.class_names != own.dataset.class_names:
             raise InputError(
@@ -119,7 +119,7 @@ def run(options: ReportOptions) -> None:
     else:
         locks.tidy(folder)
         locks.tidy(index.parent)
-    _report(folder, index, own, pairs, status)
+    _report(folder, index, reported, pairs, status)
     if options.out is None and options.label is None:
         command = command_ahead(own.root, data=options.data, data_root=options.data_root)
         if command is not None:
@@ -132,15 +132,23 @@ def _read_reported(
     phase: str | None = None,
     data: Path | None = None,
     data_root: Path | None = None,
+    known: Dataset | None = None,
 ) -> _Reported:
-    """Read an evaluated phase of a run; an evaluation in --out comes before one in the run folder."""
+    """Read an evaluated phase of a run; an evaluation in --out comes before one in the run folder.
+
+    A run on the data set `known` needs no other folder of it: --data may have said where it is.
+    """
     source = choose(given, phase)
     root = source.run
     name = source.phase if options.label is None else f"{source.phase}-{options.label}"
     evaluation = (options.out or root) / "evaluation" / name
     if not (evaluation / files.RUN).is_file():
         evaluation = root / "evaluation" / name
-    dataset = folders.find_dataset(root, source.record().dataset, data, data_root=data_root)
+    recorded = source.record().dataset
+    if known is not None and known.fingerprint == recorded.fingerprint:
+        dataset = known
+    else:
+        dataset = folders.find_dataset(root, recorded, data, data_root=data_root)
     predictions, sha = read_predictions(evaluation, source, dataset.num_classes)
     matrix = matrix_of(predictions, dataset.num_classes)
     table = tables.read_confusions(*source.output(files.CONFUSION_PAIRS), dataset.num_classes)
@@ -357,8 +365,10 @@ def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> 
     ]
 
 
-def _report(folder: Path, index: Path, own: _Reported, pairs: pd.DataFrame, status: str) -> None:
-    """Show the most confused pairs, the accuracies and the paths of the outputs."""
+def _report(folder: Path, index: Path, reported: list[_Reported], pairs: pd.DataFrame, status: str) -> None:
+    """Show the most confused pairs, the accuracies, the paths of the outputs, and what the page compares."""
+    own, *others = reported
+    called = _names(reported)
     status = "up to date" if status == "done" else "done"
     picture = folder / run_json.read_run(folder, run_json.ReportRecord).picture
     size = len(own.predictions)
@@ -381,9 +391,16 @@ def _report(folder: Path, index: Path, own: _Reported, pairs: pd.DataFrame, stat
             "num_test": size,
             "num_wrong": wrong,
             "most_confused": top.to_dict("records"),
+            "compared_with": [str(other.source.path) for other in others],
         },
         title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
         rows=own.accuracies,
-        lines=[f"{status}: {folder}", f"page: {index}", f"picture: {picture}"],
+        lines=[
+            *(f"{status}: {folder}", f"page: {index}", f"picture: {picture}"),
+            *(
+                f"compares: {own.source.path} with {other.source.path} (difference: {name} minus {called[0]})"
+                for other, name in zip(others, called[1:], strict=True)
+            ),
+        ],
     )

@@ -8,6 +8,7 @@ from zero only and always in one direction, so that larger values look larger, a
 from typing import Literal, get_args
 
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.typing import ColorType
 
 Mode = Literal["light", "dark"]
 Kind = Literal["confusion", "difference"]
@@ -18,7 +19,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 _AT = (0.0, 0.03, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
 _CONFUSION: dict[Mode, tuple[str, ...]] = {
     "light": ("#ffffff", "#eef5f8", "#c7e3f2", "#77bdef", "#3e92e6", "#3068c9", "#314399", "#28275f", "#16102d"),
-    "dark": ("#15171a", "#19202b", "#1c3347", "#005c74", "#00868b", "#2bab91", "#7dca92", "#c4e2a0", "#fdfac9"),
+    "dark": ("#15171a", "#1a222e", "#1c3347", "#005c74", "#00868b", "#2bab91", "#7dca92", "#c4e2a0", "#fdfac9"),
 }
 _ARM_AT = (0.0, 0.06, 0.2, 0.5, 1.0)
 _WORSE: dict[Mode, tuple[str, ...]] = {
@@ -56,13 +57,13 @@ def stops(kind: Kind, mode: Mode, number: int = 65) -> list[str]:
     return [to_hex(colours(k / (number - 1))) for k in range(number)]
 
 
-def text_colour(fill: object) -> Literal["black", "white"]:
+def text_colour(fill: ColorType) -> Literal["black", "white"]:
     """Return which of black and white has the larger WCAG contrast with a colour; it is 4.5 : 1 at least."""
     # Black wins above the luminance whose contrasts are equal: (1 + 0.05) / (l + 0.05) = (l + 0.05) / (0 + 0.05).
     return "black" if luminance(fill) + 0.05 > (1.05 * 0.05) ** 0.5 else "white"
 
 
-def luminance(colour: object) -> float:
+def luminance(colour: ColorType) -> float:
     """Return the relative luminance of a colour as WCAG 2 defines it, 0 to 1."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

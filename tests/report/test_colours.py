@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.typing import ColorType
 
 from cpmix_cli.report.colours import KINDS, MODES, Mode, colour_map, luminance, stops, text_colour
 from cpmix_cli.report.rounding import percent
@@ -42,7 +43,7 @@ def levels(kind: str, mode: Mode) -> np.ndarray:
     return colour_map(kind, mode)(np.linspace(0, 1, 257))[:, :3]  # type: ignore[arg-type]
 
 
-def contrast(a: object, b: object) -> float:
+def contrast(a: ColorType, b: ColorType) -> float:
     dark, light = sorted((luminance(a), luminance(b)))
     return (light + 0.05) / (dark + 0.05)
 

@@ -637,9 +637,13 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     shutil.copytree(digits_run, other)
     result = must("confusion-report", "--from", digits_run, "--compare", other / "finetune", "--json")
     assert result.json["status"] == "done"
+    assert result.json["compared_with"] == [str(other / "finetune")]
     assert [run["name"] for run in page_data(digits_run)["runs"]] == [digits_run.name, "other"]
     again = must("confusion-report", "--from", digits_run, "--compare", other / "finetune", "--json")
     assert again.json["status"] == "up to date"
+    said = must("confusion-report", "--from", digits_run, "--compare", other).stdout.splitlines()[-1]
+    here, there = digits_run / "finetune", other / "finetune"
+    assert said == f"compares: {here} with {there} (difference: other minus {digits_run.name})"
     must("confusion-report", "--from", digits_run)
     assert len(page_data(digits_run)["runs"]) == 1
 
@@ -648,6 +652,18 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     refused(3, others, "confusion-report", "--from", digits_run, "--compare", toy_run)
     shutil.rmtree(other / "evaluation")
     refused(3, f"fix: cpmix evaluate --from {other}", "confusion-report", "--from", digits_run, "--compare", other)
+
+
+@pytest.mark.slow
+def test_data_is_for_a_compared_run_of_the_same_data_set_too(tmp_path: Path) -> None:
+    data, run, moved = tmp_path / "data", tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    must("build-lt", "digits", "--rho", 6.2, "--out", data)
+    must("train-stage1", "--data", data, "--recipe", "digits/cross-entropy", "--epochs", 1, "--out", run)
+    must("evaluate", "--from", run)
+    shutil.copytree(run, tmp_path / "other")
+    moved.parent.mkdir()
+    data.rename(moved)
+    must("confusion-report", "--from", run, "--data", moved, "--compare", tmp_path / "other")
 
 
 @pytest.mark.slow
