@@ -226,7 +226,7 @@ def test_test_accuracy_in_training_does_not_change_the_weights(digits: Path, dig
     result = must("train-stage1", *flags, "--out", tmp_path)
     curve = pd.read_parquet(tmp_path / "stage1" / "metrics.parquet")["test_accuracy"]
     assert curve.isna().tolist() == [True, False, True, False]
-    assert result.stderr.count("test_accuracy=") == 2
+    assert result.stderr.count("test_acc=") == 2
     last = must("evaluate", "--from", tmp_path, "--json").json["top1"]
     assert curve.iloc[-1] * 100 == pytest.approx(last, abs=0.005)
     weights = (tmp_path / "stage1" / "model.safetensors").read_bytes()
