@@ -457,6 +457,9 @@ class StatusOptions:
     folders: Annotated[
         list[Path], Argument(help="Run folders to show, or folders that hold runs. Default: ckpt.", metavar="[RUN...]")
     ] = field(default_factory=list)
+    curves: bool = flag(
+        False, "Also show the course of loss, accuracy and learning rate over the finished epochs of each phase."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def test_every_command_has_the_agreed_flags() -> None:
         "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
         "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
         f"--download --verify --seeds --init --teacher {training}",
-        "status": "--json",
+        "status": "--curves --json",
         "compare": "--split --paper --format --out --overwrite --append --study --json",
         "results": "--update --json",
         "recipes": "--set --epochs --seed --rho --plugin --budget --copy --overwrite --json",
@@ -143,6 +143,7 @@ def test_the_status_of_an_interrupted_phase_needs_no_torch(digits_run: Path) -> 
     status, names = imported_by(["status", str(digits_run)])
     assert status == 75
     assert "torch" not in names
+    assert "torch" not in imported_by(["status", str(digits_run), "--curves"])[1]
 
 
 def test_the_first_line_of_a_training_command_states_what_it_loads(digits: Path, tmp_path: Path) -> None:

@@ -106,6 +106,12 @@ def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
     Raises:
         InputError: the file is missing or damaged, or has no seal.
     """
+    shapes, metadata, _ = read_sealed_values(path, "")
+    return shapes, metadata
+
+
+def read_sealed_values(path: Path, name: str) -> tuple[dict[str, list[int]], dict[str, Any], bytes]:
+    """Read as read_sealed(), and return also the bytes of one tensor; none if the file lacks it."""
     data = read_bytes(path)
     try:
         shapes, metadata = parse_header(data)
@@ -114,4 +120,4 @@ def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
         tensors_digest = content_digest(entries)
     except DAMAGED as fault:
         raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
-    return shapes, check_seal(path, metadata, tensors_digest)
+    return shapes, check_seal(path, metadata, tensors_digest), dict(found).get(name, {"data": b""})["data"]

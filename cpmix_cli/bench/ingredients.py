@@ -15,7 +15,7 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe.loading import with_settings
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.runtime.errors import UsageError, counted
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData, training_data
 from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal
@@ -98,7 +98,7 @@ def run(options: BenchOptions) -> None:
     num_images = len(data_of(context).labels)
     console.note(
         f"bench: ingredients of {name} on {dataset.name}, {num_images:,} images; "
-        f"{hardware.device_name(context.device)}, {torch.get_num_threads()} threads"
+        f"{hardware.device_name(context.device)}, {counted(torch.get_num_threads(), 'thread')}"
     )
     timings = measure(loops, options.rounds, options.seconds, Memory(context.device))
     seconds = {key: _step_seconds(timings[key], *each, num_images) for key, each in contexts.items()}

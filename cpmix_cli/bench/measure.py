@@ -23,7 +23,7 @@ from cpmix_cli.data.longtail import exponential_counts
 from cpmix_cli.flags import BenchOptions
 from cpmix_cli.recipe import loading as recipes
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.runtime.errors import InputError, UsageError
+from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.cuda_graphs import synchronize
 from cpmix_cli.training.inputs import TrainingData
@@ -146,7 +146,7 @@ def measure(
         taken = loop.timed(_MIN_STEPS)[0] / _MIN_STEPS
         timings[name] = Timing(loop, memory.peak(), max(_MIN_STEPS, math.ceil(seconds / taken)))
         expected += rounds * timings[name].num_steps * taken
-    console.note(f"bench: {rounds} round{'s' if rounds > 1 else ''}, {console.duration(expected)} and more")
+    console.note(f"bench: {counted(rounds, 'round')}, {console.duration(expected)} and more")
     for number in range(rounds):
         for timing in reversed(timings.values()) if number % 2 else timings.values():  # alternate the order
             timing.turn()

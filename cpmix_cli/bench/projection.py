@@ -37,7 +37,8 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.runtime.errors import UsageError, counted
+from cpmix_cli.runtime.layout import table_lines
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
@@ -201,7 +202,7 @@ def run(options: BenchOptions) -> None:
     assumed = Assumptions(options.cores or 8, options.link or 12.5)  # 12.5 GB/s are 100 Gbit/s
     console.note(
         f"bench: {name}, {num_images:,} images in {dataset.num_classes:,} classes ({source}); "
-        f"{hardware.device_name(device)}, {torch.get_num_threads()} threads"
+        f"{hardware.device_name(device)}, {counted(torch.get_num_threads(), 'thread')}"
     )
     plans, network, gradients, buffers = [], {}, {}, 0
     all_at_once: set[int] = set()
@@ -424,6 +425,7 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
                         f"{step['disk_bytes_per_second_and_machine'] / _MB:,.0f}",
                     ]
                 )
+    width = console.columns()
     hours = ">GPU-hours" if fields["device_type"] == "cuda" else ">rank-hours"
     totals_header = (">ranks", "images", *(f">{phase}" for phase in num_terms), ">together", hours)
     steps_header = (
@@ -433,7 +435,7 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
     lines = [
         f"measured here: {fields['device']}, threads: {fields['threads']}, {fields['precision']}, "
         f"torch {fields['torch']}",
-        *console.table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms)),
+        *table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms), width=width),
         "",
         f"assumed: {assumed['cores']} cores of each rank read images (--cores); {assumed['link']:g} GB/s each way on "
         f"the slowest link (--link); {assumed['ranks_per_machine']} ranks a machine",
@@ -441,10 +443,10 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
         "",
         f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
         f"{fields['num_classes']:,} classes ({fields['counts_from']})",
-        *console.table_lines(totals_header, totals),
+        *table_lines(totals_header, totals, width=width),
         "",
         "a step of a rank; steps and bytes from disk of an epoch, MB/s from disk of a machine",
-        *console.table_lines(steps_header, steps),
+        *table_lines(steps_header, steps, width=width),
         "",
     ]
     for kept, first in fields["runs_out_first"].items():
@@ -460,7 +462,7 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
 
 
 def _ranks(entry: Mapping[str, Any]) -> str:
-    return "1 rank" if entry["world_size"] == 1 else f"{entry['world_size']:,} ranks"
+    return counted(entry["world_size"], "rank")
 
 
 def _measured_rows(found: Mapping[str, Any], num_terms: Mapping[str, int]) -> list[list[str]]:

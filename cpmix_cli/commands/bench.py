@@ -35,7 +35,7 @@ from cpmix_cli.flags import BenchOptions
 from cpmix_cli.models import build_model
 from cpmix_cli.recipe.loading import of_dataset
 from cpmix_cli.runtime import console, hardware
-from cpmix_cli.runtime.errors import UsageError
+from cpmix_cli.runtime.errors import UsageError, counted
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
@@ -106,7 +106,7 @@ def run(options: BenchOptions) -> None:
 
     console.note(
         f"bench: {name} on {dataset.name}, {len(labels):,} images of {'x'.join(map(str, dataset.shape))}; "
-        f"{hardware.device_name(device)}, {workers} threads"
+        f"{hardware.device_name(device)}, {counted(workers, 'thread')}"
     )
     timings = measure(loops, options.rounds, options.seconds, memory)
     start_up = start_up_seconds()
@@ -171,7 +171,9 @@ def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mappi
         rows.append(row(f"cpmix {phase}, {own}, {count} images", timings[phase], timings[f"network {phase} {own}"]))
     header = ("loop", ">images/s", ">lowest .. highest", ">to reference", ">to network", ">peak MiB")
     projected = fields["projected_seconds"]
-    parts = [f"{phase} {console.duration(projected[phase])} ({count} epochs)" for phase, count in epochs.items()]
+    parts = [
+        f"{phase} {console.duration(projected[phase])} ({counted(count, 'epoch')})" for phase, count in epochs.items()
+    ]
     hours = f", {fields['gpu_hours']:.3f} GPU-hours" if fields["gpu_hours"] else ""
     without = f" (without {', '.join(fields['not_projected'])})" if fields["not_projected"] else ""
     ratios = fields["ratio_to_plain_network"].items()

@@ -29,6 +29,7 @@ from cpmix_cli.recipe.loading import load, with_settings
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented, shortened
+from cpmix_cli.runtime.layout import table_lines
 from cpmix_cli.runtime.text import on_a_line
 from cpmix_cli.training.checks import fitting_settings
 from cpmix_cli.training.pretrained import how_to_import
@@ -462,7 +463,7 @@ def _repair(dataset: Dataset) -> None:
             locks.hold(dataset.folder, wait=True) as lock,
         ):
             missing = recorded.missing()  # another process may have packed some while this one waited
-            console.note(f"packing {len(missing)} missing shards of {split} again")
+            console.note(f"packing {counted(len(missing), 'missing shard')} of {split} again")
             seen = np.zeros((len(paths), 2), dtype=np.int64)
             packing = shards.Packing(
                 *(dataset.folder, split, dataset.data_root, paths, seen),
@@ -523,15 +524,15 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
     table: list[str] = []
     if source.times is not None and not source.files:  # a folder was scanned
         fields["files"], rows = _files_of(dataset, source, status)
-        table = [*console.table_lines(("files", ">number", "such as"), rows), ""]
+        table = [*table_lines(("files", ">number", "such as"), rows, width=console.columns()), ""]
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
     lines = [
         *console.histogram(counts.tolist(), record.classes),
         "",
         *table,
         f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
-        f"{record.num_test:,} test images, "
-        f"{len(counts)} classes, largest {counts.max()}, smallest {counts.min()} "
+        f"{counted(record.num_test, 'test image')}, "
+        f"{counted(len(counts), 'class', 'classes')}, largest {counts.max()}, smallest {counts.min()} "
         f"(ratio {counts.max() / counts.min():.4g})",
         f"groups: {shown} classes",
         f"{status}: {dataset.folder}",

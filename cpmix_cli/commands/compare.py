@@ -7,6 +7,7 @@ is listed below the table. Rows are also compared run by run (results/paired.py)
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def _publish(
         lines = csv_text(records)
     else:
         form = FORMS[options.form]
+        if form is plain and options.out is None:
+            form = partial(plain, width=console.columns())
         lines = [line for number, sheet in enumerate(sheets) for line in (*([""] if number else []), *form(sheet))]
         if options.form == "latex":
             lines.insert(0, r"% \usepackage{booktabs}")

@@ -379,7 +379,9 @@ def _report(folder: Path, index: Path, reported: list[_Reported], pairs: pd.Data
         rows = [
             [str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in _with_names(top, own.dataset).iterrows()
         ]
-        title = f"most confused of {len(pairs):,} class pairs ({wrong:,} of {size:,} test images wrong)"
+        title = (
+            f"most confused of {counted(len(pairs), 'class pair')} ({wrong:,} of {counted(size, 'test image')} wrong)"
+        )
         console.table(header, rows, title=title)
     console.result(
         {

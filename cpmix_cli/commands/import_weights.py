@@ -83,7 +83,7 @@ def run(options: ImportOptions) -> None:
     values, sha = sum(t.numel() for t in tensors.values()), files.sha256(converted)
     console.result(
         {"status": status, "out": str(out), "num_tensors": len(tensors), "num_values": values, "sha256": sha},
-        lines=[f"{len(tensors)} tensors of {values:,} values, sha256 {sha}", f"{status}: {out}"],
+        lines=[f"{counted(len(tensors), 'tensor')} of {counted(values, 'value')}, sha256 {sha}", f"{status}: {out}"],
     )
     if prefix := _common_prefix(tensors):
         console.note(f"all names begin with '{prefix}'; train-stage1 --init takes it off, if the network fits then")

@@ -12,7 +12,8 @@ from cpmix_cli.results.table_files import check_out, publish_in_format
 from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, give_one_of
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, give_one_of
+from cpmix_cli.runtime.layout import prose
 
 
 def run(options: MisclassifiedOptions) -> None:
@@ -49,9 +50,10 @@ def run(options: MisclassifiedOptions) -> None:
         [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * confidence:.1f} %"]
         for f, confidence in zip(found[: options.limit], confidences, strict=False)
     ]
-    lines = [f"{len(found):,} misclassified images"]
+    lines = [counted(len(found), "misclassified image")]
     if len(found) > len(rows):
         lines = [f"{len(rows)} of {lines[0]}; more with --limit N, all with --json or --out FILE.csv"]
+    lines = prose(lines, console.columns())
     if options.out is not None:
         is_path = [isinstance(image, str) for image in images]
         columns: dict[str, Any] = {

@@ -18,7 +18,7 @@ def run(options: ResultsOptions) -> None:
     """
     rows = read_results(options.file)
     if options.update is None:
-        lines = [line for sheet in sheets_of(rows) for line in (*plain(sheet), "")]
+        lines = [line for sheet in sheets_of(rows) for line in (*plain(sheet, console.columns()), "")]
         console.result({"rows": rows}, lines=lines[:-1])
         return
     path = options.update.resolve()  # publishing replaces a link

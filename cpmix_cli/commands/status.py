@@ -1,5 +1,6 @@
 """status: show the state of runs and the next command. Reads records and headers, writes nothing."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EXIT_INTERRUPTED, InputError
+from cpmix_cli.runtime.layout import table_lines
+from cpmix_cli.runtime.text import sparkline
+from cpmix_cli.training.metrics import read_history
 
 RUNS = Path("ckpt")
 """Folder that is looked at if none is given."""
+_BESIDE_CURVES = 56
+"""Columns of a terminal that the labels and numbers beside a curve take."""
 
 
 def run(options: StatusOptions) -> int:
@@ -28,12 +34,16 @@ def run(options: StatusOptions) -> int:
     Raises:
         InputError: a folder holds no run, or the record of a run that is given is damaged.
     """
-    runs, rows, code = [], [], 0
+    runs: list[dict[str, Any]] = []
+    rows, code = [], 0
     for given, root in _places(options):
         try:
             run = read_run(root)
             phases = [_phase_fields(folder, elsewhere, run) for folder, elsewhere in run.phases()]
             status = "continue" if run.unfinished() else "done"
+            if options.curves:
+                for fields, (folder, elsewhere) in zip(phases, run.phases(), strict=True):
+                    fields["curves"] = read_history(folder) if elsewhere is None and folder.is_begun else None
             runs.append({"run": str(given), "status": status, "phases": phases, "next": run.next_command()})
         except InputError as fault:
             if root in options.folders:
@@ -50,8 +60,11 @@ def run(options: StatusOptions) -> int:
             rows.append([str(given), p["phase"], state, f"{p['epochs']}/{p['total_epochs']}", top1])
     status = next((s for s in ("error", "continue") if any(run["status"] == s for run in runs)), "done")
     lines = [f"next: {run['next']}" for run in runs if run["next"]]
+    drawn = [line for run in runs for phase in run["phases"] for line in _curve_lines(run["run"], phase)]
     header = ("run", "phase", "status", ">epochs", ">top-1")
-    console.result({"status": status, "runs": runs}, header=header, rows=rows, lines=["", *lines] if lines else [])
+    console.result(
+        {"status": status, "runs": runs}, header=header, rows=rows, lines=[*drawn, *(["", *lines] if lines else [])]
+    )
     return {"done": 0, "continue": EXIT_INTERRUPTED, "error": code}[status]
 
 
@@ -90,7 +103,7 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
             because = folder.stale_because()
             # Verifies the state, because a damaged one cannot be resumed.
             epochs, total = (
-                run_json.verify_state(folder.path / files.TRAINING_STATE)[1],
+                len(run_json.verify_state(folder.path / files.TRAINING_STATE)[1]),
                 folder.recipe().epochs_of(folder.phase),
             )
         if writer := folder.writer:
@@ -103,6 +116,33 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
         "top1": top1,
         "because": because,
     }
+
+
+def _curve_lines(run: str, phase: Mapping[str, Any]) -> list[str]:
+    """Return the curves of a phase as a table after an empty line; no line for a phase without any."""
+    if (curves := phase.get("curves")) is None:
+        return []
+    title = f"\n{run}: {phase['phase']}, {phase['status']}, {phase['epochs']}/{phase['total_epochs']} epochs"
+    if not (epochs := curves.get("epoch")):
+        return ["", f"{title.strip()}; none is finished yet"]
+    terms = [name for name in curves if name.startswith("loss_")]
+    shown = {"loss": "loss", **({name: f"  {name.removeprefix('loss_')}" for name in terms} if terms[1:] else {})}
+    shown |= {"train_accuracy": "train acc, %", "test_accuracy": "test acc, %", "learning_rate": "learning rate"}
+    width = console.columns()
+    room = min(32, max(8, (width or 80) - _BESIDE_CURVES))
+    rows = []
+    for name, label in shown.items():
+        share = 100 if name.endswith("accuracy") else 1
+        known = [(share * value, epoch) for value, epoch in zip(curves[name], epochs, strict=True) if value is not None]
+        if not known:
+            continue
+        form = {"learning_rate": ".4g"}.get(name, ".2f" if share == 100 else ".4f")
+        first, last = (f"{value:{form}}" for value, _ in (known[0], known[-1]))
+        best, at = (max if share == 100 else min)(known, key=lambda entry: entry[0])
+        ends = ["-", "-"] if name == "learning_rate" else [f"{best:{form}}", str(at)]
+        rows.append([label, sparkline(curves[name], room), first, last, *ends])
+    header = ("", f"epochs {epochs[0]} to {epochs[-1]}" if epochs[1:] else f"epoch {epochs[0]}")
+    return table_lines((*header, ">first", ">last", ">best", ">at epoch"), rows, title=title, width=width)
 
 
 def _accuracy(folder: PhaseFolder) -> float | None:

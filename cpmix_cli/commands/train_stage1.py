@@ -205,7 +205,7 @@ def _prepare(
         head = "the head is new" if recipe.model.init_head != "class-means" else "the head is that of class means"
         if begun is not None and recipe.model.init_head == "by-name":
             head = _keep_head(state.model, tensors, begun, context.dataset.class_names)
-        console.note(f"starts from {taken} tensors of {init}; {head}")
+        console.note(f"starts from {counted(taken, 'tensor')} of {init}; {head}")
     elif is_library_name(context.recipe.model.name):
         console.note(without_init(context.recipe.model.name))
     elif frozen := context.recipe.model.frozen:

@@ -44,7 +44,10 @@ def warn_of_duplicates(dataset: Dataset, *, is_own: bool) -> None:
         if shared:
             of = "a training image" if first == "train" else "a val image"
             shown = f":{indented(pairs, SHOWN)}" if pairs else ""
-            console.warn(f"{len(shared)} of {len(keys[second])} {second} images are identical to {of}{shown}")
+            are = "is" if len(shared) == 1 else "are"
+            console.warn(
+                f"{len(shared)} of {counted(len(keys[second]), f'{second} image')} {are} identical to {of}{shown}"
+            )
     if is_own:
         seen: dict[bytes, tuple[int, str, str]] = {}
         mixed, twice = [], []
@@ -85,7 +88,7 @@ def warn_of_changed(dataset: Dataset, split: str) -> None:
     with suppress(UnreadableImages):  # the files that are missing are named when they are read
         # A copy has other times: it would be read whole by each command.
         if changed := _changed_files(dataset, split, seen, times=dataset.moved_to is None):
-            number = f"{len(changed):,} of {len(seen):,} {split} images"
+            number = f"{len(changed):,} of {counted(len(seen), f'{split} image')}"
             console.warn(
                 f"{number} in {dataset.data_root} changed since {dataset.folder} was built; the same build-lt command "
                 f"with --overwrite takes them as they are:{indented(changed, SHOWN)}"

@@ -22,7 +22,7 @@ from cpmix_cli.artifacts.files import digest, is_there, open_file, publishing, r
 from cpmix_cli.artifacts.records import Record
 from cpmix_cli.data.decoding import SHOWN, in_threads, of_all, read_each, read_square
 from cpmix_cli.runtime import console, signals
-from cpmix_cli.runtime.errors import InputError, UnreadableError, indented
+from cpmix_cli.runtime.errors import InputError, UnreadableError, counted, indented
 from cpmix_cli.runtime.text import quoted
 
 SHARD_IMAGES = 2048
@@ -258,7 +258,7 @@ class Packing:
             of_all(partial(self._pack, number, lock, progress, expected) for number in shards)
         seconds = time.perf_counter() - began
         rate = f"{count / seconds:,.0f} images and {self.num_bytes(shards) / seconds / 1e6:,.0f} MB a second"
-        console.note(f"packed {count:,} {self.split} images in {console.duration(seconds)} ({rate})")
+        console.note(f"packed {counted(count, f'{self.split} image')} in {console.duration(seconds)} ({rate})")
 
     def _pack(
         self, number: int, lock: locks.Lock, progress: console.Progress, expected: NDArray[np.uint8] | None

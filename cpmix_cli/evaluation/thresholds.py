@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from cpmix_cli.evaluation.intervals import LEAST_IMAGES
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import UsageError, shortened
+from cpmix_cli.runtime.errors import UsageError, counted, shortened
+from cpmix_cli.runtime.layout import table_lines
 
 _SHOWN = 20
 
@@ -150,9 +151,10 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         for row in found["classes"]
     ]
     title = f"thresholds for {found['for']}, chosen on val, measured here"
-    lines = console.table_lines(header, rows[:_SHOWN], title=title)
+    lines = table_lines(header, rows[:_SHOWN], title=title, width=console.columns())
     if len(rows) > _SHOWN:
-        lines.append(f"... and {len(rows) - _SHOWN:,} more classes; --json and thresholds.parquet have all")
+        more = counted(len(rows) - _SHOWN, "more class", "more classes")
+        lines.append(f"... and {more}; --json and thresholds.parquet have all")
     images = found["num_decided"] + found["num_undecided"]
     accuracy = "" if found["accuracy_of_decided"] is None else f", {found['accuracy_of_decided']:.2f} % of them right"
     lines.append(f"{found['num_decided']:,} of {images:,} images are decided{accuracy}")

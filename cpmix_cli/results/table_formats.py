@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpmix_cli.runtime.console import table_lines
+from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.runtime.text import csv_cell, on_a_line
 
 _NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
@@ -29,9 +29,10 @@ class Sheet:
     lines: Sequence[str] = ()
 
 
-def plain(sheet: Sheet) -> list[str]:
-    """Format a table as lines for a terminal."""
-    return [*table_lines(sheet.header, sheet.rows, title=sheet.title), *sheet.lines]
+def plain(sheet: Sheet, width: int | None = None) -> list[str]:
+    """Format a table as plain lines, in the columns of a terminal if there is a width."""
+    table = table_lines(sheet.header, sheet.rows, title=sheet.title, width=width)
+    return [*table, *prose(sheet.lines, width)]
 
 
 def markdown(sheet: Sheet) -> list[str]:

@@ -1,5 +1,6 @@
 """Records of a run folder: run.json, and the metadata of a training state."""
 
+import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -8,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from cpmix_cli.artifacts import files, records
 from cpmix_cli.artifacts.files import TrainingPhase
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.artifacts.seals import check_seal, read_header, read_sealed
+from cpmix_cli.artifacts.seals import check_seal, read_header, read_sealed_values
 from cpmix_cli.data.dataset import FileName, Shaped, Storage
 from cpmix_cli.runtime.errors import InputError
 
@@ -176,14 +177,16 @@ def read_state_record(path: Path) -> StateRecord:
     return state_record(path, check_seal(path, read_header(path)[1]))
 
 
-def verify_state(path: Path) -> tuple[StateRecord, int]:
-    """Verify a whole training state; return its metadata and the number of epochs in its history.
+def verify_state(path: Path) -> tuple[StateRecord, list[list[float]]]:
+    """Verify a whole training state; return its metadata and its history: numbers by epoch and column, NaN for null.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    shapes, metadata = read_sealed(path)
-    return state_record(path, metadata), shapes.get("history", [0])[0]
+    shapes, metadata, values = read_sealed_values(path, "history")
+    epochs, columns = [*shapes.get("history", []), 0, 0][:2]  # [0] before the first epoch has ended
+    numbers = struct.unpack(f"<{epochs * columns}d", values)
+    return state_record(path, metadata), [list(numbers[i * columns : (i + 1) * columns]) for i in range(epochs)]
 
 
 def state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TextIO
 
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.runtime.screen import Foot, foot
-from cpmix_cli.runtime.text import on_a_line, printable, quoted
+from cpmix_cli.runtime.text import encodable, on_a_line, printable, quoted
 
 as_json = False  # set by the command line, before a command runs
 command = ""
@@ -69,8 +70,12 @@ def set_up() -> None:
 
 
 def note(text: str) -> None:
-    """Print one line of progress on stderr. Errors of writing are ignored, so that a full disk does not stop a run."""
-    _note(printable(text))
+    """Print one line of progress on stderr. Errors of writing are ignored, so that a full disk does not stop a run.
+
+    A terminal gets it broken at words, unless it holds a command, which is copied from there.
+    """
+    lines = [printable(text)] if "\n" in text or "cpmix " in text else prose([text], columns(sys.stderr))
+    _note("\n".join(lines))
 
 
 def insist(text: str) -> None:
@@ -103,7 +108,7 @@ def _out(text: str) -> None:
     """Print one line of the result on stdout; raises as flush()."""
     if sys.stdout is not None and not _muted and (_step is None or not _step.quiet):
         with _writing():
-            print(text, flush=True)
+            print(encodable(text, sys.stdout.encoding), flush=True)
 
 
 def raw(text: str) -> None:
@@ -166,10 +171,10 @@ def result(
 
     Args:
         fields: JSON object, printed with the command as its first field.
-        rows: cells of the table, row by row. Without rows no table is printed.
+        rows: cells of the table, row by row, see table_lines(). Without rows no table is printed.
         header: column names; a column whose name starts with ">" is right-aligned.
         title: line above the table.
-        lines: plain lines below the table.
+        lines: plain lines below the table, as they are.
 
     Raises:
         BrokenPipeError: the reader closed the pipe.
@@ -203,29 +208,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
         BrokenPipeError: the reader closed the pipe.
         EnvironmentFault: stdout cannot be written.
     """
-    for line in table_lines(header, rows, title=title):
+    for line in table_lines(header, rows, title=title, width=columns()):
         _out(line)
 
 
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> list[str]:
-    """Return a table as plain lines, with columns padded by spaces, which logs and pipes also show well.
-
-    Lines may be longer than the terminal is wide, because a number must not be broken.
-
-    Args:
-        header: column names; a column whose name starts with ">" is right-aligned.
-        rows: cells, row by row.
-        title: line above the table, after an empty line if it starts with a line end; "" for none.
-    """
-    named = [name.removeprefix(">") for name in header]
-    cells = [[on_a_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(named, *cells, strict=True)]
-    sides = [">" if name.startswith(">") else "<" for name in header]
-    lines = [*([""] if title.startswith("\n") else []), on_a_line(title.removeprefix("\n"))] if title else []
-    for row in (named, ["-" * width for width in widths], *cells):
-        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
-    return lines
+def columns(stream: TextIO | None = None) -> int | None:
+    """Return the columns of the terminal that a stream is, by default stdout; None if it is none, or has no size."""
+    with suppress(OSError, ValueError, AttributeError):  # no terminal, no file, no stream
+        return os.get_terminal_size((stream or sys.stdout).fileno()).columns or None
+    return None
 
 
 def error(fault: CpmixError) -> None:

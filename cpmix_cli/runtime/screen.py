@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from cpmix_cli.runtime.text import cut, encodable, on_a_line, width_of
 
 WIDTH = 76
+_LEAST_WIDTH = 56
 _LEAST_LABEL = 12
 """Characters of the labels for which a column of numbers is left out."""
 
@@ -24,6 +25,7 @@ class Foot:
         self._stream = stream
         self._content: tuple[tuple[str, int, int], Sequence[str], Sequence[Sequence[str]]] | None = None
         self._stands = False
+        self._widest = _LEAST_WIDTH
         self._has_colour = not os.environ.get("NO_COLOR")
         sys.stderr = self
 
@@ -78,7 +80,8 @@ class Foot:
         shown = list(rows[: max(0, height - 4)])  # the other lines: one of the log, the cursor, the bar, and one more
         while shown and not any(shown[-1][1:]):  # a heading without rows
             shown.pop()
-        lines = [self._bar(bar, counted, width), *self._table(shown, width)]
+        table, width = self._table(shown, width)
+        lines = [self._bar(bar, counted, width), *table]
         above = "\n" if height > 3 else ""
         up = len(lines) - (not above)
         # A terminal that gets narrower meanwhile does not break the lines: they would be more than `up`.
@@ -95,13 +98,22 @@ class Foot:
         filled, rest = self._text("━" * full), self._text("─" * (room - full))
         return f"{label} {self._styled(filled, 32)}{rest} {right}"
 
-    def _table(self, rows: Sequence[Sequence[str]], width: int) -> list[str]:
-        """Return the lines of the rows. Where labels would have little room, the first numbers are left out."""
+    def _table(self, rows: Sequence[Sequence[str]], width: int) -> tuple[list[str], int]:
+        """Return the lines of the rows, and their width: what the widest needed so far, so that nothing jumps.
+
+        A narrower view is broken anew by fewer changes of the terminal's size. Where labels would have little room, the
+        first numbers are left out.
+        """
+        if not rows:
+            return [], width
         cells = [[self._text(on_a_line(cell)) for cell in row] for row in rows]
         widths = [max(map(width_of, column)) for column in zip(*(row[1:] for row in cells), strict=True)]
         while len(widths) > 1 and width - sum(widths) - 2 * len(widths) < _LEAST_LABEL:
             widths = widths[1:]
-        room = max(0, width - sum(widths) - 2 * len(widths))
+        beside = sum(widths) + 2 * len(widths)
+        self._widest = max(self._widest, beside + max(width_of(row[0]) for row in cells))
+        width = min(width, self._widest)
+        room = max(0, width - beside)
         lines: list[str] = []
         for label, *numbers in cells:
             label = _fitted(label, room, self._text("…"))
@@ -109,7 +121,7 @@ class Foot:
             shown = numbers[len(numbers) - len(widths) :]
             line += "".join(f"  {number:>{size}}" for number, size in zip(shown, widths, strict=True))
             lines.append(self._styled(line[:width].rstrip(), 0 if lines else 1))
-        return lines
+        return lines, width
 
     def _text(self, text: str) -> str:
         return encodable(text, self._stream.encoding)

@@ -76,7 +76,7 @@ class LiveView:
         pairs = pd.concat([column.errors for column in reversed(epochs)], axis=1).fillna(0)
         pairs = pairs.sort_values(list(pairs.columns), ascending=False, kind="stable").iloc[:_NUM_PAIRS, ::-1]
         if len(pairs):
-            rows.append(("images of a class predicted as another", *("" for _ in epochs)))
+            rows.append(("images of one class as another", *("" for _ in epochs)))
         for pair, counts in zip(pairs.index, pairs.to_numpy(), strict=True):
             true, predicted = divmod(int(pair), len(self._names))
             rows.append((f"  {self._names[true]} as {self._names[predicted]}", *(f"{count:.0f}" for count in counts)))

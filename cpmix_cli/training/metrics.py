@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pyarrow as pa
 
-from cpmix_cli.artifacts.files import METRICS
+from cpmix_cli.artifacts.files import METRICS, TRAINING_STATE
 from cpmix_cli.artifacts.tables import read_table, schema_of
 from cpmix_cli.runs.folders import PhaseFolder
+from cpmix_cli.runs.run_json import verify_state
 from cpmix_cli.runtime.errors import InputError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and compare reads metrics without it
@@ -51,6 +52,24 @@ def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     if table.empty or not {column.split()[0] for column in _COLUMNS} <= set(table.columns):
         raise InputError(f"{path} has no rows, or lacks a column of the metrics of {folder.phase}", path=path)
     return table
+
+
+def read_history(folder: PhaseFolder) -> dict[str, list[float | None]]:
+    """Return the metrics of a begun phase's finished epochs, column -> values: of metrics.parquet, or its saved state.
+
+    Raises:
+        InputError: that file is missing or damaged.
+    """
+    if folder.done:
+        table = read_metrics(folder)
+    else:
+        record, rows = verify_state(folder.path / TRAINING_STATE)
+        table = pd.DataFrame(rows, columns=record.columns)
+    whole = {column.split()[0] for column in _COLUMNS if " int64" in column}
+    return {
+        name: [None if value != value else int(value) if name in whole else value for value in table[name].tolist()]
+        for name in table.columns
+    }
 
 
 def metrics_row(plan: "Plan", state: "TrainingState", num_samples: int) -> dict[str, float | None]:

@@ -358,7 +358,7 @@ def _note_resumed(phase: str, begun: StateRecord) -> None:
     console.note(f"{phase}: goes on after epoch {begun.epoch}, step {begun.step}")
     if begun.threads != threads:
         console.warn(
-            f"begun with {begun.threads} threads, going on with {threads}: not bit for bit without "
+            f"begun with {counted(begun.threads, 'thread')}, going on with {threads}: not bit for bit without "
             f"--threads {begun.threads}"
         )
     if begun.ranks != size:

@@ -8,10 +8,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from helpers import Result, cpmix, fix_of, flip, must, refused, signalled, unchanged
 
 from cpmix_cli.recipe.loading import load, recipe_names
+from cpmix_cli.runtime.text import sparkline
 
 
 def follow(command: str) -> None:
@@ -374,3 +376,51 @@ def test_without_folders_status_shows_the_runs_in_ckpt_and_below(
     assert result.json["runs"][1]["fix"].startswith("rm ")
     refused(75, (), "status", runs[0], runs[2])
     refused(3, "error: ", "status", runs[0], runs[1])  # one that is named
+
+
+def test_curves_show_the_course_of_each_phase(digits_run: Path) -> None:
+    """By hand from metrics.parquet: first, last and best value, and the epoch of the best."""
+    shown = must("status", digits_run, "--curves").stdout
+    found = must("status", digits_run, "--curves", "--json").json["runs"][0]["phases"]
+    assert [phase["curves"]["epoch"] for phase in found] == [[1, 2, 3, 4], [5, 6], [1]]
+    for phase in found:
+        metrics = pq.read_table(digits_run / phase["phase"] / "metrics.parquet").to_pydict()
+        assert phase["curves"] == metrics
+        _, _, table = shown.partition(
+            f"{digits_run}: {phase['phase']}, done, {phase['epochs']}/{phase['epochs']} epochs\n"
+        )
+        lines = table.partition("\n\n")[0].splitlines()
+        rows = {line[:13].strip(): line[13:].split() for line in lines[2:]}
+        losses, accuracies = metrics["loss"], [100 * share for share in metrics["train_accuracy"]]
+        for name, values, best, form in (("loss", losses, min, ".4f"), ("train acc, %", accuracies, max, ".2f")):
+            at = metrics["epoch"][values.index(best(values))]
+            numbers = [f"{value:{form}}" for value in (values[0], values[-1], best(values))]
+            assert rows[name] == [sparkline(values, 24), *numbers, str(at)]
+        assert "test acc, %" not in rows and rows["learning rate"][-2:] == ["-", "-"]
+        assert ("mix" in rows) == (phase["phase"] == "stage2")
+    assert all(len(line) <= 80 for line in shown.partition("\n\n")[2].splitlines() if str(digits_run) not in line)
+    assert "curves" not in must("status", digits_run, "--json").json["runs"][0]["phases"][0]
+
+
+def test_curves_of_an_interrupted_phase_are_those_of_its_state(digits_run: Path) -> None:
+    metrics = pq.read_table(digits_run / "stage2" / "metrics.parquet").to_pydict()
+    for name in ("run.json", "metrics.parquet"):
+        (digits_run / "stage2" / name).unlink()
+    stage2 = refused(75, (), "status", digits_run, "--curves", "--json").json["runs"][0]["phases"][1]
+    assert (stage2["status"], stage2["curves"]) == ("interrupted", metrics)
+
+
+@pytest.mark.slow
+def test_curves_name_a_phase_that_has_no_finished_epoch(digits: Path, tmp_path: Path) -> None:
+    run, small = tmp_path / "run", ("--set", "optimizer.batch_size=4")
+    signalled(signal.SIGTERM, "projected", "train-stage1", "--data", digits, "--out", run, "--epochs", 90, *small)
+    result = refused(75, (), "status", run, "--curves")
+    assert f"{run}: stage1, interrupted, 0/60 epochs; none is finished yet" in result.stdout.splitlines()
+    stage1, *later = refused(75, (), "status", run, "--curves", "--json").json["runs"][0]["phases"]
+    assert set(map(len, stage1["curves"].values())) <= {0} and all(phase["curves"] is None for phase in later)
+
+
+def test_curves_of_a_phase_whose_metrics_are_missing_are_an_error(digits_run: Path) -> None:
+    (digits_run / "stage1" / "metrics.parquet").unlink()
+    refused(3, "stage1/metrics.parquet", "status", digits_run, "--curves")
+    must("status", digits_run)

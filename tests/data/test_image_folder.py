@@ -333,7 +333,7 @@ def test_misclassified_lists_paths_of_wrong_predictions(trained: Path, tmp_path:
     must("evaluate", *run, "--test-data", tmp_path / "more", "--label", "files")
     result = must("misclassified", *run, "--label", "files")
     assert result.stdout.splitlines()[2].split()[:3] == [str(wrong), "blue", "green"]
-    assert result.stdout.splitlines()[3] == "1 misclassified images"
+    assert result.stdout.splitlines()[3] == "1 misclassified image"
     cell = must("misclassified", *run, "--label", "files", "--true", "blue", "--predicted", 1, "--json").json
     assert [i["image"] for i in cell["images"]] == [str(wrong)]
     assert must("misclassified", *run, "--label", "files", "--true", "red", "--json").json["images"] == []

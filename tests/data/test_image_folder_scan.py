@@ -409,8 +409,8 @@ def test_images_in_two_classes_and_in_two_splits_are_named(tmp_path: Path, flags
     lines = must(*build).stderr.splitlines()
     for warning, pair in (
         ("1 image is in another class too:", "train/dog/copy.png = {}/train/cat/000.png"),
-        ("1 of 8 test images are identical to a training image:", "test/cat/copy.png = {}/train/cat/001.png"),
-        ("1 of 8 test images are identical to a val image:", "test/cat/more.png = {}/val/cat/002.png"),
+        ("1 of 8 test images is identical to a training image:", "test/cat/copy.png = {}/train/cat/001.png"),
+        ("1 of 8 test images is identical to a val image:", "test/cat/more.png = {}/val/cat/002.png"),
         ("1 image is in the same class and split more than once:", "train/cat/004.png = {}/train/cat/link.png"),
     ):
         assert lines[lines.index(f"warning: {warning}") + 1] == f"    {root}/{pair.format(root)}"

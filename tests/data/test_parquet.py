@@ -203,7 +203,7 @@ def test_flags_of_image_folder_work(tmp_path: Path) -> None:
     assert counts(dataset) == {"train": [10, 5, 2], "val": [1, 1, 1], "test": [1, 1, 1]}
     assert dataset.storage == "shards"
     (tmp_path / "out" / "train-00000.shard").unlink()
-    assert "packing 1 missing shards of train again" in must(*words).stderr
+    assert "packing 1 missing shard of train again" in must(*words).stderr
     must(*words, "--verify")
 
 

@@ -127,7 +127,7 @@ def test_own_images_are_rotated_by_exif_and_benchmarks_are_not(photos: Path, tmp
 
 def test_a_test_image_in_the_training_set_causes_a_warning(photos: Path, tmp_path: Path) -> None:
     (photos / "test" / "b" / "000.jpg").write_bytes((photos / "train" / "a" / "002.jpg").read_bytes())
-    assert "warning: 1 of 4 test images are identical to a training image" in pack(photos, tmp_path / "d").stderr
+    assert "warning: 1 of 4 test images is identical to a training image" in pack(photos, tmp_path / "d").stderr
 
 
 def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_changed_byte_is_found_at_first_touch(photos: Path, tmp_path: Path) ->
         f"fix: delete them, then run the same command again, which packs missing shards: rm -f {path}" in result.stderr
     )
     path.unlink()
-    packed_again = ("packing 1 missing shards of train again", "6 of 10 train images are packed already")
+    packed_again = ("packing 1 missing shard of train again", "6 of 10 train images are packed already")
     ended(pack(photos, tmp_path / "d", "--verify"), 0, packed_again)
     assert pack(photos, tmp_path / "d", "--verify").stderr.startswith("next: ")
     assert files(tmp_path / "d") == sorted([*FILES, "train-00001.shard", "train-00002.shard"])

@@ -67,7 +67,7 @@ def test_the_view_of_an_epoch_equals_that_by_hand() -> None:
     groups = [("  many", "90.10"), ("  medium", "75.00"), ("  few", "50.00")]  # 91/101, 15/20, 1/2
     expected = [("", "epoch 2"), ("loss", "2.0000"), ("train acc, %", "86.99"), *groups]  # 107/123
     pairs = [("  cat as dog", "10"), ("  dog as cat", "5"), ("  lynx as cat", "1")]
-    assert view.table() == [*expected, ("images of a class predicted as another", ""), *pairs]
+    assert view.table() == [*expected, ("images of one class as another", ""), *pairs]
     view.end_epoch()
     state.epoch, state.step = 3, 1
     state.confusion[2, 1] += 3
@@ -277,7 +277,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal
 ROWS = [
     ("", "epoch 1", "epoch 2 so far"),
     ("loss", "2.0000", "1.5000"),
-    ("images of a class predicted as another", "", ""),
+    ("images of one class as another", "", ""),
     ("  a class of very, very many words as another one of them", "10", "2"),
 ]
 
