@@ -38,7 +38,7 @@ from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError, counted
-from cpmix_cli.runtime.layout import table_lines
+from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
@@ -437,9 +437,15 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
         f"torch {fields['torch']}",
         *table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms), width=width),
         "",
-        f"assumed: {assumed['cores']} cores of each rank read images (--cores); {assumed['link']:g} GB/s each way on "
-        f"the slowest link (--link); {assumed['ranks_per_machine']} ranks a machine",
-        *(f"  {said}" for said in assumed["said"]),
+        *prose(
+            [
+                f"assumed: {counted(assumed['cores'], 'core')} of each rank read images (--cores); "
+                f"{assumed['link']:g} GB/s each way on the slowest link (--link); "
+                f"{counted(assumed['ranks_per_machine'], 'rank')} a machine",
+                *(f"  {said}" for said in assumed["said"]),
+            ],
+            width,
+        ),
         "",
         f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
         f"{fields['num_classes']:,} classes ({fields['counts_from']})",
@@ -449,16 +455,17 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
         *table_lines(steps_header, steps, width=width),
         "",
     ]
+    said = []
     for kept, first in fields["runs_out_first"].items():
         limit = first and f"the {first['limit']}, with {_ranks(first)} in {first['phase']}"
         runs_out = limit or f"nothing but the device, with up to {_ranks(projected[-1])}"
-        lines.append(f"runs out first with images {_PLACES[kept]}: {runs_out}")
+        said.append(f"runs out first with images {_PLACES[kept]}: {runs_out}")
     for entry in projected:
         phases = next(iter(entry["images"].values()))["phases"]
         shares = [f"{100 * step['pairs_share']:.3f} % of {phase}" for phase, step in phases.items()]
-        lines.append(f"counting and drawing pairs with {_ranks(entry)}: {', '.join(shares)}")
-    lines.append(f"not projected: {', '.join(fields['not_projected'])}")
-    console.result(fields, lines=lines)
+        said.append(f"counting and drawing pairs with {_ranks(entry)}: {', '.join(shares)}")
+    said.append(f"not projected: {', '.join(fields['not_projected'])}")
+    console.result(fields, lines=[*lines, *prose(said, width)])
 
 
 def _ranks(entry: Mapping[str, Any]) -> str:

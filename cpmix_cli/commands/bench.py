@@ -36,6 +36,7 @@ from cpmix_cli.models import build_model
 from cpmix_cli.recipe.loading import of_dataset
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError, counted
+from cpmix_cli.runtime.layout import prose
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
@@ -158,7 +159,7 @@ def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mappi
         memory = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:,.0f}"
         return [title, f"{timing.median:,.0f}", spread, f"{timing.ratio_to(reference):.2f}", to_network, memory]
 
-    rows = [row(f"reference loop: PIL, {fields['threads']} workers, fp32", reference)]
+    rows = [row(f"reference loop: PIL, {counted(fields['threads'], 'worker')}, fp32", reference)]
     if "input" in timings:
         rows.append(row("read from disk and augmented, no network", timings["input"]))
     networks = [name.split() for name in timings if name.startswith("network")]
@@ -189,4 +190,4 @@ def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mappi
             f"pairs at {cost['num_classes']:,} classes: {1000 * cost['count_seconds']:.2f} ms to count a batch, "
             f"{1000 * cost['draw_seconds']:.2f} ms to draw one"
         )
-    console.result(fields, header=header, rows=rows, lines=lines)
+    console.result(fields, header=header, rows=rows, lines=prose(lines, console.columns()))

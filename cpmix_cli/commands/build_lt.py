@@ -29,7 +29,7 @@ from cpmix_cli.recipe.loading import load, with_settings
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented, shortened
-from cpmix_cli.runtime.layout import table_lines
+from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.runtime.text import on_a_line
 from cpmix_cli.training.checks import fitting_settings
 from cpmix_cli.training.pretrained import how_to_import
@@ -526,15 +526,17 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
         fields["files"], rows = _files_of(dataset, source, status)
         table = [*table_lines(("files", ">number", "such as"), rows, width=console.columns()), ""]
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
+    said = (
+        f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
+        f"{counted(record.num_test, 'test image')}, "
+        f"{counted(len(counts), 'class', 'classes')}, largest {counts.max()}, smallest {counts.min()} "
+        f"(ratio {counts.max() / counts.min():.4g})"
+    )
     lines = [
         *console.histogram(counts.tolist(), record.classes),
         "",
         *table,
-        f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
-        f"{counted(record.num_test, 'test image')}, "
-        f"{counted(len(counts), 'class', 'classes')}, largest {counts.max()}, smallest {counts.min()} "
-        f"(ratio {counts.max() / counts.min():.4g})",
-        f"groups: {shown} classes",
+        *prose([said, f"groups: {shown} classes"], console.columns()),
         f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)

@@ -119,7 +119,7 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
     """Return the source; raise InputError if its classes are not the classes of `published`."""
     if len(names) != published.num_classes:
         raise InputError(
-            f"{files[0]} has {len(names)} classes; {published.name} has {published.num_classes}",
+            f"{files[0]} has {counted(len(names), 'class', 'classes')}; {published.name} has {published.num_classes}",
             fix=f"give the folder of {published.name} with --data-root FOLDER, or fetch it with --download",
         )
     return Source(names, train, f"{published.name}-lt/cpmix", test=test, files=files)
@@ -247,7 +247,7 @@ def _from_parquet(folders: list[Path], published: CifarArchive) -> Source:
     for split, number in found.items():
         if number > _NUM_IMAGES[split]:
             raise InputError(
-                f"{folders[0]} has {number:,} {split} images; {published.name} has {_NUM_IMAGES[split]:,}",
+                f"{folders[0]} has {counted(number, f'{split} image')}; {published.name} has {_NUM_IMAGES[split]:,}",
                 fix="take out the copies, or fetch the published archive with --download",
             )
     if found != _NUM_IMAGES:

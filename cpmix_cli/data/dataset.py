@@ -16,7 +16,7 @@ from cpmix_cli.data.shards import Shards
 from cpmix_cli.data.splits import OWN_SOURCES, check_labels
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import InputError, UsageError, shortened
+from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +243,7 @@ class Dataset:
         num_images = len(self.labels(split))
         table = tables.read_table(path, tables.SEEN_SCHEMA, self._sha(path), max_rows=num_images)
         if len(table) != num_images:
-            raise InputError(f"{path} has {len(table)} rows; expected {num_images}", path=path)
+            raise InputError(f"{path} has {counted(len(table), 'row')}; expected {num_images}", path=path)
         return table
 
     def shards(self, split: str) -> Shards:

@@ -81,7 +81,9 @@ def read(list_dir: Path, published: OfficialLists, root: Path) -> Source:
     again = "fetch the list again; lists of your own are for the source image-folder"
     for split, expected in published.num_images.items():
         if (found := len(splits[split].labels)) != expected:
-            raise InputError(f"{files[split]} has {found:,} images; the published list has {expected:,}", fix=again)
+            raise InputError(
+                f"{files[split]} has {counted(found, 'image')}; the published list has {expected:,}", fix=again
+            )
     counts = np.bincount(splits["train"].labels)
     if (counts.max(), counts.min()) != (published.largest, published.smallest):
         raise InputError(

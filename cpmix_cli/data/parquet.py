@@ -100,7 +100,7 @@ def read(root: Path, *, image_column: str | None, label_column: str | None) -> S
     for name, number in dataset_card.row_counts(root).items():
         split = _SPLIT_WORDS.get(name.lower(), "")
         if split in splits and number != (there := len(splits[split].labels)):
-            console.warn(f"{root} has {there:,} {split} images; its README.md says {number:,}")
+            console.warn(f"{root} has {counted(there, f'{split} image')}; its README.md says {number:,}")
     found = [[str(shard.path.relative_to(root)), _footer_of(shard)] for shard in everything]
     console.note(
         f"{root}: {counted(len(everything), 'file')}, images of the column {image!r}, labels of {label!r}: "
@@ -373,7 +373,8 @@ def _labels(shard: _Shard, column: str) -> list[Any]:
         raise unreadable(shard.path, fault) from fault
     if len(found) != shard.file.metadata.num_rows:
         raise InputError(
-            f"{shard.path} has {len(found):,} labels in {shard.file.metadata.num_rows:,} rows", fix="fetch it again"
+            f"{shard.path} has {counted(len(found), 'label')} in {counted(shard.file.metadata.num_rows, 'row')}",
+            fix="fetch it again",
         )
     return found
 

@@ -341,12 +341,12 @@ def resume(
     if not (plan.first_epoch <= saved.epoch <= plan.last_epoch and saved.step <= num_steps):
         raise InputError(
             f"{path} was saved at epoch {saved.epoch}, step {saved.step}; {plan.phase} has epochs "
-            f"{plan.first_epoch} to {plan.last_epoch} of {num_steps} steps",
+            f"{plan.first_epoch} to {plan.last_epoch} of {counted(num_steps, 'step')}",
             path=path,
         )
     finished = saved.epoch - plan.first_epoch + (saved.step == num_steps)
     if len(history) != finished or history.numel() != finished * len(saved.columns):
-        raise InputError(f"{path} has metrics of {len(history)} epochs; expected {finished}", path=path)
+        raise InputError(f"{path} has metrics of {counted(len(history), 'epoch')}; expected {finished}", path=path)
     state.epoch, state.step = saved.epoch, saved.step
     state.sums.values.copy_(sums)
     rows = (zip(saved.columns, row, strict=True) for row in history.tolist())
