@@ -351,16 +351,14 @@ def _lead(source: PhaseFolder, dataset: Dataset, num_test: int) -> str:
 
 
 def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> list[tuple[str, str]]:
-    """Return name and value of each line above the figures of the page."""
+    """Return name and value of what _lead() leaves out."""
     counts = dataset.class_counts
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     rarer = int(matrix[counts[:, None] < counts].sum())
     share = f"; {100 * rarer / wrong:.1f} % of them predicted as a more frequent class" if wrong else ""
     return [
-        ("Data", f"{dataset.name}: {counts.sum():,} training images, {len(counts)} classes"),
-        ("Largest and smallest class", f"{counts.max():,} and {counts.min():,} training images"),
         ("Checkpoint", f"{source.phase}, sha256 {source.output(files.MODEL)[1][:16]}"),
-        ("Network", f"{source.recipe().model.name}, {source.record().num_parameters:,} parameters"),
+        ("Network", f"{source.recipe().model.name}, {counted(source.record().num_parameters, 'parameter')}"),
         ("Test images", f"{int(matrix.sum()):,}, {wrong:,} of them wrong{share}"),
     ]
 

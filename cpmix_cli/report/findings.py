@@ -48,7 +48,7 @@ def find(matrix: Array, class_counts: Array, names: Sequence[str], *, limit: int
     def sentences() -> Iterator[Finding]:
         yield _confusion(matrix, class_counts, names, *cells[0])
         wrong = tested - matrix.diagonal()
-        yield _missed(matrix, names, int(np.argmax(wilson(wrong, tested)[0] * (tested > 0))))
+        yield _missed(matrix, names, int(np.nanargmax(wilson(wrong, tested)[0])))
         yield _overused(matrix, names, int(np.argmax(matrix.sum(0) - matrix.diagonal())))
         for cell in cells[1:]:
             yield _confusion(matrix, class_counts, names, *cell)
@@ -61,7 +61,7 @@ def find(matrix: Array, class_counts: Array, names: Sequence[str], *, limit: int
 
 def _confusion(matrix: Array, class_counts: Array, names: Sequence[str], true: int, predicted: int) -> Finding:
     of = _of(matrix[true, predicted], matrix[true].sum())
-    counts = f"{class_counts[true]:,} training images against {class_counts[predicted]:,}"
+    counts = f"{counted(class_counts[true], 'training image')} against {class_counts[predicted]:,}"
     return Finding(f"{names[true]} is taken for {names[predicted]} in {of}; {counts}", true, predicted)
 
 
@@ -70,7 +70,7 @@ def _missed(matrix: Array, names: Sequence[str], true: int) -> Finding:
     others[true] = 0
     predicted, right = int(others.argmax()), int(matrix[true, true])
     most = f"it is taken for {names[predicted]} in {others[predicted]:,}"
-    return Finding(f"{names[true]} is recognised in only {_of(right, matrix[true].sum())}; {most}", true, predicted)
+    return Finding(f"{names[true]} is recognised in {_of(right, matrix[true].sum())}; {most}", true, predicted)
 
 
 def _overused(matrix: Array, names: Sequence[str], predicted: int) -> Finding:

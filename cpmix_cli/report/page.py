@@ -43,8 +43,10 @@ class ShownRun:
     """Data of one run that the page shows; C classes."""
 
     name: str
+    lead: str
+    """A sentence: what was trained on what."""
     facts: list[tuple[str, str]]
-    """Name and value of each line above the figures."""
+    """Name and value of each line below the accuracies."""
     class_counts: Array
     """Training images [C]."""
     groups: list[str]
@@ -55,8 +57,6 @@ class ShownRun:
     """Confusion counts K of the training [C, C]; None if none were collected."""
     reliability: Array
     """Images, mean confidence and accuracy per confidence bin [15, 3]."""
-    lead: str = ""
-    """A sentence: what was trained on what."""
 
 
 def render_page(
@@ -110,7 +110,9 @@ def render_page(
         facts="\n".join(_facts(run, named=several) for run in runs),
         accuracy=_table(accuracy, "Per cent", "accuracy"),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes),
-        difference='<span><canvas id="scale-difference"></canvas>difference in points</span>' if several else "",
+        difference='<span><canvas id="scale-difference"></canvas>difference in points: worse, better</span>'
+        if several
+        else "",
         pairs=_table(named_pairs, "Pairs of classes with any confusion", "pairs"),
         classes=_table(pd.DataFrame({"class": []}), "Classes", "classes"),
         relation="" if runs[0].confusions is None else _relation(runs[0], named=several),
@@ -196,8 +198,9 @@ def _group(name: str, recall: Array, counts: Array, interval: list[float] | None
         mean = float(np.nanmean(recall))
         share, ends = f"{percent(mean, 1)} %{_bar(mean, *interval, kind=name)}", _ends(interval)
     images = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
-    cells = [share, ends, f"{counted(len(counts), 'class', 'classes')} with {images} training images"]
-    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    noun = "training image" if counts.max() == 1 else "training images"
+    cells = [share, ends, f"{counted(len(counts), 'class', 'classes')} with {images} {noun}"]
+    return f'<tr data-group="{name}"><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _ends(interval: list[float]) -> str:

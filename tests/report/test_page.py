@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ def shown(matrix: np.ndarray, counts: np.ndarray, name: str = "run", confusions:
     reliability[:, 0] = 0
     reliability[3], reliability[14] = (40, 0.25, 0.5), (60, 0.99, 0.9)
     groups = [group_of(int(n)) for n in counts]
-    return ShownRun(name, [("Data", "by hand")], counts, groups, matrix, confusions, reliability)
+    return ShownRun(
+        name, "A network, trained on data.", [("Network", "by hand")], counts, groups, matrix, confusions, reliability
+    )
 
 
 def rendered(runs: list[ShownRun], names: list[str], *, order: np.ndarray | None = None, **more: Any) -> str:
@@ -272,8 +273,10 @@ def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any)
         "mixed: 10 of 100 test images (10.0 %)",
         "training images: 5 and 50",
     ]
-    gain, loss = shows.colour(2, 2, 2), shows.colour(2, 1, 2)
-    assert gain[2] > gain[0] and loss[0] > loss[2]  # blue and orange
+    blue, orange = ((lambda c: c[2] > c[0]), (lambda c: c[0] > c[2]))
+    assert blue(shows.colour(2, 2, 2)) and blue(shows.colour(2, 1, 2))  # 20 more wolves are right, 20 fewer are wrong
+    assert orange(shows.colour(0, 0, 2)) and orange(shows.colour(0, 1, 2))  # 10 cats fewer, 10 more wrong
+    assert "difference in points: worse, better" in shows.page.locator(".scale").inner_text()
     table = shows.page.locator("#pairs")
     assert table.locator("tbody tr").first.locator("th, td").all_inner_texts()[-1] == "-25"  # dog and wolf: 40, then 15
     assert shows.page.locator(".legend").first.inner_text() == "plainmixed"
@@ -563,11 +566,11 @@ def test_first_screen_says_what_was_found_and_leads_to_it(opened: Any) -> None:
         ("cat is taken for dog in 10 of 100 images; 500 training images against 50", 0, 1),
         ("dog is taken for wolf in 10 of 100 images; 50 training images against 5", 1, 2),
     ]
-    shows = opened(rendered([replace(shown(HAND, COUNTS), lead="resnet32, trained on data.")], NAMES))
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
     page = shows.page
     first = page.locator(".summary").inner_text()
     # (90 + 85 + 70) / 3; Wilson's interval of 245 of 300 images is 76.9 to 85.6, without the strata
-    assert "resnet32, trained on data." in first and "81.7 %" in first and "95 % interval 77.0 to 85.5 %" in first
+    assert "A network, trained on data." in first and "81.7 %" in first and "95 % interval 77.0 to 85.5 %" in first
     groups = [row.locator("th, td").all_inner_texts() for row in page.locator(".groups tr").all()]
     assert [(row[0], row[1].strip(), row[3]) for row in groups] == [
         ("many", "90.0 %", "1 class with 500 training images"),
@@ -590,6 +593,14 @@ def test_findings_name_another_cell_each_and_prefer_certain_ones() -> None:
     assert find(np.diag([3, 3]), np.array([2, 1]), ["a", "b"]) == []
     only = find(np.array([[0, 1], [0, 5]]), np.array([2, 1]), ["a", "b"])
     assert [f.text for f in only] == ["a is taken for b in 1 of 1 image; 2 training images against 1"]
+    rare = find(np.array([[5, 0], [1, 0]]), np.array([2, 1]), ["a", "b"])
+    assert rare[0].text == "b is taken for a in 1 of 1 image; 1 training image against 2"
+
+
+def test_findings_leave_out_classes_without_test_images() -> None:
+    found = find(np.array([[5, 5, 0], [0, 0, 0], [0, 1, 9]]), np.array([500, 50, 9]), ["cat", "dog", "wolf"])
+    assert [(f.true_class, f.predicted_class) for f in found] == [(0, 1), (2, 1)]
+    assert not [f.text for f in found if "dog is" in f.text or "0 of 0" in f.text]
 
 
 def test_a_pair_leads_to_its_larger_direction_in_view(opened: Any) -> None:

@@ -98,8 +98,8 @@ class HeatMap {
     context.textBaseline = "middle";
     for (const { row, column, value } of this.sorted) {
       if (row < state.row0 - 1 || row > state.row0 + state.span || column < state.column0 - 1 || column > state.column0 + state.span) continue;
-      const share = this.other ? 0.5 + (Math.sign(value) * place(value)) / 2 : place(value);
-      const fill = this.other ? diverging(share) : sequential(share);
+      const better = row === column ? value : -value; // more is better on the diagonal, fewer is off it
+      const fill = this.other ? diverging(0.5 + (Math.sign(better) * place(value)) / 2) : sequential(place(value));
       context.fillStyle = fill;
       context.fillRect(this.x(column), this.y(row), drawn - gap, drawn - gap);
       if (cell >= 26) {
@@ -198,8 +198,7 @@ class HeatMap {
   // Return the words on the group of classes whose label is pointed at, or null.
   groupAt(event) {
     if (!grouped()) return null;
-    const box = this.canvas.getBoundingClientRect();
-    const [x, y] = [event.clientX - box.left - this.margin, event.clientY - box.top - this.margin];
+    const [x, y] = this.within(event);
     const [right, below] = [x >= this.side, y >= this.side];
     if (right === below || Math.min(x, y) < 0) return null;
     const p = Math.floor(right ? y / this.cell + state.row0 : x / this.cell + state.column0);
@@ -207,9 +206,13 @@ class HeatMap {
     return span ? groupInWords(span[0], right) : null;
   }
 
-  at(event) {
+  within(event) { // pixels from the upper left corner of the cells
     const box = this.canvas.getBoundingClientRect();
-    const [x, y] = [event.clientX - box.left - this.margin, event.clientY - box.top - this.margin];
+    return [event.clientX - box.left - this.margin, event.clientY - box.top - this.margin];
+  }
+
+  at(event) {
+    const [x, y] = this.within(event);
     if (x < 0 || y < 0 || x >= this.side || y >= this.side) return null;
     return this.nearest(Math.floor(y / this.cell + state.row0), Math.floor(x / this.cell + state.column0));
   }
@@ -275,13 +278,10 @@ const STRIP = 20; // pixels of a title of an axis, and of a label of a group
 
 const grouped = () => places.orderName === "count" && places.single;
 
+// Return which classes a group has, as the first screen says it, and what its rows or columns are.
 function groupInWords(name, asRows) {
-  const members = ids.filter((c) => GROUPS[runs[0].groups[c]] === name);
-  const counts = members.map((c) => runs[0].trainCounts[c]);
-  const [least, most] = [counts.reduce((a, b) => Math.min(a, b)), counts.reduce((a, b) => Math.max(a, b))];
-  const images = least === most ? number(least) : `${number(least)} to ${number(most)}`;
-  const where = asRows ? "Rows: images of these classes." : "Columns: images predicted as these classes.";
-  return `${name}: ${number(members.length)} class${members.length === 1 ? "" : "es"} with ${images} training images\n${where}`;
+  const classes = document.querySelector(`[data-group="${name}"]`).lastElementChild.textContent;
+  return `${name}: ${classes}\n${asRows ? "Rows: images of these classes." : "Columns: images predicted as these classes."}`;
 }
 
 function groupSpans() {
@@ -352,9 +352,7 @@ function showInMap(row, column) {
 // A link to #cell-TRUE-PREDICTED, with class ids, selects that cell.
 function followLink() {
   const [, row, column] = location.hash.match(/^#cell-(\d+)-(\d+)$/) || [];
-  if (column === undefined || Math.max(row, column) >= numClasses) return false;
-  showInMap(Number(row), Number(column));
-  return true;
+  if (column !== undefined && Math.max(row, column) < numClasses) showInMap(Number(row), Number(column));
 }
 
 function pressed(event) {

@@ -14,7 +14,7 @@ function drawScale(canvas, kind, ends) {
   context.textAlign = "center";
   for (const v of ends) {
     const share = kind === "difference" ? 0.5 + (Math.sign(v) * place(v)) / 2 : place(v);
-    context.fillText(kind === "difference" ? signed(v).replace(".0", "") : String(v), 15 + share * inner, 29);
+    context.fillText(number(Math.abs(v)), 15 + share * inner, 29); // of a difference: worse to the left, better to the right
   }
 }
 
