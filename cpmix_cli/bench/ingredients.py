@@ -16,7 +16,6 @@ from cpmix_cli.recipe.loading import with_settings
 from cpmix_cli.recipe.schema import Recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError, counted
-from cpmix_cli.runtime.layout import prose
 from cpmix_cli.training.checks import check_fits
 from cpmix_cli.training.inputs import TrainingData, training_data
 from cpmix_cli.training.plan import PhaseContext, make_plan, rehearsal
@@ -157,6 +156,4 @@ def _report(fields: dict[str, Any]) -> None:
         )
     header = ("ingredient", "phase", ">s/step without", ">with", ">ratio", ">lowest .. highest", "settings")
     lines = ["", *(f"left out: {title}: {reason}" for title, reason in fields["left_out"].items())]
-    console.result(
-        fields, header=header, rows=rows, lines=prose(lines, console.columns()) if fields["left_out"] else ()
-    )
+    console.result(fields, header=header, rows=rows, lines=console.prose(lines) if fields["left_out"] else ())

@@ -38,7 +38,6 @@ from cpmix_cli.mixing import BATCH_PARTNERS, CLASS_PARTNERS
 from cpmix_cli.recipe.loading import find_recipe
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError, counted
-from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.training.batch_slices import BatchSlice
 from cpmix_cli.training.cuda_graphs import EAGER_STEPS
 from cpmix_cli.training.plan import PhaseContext, Plan, rehearsal
@@ -425,7 +424,6 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
                         f"{step['disk_bytes_per_second_and_machine'] / _MB:,.0f}",
                     ]
                 )
-    width = console.columns()
     hours = ">GPU-hours" if fields["device_type"] == "cuda" else ">rank-hours"
     totals_header = (">ranks", "images", *(f">{phase}" for phase in num_terms), ">together", hours)
     steps_header = (
@@ -435,24 +433,23 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
     lines = [
         f"measured here: {fields['device']}, threads: {fields['threads']}, {fields['precision']}, "
         f"torch {fields['torch']}",
-        *table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms), width=width),
+        *console.table_lines(("what", ">images/s", "how"), _measured_rows(fields["measured"], num_terms)),
         "",
-        *prose(
+        *console.prose(
             [
                 f"assumed: {counted(assumed['cores'], 'core')} of each rank read images (--cores); "
                 f"{assumed['link']:g} GB/s each way on the slowest link (--link); "
                 f"{counted(assumed['ranks_per_machine'], 'rank')} a machine",
                 *(f"  {said}" for said in assumed["said"]),
-            ],
-            width,
+            ]
         ),
         "",
         f"projected, not measured: {fields['recipe']} on {fields['num_images']:,} images in "
         f"{fields['num_classes']:,} classes ({fields['counts_from']})",
-        *table_lines(totals_header, totals, width=width),
+        *console.table_lines(totals_header, totals),
         "",
         "a step of a rank; steps and bytes from disk of an epoch, MB/s from disk of a machine",
-        *table_lines(steps_header, steps, width=width),
+        *console.table_lines(steps_header, steps),
         "",
     ]
     said = []
@@ -465,7 +462,7 @@ def _report(fields: dict[str, Any], num_terms: Mapping[str, int]) -> None:
         shares = [f"{100 * step['pairs_share']:.3f} % of {phase}" for phase, step in phases.items()]
         said.append(f"counting and drawing pairs with {_ranks(entry)}: {', '.join(shares)}")
     said.append(f"not projected: {', '.join(fields['not_projected'])}")
-    console.result(fields, lines=[*lines, *prose(said, width)])
+    console.result(fields, lines=[*lines, *console.prose(said)])
 
 
 def _ranks(entry: Mapping[str, Any]) -> str:

@@ -36,7 +36,6 @@ from cpmix_cli.models import build_model
 from cpmix_cli.recipe.loading import of_dataset
 from cpmix_cli.runtime import console, hardware
 from cpmix_cli.runtime.errors import UsageError, counted
-from cpmix_cli.runtime.layout import prose
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import make_plan, rehearsal
 from cpmix_cli.training.randomness import torch_generator
@@ -190,4 +189,4 @@ def _report(fields: dict[str, Any], timings: Mapping[str, Timing], epochs: Mappi
             f"pairs at {cost['num_classes']:,} classes: {1000 * cost['count_seconds']:.2f} ms to count a batch, "
             f"{1000 * cost['draw_seconds']:.2f} ms to draw one"
         )
-    console.result(fields, header=header, rows=rows, lines=prose(lines, console.columns()))
+    console.result(fields, header=header, rows=rows, lines=console.prose(lines))

@@ -29,7 +29,6 @@ from cpmix_cli.recipe.loading import load, with_settings
 from cpmix_cli.recipe.schema import differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted, give_one_of, indented, shortened
-from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.runtime.text import on_a_line
 from cpmix_cli.training.checks import fitting_settings
 from cpmix_cli.training.pretrained import how_to_import
@@ -524,7 +523,7 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
     table: list[str] = []
     if source.times is not None and not source.files:  # a folder was scanned
         fields["files"], rows = _files_of(dataset, source, status)
-        table = [*table_lines(("files", ">number", "such as"), rows, width=console.columns()), ""]
+        table = [*console.table_lines(("files", ">number", "such as"), rows), ""]
     shown = f"many (>100) {groups['many']}, medium ({medium}) {groups['medium']}, few ({few}) {groups['few']}"
     said = (
         f"{record.name}: {record.num_train:,} training{f', {num_val:,} val' if num_val else ''} and "
@@ -536,7 +535,7 @@ def _show(dataset: Dataset, status: str, source: Source) -> None:
         *console.histogram(counts.tolist(), record.classes),
         "",
         *table,
-        *prose([said, f"groups: {shown} classes"], console.columns()),
+        *console.prose([said, f"groups: {shown} classes"]),
         f"{status}: {dataset.folder}",
     ]
     console.result(fields, lines=lines)

@@ -10,7 +10,6 @@ from cpmix_cli.flags import MethodsOptions
 from cpmix_cli.results.methods import all_methods, stem
 from cpmix_cli.results.paper import COPIED, PAPER_TABLES
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.layout import prose
 
 SHOWN = "cifar100-lt"
 """Data set whose recipes are listed with their results."""
@@ -50,15 +49,14 @@ def run(options: MethodsOptions) -> None:
         header=("method", *(f">{name}" for name in LARGE)),
         rows=large,
         title="\non large data sets (Table 2; ablations: Table 4)",
-        lines=prose(
+        lines=console.prose(
             [
                 f"* {COPIED}",
                 f"all but ablations, {alone}, cpmix-last-block (places-lt) and fixed-pairs (toy) stand for "
                 "cifar10-lt too",
                 f"with a number in the second table, for that data set too; ablations for {LARGE[0]}",
                 f"cpmix recipes {SHOWN}/RECIPE shows one, --json has titles and notes",
-            ],
-            console.columns(),
+            ]
         ),
     )
 

@@ -13,7 +13,6 @@ from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, give_one_of
-from cpmix_cli.runtime.layout import prose
 
 
 def run(options: MisclassifiedOptions) -> None:
@@ -53,7 +52,7 @@ def run(options: MisclassifiedOptions) -> None:
     lines = [counted(len(found), "misclassified image")]
     if len(found) > len(rows):
         lines = [f"{len(rows)} of {lines[0]}; more with --limit N, all with --json or --out FILE.csv"]
-    lines = prose(lines, console.columns())
+    lines = console.prose(lines)
     if options.out is not None:
         is_path = [isinstance(image, str) for image in images]
         columns: dict[str, Any] = {

@@ -9,7 +9,6 @@ from cpmix_cli.recipe.loading import find_recipe, load, recipe_folders, recipe_n
 from cpmix_cli.recipe.schema import Recipe, Stage, differences
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import UsageError, counted
-from cpmix_cli.runtime.layout import prose
 from cpmix_cli.runtime.text import quoted
 
 
@@ -89,9 +88,8 @@ def _show_budgets(options: RecipesOptions) -> None:
         {"budgets": budgets},
         header=("recipe", ">epochs", ">passes of an image", ">to cpmix"),
         rows=rows,
-        lines=prose(
-            ["epochs of stage 1, stage 2, finetune; to cpmix: passes over those of the data set's cpmix recipe"],
-            console.columns(),
+        lines=console.prose(
+            ["epochs of stage 1, stage 2, finetune; to cpmix: passes over those of the data set's cpmix recipe"]
         ),
     )
 

@@ -35,7 +35,6 @@ from cpmix_cli.recipe.early_checks import check_request, was_made_with_plugin
 from cpmix_cli.recipe.loading import load, of_dataset, recipe_names
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
-from cpmix_cli.runtime.layout import prose
 from cpmix_cli.runtime.text import quoted
 
 if TYPE_CHECKING:
@@ -390,7 +389,7 @@ def _finish(steps: _Steps, dataset: "Dataset", out: Path, runs: Sequence[_Traine
         "next": ahead,
         "steps": steps.results,
     }
-    console.result(fields, lines=[*prose(lines, console.columns()), f"{status}: {out}"])
+    console.result(fields, lines=[*console.prose(lines), f"{status}: {out}"])
     console.follow(ahead)
 
 

@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpmix_cli.artifacts import files
 from cpmix_cli.evaluation.saved import read_current_numbers
 from cpmix_cli.flags import StatusOptions
-from cpmix_cli.runs import run_json
 from cpmix_cli.runs.folders import PhaseFolder, find_runs
 from cpmix_cli.runs.next_command import BegunRun, read_run
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EXIT_INTERRUPTED, InputError
-from cpmix_cli.runtime.layout import table_lines
 from cpmix_cli.runtime.text import sparkline
 from cpmix_cli.training.metrics import read_history
 
@@ -39,11 +36,8 @@ def run(options: StatusOptions) -> int:
     for given, root in _places(options):
         try:
             run = read_run(root)
-            phases = [_phase_fields(folder, elsewhere, run) for folder, elsewhere in run.phases()]
+            phases = [_phase_fields(*phase, run, curves=options.curves) for phase in run.phases()]
             status = "continue" if run.unfinished() else "done"
-            if options.curves:
-                for fields, (folder, elsewhere) in zip(phases, run.phases(), strict=True):
-                    fields["curves"] = read_history(folder) if elsewhere is None and folder.is_begun else None
             runs.append({"run": str(given), "status": status, "phases": phases, "next": run.next_command()})
         except InputError as fault:
             if root in options.folders:
@@ -83,29 +77,27 @@ def _places(options: StatusOptions) -> list[tuple[Path, Path]]:
     return list(dict.fromkeys(places))
 
 
-def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) -> dict[str, Any]:
-    """Return the fields of a phase for --json.
+def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun, *, curves: bool) -> dict[str, Any]:
+    """Return the fields of a phase for --json; with `curves`, also the metrics of its finished epochs.
 
     Its status is done, stale, interrupted, absent, running (a process writes it now) or elsewhere (done in the run that
     this one started from).
     """
     status: str = folder.status() if elsewhere is None else "elsewhere"
     epochs, total = 0, run.recipe.epochs_of(folder.phase)
-    top1 = because = None
+    top1 = because = history = None
     if elsewhere is not None:
         because, epochs = f"in {elsewhere}", total
     elif status in ("done", "stale"):
         because = folder.stale_because()
         epochs = total = folder.record().epochs
         top1 = _accuracy(folder)
+        history = read_history(folder) if curves else None
     else:
         if folder.is_begun:
             because = folder.stale_because()
-            # Verifies the state, because a damaged one cannot be resumed.
-            epochs, total = (
-                len(run_json.verify_state(folder.path / files.TRAINING_STATE)[1]),
-                folder.recipe().epochs_of(folder.phase),
-            )
+            history = read_history(folder)  # verifies the state, because a damaged one cannot be resumed
+            epochs, total = len(history.get("epoch", ())), folder.recipe().epochs_of(folder.phase)
         if writer := folder.writer:
             status, because = "running", f"by {writer.name}"
     return {
@@ -115,6 +107,7 @@ def _phase_fields(folder: PhaseFolder, elsewhere: Path | None, run: BegunRun) ->
         "total_epochs": total,
         "top1": top1,
         "because": because,
+        **({"curves": history} if curves else {}),
     }
 
 
@@ -142,7 +135,7 @@ def _curve_lines(run: str, phase: Mapping[str, Any]) -> list[str]:
         ends = ["-", "-"] if name == "learning_rate" else [f"{best:{form}}", str(at)]
         rows.append([label, sparkline(curves[name], room), first, last, *ends])
     header = ("", f"epochs {epochs[0]} to {epochs[-1]}" if epochs[1:] else f"epoch {epochs[0]}")
-    return table_lines((*header, ">first", ">last", ">best", ">at epoch"), rows, title=title, width=width)
+    return console.table_lines((*header, ">first", ">last", ">best", ">at epoch"), rows, title=title)
 
 
 def _accuracy(folder: PhaseFolder) -> float | None:

@@ -18,7 +18,6 @@ from cpmix_cli.evaluation.intervals import of_mean, wilson
 from cpmix_cli.runs import run_json
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import counted, shortened
-from cpmix_cli.runtime.layout import table_lines
 
 _SHOWN = 20
 Array = NDArray[Any]
@@ -135,7 +134,7 @@ def lines_of(classes: pd.DataFrame, macro_f1: float, evaluation: Path) -> list[s
         ]
         for row in rows.itertuples()
     ]
-    lines = table_lines(header, cells, title=f"{title}, per cent; macro F1 {macro_f1:.2f}", width=console.columns())
+    lines = console.table_lines(header, cells, title=f"{title}, per cent; macro F1 {macro_f1:.2f}")
     if len(classes) > _SHOWN:
         lines.append(f"all classes: {evaluation / files.PER_CLASS}, and --json")
     if single := classes["class_name"][classes["num_test"] == 1].tolist():

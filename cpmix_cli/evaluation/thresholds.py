@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from cpmix_cli.evaluation.intervals import LEAST_IMAGES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import UsageError, counted, shortened
-from cpmix_cli.runtime.layout import table_lines
 
 _SHOWN = 20
 
@@ -151,7 +150,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         for row in found["classes"]
     ]
     title = f"thresholds for {found['for']}, chosen on val, measured here"
-    lines = table_lines(header, rows[:_SHOWN], title=title, width=console.columns())
+    lines = console.table_lines(header, rows[:_SHOWN], title=title)
     if len(rows) > _SHOWN:
         more = counted(len(rows) - _SHOWN, "more class", "more classes")
         lines.append(f"... and {more}; --json and thresholds.parquet have all")

@@ -181,12 +181,15 @@ def verify_state(path: Path) -> tuple[StateRecord, list[list[float]]]:
     """Verify a whole training state; return its metadata and its history: numbers by epoch and column, NaN for null.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or its history has other columns than its metadata.
     """
-    shapes, metadata, values = read_sealed_values(path, "history")
-    epochs, columns = [*shapes.get("history", []), 0, 0][:2]  # [0] before the first epoch has ended
-    numbers = struct.unpack(f"<{epochs * columns}d", values)
-    return state_record(path, metadata), [list(numbers[i * columns : (i + 1) * columns]) for i in range(epochs)]
+    _, metadata, values = read_sealed_values(path, "history")
+    record = state_record(path, metadata)
+    numbers = struct.unpack(f"<{len(values) // 8}d", values)
+    width = len(record.columns)
+    if len(numbers) % max(1, width):
+        raise InputError(f"{path} has metrics of {len(numbers)} numbers in {width} columns", path=path)
+    return record, [list(numbers[i : i + width]) for i in range(0, len(numbers), max(1, width))]
 
 
 def state_record(path: Path, metadata: dict[str, Any]) -> StateRecord:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TextIO
 
+from cpmix_cli.runtime import layout
 from cpmix_cli.runtime.errors import CpmixError, EnvironmentFault, InputError, UsageError, counted
-from cpmix_cli.runtime.layout import prose, table_lines
 from cpmix_cli.runtime.screen import Foot, foot
 from cpmix_cli.runtime.text import encodable, on_a_line, printable, quoted
 
@@ -74,7 +74,7 @@ def note(text: str) -> None:
 
     A terminal gets it broken at words, unless it holds a command, which is copied from there.
     """
-    lines = [printable(text)] if "\n" in text or "cpmix " in text else prose([text], columns(sys.stderr))
+    lines = [printable(text)] if "\n" in text or "cpmix " in text else layout.prose([text], columns(sys.stderr))
     _note("\n".join(lines))
 
 
@@ -208,8 +208,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
         BrokenPipeError: the reader closed the pipe.
         EnvironmentFault: stdout cannot be written.
     """
-    for line in table_lines(header, rows, title=title, width=columns()):
+    for line in table_lines(header, rows, title=title):
         _out(line)
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> list[str]:
+    """Return a table as layout.table_lines() makes it for the terminal of stdout."""
+    return layout.table_lines(header, rows, title=title, width=columns())
+
+
+def prose(lines: Sequence[str]) -> list[str]:
+    """Return sentences as layout.prose() breaks them for the terminal of stdout."""
+    return layout.prose(lines, columns())
 
 
 def columns(stream: TextIO | None = None) -> int | None:

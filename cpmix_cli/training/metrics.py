@@ -41,6 +41,11 @@ def metrics_schema(terms: list[str]) -> pa.Schema:
     return schema_of(*_COLUMNS[:3], *(f"loss_{term} double" for term in terms), *_COLUMNS[3:])
 
 
+LINE_WIDTH = 80
+_MAY_LACK = ("terms", "fallbacks", "err", "img/s")
+"""Keys of epoch_line() that are left out where there is no room, the most important first."""
+
+
 def read_metrics(folder: PhaseFolder) -> pd.DataFrame:
     """Read metrics.parquet of a done phase.
 
@@ -129,11 +134,6 @@ def epoch_line(plan: "Plan", row: dict[str, float | None]) -> str:
         else:
             room -= len(parts[key])
     return plan.phase + "".join(parts.values())
-
-
-LINE_WIDTH = 80
-_MAY_LACK = ("terms", "fallbacks", "err", "img/s")
-"""Keys of epoch_line() that are left out where there is no room, the most important first."""
 
 
 def _percent(share: float | None) -> str | None:
