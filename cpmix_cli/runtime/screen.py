@@ -2,15 +2,20 @@
 
 The cursor rests on an empty line above them. A terminal that becomes narrower breaks their lines anew, and takes the
 cursor along with that empty line. So erasing from the cursor to the end of the screen always erases all of them.
+rich knows what the terminal can do, and lays out the table. Its Live is not used: it counts lines up from a cursor
+below them, and leaves parts behind when a terminal breaks lines anew or a library writes to it.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from cpmix_cli.runtime.text import cut, encodable, on_a_line, width_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 WIDTH = 76
 _LEAST_WIDTH = 56
@@ -21,12 +26,12 @@ _LEAST_LABEL = 12
 class Foot:
     """Lines at the foot of the terminal. While they are there, it stands for sys.stderr: text is written above them."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+        self._stream = console.file
         self._content: tuple[tuple[str, int, int], Sequence[str], Sequence[Sequence[str]]] | None = None
         self._stands = False
         self._widest = _LEAST_WIDTH
-        self._has_colour = not os.environ.get("NO_COLOR")
         sys.stderr = self
 
     def __getattr__(self, name: str) -> Any:
@@ -95,8 +100,10 @@ class Foot:
         if room < 1:
             return right[:width]
         full = room * done // max(1, total)
-        filled, rest = self._text("━" * full), self._text("─" * (room - full))
-        return f"{label} {self._styled(filled, 32)}{rest} {right}"
+        from rich.text import Text
+
+        parts = (f"{label} ", (self._text("━" * full), "green"), self._text("─" * (room - full)), f" {right}")
+        return self._rendered(Text.assemble(*parts), width)[0]
 
     def _table(self, rows: Sequence[Sequence[str]], width: int) -> tuple[list[str], int]:
         """Return the lines of the rows, and their width: what the widest needed so far, so that nothing jumps.
@@ -114,20 +121,24 @@ class Foot:
         self._widest = max(self._widest, beside + max(width_of(row[0]) for row in cells))
         width = min(width, self._widest)
         room = max(0, width - beside)
-        lines: list[str] = []
-        for label, *numbers in cells:
-            label = _fitted(label, room, self._text("…"))
-            line = label + " " * (room - width_of(label))
-            shown = numbers[len(numbers) - len(widths) :]
-            line += "".join(f"  {number:>{size}}" for number, size in zip(shown, widths, strict=True))
-            lines.append(self._styled(line[:width].rstrip(), 0 if lines else 1))
-        return lines, width
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        numbers = (Column(width=size, justify="right", no_wrap=True) for size in widths)
+        table = Table.grid(Column(width=room, no_wrap=True), *numbers, padding=(0, 2, 0, 0))
+        for label, *values in cells:
+            shown = [_fitted(label, room, self._text("…")), *values[len(values) - len(widths) :]]
+            table.add_row(*map(Text, shown), style="" if table.rows else "bold")
+        return self._rendered(table, width), width
 
     def _text(self, text: str) -> str:
-        return encodable(text, self._stream.encoding)
+        return encodable(text, self._console.encoding)
 
-    def _styled(self, text: str, code: int) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if code and (self._has_colour or code == 1) else text
+    def _rendered(self, content: "RenderableType", width: int) -> list[str]:
+        """Return the lines of a text or table in so many columns, with the terminal's codes of colour."""
+        with self._console.capture() as drawn:
+            self._console.print(content, width=width, no_wrap=True, overflow="crop")
+        return drawn.get().splitlines()
 
 
 def _fitted(label: str, columns: int, mark: str) -> str:
@@ -145,7 +156,9 @@ def _fitted(label: str, columns: int, mark: str) -> str:
 
 def foot() -> Foot | None:
     """Return the foot of stderr's terminal; None if stderr is no terminal that can move its cursor."""
-    stream = sys.stderr
-    if stream is None or not stream.isatty() or os.environ.get("TERM", "dumb").lower() in ("", "dumb", "unknown"):
+    if sys.stderr is None or not sys.stderr.isatty():  # rich is not imported for a log
         return None
-    return Foot(stream)
+    from rich.console import Console
+
+    console = Console(file=sys.stderr, highlight=False, emoji=False)
+    return Foot(console) if console.is_interactive else None

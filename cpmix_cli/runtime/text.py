@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,9 @@ def width_of(text: str) -> int:
     """Return the columns that text takes on a terminal: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+    from rich.cells import cell_len  # imported here, because most text is ASCII and --help is to start fast
+
+    return cell_len(text)
 
 
 def cut(text: str, columns: int, mark: str = "…") -> str:
