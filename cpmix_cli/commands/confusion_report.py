@@ -32,6 +32,7 @@ from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import on_a_line, quoted
 
 DECISION_REGIONS = "decision_regions"
@@ -333,7 +334,7 @@ def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
             "rarer predicted as more frequent": pairs["rarer_as_commoner"],
             "more frequent predicted as rarer": pairs["commoner_as_rarer"],
             "rarer predicted as more frequent, %": [
-                f"{100 * share:.0f}" if few < many else "-"  # of two equally large classes, neither is the rarer
+                percent(100 * share) if few < many else "-"  # of two equally large classes, neither is the rarer
                 for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[frequent], strict=True)
             ],
         }
@@ -355,7 +356,7 @@ def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> 
     counts = dataset.class_counts
     wrong = int(matrix.sum() - matrix.diagonal().sum())
     rarer = int(matrix[counts[:, None] < counts].sum())
-    share = f"; {100 * rarer / wrong:.1f} % of them predicted as a more frequent class" if wrong else ""
+    share = f"; {percent(100 * rarer / wrong, 1)} % of them predicted as a more frequent class" if wrong else ""
     return [
         ("Checkpoint", f"{source.phase}, sha256 {source.output(files.MODEL)[1][:16]}"),
         ("Network", f"{source.recipe().model.name}, {counted(source.record().num_parameters, 'parameter')}"),

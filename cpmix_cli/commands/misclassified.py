@@ -13,6 +13,7 @@ from cpmix_cli.runs import folders, run_json
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, give_one_of
+from cpmix_cli.runtime.rounding import percent
 
 
 def run(options: MisclassifiedOptions) -> None:
@@ -46,7 +47,7 @@ def run(options: MisclassifiedOptions) -> None:
         for image, t, p, c in zip(images, wrong["label"], wrong["predicted"], confidences, strict=True)
     ]
     rows = [
-        [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{100 * confidence:.1f} %"]
+        [str(f["image"]), str(f["true"]), str(f["predicted"]), f"{percent(100 * confidence, 1)} %"]
         for f, confidence in zip(found[: options.limit], confidences, strict=False)
     ]
     lines = [counted(len(found), "misclassified image")]

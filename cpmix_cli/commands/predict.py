@@ -22,6 +22,7 @@ from cpmix_cli.runs.plugin_needs import check_plugin, plugin_words_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted
 from cpmix_cli.runtime.hardware import use_device
+from cpmix_cli.runtime.rounding import percent
 
 NUM_SHOWN = 50
 _UNSURE = "unsure"
@@ -90,7 +91,7 @@ def run(options: PredictOptions) -> None:
         guesses = [(classes[c], p) for c, p in zip(row, chances, strict=True)]
         found_classes = [{"class": name, "confidence": round(p, 4)} for name, p in guesses]
         prediction: dict[str, Any] = {"path": path, "classes": found_classes}
-        cells = [path, *(cell for name, p in guesses for cell in (name, f"{100 * p:.1f} %"))]
+        cells = [path, *(cell for name, p in guesses for cell in (name, f"{percent(100 * p, 1)} %"))]
         if unsure is not None:
             prediction[_UNSURE] = unsure[n]
             cells.append(_UNSURE if unsure[n] else "")

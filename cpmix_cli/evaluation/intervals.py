@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cpmix_cli.runtime.errors import counted, shortened
+from cpmix_cli.runtime.rounding import percent
 
 _Z = 1.959963984540054  # 97.5 % of a normal distribution are below
 LEAST_IMAGES = 10
@@ -94,7 +95,7 @@ def too_few_images(names: Sequence[str], groups: Sequence[str], tested: NDArray[
         return line
     margin = 100 * _margin(max(int(tested[scarce[-1]]), 1))
     mean = 100 * _margin(float(len(known) ** 2 / np.sum(1 / known)))
-    by = f"{margin:.0f} points or more, and the accuracy of few by {mean:.0f}"
+    by = f"{percent(margin)} points or more, and the accuracy of few by {percent(mean)}"
     return f"{line}; a recall of 50 % is uncertain there by {by}"
 
 

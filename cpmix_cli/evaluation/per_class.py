@@ -18,6 +18,7 @@ from cpmix_cli.evaluation.intervals import of_mean, wilson
 from cpmix_cli.runs import run_json
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import counted, shortened
+from cpmix_cli.runtime.rounding import percent
 
 _SHOWN = 20
 Array = NDArray[Any]
@@ -110,12 +111,12 @@ def as_json(classes: pd.DataFrame) -> list[dict[str, Any]]:
 def interval_row(intervals: dict[str, Any]) -> list[str]:
     """Return the table row of the intervals under saved.ACCURACY_HEADER."""
     ends = (intervals.get(name) for name in ("top1", *GROUPS, "balanced_accuracy"))
-    return ["  95 % interval", *(f"{e[0]:.1f}-{_end(e[1])}" if e else "-" for e in ends), "", ""]
+    return ["  95 % interval", *(f"{percent(e[0], 1)}-{_end(e[1])}" if e else "-" for e in ends), "", ""]
 
 
 def _end(share: float) -> str:
     """Return the upper end of an interval in per cent, "100" where it would be one character wider than others."""
-    return f"{share:.1f}".replace("100.0", "100")
+    return percent(share, 1).replace("100.0", "100")
 
 
 def lines_of(classes: pd.DataFrame, macro_f1: float, evaluation: Path) -> list[str]:
@@ -129,12 +130,12 @@ def lines_of(classes: pd.DataFrame, macro_f1: float, evaluation: Path) -> list[s
         [
             *(str(row.class_name), f"{row.num_train:,}", f"{row.num_test:,}"),
             *(_cell(row.precision), _cell(row.accuracy)),
-            f"{row.recall_low:.1f}-{row.recall_high:.1f}" if row.num_test else "-",
+            _interval(row.recall_low, row.recall_high) if row.num_test else "-",
             _cell(row.f1),
         ]
         for row in rows.itertuples()
     ]
-    lines = console.table_lines(header, cells, title=f"{title}, per cent; macro F1 {macro_f1:.2f}")
+    lines = console.table_lines(header, cells, title=f"{title}, per cent; macro F1 {percent(macro_f1, 2)}")
     if len(classes) > _SHOWN:
         lines.append(f"all classes: {evaluation / files.PER_CLASS}, and --json")
     if single := classes["class_name"][classes["num_test"] == 1].tolist():
@@ -145,5 +146,9 @@ def lines_of(classes: pd.DataFrame, macro_f1: float, evaluation: Path) -> list[s
     return ["", *lines, ""]
 
 
+def _interval(low: Any, high: Any) -> str:
+    return f"{percent(low, 1)}-{percent(high, 1)}"
+
+
 def _cell(share: Any) -> str:
-    return "-" if math.isnan(share) else f"{share:.2f}"
+    return "-" if math.isnan(share) else percent(share, 2)

@@ -15,6 +15,7 @@ from cpmix_cli.runs.plugin_needs import plugin_words_of
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.rounding import percent
 
 
 def read_predictions(evaluation: Path, source: PhaseFolder, num_classes: int) -> tuple[pd.DataFrame, str]:
@@ -103,7 +104,7 @@ class EvaluationNumbers(Accuracy):
 def accuracy_row(name: str, numbers: Accuracy) -> list[str]:
     """Return the cells of one row under ACCURACY_HEADER."""
     shares = (numbers.top1, numbers.many, numbers.medium, numbers.few, numbers.balanced_accuracy, numbers.ece)
-    return [name, *("-" if share is None else f"{share:.2f}" for share in shares), f"{numbers.num_test:,}"]
+    return [name, *("-" if share is None else percent(share, 2) for share in shares), f"{numbers.num_test:,}"]
 
 
 def read_numbers(evaluation: Path) -> EvaluationNumbers:

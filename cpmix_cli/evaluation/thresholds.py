@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cpmix_cli.evaluation.intervals import LEAST_IMAGES
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import UsageError, counted, shortened
+from cpmix_cli.runtime.rounding import percent
 
 _SHOWN = 20
 
@@ -144,7 +145,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     rows = [
         [
             *(row["class_name"], "-" if row["threshold"] is None else f"{row['threshold']:.4f}", f"{row['num_val']:,}"),
-            *("-" if row[name] is None else f"{row[name]:.2f}" for name in ("precision", "recall")),
+            *("-" if row[name] is None else percent(row[name], 2) for name in ("precision", "recall")),
             *(f"{row['num_decided']:,}", f"{row['num_predicted'] - row['num_decided']:,}"),
         ]
         for row in found["classes"]
@@ -155,6 +156,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         more = counted(len(rows) - _SHOWN, "more class", "more classes")
         lines.append(f"... and {more}; --json and thresholds.parquet have all")
     images = found["num_decided"] + found["num_undecided"]
-    accuracy = "" if found["accuracy_of_decided"] is None else f", {found['accuracy_of_decided']:.2f} % of them right"
+    right = found["accuracy_of_decided"]
+    accuracy = "" if right is None else f", {percent(right, 2)} % of them right"
     lines.append(f"{found['num_decided']:,} of {images:,} images are decided{accuracy}")
     return [*lines, ""]

@@ -25,15 +25,15 @@ from cpmix_cli.report.colours import KINDS, MODES, stops
 from cpmix_cli.report.findings import Finding, find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.pairs import relation, trim_confusions
-from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime.errors import counted
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import on_a_line
 
 Array = NDArray[Any]
 GENERATOR = b'<meta name="generator" content="cpmix">'
 """Line of page.html by which a page of cpmix is told from others."""
 
-_SCRIPTS = ("data", "layout", "matrix", "cell", "tables", "plots", "start")
+_SCRIPTS = ("data", "layout", "matrix", "cell", "tables", "classes", "plots", "start")
 """Parts of the script: each uses only those before it while it loads."""
 _MAX_PAIRS = 200_000  # training confusions on the page; above that, trim_confusions() selects
 
@@ -166,9 +166,19 @@ def _run_data(run: ShownRun) -> Mapping[str, Any]:
         "groups": np.array([GROUPS.index(group) for group in run.groups]),
         "matrix": _cells(run.matrix),
         "confusion_pairs": None if kept is None else _cells(kept),
+        "classes": _class_data(run.matrix),
         "errors": None if run.confusions is None else run.confusions.sum(1),
         "trimmed": kept is not run.confusions,
         "calibration": {"images": images, "confidence": confidence, "accuracy": accuracy},
+    }
+
+
+def _class_data(matrix: Array) -> dict[str, Array]:
+    """Return the numbers of each class in units of 0.00001 per cent [C]; -1 where they are undefined."""
+    found = class_columns(matrix)
+    columns = {name: found[name] for name in ("precision", "f1", "recall_low", "recall_high")}
+    return {
+        name: np.nan_to_num(np.rint(1e5 * v), nan=-1) for name, v in {"recall": found["accuracy"], **columns}.items()
     }
 
 

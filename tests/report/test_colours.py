@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.typing import ColorType
 
 from cpmix_cli.report.colours import KINDS, MODES, Mode, colour_map, luminance, stops, text_colour
-from cpmix_cli.report.rounding import percent
+from cpmix_cli.runtime.rounding import percent
 
 BACKGROUND = {"light": "#ffffff", "dark": "#15171a"}
 # Machado, Oliveira and Fernandes 2009, severity 1, in linear RGB
@@ -96,10 +96,16 @@ def test_text_has_contrast_on_every_cell(kind: str, mode: Mode) -> None:
 @pytest.mark.parametrize(
     ("value", "places", "text"),
     [
-        *((12.5, 0, "13"), (0.5, 0, "1"), (2.5, 0, "3"), (14.499999999999998, 0, "14"), (100.0, 0, "100")),
-        *((12.25, 1, "12.3"), (1.005, 2, "1.00"), (-2.5, 0, "-3"), (0.0, 1, "0.0")),
+        *(
+            (12.5, 0, "13"),
+            (0.5, 0, "1"),
+            (2.5, 0, "3"),
+            (14.499999999999998, 0, "15"),
+            (14.4999, 0, "14"),
+            (100.0, 0, "100"),
+        ),
+        *((12.25, 1, "12.3"), (1.005, 2, "1.01"), (-2.5, 0, "-3"), (-0.04, 1, "0.0"), (0.0, 1, "0.0")),
     ],
 )
-def test_percentages_are_rounded_as_the_page_rounds_them(value: float, places: int, text: str) -> None:
-    """The texts are those of JavaScript's toFixed()."""
+def test_halves_are_rounded_away_from_zero(value: float, places: int, text: str) -> None:
     assert percent(value, places) == text

@@ -3,9 +3,12 @@
 import base64
 import html
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
+from cpmix_cli.runtime.rounding import percent
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # playwright's event loop
@@ -421,14 +425,16 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
         ["dog", "50", "cat", "500", "15", "5", "33", "3"],
     ]
     assert page.locator("#classes thead th").all_inner_texts() == [
-        *("class", "group", "training images", "test images", "accuracy"),
-        *("precision", "top wrong prediction", "its count"),
+        *("class", "group", "training images", "test images", "recall", "95 % interval"),
+        *("precision", "F1", "most taken for, images"),
     ]
     assert rows("classes") == [
-        ["cat", "many", "500", "100", "90.0 %", "94.7 %", "dog", "10"],
-        ["dog", "medium", "50", "100", "85.0 %", "68.0 %", "wolf", "10"],
-        ["wolf", "few", "5", "100", "70.0 %", "87.5 %", "dog", "30"],
+        ["cat", "many", "500", "100", "90.0 %", "82.6 to 94.5", "94.7 %", "92.3 %", "dog 10"],
+        ["dog", "medium", "50", "100", "85.0 %", "76.7 to 90.7", "68.0 %", "75.6 %", "wolf 10, cat 5"],
+        ["wolf", "few", "5", "100", "70.0 %", "60.4 to 78.1", "87.5 %", "77.8 %", "dog 30"],
     ]
+    page.locator("#classes").get_by_role("link", name="cat").click()
+    assert page.locator("#cell h3").inner_text() == "dog predicted as cat"  # the link's cell, not the row's
     page.locator("#maps canvas").click(position=shows.cell(2, 1))
     assert page.locator("#cell dl").inner_text().split("\n") == [
         *("reverse", "10 of 100", "in training", "6 of 8 confusions of the class")
@@ -457,12 +463,23 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
     )
 
 
+def test_the_script_rounds_as_python_does(opened: Any) -> None:
+    """All shares of up to 160 images, of which every sixteenth or so is a half, against exact fractions."""
+    shows = opened(rendered([shown(HAND, COUNTS)], NAMES))
+    shares = [(k, n, places) for n in range(1, 161) for k in range(n + 1) for places in (0, 1, 2)]
+    exact = [f"{Decimal(math.floor(Fraction(100 * k * 10**d, n) + Fraction(1, 2))).scaleb(-d):f}" for k, n, d in shares]
+    assert [percent(100 * k / n, d) for k, n, d in shares] == exact
+    assert [percent(k / n * 100, d) for k, n, d in shares] == exact
+    assert shows.page.evaluate("shares => shares.map(([k, n, d]) => rounded((100 * k) / n, d))", shares) == exact
+    assert shows.page.evaluate("[signed(-2.25), signed(-0.04), signed(0.05)]") == ["-2.3", "0.0", "+0.1"]
+
+
 def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> None:
     matrix = np.array([[5, 5, 0], [0, 0, 0], [0, 1, 9]])
     shows = opened(rendered([shown(matrix, COUNTS)], NAMES))
     shows.page.select_option("#order", "recall")
     assert shows.page.evaluate("places.labels") == ["wolf", "cat", "dog"]
-    header = shows.page.locator("#classes").get_by_role("button", name="accuracy")
+    header = shows.page.locator("#classes").get_by_role("button", name="recall")
     for _ in range(2):
         header.click()
         assert shows.page.locator("#classes tbody tr").last.locator("th").inner_text() == "dog"
@@ -570,7 +587,7 @@ def test_first_screen_says_what_was_found_and_leads_to_it(opened: Any) -> None:
     page = shows.page
     first = page.locator(".summary").inner_text()
     # (90 + 85 + 70) / 3; Wilson's interval of 245 of 300 images is 76.9 to 85.6, without the strata
-    assert "A network, trained on data." in first and "81.7 %" in first and "95 % interval 77.0 to 85.5 %" in first
+    assert "A network, trained on data." in first and "81.7 %" in first and "95 % interval 77.0 to 85.6 %" in first
     groups = [row.locator("th, td").all_inner_texts() for row in page.locator(".groups tr").all()]
     assert [(row[0], row[1].strip(), row[3]) for row in groups] == [
         ("many", "90.0 %", "1 class with 500 training images"),

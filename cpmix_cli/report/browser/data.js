@@ -20,8 +20,12 @@ const runs = data.runs.map((run) => ({
 
 const formats = [0, 1].map((digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
 const number = (value, digits = 0) => formats[digits].format(value);
-const percent = (value) => (value > 0 && value < 1 ? value.toFixed(2) : value.toFixed(1)) + " %";
-const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(1);
+function rounded(value, places = 0) { // as percent() of runtime/rounding.py, so that a number reads the same everywhere
+  const scale = 10 ** places, whole = Math.floor(Math.abs(value) * scale + 0.5 + 1e-7);
+  return (value < 0 && whole ? "-" : "") + (whole / scale).toFixed(places);
+}
+const percent = (value) => `${rounded(value, value > 0 && value < 1 ? 2 : 1)} %`;
+const signed = (value) => (value > 0 ? "+" : "") + rounded(value, 1);
 const $ = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -54,7 +58,7 @@ for (const run of runs) {
   run.testCounts = sums(run.cells, run.cells.rows);
   run.predicted = sums(run.cells, run.cells.columns);
   run.count = lookup(run.cells);
-  run.accuracy = Array.from(run.testCounts, (total, c) => (total ? (100 * run.count(c, c)) / total : NaN));
+  for (const [name, values] of Object.entries(run.classes)) run[name] = Array.from(decode(values), (v) => (v < 0 ? NaN : v / 1e5));
   if (run.confused) {
     run.errors = decode(run.errors);
     run.trainedOn = lookup(run.confused);

@@ -5,7 +5,7 @@ const ORDERS = {
   count: () => ids.slice().sort((a, b) => runs[0].trainCounts[b] - runs[0].trainCounts[a] || a - b),
   confusion: () => Array.from(decode(data.clustered)),
   recall: () => { // classes without test images last
-    const of = (c) => (runs[0].testCounts[c] ? runs[0].accuracy[c] : -1);
+    const of = (c) => (runs[0].testCounts[c] ? runs[0].recall[c] : -1);
     return ids.slice().sort((a, b) => of(b) - of(a) || a - b);
   },
   name: () => ids.slice().sort((a, b) => data.names[a].localeCompare(data.names[b], "en", { numeric: true }) || a - b),

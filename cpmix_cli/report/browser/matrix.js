@@ -105,7 +105,7 @@ class HeatMap {
       if (cell >= 26) {
         const images = this.own.found.get(row * places.size + column) || 0;
         context.fillStyle = luminance(fill) > 0.179 ? "#000" : "#fff"; // the better contrast: both have 4.58 : 1 there
-        const shown = this.other ? signed(value) : state.numbers === "images" ? number(images) : value >= 1 ? value.toFixed(0) : "<1";
+        const shown = this.other ? signed(value) : state.numbers === "images" ? number(images) : value >= 1 ? rounded(value) : "<1";
         context.font = `${Math.min(13, (1.4 * cell) / Math.max(3, shown.length))}px system-ui, sans-serif`;
         context.fillText(shown, this.x(column) + cell / 2, this.y(row) + cell / 2);
       }

@@ -92,13 +92,13 @@ function accuracyPlot() {
     const order = ids.slice().sort((a, b) => run.trainCounts[b] - run.trainCounts[a] || a - b);
     const paint = colour(`run${r % 6}`);
     order.forEach((c) => {
-      if (!Number.isNaN(run.accuracy[c])) points.push({ x: run.trainCounts[c], y: run.accuracy[c], colour: paint, text: () => `${data.names[c]}${runs.length > 1 ? `, ${run.name}` : ""}\n${percent(run.accuracy[c])} of ${number(run.testCounts[c])} test images\n${number(run.trainCounts[c])} training images` });
+      if (!Number.isNaN(run.recall[c])) points.push({ x: run.trainCounts[c], y: run.recall[c], colour: paint, text: () => `${data.names[c]}${runs.length > 1 ? `, ${run.name}` : ""}\n${percent(run.recall[c])} of ${number(run.testCounts[c])} test images\n${number(run.trainCounts[c])} training images` });
     });
     const parts = Math.min(10, numClasses);
     for (let g = 0; g < parts && numClasses > 20; g++) { // mean accuracies of tenths of the classes
-      const part = order.slice(Math.round((g * numClasses) / parts), Math.round(((g + 1) * numClasses) / parts)).filter((c) => !Number.isNaN(run.accuracy[c]));
+      const part = order.slice(Math.round((g * numClasses) / parts), Math.round(((g + 1) * numClasses) / parts)).filter((c) => !Number.isNaN(run.recall[c]));
       if (!part.length) continue;
-      const mean = part.reduce((sum, c) => sum + run.accuracy[c], 0) / part.length;
+      const mean = part.reduce((sum, c) => sum + run.recall[c], 0) / part.length;
       lines.push({ from: [run.trainCounts[part[0]], mean], to: [run.trainCounts[part[part.length - 1]], mean], colour: paint });
     }
   });
@@ -149,7 +149,7 @@ function calibrationPlot() {
     const all = images.reduce((a, b) => a + b, 0);
     images.forEach((n, b) => {
       if (!n) return;
-      const text = () => `${runs.length > 1 ? run.name + "\n" : ""}${number(n)} test images\nmean confidence ${confidence[b].toFixed(3)}\naccuracy ${percent(100 * accuracy[b])}`;
+      const text = () => `${runs.length > 1 ? run.name + "\n" : ""}${number(n)} test images\nmean confidence ${rounded(confidence[b], 3)}\naccuracy ${percent(100 * accuracy[b])}`;
       points.push({ x: confidence[b], y: accuracy[b], colour: colour(`run${r % 6}`), size: 3 + 9 * Math.sqrt(n / all), text });
     });
     const filled = images.map((n, b) => b).filter((b) => images[b]);

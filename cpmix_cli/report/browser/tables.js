@@ -1,6 +1,6 @@
 // -- tables that sort -------------------------------------------------------------------------------------------------
 
-// columns: {name, of(row) -> string or number, numeric?, text?(value) -> string, left?: a number that is shown as text}.
+// columns: {name, of(row) -> string or number, numeric?, text?(value) -> string, links?(row) -> nodes instead of it, left?: a number that is shown as text}.
 // Long tables show their first rows; a button shows more.
 function sortable(table, columns, rows, matches, search, by, step = 100) {
   const state = { by, down: true, shown: step };
@@ -23,16 +23,17 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
       return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y);
     });
     body.replaceChildren(...chosen.slice(0, state.shown).map((row) => {
-      const line = element("tr", {}, ...columns.map(({ of, text, numeric, left }, i) => {
+      const line = element("tr", {}, ...columns.map(({ of, text, links, numeric, left }, i) => {
         const value = of(row);
         const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "", textContent: text ? text(value) : numeric ? number(value) : value });
+        if (links) cell.replaceChildren(...links(row));
         if (!i) {
           cell.setAttribute("scope", "row");
           cell.replaceChildren(element("button", { type: "button", textContent: cell.textContent })); // its click reaches the row's listener
         }
         return cell;
       }));
-      line.addEventListener("click", () => row.show?.());
+      line.addEventListener("click", (event) => { if (!event.target.closest("a")) row.show?.(); });
       return line;
     }));
     [...table.tHead.rows[0].cells].forEach((cell, i) => {
@@ -72,30 +73,9 @@ function pairTable() {
     columns.push({ name: `rarer predicted as more frequent${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
     // With equally many training images neither class is the rarer one.
     const share = ({ r, c }) => (runs[0].trainCounts[r] < runs[0].trainCounts[c] ? (100 * run.count(r, c)) / both(run)({ r, c }) : NaN);
-    columns.push({ name: `rarer predicted as more frequent, %${name}`, of: share, text: dash((v) => v.toFixed(0)), numeric: true });
+    columns.push({ name: `rarer predicted as more frequent, %${name}`, of: share, text: dash((v) => rounded(v)), numeric: true });
     if (run.confused) columns.push({ name: `in training${name}`, of: ({ r, c }) => run.trainedOn(r, c) + run.trainedOn(c, r), numeric: true });
   }
   for (const run of runs.slice(1)) columns.push({ name: `change, ${run.name}`, of: (row) => both(run)(row) - both(runs[0])(row), text: (v) => (v > 0 ? "+" : "") + number(v), numeric: true });
   sortable($("pairs"), columns, rows, ({ r, c }) => `${data.names[r]} ${data.names[c]}`, $("pairs-search"), 4);
-}
-
-function classTable() {
-  const run = runs[0], of = runs.length > 1 ? `, ${run.name}` : "";
-  const wrong = new Array(numClasses).fill(null); // the most frequent wrong prediction per class
-  for (let i = 0; i < run.cells.counts.length; i++) {
-    const [row, column, count] = [run.cells.rows[i], run.cells.columns[i], run.cells.counts[i]];
-    if (row !== column && (!wrong[row] || count > wrong[row].count)) wrong[row] = { column, count };
-  }
-  const columns = [
-    { name: "class", of: ({ c }) => data.names[c] },
-    { name: "group", of: ({ c }) => run.groups[c], text: (v) => GROUPS[v], numeric: true, left: true },
-    { name: "training images", of: ({ c }) => run.trainCounts[c], numeric: true },
-    { name: "test images", of: ({ c }) => run.testCounts[c], numeric: true },
-    ...runs.map((r) => ({ name: runs.length > 1 ? `accuracy, ${r.name}` : "accuracy", of: ({ c }) => r.accuracy[c], text: dash(percent), numeric: true })),
-    { name: `precision${of}`, of: ({ c }) => (run.predicted[c] ? (100 * run.count(c, c)) / run.predicted[c] : NaN), text: dash(percent), numeric: true },
-    { name: `top wrong prediction${of}`, of: ({ c }) => (wrong[c] ? data.names[wrong[c].column] : "-") },
-    { name: `its count${of}`, of: ({ c }) => (wrong[c] ? wrong[c].count : 0), numeric: true },
-  ];
-  const rows = ids.map((c) => ({ c, show: () => showInMap(c, wrong[c] ? wrong[c].column : c) }));
-  sortable($("classes"), columns, rows, ({ c }) => data.names[c], $("classes-search"), 2);
 }
