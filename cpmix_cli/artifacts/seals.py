@@ -97,27 +97,21 @@ def check_seal(path: Path, metadata: Any, tensors_digest: str | None = None) -> 
     return content
 
 
-def read_sealed(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Check the seal of a file over its metadata and all tensor bytes, without making tensors.
 
     Returns:
-        Tensor name -> shape, and the metadata.
+        The metadata, and tensor name -> bytes.
 
     Raises:
         InputError: the file is missing or damaged, or has no seal.
     """
-    shapes, metadata, _ = read_sealed_values(path, "")
-    return shapes, metadata
-
-
-def read_sealed_values(path: Path, name: str) -> tuple[dict[str, list[int]], dict[str, Any], bytes]:
-    """Read as read_sealed(), and return also the bytes of one tensor; none if the file lacks it."""
     data = read_bytes(path)
     try:
-        shapes, metadata = parse_header(data)
+        _, metadata = parse_header(data)
         found = sorted(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
         entries = ((name, _DTYPES[t["dtype"]], t["shape"], t["data"]) for name, t in found)
         tensors_digest = content_digest(entries)
     except DAMAGED as fault:
         raise InputError(f"{path} is not a valid safetensors file: {fault}", path=path) from fault
-    return shapes, check_seal(path, metadata, tensors_digest), dict(found).get(name, {"data": b""})["data"]
+    return check_seal(path, metadata, tensors_digest), {name: t["data"] for name, t in found}

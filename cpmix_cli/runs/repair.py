@@ -144,7 +144,7 @@ def _records(folder: PhaseFolder) -> tuple[BegunRecord | None, StateRecord | Non
     state: StateRecord | None = None
     with suppress(CpmixError):
         path = folder.path / TRAINING_STATE
-        found = state_record(path, read_sealed(path)[1])
+        found = state_record(path, read_sealed(path)[0])
         if found.phase == folder.phase:
             begun = state = found
     with suppress(CpmixError):

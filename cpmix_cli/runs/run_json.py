@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from cpmix_cli.artifacts import files, records
 from cpmix_cli.artifacts.files import TrainingPhase
 from cpmix_cli.artifacts.records import Record
-from cpmix_cli.artifacts.seals import check_seal, read_header, read_sealed_values
+from cpmix_cli.artifacts.seals import check_seal, read_header, read_sealed
 from cpmix_cli.data.dataset import FileName, Shaped, Storage
 from cpmix_cli.runtime.errors import InputError
 
@@ -183,8 +183,8 @@ def verify_state(path: Path) -> tuple[StateRecord, list[list[float]]]:
     Raises:
         InputError: the file is missing or damaged, or its history has other columns than its metadata.
     """
-    _, metadata, values = read_sealed_values(path, "history")
-    record = state_record(path, metadata)
+    metadata, tensors = read_sealed(path)
+    record, values = state_record(path, metadata), tensors.get("history", b"")
     numbers = struct.unpack(f"<{len(values) // 8}d", values)
     width = len(record.columns)
     if len(numbers) % max(1, width):
