@@ -63,6 +63,8 @@ class _Reported:
     """SHA-256 of the predictions' file."""
     accuracies: list[list[str]]
     """A table row per evaluation of the run."""
+    listing: str
+    """Command that lists the misclassified images; "" for an evaluation in --out, which it does not read."""
     shown: ShownRun
 
 
@@ -168,7 +170,13 @@ def _read_reported(
         reliability=reliability(confidence, right).numpy(),
     )
     accuracies = accuracy_rows(evaluation.parent, evaluation.name)
-    return _Reported(root, source, dataset, evaluation, predictions, sha, accuracies, shown)
+    listing = ["cpmix", "misclassified", "--from", source.path]
+    for flag, value in (("--label", options.label), ("--data", data), ("--data-root", data_root)):
+        listing += [flag, value] if value is not None else []
+    in_run = evaluation.parent.parent == root
+    return _Reported(
+        root, source, dataset, evaluation, predictions, sha, accuracies, quoted(*listing) if in_run else "", shown
+    )
 
 
 def _names(reported: list[_Reported]) -> list[str]:
@@ -277,7 +285,7 @@ def _thumbnails(run: _Reported, limit: int) -> ContactSheet | None:
     at = pd.Index(run.predictions["sample_id"]).get_indexer(chosen["sample_id"])
     with tests.reading():
         images = [images.numpy() for part in torch.split(torch.tensor(at), 64) for images in tests.pictures(part)]
-    return sheet(images, max(run.dataset.shape[:2]), chosen)
+    return sheet(images, max(run.dataset.shape[:2]), chosen, tests.samples.iloc[at], run.listing)
 
 
 def _draw(run: _Reported) -> Pictures:

@@ -1,4 +1,4 @@
-"""Thumbnails of test images of the most confused cells, on one contact sheet for the page."""
+"""Thumbnails of test images of the most confused cells with their names, on one contact sheet for the page."""
 
 import base64
 import io
@@ -10,8 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from cpmix_cli.runtime.text import on_a_line
+
 _MAX_A_CELL = 8
-_LARGEST_SIDE = 48  # pixels; larger images are shrunk
+_LARGEST_SIDE = 64  # pixels; larger images are shrunk
 _COLUMNS = 80  # WebP has at most 16,383 pixels a side
 
 
@@ -23,8 +25,14 @@ class ContactSheet:
     """True class of each thumbnail [N]."""
     predicted_class: NDArray[Any]
     """[N]."""
-    confidence: list[int]
+    confidence: list[float]
     """Confidence of the prediction in per cent [N]."""
+    names: list[str]
+    """Path of each image below the folder of the images, or which test image it is [N]."""
+    are_files: bool
+    """Whether the names are paths."""
+    listing: str
+    """Command that lists all misclassified images; "" if none does."""
     side: int
     """Height and width of a thumbnail in pixels."""
     width: int
@@ -52,14 +60,19 @@ def most_confused(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     return chosen[["true_class", "predicted_class", "confidence", "sample_id"]].reset_index(drop=True)
 
 
-def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) -> ContactSheet:
+def sheet(
+    images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame, samples: pd.DataFrame, listing: str
+) -> ContactSheet:
     """Make the contact sheet of the images of most_confused(); at least one.
 
     Args:
         images: uint8 [H, W, 1 or 3] each, in the order of `chosen`.
         largest: largest height or width of the images.
         chosen: result of most_confused().
+        samples: rows of `chosen` with path or source_index.
+        listing: command that lists all misclassified images; "" if none does.
     """
+    are_files = "path" in samples
     side = min(_LARGEST_SIDE, largest)
     width, height = side * min(_COLUMNS, len(chosen)), side * -(-len(chosen) // _COLUMNS)
     page = Image.new("RGB", (width, height))
@@ -75,7 +88,12 @@ def sheet(images: Iterable[NDArray[Any]], largest: int, chosen: pd.DataFrame) ->
     return ContactSheet(
         chosen["true_class"].to_numpy(),
         chosen["predicted_class"].to_numpy(),
-        [round(100 * value) for value in chosen["confidence"].tolist()],
+        [round(100 * value, 1) for value in chosen["confidence"].tolist()],
+        [on_a_line(path) for path in samples["path"]]
+        if are_files
+        else [f"test image {index}" for index in samples["source_index"]],
+        are_files,
+        listing,
         side,
         width,
         height,

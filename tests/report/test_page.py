@@ -407,7 +407,9 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
 def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
     """A page of three classes: tables, panel, plots and thumbnails against what HAND says."""
     sprite = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
-    images = ContactSheet(np.array([2, 2]), np.array([1, 1]), [90, 60], 8, 16, 8, sprite)
+    images = ContactSheet(
+        np.array([2, 2]), np.array([1, 1]), [90.0, 60.4], ["a.png", "b.png"], True, "", 8, 16, 8, sprite
+    )
     confusions = np.array([[0.0, 3, 1], [0, 0, 0], [2, 6, 0]])
     shows = opened(rendered([shown(HAND, COUNTS, confusions=confusions)], NAMES, images=images))
     page = shows.page
@@ -439,9 +441,10 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
     assert page.locator("#cell dl").inner_text().split("\n") == [
         *("reverse", "10 of 100", "in training", "6 of 8 confusions of the class")
     ]
-    assert "the 2 most confident of 30 images:" in page.locator("#cell").inner_text()
+    assert "the 2 most confident of 30 images, with the confidence:" in page.locator("#cell").inner_text()
     thumbs = page.locator(".thumb")
-    assert thumbs.all()[1].get_attribute("aria-label") == "test image: wolf predicted as dog, confidence 0.60"
+    assert thumbs.all()[1].get_attribute("aria-label") == "enlarge b.png"
+    assert page.locator(".thumbs li").all_inner_texts() == ["a.png\n90.0 %", "b.png\n60.4 %"]
     places = thumbs.evaluate_all("found => found.map((e) => e.style.backgroundPosition)")
     assert places == ["0px 0px", "-64px 0px"]
     page.locator("#maps canvas").click(position=shows.cell(1, 1))
@@ -566,7 +569,7 @@ def test_page_of_a_real_run_shows_its_confusions_and_plots(digits_run: Path, ope
     row, column = order.index(wrong["true_class"]), order.index(wrong["predicted_class"])
     assert f"{wrong['count']} of 50 test images" in shows.point(row, column)
     shows.page.locator("#maps canvas").click(position=shows.cell(row, column))
-    thumbs = shows.page.get_by_role("img", name=re.compile("test image: .* predicted as"))
+    thumbs = shows.page.get_by_role("button", name=re.compile(r"enlarge test image \d+"))
     assert thumbs.count() == min(8, wrong["count"])
     for name in ("accuracy", "histogram", "calibration", "relation"):
         data = shows.page.evaluate(

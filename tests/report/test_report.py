@@ -222,21 +222,22 @@ def test_thumbnails_show_the_most_confused_cells_first() -> None:
 def test_thumbnails_keep_their_proportions() -> None:
     tall = np.full((1, 96, 48, 3), 255, dtype=np.uint8)
     chosen = pd.DataFrame({"true_class": [0], "predicted_class": [1], "confidence": [0.5], "sample_id": [0]})
-    picture = pixels(base64.b64decode(sheet(tall, 96, chosen).sprite.split(",")[1]))
-    assert picture[:, 13:35].min() > 245 and picture[:, [2, -2]].max() < 10
+    picture = pixels(base64.b64decode(sheet(tall, 96, chosen, chosen.assign(path="a.jpg"), "").sprite.split(",")[1]))
+    assert picture[:, 17:47].min() > 245 and picture[:, [2, -2]].max() < 10
 
 
 def test_as_many_thumbnails_as_the_flag_allows_fit() -> None:
     chosen = pd.DataFrame({"true_class": 0, "predicted_class": 1, "confidence": 0.5, "sample_id": [0] * 20_000})
-    made = sheet([np.zeros((48, 48, 1), np.uint8)] * 20_000, 48, chosen)
+    made = sheet([np.zeros((64, 64, 1), np.uint8)] * 20_000, 64, chosen, chosen.assign(path="a.jpg"), "")
     assert max(made.width, made.height) <= 16_383
 
 
-@pytest.mark.parametrize(("shape", "side"), [((8, 8, 1), 8), ((32, 32, 3), 32), ((64, 64, 3), 48)])
+@pytest.mark.parametrize(("shape", "side"), [((8, 8, 1), 8), ((32, 32, 3), 32), ((96, 96, 3), 64)])
 def test_a_sheet_has_each_image_in_its_place(shape: tuple[int, ...], side: int) -> None:
     images = np.stack([np.full(shape, 40 * k, dtype=np.uint8) for k in range(6)])
     chosen = pd.DataFrame({"true_class": 0, "predicted_class": 1, "confidence": 0.5, "sample_id": [5, 0, 3]})
-    made = sheet(images[[5, 0, 3]], shape[0], chosen)
+    made = sheet(images[[5, 0, 3]], shape[0], chosen, chosen.assign(source_index=[15, 10, 13]), "")
+    assert made.names == ["test image 15", "test image 10", "test image 13"]
     kind, data = made.sprite.split(",")
     assert (kind, made.side, made.width, made.height) == ("data:image/webp;base64", side, 3 * side, side)
     values = pixels(base64.b64decode(data)).mean((0, 2)).reshape(3, side).mean(1)

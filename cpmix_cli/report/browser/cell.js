@@ -42,16 +42,6 @@ function trainingConfusions(run, a, b) {
   return `${number(count)} of ${number(run.errors[a])} confusions of the class`;
 }
 
-const imagesOf = new Map(); // cell -> indices of its thumbnails, which are of the first run
-if (data.images) {
-  const [rows, columns] = [decode(data.images.true_class), decode(data.images.predicted_class)];
-  rows.forEach((row, i) => {
-    const key = row * numClasses + columns[i];
-    if (!imagesOf.has(key)) imagesOf.set(key, []);
-    imagesOf.get(key).push(i);
-  });
-}
-
 function showCell() {
   const panel = $("cell");
   if (!state.cursor) {
@@ -76,20 +66,104 @@ function showCell() {
     if (a === b) fact(name ? `${name}, false positives` : "false positives", `${number(run.predicted[a] - run.count(a, a))} images of other classes`);
   }
   panel.append(list);
-  const found = imagesOf.get(a * numClasses + b) || [];
-  if (found.length) {
-    const all = runs[0].count(a, b);
-    const which = `${found.length < all ? `the ${found.length} most confident of ${number(all)} images` : "its images"}${runs.length > 1 ? ` of ${runs[0].name}` : ""}:`;
-    panel.append(element("p", { className: "quiet", textContent: which }), element("div", { className: "thumbs" }, ...found.map((i) => thumbnail(i, verb))));
-  }
-  else if (a !== b && runs[0].count(a, b) && data.images) panel.append(element("p", { className: "quiet", textContent: "The page has images of the most confused cells only, not of this one." }));
+  panel.append(...testImages(a, b));
 }
 
-function thumbnail(index, words) {
-  const { columns, side, width, height } = data.images;
-  const scale = 64 / side;
-  const thumb = element("div", { className: "thumb", role: "img", title: `confidence ${(data.images.confidence[index] / 100).toFixed(2)}`, "aria-label": `test image: ${words}, confidence ${(data.images.confidence[index] / 100).toFixed(2)}` });
-  thumb.style.backgroundSize = `${width * scale}px ${height * scale}px`;
-  thumb.style.backgroundPosition = `${-(index % columns) * 64}px ${-Math.floor(index / columns) * 64}px`;
-  return thumb;
+// -- test images of a cell --------------------------------------------------------------------------------------------
+
+const imagesOf = new Map(); // cell -> indices of its thumbnails, which are of the first run
+if (data.images) {
+  const [rows, columns] = [decode(data.images.true_class), decode(data.images.predicted_class)];
+  rows.forEach((row, i) => {
+    const key = row * numClasses + columns[i];
+    if (!imagesOf.has(key)) imagesOf.set(key, []);
+    imagesOf.get(key).push(i);
+  });
+}
+
+// Return the elements that show the misclassified images of a cell, and how to list those that the page leaves out.
+function testImages(row, column) {
+  const all = runs[0].count(row, column);
+  if (!data.images || row === column || !all) return [];
+  const found = imagesOf.get(row * numClasses + column) || [];
+  const said = (textContent) => element("p", { className: "quiet", textContent });
+  const shown = [];
+  if (found.length) {
+    const which = found.length < all ? `the ${found.length} most confident of ${number(all)} images` : "its images";
+    const names = found.map((i) => data.images.names[i]);
+    const copy = element("button", { type: "button", textContent: `copy the list of ${data.images.are_files ? "files" : "images"}` });
+    copy.addEventListener("click", () => copyNames(copy, names));
+    shown.push(said(`${which}${runs.length > 1 ? ` of ${runs[0].name}` : ""}, with the confidence:`), element("ul", { className: data.images.are_files ? "thumbs files" : "thumbs" }, ...found.map((_, at) => thumbnail(found, at, row, column))), copy);
+  } else shown.push(said("The page has images of the most confused cells only, not of this one."));
+  if (found.length < all && data.images.listing) {
+    const classes = `--true ${shellQuoted(data.names[row])} --predicted ${shellQuoted(data.names[column])}`;
+    const words = `${data.images.listing} ${classes} --limit ${all}`.split(" ").flatMap((textContent) => [element("span", { textContent }), " "]);
+    shown.push(said(all > 1 ? `This lists all ${number(all)}:` : "This names it:"), element("code", {}, ...words)); // broken at words, not after hyphens
+  }
+  return shown;
+}
+
+const shellQuoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
+
+function thumbnail(found, at, row, column) {
+  const { columns, side, width, height, names, confidence } = data.images;
+  const scale = 64 / side, i = found[at];
+  const button = element("button", { type: "button", className: side < 64 ? "thumb few-pixels" : "thumb", title: "enlarge", "aria-label": `enlarge ${names[i]}` });
+  button.style.backgroundSize = `${width * scale}px ${height * scale}px`;
+  button.style.backgroundPosition = `${-(i % columns) * 64}px ${-Math.floor(i / columns) * 64}px`;
+  button.addEventListener("click", () => enlarge(found, at, row, column));
+  return element("li", {}, button, element("span", {}, names[i], element("br"), element("b", { textContent: percent(confidence[i]) })));
+}
+
+let sheet = null; // promise of the contact sheet as an image
+
+// Open the larger view of one of the found images; buttons and arrow keys lead to the others, round and round.
+function enlarge(found, at, row, column) {
+  const { columns, side, names, confidence, sprite } = data.images;
+  const dialog = $("enlarged"), canvas = dialog.querySelector("canvas");
+  const buttons = document.querySelectorAll(".thumb");
+  if (!sheet) {
+    const image = element("img", { src: sprite });
+    sheet = image.decode().then(() => image);
+  }
+  canvas.width = canvas.height = side * Math.floor(288 / side); // whole pixels become whole squares
+  canvas.className = side < 64 ? "few-pixels" : "";
+  const show = (wanted) => {
+    at = (wanted + found.length) % found.length;
+    const i = found[at];
+    const facts = { "true class": data.names[row], "predicted class": data.names[column], confidence: percent(confidence[i]) };
+    $("enlarged-name").textContent = names[i];
+    $("enlarged-facts").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
+    $("enlarged-place").textContent = `${at + 1} of ${found.length}`;
+    sheet.then((image) => {
+      const context = canvas.getContext("2d");
+      context.imageSmoothingEnabled = side >= 64;
+      context.drawImage(image, (i % columns) * side, Math.floor(i / columns) * side, side, side, 0, 0, canvas.width, canvas.height);
+    });
+  };
+  const steps = { ArrowLeft: -1, ArrowRight: 1 };
+  dialog.onkeydown = (event) => { if (steps[event.key]) show(at + steps[event.key]); };
+  $("enlarged-previous").onclick = () => show(at - 1);
+  $("enlarged-next").onclick = () => show(at + 1);
+  $("enlarged-close").onclick = () => dialog.close();
+  dialog.onclose = () => buttons[at].focus();
+  $("enlarged-previous").hidden = $("enlarged-next").hidden = found.length === 1;
+  show(at);
+  dialog.showModal();
+}
+
+async function copyNames(button, names) {
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText(names.join("\n"));
+  } catch { // no permission, or a page that is neither a file nor of https
+    const text = element("textarea", { className: "only-read", value: names.join("\n") });
+    document.body.append(text);
+    text.select();
+    copied = document.execCommand("copy");
+    text.remove();
+    button.focus();
+  }
+  const words = copied ? `copied ${names.length} ${names.length > 1 ? "names" : "name"}` : "the browser does not allow to copy";
+  button.textContent = $("spoken").textContent = words;
 }
