@@ -51,7 +51,8 @@ class Plot {
       context.fillText(number(v, v % 1 ? 1 : 0), box.left - 6, y(v) + 4);
     }
     context.textAlign = "center";
-    context.fillText(spec.x.label, (box.left + box.right) / 2, height - 8);
+    const words = Math.min(width - 4, context.measureText(spec.x.label).width); // below the plot, or as far left as they need
+    context.fillText(spec.x.label, Math.min((box.left + box.right) / 2, width - 2 - words / 2), height - 8, width - 4);
     context.save(); context.translate(12, (box.top + box.bottom) / 2); context.rotate(-Math.PI / 2); context.fillText(spec.y.label, 0, 0); context.restore();
     for (const bar of spec.bars || []) {
       context.fillStyle = bar.colour;

@@ -18,6 +18,14 @@ function drawScale(canvas, kind, ends) {
   }
 }
 
+// A table that is larger than its box is a region that the keyboard reaches and scrolls.
+const fits = new ResizeObserver((entries) => entries.forEach(({ target }) => {
+  const box = target.closest(".wide");
+  const scrolls = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight;
+  const given = { tabindex: "0", role: "region", "aria-label": box.querySelector("caption").textContent };
+  for (const [name, value] of Object.entries(given)) scrolls ? box.setAttribute(name, value) : box.removeAttribute(name);
+}));
+
 let plots = [];
 
 function drawAll() {
@@ -72,6 +80,7 @@ function start() {
     if (event.target.closest?.("a[href^='#cell-']")?.hash === location.hash) followLink();
   });
   dark.addEventListener("change", drawAll);
+  document.querySelectorAll(".wide, .wide table").forEach((part) => fits.observe(part));
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
   setTimeout(() => { // after the matrix is shown: the rest is below the fold

@@ -25,11 +25,13 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
     body.replaceChildren(...chosen.slice(0, state.shown).map((row) => {
       const line = element("tr", {}, ...columns.map(({ of, text, links, numeric, left }, i) => {
         const value = of(row);
-        const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "", textContent: text ? text(value) : numeric ? number(value) : value });
-        if (links) cell.replaceChildren(...links(row));
-        if (!i) {
+        const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "" });
+        const shown = element("span", { className: numeric ? "" : "name", textContent: text ? text(value) : numeric ? number(value) : value });
+        if (links) shown.replaceChildren(...links(row));
+        if (i) cell.append(shown);
+        else {
           cell.setAttribute("scope", "row");
-          cell.replaceChildren(element("button", { type: "button", textContent: cell.textContent })); // its click reaches the row's listener
+          cell.append(element("button", { type: "button" }, shown)); // its click reaches the row's listener
         }
         return cell;
       }));
