@@ -29,6 +29,9 @@ const signed = (value) => (value > 0 ? "+" : "") + rounded(value, 1);
 const $ = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const onPaper = () => document.documentElement.classList.contains("on-paper"); // while the browser prints
+const isDark = () => dark.matches && !onPaper();
+const pixelRatio = () => (onPaper() ? 3 : window.devicePixelRatio || 1); // for about 300 dots per inch
 
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);

@@ -5,7 +5,7 @@ let places = null;
 let maps = [];
 
 function palette(kind) {
-  const stops = data.colours[kind][dark.matches ? "dark" : "light"];
+  const stops = data.colours[kind][isDark() ? "dark" : "light"];
   return (share) => stops[Math.max(0, Math.min(stops.length - 1, Math.round(share * (stops.length - 1))))];
 }
 
@@ -43,7 +43,7 @@ class HeatMap {
   }
 
   draw() {
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = pixelRatio();
     const width = this.canvas.clientWidth || 600;
     const context = this.canvas.getContext("2d");
     const { span, row0, column0 } = state;
@@ -129,7 +129,7 @@ class HeatMap {
   drawCursor(context) {
     if (!state.cursor) return;
     const { row, column } = state.cursor;
-    context.fillStyle = dark.matches ? "rgb(255 255 255 / .12)" : "rgb(0 0 0 / .07)";
+    context.fillStyle = isDark() ? "rgb(255 255 255 / .12)" : "rgb(0 0 0 / .07)";
     context.fillRect(this.margin, this.y(row), this.side, Math.max(1, this.cell));
     context.fillRect(this.x(column), this.margin, Math.max(1, this.cell), this.side);
     context.strokeStyle = colour("text");

@@ -24,7 +24,7 @@ class Plot {
 
   draw() {
     const spec = (this.spec = this.make());
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = pixelRatio();
     const width = this.canvas.clientWidth || 480, height = 320;
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);

@@ -1,7 +1,7 @@
 // -- all together -----------------------------------------------------------------------------------------------------
 
 function drawScale(canvas, kind, ends) {
-  const ratio = window.devicePixelRatio || 1;
+  const ratio = pixelRatio();
   const [width, height] = [canvas.clientWidth || 240, 35];
   canvas.width = width * ratio;
   canvas.height = height * ratio;
@@ -80,6 +80,12 @@ function start() {
     if (event.target.closest?.("a[href^='#cell-']")?.hash === location.hash) followLink();
   });
   dark.addEventListener("change", drawAll);
+  for (const event of ["beforeprint", "afterprint"]) {
+    addEventListener(event, () => {
+      document.documentElement.classList.toggle("on-paper", event === "beforeprint");
+      drawAll();
+    });
+  }
   document.querySelectorAll(".wide, .wide table").forEach((part) => fits.observe(part));
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
