@@ -64,7 +64,7 @@ class _Reported:
     accuracies: list[list[str]]
     """A table row per evaluation of the run."""
     listing: str
-    """Command that lists the misclassified images; "" for an evaluation in --out, which it does not read."""
+    """Flags with which `misclassified --from RUN` lists the evaluation; "" if the page is not written into the run."""
     shown: ShownRun
 
 
@@ -170,13 +170,10 @@ def _read_reported(
         reliability=reliability(confidence, right).numpy(),
     )
     accuracies = accuracy_rows(evaluation.parent, evaluation.name)
-    listing = ["cpmix", "misclassified", "--from", source.path]
-    for flag, value in (("--label", options.label), ("--data", data), ("--data-root", data_root)):
-        listing += [flag, value] if value is not None else []
-    in_run = evaluation.parent.parent == root
-    return _Reported(
-        root, source, dataset, evaluation, predictions, sha, accuracies, quoted(*listing) if in_run else "", shown
-    )
+    listing = f"--phase {source.phase}" + (f" --label {options.label}" if options.label is not None else "")
+    if options.out is not None:
+        listing = ""
+    return _Reported(root, source, dataset, evaluation, predictions, sha, accuracies, listing, shown)
 
 
 def _names(reported: list[_Reported]) -> list[str]:

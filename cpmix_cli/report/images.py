@@ -32,7 +32,7 @@ class ContactSheet:
     are_files: bool
     """Whether the names are paths."""
     listing: str
-    """Command that lists all misclassified images; "" if none does."""
+    """Flags with which `misclassified --from RUN` lists these images and all others; "" if the page is in no run."""
     side: int
     """Height and width of a thumbnail in pixels."""
     width: int
@@ -70,7 +70,7 @@ def sheet(
         largest: largest height or width of the images.
         chosen: result of most_confused().
         samples: rows of `chosen` with path or source_index.
-        listing: command that lists all misclassified images; "" if none does.
+        listing: see ContactSheet.
     """
     are_files = "path" in samples
     side = min(_LARGEST_SIDE, largest)

@@ -97,13 +97,21 @@ function testImages(row, column) {
   } else shown.push(said("The page has images of the most confused cells only, not of this one."));
   if (found.length < all && data.images.listing) {
     const classes = `--true ${shellQuoted(data.names[row])} --predicted ${shellQuoted(data.names[column])}`;
-    const words = `${data.images.listing} ${classes} --limit ${all}`.split(" ").flatMap((textContent) => [element("span", { textContent }), " "]);
+    const words = `cpmix misclassified --from ${runFolder()} ${data.images.listing} ${classes} --limit ${all}`.split(" ").flatMap((textContent) => [element("span", { textContent }), " "]);
     shown.push(said(all > 1 ? `This lists all ${number(all)}:` : "This names it:"), element("code", {}, ...words)); // broken at words, not after hyphens
   }
   return shown;
 }
 
 const shellQuoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
+
+// Return the folder of the run, if the page is where it was written: in RUN/confusion/ or RUN/confusion/PHASE-LABEL/.
+function runFolder() {
+  const [, folder] = location.href.match(/^file:\/\/(.*)\/confusion\/(?:[^/]+\/)?index\.html(?:#|$)/) || [];
+  try {
+    return shellQuoted(decodeURIComponent(folder || "RUN"));
+  } catch { return "RUN"; } // the name is not UTF-8
+}
 
 function thumbnail(found, at, row, column) {
   const { columns, side, width, height, names, confidence } = data.images;
