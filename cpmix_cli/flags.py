@@ -405,7 +405,12 @@ class ReportOptions(_FromPhase):
         None, "Report evaluation/PHASE-LABEL/ into confusion/PHASE-LABEL/, which has a page of its own."
     )
     compare: list[Path] = flag(
-        list, "Folder of another run, to show next to this one with the difference. Repeatable.", metavar="RUN"
+        list,
+        "Folder of another run, to show next to this one with the difference. Repeatable. Kept until --no-compare.",
+        metavar="RUN",
+    )
+    no_compare: bool = flag(
+        False, "Show this run only, where the page was asked to compare it with others.", "--no-compare"
     )
     images: int = flag(1500, "Maximum number of misclassified test images on the page.", min=0, max=20_000)
     data: Data = None

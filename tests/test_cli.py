@@ -46,7 +46,8 @@ def test_every_command_has_the_agreed_flags() -> None:
         "evaluate": "--from --out --phase --set --label --split --test-data --skip-unreadable --test-distribution "
         "--ratio --threshold-for --few-inclusive --device --threads --tracker --data --data-root --plugin "
         "--overwrite --json",
-        "confusion-report": "--from --out --phase --label --compare --images --data --data-root --overwrite --json",
+        "confusion-report": "--from --out --phase --label --compare --no-compare --images --data --data-root "
+        "--overwrite --json",
         "run": "--rho --out --data --data-root --list-dir --subset-seed --profile --val-per-class --val-capped "
         "--test-per-class --image-size --pack --few-inclusive --layout --image-column --label-column --skip-unreadable "
         f"--download --verify --seeds --init --teacher {training}",

@@ -20,16 +20,17 @@ from cpmix_cli.evaluation.accuracy import reliability
 from cpmix_cli.evaluation.prediction import predicted_regions
 from cpmix_cli.evaluation.samples import evaluated_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
-from cpmix_cli.flags import ReportOptions
+from cpmix_cli.flags import ReportOptions, words_of
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
 from cpmix_cli.report.page import GENERATOR, ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
-from cpmix_cli.runs import folders, output, run_json
+from cpmix_cli.runs import compared, folders, output, run_json
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
+from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
 from cpmix_cli.runtime.rounding import percent
@@ -72,7 +73,8 @@ def run(options: ReportOptions) -> None:
     """Write confusion/<phase>/ and confusion/index.html from an evaluation; --label L writes confusion/<phase>-L/ only.
 
     Raises:
-        UsageError: --compare names an evaluation twice, or the reported one; or --label is no label.
+        UsageError: --compare names an evaluation twice, or the reported one; --no-compare is given with it; or
+            --label is no label.
         InputError: the phase is not evaluated, a compared run has other classes, or files are damaged.
         EnvironmentFault: the output cannot be written.
     """
@@ -81,28 +83,26 @@ def run(options: ReportOptions) -> None:
             f'--label "{options.label}" is no label of an evaluation',
             fix="give the part of the name of a folder RUN/evaluation/PHASE-LABEL after PHASE-",
         )
+    if options.compare and options.no_compare:
+        raise UsageError("--compare and --no-compare are both given", fix="drop one of the two flags")
     own = _read_reported(options, options.from_folder, options.phase, options.data, options.data_root)
-    others = [_read_reported(replace(options, out=None), folder, known=own.dataset) for folder in options.compare]
-    for other in others:
-        if other.dataset.class_names != own.dataset.class_names:
-            raise InputError(
-                f"{other.root} has other classes than {own.root}",
-                needed_by="confusion-report --compare",
-                fix=f"drop {quoted('--compare', other.root)}, or give a run on data with the same classes",
-            )
-    reported = [own, *others]
-    places = [run.evaluation.resolve() for run in reported]
-    if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UsageError(
-            f"{twice} is given twice",
-            needed_by="confusion-report --compare",
-            fix="give each run once in --from and --compare",
-        )
-    pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     out = options.out or own.root
     folder = out / "confusion" / own.evaluation.name
     # The page of the run is that of a plain evaluation; the others have theirs inside.
     index = (folder if options.label is not None else folder.parent) / "index.html"
+    before = [] if options.compare else compared.compared_in(index, folder, out)
+    others: dict[Path, _Reported] = {}
+    for place in options.compare:
+        others[place] = _read_other(options, place, [own, *others.values()])
+    for place in [] if options.no_compare else before:
+        try:
+            others[place] = _read_other(options, place, [own, *others.values()])
+        except (InputError, UsageError) as fault:
+            asked = replace(options, overwrite=False, compare=[other for other in before if other != place])
+            _warn_of_dropped(asked, index, place, fault)
+    reported = [own, *others.values()]
+    pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
+    references = compared.references(list(others), out)
     made_from = {
         "recipe": {},
         "images": options.images,
@@ -111,18 +111,22 @@ def run(options: ReportOptions) -> None:
         # The page shows all evaluations of the run, so a new one makes it stale.
         "accuracies": files.digest([run.accuracies for run in reported]),
         "page": page_digest(),
-        "compared": [[run.sha, run.dataset.fingerprint] for run in others],
+        "compared": [
+            [run.sha, run.dataset.fingerprint, reference["relative"]]
+            for run, reference in zip(others.values(), references, strict=True)
+        ],
     }
     again = options.overwrite or not _is_own_page(index, folder)
     writes = (*_FILES, index.name) if index.parent == folder else _FILES
     status = output.decide(folder, made_from, writes, overwrite=again, refresh=True)
     if status == "fresh":
         _refuse_strange_page(index)
-        _write(folder, index, made_from, reported, pairs, options.images)
+        _write(folder, index, made_from, reported, references, pairs, options.images)
     else:
         locks.tidy(folder)
         locks.tidy(index.parent)
-    _report(folder, index, reported, pairs, status)
+    dropped = [place for place in before if place not in others]
+    _report(folder, index, reported, pairs, status, is_kept=bool(before), dropped=dropped)
     if options.out is None and options.label is None:
         command = command_ahead(own.root, data=options.data, data_root=options.data_root)
         if command is not None:
@@ -176,6 +180,44 @@ def _read_reported(
     return _Reported(root, source, dataset, evaluation, predictions, sha, accuracies, listing, shown)
 
 
+def _read_other(options: ReportOptions, place: Path, reported: list[_Reported]) -> _Reported:
+    """Read a run to compare with those that are read already, the reported one first.
+
+    Raises:
+        UsageError: it is one of them.
+        InputError: it has other classes, is not evaluated, or a file is damaged.
+    """
+    own = reported[0]
+    other = _read_reported(replace(options, out=None), place, known=own.dataset)
+    if other.dataset.class_names != own.dataset.class_names:
+        raise InputError(
+            f"{other.root} has other classes than {own.root}",
+            needed_by="confusion-report --compare",
+            fix=f"drop {quoted('--compare', other.root)}, or give a run on data with the same classes",
+        )
+    if (evaluation := other.evaluation.resolve()) in [run.evaluation.resolve() for run in reported]:
+        raise UsageError(
+            f"{evaluation} is given twice",
+            needed_by="confusion-report --compare",
+            fix="give each run once in --from and --compare",
+        )
+    return other
+
+
+def _warn_of_dropped(options: ReportOptions, index: Path, place: Path, fault: InputError | UsageError) -> None:
+    """Warn that a page no longer compares with the run in `place`, and why; the options are those without it."""
+    again = console.typed("confusion-report", *words_of(options), "--compare")
+    if not place.is_dir():
+        why = f"it is gone; if it has moved, compare with its new folder: {again} FOLDER"
+    elif isinstance(fault, UsageError):
+        why = f"this report is of it ({fault.message})"
+    else:
+        mend = fix_of(fault)
+        steps = f"{mend} && {again} {quoted(place)}" if mend.startswith("cpmix ") else mend
+        why = f"{fault.message}; to compare again: {steps}"
+    console.warn(f"{index} no longer compares with {place}: {why}")
+
+
 def _names(reported: list[_Reported]) -> list[str]:
     """Return a unique name per run for the page: the end of its path, as long as needed, or path and phase."""
     if len(reported) == 1:
@@ -217,6 +259,7 @@ def _write(
     index: Path,
     made_from: dict[str, Any],
     reported: list[_Reported],
+    references: list[dict[str, str]],
     pairs: pd.DataFrame,
     num_images: int,
 ) -> None:
@@ -240,7 +283,7 @@ def _write(
                 for kind, data in encoded.items():
                     recorder.publish(f"{name}.{kind}", data)
             page_sha = files.publish(place / index.name, page.encode())
-            recorder.finish(page=page_sha, picture=f"{pictures[0][0]}.png")
+            recorder.finish(page=page_sha, picture=f"{pictures[0][0]}.png", compared=references)
 
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int, folder: str) -> str:
@@ -369,11 +412,31 @@ def _facts(source: PhaseFolder, dataset: Dataset, matrix: NDArray[np.int64]) -> 
     ]
 
 
-def _report(folder: Path, index: Path, reported: list[_Reported], pairs: pd.DataFrame, status: str) -> None:
-    """Show the most confused pairs, the accuracies, the paths of the outputs, and what the page compares."""
+def _report(
+    folder: Path,
+    index: Path,
+    reported: list[_Reported],
+    pairs: pd.DataFrame,
+    status: str,
+    *,
+    is_kept: bool,
+    dropped: list[Path],
+) -> None:
+    """Show the most confused pairs, the accuracies, the paths of the outputs, and what the page compares.
+
+    Args:
+        folder: folder of the report.
+        index: its page.
+        reported: the run, then those that it is compared with.
+        pairs: confused_pairs() of the run.
+        status: result of output.decide().
+        is_kept: the comparison is that of an earlier report.
+        dropped: folders that an earlier report compared with, and this one does not.
+    """
     own, *others = reported
     called = _names(reported)
     status = "up to date" if status == "done" else "done"
+    kept = ", as before; --no-compare drops it" if is_kept else ""
     picture = folder / run_json.read_run(folder, run_json.ReportRecord).picture
     size = len(own.predictions)
     wrong = size - int(own.shown.matrix.trace())
@@ -398,6 +461,8 @@ def _report(folder: Path, index: Path, reported: list[_Reported], pairs: pd.Data
             "num_wrong": wrong,
             "most_confused": top.to_dict("records"),
             "compared_with": [str(other.source.path) for other in others],
+            "comparison_kept": is_kept and bool(others),
+            "comparison_dropped": [str(place) for place in dropped],
         },
         title="\naccuracy, per cent",
         header=ACCURACY_HEADER,
@@ -405,8 +470,9 @@ def _report(folder: Path, index: Path, reported: list[_Reported], pairs: pd.Data
         lines=[
             *(f"{status}: {folder}", f"page: {index}", f"picture: {picture}"),
             *(
-                f"compares: {own.source.path} with {other.source.path} (difference: {name} minus {called[0]})"
+                f"compares: {own.source.path} with {other.source.path}{kept} (difference: {name} minus {called[0]})"
                 for other, name in zip(others, called[1:], strict=True)
             ),
+            *(f"no longer compares: {own.source.path} with {place}" for place in dropped),
         ],
     )

@@ -133,11 +133,20 @@ class EvaluationRecord(RunRecord):
     """Absolute path of --test-data. Older records lack it."""
 
 
+class ComparedReference(Record):
+    """Run that a report compares with: the folder that was given, of a run or of a phase."""
+
+    relative: Place
+    absolute: Place
+
+
 class ReportRecord(RunRecord):
     """Fields of a report's run.json."""
 
     page: str
     picture: str
+    compared: list[ComparedReference] = Field(default_factory=list)
+    """Runs of --compare. Older records lack it."""
 
 
 _Run = TypeVar("_Run", bound=RunRecord)

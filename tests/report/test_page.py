@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import must, refused
+from helpers import must, refused, run_commands
 
+from cpmix_cli.artifacts.records import publish_record
 from cpmix_cli.data.longtail import GROUPS, group_of
 from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
@@ -677,9 +678,6 @@ def test_compare_takes_runs_of_the_same_classes(digits_run: Path, toy_run: Path,
     said = must("confusion-report", "--from", digits_run, "--compare", other).stdout.splitlines()[-1]
     here, there = digits_run / "finetune", other / "finetune"
     assert said == f"compares: {here} with {there} (difference: other minus {digits_run.name})"
-    must("confusion-report", "--from", digits_run)
-    assert len(page_data(digits_run)["runs"]) == 1
-
     refused(2, "is given twice", "confusion-report", "--from", digits_run, "--compare", digits_run)
     others = f"{toy_run} has other classes than {digits_run}"
     refused(3, others, "confusion-report", "--from", digits_run, "--compare", toy_run)
@@ -697,6 +695,87 @@ def test_data_is_for_a_compared_run_of_the_same_data_set_too(tmp_path: Path) -> 
     moved.parent.mkdir()
     data.rename(moved)
     must("confusion-report", "--from", run, "--data", moved, "--compare", tmp_path / "other")
+
+
+def small_runs(folder: Path) -> tuple[Path, Path]:
+    """Two evaluated runs of an epoch on digits, with different seeds."""
+    must("build-lt", "digits", "--rho", 6.2, "--out", folder / "data")
+    runs = folder / "run", folder / "other"
+    for seed, run in enumerate(runs):
+        train = ("train-stage1", "--data", folder / "data", "--recipe", "digits/cross-entropy", "--epochs", 1)
+        must(*train, "--seed", seed, "--out", run)
+        must("evaluate", "--from", run)
+    return runs
+
+
+def names_in(run: Path) -> list[str]:
+    return [shown["name"] for shown in page_data(run)["runs"]]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_plain_report_keeps_the_comparison_until_no_compare(tmp_path: Path) -> None:
+    run, other = small_runs(tmp_path)
+    report = ("confusion-report", "--from", run)
+    must(*report, "--compare", other)
+    index = run / "confusion" / "index.html"
+    page = index.read_bytes()
+    again = must(*report, "--json").json
+    assert (again["status"], again["compared_with"]) == ("up to date", [str(other / "stage1")])
+    assert (again["comparison_kept"], again["comparison_dropped"]) == (True, [])
+    compares = f"compares: {run / 'stage1'} with {other / 'stage1'}, as before; --no-compare drops it "
+    assert must(*report).stdout.splitlines()[-1] == f"{compares}(difference: other minus run)"
+    assert index.read_bytes() == page
+
+    moved = tmp_path / "place" / "run"  # alone: the absolute path holds; with the other: the relative one
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert must("confusion-report", "--from", moved, "--data", tmp_path / "data", "--json").json["comparison_kept"]
+    moved.rename(run)
+    must(*report)  # its record has the places as they are now
+    shutil.copytree(run, moved)
+    shutil.copytree(other, moved.parent / "other")
+    found = must("confusion-report", "--from", moved, "--data", tmp_path / "data", "--json").json
+    assert found["status"] == "up to date"
+    assert found["compared_with"] == [str(moved.parent / "other" / "stage1")]
+
+    refused(2, "--compare and --no-compare are both given", *report, "--compare", other, "--no-compare")
+    must("run", tmp_path / "data", "--recipe", "digits/cross-entropy", "--epochs", 1, "--seed", 0, "--out", run)
+    assert "after finetune" in index.read_text() and names_in(run) == ["run", "other"]
+    said = must(*report, "--no-compare").stdout.splitlines()[-1]
+    assert said == f"no longer compares: {run / 'finetune'} with {other}"
+    assert names_in(run) == ["finetune"]
+    assert "compares" not in must(*report).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Path) -> None:
+    run, other = small_runs(tmp_path)
+    report = ("confusion-report", "--from", run)
+    must(*report, "--compare", other, "--images", 0)
+    shutil.rmtree(other / "evaluation")
+    found = must(*report, "--images", 0)
+    again = f"cpmix evaluate --from {other} --phase stage1 && cpmix confusion-report --from {run} --images 0"
+    assert f"no longer compares with {other}: no evaluation {other / 'evaluation' / 'stage1'}; " in found.stderr
+    assert f"to compare again: {again} --compare {other}\n" in found.stderr
+    assert found.stdout.splitlines()[-1] == f"no longer compares: {run / 'stage1'} with {other}"
+    assert names_in(run) == ["stage1"]
+    run_commands(f"{again} --compare {other}")
+    assert names_in(run) == ["run", "other"]
+
+    other.rename(tmp_path / "moved")
+    found = must(*report, "--json")
+    where = f"compare with its new folder: cpmix confusion-report --from {run} --compare FOLDER"
+    assert f"no longer compares with {other}: it is gone; if it has moved, {where}\n" in found.stderr
+    assert (found.json["compared_with"], found.json["comparison_dropped"]) == ([], [str(other)])
+
+    record = run / "confusion" / "stage1" / "run.json"
+    must(*report, "--compare", tmp_path / "moved")
+    fields = json.loads(record.read_text())  # as an older version wrote it
+    del fields["compared"], fields["digest"]
+    publish_record(record, fields)
+    assert "an older cpmix did not record which: give them again with --compare" in must(*report).stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,57 @@
+"""Runs that a report's page compares with: recorded as they were given, and found again for a later report."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cpmix_cli.artifacts import files
+from cpmix_cli.runs import run_json
+from cpmix_cli.runs.folders import beside
+from cpmix_cli.runs.run_json import ComparedReference, ReportRecord
+from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import InputError
+
+
+def references(given: Sequence[Path], run: Path) -> list[dict[str, str]]:
+    """Return the records of runs that a page of the run folder `run` compares with, see ComparedReference."""
+    places = [place.resolve() for place in given]
+    return [{"relative": os.path.relpath(place, run.resolve()), "absolute": str(place)} for place in places]
+
+
+def compared_in(index: Path, folder: Path, run: Path) -> list[Path]:
+    """Return the folders that a page compares with: where they are, else where they were.
+
+    Args:
+        index: the page.
+        folder: folder of a report; its record is read if no report of this page is found.
+        run: run folder that the page is in.
+    """
+    record = _report_of(index, folder)
+    if record is None:
+        return []
+    if record.made_from.inputs().get("compared") and not record.compared:
+        console.warn(
+            f"{index} compares with other runs, and an older cpmix did not record which: "
+            "give them again with --compare, or the page is of this run only"
+        )
+    return [_found(reference, run) for reference in record.compared]
+
+
+def _report_of(index: Path, folder: Path) -> ReportRecord | None:
+    """Return the record of the report that wrote a page: of any phase, as all of them write the same page."""
+    page, own = None, None
+    with suppress(InputError):
+        page = files.sha256(files.read_bytes(index))
+    for path in [folder / files.RUN, *index.parent.glob(f"*/{files.RUN}")]:
+        with suppress(InputError):
+            record = run_json.read_run(path.parent, ReportRecord)
+            own = own or (record if path.parent == folder else None)
+            if record.page == page:
+                return record
+    return own
+
+
+def _found(reference: ComparedReference, run: Path) -> Path:
+    near = beside(run, reference.relative)
+    return near if near.is_dir() else Path(reference.absolute)
