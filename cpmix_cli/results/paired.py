@@ -12,15 +12,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cpmix_cli.evaluation.error_shift import most_confused, split_errors
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.table_formats import Sheet
 
 MEASURES = ("top1", "many", "medium", "few")
 """Accuracies with a paired difference, per cent."""
-_SHARE = 0.5
-"""Share of a class's training confusions that its most confused classes make up."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class PairedRows:
     def error_shift(self) -> tuple[ErrorShift, ErrorShift]:
         """Errors on the class pairs that the training of the base confused most, and all other errors.
 
-        The most confused pairs are, for each true class, the smallest number of predicted classes that make up half of
-        its training confusions.
+        See error_shift.most_confused().
 
         Raises:
             InputError: predictions or confusion pairs are missing or damaged.
@@ -159,29 +156,10 @@ def t_quantile(degrees: int) -> float:
     return float(stdtrit(degrees, 0.975))
 
 
-def _errors(run: EvaluatedRun, base: EvaluatedRun) -> list[tuple[float, float]]:
+def _errors(run: EvaluatedRun, base: EvaluatedRun) -> list[list[float]]:
     """Return errors on the most confused pairs and other errors, of the run and of the base, per cent of the images."""
-    found = []
-    for matrix in (run.matrix, base.matrix):
-        wrong = matrix * ~np.eye(len(matrix), dtype=bool)
-        on_pairs, errors, images = int(wrong[most_confused(base.confusions)].sum()), int(wrong.sum()), int(matrix.sum())
-        found.append((100 * on_pairs / images, 100 * (errors - on_pairs) / images))
-    return found
-
-
-def most_confused(confusions: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which predicted classes make up half of the confusions of each true class: [C, C] -> [C, C].
-
-    Each row has the smallest number of classes, the most frequent first and the smaller id first in ties. A class
-    without confusions has none.
-    """
-    order = np.argsort(-confusions, axis=1, kind="stable")
-    ranked = np.take_along_axis(confusions, order, axis=1)
-    before = ranked.cumsum(1) - ranked
-    taken = (before < _SHARE * ranked.sum(1, keepdims=True)) & (ranked > 0)
-    found: NDArray[np.bool_] = np.zeros_like(taken)
-    np.put_along_axis(found, order, taken, axis=1)
-    return found
+    pairs = most_confused(base.confusions)
+    return [[100 * n / m.sum() for n in split_errors(m, pairs)] for m in (run.matrix, base.matrix)]
 
 
 def sheets_of(pairs: Sequence[PairedRows], *, with_deviations: bool) -> list[Sheet]:

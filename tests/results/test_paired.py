@@ -13,8 +13,9 @@ import pytest
 from helpers import must, refused
 from scipy import stats
 
+from cpmix_cli.evaluation.error_shift import most_confused, split_errors
 from cpmix_cli.results.comparison import ComparisonRow, evaluations_of, in_rows
-from cpmix_cli.results.paired import most_confused, paired_rows, t_quantile
+from cpmix_cli.results.paired import paired_rows, t_quantile
 
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """0.975 quantile of Student's t by degrees of freedom, from a printed table."""
@@ -154,6 +155,8 @@ def test_most_confused_takes_the_fewest_classes_that_make_up_half() -> None:
     # Row 0: 3 of 6 are half. Row 1: 2 of 6 are not, so a second class is needed; ties go by class id.
     expected = [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert most_confused(confusions).astype(int).tolist() == expected
+    matrix = np.array([[9, 3, 2, 1], [2, 9, 1, 0], [0, 0, 9, 4], [1, 5, 0, 9]])
+    assert split_errors(matrix, most_confused(confusions)) == (3 + 2 + 1 + 5, 2 + 1 + 4 + 1)
 
 
 def test_t_quantiles_equal_scipys() -> None:

@@ -1,0 +1,38 @@
+"""Error shift: errors on the class pairs that training confused most, against all other errors.
+
+C classes; matrices have true classes in rows and predicted classes in columns.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHARE = 0.5
+"""Share of a class's training confusions that its most confused classes make up."""
+
+
+def most_confused(confusions: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which predicted classes make up half of the confusions of each true class: [C, C] -> [C, C].
+
+    Each row has the smallest number of classes, the most frequent first and the smaller id first in ties. A class
+    without confusions has none.
+    """
+    order = np.argsort(-confusions, axis=1, kind="stable")
+    ranked = np.take_along_axis(confusions, order, axis=1)
+    before = ranked.cumsum(1) - ranked
+    taken = (before < _SHARE * ranked.sum(1, keepdims=True)) & (ranked > 0)
+    found: NDArray[np.bool_] = np.zeros_like(taken)
+    np.put_along_axis(found, order, taken, axis=1)
+    return found
+
+
+def split_errors(matrix: NDArray[Any], pairs: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return the numbers of wrong test images on some ordered class pairs and on all others.
+
+    Args:
+        matrix: test images [C, C].
+        pairs: pairs of a true and a predicted class [C, C], as most_confused() chooses them.
+    """
+    on_pairs, errors = int(matrix[pairs].sum()), int(matrix.sum() - matrix.trace())
+    return on_pairs, errors - on_pairs
