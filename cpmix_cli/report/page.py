@@ -33,7 +33,7 @@ Array = NDArray[Any]
 GENERATOR = b'<meta name="generator" content="cpmix">'
 """Line of page.html by which a page of cpmix is told from others."""
 
-_SCRIPTS = ("data", "layout", "matrix", "cell", "tables", "classes", "plots", "start")
+_SCRIPTS = ("data", "layout", "comparison", "matrix", "cell", "tables", "classes", "plots", "start")
 """Parts of the script: each uses only those before it while it loads."""
 _MAX_PAIRS = 200_000  # training confusions on the page; above that, trim_confusions() selects
 
@@ -105,6 +105,7 @@ def render_page(
         policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
         title=escape(title),
         style=style,
+        compared=" compared" if several else "",
         summary="\n".join(_summary(run, named=several) for run in runs),
         findings=_findings(findings, of=runs[0].name if several else ""),
         facts="\n".join(_facts(run, named=several) for run in runs),

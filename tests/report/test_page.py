@@ -276,8 +276,19 @@ def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any)
         "wolf predicted as dog",
         "plain: 30 of 100 test images (30.0 %)",
         "mixed: 10 of 100 test images (10.0 %)",
+        "mixed predicts 20 fewer of 100 images of wolf as dog: better",
         "training images: 5 and 50",
     ]
+    assert "mixed predicts 10 more of 100 images of cat as dog: worse" in shows.point(0, 1, 2)
+    assert "mixed is right on 20 more of 100 images of wolf: better" in shows.point(2, 2, 0)
+    assert "mixed: no difference" in shows.point(0, 2)
+    shows.page.locator("#maps canvas").first.click(position=shows.cell(0, 0))
+    assert "mixed is right on 10 fewer of 100 images of cat: worse" in shows.page.locator("#cell").inner_text()
+    assert shows.page.locator("#maps figcaption").inner_text() == (
+        "How many more (+) or fewer (-) of the row's test images mixed predicts so than plain, in points. "
+        "Blue is better: more on the diagonal, fewer elsewhere. Orange is worse."
+    )
+    shows.page.keyboard.press("Escape")
     blue, orange = ((lambda c: c[2] > c[0]), (lambda c: c[0] > c[2]))
     assert blue(shows.colour(2, 2, 2)) and blue(shows.colour(2, 1, 2))  # 20 more wolves are right, 20 fewer are wrong
     assert orange(shows.colour(0, 0, 2)) and orange(shows.colour(0, 1, 2))  # 10 cats fewer, 10 more wrong
@@ -285,6 +296,44 @@ def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any)
     table = shows.page.locator("#pairs")
     assert table.locator("tbody tr").first.locator("th, td").all_inner_texts()[-1] == "-25"  # dog and wolf: 40, then 15
     assert shows.page.locator(".legend").first.inner_text() == "plainmixed"
+
+
+def test_a_difference_of_groups_or_of_other_images_is_said_in_words(opened: Any) -> None:
+    counts = np.array([500, 400, 5])
+    after = np.array([[80, 10, 10], [5, 95, 0], [0, 10, 40]])  # 50 wolves, so shares are compared
+    shows = opened(rendered([shown(HAND, counts, "plain"), shown(after, counts, "mixed")], NAMES))
+    assert "mixed predicts 10.0 points fewer of the images of wolf as dog: better" in shows.point(2, 1)
+    assert "mixed is right on 10.0 points more of the images of wolf: better" in shows.point(2, 2)
+    shows.page.select_option("#grouping", "groups")
+    # cat and dog: 10 as wolf before and after, so 190 stay among the many; wolf: 30 of 100 as dog, then 10 of 50
+    assert "mixed: no difference" in shows.point(0, 1) and "mixed: no difference" in shows.point(0, 0)
+    assert "mixed predicts 10.0 points fewer of the images of few as many: better" in shows.point(1, 0)
+
+
+def test_a_difference_is_beside_its_two_matrices_and_moves_with_them(opened: Any) -> None:
+    others = [shown(np.roll(HAND, k, axis=1), COUNTS, f"a run of another folder, number {k}") for k in (1, 2)]
+    shows = opened(rendered([shown(HAND, COUNTS, "plain"), *others], NAMES))
+    page = shows.page
+    titles = page.locator("#maps h3").all_inner_texts()
+    assert titles == ["plain", *(title for run in others for title in (run.name, f"{run.name} minus plain"))]
+
+    def corners(width: int) -> list[tuple[float, float]]:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = [canvas.bounding_box() for canvas in page.locator("#maps canvas").all()]
+        return [(box["x"], box["y"]) for box in boxes]
+
+    first, one, its, two, theirs = corners(1400)
+    assert first[1] == one[1] == its[1] < two[1] == theirs[1]
+    assert first[0] < one[0] == two[0] < its[0] == theirs[0]
+    first, one, its, two, theirs = corners(900)
+    assert first[1] < one[1] == its[1] < two[1] == theirs[1]
+    assert len({x for x, _ in corners(420)}) == 1
+    drawn = "maps.map((map) => map.canvas.toDataURL())"
+    before = page.evaluate(drawn)
+    page.locator("#maps canvas").nth(2).press("ArrowRight")
+    page.wait_for_timeout(100)
+    assert all(new != old for new, old in zip(page.evaluate(drawn), before, strict=True))
 
 
 def test_keyboard_moves_the_cursor_and_announces_the_cell(opened: Any) -> None:

@@ -9,15 +9,18 @@ function describe({ row, column }) {
   const same = row === column;
   const [from, to] = [isolated(places.labels[row]), isolated(places.labels[column])];
   const verb = !same ? `${from} predicted as ${to}` : places.single ? `${from}, correct` : `${from} predicted as a class of the same group`;
-  const lines = runs.map((run, r) => {
+  const found = runs.map((run, r) => {
     const { own } = maps[r];
     const right = same ? places.members[row].reduce((sum, c) => sum + run.count(c, c), 0) : 0;
-    const images = (own.found.get(key) || 0) + (same && !state.diagonal ? right : 0);
-    const share = percent((100 * images) / Math.max(1, own.totals[row]));
-    const text = `${number(images)} of ${number(own.totals[row])} test images (${share})${same && !places.single ? `, ${number(right)} of them correct` : ""}`;
-    return runs.length > 1 ? `${run.name}: ${text}` : text;
+    return { images: (own.found.get(key) || 0) + (same && !state.diagonal ? right : 0), all: own.totals[row], right };
   });
-  return [verb, ...lines, ...(places.single ? [trainingLine(places.members[row][0], places.members[column][0])] : [])].join("\n");
+  const lines = found.map(({ images, all, right }, r) => {
+    const share = percent((100 * images) / Math.max(1, all));
+    const text = `${number(images)} of ${number(all)} test images (${share})${same && !places.single ? `, ${number(right)} of them correct` : ""}`;
+    return runs.length > 1 ? `${runs[r].name}: ${text}` : text;
+  });
+  const changes = found.slice(1).map((mine, r) => changeInWords(runs[r + 1], mine, found[0], { row, column }));
+  return [verb, ...lines, ...changes, ...(places.single ? [trainingLine(places.members[row][0], places.members[column][0])] : [])].join("\n");
 }
 
 function trainingLine(row, column) {

@@ -26,6 +26,7 @@ function rounded(value, places = 0) { // as percent() of runtime/rounding.py, so
 }
 const percent = (value) => `${rounded(value, value > 0 && value < 1 ? 2 : 1)} %`;
 const signed = (value) => (value > 0 ? "+" : "") + rounded(value, 1);
+const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 const $ = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");

@@ -19,6 +19,7 @@ class HeatMap {
     this.title = title;
     this.canvas = element("canvas", { tabIndex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": `${title}. Arrow keys move from cell to cell, plus and minus zoom, 0 resets the zoom, Enter pins the cell.` });
     this.figure = element("figure", {}, ...(runs.length > 1 ? [element("h3", { textContent: title })] : []), this.canvas);
+    if (against) this.figure.append(element("figcaption", { textContent: differenceInWords(run, against) }));
     this.canvas.addEventListener("pointermove", (event) => this.moved(event));
     this.canvas.addEventListener("pointerleave", () => { hideTip(); if (!state.pinned) { state.cursor = null; redraw(); showCell(); } });
     this.canvas.addEventListener("pointerdown", (event) => this.pressed(event));

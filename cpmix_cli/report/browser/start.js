@@ -38,8 +38,10 @@ function drawAll() {
 function start() {
   if (data.images) document.documentElement.style.setProperty("--sprite", `url(${data.images.sprite})`); // once for all thumbnails
   maps = runs.map((run) => new HeatMap(run.name, run, null));
-  for (const other of runs.slice(1)) maps.push(new HeatMap(`${other.name} minus ${runs[0].name}`, other, runs[0]));
-  $("maps").replaceChildren(...maps.map((map) => map.figure));
+  const differences = runs.slice(1).map((run) => new HeatMap(`${run.name} minus ${runs[0].name}`, run, runs[0]));
+  maps.push(...differences);
+  const [first, ...others] = maps.map((map) => map.figure);
+  $("maps").replaceChildren(first, ...differences.flatMap((map, r) => [others[r], map.figure])); // each difference follows its run
   const again = () => { maps.forEach((map) => map.prepare()); redraw(); showCell(); };
   const change = (id, key, value, then = rearrange) => $(id).addEventListener("change", () => { state[key] = value($(id)); then(); });
   change("order", "order", (e) => e.value);
