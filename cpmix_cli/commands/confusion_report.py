@@ -62,6 +62,8 @@ class _Reported:
     predictions: pd.DataFrame
     sha: str
     """SHA-256 of the predictions' file."""
+    tested_on: str
+    """Fingerprint of the data set that the test images are from."""
     accuracies: list[list[str]]
     """A table row per evaluation of the run."""
     listing: str
@@ -100,7 +102,7 @@ def run(options: ReportOptions) -> None:
         except (InputError, UsageError) as fault:
             asked = replace(options, overwrite=False, compare=[other for other in before if other != place])
             _warn_of_dropped(asked, index, place, fault)
-    reported = [own, *others.values()]
+    reported = [own, *(_beside(own, other) for other in others.values())]
     pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     references = compared.references(list(others), out)
     made_from = {
@@ -177,7 +179,8 @@ def _read_reported(
     listing = f"--phase {source.phase}" + (f" --label {options.label}" if options.label is not None else "")
     if options.out is not None:
         listing = ""
-    return _Reported(root, source, dataset, evaluation, predictions, sha, accuracies, listing, shown)
+    tested_on = record.made_from.dataset
+    return _Reported(root, source, dataset, evaluation, predictions, sha, tested_on, accuracies, listing, shown)
 
 
 def _read_other(options: ReportOptions, place: Path, reported: list[_Reported]) -> _Reported:
@@ -204,6 +207,18 @@ def _read_other(options: ReportOptions, place: Path, reported: list[_Reported]) 
     return other
 
 
+def _beside(own: _Reported, other: _Reported) -> _Reported:
+    """Return the other run with the test images that one run only gets right, if both were tested on the same ones."""
+    images = ["sample_id", "label"]
+    if own.tested_on != other.tested_on or not own.predictions[images].equals(other.predictions[images]):
+        return other
+    label = own.predictions["label"].to_numpy()
+    right, others_right = (run.predictions["predicted"].to_numpy() == label for run in (own, other))
+    size = own.dataset.num_classes
+    gained, lost = (np.bincount(label[only], minlength=size) for only in (others_right & ~right, right & ~others_right))
+    return replace(other, shown=replace(other.shown, alone=(gained, lost)))
+
+
 def _warn_of_dropped(options: ReportOptions, index: Path, place: Path, fault: InputError | UsageError) -> None:
     """Warn that a page no longer compares with the run in `place`, and why; the options are those without it."""
     again = console.typed("confusion-report", *words_of(options), "--compare")
@@ -219,15 +234,16 @@ def _warn_of_dropped(options: ReportOptions, index: Path, place: Path, fault: In
 
 
 def _names(reported: list[_Reported]) -> list[str]:
-    """Return a unique name per run for the page: the end of its path, as long as needed, or path and phase."""
+    """Return a unique name per run for the page: the end of its path, as long as needed, and phases that differ."""
     if len(reported) == 1:
         return [reported[0].evaluation.name]
-    for depth in range(1, 1 + max(len(run.root.resolve().parts) for run in reported)):
-        found = ["/".join(run.root.resolve().parts[-depth:]) for run in reported]
-        if len(set(found)) == len(found):
-            return found
-    # Two phases of one run have the same path.
-    return [f"{'/'.join(run.root.resolve().parts[-2:])} {run.source.phase}" for run in reported]
+    roots = [run.root.resolve() for run in reported]
+    depths = range(1, 1 + max(len(root.parts) for root in roots))
+    ends = (["/".join(root.parts[-depth:]) for root in roots] for depth in depths)
+    found = next(names for names in ends if len(set(names)) == len(set(roots)))
+    if len({run.source.phase for run in reported}) == 1:
+        return found
+    return [f"{name} {run.source.phase}" for name, run in zip(found, reported, strict=True)]
 
 
 def _is_own_page(index: Path, folder: Path) -> bool:

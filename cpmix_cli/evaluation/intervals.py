@@ -1,4 +1,4 @@
-"""95 % confidence intervals of accuracies: of one proportion, and of a mean of the accuracies of several classes.
+"""95 % confidence intervals of a proportion and of a mean of class accuracies, and a paired test of two networks.
 
 Shapes: C classes. All values are fractions.
 """
@@ -71,6 +71,24 @@ def of_mean(correct: ArrayLike, tested: ArrayLike, weights: ArrayLike | None = N
     size = effective_images(k, n, w)
     low, high = wilson(size * float(w @ (k / n)) / w.sum(), size)
     return float(low), float(high)
+
+
+def differ(gained: ArrayLike, lost: ArrayLike, tested: ArrayLike) -> bool:
+    """Return whether the balanced accuracies of two networks on the same images differ by more than chance explains.
+
+    This is McNemar's test at 5 %, in which each class counts equally. By chance, each network would be the one that is
+    right in half of the images on which only one is; their share of a class is shrunk as in effective_images().
+
+    Args:
+        gained: images per class that only the second network gets right [C].
+        lost: images per class that only the first network gets right [C].
+        tested: test images n_c per class [C]; classes without are left out.
+
+    Source: McNemar, Note on the sampling error of the difference between correlated proportions (1947).
+    """
+    b, c, n = (np.asarray(values, np.float64)[np.asarray(tested) > 0] for values in (gained, lost, tested))
+    shrunk = (b + c + _Z**2 * np.mean((b + c) / n)) / (n + _Z**2)
+    return bool(np.sum((b - c) / n) ** 2 > _Z**2 * np.sum(shrunk / n))
 
 
 def too_few_images(names: Sequence[str], groups: Sequence[str], tested: NDArray[Any]) -> str:

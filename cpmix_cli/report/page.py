@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.evaluation.per_class import class_columns, totals
+from cpmix_cli.report.changes import gains_and_losses, moved_errors, verdict
 from cpmix_cli.report.colours import KINDS, MODES, stops
 from cpmix_cli.report.findings import Finding, find
 from cpmix_cli.report.images import ContactSheet
@@ -57,6 +58,8 @@ class ShownRun:
     """Confusion counts K of the training [C, C]; None if none were collected."""
     reliability: Array
     """Images, mean confidence and accuracy per confidence bin [15, 3]."""
+    alone: tuple[Array, Array] | None = None
+    """Test images per class that only this run gets right [C], and only the first [C]; None: not of the same images."""
 
 
 def render_page(
@@ -106,6 +109,7 @@ def render_page(
         title=escape(title),
         style=style,
         compared=" compared" if several else "",
+        comparison=_comparison(runs, class_names) if several else "",
         summary="\n".join(_summary(run, named=several) for run in runs),
         findings=_findings(findings, of=runs[0].name if several else ""),
         facts="\n".join(_facts(run, named=several) for run in runs),
@@ -183,6 +187,38 @@ def _class_data(matrix: Array) -> dict[str, Array]:
     }
 
 
+def _comparison(runs: list[ShownRun], names: list[str]) -> str:
+    """Return what changes from the first run to each other one, and where the errors of all are."""
+    first, *others = runs
+    sections = "".join(_against(first, other, names) for other in others)
+    if first.confusions is None:
+        return sections
+    words, rows = moved_errors([run.matrix for run in runs], first.confusions)
+    header = ["run", "on pairs that training confused most", "change", "on all other pairs", "change "]
+    table = pd.DataFrame([[run.name, *row] for run, row in zip(runs, rows, strict=True)], columns=header)
+    return (
+        f'{sections}<section class="changes"><h2>What moved</h2>{_table(table, "Wrong test images", "moved")}'
+        f'<p class="quiet">Pairs that training confused most: {escape(words)} of {escape(first.name)}.</p></section>'
+    )
+
+
+def _against(first: ShownRun, other: ShownRun, names: list[str]) -> str:
+    called = other.name, first.name
+    said, *more = verdict(first.matrix, other.matrix, other.alone, called)
+    lists = gains_and_losses(first.matrix, other.matrix, first.class_counts, first.groups, names)
+    titles = {"better": "Classes that gain most", "worse": "Classes that lose most"}
+    changes = "".join(
+        f'<div class="{kind}"><h3>{title}</h3>{_linked(found, "ul") or "<p>None.</p>"}</div>'
+        for (kind, title), found in zip(titles.items(), lists, strict=True)
+    )
+    return (
+        f'<section class="changes"><h2>{escape(" against ".join(called))}</h2><p>{escape(said)}</p>'
+        f'<p class="quiet">{escape(" ".join(more))}</p>'
+        f"<p>Test images that are recognised, from {escape(first.name)} to {escape(other.name)}:</p>"
+        f'<div class="both">{changes}</div></section>'
+    )
+
+
 def _summary(run: ShownRun, *, named: bool) -> str:
     """Return the run's balanced accuracy with its interval, and a bar of the accuracy of each group."""
     recall = class_columns(run.matrix)["accuracy"]
@@ -230,11 +266,16 @@ def _bar(share: float, low: float, high: float, *, kind: str) -> str:
 def _findings(findings: list[Finding], *, of: str) -> str:
     if not findings:
         return "<p>No test image is predicted wrong.</p>"
+    return f"<h2>Findings{f', {escape(of)}' if of else ''}</h2>{_linked(findings, 'ol')}"
+
+
+def _linked(findings: list[Finding], kind: str) -> str:
+    """Return a list, ol or ul, of sentences that lead to their cells; "" if there are none."""
     items = "".join(
-        f'<li><a href="#cell-{found.true_class}-{found.predicted_class}">{escape(found.text)}.</a></li>'
+        f'<li><a href="#cell-{found.true_class}-{found.predicted_class}">{escape(found.text)}</a></li>'
         for found in findings
     )
-    return f'<h2>Findings{f", {escape(of)}" if of else ""}</h2><ol class="findings">{items}</ol>'
+    return items and f'<{kind} class="findings">{items}</{kind}>'
 
 
 def _facts(run: ShownRun, *, named: bool) -> str:

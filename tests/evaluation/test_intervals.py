@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cpmix_cli.evaluation.intervals import effective_images, of_mean, too_few_images, wilson
+from cpmix_cli.evaluation.intervals import differ, effective_images, of_mean, too_few_images, wilson
 
 MEANS = {
     "one class": ([0.8], [50]),
@@ -72,6 +72,35 @@ def test_mean_of_one_class_or_of_equal_classes_has_wilson_s_interval() -> None:
         assert of_mean([correct], [tested]) == pytest.approx((float(low), float(high)))
         assert of_mean([correct] * 4, [tested] * 4) == pytest.approx(tuple(map(float, wilson(4 * correct, 4 * tested))))
     assert effective_images([10, 10], [10, 30], [1, 3]) == pytest.approx(1 / (1 / 16 / 10 + 9 / 16 / 30), rel=0.5)
+
+
+def test_a_difference_is_judged_as_by_mcnemar_s_test() -> None:
+    """15^2 / 45 = 5 is above the 3.84 of the test, 13^2 / 45 = 3.76 is below; the classes have equally many images."""
+    assert differ([20, 10], [10, 5], [100, 100]) and differ([10, 5], [20, 10], [100, 100])
+    assert not differ([19, 10], [11, 5], [100, 100])
+    assert not differ([0, 0], [0, 0], [100, 0])
+    # (40 - 10) / 200 - 1 / 2 is negative: one image of a class of 2 outweighs them, and is no evidence.
+    assert differ([40, 0], [10, 0], [200, 200]) and not differ([40, 0], [10, 1], [200, 2])
+    assert differ([40, 0], [10, 0], [200, 0]) and not differ([40, 0], [26, 0], [200, 0])
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        "no class differs": ([0.1] * 20, [0.1] * 20, [50] * 20),
+        "rare classes gain what frequent ones lose": ([0.3] * 10 + [0.02] * 10, [0.02] * 10 + [0.3] * 10, [50] * 20),
+        "rare classes have one test image": ([0.2] * 9 + [0.05] * 9, [0.1] * 9 + [0.15] * 9, [1] * 9 + [100] * 9),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_equal_networks_differ_in_5_of_100_test_sets_at_most(case: tuple[str, tuple[list[float], ...]]) -> None:
+    gains, losses, tested = map(np.array, case[1])
+    generator = np.random.default_rng(1)
+    found = []
+    for _ in range(2000):
+        gained = generator.binomial(tested, gains)
+        found.append(differ(gained, generator.binomial(tested - gained, losses / (1 - gains)), tested))
+    assert np.mean(found) <= 0.065
 
 
 def test_rare_classes_with_few_test_images_are_named() -> None:

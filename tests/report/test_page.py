@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from helpers import must, refused, run_commands
 
 from cpmix_cli.artifacts.records import publish_record
 from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.report.changes import gains_and_losses
 from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
@@ -304,6 +306,7 @@ def test_a_difference_of_groups_or_of_other_images_is_said_in_words(opened: Any)
     shows = opened(rendered([shown(HAND, counts, "plain"), shown(after, counts, "mixed")], NAMES))
     assert "mixed predicts 10.0 points fewer of the images of wolf as dog: better" in shows.point(2, 1)
     assert "mixed is right on 10.0 points more of the images of wolf: better" in shows.point(2, 2)
+    assert "They were not tested on the same images" in shows.page.locator(".changes").inner_text()
     shows.page.select_option("#grouping", "groups")
     # cat and dog: 10 as wolf before and after, so 190 stay among the many; wolf: 30 of 100 as dog, then 10 of 50
     assert "mixed: no difference" in shows.point(0, 1) and "mixed: no difference" in shows.point(0, 0)
@@ -655,6 +658,70 @@ def test_first_screen_says_what_was_found_and_leads_to_it(opened: Any) -> None:
     panel.get_by_text("cat predicted as dog", exact=True).wait_for()  # the browser follows the link after the click
     right = opened(rendered([shown(np.diag([5, 5, 5]), COUNTS)], NAMES))
     assert "No test image is predicted wrong." in right.page.locator("main").inner_text()
+
+
+def test_first_screen_of_a_comparison_says_what_changes(opened: Any) -> None:
+    """By hand: recalls of 90, 85 and 70 become 80, 90 and 90; one of 5 and one of 20 images of cat only plain knows."""
+    names, counts = [*NAMES, "bear"], np.array([500, 50, 5, 1])
+    before = np.zeros((4, 4), dtype=int)
+    before[:3, :3] = HAND
+    after = np.zeros((4, 4), dtype=int)
+    after[:3, :3] = [[80, 20, 0], [5, 90, 5], [0, 10, 90]]
+    confusions = np.array([[0.0, 3, 1, 0], [0, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]])  # most: cat-dog and wolf-cat
+    alone = np.array([5, 8, 24, 0]), np.array([15, 3, 4, 0])
+    runs = [
+        shown(before, counts, "plain", confusions),
+        replace(shown(after, counts, "mixed"), alone=alone),
+        replace(shown(before, counts, "same"), alone=(np.zeros(4, dtype=int), np.zeros(4, dtype=int))),
+    ]
+    page = opened(rendered(runs, names)).page
+    mixed, same, moved = page.locator(".changes").all()
+    # d = 5 points: 15 of 300 images. 59 images are only right in one: 15^2 / 59 = 3.8 is just below McNemar's 3.84.
+    assert mixed.locator("p").nth(0).inner_text() == (
+        "mixed has a balanced accuracy of 86.67 %, 5.00 points more than plain (81.67 %): which chance can explain."
+    )
+    assert (
+        mixed.locator("p")
+        .nth(1)
+        .inner_text()
+        .startswith("Of 300 test images, only mixed is right on 37, and only plain on 22.")
+    )
+    gained, lost = mixed.locator("ul").all()
+    assert gained.locator("li").all_inner_texts() == [
+        "wolf: 70 to 90 of 100 images (few, 5 training images)",
+        "dog: 85 to 90 of 100 images (medium, 50 training images)",
+    ]
+    assert lost.locator("li").all_inner_texts() == ["cat: 90 to 80 of 100 images (many, 500 training images)"]
+    assert (
+        same.locator("p").nth(0).inner_text().startswith("same has a balanced accuracy of 81.67 %, as plain (81.67 %)")
+    )
+    assert same.locator("h3 + p").all_inner_texts() == ["None.", "None."]
+    assert moved.locator("tbody tr").nth(0).locator("th, td").all_inner_texts() == [
+        *("plain", "10 (3.3 %)", "-", "45 (15.0 %)", "-")
+    ]
+    assert moved.locator("tbody tr").nth(1).locator("th, td").all_inner_texts() == [
+        *("mixed", "20 (6.7 %)", "+10 (+3.3 points)", "20 (6.7 %)", "-25 (-8.3 points)")
+    ]
+    assert "2 of 12 ordered pairs of classes (17 %)" in moved.inner_text()
+    lost.get_by_role("link").click()
+    page.locator("#cell h3").get_by_text("cat, correct", exact=True).wait_for()
+
+
+def test_the_classes_that_change_most_are_listed_by_their_recall() -> None:
+    before, after = np.diag([5] * 8), np.diag([5] * 8)
+    before[:, 7], after[:, 7] = 5, 5
+    before[7, 7] = after[7, 7] = 10
+    for c, right in enumerate([6, 7, 6, 9, 9, 8, 2]):
+        after[c, c], after[c, 7] = right, 10 - right
+    counts, groups = np.arange(8, 0, -1), ["few"] * 8
+    gained, lost = gains_and_losses(before, after, counts, groups, list("abcdefgh"))
+    assert [found.true_class for found in gained] == [3, 4, 5, 1, 0]  # equal ones by id; class 2 is the sixth
+    assert [found.text for found in lost] == ["g: 5 to 2 of 10 images (few, 2 training images)"]
+    after[0] = 0
+    assert 0 not in [found.true_class for found in gains_and_losses(before, after, counts, groups, list("abcdefgh"))[0]]
+    after[3] *= 2
+    texts = [found.text for found in gains_and_losses(before, after, counts, groups, list("abcdefgh"))[0]]
+    assert texts[0] == "d: 5 of 10 to 18 of 20 images (few, 5 training images)"
 
 
 def test_findings_name_another_cell_each_and_prefer_certain_ones() -> None:

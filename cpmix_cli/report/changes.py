@@ -1,0 +1,114 @@
+"""What changes from one run to another: balanced accuracy, the classes that gain and lose most, where errors are.
+
+C classes; matrices have true classes in rows and predicted classes in columns.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpmix_cli.evaluation.error_shift import most_confused, split_errors
+from cpmix_cli.evaluation.intervals import differ
+from cpmix_cli.evaluation.per_class import class_columns
+from cpmix_cli.report.findings import Finding
+from cpmix_cli.report.rounding import percent
+from cpmix_cli.runtime.errors import counted
+
+Array = NDArray[Any]
+
+
+def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, named: tuple[str, str]) -> list[str]:
+    """Return sentences on the difference of the balanced accuracies of two runs, and whether chance explains it.
+
+    Args:
+        before: matrix of the first run [C, C].
+        after: matrix of the other run [C, C].
+        alone: test images per class that only the other run gets right [C], and that only the first gets right [C];
+            None if the runs were not tested on the same images.
+        named: names of both runs, the other first.
+    """
+    other, first = named
+    shares = [float(np.nanmean(class_columns(matrix)["accuracy"])) for matrix in (after, before)]
+    points = percent(abs(shares[0] - shares[1]), 2)
+    change = f"{points} points {'more' if shares[0] > shares[1] else 'less'} than" if shares[0] != shares[1] else "as"
+    words = (
+        f"{other} has a balanced accuracy of {percent(shares[0], 2)} %, {change} {first} ({percent(shares[1], 2)} %)"
+    )
+    if alone is None:
+        return [f"{words}.", "They were not tested on the same images, so how much of this is chance is not judged."]
+    gained, lost = (int(images.sum()) for images in alone)
+    tested = after.sum(1)
+    judged = "more than chance explains" if differ(*alone, tested) else "which chance can explain"
+    return [
+        f"{words}: {judged}.",
+        f"Of {counted(int(tested.sum()), 'test image')}, only {other} is right on {gained:,}, and only {first} on "
+        f"{lost:,}. Judged by McNemar's test at 5 %, in which each class counts equally, for these two trainings: "
+        "other seeds may differ.",
+    ]
+
+
+def gains_and_losses(
+    before: Array, after: Array, class_counts: Array, groups: Sequence[str], names: Sequence[str], *, limit: int = 5
+) -> tuple[list[Finding], list[Finding]]:
+    """Return the classes whose recall rises most from one run to another, and those whose recall falls most.
+
+    Each is a sentence with the class's cell on the diagonal. Classes without test images, and those without a change,
+    are left out. Ties go by class id.
+
+    Args:
+        before: matrix of the first run [C, C].
+        after: matrix of the other run [C, C].
+        class_counts: training images [C].
+        groups: many, medium or few [C].
+        names: class names [C].
+        limit: largest number of classes in each list.
+    """
+    tested = before.sum(1), after.sum(1)
+    right = before.diagonal(), after.diagonal()
+    change = right[1] / np.maximum(tested[1], 1) - right[0] / np.maximum(tested[0], 1)
+    change[(tested[0] == 0) | (tested[1] == 0)] = 0
+
+    def listed(rise: Array) -> list[Finding]:
+        classes = [int(c) for c in np.argsort(-rise, kind="stable")[:limit] if rise[c] > 0]
+        return [Finding(_change(c), c, c) for c in classes]
+
+    def _change(c: int) -> str:
+        images = counted(tested[1][c], "image")
+        if tested[0][c] == tested[1][c]:
+            recall = f"{right[0][c]:,} to {right[1][c]:,} of {images}"
+        else:
+            recall = f"{right[0][c]:,} of {tested[0][c]:,} to {right[1][c]:,} of {images}"
+        return f"{names[c]}: {recall} ({groups[c]}, {counted(class_counts[c], 'training image')})"
+
+    return listed(change), listed(-change)
+
+
+def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, list[list[str]]]:
+    """Return what the pairs are that the first run's training confused most, and a row of errors per run.
+
+    A row has the errors on these pairs and all other errors, each with its change since the first run.
+
+    Args:
+        matrices: matrix of each run [C, C].
+        confusions: confusion counts of the first run's training [C, C].
+    """
+    pairs, size = most_confused(confusions), len(confusions)
+    share = 100 * pairs.sum() / (size * (size - 1))
+    words = (
+        f"{pairs.sum():,} of {size * (size - 1):,} ordered pairs of classes ({percent(share)} %): of each class, those "
+        "that make up half of its confusions in training"
+    )
+    images = [int(matrix.sum()) for matrix in matrices]
+    errors = [split_errors(matrix, pairs) for matrix in matrices]
+    rows = []
+    for found, total in zip(errors, images, strict=True):
+        row = []
+        for part in (0, 1):
+            points = 100 * (found[part] / total - errors[0][part] / images[0])
+            few = "" if total != images[0] else f"{found[part] - errors[0][part]:+,} "
+            row += [f"{found[part]:,} ({percent(100 * found[part] / total, 1)} %)", f"{few}({points:+.1f} points)"]
+        rows.append(row)
+    rows[0][1] = rows[0][3] = "-"
+    return words, rows
