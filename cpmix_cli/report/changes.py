@@ -88,7 +88,7 @@ def gains_and_losses(
 def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, list[list[str]]]:
     """Return what the pairs are that the first run's training confused most, and a row of errors per run.
 
-    A row has the errors on these pairs and all other errors, each with its change since the first run.
+    A row has the errors on these pairs and all other errors, each with its difference to the first run.
 
     Args:
         matrices: matrix of each run [C, C].
@@ -100,15 +100,18 @@ def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, lis
         f"{pairs.sum():,} of {size * (size - 1):,} ordered pairs of classes ({percent(share)} %): of each class, those "
         "that make up half of its confusions in training"
     )
-    images = [int(matrix.sum()) for matrix in matrices]
-    errors = [split_errors(matrix, pairs) for matrix in matrices]
-    rows = []
-    for found, total in zip(errors, images, strict=True):
-        row = []
-        for part in (0, 1):
-            points = 100 * (found[part] / total - errors[0][part] / images[0])
-            few = "" if total != images[0] else f"{found[part] - errors[0][part]:+,} "
-            row += [f"{found[part]:,} ({percent(100 * found[part] / total, 1)} %)", f"{few}({points:+.1f} points)"]
-        rows.append(row)
-    rows[0][1] = rows[0][3] = "-"
+    (first, all_images), *others = ((split_errors(matrix, pairs), int(matrix.sum())) for matrix in matrices)
+    rows = [[_errors(wrong, all_images) for wrong in first]]
+    for found, images in others:
+        changes = [
+            f"{wrong - base:+,}"
+            if images == all_images
+            else f"{100 * (wrong / images - base / all_images):+.1f} points"
+            for wrong, base in zip(found, first, strict=True)
+        ]
+        rows.append([f"{_errors(wrong, images)}, {change}" for wrong, change in zip(found, changes, strict=True)])
     return words, rows
+
+
+def _errors(wrong: int, images: int) -> str:
+    return f"{wrong:,} ({percent(100 * wrong / images, 1)} %)"

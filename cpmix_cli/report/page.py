@@ -194,7 +194,7 @@ def _comparison(runs: list[ShownRun], names: list[str]) -> str:
     if first.confusions is None:
         return sections
     words, rows = moved_errors([run.matrix for run in runs], first.confusions)
-    header = ["run", "on pairs that training confused most", "change", "on all other pairs", "change "]
+    header = ["run", "on pairs that training confused most", "on all other pairs"]
     table = pd.DataFrame([[run.name, *row] for run, row in zip(runs, rows, strict=True)], columns=header)
     return (
         f'{sections}<section class="changes"><h2>What moved</h2>{_table(table, "Wrong test images", "moved")}'

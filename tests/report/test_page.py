@@ -20,7 +20,7 @@ from helpers import must, refused, run_commands
 
 from cpmix_cli.artifacts.records import publish_record
 from cpmix_cli.data.longtail import GROUPS, group_of
-from cpmix_cli.report.changes import gains_and_losses
+from cpmix_cli.report.changes import gains_and_losses, moved_errors
 from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
@@ -696,11 +696,11 @@ def test_first_screen_of_a_comparison_says_what_changes(opened: Any) -> None:
         same.locator("p").nth(0).inner_text().startswith("same has a balanced accuracy of 81.67 %, as plain (81.67 %)")
     )
     assert same.locator("h3 + p").all_inner_texts() == ["None.", "None."]
-    assert moved.locator("tbody tr").nth(0).locator("th, td").all_inner_texts() == [
-        *("plain", "10 (3.3 %)", "-", "45 (15.0 %)", "-")
-    ]
-    assert moved.locator("tbody tr").nth(1).locator("th, td").all_inner_texts() == [
-        *("mixed", "20 (6.7 %)", "+10 (+3.3 points)", "20 (6.7 %)", "-25 (-8.3 points)")
+    errors = [row.locator("th, td").all_inner_texts() for row in moved.locator("tbody tr").all()]
+    assert errors == [
+        ["plain", "10 (3.3 %)", "45 (15.0 %)"],
+        ["mixed", "20 (6.7 %), +10", "20 (6.7 %), -25"],
+        ["same", "10 (3.3 %), +0", "45 (15.0 %), +0"],
     ]
     assert "2 of 12 ordered pairs of classes (17 %)" in moved.inner_text()
     lost.get_by_role("link").click()
@@ -722,6 +722,14 @@ def test_the_classes_that_change_most_are_listed_by_their_recall() -> None:
     after[3] *= 2
     texts = [found.text for found in gains_and_losses(before, after, counts, groups, list("abcdefgh"))[0]]
     assert texts[0] == "d: 5 of 10 to 18 of 20 images (few, 5 training images)"
+
+
+def test_errors_of_other_numbers_of_images_are_compared_in_points() -> None:
+    confusions, after = np.array([[0, 1, 0], [0, 0, 0], [3, 2, 0]]), np.array([[40, 10, 0], [0, 100, 0], [20, 0, 30]])
+    words, rows = moved_errors([HAND, after], confusions)
+    assert words.startswith("2 of 6 ordered pairs of classes (33 %): of each class, those that make up half")
+    # 10 of 300, then 30 of 200; 45 of 300, then none
+    assert rows == [["10 (3.3 %)", "45 (15.0 %)"], ["30 (15.0 %), +11.7 points", "0 (0.0 %), -15.0 points"]]
 
 
 def test_findings_name_another_cell_each_and_prefer_certain_ones() -> None:
