@@ -18,12 +18,12 @@ def most_confused(confusions: NDArray[Any]) -> NDArray[np.bool_]:
     Each row has the smallest number of classes, the most frequent first and the smaller id first in ties. A class
     without confusions has none.
     """
-    order = np.argsort(-confusions, axis=1, kind="stable")
-    ranked = np.take_along_axis(confusions, order, axis=1)
-    before = ranked.cumsum(1) - ranked
-    taken = (before < _SHARE * ranked.sum(1, keepdims=True)) & (ranked > 0)
-    found: NDArray[np.bool_] = np.zeros_like(taken)
-    np.put_along_axis(found, order, taken, axis=1)
+    found: NDArray[np.bool_] = np.zeros(confusions.shape, dtype=bool)
+    for row, taken in zip(confusions, found, strict=True):  # one at a time, because the matrices may be large
+        order = np.argsort(-row, kind="stable")
+        ranked = row[order]
+        before = ranked.cumsum() - ranked
+        taken[order[(before < _SHARE * ranked.sum()) & (ranked > 0)]] = True
     return found
 
 

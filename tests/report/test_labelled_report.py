@@ -120,6 +120,8 @@ def test_compared_runs_are_of_the_same_label(root: Path, tmp_path: Path) -> None
     must(*report, "--label", "val", "--out", tmp_path / "out")
     assert files(tmp_path / "out" / "confusion")[0].startswith("stage1-val/")
     assert (folder / "index.html").is_file()
+    kept = must(*report[:5], "--label", "val", "--out", tmp_path / "out", "--json").json
+    assert (kept["status"], kept["compared_with"]) == ("up to date", [str(tmp_path / "run" / "stage1")])
     shutil.rmtree(tmp_path / "run" / "evaluation" / "stage1-val")
     refused(3, "no evaluation ", *report, "--label", "val", "--out", tmp_path / "out")
 
