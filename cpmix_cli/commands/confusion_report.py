@@ -92,7 +92,9 @@ def run(options: ReportOptions) -> None:
     folder = out / "confusion" / own.evaluation.name
     # The page of the run is that of a plain evaluation; the others have theirs inside.
     index = (folder if options.label is not None else folder.parent) / "index.html"
-    before = [] if options.compare else compared.compared_in(index, folder, out)
+    asked = replace(options, overwrite=False, no_compare=False)
+    again = console.typed("confusion-report", *words_of(asked))
+    before = [] if options.compare else compared.compared_in(index, folder, out, again)
     others: dict[Path, _Reported] = {}
     for place in options.compare:
         others[place] = _read_other(options, place, [own, *others.values()])
@@ -100,8 +102,8 @@ def run(options: ReportOptions) -> None:
         try:
             others[place] = _read_other(options, place, [own, *others.values()])
         except (InputError, UsageError) as fault:
-            asked = replace(options, overwrite=False, compare=[other for other in before if other != place])
-            _warn_of_dropped(asked, index, place, fault)
+            rest = [other for other in before if other != place]
+            _warn_of_dropped(replace(asked, compare=rest), index, place, fault)
     reported = [own, *(_beside(own, other) for other in others.values())]
     pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     references = compared.references(list(others), out)
@@ -118,9 +120,9 @@ def run(options: ReportOptions) -> None:
             for run, reference in zip(others.values(), references, strict=True)
         ],
     }
-    again = options.overwrite or not _is_own_page(index, folder)
+    overwrite = options.overwrite or not _is_own_page(index, folder)
     writes = (*_FILES, index.name) if index.parent == folder else _FILES
-    status = output.decide(folder, made_from, writes, overwrite=again, refresh=True)
+    status = output.decide(folder, made_from, writes, overwrite=overwrite, refresh=True)
     if status == "fresh":
         _refuse_strange_page(index)
         _write(folder, index, made_from, reported, references, pairs, options.images)

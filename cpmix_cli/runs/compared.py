@@ -19,21 +19,26 @@ def references(given: Sequence[Path], run: Path) -> list[dict[str, str]]:
     return [{"relative": os.path.relpath(place, run.resolve()), "absolute": str(place)} for place in places]
 
 
-def compared_in(index: Path, folder: Path, run: Path) -> list[Path]:
+def compared_in(index: Path, folder: Path, run: Path, again: str) -> list[Path]:
     """Return the folders that a page compares with: where they are, else where they were.
+
+    Warns if this is not recorded.
 
     Args:
         index: the page.
         folder: folder of a report; its record is read if no report of this page is found.
         run: run folder that the page is in.
+        again: command of this report, to which --compare can be added.
     """
     record = _report_of(index, folder)
     if record is None:
+        if files.is_there(folder / files.RUN):
+            console.warn(f"{folder / files.RUN} is damaged; if {index} compares with other runs: {again} --compare RUN")
         return []
     if record.made_from.inputs().get("compared") and not record.compared:
         console.warn(
-            f"{index} compares with other runs, and an older cpmix did not record which: "
-            "give them again with --compare, or the page is of this run only"
+            f"{index} compares with other runs, and an older cpmix did not record which; to name them: "
+            f"{again} --compare RUN"
         )
     return [_found(reference, run) for reference in record.compared]
 

@@ -865,7 +865,7 @@ def test_a_plain_report_keeps_the_comparison_until_no_compare(tmp_path: Path) ->
 
     refused(2, "--compare and --no-compare are both given", *report, "--compare", other, "--no-compare")
     must("run", tmp_path / "data", "--recipe", "digits/cross-entropy", "--epochs", 1, "--seed", 0, "--out", run)
-    assert "after finetune" in index.read_text() and names_in(run) == ["run", "other"]
+    assert names_in(run) == ["run finetune", "other stage1"]
     said = must(*report, "--no-compare").stdout.splitlines()[-1]
     assert said == f"no longer compares: {run / 'finetune'} with {other}"
     assert names_in(run) == ["finetune"]
@@ -876,7 +876,7 @@ def test_a_plain_report_keeps_the_comparison_until_no_compare(tmp_path: Path) ->
 @pytest.mark.long
 def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Path) -> None:
     run, other = small_runs(tmp_path)
-    report = ("confusion-report", "--from", run)
+    report, index = ("confusion-report", "--from", run), run / "confusion" / "index.html"
     must(*report, "--compare", other, "--images", 0)
     shutil.rmtree(other / "evaluation")
     found = must(*report, "--images", 0)
@@ -899,7 +899,13 @@ def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Pa
     fields = json.loads(record.read_text())  # as an older version wrote it
     del fields["compared"], fields["digest"]
     publish_record(record, fields)
-    assert "an older cpmix did not record which: give them again with --compare" in must(*report).stderr
+    said = f"an older cpmix did not record which; to name them: cpmix confusion-report --from {run} --compare RUN"
+    assert said in must(*report).stderr
+    record.write_text(record.read_text().replace('"page"', '"pages"'))
+    said = (
+        f"{record} is damaged; if {index} compares with other runs: cpmix confusion-report --from {run} --compare RUN"
+    )
+    assert said in must(*report, "--overwrite").stderr
 
 
 @pytest.mark.slow
