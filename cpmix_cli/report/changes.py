@@ -32,17 +32,21 @@ def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, name
     other, first = named
     shares = [float(np.nanmean(class_columns(matrix)["accuracy"])) for matrix in (after, before)]
     points = percent(abs(shares[0] - shares[1]), 2)
-    change = f"{points} points {'more' if shares[0] > shares[1] else 'less'} than" if shares[0] != shares[1] else "as"
+    is_equal = points == "0.00"
+    change = "as" if is_equal else f"{points} points {'more' if shares[0] > shares[1] else 'less'} than"
     words = (
         f"{other} has a balanced accuracy of {percent(shares[0], 2)} %, {change} {first} ({percent(shares[1], 2)} %)"
     )
     if alone is None:
-        return [f"{words}.", "They were not tested on the same images, so how much of this is chance is not judged."]
+        return [
+            f"{words}.",
+            "They were not tested on the same images, so chance is not judged; both intervals follow below.",
+        ]
     gained, lost = (int(images.sum()) for images in alone)
     tested = after.sum(1)
-    judged = "more than chance explains" if differ(*alone, tested) else "which chance can explain"
+    judged = ": more than chance explains" if differ(*alone, tested) else ": which chance can explain"
     return [
-        f"{words}: {judged}.",
+        f"{words}{'' if is_equal else judged}.",
         f"Of {counted(int(tested.sum()), 'test image')}, only {other} is right on {gained:,}, and only {first} on "
         f"{lost:,}. Judged by McNemar's test at 5 %, in which each class counts equally, for these two trainings: "
         "other seeds may differ.",
