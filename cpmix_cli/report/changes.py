@@ -13,8 +13,8 @@ from cpmix_cli.evaluation.error_shift import most_confused, split_errors
 from cpmix_cli.evaluation.intervals import differ
 from cpmix_cli.evaluation.per_class import class_columns
 from cpmix_cli.report.findings import Finding
-from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime.errors import counted
+from cpmix_cli.runtime.rounding import percent, signed
 
 Array = NDArray[Any]
 
@@ -110,7 +110,7 @@ def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, lis
         changes = [
             f"{wrong - base:+,}"
             if images == all_images
-            else f"{100 * (wrong / images - base / all_images):+.1f} points"
+            else f"{signed(100 * (wrong / images - base / all_images), 1)} points"
             for wrong, base in zip(found, first, strict=True)
         ]
         rows.append([f"{_errors(wrong, images)}, {change}" for wrong, change in zip(found, changes, strict=True)])

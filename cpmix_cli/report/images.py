@@ -88,7 +88,7 @@ def sheet(
     return ContactSheet(
         chosen["true_class"].to_numpy(),
         chosen["predicted_class"].to_numpy(),
-        [round(100 * value, 1) for value in chosen["confidence"].tolist()],
+        [round(100 * value, 4) for value in chosen["confidence"].tolist()],
         [on_a_line(path) for path in samples["path"]]
         if are_files
         else [f"test image {index}" for index in samples["source_index"]],

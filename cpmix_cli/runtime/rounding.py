@@ -11,3 +11,8 @@ def percent(value: float, places: int = 0) -> str:
     scale = 10**places
     whole = floor(abs(value) * scale + 0.5 + _SLACK)
     return f"{'-' if value < 0 and whole else ''}{whole / scale:.{places}f}"
+
+
+def signed(value: float, places: int = 0) -> str:
+    """Format a difference as percent() does, with a plus sign above zero."""
+    return f"{'+' if value > 0 else ''}{percent(value, places)}"

@@ -26,7 +26,7 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
       const line = element("tr", {}, ...columns.map(({ of, text, links, numeric, left }, i) => {
         const value = of(row);
         const cell = element(i ? "td" : "th", { className: numeric && !left ? "number" : "" });
-        const shown = element("span", { className: numeric ? "" : "name", textContent: text ? text(value) : numeric ? number(value) : value });
+        const shown = element("span", { className: numeric && !left ? "" : "name", textContent: text ? text(value) : numeric ? number(value) : value });
         if (links) shown.replaceChildren(...links(row));
         if (i) cell.append(shown);
         else {
