@@ -47,6 +47,8 @@ class CifarArchive:
     """Hash of the archive. Source: Keras's loader."""
     folder: str
     """Name of the only folder in the archive."""
+    recipe: str
+    """Default recipe of its long-tailed sets. Differs from the paper for CIFAR-100: recipes/RESULTS.md, full length."""
     train: Mapping[str, str]
     """Batch file -> MD5 of its content, in published order. Source: torchvision's loader."""
     test: Mapping[str, str]
@@ -66,6 +68,7 @@ CIFAR10 = CifarArchive(
     archive_bytes=170_498_071,
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     folder="cifar-10-batches-py",
+    recipe="cifar10-lt/cpmix",
     train={
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
         "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -85,6 +88,7 @@ CIFAR100 = CifarArchive(
     archive_bytes=169_001_437,
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     folder="cifar-100-python",
+    recipe="cifar100-lt/cpmix-mixed-finetune",
     train={"train": "16019d7e3df5f24257cddd939b257f8d"},
     test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
     meta={"meta": "7973b15100ade9c7d40fb424638fde48"},
@@ -122,7 +126,7 @@ def _source(published: CifarArchive, names: list[str], train: Split, test: Split
             f"{files[0]} has {counted(len(names), 'class', 'classes')}; {published.name} has {published.num_classes}",
             fix=f"give the folder of {published.name} with --data-root FOLDER, or fetch it with --download",
         )
-    return Source(names, train, f"{published.name}-lt/cpmix", test=test, files=files)
+    return Source(names, train, published.recipe, test=test, files=files)
 
 
 # -- the published archive ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cpmix_cli.data import cifar
 from cpmix_cli.data.dataset import open_dataset
+from cpmix_cli.recipe.loading import recipe_names
 
 TRAIN, TEST = "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -52,6 +53,13 @@ def built(root: Path) -> list[bytes]:
 
 def pixels(*seeds: int) -> list[bytes]:
     return [np.asarray(Image.open(io.BytesIO(encoded(seed)))).tobytes() for seed in seeds]
+
+
+def test_the_default_recipes_are_there() -> None:
+    assert [published.recipe for published in (cifar.CIFAR10, cifar.CIFAR100)] == [
+        *("cifar10-lt/cpmix", "cifar100-lt/cpmix-mixed-finetune")
+    ]
+    assert {cifar.CIFAR10.recipe, cifar.CIFAR100.recipe} <= set(recipe_names())
 
 
 # -- columns and encodings ---------------------------------------------------------------------------------------------
