@@ -397,9 +397,9 @@ def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
             "more frequent class": names[frequent],
             "training images ": counts[frequent],
             "confusions": pairs["count"],
-            "rarer predicted as more frequent": pairs["rarer_as_commoner"],
-            "more frequent predicted as rarer": pairs["commoner_as_rarer"],
-            "rarer predicted as more frequent, %": [
+            "rarer as more frequent": pairs["rarer_as_commoner"],
+            "more frequent as rarer": pairs["commoner_as_rarer"],
+            "rarer as more frequent, %": [
                 percent(100 * share) if few < many else "-"  # of two equally large classes, neither is the rarer
                 for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[frequent], strict=True)
             ],
@@ -408,12 +408,15 @@ def _with_names(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
 
 
 def _lead(source: PhaseFolder, dataset: Dataset, num_test: int) -> str:
-    """Return a sentence on what was trained on what, and what it is tested on."""
-    counts = dataset.class_counts
+    """Return a sentence on what was trained how and on what, and what it is tested on."""
+    counts, recipe = dataset.class_counts, source.recipe()
+    method = f"with {recipe.about.method} " if recipe.about is not None else ""
+    length = counted(recipe.schedule.epochs, "epoch")
     return (
-        f"{source.recipe().model.name}, trained on {counted(int(counts.sum()), 'image')} of "
-        f"{counted(len(counts), 'class', 'classes')} of {dataset.name}: {counts.max():,} of the largest class, "
-        f"{counts.min():,} of the smallest. Tested after {source.phase} on {counted(num_test, 'image')}."
+        f"{recipe.model.name}, trained {method}({length}, seed {recipe.seed}) on "
+        f"{counted(int(counts.sum()), 'image')} of {counted(len(counts), 'class', 'classes')} of {dataset.name}: "
+        f"{counts.max():,} of the largest class, {counts.min():,} of the smallest. Tested after {source.phase} on "
+        f"{counted(num_test, 'image')}."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.evaluation.error_shift import most_confused, split_errors
 from cpmix_cli.evaluation.intervals import differ
 from cpmix_cli.evaluation.per_class import class_columns
@@ -19,7 +20,9 @@ from cpmix_cli.runtime.rounding import percent, signed
 Array = NDArray[Any]
 
 
-def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, named: tuple[str, str]) -> list[str]:
+def verdict(
+    before: Array, after: Array, alone: tuple[Array, Array] | None, groups: Sequence[str], named: tuple[str, str]
+) -> list[str]:
     """Return sentences on the difference of the balanced accuracies of two runs, and whether chance explains it.
 
     Args:
@@ -27,10 +30,13 @@ def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, name
         after: matrix of the other run [C, C].
         alone: test images per class that only the other run gets right [C], and that only the first gets right [C];
             None if the runs were not tested on the same images.
+        groups: many, medium or few [C].
         named: names of both runs, the other first.
     """
     other, first = named
-    shares = [float(np.nanmean(class_columns(matrix)["accuracy"])) for matrix in (after, before)]
+    recalls = [class_columns(matrix)["accuracy"] for matrix in (after, before)]
+    shares = [float(np.nanmean(recall)) for recall in recalls]
+    by_group = _by_group(recalls[0], recalls[1], groups)
     points = percent(abs(shares[0] - shares[1]), 2)
     is_equal = points == "0.00"
     change = "as" if is_equal else f"{points} points {'more' if shares[0] > shares[1] else 'less'} than"
@@ -40,6 +46,7 @@ def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, name
     if alone is None:
         return [
             f"{words}.",
+            by_group,
             "They were not tested on the same images, so chance is not judged; both intervals follow below.",
         ]
     gained, lost = (int(images.sum()) for images in alone)
@@ -47,10 +54,21 @@ def verdict(before: Array, after: Array, alone: tuple[Array, Array] | None, name
     judged = ": more than chance explains" if differ(*alone, tested) else ": which chance can explain"
     return [
         f"{words}{'' if is_equal else judged}.",
+        by_group,
         f"Of {counted(int(tested.sum()), 'test image')}, only {other} is right on {gained:,}, and only {first} on "
         f"{lost:,}. Judged by McNemar's test at 5 %, in which each class counts equally, for these two trainings: "
         "other seeds may differ.",
     ]
+
+
+def _by_group(after: Array, before: Array, groups: Sequence[str]) -> str:
+    tested = {name: (np.array(groups) == name) & ~np.isnan(after) & ~np.isnan(before) for name in GROUPS}
+    changes = [
+        f"{name} {signed(float(after[members].mean() - before[members].mean()), 1)}"
+        for name, members in tested.items()
+        if members.any()
+    ]
+    return f"By group, in points: {', '.join(changes)}."
 
 
 def gains_and_losses(

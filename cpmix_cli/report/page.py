@@ -123,6 +123,7 @@ def render_page(
         relation="" if runs[0].confusions is None else _relation(runs[0], named=several),
         reliability=escape("; ".join(_reliability_in_words(run) for run in runs)),
         embedded="".join(_picture(caption, png) for caption, png in embedded),
+        of_first=f", of {escape(runs[0].name)}" if several else "",
         pictures="\n".join(_links(caption, places) for caption, places in pictures),
         data=json.dumps(data, separators=(",", ":"), allow_nan=False, default=_int32).replace("<", "\\u003c"),
         script=script,
@@ -197,14 +198,15 @@ def _comparison(runs: list[ShownRun], names: list[str]) -> str:
     header = ["run", "on pairs that training confused most", "on all other pairs"]
     table = pd.DataFrame([[run.name, *row] for run, row in zip(runs, rows, strict=True)], columns=header)
     return (
-        f'{sections}<section class="changes"><h2>What moved</h2>{_table(table, "Wrong test images", "moved")}'
-        f'<p class="quiet">Pairs that training confused most: {escape(words)} of {escape(first.name)}.</p></section>'
+        f'{sections}<section class="changes"><h2>What moved</h2>'
+        f"<p>Wrong predictions on the pairs that training confused most: {escape(words)} of {escape(first.name)}.</p>"
+        f"{_table(table, 'Wrong test images, and per cent of all test images', 'moved')}</section>"
     )
 
 
 def _against(first: ShownRun, other: ShownRun, names: list[str]) -> str:
     called = other.name, first.name
-    said, *more = verdict(first.matrix, other.matrix, other.alone, called)
+    said, *more = verdict(first.matrix, other.matrix, other.alone, first.groups, called)
     lists = gains_and_losses(first.matrix, other.matrix, first.class_counts, first.groups, names)
     titles = {"better": "Classes that gain most", "worse": "Classes that lose most"}
     changes = "".join(
@@ -298,7 +300,8 @@ def _relation(run: ShownRun, *, named: bool) -> str:
         )
     words = escape(f"{run.name}: {words}" if named else words)
     return (
-        "<figure><h3>Confusion pairs in training (CP) and confusions in the test</h3>"
+        "<figure><h3>Confusion pairs in training (CP) and confusions in the test"
+        f"{escape(f', {run.name}') if named else ''}</h3>"
         f'<canvas id="plot-relation" role="img" aria-label="{words}"></canvas><figcaption>{words}</figcaption></figure>'
     )
 

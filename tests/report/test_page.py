@@ -189,7 +189,7 @@ def test_pointing_at_a_cell_shows_its_classes_and_counts(opened: Any) -> None:
     assert shows.point(0, 0) == "cat, correct\n90 of 100 test images (90.0 %)\n500 training images"
     assert shows.point(0, 2) == "cat predicted as wolf\n0 of 100 test images (0.0 %)\ntraining images: 500 and 5"
     panel = shows.page.locator("#cell")
-    assert "1 of 4 confusions of the class" in panel.inner_text()
+    assert "1 of 4 wrong predictions of the class, over the epochs" in panel.inner_text()
     shows.page.mouse.move(5, 5)
     assert shows.page.locator("#tip").is_hidden()
     assert "Point at a cell" in panel.inner_text()
@@ -296,7 +296,11 @@ def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any)
     assert orange(shows.colour(0, 0, 2)) and orange(shows.colour(0, 1, 2))  # 10 cats fewer, 10 more wrong
     assert "difference in points: worse, better" in shows.page.locator(".scale").inner_text()
     table = shows.page.locator("#pairs")
-    assert table.locator("tbody tr").first.locator("th, td").all_inner_texts()[-1] == "-25"  # dog and wolf: 40, then 15
+    assert table.locator("tbody tr").first.locator("th, td").all_inner_texts()[4:7] == [
+        "40",
+        "15",
+        "-25",
+    ]  # dog and wolf: 40, then 15
     assert shows.page.locator(".legend").first.inner_text() == "plainmixed"
 
 
@@ -475,7 +479,7 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
 
     assert page.locator("#pairs thead th").all_inner_texts() == [
         *("rarer class", "training images", "more frequent class", "its training images", "confusions"),
-        *("rarer predicted as more frequent", "rarer predicted as more frequent, %", "in training"),
+        *("rarer as more frequent", "rarer as more frequent, %", "in training"),
     ]
     assert rows("pairs") == [
         ["wolf", "5", "dog", "50", "40", "30", "75", "6"],
@@ -494,7 +498,7 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
     page.locator("#cell h3", has_text="dog predicted as cat").wait_for()  # the link's cell; the row's is dog as wolf
     page.locator("#maps canvas").click(position=shows.cell(2, 1))
     assert page.locator("#cell dl").inner_text().split("\n") == [
-        *("reverse", "10 of 100", "in training", "6 of 8 confusions of the class")
+        *("reverse", "10 of 100", "in training", "6 of 8 wrong predictions of the class, over the epochs")
     ]
     assert "the 2 most confident of 30 images, with the confidence:" in page.locator("#cell").inner_text()
     thumbs = page.locator(".thumb")
@@ -519,6 +523,45 @@ def test_every_number_on_the_page_equals_that_by_hand(opened: Any) -> None:
         "2 classes the most frequent confusion is the same. The wrong predictions of a class in training and test "
         "overlap by 75 per cent."
     )
+
+
+def test_a_class_is_found_as_it_is_typed_and_stays_selected(opened: Any) -> None:
+    shows = opened(rendered([shown(HAND, COUNTS)], ["cat", "Grey_dog", "wolf"]))
+    page, title = shows.page, shows.page.locator("#cell h3")
+    page.select_option("#grouping", "groups")
+    page.locator("#find").fill("grey dog")
+    page.locator("#find").press("Enter")
+    assert page.locator("#grouping").input_value() == "classes"
+    assert title.inner_text() == "Grey_dog, correct"
+    assert "most taken for: wolf 10, cat 5" in page.locator("#cell").inner_text()
+    page.select_option("#order", "confusion")
+    assert title.inner_text() == "Grey_dog, correct"
+    assert "This cell is pinned" in page.locator("#cell").inner_text()
+    page.locator("#find").fill("zebra")
+    page.locator("#find").press("Enter")
+    assert page.locator("#not-found").inner_text() == "no class has this name"
+    page.locator("#find").fill("WOLF")
+    page.locator("#find").press("Enter")
+    assert page.locator("#not-found").is_hidden() and title.inner_text() == "wolf, correct"
+    page.locator("#pairs-search").fill("grey d")
+    assert page.locator("#pairs tbody tr").count() == 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (420, 850)])
+def test_what_a_link_selects_is_in_view_and_has_the_focus(opened: Any, width: int, height: int) -> None:
+    size = 60
+    matrix = np.diag([50] * size)
+    matrix[size - 1, 3] = 40
+    names = [f"class {c}" for c in range(size)]
+    for runs in ([shown(matrix, np.arange(size, 0, -1))], [shown(matrix, np.arange(size, 0, -1), n) for n in "ab"]):
+        page = opened(rendered(runs, names)).page
+        page.set_viewport_size({"width": width, "height": height})
+        page.locator(".findings a").first.focus()
+        page.keyboard.press("Enter")
+        page.locator("#cell:focus").wait_for()
+        box = page.locator("#cell h3").bounding_box()
+        assert 0 <= box["y"] < height - 40
+        assert page.locator("#cell h3").inner_text() == "class 59 predicted as class 3"
 
 
 def test_the_script_rounds_as_python_does(opened: Any) -> None:
@@ -684,7 +727,10 @@ def test_first_screen_of_a_comparison_says_what_changes(opened: Any) -> None:
         mixed.locator("p")
         .nth(1)
         .inner_text()
-        .startswith("Of 300 test images, only mixed is right on 37, and only plain on 22.")
+        .startswith(
+            "By group, in points: many -10.0, medium +5.0, few +20.0. "
+            "Of 300 test images, only mixed is right on 37, and only plain on 22."
+        )
     )
     gained, lost = mixed.locator("ul").all()
     assert gained.locator("li").all_inner_texts() == [

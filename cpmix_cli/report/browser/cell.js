@@ -42,7 +42,7 @@ function hideTip() { $("tip").hidden = true; }
 function trainingConfusions(run, a, b) {
   const count = run.trainedOn(a, b);
   if (run.trimmed && !count && !run.count(a, b) && !run.count(b, a)) return "not among the class's ten largest";
-  return `${number(count)} of ${number(run.errors[a])} confusions of the class`;
+  return `${number(count)} of ${number(run.errors[a])} wrong predictions of the class, over the epochs`;
 }
 
 function showCell() {
@@ -68,8 +68,13 @@ function showCell() {
     if (a !== b && run.confused) fact(name ? `${name}, training` : "in training", trainingConfusions(run, a, b));
     if (a === b) fact(name ? `${name}, false positives` : "false positives", `${number(run.predicted[a] - run.count(a, a))} images of other classes`);
   }
-  panel.append(list);
-  panel.append(...testImages(a, b));
+  panel.append(list, ...(a === b ? mostTakenFor(a) : testImages(a, b)));
+  if (state.pinned) panel.append(element("p", { className: "quiet screen-only", textContent: "This cell is pinned: Escape, or a click on it, lets it go." }));
+}
+
+// Return links to the cells of the classes that a class is most taken for.
+function mostTakenFor(c) {
+  return runs.filter((run) => run.taken[c].length).map((run) => element("p", {}, `${runs.length > 1 ? `${run.name}, ` : ""}most taken for: `, ...takenLinks(run, c)));
 }
 
 // -- test images of a cell --------------------------------------------------------------------------------------------
@@ -87,7 +92,7 @@ if (data.images) {
 // Return the elements that show the misclassified images of a cell, and how to list those that the page leaves out.
 function testImages(row, column) {
   const all = runs[0].count(row, column);
-  if (!data.images || row === column || !all) return [];
+  if (!data.images || !all) return [];
   const found = imagesOf.get(row * numClasses + column) || [];
   const said = (textContent) => element("p", { className: "quiet", textContent });
   const shown = [];

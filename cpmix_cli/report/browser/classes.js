@@ -1,27 +1,15 @@
 // -- table of classes -------------------------------------------------------------------------------------------------
 
-const MOST_TAKEN = 3;
-
-// Return for each true class the predicted classes that most of its images are taken for, most images first.
-function takenFor(run) {
-  const found = ids.map(() => []);
-  const { rows, columns, counts } = run.cells;
-  for (let i = 0; i < counts.length; i++) if (rows[i] !== columns[i]) found[rows[i]].push({ column: columns[i], count: counts[i] });
-  return found.map((wrong) => wrong.sort((a, b) => b.count - a.count || a.column - b.column).slice(0, MOST_TAKEN));
-}
-
 function classTable() {
   const share = { text: dash(percent), numeric: true };
   const measures = runs.map((run) => {
-    const wrong = takenFor(run);
-    const most = (c) => (wrong[c].length ? wrong[c][0].count : 0);
-    const links = (c) => wrong[c].flatMap(({ column, count }, k) => [k ? ", " : "", element("a", { href: `#cell-${c}-${column}`, textContent: data.names[column] }), ` ${number(count)}`]);
+    const most = (c) => (run.taken[c].length ? run.taken[c][0].count : 0);
     return [
       { name: "recall", of: ({ c }) => run.recall[c], ...share },
       { name: "95 % interval", of: ({ c }) => run.recall_low[c], numeric: true, links: ({ c }) => [Number.isNaN(run.recall_low[c]) ? "-" : `${rounded(run.recall_low[c], 1)} to ${rounded(run.recall_high[c], 1)}`] },
       { name: "precision", of: ({ c }) => run.precision[c], ...share },
       { name: "F1", of: ({ c }) => run.f1[c], ...share },
-      { name: "most taken for, images", of: ({ c }) => most(c), numeric: true, left: true, links: ({ c }) => (wrong[c].length ? links(c) : ["-"]) },
+      { name: "most taken for, images", of: ({ c }) => most(c), numeric: true, left: true, links: ({ c }) => (run.taken[c].length ? takenLinks(run, c) : ["-"]) },
     ];
   });
   const columns = [
@@ -32,7 +20,6 @@ function classTable() {
     // of several runs, each measure's columns stand side by side
     ...measures[0].flatMap((_, m) => runs.map((run, r) => ({ ...measures[r][m], name: runs.length > 1 ? `${measures[r][m].name}, ${run.name}` : measures[r][m].name }))),
   ];
-  const first = takenFor(runs[0]);
-  const rows = ids.map((c) => ({ c, show: () => showInMap(c, first[c].length ? first[c][0].column : c) }));
+  const rows = ids.map((c) => ({ c, show: () => showInMap(c, runs[0].taken[c].length ? runs[0].taken[c][0].column : c) }));
   sortable($("classes"), columns, rows, ({ c }) => data.names[c], $("classes-search"), 2);
 }

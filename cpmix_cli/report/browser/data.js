@@ -25,8 +25,10 @@ function rounded(value, places = 0) { // as percent() of runtime/rounding.py, so
   return (value < 0 && whole ? "-" : "") + (whole / scale).toFixed(places);
 }
 const percent = (value) => `${rounded(value, value > 0 && value < 1 ? 2 : 1)} %`;
-const signed = (value) => (value > 0 ? "+" : "") + rounded(value, 1);
+const signed = (value, places = 1) => (value > 0 ? "+" : "") + rounded(value, places);
 const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
+// A name as one may type it: pickup truck for Pickup_Truck.
+const plain = (name) => name.trim().toLowerCase().replace(/[\s_-]+/g, " ");
 const $ = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -58,7 +60,20 @@ function lookup(cells) { // count of (row, column)
   return (row, column) => found.get(row * numClasses + column) || 0;
 }
 
+const MOST_TAKEN = 3;
+
+// Return for each true class the predicted classes that most of its images are taken for, most images first.
+function takenFor(run) {
+  const found = data.names.map(() => []);
+  const { rows, columns, counts } = run.cells;
+  for (let i = 0; i < counts.length; i++) if (rows[i] !== columns[i]) found[rows[i]].push({ column: columns[i], count: counts[i] });
+  return found.map((wrong) => wrong.sort((a, b) => b.count - a.count || a.column - b.column).slice(0, MOST_TAKEN));
+}
+
+const takenLinks = (run, c) => run.taken[c].flatMap(({ column, count }, k) => [k ? ", " : "", element("a", { href: `#cell-${c}-${column}`, textContent: data.names[column] }), ` ${number(count)}`]);
+
 for (const run of runs) {
+  run.taken = takenFor(run);
   run.testCounts = sums(run.cells, run.cells.rows);
   run.predicted = sums(run.cells, run.cells.columns);
   run.count = lookup(run.cells);

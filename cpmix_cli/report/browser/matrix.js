@@ -104,13 +104,20 @@ class HeatMap {
       context.fillStyle = fill;
       context.fillRect(this.x(column), this.y(row), drawn - gap, drawn - gap);
       if (cell >= 26) {
-        const images = this.own.found.get(row * places.size + column) || 0;
         context.fillStyle = luminance(fill) > 0.179 ? "#000" : "#fff"; // the better contrast: both have 4.58 : 1 there
-        const shown = this.other ? signed(value) : state.numbers === "images" ? number(images) : value >= 1 ? rounded(value) : "<1";
+        const shown = this.number(row, column, value);
         context.font = `${Math.min(13, (1.4 * cell) / Math.max(3, shown.length))}px system-ui, sans-serif`;
         context.fillText(shown, this.x(column) + cell / 2, this.y(row) + cell / 2);
       }
     }
+  }
+
+  // Return the text in a cell: test images, or per cent of the row's; of a difference, with its sign.
+  number(row, column, value) {
+    const images = (cells) => cells.found.get(row * places.size + column) || 0;
+    if (!this.other) return state.numbers === "images" ? number(images(this.own)) : value >= 1 ? rounded(value) : "<1";
+    const paired = this.own.totals[row] === this.other.totals[row]; // else only shares can be compared
+    return state.numbers === "images" && paired ? signed(images(this.own) - images(this.other), 0) : signed(value);
   }
 
   drawLines(context) {
@@ -130,9 +137,11 @@ class HeatMap {
   drawCursor(context) {
     if (!state.cursor) return;
     const { row, column } = state.cursor;
-    context.fillStyle = isDark() ? "rgb(255 255 255 / .12)" : "rgb(0 0 0 / .07)";
-    context.fillRect(this.margin, this.y(row), this.side, Math.max(1, this.cell));
-    context.fillRect(this.x(column), this.margin, Math.max(1, this.cell), this.side);
+    context.strokeStyle = colour("quiet"); // lines, because a shade would change the colours below it
+    context.globalAlpha = 0.6;
+    context.strokeRect(this.margin - 1, this.y(row), this.side + 2, Math.max(1, this.cell));
+    context.strokeRect(this.x(column), this.margin - 1, Math.max(1, this.cell), this.side + 2);
+    context.globalAlpha = 1;
     context.strokeStyle = colour("text");
     context.lineWidth = 2;
     const size = Math.max(this.cell, 8);
@@ -339,15 +348,25 @@ function goTo(row, column) {
   $("spoken").textContent = describe(state.cursor);
 }
 
-// Select the cell of two classes, true and predicted, and scroll to it.
+// Select the cell of two classes, true and predicted, scroll to it and to its card, and move the focus to the card.
 function showInMap(row, column) {
-  if (!places.single) { $("grouping").value = state.grouping = "classes"; rearrange(); }
+  ungroup();
   goTo(places.placeOf[row], places.placeOf[column]);
   requestAnimationFrame(() => { // when the map is drawn, the cell has its place
-    const [map] = maps;
+    const [map] = maps, panel = $("cell");
     const top = map.canvas.getBoundingClientRect().top + map.y(state.cursor.row);
     if (top < 80 || top > innerHeight - 120) scrollBy({ top: top - innerHeight * 0.4 });
+    const card = panel.getBoundingClientRect();
+    if (card.top < 0 || card.top > innerHeight - 160) panel.scrollIntoView({ block: card.height < innerHeight ? "nearest" : "start" });
+    panel.focus({ preventScroll: true });
   });
+}
+
+// Show single classes, which all but a choice of groups speak of.
+function ungroup() {
+  if (places.single) return;
+  $("grouping").value = state.grouping = "classes";
+  rearrange();
 }
 
 // A link to #cell-TRUE-PREDICTED, with class ids, selects that cell.
@@ -370,7 +389,7 @@ function pressed(event) {
   else if (event.key === "-") zoom(1 / 0.6);
   else if (event.key === "0") look(0, 0, places.size);
   else if (event.key === "Enter") { state.pinned = true; showCell(); }
-  else if (event.key === "Escape") { state.pinned = false; state.cursor = null; hideTip(); redraw(); showCell(); }
+  else if (event.key === "Escape") { state.pinned = false; state.cursor = null; hideTip(); redraw(); showCell(); $("spoken").textContent = "nothing is selected"; }
   else return;
   event.preventDefault();
 }
@@ -383,10 +402,11 @@ function redraw() { // at most once per frame, whatever the number of events
 }
 
 function rearrange() {
+  const kept = places?.single && state.pinned ? [state.cursor.row, state.cursor.column].map((p) => places.members[p][0]) : null;
   places = layout(state.order, state.grouping);
   maps.forEach((map) => map.prepare());
-  state.cursor = null;
-  state.pinned = false;
+  state.pinned = Boolean(kept && places.single); // the same classes in their new places
+  state.cursor = state.pinned ? { row: places.placeOf[kept[0]], column: places.placeOf[kept[1]] } : null;
   look(0, 0, places.size);
   showCell();
 }

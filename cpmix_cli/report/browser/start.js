@@ -55,14 +55,17 @@ function start() {
     if (!$("names").childElementCount) $("names").append(...data.names.map((name) => element("option", { value: name })));
   });
   const find = () => {
-    const wanted = $("find").value.trim().toLowerCase();
-    let found = data.names.findIndex((name) => name.toLowerCase() === wanted);
-    if (found < 0) found = data.names.findIndex((name) => name.toLowerCase().includes(wanted));
+    const wanted = plain($("find").value);
+    let found = data.names.findIndex((name) => plain(name) === wanted);
+    if (found < 0) found = data.names.findIndex((name) => plain(name).includes(wanted));
     $("find").setAttribute("aria-invalid", found < 0);
+    $("not-found").hidden = found >= 0;
     if (found < 0 || !wanted) return;
+    ungroup();
     const p = places.placeOf[found];
     look(p - 6, p - 6, Math.min(places.size, 12));
     goTo(p, p);
+    $("cell").scrollIntoView({ block: "nearest" });
   };
   $("find").addEventListener("change", find);
   $("find").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });

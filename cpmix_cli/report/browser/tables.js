@@ -13,10 +13,10 @@ function sortable(table, columns, rows, matches, search, by, step = 100) {
     return element("th", { scope: "col", className: numeric && !left ? "number" : "" }, button);
   })));
   const fill = () => {
-    const wanted = search.value.trim().toLowerCase();
+    const wanted = plain(search.value);
     const { of, numeric } = columns[state.by];
     const sign = state.down ? -1 : 1;
-    const chosen = wanted ? rows.filter((row) => matches(row).toLowerCase().includes(wanted)) : rows.slice();
+    const chosen = wanted ? rows.filter((row) => plain(matches(row)).includes(wanted)) : rows.slice();
     chosen.sort((a, b) => {
       const [x, y] = [of(a), of(b)];
       if (!numeric) return sign * x.localeCompare(y, "en", { numeric: true });
@@ -69,15 +69,16 @@ function pairTable() {
     { name: "more frequent class", of: ({ c }) => data.names[c] },
     { name: "its training images", of: ({ c }) => runs[0].trainCounts[c], numeric: true },
   ];
+  const named = (run) => (runs.length > 1 ? `, ${run.name}` : "");
+  for (const run of runs) columns.push({ name: `confusions${named(run)}`, of: both(run), numeric: true });
+  for (const run of runs.slice(1)) columns.push({ name: `change, ${run.name}`, of: (row) => both(run)(row) - both(runs[0])(row), text: (v) => signed(v, 0), numeric: true });
   for (const run of runs) {
-    const name = runs.length > 1 ? `, ${run.name}` : "";
-    columns.push({ name: `confusions${name}`, of: both(run), numeric: true });
-    columns.push({ name: `rarer predicted as more frequent${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
+    const name = named(run);
+    columns.push({ name: `rarer as more frequent${name}`, of: ({ r, c }) => run.count(r, c), numeric: true });
     // With equally many training images neither class is the rarer one.
     const share = ({ r, c }) => (runs[0].trainCounts[r] < runs[0].trainCounts[c] ? (100 * run.count(r, c)) / both(run)({ r, c }) : NaN);
-    columns.push({ name: `rarer predicted as more frequent, %${name}`, of: share, text: dash((v) => rounded(v)), numeric: true });
+    columns.push({ name: `rarer as more frequent, %${name}`, of: share, text: dash((v) => rounded(v)), numeric: true });
     if (run.confused) columns.push({ name: `in training${name}`, of: ({ r, c }) => run.trainedOn(r, c) + run.trainedOn(c, r), numeric: true });
   }
-  for (const run of runs.slice(1)) columns.push({ name: `change, ${run.name}`, of: (row) => both(run)(row) - both(runs[0])(row), text: (v) => (v > 0 ? "+" : "") + number(v), numeric: true });
   sortable($("pairs"), columns, rows, ({ r, c }) => `${data.names[r]} ${data.names[c]}`, $("pairs-search"), 4);
 }
