@@ -7,9 +7,9 @@ Args of all functions:
     class_counts: training images per class [C].
     title: title of the figure.
 
-Classes are drawn in descending order of their training images. The colour map is viridis reversed (perceptually
-uniform, colour-blind safe); cells without images are white, so that zero differs from small values. Equal arrays give
-equal bytes.
+Classes are drawn in descending order of their training images. Cells have the page's colours of confusions in light
+mode (colours.py) without the palest, so that one image differs from none: cells without images are white. Equal
+arrays give equal bytes.
 """
 
 import io
@@ -28,6 +28,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
+from cpmix_cli.report.colours import colour_map, text_colour
+from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.text import on_a_line
 
@@ -42,7 +44,7 @@ _MAX_NAMES = 150
 _MAX_CELLS = 1000  # per side; more cells than pixels
 _MAX_BINS = 60
 _NUM_GROUPS = 10
-_COLOURS = matplotlib.colormaps["viridis_r"].with_extremes(bad="white")
+_COLOURS = ListedColormap(colour_map("confusion")(np.linspace(0.05, 1, 256))).with_extremes(bad="white")
 """Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
 # None: metadata that differ between equal figures
@@ -111,15 +113,15 @@ def _neighbours(class_counts: Array) -> tuple[list[Array], list[str]]:
 
 def row_percent(matrix: Array) -> Array:
     """Convert counts to per cent of each row [C, C]; 0 in rows without test images."""
-    percent: Array = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    return percent
+    of_rows: Array = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    return of_rows
 
 
 def percent_right(matrix: Array) -> Array:
     """Return the accuracy per class in per cent [C]; NaN for a class without test images."""
     with np.errstate(invalid="ignore"):
-        percent: Array = matrix.diagonal() / matrix.sum(1) * 100
-    return percent
+        of_classes: Array = matrix.diagonal() / matrix.sum(1) * 100
+    return of_classes
 
 
 def count_norm(*cells: Array) -> LogNorm:
@@ -136,7 +138,7 @@ def _largest_of_blocks(values: Array, block: int) -> Array:
 
 def whole_percent(value: float) -> str:
     """Format a percentage for a cell: nothing for zero, <1 below one."""
-    return f"{value:.0f}" if value >= 1 else "<1" if value > 0 else ""
+    return percent(value) if value >= 1 else "<1" if value > 0 else ""
 
 
 def turn(names: Sequence[str]) -> int:
@@ -172,12 +174,14 @@ def draw_matrix(
     block = -(-len(values) // _MAX_CELLS)
     shown = _largest_of_blocks(values, block)
     edge, end = block * len(shown) - 0.5, len(values) - 0.5
-    image = axes.imshow(np.ma.masked_equal(shown, 0), cmap=_COLOURS, norm=norm, extent=(-0.5, edge, edge, -0.5))
+    cells = np.ma.masked_equal(shown, 0)
+    image = axes.imshow(cells, cmap=_COLOURS, norm=norm, extent=(-0.5, edge, edge, -0.5))
     axes.set(xlim=(-0.5, end), ylim=(end, -0.5))
     if number is not None:
+        fills = image.to_rgba(cells)
         for (i, j), value in np.ndenumerate(values):
-            dark = value > 0 and norm(value) > 0.55
-            axes.text(j, i, number(value), ha="center", va="center", fontsize=fontsize, color="w" if dark else "k")
+            colour = text_colour(tuple(fills[i, j, :3]))
+            axes.text(j, i, number(value), ha="center", va="center", fontsize=fontsize, color=colour)
     labels = list(names.values())
     axes.set_xticks(list(names), labels, rotation=turn(labels))
     axes.set_yticks(list(names), labels)
@@ -364,10 +368,10 @@ def confusion_heat_map(
     numbered = size <= MAX_NUMBERS
     side = 6.5 if numbered else min(16.0, 7 + 0.08 * size)
     figure, axes = _one_panel(side * 1.12, side, f"{title}\n")  # an empty line for the group names
-    percent, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
+    cells, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
     named, dense = size <= _MAX_NAMES, 20 < size <= _MAX_NAMES
     names = {t: class_names[order[t]] if named else f"{t + 1}" for t in range(0, size, 1 if named else 50)}
-    image = draw_matrix(axes, percent, names, number, transposed=False)
+    image = draw_matrix(axes, cells, names, number, transposed=False)
     axes.tick_params(labelsize=max(4.5, 8 - size / 30) if dense else 10, length=0 if dense else 3)
     of_rows = [groups[c] for c in order]
     for group in filter(of_rows.__contains__, GROUPS):
@@ -424,7 +428,7 @@ def confusion_histogram(matrix: Array, *, title: str) -> Figure:
     """Draw the histogram of confusion values of ordered class pairs; the title counts zeros. Paper: Fig. 3(c)."""
     values = confusion_values(matrix)
     zeros, largest = int((values == 0).sum()), values.max(initial=0)
-    note = f"largest {largest:.0f} %" if largest > 0 else "no confusion"
+    note = f"largest {percent(largest)} %" if largest > 0 else "no confusion"
     figure, axes = _one_panel(7, 4.2, f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {note}")
     draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     return figure

@@ -22,6 +22,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.report import figures
 from cpmix_cli.report.figures import Array, by_count, draw_grouped, draw_matrix, draw_points, whole_percent
+from cpmix_cli.report.rounding import percent
 
 _WIDTH = 6.5
 _SMALL = 6  # font size of numbers in cells, points
@@ -155,7 +156,7 @@ def toy_example(
         figures.draw_regions(axes, axis, classes)
         draw_points(axes, *test, class_names, size=0.8)
         _letter(axes, letter, method)
-        numbers = f"{shown[method].accuracy:.1f} % right, confusion {shown[method].similar_confusion:,}"
+        numbers = f"{percent(shown[method].accuracy, 1)} % right, confusion {shown[method].similar_confusion:,}"
         axes.set_xlabel(numbers, fontsize=6.5, labelpad=2)
         for c in range(len(class_names)):  # a larger marker in the middle of each class
             colour, marker = figures.class_style(c)
@@ -222,7 +223,7 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
         _letter(panels[letter], letter, f"{result.method}, {erm.data}")
     panels["b"].set(yticklabels=[], ylabel=None)
     figures.add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
-    labels = [f"{r.data}, largest {figures.confusion_values(r.matrix).max():.0f} %" for r in (erm, balanced)]
+    labels = [f"{r.data}, largest {percent(figures.confusion_values(r.matrix).max())} %" for r in (erm, balanced)]
     styles: list[dict[str, Any]] = [
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3, "label": labels[0]},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4, "label": labels[1]},
@@ -289,8 +290,8 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
             if method not in row:
                 axes.axis("off")
                 continue
-            percent = figures.row_percent(row[method].matrix)[np.ix_(order, order)]
-            image = draw_matrix(axes, percent, names, number, transposed=True, fontsize=5.5)
+            cells = figures.row_percent(row[method].matrix)[np.ix_(order, order)]
+            image = draw_matrix(axes, cells, names, number, transposed=True, fontsize=5.5)
             axes.set(xlabel=None, ylabel=None)
             if shown[r + 1 :, c].any():
                 axes.set_xticklabels([])

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from test_colours import contrast
 
 from cpmix_cli.data.longtail import group_of
 from cpmix_cli.report import figures
@@ -95,6 +96,16 @@ def test_a_cell_without_images_is_white_and_a_small_one_is_not() -> None:
     column = picture[:, width // 3]  # runs through the left column of cells
     assert (column == 255).all(1).any()
     assert (picture[height // 2 :] != empty[height // 2 :]).any(axis=2).sum() > 1000
+
+
+def test_numbers_are_rounded_as_on_the_page_and_contrast_with_their_cells() -> None:
+    matrix = np.array([[7, 1, 0], [1, 3, 4], [1, 0, 9999]])
+    axes = heat_map(matrix, np.array([3, 2, 1]), ["a", "b", "c"]).axes[0]
+    assert [t.get_text() for t in axes.texts[:9]] == ["88", "13", "", "13", "38", "50", "<1", "", "100"]
+    fills = axes.images[0].to_rgba(axes.images[0].get_array()).reshape(9, 4)
+    assert all(contrast(t.get_color(), fill) >= 4.5 for t, fill in zip(axes.texts, fills, strict=False))
+    assert [tuple(fills[k]) == (1, 1, 1, 1) for k in (2, 6, 7)] == [True, False, True]
+    assert contrast(fills[6], "white") > 1.1  # one image of 10,000
 
 
 @pytest.mark.slow
