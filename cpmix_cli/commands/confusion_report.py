@@ -22,7 +22,6 @@ from cpmix_cli.evaluation.samples import evaluated_tests
 from cpmix_cli.evaluation.saved import ACCURACY_HEADER, accuracy_rows, matrix_of, read_predictions
 from cpmix_cli.flags import ReportOptions, words_of
 from cpmix_cli.report import figures
-from cpmix_cli.report.figures import warn_of_boxes
 from cpmix_cli.report.images import ContactSheet, most_confused, sheet
 from cpmix_cli.report.page import GENERATOR, ShownRun, page_digest, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
@@ -283,8 +282,8 @@ def _write(
 ) -> None:
     """Publish tables, figures and page, and run.json last. A page in `folder` is of this evaluation only."""
     own = reported[0]
-    warn_of_boxes(own.dataset.class_names)
-    pictures = _draw(own)
+    with figures.fonts_for([*own.dataset.class_names, own.dataset.name, own.evaluation.name]):
+        pictures = _draw(own)
     folder_of_pictures = "" if index.parent == folder else f"{folder.name}/"
     page = _make_page(reported, pairs, pictures, num_images, folder_of_pictures)
     files.check_place(folder, len(page))

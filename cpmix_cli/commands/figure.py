@@ -18,7 +18,7 @@ from cpmix_cli.flags import FigureOptions
 from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, changed
 from cpmix_cli.report import paper_figures
-from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, is_own, warn_of_boxes
+from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, fonts_for, is_own
 from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem
@@ -114,15 +114,16 @@ def run(options: FigureOptions) -> None:
                 fix=f"give a name such as --out figure{options.number}.pdf",
             )
     found = _read_runs(options)
-    figure, panels = FIGURES[options.number](options, found)
+    names = [name for one in found for name in (*one.dataset.class_names, one.data)]
+    with fonts_for(dict.fromkeys(names)):
+        figure, panels = FIGURES[options.number](options, found)
+        files = {out: encode(figure, KINDS[out.suffix.lower()], dpi=DPI) for out in outs}
     used = {one.source.path for _, one in panels}
     for one in found:
         if one.source.path not in used:
             console.warn(
                 f"{one.source.path} is not used: {console.command} has no place for {one.method} on {one.data}"
             )
-    warn_of_boxes(panels[0][1].dataset.class_names)
-    files = {out: encode(figure, KINDS[out.suffix.lower()], dpi=DPI) for out in outs}
     new = {out: data for out, data in files.items() if not out.is_file() or read_bytes(out) != data}
     for out in new:
         refuse_existing(out, is_own, overwrite=options.overwrite, why="exists and is not this figure")

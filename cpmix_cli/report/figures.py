@@ -14,7 +14,8 @@ arrays give equal bytes.
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import matplotlib
@@ -22,7 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.colours import colour_map, text_colour
 from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime import console
+from cpmix_cli.runtime.errors import counted
 from cpmix_cli.runtime.text import on_a_line
 
 Array = NDArray[Any]
@@ -43,7 +45,8 @@ MAX_NUMBERS = 12
 _MAX_NAMES = 150
 _MAX_CELLS = 1000  # per side; more cells than pixels
 _MAX_BINS = 60
-_NUM_GROUPS = 10
+_MAX_LISTED = 10
+NUM_GROUPS = 10
 _COLOURS = ListedColormap(colour_map("confusion")(np.linspace(0.05, 1, 256))).with_extremes(bad="white")
 """Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
@@ -66,7 +69,7 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # see warn_of_boxes()
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # see fonts_for()
         if figure.get_layout_engine() is not None:  # only once: a second layout for the next kind would move items
             for _ in range(2):  # the first pass may shrink axes, which changes their ticks and the size of labels
                 figure.draw_without_rendering()
@@ -80,14 +83,40 @@ def is_own(data: bytes) -> bool:
     return any(mark in data for mark in _MARKS)
 
 
-def warn_of_boxes(class_names: Sequence[str]) -> None:
-    """Warn of class names with letters that the figures' font lacks."""
-    known = get_font(findfont(FontProperties())).get_charmap()
-    names = [on_a_line(name) for name in class_names]
-    if lacking := [name for name in names if any(ord(letter) not in known for letter in name)]:
+@contextmanager
+def fonts_for(names: Iterable[str]) -> Iterator[None]:
+    """Make and encode figures with installed fonts that have the letters of names; warn of letters that none has."""
+    shown = [on_a_line(name) for name in names]
+    lacking = set("".join(shown)) - _letters(findfont(FontProperties()))
+    families, found = [*matplotlib.rcParams["font.family"]], _fonts_with(lacking) if lacking else {}
+    while best := max(found, key=lambda family: len(found[family] & lacking), default=None):
+        lacking -= found.pop(best)
+        families.append(best)
+        found = {family: letters for family, letters in found.items() if letters & lacking}
+    if lacking:
+        boxed = [name for name in shown if lacking & set(name)]
+        listed = " ".join([*sorted(lacking)[:_MAX_LISTED], *(["..."] if len(lacking) > _MAX_LISTED else [])])
         console.warn(
-            f"the pictures' font cannot write {len(lacking)} class names, such as {lacking[0]}: boxes stand for letters"
+            f"no installed font has the letters {listed} of {counted(len(boxed), 'name')}, such as {boxed[0]}: "
+            "the figures have boxes in their places"
         )
+    with matplotlib.rc_context({"font.family": families}):
+        yield
+
+
+def _letters(font: str) -> set[str]:
+    return set(map(chr, get_font(font).get_charmap()))
+
+
+def _fonts_with(letters: set[str]) -> dict[str, set[str]]:
+    """Return the installed families that have some of the letters, and which, by name."""
+    found: dict[str, set[str]] = {}
+    others = {get_font(findfont(FontProperties())).family_name, "Last Resort High-Efficiency"}  # which has only boxes
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name):
+        if font.style == "normal" and font.weight in (400, "normal") and font.name not in others:
+            with suppress(OSError, RuntimeError):  # deleted or damaged since matplotlib listed it
+                found.setdefault(font.name, letters & _letters(font.fname))
+    return {family: has for family, has in found.items() if has}
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------
@@ -106,7 +135,7 @@ def consolidated(matrix: Array, class_counts: Array) -> Array:
 
 def _neighbours(class_counts: Array) -> tuple[list[Array], list[str]]:
     """Return class ids in up to ten nearly equal groups, and each group's training images such as "500 to 310"."""
-    parts = np.array_split(by_count(class_counts), min(_NUM_GROUPS, len(class_counts)))
+    parts = np.array_split(by_count(class_counts), min(NUM_GROUPS, len(class_counts)))
     ends = [(class_counts[part[0]], class_counts[part[-1]]) for part in parts]
     return parts, [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
 
@@ -417,8 +446,8 @@ def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Arra
     figure, axes = _one_panel(9, 4.8, title)
     accuracy, size = percent_right(matrix), len(class_counts)
     draw_accuracies(axes, class_names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})])
-    if size > _NUM_GROUPS:
-        place = (np.arange(size) + 0.5) * _NUM_GROUPS / size - 0.5
+    if size > NUM_GROUPS:
+        place = (np.arange(size) + 0.5) * NUM_GROUPS / size - 0.5
         axes.plot(place, accuracy[by_count(class_counts)], ".", color="C0", alpha=0.45, markersize=4)
         axes.set_xlabel("class, by its training images (dots: classes; line: means of ten groups)")
     return figure

@@ -3,6 +3,7 @@
 import base64
 import io
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -140,15 +141,35 @@ def test_class_names_are_not_parsed_as_formulas() -> None:
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
 
-def test_letters_that_the_font_lacks_cause_a_warning(
+UNASSIGNED = "\u0378"  # no font has it
+
+
+def test_letters_that_no_font_has_cause_one_warning(
     recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["caf\u00e9", "\u72ac", "dog"]
-    figures.warn_of_boxes(names)
-    assert "cannot write 1 class names, such as \u72ac" in capsys.readouterr().err
+    names = ["caf\u00e9", f"{UNASSIGNED}a", f"b{UNASSIGNED}"]
     matrix, counts, _ = example(3)
-    assert figures.encode(heat_map(matrix, counts, names), "png")
+    with figures.fonts_for([*names, "data"]):
+        assert all(all_pictures(matrix, counts, names))
+    said = f"no installed font has the letters {UNASSIGNED} of 2 names, such as {UNASSIGNED}a: the figures have boxes"
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
     assert not recwarn.list
+
+
+def test_letters_are_drawn_with_an_installed_font_that_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def boxes(letter: str) -> bytes:
+        names = [letter, "b", "c"]
+        with figures.fonts_for(names):
+            return figures.encode(heat_map(*example(3)[:2], names), "png")
+
+    only_in_stix = "\u24b6"  # STIX comes with matplotlib
+    assert boxes(only_in_stix) == boxes(only_in_stix)
+    assert capsys.readouterr().err == ""
+    plain = drawn(heat_map(*example(3)[:2], [only_in_stix, "b", "c"]))[0]
+    assert plain != boxes(only_in_stix)
+    assert matplotlib.rcParams["font.family"] == ["sans-serif"]
 
 
 @pytest.mark.slow
