@@ -301,6 +301,10 @@ def _write(
                     recorder.publish(f"{name}.{kind}", data)
             page_sha = files.publish(place / index.name, page.encode())
             recorder.finish(page=page_sha, picture=f"{pictures[0][0]}.png", compared=references)
+        drawn = {name for name, *_ in pictures}
+        for name in (f"{name}.{kind}" for name in _PICTURES if name not in drawn for kind in ("png", "svg")):
+            with suppress(OSError):  # of an earlier report, and no longer recorded
+                (folder / name).unlink(missing_ok=True)
 
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int, folder: str) -> str:
@@ -358,11 +362,6 @@ def _draw(run: _Reported) -> Pictures:
             figures.confusion_heat_map(matrix, names, counts, groups, title=title),
         ),
         (
-            "confusion_matrix_grouped",
-            "Confusion matrix of ten groups of neighbouring classes (test images per cell), as in Fig. 3 of the paper.",
-            figures.grouped_heat_map(matrix, counts, title=title),
-        ),
-        (
             "class_accuracy",
             "Accuracy per class over training images.",
             figures.class_accuracy(matrix, names, counts, title=title),
@@ -373,6 +372,11 @@ def _draw(run: _Reported) -> Pictures:
             figures.confusion_histogram(matrix, title=title),
         ),
     ]
+    if len(counts) >= 2 * figures.NUM_GROUPS:  # with fewer, groups of one class would repeat the matrix
+        caption = (
+            "Confusion matrix of ten groups of neighbouring classes (test images per cell), as in Fig. 3 of the paper."
+        )
+        pictures.insert(1, ("confusion_matrix_grouped", caption, figures.grouped_heat_map(matrix, counts, title=title)))
     if dataset.shape == [2]:
         points, labels = dataset.read("train")
         axis, classes = predicted_regions(source, dataset, points)

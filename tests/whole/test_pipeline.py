@@ -15,7 +15,7 @@ from cpmix_cli.artifacts.tensors import read_tensors
 TRAINING = ["class_counts.parquet", "confusion_pairs.parquet", "metrics.parquet", "model.safetensors"]
 TRAINING += ["recipe.toml", "run.json", "training_state.safetensors"]
 EVALUATION = ["logits.safetensors", "metrics.json", "per_class.parquet", "predictions.parquet", "run.json"]
-PICTURES = ["class_accuracy", "confusion_histogram", "confusion_matrix", "confusion_matrix_grouped"]
+PICTURES = ["class_accuracy", "confusion_histogram", "confusion_matrix"]
 REPORT = [f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")]
 REPORT += ["confused_pairs.parquet", "confusion_matrix.parquet", "run.json"]
 
