@@ -9,10 +9,11 @@ Args of all functions:
 
 Classes are drawn in descending order of their training images. Cells have the page's colours of confusions in light
 mode (colours.py) without the palest, so that one image differs from none: cells without images are white. Equal
-arrays give equal bytes.
+arrays give equal bytes. A figure is as large as its cells and names need.
 """
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,31 +22,42 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.image import AxesImage
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.colours import colour_map, text_colour
-from cpmix_cli.report.rounding import percent
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import counted
-from cpmix_cli.runtime.text import on_a_line
+from cpmix_cli.runtime.rounding import percent
+from cpmix_cli.runtime.text import cut, on_a_line, width_of
 
 Array = NDArray[Any]
 Kind = Literal["png", "svg", "pdf"]
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name starts no formula
+matplotlib.rcParams["text.hinting"] = "no_hinting"  # texts are equally wide at any resolution, so one layout fits all
 
 MAX_NUMBERS = 12
 """Largest number of classes of a matrix with numbers in its cells."""
 _MAX_NAMES = 150
+_NAME_COLUMNS = 32
+_MAX_TICKS = 20  # numbers on an axis without names
+_MAX_IN_LEGEND = 40
+_TITLE_COLUMNS = 120
+_SMALL_LABEL = 6  # points; ticks would be longer than the space between smaller labels
+_GAP = 0.12  # inches between texts beside each other
+_SPACE_ABOVE = 0.2  # inches, of a line between axes and title
+_BAR: dict[str, Any] = {"shrink": 0.8, "aspect": 30, "fraction": 0.05, "pad": 0.02}
 _MAX_CELLS = 1000  # per side; more cells than pixels
 _MAX_BINS = 60
-_MAX_LISTED = 10
+_MAX_LISTED = 10  # letters in a warning
 NUM_GROUPS = 10
 _COLOURS = ListedColormap(colour_map("confusion")(np.linspace(0.05, 1, 256))).with_extremes(bad="white")
 """Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
@@ -68,8 +80,7 @@ def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
         dpi: resolution of a PNG. In PDF and SVG, only of matrices and point clouds.
     """
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # see fonts_for()
+    with _boxes_allowed(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
         if figure.get_layout_engine() is not None:  # only once: a second layout for the next kind would move items
             for _ in range(2):  # the first pass may shrink axes, which changes their ticks and the size of labels
                 figure.draw_without_rendering()
@@ -104,6 +115,14 @@ def fonts_for(names: Iterable[str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _boxes_allowed() -> Iterator[None]:
+    """Silence matplotlib's warnings of letters that the font lacks: fonts_for() warns of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
 def _letters(font: str) -> set[str]:
     return set(map(chr, get_font(font).get_charmap()))
 
@@ -119,6 +138,69 @@ def _fonts_with(letters: set[str]) -> dict[str, set[str]]:
     return {family: has for family, has in found.items() if has}
 
 
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def shortened(name: str, columns: int = _NAME_COLUMNS) -> str:
+    """Return a name of at most so many columns; an ellipsis stands for its middle, because ends tell names apart."""
+    if width_of(name) <= columns:
+        return name
+    end = cut(name[::-1], (columns - 1) // 2, "")[::-1]
+    return cut(name, columns - width_of(end)) + end
+
+
+def inches(texts: Iterable[str], size: float) -> float:
+    """Return the width of the widest of some lines of text in inches, drawn at a size in points."""
+    font = FontProperties(size=size)
+    with _boxes_allowed():
+        return max((text_to_path.get_text_width_height_descent(t, font, False)[0] for t in texts), default=0.0) / 72
+
+
+def wrapped(title: str, width: float, size: float) -> str:
+    """Break a title into lines that are at most so many inches wide at a size in points."""
+    one_line = inches([title], size)
+    if one_line <= width:
+        return title
+    columns = int(0.9 * len(title) * width / one_line)
+    return textwrap.fill(title, columns, break_on_hyphens=max(map(len, title.split())) > columns)
+
+
+def numbers(size: int, most: int = _MAX_TICKS) -> dict[int, str]:
+    """Return place -> number from 1 of some of `size` classes: the first, and all multiples of a round number."""
+    step = next(step for power in range(9) for m in (1, 2, 5) if (step := m * 10**power) * most >= size)
+    return {place: f"{place + 1}" for place in [0, *range(step - 1, size, step)]}
+
+
+def label_ticks(axis: Axis, names: Mapping[int, str], pitch: float) -> None:
+    """Name places of an axis: small enough for their distance, and along x turned where they would touch.
+
+    Args:
+        axis: xaxis or yaxis.
+        names: place -> name, in ascending order.
+        pitch: distance between neighbouring places in inches.
+    """
+    size, width, below = labels_of(names, pitch)
+    turned = isinstance(axis, XAxis) and below == width
+    axis.set_ticks(list(names), list(names.values()), rotation=90 if turned else 0)
+    if size < _SMALL_LABEL:
+        axis.set_tick_params(length=0)
+    axis.set_tick_params(labelsize=size)
+
+
+def labels_of(names: Mapping[int, str], pitch: float) -> tuple[float, float, float]:
+    """Return the size of names in points, and the width that they take along y and the height along x in inches."""
+    gap = pitch * float(min(np.diff(list(names)), default=1))
+    size = min(FontProperties(size=matplotlib.rcParams["xtick.labelsize"]).get_size_in_points(), 0.8 * 72 * gap)
+    width = inches(names.values(), size)
+    return size, width, width if width > 0.8 * gap else size / 72
+
+
+def columns_of(labels: Sequence[str], width: float, size: float) -> int:
+    """Return the number of columns of a legend of at most so many inches, with letters of a size in points."""
+    handle = 4.5 * size / 72  # and the space beside it
+    return max(1, min(len(labels), int(width / (inches(labels, size) + handle))))
+
+
 # -- panels ------------------------------------------------------------------------------------------------------------
 
 
@@ -129,15 +211,19 @@ def by_count(class_counts: Array) -> Array:
 
 def consolidated(matrix: Array, class_counts: Array) -> Array:
     """Sum test images over ten groups of neighbouring classes: [C, C] -> [G, G], G = min(10, C)."""
-    parts, _ = _neighbours(class_counts)
+    parts = _neighbours(class_counts)
     return np.array([[matrix[np.ix_(a, b)].sum() for b in parts] for a in parts])
 
 
-def _neighbours(class_counts: Array) -> tuple[list[Array], list[str]]:
-    """Return class ids in up to ten nearly equal groups, and each group's training images such as "500 to 310"."""
-    parts = np.array_split(by_count(class_counts), min(NUM_GROUPS, len(class_counts)))
-    ends = [(class_counts[part[0]], class_counts[part[-1]]) for part in parts]
-    return parts, [f"{high}" if low == high else f"{high} to {low}" for high, low in ends]
+def _neighbours(class_counts: Array) -> list[Array]:
+    """Return class ids in up to ten nearly equal groups."""
+    return np.array_split(by_count(class_counts), min(NUM_GROUPS, len(class_counts)))
+
+
+def group_names(class_counts: Array) -> dict[int, str]:
+    """Return place -> training images of each of ten groups of neighbouring classes, such as "500 to 310"."""
+    ends = [(class_counts[part[0]], class_counts[part[-1]]) for part in _neighbours(class_counts)]
+    return dict(enumerate(f"{high}" if low == high else f"{high} to {low}" for high, low in ends))
 
 
 def row_percent(matrix: Array) -> Array:
@@ -170,11 +256,6 @@ def whole_percent(value: float) -> str:
     return percent(value) if value >= 1 else "<1" if value > 0 else ""
 
 
-def turn(names: Sequence[str]) -> int:
-    """Return the rotation of names below an axis in degrees: 90 if any has more than three letters."""
-    return 90 if max(map(len, names), default=0) > 3 else 0
-
-
 def draw_matrix(
     axes: Axes,
     matrix: Array,
@@ -182,8 +263,8 @@ def draw_matrix(
     number: Callable[[float], str] | None = None,
     norm: Normalize | None = None,
     *,
+    side: float,
     transposed: bool,
-    fontsize: float = 9,
     what: str = "class",
 ) -> AxesImage:
     """Draw a matrix as coloured cells, zeros white. Matrices over 1,000 cells per side show blocks' largest values.
@@ -194,26 +275,27 @@ def draw_matrix(
         names: tick position -> label, on both axes.
         number: formats the value in a cell; None: no numbers.
         norm: value -> colour; None: 0 to 100 per cent on a square-root scale.
+        side: width and height that the layout will give the matrix, in inches; numbers and names fit into it.
         transposed: draw true classes along x, as in the paper; else along y.
-        fontsize: size of the numbers in points.
         what: noun of the axis labels, such as "class".
     """
     values = matrix.T if transposed else matrix
     norm = norm or PowerNorm(0.5, vmin=0, vmax=100)
-    block = -(-len(values) // _MAX_CELLS)
+    block, pitch = -(-len(values) // _MAX_CELLS), side / len(values)
     shown = _largest_of_blocks(values, block)
     edge, end = block * len(shown) - 0.5, len(values) - 0.5
     cells = np.ma.masked_equal(shown, 0)
     image = axes.imshow(cells, cmap=_COLOURS, norm=norm, extent=(-0.5, edge, edge, -0.5))
     axes.set(xlim=(-0.5, end), ylim=(end, -0.5))
     if number is not None:
-        fills = image.to_rgba(cells)
-        for (i, j), value in np.ndenumerate(values):
+        fills, texts = image.to_rgba(cells), {place: number(value) for place, value in np.ndenumerate(values)}
+        largest = 0.85 * matplotlib.rcParams["font.size"]
+        size = largest * min(1, 0.85 * pitch / max(inches(texts.values(), largest), largest / 72))
+        for (i, j), text in texts.items():
             colour = text_colour(tuple(fills[i, j, :3]))
-            axes.text(j, i, number(value), ha="center", va="center", fontsize=fontsize, color=colour)
-    labels = list(names.values())
-    axes.set_xticks(list(names), labels, rotation=turn(labels))
-    axes.set_yticks(list(names), labels)
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour, in_layout=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        label_ticks(axis, names, pitch)
     true, predicted = (axes.set_xlabel, axes.set_ylabel) if transposed else (axes.set_ylabel, axes.set_xlabel)
     true(f"true {what}")
     predicted(f"predicted {what}")
@@ -221,7 +303,7 @@ def draw_matrix(
 
 
 def draw_grouped(
-    axes: Axes, matrix: Array, class_counts: Array, norm: Normalize | None = None, *, transposed: bool, fontsize: float
+    axes: Axes, matrix: Array, class_counts: Array, norm: Normalize | None = None, *, side: float, transposed: bool
 ) -> AxesImage:
     """Draw the matrix of ten groups of neighbouring classes, with test images as numbers.
 
@@ -230,13 +312,12 @@ def draw_grouped(
         matrix: test images [C, C].
         class_counts: training images [C].
         norm: value -> colour; None: count_norm() of the grouped matrix.
+        side: width and height that the layout will give the matrix, in inches.
         transposed: draw true classes along x; else along y.
-        fontsize: size of the numbers in points.
     """
     cells = consolidated(matrix, class_counts)
-    _, labels = _neighbours(class_counts)
-    style: dict[str, Any] = {"transposed": transposed, "fontsize": fontsize, "what": "class, by its training images"}
-    return draw_matrix(axes, cells, dict(enumerate(labels)), "{:,}".format, norm or count_norm(cells), **style)
+    style: dict[str, Any] = {"side": side, "transposed": transposed, "what": "class, by its training images"}
+    return draw_matrix(axes, cells, group_names(class_counts), "{:,}".format, norm or count_norm(cells), **style)
 
 
 def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], **place: Any) -> None:
@@ -253,26 +334,37 @@ def add_count_bar(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes],
     bar.set_label("test images (white: none)")
 
 
+def accuracy_names(class_names: Sequence[str], class_counts: Array) -> dict[int, str]:
+    """Return place -> name of up to ten classes, or place -> training images of ten groups of classes."""
+    if len(class_names) > NUM_GROUPS:
+        return group_names(class_counts)
+    return {place: class_names[c] for place, c in enumerate(by_count(class_counts))}
+
+
 def draw_accuracies(
-    axes: Axes, class_names: Sequence[str], class_counts: Array, lines: Sequence[tuple[Array, dict[str, Any]]]
+    axes: Axes,
+    names: Mapping[int, str],
+    class_counts: Array,
+    lines: Sequence[tuple[Array, dict[str, Any]]],
+    *,
+    width: float,
 ) -> None:
     """Draw mean accuracies of ten groups of neighbouring classes over bars of their mean training images.
 
     Args:
         axes: Axes to draw on.
-        class_names: C names; shown for up to ten classes.
+        names: accuracy_names().
         class_counts: training images [C].
         lines: accuracy per class in per cent [C] (NaN: no test images) and line style of each line.
+        width: inches that the layout will give the axes.
     """
-    parts, labels = _neighbours(class_counts)
+    parts = _neighbours(class_counts)
     place = np.arange(len(parts))
     for accuracy, style in lines:
         means = np.array([np.nan if np.isnan(accuracy[p]).all() else np.nanmean(accuracy[p]) for p in parts])
         axes.plot(place, means, clip_on=False, **style)
-    if single := len(parts) == len(class_counts):
-        labels = [class_names[part[0]] for part in parts]
-    axes.set_xticks(place, labels, rotation=turn(labels))
-    axes.set_xlabel("class" if single else "class, by its training images")
+    label_ticks(axes.xaxis, names, width / len(parts))
+    axes.set_xlabel("class" if len(parts) == len(class_counts) else "class, by its training images")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 100)
     behind = axes.twinx()
@@ -321,8 +413,9 @@ _POINT_MARKERS = "oD^sPvX*"  # in addition to colours, for colour-blind readers
 
 
 def class_style(number: int) -> tuple[str, str]:
-    """Return colour and marker of class `number` of 2-D points."""
-    return _REGION_COLOURS[number % len(_REGION_COLOURS)], _POINT_MARKERS[number % len(_POINT_MARKERS)]
+    """Return colour and marker of class `number` of 2-D points, which 64 classes have to themselves."""
+    turns, colour = divmod(number, len(_REGION_COLOURS))
+    return _REGION_COLOURS[colour], _POINT_MARKERS[(colour + turns) % len(_POINT_MARKERS)]
 
 
 def draw_regions(axes: Axes, axis: Array, classes: Array) -> None:
@@ -393,31 +486,71 @@ def confusion_heat_map(
         title: title of the figure.
     """
     order = by_count(class_counts)
-    size = len(order)
-    numbered = size <= MAX_NUMBERS
-    side = 6.5 if numbered else min(16.0, 7 + 0.08 * size)
-    figure, axes = _one_panel(side * 1.12, side, f"{title}\n")  # an empty line for the group names
+    size, numbered = len(order), len(order) <= MAX_NUMBERS
+    side = 5.2 if numbered else min(13.0, 5.5 + 0.08 * size)
+    named = {place: shortened(class_names[c]) for place, c in enumerate(order)}
+    names = named if size <= _MAX_NAMES else numbers(size)
+    figure, axes = _matrix_panel(names, size, side, title, above=_SPACE_ABOVE)
     cells, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
-    named, dense = size <= _MAX_NAMES, 20 < size <= _MAX_NAMES
-    names = {t: class_names[order[t]] if named else f"{t + 1}" for t in range(0, size, 1 if named else 50)}
-    image = draw_matrix(axes, cells, names, number, transposed=False)
-    axes.tick_params(labelsize=max(4.5, 8 - size / 30) if dense else 10, length=0 if dense else 3)
+    image = draw_matrix(axes, cells, names, number, side=side, transposed=False)
     of_rows = [groups[c] for c in order]
-    for group in filter(of_rows.__contains__, GROUPS):
-        first, count = of_rows.index(group), of_rows.count(group)
-        if first:
-            axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
-            axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
-        middle = first + (count - 1) / 2
-        axes.annotate(group, (middle, -0.5), (0, 4), textcoords="offset points", ha="center", va="bottom")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=PERCENT_TICKS)
+    shown = [group for group in GROUPS if group in of_rows]
+    firsts, widths = [of_rows.index(group) for group in shown], [inches([group], 10) for group in shown]
+    for first in firsts[1:]:
+        axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
+        axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
+    middles = np.add(firsts, [*firsts[1:], size]) / 2 * side / size
+    for group, start in zip(shown, _apart(middles, widths, side), strict=True):
+        _above(axes, group, start / side, "left")
+    bar = figure.colorbar(image, ax=axes, ticks=PERCENT_TICKS, **_BAR)
     bar.set_label("% of the true class's test images (white: none)")
     return figure
 
 
-def _one_panel(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+def _above(axes: Axes, text: str, place: float, align: Literal["left", "center"]) -> None:
+    """Write a line into the space between axes and title, at a place from 0 (left) to 1."""
+    points: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 10}
+    axes.annotate(text, (place, 1), (0, 4), ha=align, va="bottom", **points)
+
+
+def _apart(middles: Array, widths: Sequence[float], length: float) -> list[float]:
+    """Return where texts start so that none overlaps the next: at their middles, or shifted along the axis.
+
+    Args:
+        middles: places of the texts in inches, ascending [N].
+        widths: their widths in inches.
+        length: length of the axis in inches.
+    """
+    starts: list[float] = []
+    free = 0.0
+    for middle, width in zip(middles, widths, strict=True):
+        starts.append(max(middle - width / 2, free))
+        free = starts[-1] + width + _GAP
+    for k in reversed(range(len(starts))):
+        starts[k] = min(starts[k], length - widths[k])
+        length = starts[k] - _GAP
+    return starts
+
+
+def _matrix_panel(
+    names: Mapping[int, str], size: int, side: float, title: str, above: float = 0
+) -> tuple[Figure, Axes]:
+    """Return a figure that has room for a matrix of `side` inches, its names, its colour bar and texts above it."""
+    _, beside, below = labels_of(names, side / size)
+    return _one_panel(side + beside + 1.7, side + below + 0.6, title, side, above)
+
+
+def _one_panel(width: float, height: float, title: str, inside: float, above: float = 0) -> tuple[Figure, Axes]:
+    """Return a figure and its axes, about `inside` inches wide, with a title and space for texts below the title.
+
+    Title and space add to the height.
+    """
+    lines = wrapped(shortened(title, _TITLE_COLUMNS), inside, 12)
+    height += above + 0.3 + 0.2 * lines.count("\n")
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot(title=title)
+    axes = figure.add_subplot()
+    axes.set_title(lines, fontsize=12, pad=6 + 72 * above)
+    return figure, axes
 
 
 def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figure:
@@ -428,9 +561,10 @@ def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figur
         class_counts: training images [C].
         title: title of the figure.
     """
-    figure, axes = _one_panel(7.2, 6.4, title)
-    image = draw_grouped(axes, matrix, class_counts, transposed=False, fontsize=9)
-    add_count_bar(figure, image, axes, shrink=0.8)
+    side, names = 4.8, group_names(class_counts)
+    figure, axes = _matrix_panel(names, len(names), side, title)
+    image = draw_grouped(axes, matrix, class_counts, side=side, transposed=False)
+    add_count_bar(figure, image, axes, **_BAR)
     return figure
 
 
@@ -443,9 +577,11 @@ def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Arra
         class_counts: training images [C].
         title: title of the figure.
     """
-    figure, axes = _one_panel(9, 4.8, title)
-    accuracy, size = percent_right(matrix), len(class_counts)
-    draw_accuracies(axes, class_names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})])
+    accuracy, size, width = percent_right(matrix), len(class_counts), 7.4
+    names = accuracy_names([*map(shortened, class_names)], class_counts)
+    *_, below = labels_of(names, width / len(names))
+    figure, axes = _one_panel(9, 3.8 + below, title, width)
+    draw_accuracies(axes, names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})], width=width)
     if size > NUM_GROUPS:
         place = (np.arange(size) + 0.5) * NUM_GROUPS / size - 0.5
         axes.plot(place, accuracy[by_count(class_counts)], ".", color="C0", alpha=0.45, markersize=4)
@@ -458,7 +594,8 @@ def confusion_histogram(matrix: Array, *, title: str) -> Figure:
     values = confusion_values(matrix)
     zeros, largest = int((values == 0).sum()), values.max(initial=0)
     note = f"largest {percent(largest)} %" if largest > 0 else "no confusion"
-    figure, axes = _one_panel(7, 4.2, f"{title}\n{zeros:,} of {len(values):,} pairs at zero, {note}")
+    figure, axes = _one_panel(7, 4, title, 6, above=_SPACE_ABOVE)
+    _above(axes, f"{zeros:,} of {len(values):,} pairs at zero, {note}", 0.5, "center")
     draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
     return figure
 
@@ -476,10 +613,16 @@ def decision_regions(
         class_names: C names.
         title: title of the figure.
     """
-    figure, axes = _one_panel(6.4, 6.6, title)
+    figure, axes = _one_panel(6.4, 6.1, title, 5.6)
     draw_regions(axes, axis, grid_classes)
-    draw_points(axes, points, labels, class_names, size=7)
-    handles: list[Any] = figure.legend(loc="outside lower center", ncols=4, frameon=False).legend_handles
+    draw_points(axes, points, labels, [*map(shortened, class_names)], size=7)
+    markers, names = axes.get_legend_handles_labels()
+    markers, names = markers[:_MAX_IN_LEGEND], names[:_MAX_IN_LEGEND]
+    columns = columns_of(names, 6.2, 10)
+    heading = "" if len(names) == len(class_names) else f"the {len(names)} largest of {len(class_names):,} classes"
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "title": heading}
+    handles: list[Any] = figure.legend(markers, names, **place).legend_handles
     for handle in handles:  # the markers of frequent classes are too small to recognise
         handle.set(sizes=[30], alpha=1)
+    figure.set_figheight(figure.get_figheight() + 0.21 * (-(-len(names) // columns) + bool(heading)))
     return figure

@@ -1,7 +1,8 @@
-"""The paper's figures 1 to 6, drawn from arrays as matplotlib Figures 6.5 inches wide.
+"""The paper's figures 1 to 6, drawn from arrays as matplotlib Figures 6.5 inches wide, or less for a single matrix.
 
-As in the paper, and unlike confusion-report, matrices are drawn with the true class along x and the predicted class
-along y. So the upper right shows minorities predicted as majorities. Shapes: C classes.
+Long names are shortened, and figures are as high as the names need. As in the paper, and unlike confusion-report,
+matrices are drawn with the true class along x and the predicted class along y. So the upper right shows minorities
+predicted as majorities. Shapes: C classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +22,23 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from cpmix_cli.data.sources import TOY_SIMILAR
 from cpmix_cli.report import figures
-from cpmix_cli.report.figures import Array, by_count, draw_grouped, draw_matrix, draw_points, whole_percent
-from cpmix_cli.report.rounding import percent
+from cpmix_cli.report.figures import (
+    Array,
+    by_count,
+    draw_grouped,
+    draw_matrix,
+    draw_points,
+    shortened,
+    whole_percent,
+    wrapped,
+)
+from cpmix_cli.runtime.rounding import percent
 
 _WIDTH = 6.5
-_SMALL = 6  # font size of numbers in cells, points
+_NAME_COLUMNS = 14  # of class names
+_TITLE_COLUMNS = 24  # of names of data sets
+_MAX_BESIDE = 3  # panels of figures 5 and 6 beside each other, if there is one method
+_LARGEST_SIDE = 2.6  # of their matrices in inches
 _RHO = "\N{GREEK SMALL LETTER RHO}"
 _printed = matplotlib.rc_context(
     {
@@ -68,6 +81,16 @@ class MethodResult:
     finetuned: bool
 
     @property
+    def title(self) -> str:
+        """Name of the data set for titles and legends."""
+        return shortened(self.data, _TITLE_COLUMNS)
+
+    @property
+    def names(self) -> list[str]:
+        """Class names for axes."""
+        return [shortened(name, _NAME_COLUMNS) for name in self.class_names]
+
+    @property
     def accuracy(self) -> float:
         """Accuracy in per cent of the test images."""
         return 100 * float(self.matrix.trace()) / float(self.matrix.sum())
@@ -78,8 +101,8 @@ class MethodResult:
         return sum(int(self.matrix[minority, majority]) for minority, majority in TOY_SIMILAR.items())
 
 
-def _letter(axes: Axes, letter: str, text: str) -> None:
-    axes.set_title(f"({letter}) {text}", loc="left")
+def _letter(axes: Axes, letter: str, text: str, width: float = 2.3) -> None:
+    axes.set_title(wrapped(f"({letter}) {text}", width, 8), loc="left")
 
 
 def panel_letters() -> Iterator[str]:
@@ -95,23 +118,24 @@ def panel_letters() -> Iterator[str]:
 def class_distribution(erm: MethodResult) -> Figure:
     """Draw figure 1: training images per class, and the confusion matrix of ERM in test images."""
     order = by_count(erm.class_counts)
-    names, place = [erm.class_names[c] for c in order], range(len(order))
-    figure = Figure(figsize=(_WIDTH, 3.15), layout="constrained")
+    names = {place: erm.names[c] for place, c in enumerate(order)}
+    counts = [f"{n:,}" for n in erm.class_counts[order]]
+    width, side = 2.0, 2.3  # of the bars and of the matrix in inches, at least
+    *_, below = figures.labels_of(names, width / len(names))
+    figure = Figure(figsize=(_WIDTH, 3.0 + below), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
-    bars = left.bar(place, erm.class_counts[order], color="#31688e")
-    left.bar_label(bars, [f"{n:,}" for n in erm.class_counts[order]], fontsize=6, padding=1)
-    left.set_xticks(place, names, rotation=figures.turn(names))
+    bars = left.bar(list(names), erm.class_counts[order], color="#31688e")
+    upright = figures.inches(counts, 6) > 0.9 * width / len(names)
+    left.bar_label(bars, counts, fontsize=6, padding=1, rotation=90 if upright else 0)
+    figures.label_ticks(left.xaxis, names, width / len(names))
     left.set_ylabel("training images")
     left.yaxis.set_major_formatter("{x:,.0f}")
-    left.margins(x=0.03, y=0.08)
+    left.margins(x=0.03, y=0.15 if upright else 0.08)
     left.spines[["top", "right"]].set_visible(False)
-    _letter(left, "a", f"classes of {erm.data}")
+    _letter(left, "a", f"classes of {erm.title}")
     cells, norm = erm.matrix[np.ix_(order, order)], PowerNorm(0.5, vmin=0, vmax=erm.matrix.max())
-
-    image = draw_matrix(
-        right, cells, dict(enumerate(names)), lambda n: f"{n:,}" if n else "", norm, transposed=True, fontsize=_SMALL
-    )
-    _letter(right, "b", f"predictions of ERM on {erm.data}")
+    image = draw_matrix(right, cells, names, lambda n: f"{n:,}" if n else "", norm, side=side, transposed=True)
+    _letter(right, "b", f"predictions of ERM on {erm.title}")
     bar = figure.colorbar(image, ax=right, pad=0.02, shrink=0.9)
     bar.set_label("test images (white: none)")
     return figure
@@ -148,7 +172,7 @@ def toy_example(
         **rows[0].subplot_mosaic([["a", "b", "c", "d"]]),
         **rows[1].subplot_mosaic([["accuracy", "confusion", "f", "legend"]]),
     }
-    edge, class_names = axis[-1], results[0].class_names
+    edge, class_names = axis[-1], results[0].names
     draw_points(panels["a"], *train, class_names, size=2.5)
     _letter(panels["a"], "a", f"data ({_RHO} = {next(iter(shown.values())).rho:g})")
     for letter, (method, classes) in zip("bcdf", regions.items(), strict=True):
@@ -167,7 +191,7 @@ def toy_example(
     _over_rho(panels["accuracy"], results, lambda result: result.accuracy)
     _letter(panels["accuracy"], "e", "accuracy (%)")
     _over_rho(panels["confusion"], results, lambda result: result.similar_confusion)
-    panels["confusion"].set_ylim(bottom=0)
+    panels["confusion"].set_ylim(0, 1.08 * max(1, *(result.similar_confusion for result in results)))
     panels["confusion"].set_title("confusion (test points)", loc="left")
     counts = np.bincount(train[1], minlength=len(class_names))
     points = []
@@ -195,12 +219,24 @@ def _over_rho(axes: Axes, results: Sequence[MethodResult], value: Callable[[Meth
         axes.plot(means.index, means, **style)
         axes.fill_between(means.index, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xscale("log")
-    axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+    axes.set_xticks(rhos, _with_room(rhos, 1.1))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"imbalance factor {_RHO}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_box_aspect(1)
+
+
+def _with_room(rhos: Sequence[float], length: float) -> list[str]:
+    """Return the labels of ascending ticks on a logarithmic axis of `length` inches; "" where they would overlap."""
+    labels, free = [], -np.inf
+    for rho in rhos:
+        label = f"{rho:g}"
+        place = length * np.log(rho / rhos[0]) / max(1, np.log(rhos[-1] / rhos[0]))
+        half = figures.inches([label], 6.5) / 2
+        labels.append(label if place - half > free else "")
+        free = place + half + 0.05 if labels[-1] else free
+    return labels
 
 
 # -- figures 3 and 4 ---------------------------------------------------------------------------------------------------
@@ -219,11 +255,11 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
     norm = figures.count_norm(*(figures.consolidated(one.matrix, erm.class_counts) for one in (erm, mixup)))
     for letter, result in (("a", erm), ("b", mixup)):
-        image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, transposed=True, fontsize=_SMALL)
-        _letter(panels[letter], letter, f"{result.method}, {erm.data}")
+        image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, side=2.2, transposed=True)
+        _letter(panels[letter], letter, f"{result.method}, {erm.title}")
     panels["b"].set(yticklabels=[], ylabel=None)
     figures.add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
-    labels = [f"{r.data}, largest {percent(figures.confusion_values(r.matrix).max())} %" for r in (erm, balanced)]
+    labels = [f"{r.title}, largest {percent(figures.confusion_values(r.matrix).max())} %" for r in (erm, balanced)]
     styles: list[dict[str, Any]] = [
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3, "label": labels[0]},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4, "label": labels[1]},
@@ -241,24 +277,28 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
 
     `panels` has method -> result for one or two data sets; the matrix is of the first.
     """
-    figure = Figure(figsize=(_WIDTH, 3.5 if len(panels) == 1 else 4.3), layout="constrained")
+    width = 2.1  # of the accuracies in inches, at least
+    names = [figures.accuracy_names(panel["CP-Mix"].names, panel["CP-Mix"].class_counts) for panel in panels]
+    below = sum(figures.labels_of(of_axes, width / len(of_axes))[2] for of_axes in names)
+    figure = Figure(figsize=(_WIDTH, (3.0 if len(panels) == 1 else 4.0) + below), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left, right = sides
     axes, cpmix = left.subplots(), panels[0]["CP-Mix"]
-    draw_grouped(axes, cpmix.matrix, cpmix.class_counts, transposed=True, fontsize=_SMALL)
-    _letter(axes, "a", f"CP-Mix, {cpmix.data}")
-    below = right.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for letter, place, panel in zip("bc", below, panels, strict=False):
+    draw_grouped(axes, cpmix.matrix, cpmix.class_counts, side=2.2, transposed=True)
+    _letter(axes, "a", f"CP-Mix, {cpmix.title}")
+    places = right.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for letter, place, panel, of_axes in zip("bc", places, panels, names, strict=False):
         of_data = panel["CP-Mix"]
         drawn = [(figures.percent_right(result.matrix), METHOD_STYLES[method]) for method, result in panel.items()]
-        figures.draw_accuracies(place, of_data.class_names, of_data.class_counts, drawn)
-        _letter(place, letter, of_data.data)
+        figures.draw_accuracies(place, of_axes, of_data.class_counts, drawn, width=width)
+        _letter(place, letter, of_data.title)
     lines = []
     for method in panels[0]:
         where = [letter for letter, panel in zip("bc", panels, strict=False) if panel[method].finetuned]
         note = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
         lines.append(Line2D([], [], label=method + note, **METHOD_STYLES[method]))
-    right.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
+    columns = figures.columns_of([str(line.get_label()) for line in lines], 2.9, 7)
+    right.legend(handles=lines, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
@@ -274,35 +314,48 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
         methods: methods in the order of the columns.
         numbered: for few classes: show class names and percentages in cells.
     """
-    width, height = _WIDTH * (0.3 + len(methods)) / 3.3, 0.7 + 2.0 * len(rows)
-    figure = Figure(figsize=(width, height + 0.35 if numbered else height), layout="constrained")
-    grid = figure.subplots(len(rows), len(methods), squeeze=False)
-    shown = np.array([[method in row for method in methods] for row in rows])
-    letters = panel_letters()
+    grid = [[row.get(method) for method in methods] for row in rows]
+    if len(methods) == 1:  # a column would be higher than a page
+        alone = [one for (one,) in grid]
+        grid = [alone[k : k + _MAX_BESIDE] for k in range(0, len(alone), _MAX_BESIDE)]
+    placed = {(r, c): one for r, row in enumerate(grid) for c, one in enumerate(row) if one is not None}
+    names = {place: _tick_names(one, numbered=numbered) for place, one in placed.items()}
+    # A panel leaves out names that the panel below it or to its left has.
+    named_x = {(r, c) for r, c in placed if all(names[r, c] != names.get((k, c)) for k in range(r + 1, len(grid)))}
+    named_y = {(r, c) for r, c in placed if all(names[r, c] != names.get((r, k)) for k in range(c))}
+    columns, num_classes = 1 + max(c for _, c in placed), len(next(iter(placed.values())).class_names)
+    _, beside, below = np.max([figures.labels_of(one, 1.3 / num_classes) for one in names.values()], axis=0)
+    beside *= len({c for _, c in named_y})
+    side = min(_LARGEST_SIDE, (_WIDTH - 0.5 - beside) / columns - 0.1)
+    titles = {
+        place: wrapped(f"({letter}) {one.method}, {one.title}", side, 8)
+        for letter, (place, one) in zip(panel_letters(), placed.items(), strict=False)
+    }
+    lines = 1 + max(title.count("\n") for title in titles.values())
+    height = 1 + len(grid) * (side + 0.1 + 0.15 * lines) + below * len({r for r, _ in named_x})
+    figure = Figure(figsize=(0.5 + beside + columns * (side + 0.1), height), layout="constrained")
+    panels = figure.subplots(len(grid), columns, squeeze=False)
     number = (lambda value: whole_percent(value) if value >= 1 else "") if numbered else None
-    for r, row in enumerate(rows):
-        first = next(iter(row.values()))
-        order = by_count(first.class_counts)
-        ticks = range(len(order)) if numbered else [0, *range(19, len(order), 20)]
-        names = {t: first.class_names[order[t]] if numbered else f"{t + 1}" for t in ticks}
-        for c, method in enumerate(methods):
-            axes = grid[r, c]
-            if method not in row:
-                axes.axis("off")
-                continue
-            cells = figures.row_percent(row[method].matrix)[np.ix_(order, order)]
-            image = draw_matrix(axes, cells, names, number, transposed=True, fontsize=5.5)
-            axes.set(xlabel=None, ylabel=None)
-            if shown[r + 1 :, c].any():
-                axes.set_xticklabels([])
-            if shown[r, :c].any():
-                axes.set_yticklabels([])
-            title = f"{method}, {first.data}"  # next to class names, about 20 letters fit
-            _letter(axes, next(letters), f"{method},\n{first.data}" if numbered and len(title) > 20 else title)
+    for place, axes in np.ndenumerate(panels):
+        if place not in placed:
+            axes.axis("off")
+            continue
+        order = by_count(placed[place].class_counts)
+        cells = figures.row_percent(placed[place].matrix)[np.ix_(order, order)]
+        image = draw_matrix(axes, cells, names[place], number, side=side, transposed=True)
+        axes.set(xlabel=None, ylabel=None)
+        axes.set_title(titles[place], loc="left")
+        axes.tick_params(labelbottom=place in named_x, labelleft=place in named_y)
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
     bar = figure.colorbar(
-        image, ax=grid, location="top", ticks=figures.PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
+        image, ax=panels, location="top", ticks=figures.PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
     )
     bar.set_label("% of the true class (white: none)")
     return figure
+
+
+def _tick_names(one: MethodResult, *, numbered: bool) -> dict[int, str]:
+    if not numbered:
+        return figures.numbers(len(one.names), 6)
+    return {place: one.names[c] for place, c in enumerate(by_count(one.class_counts))}

@@ -230,7 +230,7 @@ def test_figure_1_has_true_classes_along_x(hand: Path, tmp_path: Path, monkeypat
     np.testing.assert_array_equal(numbers, matrix.T)
     assert [bar.get_height() for bar in left.patches] == [124, 88, 63, 45, 32, 23, 16, 12, 8, 6]
     with Image.open(tmp_path / "f.png") as image:
-        assert image.size == (2925, 1417)
+        assert image.size == (2925, 1390)
 
 
 @pytest.mark.slow
