@@ -23,6 +23,7 @@ from cpmix_cli.results.table_formats import Sheet, csv_text, latex, markdown, pl
 from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, counted, shortened
+from cpmix_cli.runtime.rounding import percent, signed
 from cpmix_cli.runtime.text import printable
 
 WINNERS_CURSE = (
@@ -215,7 +216,7 @@ def _with_deviation(row: ComparisonRow, measure: str) -> str:
     mean, deviation = row.statistics(measure)
     if mean is None:
         return "-"
-    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} +- {deviation:.2f}"
+    return percent(mean, 2) if deviation is None else f"{percent(mean, 2)} +- {percent(deviation, 2)}"
 
 
 def _sheets_of(rows: Sequence[ComparisonRow], *, with_deviations: bool) -> list[Sheet]:
@@ -250,7 +251,7 @@ def _accuracy_sheet(data: str, numbered: Sequence[tuple[int, ComparisonRow]], wi
             if found is None or mean is None:
                 cells += ["-", "-"]
             else:
-                cells += [found[1] + "*" * found[0].copied, f"{mean - float(found[1]):+.2f}"]
+                cells += [found[1] + "*" * found[0].copied, signed(mean - float(found[1]), 2)]
         table.append(cells)
     return Sheet(f"{data}, per cent", header, table)
 

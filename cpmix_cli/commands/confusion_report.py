@@ -31,7 +31,7 @@ from cpmix_cli.runs.next_command import command_ahead
 from cpmix_cli.runs.phase_choice import choose
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UnreadableError, UsageError, counted
 from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import on_a_line, quoted
 
@@ -93,16 +93,22 @@ def run(options: ReportOptions) -> None:
     index = (folder if options.label is not None else folder.parent) / "index.html"
     asked = replace(options, overwrite=False, no_compare=False)
     again = console.typed("confusion-report", *words_of(asked))
-    before = [] if options.compare else compared.compared_in(index, folder, out, again)
+    before = [] if options.compare else compared.compared_in(index, folder, out)
     others: dict[Path, _Reported] = {}
     for place in options.compare:
         others[place] = _read_other(options, place, [own, *others.values()])
-    for place in [] if options.no_compare else before:
-        try:
-            others[place] = _read_other(options, place, [own, *others.values()])
-        except (InputError, UsageError) as fault:
-            rest = [other for other in before if other != place]
-            _warn_of_dropped(replace(asked, compare=rest), index, place, fault)
+    faults: dict[Path, InputError | UsageError] = {}
+    if not (options.compare or options.no_compare):
+        compared.warn_of_unknown(index, folder, again)
+        for place in before:
+            try:
+                others[place] = _read_other(options, place, [own, *others.values()])
+            except UnreadableError:  # for a moment, perhaps: the comparison is not given up for that
+                raise
+            except (InputError, UsageError) as fault:
+                faults[place] = fault
+    for place, why in faults.items():
+        _warn_of_dropped(replace(asked, compare=list(others)), index, place, why)
     reported = [own, *(_beside(own, other) for other in others.values())]
     pairs = confused_pairs(own.shown.matrix, own.dataset.class_counts)
     references = compared.references(list(others), out)
@@ -115,8 +121,8 @@ def run(options: ReportOptions) -> None:
         "accuracies": files.digest([run.accuracies for run in reported]),
         "page": page_digest(),
         "compared": [
-            [run.sha, run.dataset.fingerprint, reference["relative"]]
-            for run, reference in zip(others.values(), references, strict=True)
+            [run.sha, run.dataset.fingerprint, name]
+            for run, name in zip(others.values(), _names(reported)[1:], strict=True)
         ],
     }
     overwrite = options.overwrite or not _is_own_page(index, folder)
@@ -124,7 +130,9 @@ def run(options: ReportOptions) -> None:
     status = output.decide(folder, made_from, writes, overwrite=overwrite, refresh=True)
     if status == "fresh":
         _refuse_strange_page(index)
-        _write(folder, index, made_from, reported, references, pairs, options.images)
+        if not _write(folder, index, made_from, reported, references, pairs, options.images, before=before, out=out):
+            run(options)  # with the comparison that another report wrote meanwhile
+            return
     else:
         locks.tidy(folder)
         locks.tidy(index.parent)
@@ -177,9 +185,10 @@ def _read_reported(
         reliability=reliability(confidence, right).numpy(),
     )
     accuracies = accuracy_rows(evaluation.parent, evaluation.name)
-    listing = f"--phase {source.phase}" + (f" --label {options.label}" if options.label is not None else "")
-    if options.out is not None:
-        listing = ""
+    flags: list[object] = ["--phase", source.phase]
+    for flag, value in (("--label", options.label), ("--data", data), ("--data-root", data_root)):
+        flags += [] if value is None else [flag, value.absolute() if isinstance(value, Path) else value]
+    listing = quoted(*flags) if options.out is None else ""
     tested_on = record.made_from.dataset
     return _Reported(root, source, dataset, evaluation, predictions, sha, tested_on, accuracies, listing, shown)
 
@@ -226,7 +235,7 @@ def _warn_of_dropped(options: ReportOptions, index: Path, place: Path, fault: In
     if not place.is_dir():
         why = f"it is gone; if it has moved, compare with its new folder: {again} FOLDER"
     elif isinstance(fault, UsageError):
-        why = f"this report is of it ({fault.message})"
+        why = fault.message
     else:
         mend = fix_of(fault)
         steps = f"{mend} && {again} {quoted(place)}" if mend.startswith("cpmix ") else mend
@@ -279,8 +288,16 @@ def _write(
     references: list[dict[str, str]],
     pairs: pd.DataFrame,
     num_images: int,
-) -> None:
-    """Publish tables, figures and page, and run.json last. A page in `folder` is of this evaluation only."""
+    *,
+    before: list[Path],
+    out: Path,
+) -> bool:
+    """Publish tables, figures and page, and run.json last. A page in `folder` is of this evaluation only.
+
+    Returns:
+        False if the page no longer compares with the runs `before`, because another report has written it since;
+        nothing is written then.
+    """
     own = reported[0]
     with figures.fonts_for([*own.dataset.class_names, own.dataset.name, own.evaluation.name]):
         pictures = _draw(own)
@@ -290,6 +307,8 @@ def _write(
     # Reports of all phases write the same page, so only one may run at a time.
     of_page = locks.hold(index.parent, wait=True) if index.parent != folder else nullcontext()
     with of_page, locks.hold(folder) as lock:
+        if before != compared.compared_in(index, folder, out) and references == compared.references(before, out):
+            return False
         recorder = output.Recorder(folder, f"confusion/{folder.name}", made_from, lock)
         with recorder.replacing({index.name: index}) as place:
             cells = tables.confusion_columns(own.shown.matrix)
@@ -305,6 +324,7 @@ def _write(
         for name in (f"{name}.{kind}" for name in _PICTURES if name not in drawn for kind in ("png", "svg")):
             with suppress(OSError):  # of an earlier report, and no longer recorded
                 (folder / name).unlink(missing_ok=True)
+    return True
 
 
 def _make_page(reported: list[_Reported], pairs: pd.DataFrame, pictures: Pictures, num_images: int, folder: str) -> str:

@@ -11,6 +11,7 @@ from cpmix_cli.runs.next_command import next_command
 from cpmix_cli.runs.phase_choice import choose_phase, locate
 from cpmix_cli.runtime import console, hardware, ranks
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.training.phase import PhaseRequest, continued, train
 
 
@@ -40,9 +41,9 @@ def _check_on_val(asked: PhaseRequest, source: PhaseFolder) -> None:
     """Report the balanced accuracy on val before and after the finetune, and warn if it fell."""
     device = hardware.use_device(asked.options.device, asked.options.threads)
     before, after = (balanced_accuracy(phase, asked.dataset, "val", device) for phase in (source, asked.folder))
-    console.note(f"finetune: balanced accuracy on val {before:.2f} before, {after:.2f} after")
+    console.note(f"finetune: balanced accuracy on val {percent(before, 2)} before, {percent(after, 2)} after")
     if after < before:
         console.warn(
-            f"the finetune makes val worse by {before - after:.2f} points. The network without it is in {source.path}: "
-            f"name it with --phase {source.phase}"
+            f"the finetune makes val worse by {percent(before - after, 2)} points. The network without it is in "
+            f"{source.path}: name it with --phase {source.phase}"
         )

@@ -35,6 +35,7 @@ from cpmix_cli.recipe.early_checks import check_request, was_made_with_plugin
 from cpmix_cli.recipe.loading import load, of_dataset, recipe_names
 from cpmix_cli.runtime import console, ranks, signals
 from cpmix_cli.runtime.errors import EnvironmentFault, InputError, UsageError, counted
+from cpmix_cli.runtime.rounding import percent, signed
 from cpmix_cli.runtime.text import quoted
 
 if TYPE_CHECKING:
@@ -335,8 +336,8 @@ def _train(steps: _Steps, options: RunOptions, asked: TrainingOptions, dataset: 
             numbers = steps.do("evaluate", evaluation, quiet=True)
             measured[split][phase] = numbers["balanced_accuracy"]
             console.note(
-                f"run: {phase} on {split}: top-1 {numbers['top1']:.2f}, balanced accuracy "
-                f"{numbers['balanced_accuracy']:.2f} ({counted(numbers['num_test'], 'image')})"
+                f"run: {phase} on {split}: top-1 {percent(numbers['top1'], 2)}, balanced accuracy "
+                f"{percent(numbers['balanced_accuracy'], 2)} ({counted(numbers['num_test'], 'image')})"
             )
     return _Trained(root, phases, measured, data, asked.data_root)
 
@@ -406,12 +407,14 @@ def _lines(
     """
     split = "test" if best is None else "val"
     shown = means[split]
-    listed = ", ".join(f"{phase} {accuracy:.2f}" for phase, accuracy in shown.items())
+    listed = ", ".join(f"{phase} {percent(accuracy, 2)}" for phase, accuracy in shown.items())
     lines = [f"balanced accuracy on {split} ({counted(sizes[split], 'image')}): {listed}"]
     if "finetune" in shown:
         before, after = list(shown)[-2:]
         change = shown[after] - shown[before]
-        verdict = "changes nothing" if not change else f"{'helps' if change > 0 else 'does not help'} ({change:+.2f})"
+        verdict = (
+            "changes nothing" if not change else f"{'helps' if change > 0 else 'does not help'} ({signed(change, 2)})"
+        )
         lines.append(f"the finetune {verdict} on {split}, after {before}")
     if best is not None:
         is_tied = list(shown.values()).count(shown[best]) > 1
@@ -427,4 +430,5 @@ def _lines(
 def _over_seeds(runs: Sequence[_Trained], phase: str) -> str:
     """Return the balanced accuracy of a phase on test, over seeds."""
     found = [trained.measured["test"][phase] for trained in runs]
-    return f"{len(found)} seeds, {phase}: balanced accuracy on test {fmean(found):.2f} +- {stdev(found):.2f}"
+    mean, deviation = percent(fmean(found), 2), percent(stdev(found), 2)
+    return f"{len(found)} seeds, {phase}: balanced accuracy on test {mean} +- {deviation}"

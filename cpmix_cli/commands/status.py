@@ -12,6 +12,7 @@ from cpmix_cli.runs.phase_choice import locate
 from cpmix_cli.runs.repair import fix_of
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import EXIT_INTERRUPTED, InputError
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import sparkline
 from cpmix_cli.training.metrics import read_history
 
@@ -50,7 +51,7 @@ def run(options: StatusOptions) -> int:
             continue
         for p in phases:
             state = p["status"] + (f" ({p['because']})" if p["because"] else "")
-            top1 = "-" if p["top1"] is None else f"{p['top1']:.2f}"
+            top1 = "-" if p["top1"] is None else percent(p["top1"], 2)
             rows.append([str(given), p["phase"], state, f"{p['epochs']}/{p['total_epochs']}", top1])
     status = next((s for s in ("error", "continue") if any(run["status"] == s for run in runs)), "done")
     lines = [f"next: {run['next']}" for run in runs if run["next"]]

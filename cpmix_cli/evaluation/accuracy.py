@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpmix_cli.data.longtail import GROUPS, exponential_counts
+from cpmix_cli.runtime.rounding import rounded
 
 _NUM_BINS = 15
 
@@ -118,14 +119,14 @@ def summary(logits: Tensor, labels: Tensor, groups: list[str], profile: Tensor |
     weights = sample_weights(labels, profile)
 
     def mean(chosen: Tensor) -> float | None:
-        return round(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
+        return rounded(100 * float(accuracy[chosen & tested].mean()), 2) if (chosen & tested).any() else None
 
-    numbers: dict[str, Any] = {"top1": round(100 * float((weights * (found == labels)).sum() / weights.sum()), 2)}
+    numbers: dict[str, Any] = {"top1": rounded(100 * float((weights * (found == labels)).sum() / weights.sum()), 2)}
     for group in GROUPS:
         numbers[group] = mean(torch.tensor([g == group for g in groups]))
     return numbers | {
         "balanced_accuracy": mean(tested),
         "num_test": len(labels),
         "num_classes_without_test": int((~tested).sum()),
-        "ece": round(100 * expected_calibration_error(logits, labels, weights), 2),
+        "ece": rounded(100 * expected_calibration_error(logits, labels, weights), 2),
     }

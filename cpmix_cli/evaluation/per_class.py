@@ -56,7 +56,7 @@ def class_columns(matrix: Array, profile: Array | None = None) -> dict[str, Any]
 
 
 def totals(matrix: Array, groups: Sequence[str], profile: Array | None = None) -> dict[str, Any]:
-    """Return macro F1 and the 95 % intervals of the accuracies of metrics.json, in per cent with two decimals.
+    """Return macro F1 and the 95 % intervals of the accuracies of metrics.json, in per cent.
 
     top1 has Wilson's interval. Groups and balanced accuracy are means of class accuracies, and so is top1 of a
     long-tailed test set: see intervals.of_mean(). Macro F1 is the mean over the classes with test images.
@@ -82,7 +82,7 @@ def totals(matrix: Array, groups: Sequence[str], profile: Array | None = None) -
 
 
 def _percent(*ends: Any) -> list[float]:
-    return [round(100 * float(end), 2) for end in ends]
+    return [round(100 * float(end), 4) for end in ends]  # people read them with one decimal
 
 
 def read_classes(evaluation: Path) -> pd.DataFrame:

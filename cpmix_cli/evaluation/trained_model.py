@@ -29,6 +29,7 @@ from cpmix_cli.runs.run_json import DatasetReference
 from cpmix_cli.runtime import console
 from cpmix_cli.runtime.errors import InputError, UsageError, give_one_of
 from cpmix_cli.runtime.hardware import use_device
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import on_a_line
 
 PROBABILITY = "probability_"
@@ -50,8 +51,8 @@ def choose_for_use(given: Path, phase: str | None) -> PhaseFolder:
     found = {each.phase: on_val for each in phases if (on_val := _on_val(each)) is not None}
     if source.phase in found and found[best := best_phase(found)] > found[source.phase]:
         console.warn(
-            f"{best} is better than {source.phase} on val, balanced accuracy {found[best]:.2f} against "
-            f"{found[source.phase]:.2f}; to take it: --phase {best}"
+            f"{best} is better than {source.phase} on val, balanced accuracy {percent(found[best], 2)} against "
+            f"{percent(found[source.phase], 2)}; to take it: --phase {best}"
         )
     return source
 

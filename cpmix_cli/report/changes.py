@@ -35,14 +35,22 @@ def verdict(
     """
     other, first = named
     recalls = [class_columns(matrix)["accuracy"] for matrix in (after, before)]
-    shares = [float(np.nanmean(recall)) for recall in recalls]
-    by_group = _by_group(recalls[0], recalls[1], groups)
+    tested = [~np.isnan(recall) for recall in recalls]
+    both = tested[0] & tested[1]
+    if not both.any():
+        return ["No class was tested in both runs."]
+    shares = [float(recall[both].mean()) for recall in recalls]
+    of_both = (
+        "" if (tested[0] == tested[1]).all() else f"On the {counted(both.sum(), 'class', 'classes')} that both tested, "
+    )
+    changes = {name: (recalls[0] - recalls[1])[both & (np.array(groups) == name)] for name in GROUPS}
+    listed = ", ".join(f"{name} {signed(float(of.mean()), 1)}" for name, of in changes.items() if len(of))
+    by_group = f"By group, in points: {listed}."
     points = percent(abs(shares[0] - shares[1]), 2)
     is_equal = points == "0.00"
     change = "as" if is_equal else f"{points} points {'more' if shares[0] > shares[1] else 'less'} than"
-    words = (
-        f"{other} has a balanced accuracy of {percent(shares[0], 2)} %, {change} {first} ({percent(shares[1], 2)} %)"
-    )
+    own, base = (f"{percent(share, 2)} %" for share in shares)
+    words = f"{of_both}{other} has a balanced accuracy of {own}, {change} {first} ({base})"
     if alone is None:
         return [
             f"{words}.",
@@ -50,25 +58,17 @@ def verdict(
             "They were not tested on the same images, so chance is not judged; both intervals follow below.",
         ]
     gained, lost = (int(images.sum()) for images in alone)
-    tested = after.sum(1)
-    judged = ": more than chance explains" if differ(*alone, tested) else ": which chance can explain"
+    images = counted(int(after.sum()), "test image")
+    alone_right = f"Of {images}, only {other} is right on {gained:,}, and only {first} on {lost:,}."
+    if is_equal:
+        return [f"{words}.", by_group, alone_right]
+    judged = "more than chance explains" if differ(*alone, after.sum(1)) else "which chance can explain"
     return [
-        f"{words}{'' if is_equal else judged}.",
+        f"{words}: {judged}.",
         by_group,
-        f"Of {counted(int(tested.sum()), 'test image')}, only {other} is right on {gained:,}, and only {first} on "
-        f"{lost:,}. Judged by McNemar's test at 5 %, in which each class counts equally, for these two trainings: "
+        f"{alone_right} Judged by McNemar's test at 5 %, in which each class counts equally, for these two trainings: "
         "other seeds may differ.",
     ]
-
-
-def _by_group(after: Array, before: Array, groups: Sequence[str]) -> str:
-    tested = {name: (np.array(groups) == name) & ~np.isnan(after) & ~np.isnan(before) for name in GROUPS}
-    changes = [
-        f"{name} {signed(float(after[members].mean() - before[members].mean()), 1)}"
-        for name, members in tested.items()
-        if members.any()
-    ]
-    return f"By group, in points: {', '.join(changes)}."
 
 
 def gains_and_losses(
@@ -118,8 +118,9 @@ def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, lis
     """
     pairs, size = most_confused(confusions), len(confusions)
     share = 100 * pairs.sum() / (size * (size - 1))
+    shown = f"{percent(share)} %" if share >= 1 else "less than 1 %"
     words = (
-        f"{pairs.sum():,} of {size * (size - 1):,} ordered pairs of classes ({percent(share)} %): of each class, those "
+        f"{pairs.sum():,} of {size * (size - 1):,} ordered pairs of classes ({shown}): of each class, those "
         "that make up half of its confusions in training"
     )
     (first, all_images), *others = ((split_errors(matrix, pairs), int(matrix.sum())) for matrix in matrices)

@@ -16,6 +16,7 @@ import numpy as np
 from cpmix_cli.evaluation.error_shift import most_confused, split_errors
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.table_formats import Sheet
+from cpmix_cli.runtime.rounding import percent, signed
 
 MEASURES = ("top1", "many", "medium", "few")
 """Accuracies with a paired difference, per cent."""
@@ -174,7 +175,7 @@ def sheets_of(pairs: Sequence[PairedRows], *, with_deviations: bool) -> list[She
         found = pair.difference(measure)
         if found is None:
             return "-"
-        return _shown(found) if with_deviations or measure == "top1" else f"{found.mean:+.2f}"
+        return _shown(found) if with_deviations or measure == "top1" else signed(found.mean, 2)
 
     named = [(f"{pair.number} - {pair.base_number}", str(len(pair.pairs)), pair) for pair in pairs]
     accuracies = Sheet(
@@ -187,7 +188,7 @@ def sheets_of(pairs: Sequence[PairedRows], *, with_deviations: bool) -> list[She
         ],
     )
     columns = [(shift.before, shift.after, shift.change) for pair in pairs for shift in pair.error_shift]
-    cells = [[f"{before:.2f}", f"{after:.2f}", _shown(change)] for before, after, change in columns]
+    cells = [[percent(before, 2), percent(after, 2), _shown(change)] for before, after, change in columns]
     shifts = Sheet(
         "error shift, per cent of the test images",
         ["rows", ">confused pairs", ">to", ">change", ">other pairs", ">to", ">change"],
@@ -201,5 +202,5 @@ def sheets_of(pairs: Sequence[PairedRows], *, with_deviations: bool) -> list[She
 
 
 def _shown(difference: Difference) -> str:
-    half = "" if difference.half_width is None else f" +- {difference.half_width:.2f}"
-    return f"{difference.mean:+.2f}{half}"
+    half = "" if difference.half_width is None else f" +- {percent(difference.half_width, 2)}"
+    return f"{signed(difference.mean, 2)}{half}"

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from cpmix_cli.results.results_file import COLUMNS, MEASURES, Row
 from cpmix_cli.results.table_formats import Sheet, markdown
 from cpmix_cli.runtime.errors import InputError, suggest
+from cpmix_cli.runtime.rounding import percent
 
 START = re.compile(r"<!-- results: study=(.+) columns=(\S+) -->")
 END = "<!-- end of results -->"
@@ -84,8 +85,8 @@ def _cell(before: Sequence[Row], after: Sequence[Row], column: str) -> str:
         return ", ".join(dict.fromkeys(cells))
     numbers = list(map(float, cells))
     if len(numbers) > 1:
-        return f"{fmean(numbers):.2f} +- {stdev(numbers):.2f}"
-    return f"{numbers[0]:.2f}" if numbers else ""
+        return f"{percent(fmean(numbers), 2)} +- {percent(stdev(numbers), 2)}"
+    return percent(numbers[0], 2) if numbers else ""
 
 
 def updated(where: str, text: str, rows: Sequence[Row]) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Runs that a report's page compares with: recorded as they were given, and found again for a later report."""
+"""Runs that a report's page compares with: recorded with links resolved, and found again for a later report."""
 
 import os
 from collections.abc import Sequence
@@ -19,28 +19,35 @@ def references(given: Sequence[Path], run: Path) -> list[dict[str, str]]:
     return [{"relative": os.path.relpath(place, run.resolve()), "absolute": str(place)} for place in places]
 
 
-def compared_in(index: Path, folder: Path, run: Path, again: str) -> list[Path]:
+def compared_in(index: Path, folder: Path, run: Path) -> list[Path]:
     """Return the folders that a page compares with: where they are, else where they were.
-
-    Warns if this is not recorded.
 
     Args:
         index: the page.
         folder: folder of a report; its record is read if no report of this page is found.
         run: run folder that the page is in.
+    """
+    record = _report_of(index, folder)
+    return [] if record is None else [_found(reference, run) for reference in record.compared]
+
+
+def warn_of_unknown(index: Path, folder: Path, again: str) -> None:
+    """Warn if a page may compare with runs that are not recorded. A new report of one run replaces it.
+
+    Args:
+        index: the page.
+        folder: folder of a report; its record is read if no report of this page is found.
         again: command of this report, to which --compare can be added.
     """
     record = _report_of(index, folder)
     if record is None:
         if files.is_there(folder / files.RUN):
-            console.warn(f"{folder / files.RUN} is damaged; if {index} compares with other runs: {again} --compare RUN")
-        return []
-    if record.made_from.inputs().get("compared") and not record.compared:
+            console.warn(f"{folder / files.RUN} is damaged; if {index} compared with other runs: {again} --compare RUN")
+    elif record.made_from.inputs().get("compared") and not record.compared:
         console.warn(
-            f"{index} compares with other runs, and an older cpmix did not record which; to name them: "
+            f"{index} no longer compares with other runs: an older cpmix did not record which; to name them: "
             f"{again} --compare RUN"
         )
-    return [_found(reference, run) for reference in record.compared]
 
 
 def _report_of(index: Path, folder: Path) -> ReportRecord | None:
@@ -59,4 +66,7 @@ def _report_of(index: Path, folder: Path) -> ReportRecord | None:
 
 def _found(reference: ComparedReference, run: Path) -> Path:
     near = beside(run, reference.relative)
-    return near if near.is_dir() else Path(reference.absolute)
+    with suppress(OSError):  # a folder above it cannot be searched
+        if near.is_dir():
+            return near
+    return Path(reference.absolute)

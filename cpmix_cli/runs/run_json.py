@@ -134,7 +134,7 @@ class EvaluationRecord(RunRecord):
 
 
 class ComparedReference(Record):
-    """Run that a report compares with: the folder that was given, of a run or of a phase."""
+    """Run that a report compares with: the folder of a run or of a phase that was given, with links resolved."""
 
     relative: Place
     absolute: Place

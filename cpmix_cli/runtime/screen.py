@@ -136,6 +136,7 @@ class Foot:
 
     def _rendered(self, content: "RenderableType", width: int) -> list[str]:
         """Return the lines of a text or table in so many columns, with the terminal's codes of colour."""
+        self._console.width = width  # else rich takes COLUMNS, which may be of another terminal
         with self._console.capture() as drawn:
             self._console.print(content, width=width, no_wrap=True, overflow="crop")
         return drawn.get().splitlines()
@@ -156,7 +157,7 @@ def _fitted(label: str, columns: int, mark: str) -> str:
 
 def foot() -> Foot | None:
     """Return the foot of stderr's terminal; None if stderr is no terminal that can move its cursor."""
-    if sys.stderr is None or not sys.stderr.isatty():  # rich is not imported for a log
+    if sys.stderr is None or not sys.stderr.isatty() or not os.environ.get("TERM"):  # rich is not imported for a log
         return None
     from rich.console import Console
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS, group_of
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import sparkline
 from cpmix_cli.training.inputs import TrainingData
 from cpmix_cli.training.plan import Plan
@@ -119,7 +120,7 @@ class LiveView:
         if len(plan.terms) > 1:
             numbers |= {f"  {term.name}": f"{sums[f'loss_{term.name}'] / step:.4f}" for term in plan.terms}
         if seen := min(step * plan.batch_size, len(self.data.labels)) * len(plan.measured_terms):
-            numbers[_ACCURACY] = f"{100 * sums['correct'] / seen:.2f}"
+            numbers[_ACCURACY] = percent(100 * sums["correct"] / seen, 2)
         if plan.counts_errors(epoch):
             numbers |= self._group_accuracy(errors)
         whole = step == plan.num_steps(len(self.data.labels))
@@ -131,7 +132,9 @@ class LiveView:
         wrong = np.bincount(errors.index // len(images), errors, len(images))
         accuracy = 1 - wrong / np.where(images > 0, images, np.nan)
         found = {group: accuracy[(self._groups == group) & (images > 0)] for group in GROUPS}
-        return {f"  {group}": f"{100 * part.mean():.2f}" if len(part) else "-" for group, part in found.items()}
+        return {
+            f"  {group}": percent(100 * float(part.mean()), 2) if len(part) else "-" for group, part in found.items()
+        }
 
     def _images(self) -> NDArray[np.float64]:
         """Return the training images per class [C] float64 whose errors were counted since the column began."""

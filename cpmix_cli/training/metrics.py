@@ -10,6 +10,7 @@ from cpmix_cli.artifacts.tables import read_table, schema_of
 from cpmix_cli.runs.folders import PhaseFolder
 from cpmix_cli.runs.run_json import verify_state
 from cpmix_cli.runtime.errors import InputError
+from cpmix_cli.runtime.rounding import percent
 
 if TYPE_CHECKING:  # importing torch takes seconds, and compare reads metrics without it
     from cpmix_cli.training.plan import Plan
@@ -137,7 +138,7 @@ def epoch_line(plan: "Plan", row: dict[str, float | None]) -> str:
 
 
 def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.2f}%"
+    return None if share is None else f"{percent(100 * share, 2)}%"
 
 
 def _short(rate: float) -> str:

@@ -38,6 +38,7 @@ from cpmix_cli.runtime.errors import (
     counted,
     indented,
 )
+from cpmix_cli.runtime.rounding import percent
 from cpmix_cli.runtime.text import quoted
 from cpmix_cli.training import loop, metrics
 from cpmix_cli.training.checks import check_fits
@@ -621,7 +622,7 @@ def _report(asked: PhaseRequest, status: str) -> None:
         folder.phase,
         str(record.epochs),
         f"{numbers['loss']:.4f}",
-        "-" if accuracy is None else f"{100 * accuracy:.2f}",
+        "-" if accuracy is None else percent(100 * accuracy, 2),
         f"{num_pairs:,}",
         console.duration(record.training_seconds),
     ]

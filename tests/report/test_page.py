@@ -25,7 +25,7 @@ from cpmix_cli.report.findings import find
 from cpmix_cli.report.images import ContactSheet
 from cpmix_cli.report.page import ShownRun, render_page
 from cpmix_cli.report.pairs import clustered_order, confused_pairs
-from cpmix_cli.runtime.rounding import percent
+from cpmix_cli.runtime.rounding import percent, signed
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # playwright's event loop
@@ -572,7 +572,8 @@ def test_the_script_rounds_as_python_does(opened: Any) -> None:
     assert [percent(100 * k / n, d) for k, n, d in shares] == exact
     assert [percent(k / n * 100, d) for k, n, d in shares] == exact
     assert shows.page.evaluate("shares => shares.map(([k, n, d]) => rounded((100 * k) / n, d))", shares) == exact
-    assert shows.page.evaluate("[signed(-2.25), signed(-0.04), signed(0.05)]") == ["-2.3", "0.0", "+0.1"]
+    assert shows.page.evaluate("[-2.25, -0.04, 0.04, 0.05].map((v) => signed(v))") == ["-2.3", "0.0", "0.0", "+0.1"]
+    assert [signed(v, 1) for v in (-2.25, -0.04, 0.04, 0.05)] == ["-2.3", "0.0", "0.0", "+0.1"]
 
 
 def test_classes_without_test_images_come_last_and_have_a_dash(opened: Any) -> None:
@@ -947,7 +948,7 @@ def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Pa
     assert said in must(*report).stderr
     record.write_text(record.read_text().replace('"page"', '"pages"'))
     said = (
-        f"{record} is damaged; if {index} compares with other runs: cpmix confusion-report --from {run} --compare RUN"
+        f"{record} is damaged; if {index} compared with other runs: cpmix confusion-report --from {run} --compare RUN"
     )
     assert said in must(*report, "--overwrite").stderr
 

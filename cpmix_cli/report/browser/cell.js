@@ -104,7 +104,8 @@ function testImages(row, column) {
     shown.push(said(`${which}${runs.length > 1 ? ` of ${runs[0].name}` : ""}, with the confidence:`), element("ul", { className: data.images.are_files ? "thumbs files" : "thumbs" }, ...found.map((_, at) => thumbnail(found, at, row, column))), copy);
   } else shown.push(said("The page has images of the most confused cells only, not of this one."));
   if (found.length < all && data.images.listing) {
-    const classes = `--true ${shellQuoted(data.names[row])} --predicted ${shellQuoted(data.names[column])}`;
+    const named = (c) => (data.names[c].includes("\\") ? c : shellQuoted(data.names[c])); // the page has other letters than such a name: its id does
+    const classes = `--true ${named(row)} --predicted ${named(column)}`;
     const words = `cpmix misclassified --from ${runFolder()} ${data.images.listing} ${classes} --limit ${all}`.split(" ").flatMap((textContent) => [element("span", { textContent }), " "]);
     shown.push(said(all > 1 ? `This lists all ${number(all)}:` : "This names it:"), element("code", {}, ...words)); // broken at words, not after hyphens
   }

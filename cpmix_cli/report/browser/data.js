@@ -25,7 +25,10 @@ function rounded(value, places = 0) { // as percent() of runtime/rounding.py, so
   return (value < 0 && whole ? "-" : "") + (whole / scale).toFixed(places);
 }
 const percent = (value) => `${rounded(value, value > 0 && value < 1 ? 2 : 1)} %`;
-const signed = (value, places = 1) => (value > 0 ? "+" : "") + rounded(value, places);
+function signed(value, places = 1) {
+  const text = rounded(value, places);
+  return value > 0 && Number(text) ? `+${text}` : text;
+}
 const counted = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
 // A name as one may type it: pickup truck for Pickup_Truck.
 const plain = (name) => name.trim().toLowerCase().replace(/[\s_-]+/g, " ");

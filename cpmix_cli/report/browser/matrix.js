@@ -40,7 +40,9 @@ class HeatMap {
   }
 
   value(key) {
-    return this.other ? this.own.percent(key) - this.other.percent(key) : this.own.percent(key);
+    if (!this.other) return this.own.percent(key);
+    const row = Math.floor(key / places.size);
+    return this.own.totals[row] && this.other.totals[row] ? this.own.percent(key) - this.other.percent(key) : 0;
   }
 
   draw() {
@@ -98,7 +100,7 @@ class HeatMap {
     context.textAlign = "center";
     context.textBaseline = "middle";
     for (const { row, column, value } of this.sorted) {
-      if (row < state.row0 - 1 || row > state.row0 + state.span || column < state.column0 - 1 || column > state.column0 + state.span) continue;
+      if (!value || row < state.row0 - 1 || row > state.row0 + state.span || column < state.column0 - 1 || column > state.column0 + state.span) continue;
       const better = row === column ? value : -value; // more is better on the diagonal, fewer is off it
       const fill = this.other ? diverging(0.5 + (Math.sign(better) * place(value)) / 2) : sequential(place(value));
       context.fillStyle = fill;
