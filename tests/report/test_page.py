@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import must, refused, run_commands
+from helpers import must, process, refused, run_commands
 
 from cpmix_cli.artifacts.records import publish_record
 from cpmix_cli.data.longtail import GROUPS, group_of
@@ -267,6 +268,20 @@ def test_text_has_contrast(opened: Any, scheme: str) -> None:
             for v in (shows.page.evaluate(f"colour('{name}')"), shows.page.evaluate("colour('page')"))
         )
         assert contrast(words, page) > 4.5
+
+
+def test_a_class_that_one_run_did_not_test_is_not_compared(opened: Any) -> None:
+    """Wolves: none of plain's test images, 40 of mixed's 50 right. On cats and dogs both have 87.5 %."""
+    plain = np.array([[90, 10, 0], [15, 85, 0], [0, 0, 0]])
+    mixed = np.array([[85, 15, 0], [10, 90, 0], [0, 10, 40]])
+    shows = opened(rendered([shown(plain, COUNTS, "plain"), shown(mixed, COUNTS, "mixed")], NAMES))
+    assert "mixed: not compared, as one run has no test images of the class" in shows.point(2, 2)
+    assert shows.page.evaluate("[maps[2].value(8), maps[2].value(0)]") == [0, -5]
+    assert shows.page.locator(".changes p").first.inner_text() == (
+        "On the 2 classes that both tested, mixed has a balanced accuracy of 87.50 %, as plain (87.50 %)."
+    )
+    tables = shows.page.locator(".changes").inner_text()
+    assert "By group, in points: many -5.0, medium +5.0." in tables and "wolf" not in tables
 
 
 def test_compared_runs_are_shown_side_by_side_with_their_difference(opened: Any) -> None:
@@ -919,6 +934,20 @@ def test_a_plain_report_keeps_the_comparison_until_no_compare(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_reports_at_the_same_time_keep_the_comparison(tmp_path: Path) -> None:
+    """Whichever comes first: the plain one reads what the page compares with before it may write."""
+    run, other = small_runs(tmp_path)
+    with ThreadPoolExecutor() as at_once:
+        ends = [
+            at_once.submit(process, "confusion-report", "--from", run, *flags)
+            for flags in (["--compare", other], ["--images", 6])
+        ]
+    assert [end.result().code for end in ends] == [0, 0], ends
+    assert names_in(run) == ["run", "other"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Path) -> None:
     run, other = small_runs(tmp_path)
     report, index = ("confusion-report", "--from", run), run / "confusion" / "index.html"
@@ -933,9 +962,18 @@ def test_a_comparison_that_cannot_be_kept_is_dropped_with_a_warning(tmp_path: Pa
     run_commands(f"{again} --compare {other}")
     assert names_in(run) == ["run", "other"]
 
+    third = tmp_path / "third"
+    shutil.copytree(run, third)
+    must(*report, "--compare", other, "--compare", third)
+    other.rename(tmp_path / "moved")
+    third.rename(tmp_path / "gone")
+    where = f"compare with its new folder: cpmix confusion-report --from {run} --compare FOLDER"
+    assert must(*report).stderr.count(f"{where}\n") == 2  # neither names the other, which is gone too
+
+    (tmp_path / "moved").rename(other)
+    must(*report, "--compare", other)
     other.rename(tmp_path / "moved")
     found = must(*report, "--json")
-    where = f"compare with its new folder: cpmix confusion-report --from {run} --compare FOLDER"
     assert f"no longer compares with {other}: it is gone; if it has moved, {where}\n" in found.stderr
     assert (found.json["compared_with"], found.json["comparison_dropped"]) == ([], [str(other)])
 

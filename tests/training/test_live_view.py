@@ -288,6 +288,21 @@ def progress(rows: Sequence[Sequence[str]] = ROWS) -> EpochProgress:
     return shown
 
 
+@pytest.mark.parametrize("kind", ["", "dumb", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor_has_no_view(terminal: Callable[..., Terminal], kind: str) -> None:
+    found = terminal(100, 30, kind)
+    progress().step(1)
+    found.look()
+    assert b"\x1b" not in found.sent
+
+
+def test_the_width_is_that_of_the_terminal(terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")  # exported by a shell on another terminal
+    found = terminal(100, 30)
+    progress().step(1)
+    assert [len(line) for line in found.look()[1:3]] == [76, 76]
+
+
 def test_the_view_is_drawn_below_the_log_lines(terminal: Callable[..., Terminal]) -> None:
     found = terminal(100, 30)
     shown = progress()
