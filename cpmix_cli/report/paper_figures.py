@@ -324,15 +324,17 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
     named_x = {(r, c) for r, c in placed if all(names[r, c] != names.get((k, c)) for k in range(r + 1, len(grid)))}
     named_y = {(r, c) for r, c in placed if all(names[r, c] != names.get((r, k)) for k in range(c))}
     columns, num_classes = 1 + max(c for _, c in placed), len(next(iter(placed.values())).class_names)
-    _, beside, below = np.max([figures.labels_of(one, 1.3 / num_classes) for one in names.values()], axis=0)
+    beside = max(figures.labels_of(one, _LARGEST_SIDE / num_classes)[1] for one in names.values())
     beside *= len({c for _, c in named_y})
     side = min(_LARGEST_SIDE, (_WIDTH - 0.5 - beside) / columns - 0.1)
+    below = max(figures.labels_of(one, side / num_classes)[2] for one in names.values())
+    below *= len({r for r, _ in named_x})
     titles = {
         place: wrapped(f"({letter}) {one.method}, {one.title}", side, 8)
         for letter, (place, one) in zip(panel_letters(), placed.items(), strict=False)
     }
     lines = 1 + max(title.count("\n") for title in titles.values())
-    height = 1 + len(grid) * (side + 0.1 + 0.15 * lines) + below * len({r for r, _ in named_x})
+    height = 0.85 + below + len(grid) * (side + 0.1 + 0.15 * lines)
     figure = Figure(figsize=(0.5 + beside + columns * (side + 0.1), height), layout="constrained")
     panels = figure.subplots(len(grid), columns, squeeze=False)
     number = (lambda value: whole_percent(value) if value >= 1 else "") if numbered else None
