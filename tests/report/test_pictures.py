@@ -123,7 +123,7 @@ def faults(figure: Figure) -> list[str]:
     return [*overlaps, *(f"{drawn[k].get_text()!r} is cut" for k in np.flatnonzero(outside))]
 
 
-SIZES = (2, 3, 5, 10, 11, 12, 13, 19, 20, 21, 50, 100, 149, 150, 151, 300, 1000)
+SIZES = (2, 5, 12, 13, 21, 100, 150, 151, 1000)
 every_size = pytest.mark.parametrize(("size", "length"), [*product(SIZES, TITLES)])
 
 
