@@ -120,6 +120,7 @@ def run(options: ReportOptions) -> None:
         # The page shows all evaluations of the run, so a new one makes it stale.
         "accuracies": files.digest([run.accuracies for run in reported]),
         "page": page_digest(),
+        "listing": own.listing,
         "compared": [
             [run.sha, run.dataset.fingerprint, name]
             for run, name in zip(others.values(), _names(reported)[1:], strict=True)

@@ -919,8 +919,9 @@ def test_a_plain_report_keeps_the_comparison_until_no_compare(tmp_path: Path) ->
     must(*report)  # its record has the places as they are now
     shutil.copytree(run, moved)
     shutil.copytree(other, moved.parent / "other")
-    found = must("confusion-report", "--from", moved, "--data", tmp_path / "data", "--json").json
-    assert found["status"] == "up to date"
+    for status in ("done", "up to date"):  # the page says with which --data misclassified finds the images
+        found = must("confusion-report", "--from", moved, "--data", tmp_path / "data", "--json").json
+        assert found["status"] == status
     assert found["compared_with"] == [str(moved.parent / "other" / "stage1")]
 
     refused(2, "--compare and --no-compare are both given", *report, "--compare", other, "--no-compare")
