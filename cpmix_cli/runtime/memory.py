@@ -31,6 +31,7 @@ _FIXES = {
     "confusion-report": "show fewer images: --images 0",
 }
 """Command -> what to lower."""
+_RESERVE = 2**20  # bytes, given back when a command fails: the message needs memory too
 
 
 def is_exhausted(fault: BaseException | None) -> bool:
@@ -65,9 +66,11 @@ def explained() -> Iterator[None]:
     Raises:
         EnvironmentFault: memory is exhausted; the fix is what the running command can lower.
     """
+    reserve = bytearray(_RESERVE)
     try:
         yield
     except BaseException as fault:
+        del reserve
         if not (isinstance(fault, Exception) or _is_panic(fault)) or not is_exhausted(fault):
             raise
         texts: list[str] = []
