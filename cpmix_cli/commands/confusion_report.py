@@ -93,13 +93,14 @@ def run(options: ReportOptions) -> None:
     index = (folder if options.label is not None else folder.parent) / "index.html"
     asked = replace(options, overwrite=False, no_compare=False)
     again = console.typed("confusion-report", *words_of(asked))
-    before = [] if options.compare else compared.compared_in(index, folder, out)
+    record = None if options.compare else compared.record_of(index, folder)
+    before = compared.places_in(record, out)
     others: dict[Path, _Reported] = {}
     for place in options.compare:
         others[place] = _read_other(options, place, [own, *others.values()])
     faults: dict[Path, InputError | UsageError] = {}
     if not (options.compare or options.no_compare):
-        compared.warn_of_unknown(index, folder, again)
+        compared.warn_of_unknown(record, index, folder, again)
         for place in before:
             try:
                 others[place] = _read_other(options, place, [own, *others.values()])
@@ -308,7 +309,8 @@ def _write(
     # Reports of all phases write the same page, so only one may run at a time.
     of_page = locks.hold(index.parent, wait=True) if index.parent != folder else nullcontext()
     with of_page, locks.hold(folder) as lock:
-        if before != compared.compared_in(index, folder, out) and references == compared.references(before, out):
+        now = compared.places_in(compared.record_of(index, folder), out)
+        if before != now and references == compared.references(before, out):
             return False
         recorder = output.Recorder(folder, f"confusion/{folder.name}", made_from, lock)
         with recorder.replacing({index.name: index}) as place:

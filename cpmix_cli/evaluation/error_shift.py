@@ -12,7 +12,7 @@ _SHARE = 0.5
 """Share of a class's training confusions that its most confused classes make up."""
 
 
-def most_confused(confusions: NDArray[Any]) -> NDArray[np.bool_]:
+def most_confused_pairs(confusions: NDArray[Any]) -> NDArray[np.bool_]:
     """Return which predicted classes make up half of the confusions of each true class: [C, C] -> [C, C].
 
     Each row has the smallest number of classes, the most frequent first and the smaller id first in ties. A class
@@ -32,7 +32,7 @@ def split_errors(matrix: NDArray[Any], pairs: NDArray[np.bool_]) -> tuple[int, i
 
     Args:
         matrix: test images [C, C].
-        pairs: pairs of a true and a predicted class [C, C], as most_confused() chooses them.
+        pairs: pairs of a true and a predicted class [C, C], as most_confused_pairs() chooses them.
     """
     on_pairs, errors = int(matrix[pairs].sum()), int(matrix.sum() - matrix.trace())
     return on_pairs, errors - on_pairs

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpmix_cli.data.longtail import GROUPS
-from cpmix_cli.evaluation.error_shift import most_confused, split_errors
+from cpmix_cli.evaluation.error_shift import most_confused_pairs, split_errors
 from cpmix_cli.evaluation.intervals import differ
 from cpmix_cli.evaluation.per_class import class_columns
 from cpmix_cli.report.findings import Finding
@@ -116,7 +116,7 @@ def moved_errors(matrices: Sequence[Array], confusions: Array) -> tuple[str, lis
         matrices: matrix of each run [C, C].
         confusions: confusion counts of the first run's training [C, C].
     """
-    pairs, size = most_confused(confusions), len(confusions)
+    pairs, size = most_confused_pairs(confusions), len(confusions)
     share = 100 * pairs.sum() / (size * (size - 1))
     shown = f"{percent(share)} %" if share >= 1 else "less than 1 %"
     words = (

@@ -141,7 +141,7 @@ def _fonts_with(letters: set[str]) -> dict[str, set[str]]:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def shortened(name: str, columns: int = _NAME_COLUMNS) -> str:
+def elided(name: str, columns: int = _NAME_COLUMNS) -> str:
     """Return a name of at most so many columns; an ellipsis stands for its middle, because ends tell names apart."""
     if width_of(name) <= columns:
         return name
@@ -488,7 +488,7 @@ def confusion_heat_map(
     order = by_count(class_counts)
     size, numbered = len(order), len(order) <= MAX_NUMBERS
     side = 5.2 if numbered else min(13.0, 5.5 + 0.08 * size)
-    named = {place: shortened(class_names[c]) for place, c in enumerate(order)}
+    named = {place: elided(class_names[c]) for place, c in enumerate(order)}
     names = named if size <= _MAX_NAMES else numbers(size)
     figure, axes = _matrix_panel(names, size, side, title, above=_SPACE_ABOVE)
     cells, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
@@ -545,7 +545,7 @@ def _one_panel(width: float, height: float, title: str, inside: float, above: fl
 
     Title and space add to the height.
     """
-    lines = wrapped(shortened(title, _TITLE_COLUMNS), inside, 12)
+    lines = wrapped(elided(title, _TITLE_COLUMNS), inside, 12)
     height += above + 0.3 + 0.2 * lines.count("\n")
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -578,7 +578,7 @@ def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Arra
         title: title of the figure.
     """
     accuracy, size, width = percent_right(matrix), len(class_counts), 7.4
-    names = accuracy_names([*map(shortened, class_names)], class_counts)
+    names = accuracy_names([*map(elided, class_names)], class_counts)
     *_, below = labels_of(names, width / len(names))
     figure, axes = _one_panel(9, 3.8 + below, title, width)
     draw_accuracies(axes, names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})], width=width)
@@ -615,7 +615,7 @@ def decision_regions(
     """
     figure, axes = _one_panel(6.4, 6.1, title, 5.6)
     draw_regions(axes, axis, grid_classes)
-    draw_points(axes, points, labels, [*map(shortened, class_names)], size=7)
+    draw_points(axes, points, labels, [*map(elided, class_names)], size=7)
     markers, names = axes.get_legend_handles_labels()
     markers, names = markers[:_MAX_IN_LEGEND], names[:_MAX_IN_LEGEND]
     columns = columns_of(names, 6.2, 10)

@@ -1,6 +1,6 @@
 """The paper's figures 1 to 6, drawn from arrays as matplotlib Figures 6.5 inches wide, or less for a single matrix.
 
-Long names are shortened, and figures are as high as the names need. As in the paper, and unlike confusion-report,
+Long names are elided, and figures are as high as the names need. As in the paper, and unlike confusion-report,
 matrices are drawn with the true class along x and the predicted class along y. So the upper right shows minorities
 predicted as majorities. Shapes: C classes.
 """
@@ -28,7 +28,7 @@ from cpmix_cli.report.figures import (
     draw_grouped,
     draw_matrix,
     draw_points,
-    shortened,
+    elided,
     whole_percent,
     wrapped,
 )
@@ -83,12 +83,12 @@ class MethodResult:
     @property
     def title(self) -> str:
         """Name of the data set for titles and legends."""
-        return shortened(self.data, _TITLE_COLUMNS)
+        return elided(self.data, _TITLE_COLUMNS)
 
     @property
     def names(self) -> list[str]:
         """Class names for axes."""
-        return [shortened(name, _NAME_COLUMNS) for name in self.class_names]
+        return [elided(name, _NAME_COLUMNS) for name in self.class_names]
 
     @property
     def accuracy(self) -> float:

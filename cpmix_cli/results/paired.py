@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cpmix_cli.evaluation.error_shift import most_confused, split_errors
+from cpmix_cli.evaluation.error_shift import most_confused_pairs, split_errors
 from cpmix_cli.results.comparison import ComparisonRow, EvaluatedRun
 from cpmix_cli.results.table_formats import Sheet
 from cpmix_cli.runtime.rounding import percent, signed
@@ -72,7 +72,7 @@ class PairedRows:
     def error_shift(self) -> tuple[ErrorShift, ErrorShift]:
         """Errors on the class pairs that the training of the base confused most, and all other errors.
 
-        See error_shift.most_confused().
+        See error_shift.most_confused_pairs().
 
         Raises:
             InputError: predictions or confusion pairs are missing or damaged.
@@ -159,7 +159,7 @@ def t_quantile(degrees: int) -> float:
 
 def _errors(run: EvaluatedRun, base: EvaluatedRun) -> list[list[float]]:
     """Return errors on the most confused pairs and other errors, of the run and of the base, per cent of the images."""
-    pairs = most_confused(base.confusions)
+    pairs = most_confused_pairs(base.confusions)
     return [[100 * n / m.sum() for n in split_errors(m, pairs)] for m in (run.matrix, base.matrix)]
 
 

@@ -19,39 +19,13 @@ def references(given: Sequence[Path], run: Path) -> list[dict[str, str]]:
     return [{"relative": os.path.relpath(place, run.resolve()), "absolute": str(place)} for place in places]
 
 
-def compared_in(index: Path, folder: Path, run: Path) -> list[Path]:
-    """Return the folders that a page compares with: where they are, else where they were.
+def record_of(index: Path, folder: Path) -> ReportRecord | None:
+    """Return the record of the report that wrote a page: of any phase, as all of them write the same page.
 
     Args:
         index: the page.
-        folder: folder of a report; its record is read if no report of this page is found.
-        run: run folder that the page is in.
+        folder: folder of a report; its record is returned if no report of this page is found.
     """
-    record = _report_of(index, folder)
-    return [] if record is None else [_found(reference, run) for reference in record.compared]
-
-
-def warn_of_unknown(index: Path, folder: Path, again: str) -> None:
-    """Warn if a page may compare with runs that are not recorded. A new report of one run replaces it.
-
-    Args:
-        index: the page.
-        folder: folder of a report; its record is read if no report of this page is found.
-        again: command of this report, to which --compare can be added.
-    """
-    record = _report_of(index, folder)
-    if record is None:
-        if files.is_there(folder / files.RUN):
-            console.warn(f"{folder / files.RUN} is damaged; if {index} compared with other runs: {again} --compare RUN")
-    elif record.made_from.inputs().get("compared") and not record.compared:
-        console.warn(
-            f"{index} no longer compares with other runs: an older cpmix did not record which; to name them: "
-            f"{again} --compare RUN"
-        )
-
-
-def _report_of(index: Path, folder: Path) -> ReportRecord | None:
-    """Return the record of the report that wrote a page: of any phase, as all of them write the same page."""
     page, own = None, None
     with suppress(InputError):
         page = files.sha256(files.read_bytes(index))
@@ -62,6 +36,30 @@ def _report_of(index: Path, folder: Path) -> ReportRecord | None:
             if record.page == page:
                 return record
     return own
+
+
+def places_in(record: ReportRecord | None, run: Path) -> list[Path]:
+    """Return the folders that a report in the run folder `run` compares with: where they are, else where they were."""
+    return [] if record is None else [_found(reference, run) for reference in record.compared]
+
+
+def warn_of_unknown(record: ReportRecord | None, index: Path, folder: Path, again: str) -> None:
+    """Warn if a page may compare with runs that are not recorded. A new report of one run replaces it.
+
+    Args:
+        record: result of record_of().
+        index: the page.
+        folder: folder of the report.
+        again: command of this report, to which --compare can be added.
+    """
+    if record is None:
+        if files.is_there(folder / files.RUN):
+            console.warn(f"{folder / files.RUN} is damaged; if {index} compared with other runs: {again} --compare RUN")
+    elif record.made_from.inputs().get("compared") and not record.compared:
+        console.warn(
+            f"{index} no longer compares with other runs: an older cpmix did not record which; to name them: "
+            f"{again} --compare RUN"
+        )
 
 
 def _found(reference: ComparedReference, run: Path) -> Path:

@@ -1,13 +1,21 @@
-"""One rounding of percentages, for the terminal, figures and the page: halves away from zero. data.js has the same."""
+"""One rounding of percentages, for the terminal, figures and the page: halves away from zero.
 
-from math import copysign, floor
+rounded() and signed() of report/browser/data.js follow the same rule.
+"""
+
+from math import copysign, floor, isfinite
 
 _SLACK = 1e-7
 """100 * 23 / 160 and 23 / 160 * 100 may differ in their last bit: a value so close to a half counts as the half."""
 
 
 def rounded(value: float, places: int = 0) -> float:
-    """Round a percentage or a difference of two to so many decimal places: 12.5 -> 13.0, where round() gives 12.0."""
+    """Round a percentage or a difference of two to so many decimal places: 12.5 -> 13.0, where round() gives 12.0.
+
+    NaN and infinity, as of a network that diverged, are returned as they are.
+    """
+    if not isfinite(value):
+        return value
     scale = 10**places
     return copysign(floor(abs(value) * scale + 0.5 + _SLACK) / scale, value)
 

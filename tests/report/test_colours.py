@@ -104,7 +104,15 @@ def test_text_has_contrast_on_every_cell(kind: str, mode: Mode) -> None:
             (14.4999, 0, "14"),
             (100.0, 0, "100"),
         ),
-        *((12.25, 1, "12.3"), (1.005, 2, "1.01"), (-2.5, 0, "-3"), (-0.04, 1, "0.0"), (0.0, 1, "0.0")),
+        *(
+            (12.25, 1, "12.3"),
+            (1.005, 2, "1.01"),
+            (-2.5, 0, "-3"),
+            (-0.04, 1, "0.0"),
+            (0.0, 1, "0.0"),
+            (float("nan"), 2, "nan"),
+            (float("inf"), 0, "inf"),
+        ),
     ],
 )
 def test_halves_are_rounded_away_from_zero(value: float, places: int, text: str) -> None:

@@ -156,9 +156,9 @@ def test_no_text_of_figure_2_overlaps_or_is_cut(rhos: list[float]) -> None:
 
 
 def test_long_names_keep_both_ends() -> None:
-    assert figures.shortened("abcdefghij", 5) == "ab\u2026ij"
-    assert figures.shortened("abcdefghij", 10) == "abcdefghij"
-    assert figures.shortened("\u72ac" * 8, 9) == "\u72ac\u72ac\u2026\u72ac\u72ac"
+    assert figures.elided("abcdefghij", 5) == "ab\u2026ij"
+    assert figures.elided("abcdefghij", 10) == "abcdefghij"
+    assert figures.elided("\u72ac" * 8, 9) == "\u72ac\u72ac\u2026\u72ac\u72ac"
 
 
 def test_numbers_of_classes_are_round() -> None:

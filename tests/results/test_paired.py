@@ -13,7 +13,7 @@ import pytest
 from helpers import must, refused
 from scipy import stats
 
-from cpmix_cli.evaluation.error_shift import most_confused, split_errors
+from cpmix_cli.evaluation.error_shift import most_confused_pairs, split_errors
 from cpmix_cli.results.comparison import ComparisonRow, evaluations_of, in_rows
 from cpmix_cli.results.paired import paired_rows, t_quantile
 
@@ -154,10 +154,28 @@ def test_most_confused_takes_the_fewest_classes_that_make_up_half() -> None:
     confusions = np.array([[0, 3, 2, 1], [2, 0, 2, 2], [0, 0, 0, 0], [1, 9, 1, 0]])
     # Row 0: 3 of 6 are half. Row 1: 2 of 6 are not, so a second class is needed; ties go by class id.
     expected = [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    assert most_confused(confusions).astype(int).tolist() == expected
+    assert most_confused_pairs(confusions).astype(int).tolist() == expected
     matrix = np.array([[9, 3, 2, 1], [2, 9, 1, 0], [0, 0, 9, 4], [1, 5, 0, 9]])
-    assert split_errors(matrix, most_confused(confusions)) == (3 + 2 + 1 + 5, 2 + 1 + 4 + 1)
+    assert split_errors(matrix, most_confused_pairs(confusions)) == (3 + 2 + 1 + 5, 2 + 1 + 4 + 1)
 
 
 def test_t_quantiles_equal_scipys() -> None:
     assert [t_quantile(n) for n in range(1, 40)] == pytest.approx(stats.t.ppf(0.975, range(1, 40)), abs=1e-6)
+
+
+def test_the_verdict_on_the_confusion_partner_follows_from_the_rows() -> None:
+    """The table of paired differences in RESULTS.md, by scipy from results.csv."""
+    recipes = Path(__file__).parents[2] / "recipes"
+    rows = pd.read_csv(recipes / "results.csv").query("study == 'cifar100-lt-200-40-controls'")
+    rows["method"] = rows["method"].str.removeprefix("CP-Mix, ")
+    top1 = rows.pivot(index=["phase", "seed"], columns="method", values="top1")
+    text = (recipes / "RESULTS.md").read_text(encoding="utf-8")
+    for one, other in (("CP-Mix", "random"), ("CP-Mix", "class-uniform"), ("class-uniform", "random")):
+        columns = [name if name in top1 else f"{name} partner" for name in (one, other)]
+        cells = []
+        for phase in ("stage2", "finetune"):
+            found = (top1[columns[0]] - top1[columns[1]])[phase].dropna()
+            half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
+            cells.append(f"{found.mean():+.2f} ± {half:.2f} ({len(found)}")
+        line = next(line for line in text.splitlines() if line.startswith(f"| {one} - {other} partner |"))
+        assert [cell in line for cell in cells] == [True, True], cells

@@ -107,7 +107,7 @@ class HeatMap {
       context.fillRect(this.x(column), this.y(row), drawn - gap, drawn - gap);
       if (cell >= 26) {
         context.fillStyle = luminance(fill) > 0.179 ? "#000" : "#fff"; // the better contrast: both have 4.58 : 1 there
-        const shown = this.number(row, column, value);
+        const shown = this.words(row, column, value);
         context.font = `${Math.min(13, (1.4 * cell) / Math.max(3, shown.length))}px system-ui, sans-serif`;
         context.fillText(shown, this.x(column) + cell / 2, this.y(row) + cell / 2);
       }
@@ -115,7 +115,7 @@ class HeatMap {
   }
 
   // Return the text in a cell: test images, or per cent of the row's; of a difference, with its sign.
-  number(row, column, value) {
+  words(row, column, value) {
     const images = (cells) => cells.found.get(row * places.size + column) || 0;
     if (!this.other) return state.numbers === "images" ? number(images(this.own)) : value >= 1 ? rounded(value) : "<1";
     const paired = this.own.totals[row] === this.other.totals[row]; // else only shares can be compared
