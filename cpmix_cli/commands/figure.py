@@ -18,7 +18,8 @@ from cpmix_cli.flags import FigureOptions
 from cpmix_cli.recipe.loading import load, recipe_names
 from cpmix_cli.recipe.schema import Recipe, changed
 from cpmix_cli.report import paper_figures
-from cpmix_cli.report.figures import MAX_NUMBERS, Kind, encode, fonts_for, is_own
+from cpmix_cli.report.figure_files import Kind, encode, fonts_for, is_own
+from cpmix_cli.report.panels import MAX_NUMBERS
 from cpmix_cli.report.paper_figures import MethodResult
 from cpmix_cli.results.comparison import epochs_to
 from cpmix_cli.results.methods import OBJECTIVES, minimised, stem

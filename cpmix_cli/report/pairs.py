@@ -10,6 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import cluster, spatial
 
+from cpmix_cli.data.dataset import Dataset
+from cpmix_cli.runtime.rounding import percent
+
 
 def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataFrame:
     """Count the confusions of each unordered class pair, most confused first: [C, C], training images [C] -> table.
@@ -39,6 +42,27 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     # groupby() sorts by class ids, and a stable sort keeps that order in ties
     ranked: pd.DataFrame = table.sort_values("count", ascending=False, kind="stable", ignore_index=True)
     return ranked
+
+
+def named_pairs(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+    """Return the table of confused_pairs() with class names, training counts and headings to read."""
+    names, counts = np.array(dataset.class_names), dataset.class_counts
+    rarer, frequent = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
+    return pd.DataFrame(
+        {
+            "rarer class": names[rarer],
+            "training images": counts[rarer],
+            "more frequent class": names[frequent],
+            "training images ": counts[frequent],
+            "confusions": pairs["count"],
+            "rarer as more frequent": pairs["rarer_as_commoner"],
+            "more frequent as rarer": pairs["commoner_as_rarer"],
+            "rarer as more frequent, %": [
+                percent(100 * share) if few < many else "-"  # of two equally large classes, neither is the rarer
+                for share, few, many in zip(pairs["minority_share"], counts[rarer], counts[frequent], strict=True)
+            ],
+        }
+    )
 
 
 def clustered_order(matrix: NDArray[Any]) -> NDArray[np.int32]:

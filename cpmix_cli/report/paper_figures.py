@@ -21,14 +21,30 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from cpmix_cli.data.sources import TOY_SIMILAR
-from cpmix_cli.report import figures
-from cpmix_cli.report.figures import (
+from cpmix_cli.report.panels import (
+    PERCENT_TICKS,
     Array,
+    accuracy_names,
+    add_count_bar,
     by_count,
+    class_style,
+    columns_of,
+    confusion_values,
+    consolidated,
+    count_norm,
+    draw_accuracies,
     draw_grouped,
+    draw_histograms,
     draw_matrix,
     draw_points,
+    draw_regions,
     elided,
+    inches,
+    label_ticks,
+    labels_of,
+    numbers,
+    percent_right,
+    row_percent,
     whole_percent,
     wrapped,
 )
@@ -121,13 +137,13 @@ def class_distribution(erm: MethodResult) -> Figure:
     names = {place: erm.names[c] for place, c in enumerate(order)}
     counts = [f"{n:,}" for n in erm.class_counts[order]]
     width, side = 2.0, 2.3  # of the bars and of the matrix in inches, at least
-    *_, below = figures.labels_of(names, width / len(names))
+    *_, below = labels_of(names, width / len(names))
     figure = Figure(figsize=(_WIDTH, 3.0 + below), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
     bars = left.bar(list(names), erm.class_counts[order], color="#31688e")
-    upright = figures.inches(counts, 6) > 0.9 * width / len(names)
+    upright = inches(counts, 6) > 0.9 * width / len(names)
     left.bar_label(bars, counts, fontsize=6, padding=1, rotation=90 if upright else 0)
-    figures.label_ticks(left.xaxis, names, width / len(names))
+    label_ticks(left.xaxis, names, width / len(names))
     left.set_ylabel("training images")
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.margins(x=0.03, y=0.15 if upright else 0.08)
@@ -177,13 +193,13 @@ def toy_example(
     _letter(panels["a"], "a", f"data ({_RHO} = {next(iter(shown.values())).rho:g})")
     for letter, (method, classes) in zip("bcdf", regions.items(), strict=True):
         axes = panels[letter]
-        figures.draw_regions(axes, axis, classes)
+        draw_regions(axes, axis, classes)
         draw_points(axes, *test, class_names, size=0.8)
         _letter(axes, letter, method)
         numbers = f"{percent(shown[method].accuracy, 1)} % right, confusion {shown[method].similar_confusion:,}"
         axes.set_xlabel(numbers, fontsize=6.5, labelpad=2)
         for c in range(len(class_names)):  # a larger marker in the middle of each class
-            colour, marker = figures.class_style(c)
+            colour, marker = class_style(c)
             middle = test[0][test[1] == c].mean(0)
             axes.plot(*middle, color=colour, marker=marker, markersize=5, markeredgecolor="k", markeredgewidth=0.6)
     for letter in "abcdf":
@@ -196,7 +212,7 @@ def toy_example(
     counts = np.bincount(train[1], minlength=len(class_names))
     points = []
     for c, name in enumerate(class_names):
-        colour, marker = figures.class_style(c)
+        colour, marker = class_style(c)
         label = f"{name}, {counts[c]:,} points"
         edges: Any = {"markeredgecolor": "k" if counts[c] < counts.max() / 2 else colour, "markeredgewidth": 0.6}
         points.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=label, **edges))
@@ -233,7 +249,7 @@ def _with_room(rhos: Sequence[float], length: float) -> list[str]:
     for rho in rhos:
         label = f"{rho:g}"
         place = length * np.log(rho / rhos[0]) / max(1, np.log(rhos[-1] / rhos[0]))
-        half = figures.inches([label], 6.5) / 2
+        half = inches([label], 6.5) / 2
         labels.append(label if place - half > free else "")
         free = place + half + 0.05 if labels[-1] else free
     return labels
@@ -253,18 +269,18 @@ def long_tailed_confusion(erm: MethodResult, mixup: MethodResult, balanced: Meth
     """
     figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     panels = figure.subplot_mosaic([["a", "b"], ["c", "c"]], height_ratios=(3.2, 1.6))
-    norm = figures.count_norm(*(figures.consolidated(one.matrix, erm.class_counts) for one in (erm, mixup)))
+    norm = count_norm(*(consolidated(one.matrix, erm.class_counts) for one in (erm, mixup)))
     for letter, result in (("a", erm), ("b", mixup)):
         image = draw_grouped(panels[letter], result.matrix, erm.class_counts, norm, side=2.2, transposed=True)
         _letter(panels[letter], letter, f"{result.method}, {erm.title}")
     panels["b"].set(yticklabels=[], ylabel=None)
-    figures.add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
-    labels = [f"{r.title}, largest {percent(figures.confusion_values(r.matrix).max())} %" for r in (erm, balanced)]
+    add_count_bar(figure, image, [panels["a"], panels["b"]], pad=0.01, shrink=0.9)
+    labels = [f"{r.title}, largest {percent(confusion_values(r.matrix).max())} %" for r in (erm, balanced)]
     styles: list[dict[str, Any]] = [
         {"color": "#e69f00", "edgecolor": "w", "linewidth": 0.3, "label": labels[0]},
         {"color": "#31688e", "histtype": "step", "linewidth": 1.4, "label": labels[1]},
     ]
-    figures.draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
+    draw_histograms(panels["c"], [erm.matrix, balanced.matrix], styles)
     panels["c"].legend(frameon=False, loc="upper right")
     panels["c"].spines[["top", "right"]].set_visible(False)
     _letter(panels["c"], "c", "confusion values of ERM")
@@ -278,8 +294,8 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
     `panels` has method -> result for one or two data sets; the matrix is of the first.
     """
     width = 2.1  # of the accuracies in inches, at least
-    names = [figures.accuracy_names(panel["CP-Mix"].names, panel["CP-Mix"].class_counts) for panel in panels]
-    below = sum(figures.labels_of(of_axes, width / len(of_axes))[2] for of_axes in names)
+    names = [accuracy_names(panel["CP-Mix"].names, panel["CP-Mix"].class_counts) for panel in panels]
+    below = sum(labels_of(of_axes, width / len(of_axes))[2] for of_axes in names)
     figure = Figure(figsize=(_WIDTH, (3.0 if len(panels) == 1 else 4.0) + below), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left, right = sides
@@ -289,15 +305,15 @@ def class_accuracies(panels: Sequence[Mapping[str, MethodResult]]) -> Figure:
     places = right.subplots(len(panels), 1, squeeze=False)[:, 0]
     for letter, place, panel, of_axes in zip("bc", places, panels, names, strict=False):
         of_data = panel["CP-Mix"]
-        drawn = [(figures.percent_right(result.matrix), METHOD_STYLES[method]) for method, result in panel.items()]
-        figures.draw_accuracies(place, of_axes, of_data.class_counts, drawn, width=width)
+        drawn = [(percent_right(result.matrix), METHOD_STYLES[method]) for method, result in panel.items()]
+        draw_accuracies(place, of_axes, of_data.class_counts, drawn, width=width)
         _letter(place, letter, of_data.title)
     lines = []
     for method in panels[0]:
         where = [letter for letter, panel in zip("bc", panels, strict=False) if panel[method].finetuned]
         note = "" if not where else ", finetuned" if len(where) == len(panels) else f", finetuned in ({where[0]})"
         lines.append(Line2D([], [], label=method + note, **METHOD_STYLES[method]))
-    columns = figures.columns_of([str(line.get_label()) for line in lines], 2.9, 7)
+    columns = columns_of([str(line.get_label()) for line in lines], 2.9, 7)
     right.legend(handles=lines, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
@@ -324,10 +340,10 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
     named_x = {(r, c) for r, c in placed if all(names[r, c] != names.get((k, c)) for k in range(r + 1, len(grid)))}
     named_y = {(r, c) for r, c in placed if all(names[r, c] != names.get((r, k)) for k in range(c))}
     columns, num_classes = 1 + max(c for _, c in placed), len(next(iter(placed.values())).class_names)
-    beside = max(figures.labels_of(one, _LARGEST_SIDE / num_classes)[1] for one in names.values())
+    beside = max(labels_of(one, _LARGEST_SIDE / num_classes)[1] for one in names.values())
     beside *= len({c for _, c in named_y})
     side = min(_LARGEST_SIDE, (_WIDTH - 0.5 - beside) / columns - 0.1)
-    below = max(figures.labels_of(one, side / num_classes)[2] for one in names.values())
+    below = max(labels_of(one, side / num_classes)[2] for one in names.values())
     below *= len({r for r, _ in named_x})
     titles = {
         place: wrapped(f"({letter}) {one.method}, {one.title}", side, 8)
@@ -343,7 +359,7 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
             axes.axis("off")
             continue
         order = by_count(placed[place].class_counts)
-        cells = figures.row_percent(placed[place].matrix)[np.ix_(order, order)]
+        cells = row_percent(placed[place].matrix)[np.ix_(order, order)]
         image = draw_matrix(axes, cells, names[place], number, side=side, transposed=True)
         axes.set(xlabel=None, ylabel=None)
         axes.set_title(titles[place], loc="left")
@@ -351,7 +367,7 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
     figure.supxlabel("true class, most training images first", fontsize=7.5)
     figure.supylabel("predicted class, most training images first", fontsize=7.5)
     bar = figure.colorbar(
-        image, ax=panels, location="top", ticks=figures.PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
+        image, ax=panels, location="top", ticks=PERCENT_TICKS, aspect=50, shrink=0.8, fraction=0.03, pad=0.01
     )
     bar.set_label("% of the true class (white: none)")
     return figure
@@ -359,5 +375,5 @@ def matrices_over_rho(rows: Sequence[Mapping[str, MethodResult]], methods: Seque
 
 def _tick_names(one: MethodResult, *, numbered: bool) -> dict[int, str]:
     if not numbered:
-        return figures.numbers(len(one.names), 6)
+        return numbers(len(one.names), 6)
     return {place: one.names[c] for place, c in enumerate(by_count(one.class_counts))}

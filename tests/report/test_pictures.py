@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.report import figures, paper_figures
+from cpmix_cli.report import figure_files, panels, paper_figures, report_figures
 from cpmix_cli.report.paper_figures import METHOD_STYLES, MethodResult
 
 TITLES = {"short": "digits-lt-rho20, stage1", "long": f"{'photos-of-birds-' * 4}lt-rho200, finetune-other-test-images"}
@@ -44,13 +44,13 @@ def of_report(size: int, length: str) -> Iterator[tuple[str, Figure]]:
     uneven = np.array([5000] * (size - 2) + [50, 5])  # medium and few have one class each
     for what, of_class in (("", counts), (", medium and few of one class", uneven)):
         groups = [group_of(int(n)) for n in of_class]
-        yield f"matrix{what}", figures.confusion_heat_map(matrix, names, of_class, groups, title=title)
-    yield "groups", figures.grouped_heat_map(matrix, counts, title=title)
-    yield "accuracy", figures.class_accuracy(matrix, names, counts, title=title)
-    yield "histogram", figures.confusion_histogram(matrix, title=title)
+        yield f"matrix{what}", report_figures.confusion_heat_map(matrix, names, of_class, groups, title=title)
+    yield "groups", report_figures.grouped_heat_map(matrix, counts, title=title)
+    yield "accuracy", report_figures.class_accuracy(matrix, names, counts, title=title)
+    yield "histogram", report_figures.confusion_histogram(matrix, title=title)
     axis, labels = np.linspace(-2, 2, 20), np.arange(2 * size) % size
     points, grid = np.stack([np.sin(labels), np.cos(3 * labels)], 1), np.add.outer(np.arange(20), np.arange(20)) % size
-    yield "regions", figures.decision_regions(axis, grid, points, labels, names, title=title)
+    yield "regions", report_figures.decision_regions(axis, grid, points, labels, names, title=title)
 
 
 def of_paper(size: int, length: str) -> dict[str, Callable[[], Figure]]:
@@ -78,7 +78,7 @@ def of_paper(size: int, length: str) -> dict[str, Callable[[], Figure]]:
         found[f"{number}, one run"] = of_rho([several("CP-Mix")], "CP-Mix", numbered=number == 6)
         found[f"{number}, eight runs"] = of_rho(eight, *methods, numbered=number == 6)
         found[f"{number}, eight imbalance factors"] = of_rho(rhos, "ERM", numbered=number == 6)
-    few = size <= figures.MAX_NUMBERS  # the command refuses the figures 1 and 6 of more classes
+    few = size <= panels.MAX_NUMBERS  # the command refuses the figures 1 and 6 of more classes
     return {name: draw for name, draw in found.items() if few or name[0] in "345"}
 
 
@@ -104,12 +104,12 @@ def test_texts_are_equally_wide_at_any_resolution() -> None:
     for dpi in (72, 100, 150, 450):
         figure.set_dpi(dpi)
         widths.append(text.get_window_extent(RendererAgg(9, 9, dpi)).width / dpi)
-    assert widths == pytest.approx([figures.inches(["aquarium_fish"], 7.4)] * 4, rel=0.01)
+    assert widths == pytest.approx([panels.inches(["aquarium_fish"], 7.4)] * 4, rel=0.01)
 
 
 def faults(figure: Figure) -> list[str]:
     """Texts of a figure as encode() lays it out that overlap by more than a pixel or leave the figure."""
-    figures.encode(figure, "png", dpi=20)
+    figure_files.encode(figure, "png", dpi=20)
     texts: dict[Text, None] = {}
     draw = Text.draw
     with pytest.MonkeyPatch.context() as patch:
@@ -156,15 +156,15 @@ def test_no_text_of_figure_2_overlaps_or_is_cut(rhos: list[float]) -> None:
 
 
 def test_long_names_keep_both_ends() -> None:
-    assert figures.elided("abcdefghij", 5) == "ab\u2026ij"
-    assert figures.elided("abcdefghij", 10) == "abcdefghij"
-    assert figures.elided("\u72ac" * 8, 9) == "\u72ac\u72ac\u2026\u72ac\u72ac"
+    assert panels.elided("abcdefghij", 5) == "ab\u2026ij"
+    assert panels.elided("abcdefghij", 10) == "abcdefghij"
+    assert panels.elided("\u72ac" * 8, 9) == "\u72ac\u72ac\u2026\u72ac\u72ac"
 
 
 def test_numbers_of_classes_are_round() -> None:
-    assert figures.numbers(8) == {k: f"{k + 1}" for k in range(8)}
-    assert list(figures.numbers(151).values()) == ["1", *(str(k) for k in range(10, 151, 10))]
-    assert list(figures.numbers(8142, 6).values()) == ["1", "2000", "4000", "6000", "8000"]
+    assert panels.numbers(8) == {k: f"{k + 1}" for k in range(8)}
+    assert list(panels.numbers(151).values()) == ["1", *(str(k) for k in range(10, 151, 10))]
+    assert list(panels.numbers(8142, 6).values()) == ["1", "2000", "4000", "6000", "8000"]
 
 
 def test_the_grouped_matrix_of_an_earlier_report_is_removed(digits_run: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from test_colours import contrast
 
 from cpmix_cli.data.longtail import group_of
-from cpmix_cli.report import figures
+from cpmix_cli.report import figure_files, panels, report_figures
 from cpmix_cli.report.images import most_confused, sheet
 from cpmix_cli.report.pairs import clustered_order, confused_pairs, relation, trim_confusions
 
@@ -55,20 +55,20 @@ def groups(counts: np.ndarray) -> list[str]:
 
 
 def heat_map(matrix: np.ndarray, counts: np.ndarray, names: list[str], title: str = "t") -> Figure:
-    return figures.confusion_heat_map(matrix, names, counts, groups(counts), title=title)
+    return report_figures.confusion_heat_map(matrix, names, counts, groups(counts), title=title)
 
 
 def all_pictures(matrix: np.ndarray, counts: np.ndarray, names: list[str]) -> list[bytes]:
     return drawn(
         heat_map(matrix, counts, names),
-        figures.grouped_heat_map(matrix, counts, title="t"),
-        figures.class_accuracy(matrix, names, counts, title="t"),
-        figures.confusion_histogram(matrix, title="t"),
+        report_figures.grouped_heat_map(matrix, counts, title="t"),
+        report_figures.class_accuracy(matrix, names, counts, title="t"),
+        report_figures.confusion_histogram(matrix, title="t"),
     )
 
 
 def drawn(*pictures: Figure) -> list[bytes]:
-    return [figures.encode(picture, "png") for picture in pictures]
+    return [figure_files.encode(picture, "png") for picture in pictures]
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_numbers_are_rounded_as_on_the_page_and_contrast_with_their_cells() -> N
 @pytest.mark.slow
 def test_as_svg_and_pdf_a_picture_is_small_has_no_date_and_its_fonts() -> None:
     for kind in ("svg", "pdf"):
-        first, second = (figures.encode(heat_map(*example(100)), kind) for _ in range(2))
+        first, second = (figure_files.encode(heat_map(*example(100)), kind) for _ in range(2))
         assert first == second
         assert len(first) < 600_000
         assert b"CreationDate" not in first
@@ -126,10 +126,10 @@ def test_values_of_whole_images_fall_into_whole_bins() -> None:
     """Of 4 test images each, every value is a multiple of 25 per cent; 1, 2 and 4 pairs have one, two and no image."""
     matrix = np.array([[2, 2, 0], [0, 3, 1], [1, 0, 3]])
     axes = Figure().add_subplot()
-    figures.draw_histograms(axes, [matrix], [{}])
+    panels.draw_histograms(axes, [matrix], [{}])
     heights = {round(b.get_x() + b.get_width(), 1): b.get_height() for b in axes.patches if b.get_height() > 0}
     assert heights == {25.2: 2, 50.2: 1}
-    assert sorted(figures.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
+    assert sorted(panels.confusion_values(matrix)) == [0, 0, 0, 25, 25, 50]
 
 
 def test_class_names_are_not_parsed_as_formulas() -> None:
@@ -137,7 +137,7 @@ def test_class_names_are_not_parsed_as_formulas() -> None:
     names = ["$a^$", "$5^ to $10", "\\frac"]
     for kind in ("png", "svg", "pdf"):
         figure = heat_map(matrix, counts, names, "$x^$")
-        assert figures.encode(figure, kind)
+        assert figure_files.encode(figure, kind)
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == names
 
 
@@ -149,7 +149,7 @@ def test_letters_that_no_font_has_cause_one_warning(
 ) -> None:
     names = ["caf\u00e9", f"{UNASSIGNED}a", f"b{UNASSIGNED}"]
     matrix, counts, _ = example(3)
-    with figures.fonts_for([*names, "data"]):
+    with figure_files.fonts_for([*names, "data"]):
         assert all(all_pictures(matrix, counts, names))
     said = f"no installed font has the letters {UNASSIGNED} of 2 names, such as {UNASSIGNED}a: the figures have boxes"
     told = capsys.readouterr().err
@@ -161,8 +161,8 @@ def test_letters_that_no_font_has_cause_one_warning(
 def test_letters_are_drawn_with_an_installed_font_that_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     def boxes(letter: str) -> bytes:
         names = [letter, "b", "c"]
-        with figures.fonts_for(names):
-            return figures.encode(heat_map(*example(3)[:2], names), "png")
+        with figure_files.fonts_for(names):
+            return figure_files.encode(heat_map(*example(3)[:2], names), "png")
 
     only_in_stix = "\u24b6"  # STIX comes with matplotlib
     assert boxes(only_in_stix) == boxes(only_in_stix)
@@ -176,7 +176,7 @@ def test_letters_are_drawn_with_an_installed_font_that_has_them(capsys: pytest.C
 def test_single_cells_of_a_large_matrix_stay_visible() -> None:
     values = np.zeros((7, 5))
     values[6, 4], values[0, 3], values[1, 2] = 3, 2, 1
-    assert figures._largest_of_blocks(values, 2).tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 3]]
+    assert panels._largest_of_blocks(values, 2).tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 3]]
     matrix = np.diag([100] * 2400)
     matrix[2000, 300] = 40
     names, counts = [str(c) for c in range(2400)], np.arange(2400, 0, -1)
@@ -197,8 +197,8 @@ def test_decision_regions_show_the_classes_of_the_grid() -> None:
     halves = np.broadcast_to((axis > 0).astype(int), (20, 20))
     points = np.array([[-0.5, 0.0], [0.5, 0.0], [0.6, 0.1]])
     arguments = (points, np.array([0, 1, 1]), ["left", "right"])
-    split = figures.decision_regions(axis, halves, *arguments, title="t")
-    whole = figures.decision_regions(axis, np.zeros((20, 20), int), *arguments, title="t")
+    split = report_figures.decision_regions(axis, halves, *arguments, title="t")
+    whole = report_figures.decision_regions(axis, np.zeros((20, 20), int), *arguments, title="t")
     changed = (pixels(*drawn(split)) != pixels(*drawn(whole))).any(axis=2)
     middle = changed.shape[1] // 2
     assert changed[:, middle + 60 :].sum() > 50_000

@@ -1,23 +1,19 @@
-"""Panels of figures, and the figures of confusion-report; paper_figures.py has the paper's.
+"""Panels: what the figures of confusion-report (report_figures.py) and those of the paper (paper_figures.py) draw.
 
 Args of all functions:
     axes: matplotlib Axes to draw on.
     matrix: test images of true class (row) predicted as class (column) [C, C].
     class_names: C names.
     class_counts: training images per class [C].
-    title: title of the figure.
 
 Classes are drawn in descending order of their training images. Cells have the page's colours of confusions in light
 mode (colours.py) without the palest, so that one image differs from none: cells without images are white. Equal
-arrays give equal bytes. A figure is as large as its cells and names need.
+arrays give equal bytes.
 """
 
-import io
 import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,117 +21,30 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.colors import ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from cpmix_cli.data.longtail import GROUPS
 from cpmix_cli.report.colours import colour_map, text_colour
-from cpmix_cli.runtime import console
-from cpmix_cli.runtime.errors import counted
+from cpmix_cli.report.figure_files import boxes_allowed
 from cpmix_cli.runtime.rounding import percent
-from cpmix_cli.runtime.text import cut, on_a_line, width_of
+from cpmix_cli.runtime.text import cut, width_of
 
 Array = NDArray[Any]
-Kind = Literal["png", "svg", "pdf"]
-
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name starts no formula
-matplotlib.rcParams["text.hinting"] = "no_hinting"  # texts are equally wide at any resolution, so one layout fits all
 
 MAX_NUMBERS = 12
 """Largest number of classes of a matrix with numbers in its cells."""
-_MAX_NAMES = 150
 _NAME_COLUMNS = 32
 _MAX_TICKS = 20  # numbers on an axis without names
-_MAX_IN_LEGEND = 40
-_TITLE_COLUMNS = 120
 _SMALL_LABEL = 6  # points; ticks would be longer than the space between smaller labels
-_GAP = 0.12  # inches between texts beside each other
-_SPACE_ABOVE = 0.2  # inches, of a line between axes and title
-_BAR: dict[str, Any] = {"shrink": 0.8, "aspect": 30, "fraction": 0.05, "pad": 0.02}
 _MAX_CELLS = 1000  # per side; more cells than pixels
 _MAX_BINS = 60
-_MAX_LISTED = 10  # letters in a warning
 NUM_GROUPS = 10
 _COLOURS = ListedColormap(colour_map("confusion")(np.linspace(0.05, 1, 256))).with_extremes(bad="white")
 """Empty cells are white, not transparent: PDF viewers draw dark seams between transparent and filled cells."""
 PERCENT_TICKS = [0, 1, 5, 10, 25, 50, 75, 100]
-# None: metadata that differ between equal figures
-_METADATA: dict[Kind, dict[str, str | None]] = {
-    "png": {"Software": "cpmix"},
-    "svg": {"Creator": "cpmix", "Date": None},
-    "pdf": {"Creator": "cpmix", "CreationDate": None},
-}
-_MARKS = (b"tEXtSoftware\x00cpmix", b"<dc:title>cpmix</dc:title>", b"/Creator (cpmix)")
-
-
-def encode(figure: Figure, kind: Kind, *, dpi: float = 150) -> bytes:
-    """Encode a Figure as a file. PDFs embed TrueType fonts; SVGs draw text as outlines.
-
-    Args:
-        figure: the Figure; its layout is fixed by the first call.
-        kind: file format.
-        dpi: resolution of a PNG. In PDF and SVG, only of matrices and point clouds.
-    """
-    buffer = io.BytesIO()
-    with _boxes_allowed(), matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "cpmix"}):
-        if figure.get_layout_engine() is not None:  # only once: a second layout for the next kind would move items
-            for _ in range(2):  # the first pass may shrink axes, which changes their ticks and the size of labels
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
-    return buffer.getvalue()
-
-
-def is_own(data: bytes) -> bool:
-    """Return whether encode() has made a file, by its metadata."""
-    return any(mark in data for mark in _MARKS)
-
-
-@contextmanager
-def fonts_for(names: Iterable[str]) -> Iterator[None]:
-    """Make and encode figures with installed fonts that have the letters of names; warn of letters that none has."""
-    shown = [on_a_line(name) for name in names]
-    lacking = set("".join(shown)) - _letters(findfont(FontProperties()))
-    families, found = [*matplotlib.rcParams["font.family"]], _fonts_with(lacking) if lacking else {}
-    while best := max(found, key=lambda family: len(found[family] & lacking), default=None):
-        lacking -= found.pop(best)
-        families.append(best)
-        found = {family: letters for family, letters in found.items() if letters & lacking}
-    if lacking:
-        boxed = [name for name in shown if lacking & set(name)]
-        listed = " ".join([*sorted(lacking)[:_MAX_LISTED], *(["..."] if len(lacking) > _MAX_LISTED else [])])
-        console.warn(
-            f"no installed font has the letters {listed} of {counted(len(boxed), 'name')}, such as {boxed[0]}: "
-            "the figures have boxes in their places"
-        )
-    with matplotlib.rc_context({"font.family": families}):
-        yield
-
-
-@contextmanager
-def _boxes_allowed() -> Iterator[None]:
-    """Silence matplotlib's warnings of letters that the font lacks: fonts_for() warns of them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        yield
-
-
-def _letters(font: str) -> set[str]:
-    return set(map(chr, get_font(font).get_charmap()))
-
-
-def _fonts_with(letters: set[str]) -> dict[str, set[str]]:
-    """Return the installed families that have some of the letters, and which, by name."""
-    found: dict[str, set[str]] = {}
-    others = {get_font(findfont(FontProperties())).family_name, "Last Resort High-Efficiency"}  # which has only boxes
-    for font in sorted(fontManager.ttflist, key=lambda font: font.name):
-        if font.style == "normal" and font.weight in (400, "normal") and font.name not in others:
-            with suppress(OSError, RuntimeError):  # deleted or damaged since matplotlib listed it
-                found.setdefault(font.name, letters & _letters(font.fname))
-    return {family: has for family, has in found.items() if has}
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -152,7 +61,7 @@ def elided(name: str, columns: int = _NAME_COLUMNS) -> str:
 def inches(texts: Iterable[str], size: float) -> float:
     """Return the width of the widest of some lines of text in inches, drawn at a size in points."""
     font = FontProperties(size=size)
-    with _boxes_allowed():
+    with boxes_allowed():
         return max((text_to_path.get_text_width_height_descent(t, font, False)[0] for t in texts), default=0.0) / 72
 
 
@@ -466,163 +375,3 @@ def draw_points(axes: Axes, points: Array, labels: Array, class_names: Sequence[
             rasterized=True,
         )
     axes.set_aspect("equal")
-
-
-# -- figures of confusion-report ---------------------------------------------------------------------------------------
-
-
-def confusion_heat_map(
-    matrix: Array, class_names: Sequence[str], class_counts: Array, groups: Sequence[str], *, title: str
-) -> Figure:
-    """Draw the confusion matrix in per cent of each true class's test images. Paper: Fig. 1(b), 5, 6.
-
-    Up to 12 classes have numbers in the cells, up to 150 have names on the axes. Lines separate the groups.
-
-    Args:
-        matrix: test images [C, C].
-        class_names: C names.
-        class_counts: training images [C].
-        groups: many, medium or few, per class [C].
-        title: title of the figure.
-    """
-    order = by_count(class_counts)
-    size, numbered = len(order), len(order) <= MAX_NUMBERS
-    side = 5.2 if numbered else min(13.0, 5.5 + 0.08 * size)
-    named = {place: elided(class_names[c]) for place, c in enumerate(order)}
-    names = named if size <= _MAX_NAMES else numbers(size)
-    figure, axes = _matrix_panel(names, size, side, title, above=_SPACE_ABOVE)
-    cells, number = row_percent(matrix)[np.ix_(order, order)], whole_percent if numbered else None
-    image = draw_matrix(axes, cells, names, number, side=side, transposed=False)
-    of_rows = [groups[c] for c in order]
-    shown = [group for group in GROUPS if group in of_rows]
-    firsts, widths = [of_rows.index(group) for group in shown], [inches([group], 10) for group in shown]
-    for first in firsts[1:]:
-        axes.axhline(first - 0.5, color="0.35", linewidth=0.8)
-        axes.axvline(first - 0.5, color="0.35", linewidth=0.8)
-    middles = np.add(firsts, [*firsts[1:], size]) / 2 * side / size
-    for group, start in zip(shown, _apart(middles, widths, side), strict=True):
-        _above(axes, group, start / side, "left")
-    bar = figure.colorbar(image, ax=axes, ticks=PERCENT_TICKS, **_BAR)
-    bar.set_label("% of the true class's test images (white: none)")
-    return figure
-
-
-def _above(axes: Axes, text: str, place: float, align: Literal["left", "center"]) -> None:
-    """Write a line into the space between axes and title, at a place from 0 (left) to 1."""
-    points: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 10}
-    axes.annotate(text, (place, 1), (0, 4), ha=align, va="bottom", **points)
-
-
-def _apart(middles: Array, widths: Sequence[float], length: float) -> list[float]:
-    """Return where texts start so that none overlaps the next: at their middles, or shifted along the axis.
-
-    Args:
-        middles: places of the texts in inches, ascending [N].
-        widths: their widths in inches.
-        length: length of the axis in inches.
-    """
-    starts: list[float] = []
-    free = 0.0
-    for middle, width in zip(middles, widths, strict=True):
-        starts.append(max(middle - width / 2, free))
-        free = starts[-1] + width + _GAP
-    for k in reversed(range(len(starts))):
-        starts[k] = min(starts[k], length - widths[k])
-        length = starts[k] - _GAP
-    return starts
-
-
-def _matrix_panel(
-    names: Mapping[int, str], size: int, side: float, title: str, above: float = 0
-) -> tuple[Figure, Axes]:
-    """Return a figure that has room for a matrix of `side` inches, its names, its colour bar and texts above it."""
-    _, beside, below = labels_of(names, side / size)
-    return _one_panel(side + beside + 1.7, side + below + 0.6, title, side, above)
-
-
-def _one_panel(width: float, height: float, title: str, inside: float, above: float = 0) -> tuple[Figure, Axes]:
-    """Return a figure and its axes, about `inside` inches wide, with a title and space for texts below the title.
-
-    Title and space add to the height.
-    """
-    lines = wrapped(elided(title, _TITLE_COLUMNS), inside, 12)
-    height += above + 0.3 + 0.2 * lines.count("\n")
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(lines, fontsize=12, pad=6 + 72 * above)
-    return figure, axes
-
-
-def grouped_heat_map(matrix: Array, class_counts: Array, *, title: str) -> Figure:
-    """Draw the matrix [C, C] in ten groups of neighbouring classes, see draw_grouped(). Paper: Fig. 3(a, b), 4(a).
-
-    Args:
-        matrix: test images [C, C].
-        class_counts: training images [C].
-        title: title of the figure.
-    """
-    side, names = 4.8, group_names(class_counts)
-    figure, axes = _matrix_panel(names, len(names), side, title)
-    image = draw_grouped(axes, matrix, class_counts, side=side, transposed=False)
-    add_count_bar(figure, image, axes, **_BAR)
-    return figure
-
-
-def class_accuracy(matrix: Array, class_names: Sequence[str], class_counts: Array, *, title: str) -> Figure:
-    """Draw accuracies and training images: means of ten groups as a line, single classes as dots. Paper: Fig. 4(b, c).
-
-    Args:
-        matrix: test images [C, C].
-        class_names: C names.
-        class_counts: training images [C].
-        title: title of the figure.
-    """
-    accuracy, size, width = percent_right(matrix), len(class_counts), 7.4
-    names = accuracy_names([*map(elided, class_names)], class_counts)
-    *_, below = labels_of(names, width / len(names))
-    figure, axes = _one_panel(9, 3.8 + below, title, width)
-    draw_accuracies(axes, names, class_counts, [(accuracy, {"color": "C0", "marker": "o"})], width=width)
-    if size > NUM_GROUPS:
-        place = (np.arange(size) + 0.5) * NUM_GROUPS / size - 0.5
-        axes.plot(place, accuracy[by_count(class_counts)], ".", color="C0", alpha=0.45, markersize=4)
-        axes.set_xlabel("class, by its training images (dots: classes; line: means of ten groups)")
-    return figure
-
-
-def confusion_histogram(matrix: Array, *, title: str) -> Figure:
-    """Draw the histogram of confusion values of ordered class pairs; the title counts zeros. Paper: Fig. 3(c)."""
-    values = confusion_values(matrix)
-    zeros, largest = int((values == 0).sum()), values.max(initial=0)
-    note = f"largest {percent(largest)} %" if largest > 0 else "no confusion"
-    figure, axes = _one_panel(7, 4, title, 6, above=_SPACE_ABOVE)
-    _above(axes, f"{zeros:,} of {len(values):,} pairs at zero, {note}", 0.5, "center")
-    draw_histograms(axes, [matrix], [{"color": "#31688e", "edgecolor": "w", "linewidth": 0.4}])
-    return figure
-
-
-def decision_regions(
-    axis: Array, grid_classes: Array, points: Array, labels: Array, class_names: Sequence[str], *, title: str
-) -> Figure:
-    """Draw the decision regions of a classifier of 2-D points, and training points on top. Paper: Fig. 2(b-d).
-
-    Args:
-        axis: ascending coordinates of the grid, in x and y [G].
-        grid_classes: predicted class at (row of y, column of x) [G, G].
-        points: coordinates [N, 2].
-        labels: class ids [N].
-        class_names: C names.
-        title: title of the figure.
-    """
-    figure, axes = _one_panel(6.4, 6.1, title, 5.6)
-    draw_regions(axes, axis, grid_classes)
-    draw_points(axes, points, labels, [*map(elided, class_names)], size=7)
-    markers, names = axes.get_legend_handles_labels()
-    markers, names = markers[:_MAX_IN_LEGEND], names[:_MAX_IN_LEGEND]
-    columns = columns_of(names, 6.2, 10)
-    heading = "" if len(names) == len(class_names) else f"the {len(names)} largest of {len(class_names):,} classes"
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "title": heading}
-    handles: list[Any] = figure.legend(markers, names, **place).legend_handles
-    for handle in handles:  # the markers of frequent classes are too small to recognise
-        handle.set(sizes=[30], alpha=1)
-    figure.set_figheight(figure.get_figheight() + 0.21 * (-(-len(names) // columns) + bool(heading)))
-    return figure
