@@ -287,9 +287,19 @@ def _accuracy_lines(numbered: Sequence[tuple[int, ComparisonRow]], with_deviatio
     for note, numbers in fewer.items():
         lines.append(f"row{'s' * (len(numbers) > 1)} {_listed(numbers)}: {note}; diff is to the paper's full training")
     for entry in comparison.differences_of(rows):
-        keys = [f"{key}: {', '.join(map(comparison.shown, values))}" for key, values in entry["keys"].items()]
+        keys = [f"{key}: {_by_row(values, entry['rows'])}" for key, values in entry["keys"].items()]
         lines.append(f"rows {_listed(entry['rows'])} differ in {shortened(keys, MAX_LISTED, '; ')}")
     return lines
+
+
+def _by_row(values: Sequence[Any], numbers: Sequence[int]) -> str:
+    """Format values of rows: "crop, none" of two; of more, each value once with its rows, "crop (1, 2), none (3)"."""
+    if len(values) == 2:
+        return ", ".join(map(comparison.shown, values))
+    rows: dict[str, list[str]] = {}
+    for value, number in zip(values, numbers, strict=True):
+        rows.setdefault(comparison.shown(value), []).append(str(number))
+    return ", ".join(f"{value} ({', '.join(of_value)})" for value, of_value in rows.items())
 
 
 def _epochs_note(row: ComparisonRow) -> str:

@@ -262,6 +262,9 @@ def test_rows_state_how_they_differ(seeds: list[Path], digits: Path, tmp_path: P
     assert {run for run, value in found["few_inclusive"].items() if value} == {"inclusive"}
     lines = must("compare", seeds[0], runs[1]).stdout.splitlines()
     assert "rows 1 and 2 differ in precision: fp32, bf16" in lines
+    lines = must("compare", *runs[:3]).stdout.splitlines()
+    differ = "precision: fp32 (1, 3), bf16 (2); schedule.epochs: 3 (1, 2), 4 (3)"
+    assert f"rows 1, 2 and 3 differ in {differ}" in lines
     lines = must("compare", seeds[0], runs[3]).stdout.splitlines()
     titles = [line for line in lines if line.endswith(", per cent")]
     assert titles == ["digits-lt-rho20, per cent", "digits-lt-rho20-seed3, per cent"]
