@@ -616,6 +616,22 @@ def test_runs_are_plotted_by_their_own_class_counts(opened: Any) -> None:
     assert spec["x"]["low"] < 2 and spec["x"]["high"] > 900
 
 
+def test_the_table_of_classes_has_the_images_of_each_run(opened: Any) -> None:
+    """Dogs: 50 and 900 training images, 100 test images in both; 50 wolves of b's test images, 100 of a's."""
+    fewer = HAND.copy()
+    fewer[2] = (0, 10, 40)
+    shows = opened(rendered([shown(HAND, COUNTS, "a"), shown(fewer, np.array([2, 900, 30]), "b")], NAMES))
+    table = shows.page.locator("#classes")
+    heads = ["training images, a", "training images, b", "test images, a", "test images, b", "recall, a"]
+    assert [head.rstrip(" ▼▲") for head in table.locator("thead th").all_inner_texts()[2:7]] == heads
+    rows = [row.locator("th, td").all_inner_texts()[:6] for row in table.locator("tbody tr").all()]
+    assert rows[1][2:] == ["50", "900", "100", "100"]
+    assert rows[2][2:] == ["5", "30", "100", "50"]
+    shows = opened(rendered([shown(HAND, COUNTS, "a"), shown(HAND, COUNTS, "b")], NAMES))
+    heads = shows.page.locator("#classes thead th").all_inner_texts()[2:5]
+    assert [head.rstrip(" ▼▲") for head in heads] == ["training images", "test images", "recall, a"]
+
+
 def test_long_tables_show_100_rows_first(opened: Any) -> None:
     size = 130
     matrix = np.diag([5] * size)

@@ -12,13 +12,18 @@ function classTable() {
       { name: "most taken for, images", of: ({ c }) => most(c), numeric: true, left: true, links: ({ c }) => (run.taken[c].length ? takenLinks(run, c) : ["-"]) },
     ];
   });
+  const of = (name, run, isOnly) => (isOnly ? name : `${name}, ${run.name}`);
+  const images = (name, key) => { // one column if all runs agree
+    const alike = runs.every((run) => ids.every((c) => run[key][c] === runs[0][key][c]));
+    return (alike ? runs.slice(0, 1) : runs).map((run) => ({ name: of(name, run, alike), of: ({ c }) => run[key][c], numeric: true }));
+  };
   const columns = [
     { name: "class", of: ({ c }) => data.names[c] },
     { name: "group", of: ({ c }) => runs[0].groups[c], text: (v) => GROUPS[v], numeric: true, left: true },
-    { name: "training images", of: ({ c }) => runs[0].trainCounts[c], numeric: true },
-    { name: "test images", of: ({ c }) => runs[0].testCounts[c], numeric: true },
+    ...images("training images", "trainCounts"),
+    ...images("test images", "testCounts"),
     // of several runs, each measure's columns stand side by side
-    ...measures[0].flatMap((_, m) => runs.map((run, r) => ({ ...measures[r][m], name: runs.length > 1 ? `${measures[r][m].name}, ${run.name}` : measures[r][m].name }))),
+    ...measures[0].flatMap((_, m) => runs.map((run, r) => ({ ...measures[r][m], name: of(measures[r][m].name, run, runs.length === 1) }))),
   ];
   const rows = ids.map((c) => ({ c, show: () => showInMap(c, runs[0].taken[c].length ? runs[0].taken[c][0].column : c) }));
   sortable($("classes"), columns, rows, ({ c }) => data.names[c], $("classes-search"), 2);
