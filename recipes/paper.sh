@@ -56,7 +56,7 @@ whole() { # DATA SEED NAME RUN FLAGS: a recipe from its first epoch on
     measured "$4" "$last"
 }
 
-main_table() { # RHO SEED: CP-Mix, Balanced Softmax, random partners and cross entropy; the first three share stage 1
+main_table() { # RHO SEED: CP-Mix, Balanced Softmax, random partners, which share stage 1; cross entropy; CP-Mix, tuned
     local data=$out/data-$1 run=$out/rho$1-seed$2
     within cpmix build-lt "${build[@]}" --rho "$1" --out "$data"
     whole "$data" "$2" cpmix "$run-cpmix" "${length[@]}"
@@ -67,6 +67,9 @@ main_table() { # RHO SEED: CP-Mix, Balanced Softmax, random partners and cross e
         within cpmix finetune --from "$run-cpmix" --recipe "$set/cpmix-mixed-finetune" --seed "$2" "${length[@]}" \
             --out "$run-mixed-finetune"
         within cpmix evaluate --from "$run-mixed-finetune"
+    fi
+    if is_there cpmix-tuned; then
+        whole "$data" "$2" cpmix-tuned "$run-cpmix-tuned" "${length[@]}"
     fi
 }
 

@@ -77,6 +77,7 @@ def matrix_of(run: Path, phase: str, num_classes: int) -> np.ndarray:
         ("cifar100-lt/crt", "finetune", None),
         ("cifar100-lt/logit-adjusted-posthoc", "stage1", None),
         ("cifar100-lt/cpmix-mixed-finetune", "finetune", None),
+        ("cifar100-lt/cpmix-tuned", "stage2", "CP-Mix"),
         ("cifar100-lt/cpmix-random", "stage2", None),
         ("cifar100-lt/cpmix-on-lade", "stage2", None),
         ("cifar100-lt/ablation-6", "stage2", None),

@@ -57,7 +57,7 @@ def pixels(*seeds: int) -> list[bytes]:
 
 def test_the_default_recipes_are_there() -> None:
     assert [published.recipe for published in (cifar.CIFAR10, cifar.CIFAR100)] == [
-        *("cifar10-lt/cpmix", "cifar100-lt/cpmix-mixed-finetune")
+        *("cifar10-lt/cpmix", "cifar100-lt/cpmix-tuned")
     ]
     assert {cifar.CIFAR10.recipe, cifar.CIFAR100.recipe} <= set(recipe_names())
 

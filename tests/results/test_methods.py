@@ -18,7 +18,7 @@ METHODS = [name for name in CIFAR if "ablation" not in name]
 OF_TABLE_1 = ["Cross Entropy", "LDAM-DRW", "Balanced Softmax", "MiSLAS", "Remix", "CMO", "UniMix", "OTmix (BS)", "RIDE"]
 OF_TABLE_1 += ["SADE", "ACE (from its description)", "CMO + RIDE", "OTmix + RIDE", "CP-Mix + RIDE", "CP-Mix"]
 OURS = ["CP-Mix, mixed finetune", "CP-Mix, paper's finetune", "CP-Mix, pretrained", "CP-Mix, strong"]
-OURS += ["CP-Mix, strong, one network"]
+OURS += ["CP-Mix, strong, one network", "CP-Mix, tuned"]
 """Methods of cpmix itself, without a paper."""
 OTHERS = {
     "loss": ["LADE", "Focal", "Logit adjustment (loss)", "Logit adjustment (post hoc)"],
@@ -79,7 +79,7 @@ def test_the_table_marks_copied_numbers() -> None:
     assert [line for line in lines if line.startswith("CP-Mix  ")][1].split()[1:] == ["53.90", "42.30", "72.30"]
     assert [line for line in lines if line.startswith("LADE  ")][1].split()[1:] == ["39.20*", "69.30*"]
     assert lines[-3:-1] == [
-        "all but ablations, balpoe, cpmix-mixed-finetune, cpmix-strong, cpmix-strong-single, h2t, "
+        "all but ablations, balpoe, cpmix-mixed-finetune, cpmix-strong, cpmix-strong-single, cpmix-tuned, h2t, "
         "cpmix-last-block (places-lt) and fixed-pairs (toy) stand for cifar10-lt too",
         "with a number in the second table, for that data set too; ablations for imagenet-lt",
     ]

@@ -101,7 +101,8 @@ OTMIX_210 = {1: 0.02, 5: 0.1, 30: 0.1, 31: 0.01, 81: 1e-3, 131: 1e-4, 181: 1e-5,
 DOUBLE = {epoch: 2 * rate for epoch, rate in CMO_100.items()}
 RATES = {
     **dict.fromkeys(
-        ["balanced-softmax", "cpmix", "cpmix-class-uniform", "cpmix-mixed-finetune", "cpmix-random"], TABLE_6
+        ["balanced-softmax", "cpmix", "cpmix-class-uniform", "cpmix-mixed-finetune", "cpmix-random", "cpmix-tuned"],
+        TABLE_6,
     ),
     **dict.fromkeys(["cpmix-on-lade", "cpmix-on-ldam-drw"], TABLE_6),
     **dict.fromkeys(["cross-entropy", "crt", "logit-adjusted-posthoc", "lws", "tau-norm"], TABLE_6),
@@ -232,6 +233,12 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cpmix-mixed-finetune": {**CPMIX, "finetune": {"lr": 0.05}, "finetune.terms.erm": {**CP, "weight": 1.0}},
     "cpmix-random": {**CPMIX, "stage2.terms.cp": {**CP, "partner": "random"}},
+    "cpmix-tuned": {
+        **CPMIX,
+        "optimizer": {"nesterov": True, "weight_decay": 5e-4},
+        "finetune": {"lr": 0.05},
+        "finetune.terms.erm": {**CP, "weight": 1.0},
+    },
     "cpmix-last-block": {**CPMIX, "model": {"frozen": LAST_BLOCK}},
     "cross-entropy": {},
     "crt": {"finetune": CRT},
