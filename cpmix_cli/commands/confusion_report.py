@@ -266,7 +266,7 @@ def _make_page(report: _Report, pictures: Pictures) -> str:
         notes=notes,
         accuracy=pd.DataFrame(rows, columns=[h.removeprefix(">") for h in ACCURACY_HEADER]),
         pairs=shown_pairs,
-        named_pairs=named_pairs(report.pairs.head(NUM_ON_PAGE), own.dataset),
+        named_pairs=named_pairs(report.pairs.head(NUM_ON_PAGE), own.dataset.class_names, own.dataset.class_counts),
         clustered=clustered_order(own.shown.matrix),
         images=thumbnails(own, report.num_images),
         pictures=[(caption, [f"{folder}{name}.{kind}" for kind in encoded]) for name, caption, encoded in pictures],
@@ -293,7 +293,8 @@ def _show(report: _Report, status: str) -> None:
     if not console.as_json:
         header = ("rarer class", ">images", "more frequent class", ">images", ">confusions", ">rarer as frequent", ">%")
         rows = [
-            [str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)] for _, row in named_pairs(top, own.dataset).iterrows()
+            [str(row.iloc[i]) for i in (0, 1, 2, 3, 4, 5, 7)]
+            for _, row in named_pairs(top, own.dataset.class_names, own.dataset.class_counts).iterrows()
         ]
         images = f"{wrong:,} of {counted(size, 'test image')} wrong"
         title = f"most confused of {counted(len(report.pairs), 'class pair')} ({images})"

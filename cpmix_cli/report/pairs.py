@@ -3,6 +3,7 @@
 C classes; matrices have true classes in rows and predicted classes in columns.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import cluster, spatial
 
-from cpmix_cli.data.dataset import Dataset
 from cpmix_cli.runtime.rounding import percent
 
 
@@ -44,9 +44,9 @@ def confused_pairs(matrix: NDArray[Any], class_counts: NDArray[Any]) -> pd.DataF
     return ranked
 
 
-def named_pairs(pairs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
-    """Return the table of confused_pairs() with class names, training counts and headings to read."""
-    names, counts = np.array(dataset.class_names), dataset.class_counts
+def named_pairs(pairs: pd.DataFrame, class_names: Sequence[str], class_counts: NDArray[Any]) -> pd.DataFrame:
+    """Return the table of confused_pairs() with class names, training counts [C] and headings to read."""
+    names, counts = np.array(class_names), class_counts
     rarer, frequent = pairs["rarer_class"].to_numpy(), pairs["commoner_class"].to_numpy()
     return pd.DataFrame(
         {

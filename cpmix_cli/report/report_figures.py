@@ -40,7 +40,7 @@ _BAR: dict[str, Any] = {"shrink": 0.8, "aspect": 30, "fraction": 0.05, "pad": 0.
 
 
 def draw_all(run: ReportedRun) -> Pictures:
-    """Draw the figures of a run. Groups of fewer than 20 classes would repeat the matrix, so these have none."""
+    """Draw the figures of a run. Fewer than 20 classes have no matrix of ten groups: it would repeat the first one."""
     source, dataset, matrix, groups = run.source, run.dataset, run.shown.matrix, run.shown.groups
     title = on_a_line(f"{dataset.name}, {run.evaluation.name}")
     images = "the test split" if run.evaluation.name == source.phase else on_a_line(run.evaluation.name)

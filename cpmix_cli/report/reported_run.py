@@ -54,7 +54,17 @@ def read_run(
 ) -> ReportedRun:
     """Read an evaluated phase of a run; an evaluation in --out comes before one in the run folder.
 
-    A run on the data set `known` needs no other folder of it: --data may have said where it is.
+    Args:
+        options: flags of the report, for --label and --out.
+        given: run folder, or the folder of a phase.
+        phase: phase to read; None: the last one that is done.
+        data: folder of the run's data set; None: where it was.
+        data_root: folder of the images of a data set that is not packed; None: where it was.
+        known: data set that is open; a run on it needs no other folder of it, as --data may have said where it is.
+
+    Raises:
+        UsageError: the run has no such phase.
+        InputError: the phase is not evaluated, the data set is missing, or a file is damaged.
     """
     source = choose(given, phase)
     root = source.run
@@ -143,7 +153,7 @@ def names_of(reported: list[ReportedRun]) -> list[str]:
 
 
 def thumbnails(run: ReportedRun, limit: int) -> ContactSheet | None:
-    """Make the thumbnails of misclassified test images; None if there are none or the data are points."""
+    """Make at most `limit` thumbnails of misclassified test images; None if there are none or the data are points."""
     chosen = most_confused(run.predictions, limit)
     if len(run.dataset.shape) != 3 or not len(chosen):
         return None
